@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.apps.errors import require_extra
 from metapl.apps.evaluation.attacks import (
     ALEXNET,
     FLIPS_OF_ALEXNET,
@@ -212,9 +211,10 @@ def frames_of(path: Path, subject: Subject) -> Iterator[Tensor]:
         numbers = {file: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", file.name)] for file in files}
         yield from map(subject.read, sorted(files, key=numbers.__getitem__))
         return
-    require_extra("video", f"{path} is a video; in its place may stand a folder of its frames, or get", "av")
-    import av
-
+    try:
+        import av
+    except ImportError as error:
+        raise MetaplError(f"{path} is a video: pip install av, or put a folder of its frames in its place.") from error
     try:
         refuse_irregular(path)  # to open a pipe waits for ever
         with av.open(str(path)) as video:

@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metapl.apps.commands import runs
 from metapl.apps.evaluation.corruptions import CORRUPTIONS
-from metapl.apps.experiments import experiment, folder, galleries, side_by_side
+from metapl.apps.experiments import experiment, folder, galleries
 from metapl.apps.experiments.experiment import Experiment
 from metapl.apps.experiments.rounds import Rounds
 from metapl.apps.export import network as exports
@@ -134,9 +133,9 @@ def student_begins_as_its_teacher(patch: pytest.MonkeyPatch) -> None:
         last[sizes] = made
         return made
 
-    def of_a_run(run: Any) -> Any:
+    def of_a_run(run: Any, recipe: Any) -> Any:
         last.clear()
-        return first(run)
+        return first(run, recipe)
 
     patch.setattr(noisy_student, "_network", network)
     patch.setattr(noisy_student, "_first_teacher", of_a_run)
@@ -148,11 +147,6 @@ def exported_without_normalization(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(exports, "_unwrapped", lambda model: (real(model)[0], None))
 
 
-def finetuned_on_other_data(patch: pytest.MonkeyPatch) -> None:
-    """A run is finetuned on whatever is where its data were."""
-    patch.setattr(runs, "_refuse_others", lambda run, task: None)
-
-
 def numbered_parts_taken_for_classes(patch: pytest.MonkeyPatch) -> None:
     """A folder called train2017 holds a class of that name."""
 
@@ -161,11 +155,6 @@ def numbered_parts_taken_for_classes(patch: pytest.MonkeyPatch) -> None:
         return found and found.lastgroup
 
     patch.setattr(check, "_part", part)
-
-
-def every_step_counted_as_the_last(patch: pytest.MonkeyPatch) -> None:
-    """Steps of a student that waits, and those before UDA begins, are taken to cost what later ones do."""
-    patch.setattr(side_by_side, "kinds_of_steps", lambda trainer, steps, wait: [(0, steps, trainer.step)])
 
 
 FAULTS: dict[str, Plant] = {
@@ -184,8 +173,6 @@ FAULTS: dict[str, Plant] = {
         noisy_students_teacher_labels_strong,
         student_begins_as_its_teacher,
         exported_without_normalization,
-        finetuned_on_other_data,
         numbered_parts_taken_for_classes,
-        every_step_counted_as_the_last,
     )
 }

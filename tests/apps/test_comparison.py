@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import random
 
 import pytest
 
-from metapl.apps.experiments.accuracies import READOUTS, Comparison, spoken
+from metapl.apps.experiments.accuracies import Comparison, spoken
 from metapl.errors import MetaplError
 from metapl.metrics import chance_level
 
@@ -41,38 +40,6 @@ def test_five_seeds_are_tested() -> None:
     assert "these seeds do not show whether" in unclear
     same = comparison({"mpl": none, "none": none}).sentence()
     assert "+0.0 points over 5 seeds, with every seed the same: too little to tell" in same
-
-
-def test_noisy_student_and_mpl_are_compared_by_what_each_delivers() -> None:
-    """Not by the read-out that was the best on the test set, for either of them."""
-    lists = {
-        "noisy_student": ([0.8, 0.81, 0.82, 0.8, 0.81], [0.6] * 5, [0.85] * 5),
-        "mpl_filtered": ([0.7, 0.72, 0.71, 0.72, 0.7], [0.9] * 5, [0.7, 0.72, 0.71, 0.72, 0.7]),
-        "none_filtered": ([0.5] * 5, [0.5] * 5, [0.5] * 5),
-    }
-    methods = {name: dict(zip(READOUTS, map(list, values), strict=True)) for name, values in lists.items()}
-    found = Comparison(tuple(range(5)), methods, examples=400, chance=0.1)
-    said = found.sentence()
-    assert said.startswith("What Noisy Student delivers reaches 80.8% on the test set (n = 400, chance 10.0%), what")
-    assert "what Meta Pseudo Labels delivers 71.0%: +9.8 points over 5 seeds, paired t-test p = " in said
-    assert said.endswith(": Noisy Student is better.")
-    assert found.to_json()["noisy_student_against_mpl_filtered"]["read_out"] == "test_accuracy"
-    assert found.to_json()["noisy_student_against_mpl_filtered"]["mean"] == pytest.approx(0.098)
-
-
-def test_two_methods_without_a_difference_are_seldom_called_different() -> None:
-    """A twentieth of the time, and each as often as the other: the better of two read-outs is not taken."""
-    rng = random.Random(0)
-    calls = []
-    for _ in range(400):
-        methods = {
-            name: {readout: [rng.gauss(0.8, 0.01) for _ in range(5)] for readout in READOUTS}
-            for name in ("noisy_student", "mpl_filtered")
-        }
-        said = Comparison(tuple(range(5)), methods, examples=400, chance=0.1).sentence()
-        calls += [name for name in ("Noisy Student is better", "Meta Pseudo Labels is better") if name in said]
-    shares = [calls.count(name) / 400 for name in ("Noisy Student is better", "Meta Pseudo Labels is better")]
-    assert all(0.005 < share < 0.05 for share in shares), shares
 
 
 def test_the_sentence_names_the_best_method_when_it_is_another() -> None:

@@ -19,7 +19,6 @@ from metapl.apps.commands import main
 from metapl.apps.commands.plan import _costs
 from metapl.apps.experiments.accuracies import better_before
 from metapl.apps.experiments.rounds import Noised, Rounds
-from metapl.apps.experiments.side_by_side import at_equal_cost, operations, with_steps
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels.queries import select
 from metapl.apps.networks import Architecture
@@ -241,28 +240,6 @@ def test_networks_that_do_not_follow_each_other_are_refused(fields: dict[str, An
         networks_of(Digits(), settings)
 
 
-def test_methods_at_equal_cost_take_the_same_number_of_operations() -> None:
-    """Against the closed form for a network of products alone: three passes, but one less in the first layer."""
-    settings = SelfTraining(rounds=2, ratio=3)
-    recipe = made(Digits, "noisy_student", steps=100, labeled_batch=8, hidden=(16,), self_training=settings)
-    task = recipe.task()
-    inputs, outputs = 2 * 64 * 16, 2 * 16 * 10
-    per_example = 2 * inputs + 3 * outputs
-    assert operations(recipe, "supervised", task) == 100 * 8 * per_example
-    assert operations(recipe, "noisy_student", task) == 100 * 8 * per_example * (1 + 2 * 4)
-    sized = at_equal_cost(recipe, ["noisy_student", "supervised", "mpl_filtered"], task)
-    assert (sized["noisy_student"].steps, sized["supervised"].steps) == (100, 900)
-    for method, own in sized.items():
-        cost = operations(own, method, task)
-        assert cost == pytest.approx(operations(recipe, "noisy_student", task), rel=0.02)  # a step of the last is 2.5%
-
-
-def test_phases_and_validations_follow_the_number_of_steps() -> None:
-    recipe = dataclasses.replace(Digits(), steps=100, warmup=10, validate_every=20)
-    longer = with_steps(recipe, 250)
-    assert (longer.steps, longer.warmup, longer.validate_every) == (250, 25, 50)
-
-
 def test_a_step_of_a_student_is_planned_without_a_teacher() -> None:
     """Of a network of products alone, against the closed form; its batch of unlabeled examples follows the ratio."""
     settings = SelfTraining(ratio=3)
@@ -308,28 +285,22 @@ TINY = ("noisy-student", "digits", "--steps", "4", "--hidden", "4", "--labeled-b
         ("--training", "pretrain_finetune", "--finetune-steps", "3", "--unlabeled-noise", "none"),
         ("--warm-start", "--warm-steps", "2", "--loss", "two_means"),
         ("--noisy-teacher", "--dropout", "0.2", "--labels", "hard", "--no-balance", "--unlabeled-noise", "model"),
-        ("--method", "mpl", "--finetune-steps", "2", "--per-class", "20"),
         ("--networks", "4", "8x8", "--per-class", "9"),
     ],
     ids=lambda flags: flags[0] + flags[1],
 )
 def test_each_way_of_training_leaves_a_run(flags: tuple[str, ...], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    rounds = () if "mpl" in flags else ("--rounds", "1")
-    assert main([*TINY, *rounds, *flags, "--out", str(run)]) == 0
+    assert main([*TINY, "--rounds", "1", *flags, "--out", str(run)]) == 0
     result = json.loads((run / "result.json").read_text())
     (only,) = result["rounds"]
     assert 0 < only["kept"] <= only["unlabeled"] == 1180
     phases = {row["phase"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
     if "pretrain_finetune" in flags:
         assert phases == {"round-0", "round-1", "round-1-finetune"}
-    if "mpl" in flags:
-        assert result["method"] == "mpl_filtered"
-        assert only["kept"] <= 20 * 10
-        assert only["copies"] == only["kept"]
     if "--no-balance" in flags:
         assert only["copies"] == only["kept"]
-    if "--per-class" in flags and "mpl" not in flags:
+    if "--per-class" in flags:
         assert {*only["copies_per_class"].values()} <= {0, 9}
 
 
@@ -337,11 +308,10 @@ def test_each_way_of_training_leaves_a_run(flags: tuple[str, ...], tmp_path: Pat
     ("flags", "words"),
     [
         (("--uda-weight", "2"), "Unrecognized options: --uda-weight"),
-        (("--method", "mpl", "--ratio", "2"), "Unrecognized options: --ratio"),
         (("--training", "pretrain", "--loss", "two_means"), "--loss two_means: expected mean with training=pretrain"),
         (("--networks", "16x16", "8"), "Noisy Student's students are equal or larger"),
         (("--rounds", "0"), "--rounds 0: expected a whole number from 1 to"),
-        (("--seeds", "0-4"), "--seeds goes with --compare"),
+        (("--compare",), "Unrecognized options: --compare"),
         (("--finetune-steps", "2"), "Unrecognized options: --finetune-steps"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -352,23 +322,6 @@ def test_flags_that_do_nothing_are_refused_before_anything_is_written(
     assert main([*TINY[:2], *flags, "--out", str(tmp_path / "run")]) == 2
     assert words in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.long
-def test_a_comparison_pairs_noisy_student_with_mpl_and_says_the_outcome(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "compared"
-    methods = ("noisy_student", "mpl_filtered", "noisy_student_once")
-    given = ("--finetune-steps", "2", "--compare", "--methods", *methods, "--seeds", "0-1", "--jobs", "1")
-    assert main([*TINY, *given, "--rounds", "2", "--out", str(out)]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "steps at equal cost: noisy_student 4, mpl_filtered" in said
-    assert "at least 5 seeds are needed to tell which of the two is better" in said
-    found = json.loads((out / "result.json").read_text())
-    assert {*found["methods"]} == {*methods}
-    assert "noisy_student_against_mpl_filtered" in found
-    assert main(["evaluate", str(out)]) == 0
 
 
 @pytest.mark.parametrize(("first", "second", "expected"), [(0.9, 0.8, "Round 0 reached 90.0 %"), (0.6, 0.8, None)])

@@ -59,21 +59,6 @@ def test_folders_of_pictures_with_a_network_for_each_round(
     assert "as in result.json" in " ".join(capsys.readouterr().out.split())
 
 
-def test_meta_pseudo_labels_select_by_the_first_teacher_of_noisy_student(pictures: Path, tmp_path: Path) -> None:
-    """A student that waits warms up over fewer steps, and the teacher that labels for it does not."""
-    flags = ("--warmup", "2", "--rounds", "1")
-    teachers = []
-    for method in ("noisy_student", "mpl"):
-        given = command(pictures, tmp_path / method, *flags, "--method", method)
-        if method == "mpl":  # it has no rounds
-            for name in ("--rounds", "--rounds", "--ratio", "--threshold"):
-                place = given.index(name)
-                del given[place : place + 2]
-        assert main(given) == 0
-        teachers.append(rounds_of(tmp_path / method)[0]["teacher"]["weights_fingerprint"])
-    assert teachers[0] == teachers[1]
-
-
 def test_a_student_that_is_smaller_than_its_teacher_is_refused(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

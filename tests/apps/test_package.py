@@ -50,7 +50,7 @@ def declared(requirements: list[str]) -> set[str]:
 
 def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
     extras = PROJECT["optional-dependencies"]
-    optional = declared(extras["labels"] + extras["onnx"] + extras["timm"] + extras["video"])
+    optional = declared(extras["labels"] + extras["onnx"] + extras["timm"])
     assert imported() == (declared(PROJECT["dependencies"]) | optional) - INDIRECT
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import test_batched_views
 import test_delivery
-import test_equal_cost
 import test_export
 import test_folders
 import test_label_queries
@@ -107,16 +106,8 @@ CAUGHT: dict[str, dict[str, Check]] = {
     "exported_without_normalization": {
         "the_file": lambda here: test_export.test_the_file_says_what_it_is(here.folder),
     },
-    "finetuned_on_other_data": {
-        "other_data": lambda here: test_sealed_runs.test_finetuning_refuses_data_that_are_not_those_of_the_run(
-            here.run(), here.capsys
-        ),
-    },
     "numbered_parts_taken_for_classes": {
         "parts": lambda here: test_folders.test_the_parts_of_a_data_set_are_not_its_classes(here.folder),
-    },
-    "every_step_counted_as_the_last": {
-        "before_uda": lambda here: test_equal_cost.test_steps_before_uda_begins_are_counted_as_they_are(here.folder),
     },
 }
 

@@ -109,7 +109,6 @@ network before it gives the unlabeled examples. RECIPE is one of:
 
   metapl noisy-student digits --rounds 3 --out DIR
   metapl noisy-student digits --networks 32x32 64x64
-  metapl noisy-student digits --compare --seeds 0-4
 
 Each says more with --help: metapl noisy-student digits --help.
 """

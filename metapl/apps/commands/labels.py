@@ -6,21 +6,20 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os.path import relpath
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from metapl.apps.commands.inputs import Network, check_file, counted
-from metapl.apps.commands.parse import Command, File, Run, Switch, unset
+from metapl.apps.commands.inputs import Network, counted
+from metapl.apps.commands.parse import Command, Run, Switch, unset
 from metapl.apps.experiments.folder import load_run, weights_file
 from metapl.apps.experiments.labeling import BATCH, provenance, rows_per_part, to_label, write_labels
 from metapl.apps.labels import LabelStore, LabelWriter
-from metapl.apps.labels.drawing import draw_statistics
-from metapl.apps.labels.files import store_around
 from metapl.apps.labels.queries import BINS, Statistics, select, statistics
 from metapl.apps.machine.progress import counting
-from metapl.apps.machine.sealed import sha256_of
+from metapl.apps.machine.sealed import sha256_of, write_whole
 from metapl.apps.recipes.settings import MOST_IN_A_BATCH
 from metapl.apps.words import short, table, tell
 from metapl.errors import MetaplError, few
@@ -29,6 +28,8 @@ from metapl.training.options import MOST_WORKERS
 from metapl.words import shown
 
 Store = Annotated[Path, tyro.conf.Positional, unset("STORE")]
+
+LIST = "list.txt"  # in a selection's folder: the paths of its pictures
 
 # Classes that are all shown; of more, so many of the largest and the smallest. Letters of a bar.
 MOST_CLASSES, LISTED, BAR = 30, 10, 40
@@ -141,17 +142,12 @@ class Stats(Command):
     Args:
         store: its folder.
         json: print JSON.
-        png: draw it too, as a PNG file.
     """
 
     store: Store
     json: Switch = False
-    png: File = None
 
     def run(self) -> int:
-        check_file("--png", self.png, ".png")
-        if self.png is not None and (around := store_around(self.png)) is not None:
-            raise MetaplError(f"--png {self.png} lies in the store {around}; expected a file elsewhere.")
         store = LabelStore(self.store)
         found = statistics(store)
         if self.json:
@@ -163,9 +159,6 @@ class Stats(Command):
             tell(f"confidence: mean {found.mean_confidence:.1%}")
             tell(f"{_bars(found.confidence, 1.0)}\n")
             tell(f"entropy: mean {found.mean_entropy:.2f} of at most {most:.2f} nats\n{_bars(found.entropy, most)}")
-        if self.png is not None:
-            draw_statistics(self.png, found, str(self.store))
-            tell(f"metapl: drawn in {self.png}", file=sys.stderr)
         return 0
 
 
@@ -176,7 +169,8 @@ class Select(Command):
     What is asked for is done in this order: pictures that stand in a folder are dropped; those with a confidence above
     a threshold are kept; of each class, the most confident; and classes that have fewer are filled up by duplication.
     Of pictures that are equally confident, those come first whose names do. The same store and flags give the same
-    files. Duplicates are not stored twice: each picture has the number of times that it counts.
+    files. Duplicates are not stored twice: each picture has the number of times that it counts. Beside a selection of
+    files stands list.txt with their paths, which --unlabeled of metapl train images takes in the place of a folder.
 
     Args:
         store: its folder.
@@ -215,6 +209,11 @@ class Select(Command):
         ]
         width = len(f"{max(found.rows, found.copies):,}")
         tell("\n".join(f"{number:>{width},}  {text}" for known, number, text in lines if known))
+        chosen = LabelStore(self.out)
+        pictures = Path(str(chosen.provenance.get("pictures")))
+        if pictures.is_dir():
+            paths = "".join(f"{relpath(pictures / str(name), self.out)}\n" for name in chosen)
+            write_whole(self.out / LIST, paths.encode("utf-8", "surrogateescape"), "make room, and select again.")
         if found.missing:
             tell(f"metapl: note: nothing is left of {few(found.missing)}.", file=sys.stderr)
         tell(f"what is in it: metapl labels stats {self.out}")

@@ -126,11 +126,11 @@ def _compared(run: LoadedRun, evaluation: Evaluation) -> Iterator[str]:
     """The methods of a comparison side by side, the paired test, and their curves where their runs are still there."""
     result, path = run.result, run.folder.path
     chance = result.get("chance", evaluation.chance)
-    found = Comparison(tuple(result["seeds"]), result["methods"], evaluation.n, chance, result.get("stores", {}))
+    found = Comparison(tuple(result["seeds"]), result["methods"], evaluation.n, chance)
     cells = [
         (title(name), *(spread(of[readout], digits=1) for readout in READOUTS)) for name, of in found.methods.items()
     ]
-    yield from map(web.paragraph, filter(None, (found.sentence(), found.labels())))
+    yield web.paragraph(found.sentence())
     table = web.rows(cells, ("method", "delivered", "student", "finetuned"))
     yield web.section("Methods", table, web.paragraph(found.caption(), "quiet"))
     if (difference := found.against_control()) is not None:
@@ -144,8 +144,8 @@ def _compared(run: LoadedRun, evaluation: Evaluation) -> Iterator[str]:
     if not all(RunFolder(path / name / f"seed-{seed}").exists for name in found.methods for seed in found.seeds):
         yield web.section("Curves", web.paragraph("The folders of the runs are not there any more."))
         return
-    curves, along = mean_curves(path, found, results_within(path, result))
-    plots = web.plots(curves, called_network(curves), along)
+    curves = mean_curves(path, found, results_within(path, result))
+    plots = web.plots(curves, called_network(curves))
     yield web.section("Curves", plots, web.paragraph("means over the seeds", "quiet"))
 
 

@@ -59,7 +59,6 @@ class Train(OnRecipe):
 
     own: ClassVar[str | None] = None  # the method that trains it unless another is named; None: the recipe's own
     alone: ClassVar[bool] = False
-    equal_cost: ClassVar[bool] = False  # whether compared methods take as many steps as cost the same
 
     method: Unasked[str] = ""
     out: Folder = None
@@ -77,7 +76,7 @@ class Train(OnRecipe):
 
     @classmethod
     def compares(cls) -> Sequence[str]:
-        return [name for name, method in cls.kind.known.items() if not method.selects]
+        return [name for name, method in cls.kind.known.items() if not method.is_noisy_student]
 
     @classmethod
     def usual(cls, name: str) -> Method:
@@ -92,6 +91,8 @@ class Train(OnRecipe):
         settings = cls.usual(name)
         hidden = () if "--compare" in words else settings.hidden(words)
         offered, compares = cls.offered(), cls.compares()
+        if len(offered) == 1:
+            return cls.flags(settings, words, cls.about(), hidden), program
         one: Any = Literal[tuple(offered)]
         some: Any = Literal[tuple(compares)]
         how = (
@@ -223,12 +224,11 @@ class Train(OnRecipe):
             parse_seeds(self.seeds) if self.seeds else (recipe.seed,),
             resume=self.resume,
             jobs=self.jobs,
-            equal_cost=self.equal_cost,
             together=together if self.mesh.size > 1 else None,
         )
         tell(f"figures, report and the delivered networks are in {folder.path}")
         tell(f"\n{comparison.caption()}\n\n{comparison.table()}\n")
-        for text in filter(None, (comparison.sentence(), comparison.labels(), comparison.delivery())):
+        for text in (comparison.sentence(), comparison.delivery()):
             tell(wrapped(text))
 
     def compared(self) -> tuple[str, ...]:
@@ -247,13 +247,6 @@ def _say_how_to_go_on(stopped: KeyboardInterrupt, out: Path) -> int:
     return exit_code(stopped)
 
 
-# What ``--compare`` trains by: both methods, their controls, and baselines.
-COMPARED = (
-    *("noisy_student", "mpl_filtered", "none_filtered", "noisy_student_clean", "noisy_student_uneven"),
-    *("noisy_student_once", "supervised", "uda"),
-)
-
-
 @dataclass(frozen=True, kw_only=True)
 class NoisyStudent(Train):
     """Train by Noisy Student: a teacher labels, a student learns its labels with noise, and becomes the teacher.
@@ -262,28 +255,18 @@ class NoisyStudent(Train):
     examples without noise; those it is confident of are kept, as many of each class; and a new network of the same
     size, or larger, learns from both with augmentation, dropout and stochastic depth. --steps are those of each round,
     and --minutes, of your own pictures, those of all rounds together.
-
-    With --method mpl it is Meta Pseudo Labels on unlabeled examples that are selected by the labels of the same first
-    teacher. With --compare, the flags are those of --method, and the other methods take those that they have too.
-
-    Args:
-        compare: train by Meta Pseudo Labels, by controls without noise, without balancing and with one round, and by
-            baselines too, each for as many steps as cost the same number of operations, and compare them. Methods with
-            a first teacher train the same one, and learn from the same labels.
     """
 
     own: ClassVar[str | None] = "noisy_student"
-    equal_cost: ClassVar[bool] = True
 
+    compare: Unasked[bool] = False
+    seeds: Unasked[str | None] = None
     controls: Unasked[bool] = False
+    jobs: Unasked[int | None] = None
 
     @classmethod
     def offered(cls) -> Mapping[str, str]:
-        return {"noisy_student": "noisy_student", "mpl": "mpl_filtered"}
-
-    @classmethod
-    def compares(cls) -> Sequence[str]:
-        return [*cls.kind.known]
+        return {"noisy_student": "noisy_student"}
 
     @classmethod
     def usual(cls, name: str) -> Method:
@@ -293,9 +276,6 @@ class NoisyStudent(Train):
     @classmethod
     def about(cls) -> str:
         return NoisyStudent.__doc__ or ""
-
-    def compared(self) -> tuple[str, ...]:
-        return self.methods or COMPARED
 
 
 Schedule = Literal["cosine", "constant", "exponential"]

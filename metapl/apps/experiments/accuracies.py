@@ -7,7 +7,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from metapl.apps.experiments.folder import READOUTS as READOUTS
@@ -35,8 +35,6 @@ class Comparison:
     methods: dict[str, dict[str, list[float]]]
     examples: int  # in the test set
     chance: float  # the accuracy of guessing there
-    # Of methods with a first teacher, SHA-256 of the labels that it gave the unlabeled examples, one for each seed.
-    stores: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, readouts in self.methods.items():
@@ -58,10 +56,8 @@ class Comparison:
                 for readout in (*READOUTS, *(["validation_accuracy"] if validated else []))
             }
         evaluations = [Evaluation(**result["evaluation"]) for result in results.values()]
-        teaching = [method for method in methods if EVERY_METHOD[method].selects]
-        stores = {name: [results[name, seed]["rounds"][0]["store_sha256"] for seed in seeds] for name in teaching}
         chance = statistics.fmean(result.chance for result in evaluations)
-        return cls(seeds, accuracies, evaluations[0].n, chance, stores)
+        return cls(seeds, accuracies, evaluations[0].n, chance)
 
     def mean(self, method: str, readout: str) -> float:
         return statistics.fmean(self.methods[method][readout])
@@ -77,15 +73,14 @@ class Comparison:
     def against_control(self) -> tuple[PairedTest, str] | None:
         """The first of :meth:`pair` against the second, and the read-out of the second by its name.
 
-        Of Noisy Student and Meta Pseudo Labels it is what each delivers, which is chosen without the test set. Of
-        others it is the student of the first against the better read-out of the second, the one with the higher mean
-        on the test set, which favors the control.
+        It is the student of the first against the better read-out of the second, the one with the higher mean on the
+        test set, which favors the control.
         """
         if (pair := self.pair()) is None:
             return None
         method, control = pair
         asked = _question(method)
-        better = max(asked.readouts, key=lambda readout: self.mean(control, readout))
+        better = max((STUDENT, FINETUNED), key=lambda readout: self.mean(control, readout))
         return paired_test(self.methods[method][asked.own], self.methods[control][better]), better
 
     def best(self) -> str:
@@ -139,7 +134,7 @@ class Comparison:
         if difference is not None and pair is not None:
             (test, readout), (name, control), asked = difference, pair, _question(pair[0])
             which = titled(control, "finetuned" if readout == FINETUNED else "student")
-            better = f" (its {which}, the better of its two read-outs)" if len(asked.readouts) > 1 else ""
+            better = f" (its {which}, the better of its two read-outs)"
             said = (
                 f"{asked.subject} reaches {self.mean(name, asked.own):.1%} on the test set (n = {self.examples:,}, "
                 f"chance {self.chance:.1%}), {asked.control} {self.mean(control, readout):.1%}{better}: "
@@ -156,23 +151,6 @@ class Comparison:
             why = "; of all methods it has the best mean validation accuracy"
         return f"delivered: {title(method)}, seed {seed}{why}"
 
-    def labels(self) -> str | None:
-        """Whether the methods with a first teacher learned from the same labels of it; None where fewer than two do.
-
-        >>> accuracies = dict.fromkeys(READOUTS, [0.8, 0.9])
-        >>> methods = {"noisy_student": accuracies, "mpl_filtered": accuracies}
-        >>> Comparison((0, 1), methods, 400, 0.1, {"noisy_student": ["a", "b"], "mpl_filtered": ["a", "c"]}).labels()
-        'note: the methods with a first teacher did not learn from the same stored labels of it, for seed 1'
-        """
-        if len(self.stores) < 2:
-            return None
-        by_seed = zip(self.seeds, zip(*self.stores.values(), strict=True), strict=True)
-        others = [str(seed) for seed, stores in by_seed if len({*stores}) > 1]
-        who, what = "methods with a first teacher", "the same stored labels of it"
-        if others:
-            return f"note: the {who} did not learn from {what}, for seed{'s'[: len(others) - 1]} {', '.join(others)}"
-        return f"the {len(self.stores)} {who} learned from {what}, seed by seed"
-
     def to_json(self) -> dict[str, Any]:
         content: dict[str, Any] = {
             "seeds": list(self.seeds),
@@ -181,7 +159,6 @@ class Comparison:
             "chance": self.chance,
             "sentence": self.sentence(),
             "delivery": self.delivery(),
-            **({"stores": self.stores} if self.stores else {}),
         }
         if (difference := self.against_control()) is not None:
             content["_against_".join(self.pair() or ())] = {"read_out": difference[1], **difference[0].to_json()}
@@ -220,15 +197,10 @@ class _Question(NamedTuple):
     question: str  # what the test could tell, after "tell" and "show"
     answers: tuple[str, str]  # where the difference is above 0, and where it is not
     own: str = STUDENT  # the read-out of the method
-    readouts: tuple[str, ...] = (STUDENT, FINETUNED)  # those of the control, of which the better one counts
 
 
 def _question(name: str) -> _Question:
     method = EVERY_METHOD[name]
-    if method.is_noisy_student:
-        subject, control = "what Noisy Student delivers", "what Meta Pseudo Labels delivers"
-        answers = "Noisy Student is better", "Meta Pseudo Labels is better"
-        return _Question(subject, control, "which of the two is better", answers, DELIVERED, (DELIVERED,))
     subject, what, control, own = "MPL's student", "the teacher's feedback", "the same loop without feedback", STUDENT
     if method.reduced:
         subject, what = "reduced MPL's student", "the student's feedback"
@@ -329,16 +301,13 @@ def spoken_rounds(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the rounds reached and kept, in sentences.
 
     >>> counts = {"round": 1, "kept": 90, "copies": 90, "unlabeled": 100}
-    >>> spoken_rounds([{"teacher": {"test_accuracy": 0.8}, **counts}])[0]  # of another method than Noisy Student
-    'Test accuracy of the first teacher, whose labels they are: 80.0 %.'
+    >>> spoken_rounds([{"teacher": {"test_accuracy": 0.8}, "test_accuracy": 0.9, **counts}])[0]
+    'Test accuracy by round: 80.0 %, 90.0 %.'
     """
     last, lines = rounds[-1], []
-    taught = rounds[0]["teacher"].get("test_accuracy")
-    if "weights_fingerprint" in last and "test_accuracy" in last:
-        reached = [taught, *(each["test_accuracy"] for each in rounds)]
+    if "test_accuracy" in last:
+        reached = [rounds[0]["teacher"]["test_accuracy"], *(each["test_accuracy"] for each in rounds)]
         lines.append(f"Test accuracy by round: {', '.join(f'{100 * each:.1f} %' for each in reached)}.")
-    elif taught is not None:
-        lines.append(f"Test accuracy of the first teacher, whose labels they are: {100 * taught:.1f} %.")
     kept = f"{last['kept']:,} of {last['unlabeled']:,}"
     copies = f", which count as {last['copies']:,}" if last["copies"] != last["kept"] else ""
     lines.append(f"In round {last['round']}, {kept} unlabeled examples were learned from{copies}.")

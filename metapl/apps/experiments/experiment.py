@@ -123,7 +123,7 @@ class Experiment:
             text, gallery = galleries.what_they_are(found), galleries.suspects_gallery(found, task)
             self.say(f"labels that may be wrong: {folder.path / galleries.SUSPECTS}, the most suspicious first; {text}")
             shown.append(dataclasses.replace(gallery, note=f"{gallery.note}; {text}"))
-        changed = run.rounds.galleries() if method.selects else []
+        changed = run.rounds.galleries() if method.is_noisy_student else []
         sealed = {galleries.FILE: galleries.write_galleries(folder.path, shown)}
         networks = {name: run.keep(name) for name in method.kept}
         for network in networks.values():
@@ -139,21 +139,20 @@ class Experiment:
             "validation_size": task.validation_size,
             "validation_chance": task.validation_chance,
             "delivered_by": "validation" if self.selects(task) else "rule",
-            **({"rounds": run.rounds.records} if method.selects else {}),
+            **({"rounds": run.rounds.records} if method.is_noisy_student else {}),
             "sha256": sealed,
             **chosen.as_delivered(),
         }
         for network in networks.values():
             content |= network.accuracies(f"{network.name}_")
         self.report(content, chosen.evaluation, task)
-        if method.selects:
+        if method.is_noisy_student:
             from metapl.apps.reports import draw_rounds
 
-            what = "rounds of " if method.is_noisy_student else ""
             draw_rounds(
                 folder.path / "rounds.png",
                 content["rounds"],
-                title=f"{self.recipe.name}: {what}{title(method.name)}, seed {self.recipe.seed}",
+                title=f"{self.recipe.name}: rounds of {title(method.name)}, seed {self.recipe.seed}",
                 summary=" ".join(spoken_rounds(content["rounds"])),
                 galleries=changed,
             )
@@ -325,9 +324,8 @@ class Training(Run):
             parts = {"validation_accuracy": self.data.validation, "test_accuracy": self.data.test}
             return {name: evaluated(network, data).accuracy for name, data in parts.items() if data is not None}
 
-        method, say = self.recipe.method, self.experiment.say
-        any_class = not method.is_noisy_student
-        return Rounds(self.recipe, self.shared, self.data, method.selection, any_class, measure, say, self.ranks)
+        settings, say = self.recipe.method.selection, self.experiment.say
+        return Rounds(self.recipe, self.shared, self.data, settings, measure, say, self.ranks)
 
     def select(self, number: int, teacher: nn.Module) -> Chosen:
         return self.rounds.choose(number, teacher)

@@ -274,7 +274,6 @@ RESULT: dict[str, Any] = {
     "methods": dict[str, dict[str, list[float]]],
     "delivery": str,
     "chance": Fraction,
-    "stores": dict[str, list[str]],
 }
 DATA: dict[str, Any] = {
     "hash": dict[str, str],
@@ -519,7 +518,7 @@ def load_run(path: Path) -> LoadedRun:
         more = "" if "--resume" in command.split() else " --resume"
         raise MetaplError(f"the run in {path} is not finished; go on with it by {command}{more}")
     result = stored_result(folder)
-    run = LoadedRun(folder, recipe.compared(result["method"], result["seed"]), description, result)
+    run = LoadedRun(folder, recipe.by(result["method"], result["seed"]), description, result)
     settings = run.rounds
     if settings is None:
         return run

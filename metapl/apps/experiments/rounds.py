@@ -74,8 +74,7 @@ class Rounds:
     recipe: Recipe
     folder: Path
     task: Task
-    settings: Any  # how labels are made and selected: SelfTraining, or with any_class Selection
-    any_class: bool  # select as Meta Pseudo Labels does: for each class, the examples that are most probably of it
+    settings: Any  # SelfTraining: how labels are made and selected
     measure: Callable[[nn.Module], dict[str, float]]  # what a network reaches, by the names of result.json
     say: Say
     ranks: Ranks = ALONE  # the processes that train together; the first of them writes
@@ -87,13 +86,9 @@ class Rounds:
         """Store the labels by the network of the round before, and select from them for round ``number``, from 1."""
         self.teachers[:] = [teacher]
         settings, names, place = self.settings, self.task.classes, self._place(number, SELECTED)
-        labels, threshold = self._labeled(number, teacher), None
-        if self.any_class:
-            most = settings.per_class or -(-len(labels) // len(labels.classes))
-            how: dict[str, Any] = {"per_class": most, "any_class": True}
-        else:
-            threshold = self.threshold(labels)
-            how = {"per_class": settings.per_class, "threshold": threshold, "balance": settings.balance}
+        labels = self._labeled(number, teacher)
+        threshold = self.threshold(labels)
+        how = {"per_class": settings.per_class, "threshold": threshold, "balance": settings.balance}
         selected = select(labels, place, resume=place.exists(), **how) if self.ranks.first else None
         selection: Selection = self.ranks.gathered(selected)[0]
         chosen = LabelStore(place)
@@ -188,7 +183,7 @@ class Rounds:
             f"round {record['round']}: {record['kept']:,} of {record['unlabeled']:,} unlabeled examples are learned "
             f"from{copies}, by labels of the network of round {record['round'] - 1}{tested}"
         )
-        if record["threshold"] not in (None, getattr(self.settings, "threshold", None)):
+        if record["threshold"] != self.settings.threshold:
             self.say(
                 f"note: of no example is that network more confident than {self.settings.threshold:g}, so all are "
                 "kept; it may need more --steps"

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metapl.apps.experiments.side_by_side import kinds_of_steps
 from metapl.apps.networks.weights import fetch_imagenet_weights
 from metapl.apps.pictures.folders import scan_labeled
 from metapl.apps.pictures.reader import LUMA, UnreadableImage, read_image
@@ -30,6 +30,7 @@ from metapl.apps.recipes.image_recipe import IMAGENET, ImageParts, whole
 from metapl.apps.recipes.settings import OPEN, SelfTraining, require
 from metapl.data.feed import feed
 from metapl.errors import MetaplError
+from metapl.problems.losses import UDA
 from metapl.training import FitResult, Say, Trainer
 
 SET_ASIDE = 0.2  # part of the labeled pictures to select on, where that is enough of them to tell anything
@@ -306,6 +307,14 @@ def steps_within(recipe: ImageFolders, minutes: float, clock: Clock = time.monot
     """The number of steps that fit into a time, rounded to two digits."""
     fits = SHARE * 60 * minutes / seconds_per_step(recipe, clock)
     return max(1, int(float(f"{fits:.2g}")))
+
+
+def kinds_of_steps(trainer: Any, steps: int, wait: int) -> list[tuple[int, int, Any]]:
+    """First and last step of each kind, and what does it: they differ while a student waits, and before UDA begins."""
+    waits = min(wait, steps) if trainer.teacher is not None else 0
+    losses: Any = getattr(trainer, "teacher_losses", None) or getattr(trainer, "losses", ())
+    ends = sorted({0, waits, steps, *(min(loss.start, steps) for loss in losses if isinstance(loss, UDA))})
+    return [(a, b, trainer.teacher_step if a < waits else trainer.step) for a, b in pairwise(ends)]
 
 
 def seconds_per_step(recipe: ImageFolders, clock: Clock = time.monotonic) -> float:

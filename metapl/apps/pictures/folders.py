@@ -97,7 +97,8 @@ def scan_unlabeled(folder: str | Path, progress: Progress = silent) -> Files:
 
     Files are known by their suffix. Hidden files and folders (``.name``, ``__MACOSX``) are left out; links are
     followed, and a folder that can be reached in several ways is listed once. Where there is no picture but tar files,
-    such as WebDataset's, the pictures in these are listed: ``000000.tar/deep/er/a.png``.
+    such as WebDataset's, the pictures in these are listed: ``000000.tar/deep/er/a.png``. In the place of a folder may
+    stand a text file with the path of a picture in each line, from the file's own folder on.
 
     ``progress`` is called with the number of pictures so far, once a folder.
 
@@ -114,7 +115,17 @@ def scan_unlabeled(folder: str | Path, progress: Progress = silent) -> Files:
     ('b.jpg', 'deep/er/a.PNG')
     """
     root = Path(folder).expanduser()
-    names, passed_over = _pictures((files for _, files in _listed(root)), progress)
+    if root.suffix == ".txt" and root.is_file():
+        listed = {
+            os.path.abspath(root.parent / line)
+            for line in root.read_text("utf-8", "surrogateescape").splitlines()
+            if line
+        }
+        above = os.path.commonpath([os.path.dirname(path) for path in listed]) if listed else str(root)
+        names, passed_over = _pictures([[os.path.relpath(path, above) for path in listed]], progress)
+        root = Path(above)
+    else:
+        names, passed_over = _pictures((files for _, files in _listed(root)), progress)
     if not names and passed_over[SUFFIX]:
         names, passed_over = _pictures(_in_tars(root), progress)
     _refuse_none(names, root, passed_over)

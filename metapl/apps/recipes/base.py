@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from metapl.apps.machine.misfit import misfit_entries
 from metapl.apps.networks import Architecture
 from metapl.apps.pictures.sets import Split
-from metapl.apps.recipes.settings import Batch, Optimizer, Selection, Share, Softness, SomeSteps, Steps
+from metapl.apps.recipes.settings import Batch, Optimizer, SelfTraining, Share, Softness, SomeSteps, Steps
 from metapl.errors import MetaplError
 from metapl.metrics import chance_level
 from metapl.runs.fields import Range, check_fields
@@ -229,11 +229,9 @@ class Method(ABC):
     teaches: ClassVar[bool] = False  # a teacher learns beside the student
     reduced: ClassVar[bool] = False  # a small network adjusts stored labels
     doubting: ClassVar[bool] = False  # given labels may be wrong
-    selects: ClassVar[bool] = False  # a network's stored labels decide which unlabeled examples are learned from
     is_noisy_student: ClassVar[bool] = False  # students learn from stored labels one after another
     indexed: ClassVar[bool] = False  # its batches say which examples they have
     idle: ClassVar[tuple[str, ...]] = ()  # fields of recipes that it has no use for
-    forced: ClassVar[Mapping[str, Any]] = {}  # fields of the rounds that a control has of its own
 
     def __init_subclass__(cls, **said: Any) -> None:
         super().__init_subclass__()
@@ -248,9 +246,9 @@ class Method(ABC):
         """The fits, the last of which ends with the network that is kept."""
 
     @property
-    def selection(self) -> Selection | None:
+    def selection(self) -> SelfTraining | None:
         """How stored labels decide which unlabeled examples are learned from, where they do."""
-        found: Selection | None = getattr(self, "self_training", None)
+        found: SelfTraining | None = getattr(self, "self_training", None)
         return found
 
     @property
@@ -292,10 +290,6 @@ class Method(ABC):
     def whole(self) -> Self:
         return self
 
-    def with_forced(self) -> Self:
-        """With the fields that a control has of its own."""
-        return self
-
     def settled(self, values: Mapping[str, Any]) -> Self:
         """With these values for fields that were left open."""
         known = {each.name for each in dataclasses.fields(self)} & values.keys()
@@ -324,8 +318,8 @@ def variant(kind: type[M], module: str, made: str, name: str, title: str, **said
 
 
 def _narrowed(value: Any, hint: Any) -> Any:
-    """How a teacher labels, with feedback or without, and what is selected by its labels, as another method has it."""
-    if not isinstance(value, Softness | Selection) or type(value) is hint:
+    """How a teacher labels, with feedback or without, as another method has it."""
+    if not isinstance(value, Softness) or type(value) is hint:
         return value
     return hint(**{f.name: getattr(value, f.name) for f in dataclasses.fields(hint) if hasattr(value, f.name)})
 
@@ -408,21 +402,7 @@ class Recipe(ABC):
         own = {each.name: getattr(self.method, each.name) for each in dataclasses.fields(self.method)}
         kind = self.known[method]
         made = self.method if type(self.method) is kind else kind.of({**self.settings, **own})
-        return dataclasses.replace(self, method=made.with_forced(), seed=self.seed if seed is None else seed)
-
-    def compared(self, method: str, seed: int) -> Recipe:
-        """The recipe for a run of a comparison by a method: beside Noisy Student, others train its last network.
-
-        >>> from metapl.apps.recipes import Digits
-        >>> from metapl.apps.recipes.settings import SelfTraining
-        >>> rounds = SelfTraining(rounds=2, networks=("8", "16x16"))
-        >>> recipe = Digits(method="noisy_student").with_method(self_training=rounds)
-        >>> recipe.compared("supervised", 0).hidden, recipe.compared("noisy_student", 0).hidden
-        ((16, 16), (32, 32))
-        """
-        own, rounds = self.by(method, seed), self.method.selection
-        last = None if rounds is None else rounds.network(-1)
-        return own if last is None or own.method.is_noisy_student else own.with_network(last)
+        return dataclasses.replace(self, method=made, seed=self.seed if seed is None else seed)
 
     @classmethod
     def rivals(cls, own: str) -> tuple[str, ...]:

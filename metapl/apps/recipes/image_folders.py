@@ -140,7 +140,7 @@ class ImageFolders(ImageRecipe):
 
     Args:
         labeled: labeled pictures: a folder with one subfolder for each class.
-        unlabeled: unlabeled pictures: a folder, with or without subfolders.
+        unlabeled: unlabeled pictures: a folder, with or without subfolders; or a .txt file with a path in each line.
         val: validation pictures, in a folder like --labeled. By default a fifth of the labeled pictures is set aside
             if that makes 50 or more, and otherwise none.
         test: test pictures, in a folder like --labeled; the accuracy on them is reported.

@@ -179,55 +179,18 @@ class Feedback(Labeling):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FirstTeacher:
-    """What the first teacher takes of a recipe: the same in methods that have steps and networks of their own."""
-
-    steps: int
-    warmup: int
-    validate_every: int
-    lr: float
-    clip_norm: float | None = None
-    weights: str | None = None  # the file that it begins with
-
-
-@dataclass(frozen=True, kw_only=True)
-class Selection:
-    """Which unlabeled examples are learned from, by the labels of a teacher that was trained on the labeled ones.
-
-    Args:
-        networks: the network of each round, beginning with the first teacher's; the last one named serves all later
-            rounds, and with --compare the other methods. Names of networks, and for the digits widths of hidden layers
-            such as 32x32. By default every round has the network of the recipe.
-        per_class: the most examples of a class that are kept, the most confident ones; by default all.
-        noisy_teacher: let the teacher label augmented examples, with dropout and stochastic depth.
-        first: how the first teacher is trained, if not as the recipe says; comparisons set it.
-    """
-
-    networks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
-    per_class: Steps | None = None
-    noisy_teacher: bool = False
-    first: tyro.conf.Suppress[tyro.conf.Fixed[FirstTeacher | None]] = None
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    def network(self, number: int) -> str | None:
-        """The network of a round by its name, of -1 that of the last; None is the recipe's own.
-
-        >>> [Selection(networks=("a", "b")).network(number) for number in range(-1, 3)]
-        ['b', 'a', 'b', 'b']
-        """
-        return self.networks[min(number, len(self.networks) - 1)] if self.networks else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class SelfTraining(Selection):
+class SelfTraining:
     """What a run of Noisy Student does beyond training a network on labeled examples.
 
     In round 0 a teacher is trained on the labeled examples. In each later round the network of the round before labels
     the unlabeled examples, of which some are selected, and a new network learns from both.
 
     Args:
+        networks: the network of each round, beginning with the first teacher's; the last one named serves all later
+            rounds. Names of networks, and for the digits widths of hidden layers such as 32x32. By default every round
+            has the network of the recipe.
+        per_class: the most examples of a class that are kept, the most confident ones; by default all.
+        noisy_teacher: let the teacher label augmented examples, with dropout and stochastic depth.
         rounds: how many students are trained, each on the labels of the network before it.
         allow_smaller: let a student have fewer parameters than its teacher, which is distillation and not Noisy
             Student.
@@ -250,6 +213,9 @@ class SelfTraining(Selection):
         frozen: share of the layers that are frozen then, the first ones.
     """
 
+    networks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    per_class: Steps | None = None
+    noisy_teacher: bool = False
     rounds: Annotated[int, Range(1, most=MOST_ROUNDS)] = 3
     allow_smaller: bool = False
     labels: Literal["soft", "hard"] = "soft"
@@ -265,10 +231,18 @@ class SelfTraining(Selection):
     frozen: Share = 0.5
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        check_fields(self)
         require(self, self.warm_steps is None or self.warm_start, "warm_steps", "None without warm_start")
         means = self.training == "joint" or self.loss == "mean"
         require(self, means, "loss", f"mean with training={self.training}, which has no sum")
         require(self, self.finetune_size is not None or self.frozen == 0.5, "frozen", "a finetune_size beside it")
         most = f"{self.rounds + 1} names at most: the first teacher's, then one a round"
         require(self, len(self.networks) <= self.rounds + 1, "networks", most)
+
+    def network(self, number: int) -> str | None:
+        """The network of a round by its name, of -1 that of the last; None is the recipe's own.
+
+        >>> [SelfTraining(networks=("a", "b")).network(number) for number in range(-1, 3)]
+        ['b', 'a', 'b', 'b']
+        """
+        return self.networks[min(number, len(self.networks) - 1)] if self.networks else None

@@ -21,14 +21,7 @@ from metapl.apps.recipes.methods.beside import (
     WithoutFeedback,
 )
 from metapl.apps.recipes.methods.label_noise import ALTERED, LEARNED, Clean, Plain
-from metapl.apps.recipes.methods.noisy_student import (
-    FilteredMetaPseudoLabels,
-    FilteredWithoutFeedback,
-    NoisyStudent,
-    Once,
-    Uneven,
-    WithoutNoise,
-)
+from metapl.apps.recipes.methods.noisy_student import NoisyStudent
 
 Methods = dict[str, type[Method]]
 
@@ -56,13 +49,7 @@ CONTROLS = tuple(name for name, method in METHODS.items() if method.place == "co
 _NOISY: tuple[type[Method], ...] = (*LEARNED, Plain, Clean, *ALTERED)
 NOISY_METHODS: Methods = {kind.name: kind for kind in _NOISY}
 
-# Noisy Student, its controls, and Meta Pseudo Labels on examples that are selected in its way.
-_SELECTING: tuple[type[Method], ...] = (
-    *(NoisyStudent, WithoutNoise, Uneven, Once),
-    *(FilteredMetaPseudoLabels, FilteredWithoutFeedback),
-)
-
-OF_PICTURES: Methods = METHODS | {kind.name: kind for kind in _SELECTING}  # of labeled and unlabeled examples
+OF_PICTURES: Methods = METHODS | {"noisy_student": NoisyStudent}  # of labeled and unlabeled examples
 EVERY_METHOD: Methods = OF_PICTURES | NOISY_METHODS
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar
 
 import torch
 import tyro
@@ -22,10 +22,9 @@ from torch.nn import functional as F
 from metapl.apps.pictures import LabeledBatches, UnlabeledBatches
 from metapl.apps.pictures.batches import Fetched
 from metapl.apps.pictures.views.base import Identity, View
-from metapl.apps.recipes.base import Chosen, Method, Phase, Phases, Recipe, Run, Task, variant
+from metapl.apps.recipes.base import Chosen, Method, Phase, Phases, Recipe, Run, Task
 from metapl.apps.recipes.methods.alone import Alone, Losses, Smoothed
-from metapl.apps.recipes.methods.beside import MetaPseudoLabels, WithoutFeedback
-from metapl.apps.recipes.settings import FirstTeacher, Selection, SelfTraining
+from metapl.apps.recipes.settings import SelfTraining
 from metapl.data.draws import fold_in
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError
@@ -53,11 +52,9 @@ class NoisyStudent(Smoothed, Alone):
 
     name = "noisy_student"
     title = "Noisy Student"
-    control: ClassVar[str | None] = "mpl_filtered"
     delivers = "student"
     networks: ClassVar[Mapping[str, str]] = Method.networks
     one_network = False
-    selects = True
     is_noisy_student = True
     idle = ("unlabeled_batch",)
 
@@ -82,20 +79,14 @@ class NoisyStudent(Smoothed, Alone):
     def losses(self) -> Losses:
         return self.supervised()
 
-    def with_forced(self) -> Self:
-        given = self.self_training
-        rounds = dataclasses.replace(given, **{**self.forced, "networks": ()} if self.forced else {})
-        rounds = dataclasses.replace(rounds, networks=given.networks[: rounds.rounds + 1])
-        return dataclasses.replace(self, self_training=rounds)
-
     def check_networks(self, recipe: Recipe) -> None:
         networks_of(recipe, self.self_training)
 
     def phases(self, run: Run) -> Phases:
         recipe, task, settings = run.recipe, run.task, self.self_training
-        _, *others = networks_of(recipe, settings)
+        first, *others = networks_of(recipe, settings)
         hard, model_noise = settings.labels == "hard", settings.unlabeled_noise != "none"
-        phase = _first_teacher(run)
+        phase = _first_teacher(run, first)
         yield phase
         teacher = phase.trainer.student
         for number, sized in enumerate(others, 1):
@@ -122,15 +113,6 @@ class NoisyStudent(Smoothed, Alone):
             teacher = network
 
 
-def _control(made: str, name: str, how: str, **forced: Any) -> type[NoisyStudent]:
-    return variant(NoisyStudent, __name__, made, name, f"Noisy Student, {how}", forced=forced)
-
-
-WithoutNoise = _control("WithoutNoise", "noisy_student_clean", "no noise on unlabeled", unlabeled_noise="none")
-Uneven = _control("Uneven", "noisy_student_uneven", "not balanced", balance=False, per_class=None)
-Once = _control("Once", "noisy_student_once", "one round", rounds=1)
-
-
 @dataclass(frozen=True)
 class StoredLabelLoss:
     """Cross-entropy on pseudo-labeled examples alone, (1/B) Σ_i CE(stored_i, S(x_i)), of labeled batches (x, stored);
@@ -148,58 +130,6 @@ class StoredLabelLoss:
             logits = wide(teacher(inputs))
         check_stored(stored, logits, "unlabeled")
         return F.cross_entropy(logits, stored.argmax(1) if self.hard else wide(stored))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Filtered(Method):
-    """A teacher and a student on examples that are selected by the labels of Noisy Student's first teacher.
-
-    For each class, the unlabeled examples are taken that are most probably of it.
-
-    Args:
-        self_training: how they are selected.
-
-    Source: Meta Pseudo Labels, section 3.3.
-    """
-
-    selects = True
-
-    self_training: Annotated[Selection, tyro.conf.arg(name="")] = field(default_factory=Selection)
-
-    def phases(self, run: Run) -> Phases:
-        # The first teacher of Noisy Student by the same recipe, so both have the same labels.
-        phase = _first_teacher(run)
-        yield phase
-        chosen, source = run.select(1, phase.trainer.student), run.task.unlabeled
-        sampler = dataclasses.replace(source.sampler, size=len(chosen.positions))
-        unlabeled = dataclasses.replace(source, images=chosen.of(source.images), sampler=sampler)
-        run.task = dataclasses.replace(run.task, unlabeled=unlabeled, truth=None)
-        run.seed(run.recipe.seed)  # whatever was drawn for the labels
-        yield from super().phases(run)  # type: ignore[safe-super]  # of the method that it is mixed into
-
-
-@dataclass(frozen=True, kw_only=True)
-class FilteredMetaPseudoLabels(
-    Filtered,
-    MetaPseudoLabels,
-    name="mpl_filtered",
-    title="Meta Pseudo Labels, unlabeled examples selected",
-    place=None,
-    control="none_filtered",
-):
-    """Meta Pseudo Labels on unlabeled examples that are selected by a teacher's labels."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FilteredWithoutFeedback(
-    Filtered,
-    WithoutFeedback,
-    name="none_filtered",
-    title="same loop, no feedback, unlabeled examples selected",
-    place=None,
-    control=None,
-):
-    """The same without feedback."""
 
 
 # ----------------------------------------------------------------------------------------------- networks and phases
@@ -247,30 +177,15 @@ def _network(recipe: Recipe) -> nn.Module:
     return recipe.network("teacher").to(recipe.torch_device())
 
 
-def first_teacher(recipe: Recipe) -> tuple[Recipe, FirstTeacher]:
-    """The recipe with the network and the optimizer of the first teacher, and how it is trained."""
-    method: Any = recipe.method
-    given, name = method.self_training.first, method.self_training.network(0)
-    own = recipe if name is None else recipe.with_network(name)
-    teacher = own.method.optimizers()["teacher"]
-    if given is None:
-        fields: dict[str, Any] = {name: getattr(own, name, None) for name in ("clip_norm", "weights")}
-        fields |= {"steps": own.steps, "warmup": min(own.warmup, own.steps), "validate_every": own.validate_every}
-        return own, FirstTeacher(lr=teacher.lr, **fields)
-    changed = {name: getattr(given, name) for name in ("clip_norm", "weights") if hasattr(own, name)}
-    return dataclasses.replace(own.with_method(teacher=dataclasses.replace(teacher, lr=given.lr)), **changed), given
-
-
-def _first_teacher(run: Run) -> Phase:
-    """Round 0, on labeled examples alone, with noise; a function of task, seed and what :func:`first_teacher` gives."""
-    (own, settings), task = first_teacher(run.recipe), run.task
-    torch.manual_seed(fold_in(own.seed, 0))
-    network, method = run.laid_out(_network(own)), own.method
+def _first_teacher(run: Run, recipe: Recipe) -> Phase:
+    """Round 0, on labeled examples alone, with noise; a function of task, seed and recipe."""
+    torch.manual_seed(fold_in(recipe.seed, 0))
+    network, method = run.laid_out(_network(recipe)), recipe.method
     assert isinstance(method, Smoothed)
     optimizer = method.optimizers()["teacher"].build(network)
-    trainer = LossTrainer(network, method.supervised(), optimizer=optimizer, **own.trainer_options())
-    options: dict[str, Any] = {name: getattr(settings, name) for name in ("steps", "warmup", "validate_every")}
-    return Phase(trainer, _with_noise(own, task, 0), None, task, FIRST, options | _decay(own, settings.steps))
+    trainer = LossTrainer(network, method.supervised(), optimizer=optimizer, **recipe.trainer_options())
+    options = {"steps": recipe.steps, "warmup": min(recipe.warmup, recipe.steps), **_decay(recipe, recipe.steps)}
+    return Phase(trainer, _with_noise(recipe, run.task, 0), None, run.task, FIRST, options)
 
 
 def _decay(recipe: Recipe, steps: int) -> dict[str, float]:
