@@ -13,10 +13,10 @@ from metapl.problems.doubtful import (
     WeightNet,
 )
 from metapl.problems.pseudo_labels import PseudoLabels
-from metapl.problems.sequences import DataRater
+from metapl.problems.sequences import DataRater, NextToken
 from metapl.problems.stored import ReducedLabels, StoredCrossEntropy
 
 __all__ = ["BilevelProblem", "DataRater", "EqualWeights", "ExampleLabels", "ExampleWeights", "LabelCorrection"]
-__all__ += ["LearningToReweight", "MetaWeightNet", "NoiseTransition", "Problem", "PseudoLabels", "ReducedLabels"]
-__all__ += ["Signal", "StoredCrossEntropy", "Table", "WeightNet"]
+__all__ += ["LearningToReweight", "MetaWeightNet", "NextToken", "NoiseTransition", "Problem", "PseudoLabels"]
+__all__ += ["ReducedLabels", "Signal", "StoredCrossEntropy", "Table", "WeightNet"]
 __dir__ = __all__.copy

@@ -23,7 +23,7 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import holds_tensors
 from metapl.execution.numerics import in_type_of, wide
-from metapl.problems.base import Kind, Params, Problem, Random, Signal
+from metapl.problems.base import Kind, OuterLoss, Params, Problem, Random, Signal
 from metapl.runs.fields import AtLeastOne, check_arguments
 
 
@@ -47,7 +47,7 @@ class Classification(Problem):
         for labels in (labeled[1], *unlabeled[1 : 1 + ("labels" in self.inner_batch)]):
             checks.class_labels(labels, outputs.shape[1])
 
-    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+    def outer_loss(self, outputs: Tensor, batch: Any) -> OuterLoss:
         """Mean cross-entropy on the trusted labels."""
         checks.class_outputs(outputs, "student")
         return F.cross_entropy(outputs, checks.safe_labels(batch[1], outputs.shape[1]))
@@ -65,14 +65,18 @@ class EqualWeights(Weighted):
     """Cross-entropy of examples whose weights are 1: what :func:`metapl.attribute` differentiates in these.
 
     For other losses, a subclass gives ``inner_loss``, one loss for each example times ``signal.value``, and
-    ``outer_loss``.
+    ``outer_loss``; for weights of parts of each example, such as its tokens, also ``weight_shape``.
     """
 
     has_teacher: ClassVar[bool] = False
 
+    def weight_shape(self, outputs: Tensor) -> tuple[int, ...]:
+        """(B,), or the shape of weights of parts of each example, (B, T): those that the inner loss then multiplies."""
+        return (len(outputs),)
+
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
-        """a = 1, (B,)."""
-        return Signal(student_outputs.new_ones(len(student_outputs)))
+        """a = 1, in the shape of the weights."""
+        return Signal(student_outputs.new_ones(self.weight_shape(student_outputs)))
 
 
 class Relabeled(Classification):

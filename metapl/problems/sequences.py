@@ -1,9 +1,9 @@
-r"""Training a language model on sequences that a teacher rates."""
+r"""Training a language model on sequences that a teacher rates, or whose weights are 1."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from metapl.execution.batch import inputs_of, plain
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import rows_of_all
 from metapl.problems.base import Params, Problem, Random, Signal
+from metapl.problems.doubtful import EqualWeights
+from metapl.runs.fields import check_fields
 
 IGNORED = -100
 """The label of a token that is not to be predicted."""
@@ -79,14 +81,7 @@ class DataRater(Problem):
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
         """Refuse outputs that are not logits of each token, labels, of either batch, that are none of its words, and an
         inner batch without a token to predict."""
-        if outputs.ndim != 3 or outputs.shape[:2] != _read(unlabeled)[1].shape:
-            raise MetaplError(
-                f"the student's outputs are {checks.described(outputs)}; expected the logits of a causal language "
-                "model, (B, T, words): metapl.models.Logits wraps those of Hugging Face."
-            )
-        for _, labels in map(_read, (labeled, unlabeled)):
-            ids, words = labels.masked_fill(labels == IGNORED, 0).flatten(), outputs.shape[2]
-            checks.class_labels(ids, words, "the token ids", f"the student has {words:,} words")
+        _check_words(outputs, _read(unlabeled)[1], _read(labeled)[1])
         checks.refuse(
             (_read(unlabeled)[1][:, 1:] == IGNORED).all(),
             f"the inner batch of DataRater has no token to predict: its labels are all {IGNORED}, or all is padding; "
@@ -106,13 +101,76 @@ class DataRater(Problem):
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
         """ℓ_i, (B,)."""
-        losses, counts = _losses(outputs, batch)
+        losses, counts = _losses(outputs, _read(batch)[1])
         return signal.value * losses.sum(1) / counts.sum(1).clamp_min(1)
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
         """The sum over tokens, and their number."""
-        losses, counts = _losses(outputs, batch)
+        losses, counts = _losses(outputs, _read(batch)[1])
         return losses.sum(), counts.sum()
+
+
+@dataclass(frozen=True)
+class NextToken(EqualWeights):
+    r"""Training sequences, or their tokens, whose weights are 1: for :func:`metapl.attribute`.
+
+    .. math:: \ell_i = \frac1{n_i} \sum_t w_{it} \big(-\log S(x_{i,<t}; \theta)_{y_{it}}\big)
+
+    A batch is (ids, labels): ids (B, T), int64, or the dict of them that the network takes, and labels (B, T), the ids
+    themselves with -100 where none is to be predicted, such as at padding; n_i is the number of the others after the
+    first. The student is a causal language model, with logits
+    (B, T, words). The outer loss is the mean over all tokens of the outer batch. A sequence without a token to predict
+    has the loss 0.
+
+    Args:
+        per: ``"sequence"``: w_it = w_i, (B,), and scores (N,). ``"token"``: (B, T), and scores (N, T), at the place of
+            the token that is predicted, so that the first column is 0; by the chain rule their sums over T are the
+            scores of the sequences.
+
+    >>> import metapl
+    >>> student = torch.nn.Sequential(torch.nn.Embedding(20, 8), torch.nn.Linear(8, 20))
+    >>> train, outer = torch.randint(20, (12, 7)), torch.randint(20, (4, 7))
+    >>> how = {"optimizer": torch.optim.SGD(student.parameters(), lr=0.1), "steps": 5, "batch_size": 6}
+    >>> metapl.attribute(student, (train, train), (outer, outer), problem=NextToken(per="token"), **how).scores.shape
+    torch.Size([12, 7])
+    """
+
+    per: Literal["sequence", "token"] = "sequence"
+    classifies: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def weight_shape(self, outputs: Tensor) -> tuple[int, ...]:
+        return tuple(outputs.shape[: 1 if self.per == "sequence" else 2])
+
+    def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
+        """Refuse outputs that are not logits of each token, and labels, of either batch, that are none of its words."""
+        _check_words(outputs, unlabeled[1], labeled[1])
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
+        """ℓ_i, (B,)."""
+        losses, counts = _losses(outputs, batch[1])
+        of_token = F.pad(losses[:, :-1], (1, 0))  # at the token, not where it is predicted from
+        weights = signal.value.reshape(len(losses), -1)  # (B, 1), or (B, T)
+        return (weights * of_token).sum(1) / counts.sum(1).clamp_min(1)
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        """The sum over tokens, and their number."""
+        losses, counts = _losses(outputs, batch[1])
+        return losses.sum(), counts.sum()
+
+
+def _check_words(outputs: Tensor, inner: Tensor, outer: Tensor) -> None:
+    """Refuse outputs that are not logits of each token of the inner labels, and labels that are none of its words."""
+    if outputs.ndim != 3 or outputs.shape[:2] != inner.shape:
+        raise MetaplError(
+            f"the student's outputs are {checks.described(outputs)}; expected the logits of a causal language "
+            "model, (B, T, words): metapl.models.Logits wraps those of Hugging Face."
+        )
+    for labels in (outer, inner):
+        ids, words = labels.masked_fill(labels == IGNORED, 0).flatten(), outputs.shape[2]
+        checks.class_labels(ids, words, "the token ids", f"the student has {words:,} words")
 
 
 def _read(batch: Any) -> tuple[Any, Tensor]:
@@ -137,11 +195,11 @@ def _read(batch: Any) -> tuple[Any, Tensor]:
     return inputs_of(given), labels
 
 
-def _losses(outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+def _losses(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The cross-entropy of the following token at each place, (B, T), 0 where none is to be predicted, and 1 where one
     is."""
     # The labels move, not the outputs, of which a part would be a copy.
-    following = F.pad(_read(batch)[1][:, 1:], (0, 1), value=IGNORED)
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     counts = following != IGNORED
     safe = torch.where(counts, checks.safe_labels(following, outputs.shape[2]), IGNORED)
     losses = F.cross_entropy(outputs.flatten(0, 1), safe.flatten(), ignore_index=IGNORED, reduction="none")

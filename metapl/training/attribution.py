@@ -66,7 +66,8 @@ class Attribution:
     Args:
         scores: minus the derivative of the outer loss in the weight of each of the N training examples, (N,), or of
             the loss of each of M outer examples, (M, N); in units of the outer loss. Positive: more of the example
-            would lower the loss. One that no step has drawn has 0.
+            would lower the loss. One that no step has drawn has 0. Of a problem with weights of parts of an example,
+            such as tokens, (N, T) or (M, N, T).
         order: the training examples of each step, (K, B).
         outer_loss: L(θ_K), a scalar or (M,).
         student_params: θ_K by name.
@@ -87,7 +88,8 @@ class Attribution:
         """The predicted change of the outer loss, to first order, when ``removed`` examples have weight 0: Σ score_i.
 
         Args:
-            removed: their numbers, as torch takes them for an index, or N booleans.
+            removed: their numbers, as torch takes them for an index, or N booleans; of scores of tokens also (N, T)
+                booleans, which remove these tokens.
 
         Returns: a scalar, or (M,), in units of the outer loss.
 
@@ -122,8 +124,10 @@ class Attribution:
         return DatamodelingScore(spearman, pearson, predicted, retrained)
 
     def top(self, count: int = 10) -> tuple[Tensor, Tensor]:
-        """The numbers of the most helpful examples and of the most harmful ones, by the mean over outer losses."""
-        mean = self.scores.reshape(-1, self.scores.shape[-1]).mean(0)
+        """The numbers of the most helpful examples and of the most harmful ones, by the mean over outer losses, and by
+        the sum over their tokens."""
+        examples = self.scores.shape[self.outer_loss.ndim]
+        mean = self.scores.reshape(self.outer_loss.numel(), examples, -1).sum(2).mean(0)
         ranked = mean.argsort(descending=True)
         return ranked[:count], ranked.flip(0)[:count]
 
@@ -135,8 +139,9 @@ class Attribution:
             torch.save({name: getattr(self, name) for name in names}, out)
 
     def _removed(self, removed: Any) -> Tensor:
-        """Which examples are removed, N booleans; numbers as torch takes them for an index."""
-        found = torch.zeros(self.scores.shape[-1], dtype=torch.bool, device=self.scores.device)
+        """Which weights are removed, (N,) or (N, T) booleans; numbers as torch takes them for an index."""
+        shape = self.scores.shape[self.outer_loss.ndim :]
+        found = torch.zeros(shape, dtype=torch.bool, device=self.scores.device)
         found[torch.as_tensor(removed, device=found.device)] = True
         return found
 
@@ -175,6 +180,7 @@ def attribute(
         schedule: of the learning rate, as for :class:`metapl.Lookahead`.
         generator: for the order; default ``torch.Generator().manual_seed(0)``.
         problem: default :class:`metapl.problems.EqualWeights`, cross-entropy; see there for other losses.
+            :class:`metapl.problems.NextToken` for sequences and for their tokens.
         each: the scores of each outer example's loss, (M, N), in place of the whole outer loss's; the network sees all
             M, as for that one.
         mode: default ``Forward()``, which keeps as many steps as half of the free memory holds. With
@@ -235,10 +241,11 @@ def attribute(
             given |= {"outer": outer_batch, "inner": ahead, "mode": mode, "inner_optimizer": whole}
             eager = hypergradient(None, student, problem=own[0], **given)
             feedback, L, theta, kept = eager.feedback, eager.outer_loss, eager.student_params, eager.kept
-        found = wide(next(student.parameters()).new_zeros(len(training.data), len(own)))
+        parts = feedback[0].shape[2 if compile and each else 1 :]  # h is (B, ...), or (M, B, ...)
+        found = wide(next(student.parameters()).new_zeros(len(own), len(training.data), *parts))
         for chosen, h in zip(order.to(device), feedback, strict=True):
-            found.index_add_(0, chosen, h.reshape(len(own), -1).T.to(found))  # h is (B,), or (M, B)
-        scores += found.T.unbind()
+            found.index_add_(1, chosen, h.reshape(len(own), len(chosen), *parts).to(found))
+        scores += found.unbind()
         losses += L.flatten().unbind()
 
     def losses_with(weights: Tensor) -> Tensor:
@@ -374,7 +381,8 @@ class _Training:
         self.autocast = partial(torch.autocast, kind, **how)
 
     def repeated(self, weights: Tensor, judging: Sequence[Problem]) -> tuple[dict[str, Tensor], Tensor]:
-        """The training, with weights of the examples, (N,), by a plain loop: θ_K by name, and its outer losses."""
+        """The training, with weights of the examples, (N,) or as the problem's, by a plain loop: θ_K by name, and its
+        outer losses."""
         network, again = copy.deepcopy(self.begun)
         weights_of, problem = trainable(network), self.problem
         rule, device = update_of(again, weights_of), self.start.device

@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 import metapl
 from metapl import MetaplError, attribute, metasmoothness
 from metapl.execution.rng import RandomState, replayed
-from metapl.problems import EqualWeights
+from metapl.problems import EqualWeights, NextToken
 from metapl.training.attribution import Attribution
 
 N, STEPS = 24, 9
@@ -106,6 +106,69 @@ def test_of_each_outer_example(kind: str) -> None:
     sets = [[1, 2], [5], [7, 8, 9]]
     of_all = found(network).validate(sets).retrained
     assert error(attribution.validate(sets).retrained.mean(1), of_all) < 1e-10
+
+
+class Causal(nn.Module):
+    """Logits of the next token, from the mean of those so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.last = nn.Embedding(5, 6).double(), nn.Linear(6, 5).double()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        counts = torch.arange(1, ids.shape[1] + 1, dtype=torch.float64)[:, None]
+        logits: Tensor = self.last(torch.tanh(self.words(ids).cumsum(1) / counts))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("each", "compile"),
+    [(False, False), (True, False), *(pytest.param(each, True, marks=pytest.mark.long) for each in (False, True))],
+)
+def test_the_scores_of_tokens_are_the_derivatives(each: bool, compile: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    ids, judged = (torch.randint(0, 5, (rows, 4), generator=draw) for rows in (6, 3))
+    labels = ids.clone()
+    labels[0, 2:] = labels[4] = -100  # padded, and empty
+    network = Causal()
+    given: dict[str, Any] = {"train": (ids, labels), "outer": (judged, judged), "steps": 5, "batch_size": 4}
+    given |= {"each": each, "compile": compile}
+    attribution = found(network, problem=NextToken(per="token"), **given)
+
+    def losses(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        """(B, T): of each token after the first."""
+        z = functional_call(network, params, (x,))
+        of_token = F.cross_entropy(z[:, :-1].mT, y[:, 1:], reduction="none", ignore_index=-100)
+        return torch.cat([torch.zeros(len(x), 1).double(), of_token], 1)
+
+    def trained(w: Tensor) -> Tensor:
+        """The outer losses, by SGD with momentum written out."""
+        params: dict[str, Any] = {n: p.detach().clone().requires_grad_() for n, p in network.named_parameters()}
+        speed: dict[str, Any] = dict.fromkeys(params, 0.0)
+        for chosen in attribution.order:
+            of_tokens = w[chosen] * losses(params, ids[chosen], labels[chosen])
+            loss = (of_tokens.sum(1) / (labels[chosen, 1:] != -100).sum(1).clamp_min(1)).mean()
+            grads = torch.autograd.grad(loss, [*params.values()], create_graph=True)
+            speed = {n: 0.9 * speed[n] + g for n, g in zip(params, grads, strict=True)}
+            params = {n: p - 0.1 * speed[n] for n, p in params.items()}
+        of_outer = losses(params, judged, judged)[:, 1:].mean(1)
+        return of_outer if each else of_outer.mean()
+
+    exact = -torch.autograd.functional.jacobian(trained, torch.ones(6, 4).double())
+    assert attribution.scores.shape == ((3, 6, 4) if each else (6, 4))
+    assert error(attribution.scores, exact) < 1e-7
+    if compile:
+        return
+    of_sequences = found(Causal(), problem=NextToken(), **given)
+    assert error(attribution.scores.sum(-1), of_sequences.scores) < 1e-10
+    assert attribution.top(3)[0].tolist() == of_sequences.top(3)[0].tolist()
+    assert error(attribution.predict([1, 3]), of_sequences.predict([1, 3])) < 1e-10
+    second = torch.zeros(6, 4, dtype=torch.bool).index_fill(1, torch.tensor(2), True)  # one token of each sequence
+    agreement = attribution.validate([[1, 3], [2], second])
+    assert error(agreement.retrained[:2], of_sequences.validate([[1, 3], [2], [5]]).retrained[:2]) < 1e-10
+    assert error(agreement.retrained[2], trained(1.0 - second.double()) - attribution.outer_loss) < 1e-10
+    assert error(agreement.predicted[2], exact[..., 2].sum(-1)) < 1e-7
 
 
 def test_a_batch_may_hold_an_example_twice() -> None:
