@@ -5,7 +5,7 @@
     python benchmarks/gpu.py --device cpu --miniature --minutes 4 --out DIR    # that it runs; its figures mean nothing
 
 Each part has a process of its own, which is killed when the minutes are over, and a file of the folder when it is done:
-the tests that pytest calls ``gpu``; the views of whole batches; the memory of ``metapl plan`` beside what a step takes;
+the tests that pytest calls ``gpu``; the memory of ``metapl plan`` beside what a step takes;
 whole steps of every mode beside their own passes and beside other ways to the same gradient. A part that failed leaves
 what it printed, and is run again by the next call.
 
@@ -78,7 +78,7 @@ class Part:
     told: Callable[[Row], Iterator[Told]]
 
 
-# ------------------------------------------------------------------------------------------------ tests, views, studies
+# ------------------------------------------------------------------------------------------------ tests, studies
 
 
 def command(*given: Any) -> str:
@@ -107,20 +107,6 @@ def tests(setting: Setting) -> Row:
 def told_tests(row: Row) -> Iterator[Told]:
     failed = f": {', '.join(row['failed'])}" if row["failed"] else ""
     yield "tests on the device", f"{row['passed']} passed, {len(row['failed'])} failed{failed}", "none failed"
-
-
-def views(setting: Setting) -> Row:
-    out = setting.folder / "views.raw.json"
-    command("benchmarks/augment.py", "--out", out, *["--miniature"] * setting.miniature)
-    found: Row = json.loads(out.read_text())
-    return found
-
-
-def told_views(row: Row) -> Iterator[Told]:
-    for case in row["rows"]:
-        whole = "torchvision" in case["view"] or case["view"] in ("strong", "Flip, Affine, Color, Hole")
-        if whole and case["device"] == row["rows"][-1]["device"]:
-            yield f"{'x'.join(map(str, case['shape']))}, {case['view']}", f"{case['ms']:.1f} ms", ""
 
 
 # ----------------------------------------------------------------------------------------------------- memory of a plan
@@ -452,7 +438,6 @@ def told_steps(name: str, row: Row) -> Iterator[Told]:
 PARTS: dict[str, Part] = {
     "tests": Part(90, tests, told_tests),
     "plan": Part(30, plans, told_plans),
-    "views": Part(30, views, told_views),
     **{
         f"{network}, {precision}": Part(
             45, partial(steps, network, precision), partial(told_steps, f"{network}, {precision}")

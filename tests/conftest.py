@@ -16,7 +16,7 @@ LONGEST = [
     *("test_sharded", "test_plan", "test_command_processes", "test_stopped", "test_mesh_command", "test_compile"),
     *("test_report", "test_recipes", "test_pictures", "test_fit_resumed", "test_cli", "test_export"),
     *("test_image_resume", "test_delivery", "test_resume", "test_killed_ranks", "test_reduced_runs"),
-    *("test_cli_pictures", "test_noisy_student_pictures", "test_exact", "test_picture_problems", "test_two_moons"),
+    *("test_cli_pictures", "test_noisy_student_pictures", "test_exact", "test_picture_problems"),
 ]
 
 

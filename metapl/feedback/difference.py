@@ -24,7 +24,8 @@ ROUNDINGS = 30.0
 RELATIVE_STEP = {torch.float32: 2e-3, torch.float64: 1e-6}
 """r by dtype. A move along the gradient changes the outputs in inverse proportion to a typical weight, whatever the
 number of weights, so r determines the change of the outputs: large beside their rounding, and small enough that few
-ReLUs switch (these, not curvature, cause the error of longer moves). Measured in benchmarks/difference_step.py."""
+ReLUs switch (these, not curvature, cause the error of longer moves). Measured by benchmarks/difference_step.py at
+d3aeafaa."""
 
 
 @dataclass(frozen=True)

@@ -23,33 +23,25 @@ STUDIES = {
     "attribution": (),
     "data_rater": (),
     "digits_study": ("--workers", "1"),
-    "feedback_size": ("--workers", "1"),
     "harmful_pictures": (),
     "hyperparameters": (),
     "label_noise": (),
     "noisy_student": (),
-    "pictures_study": ("--jobs", "1"),
     "student_or_mpl": (),
     "suspects": (),
     "tables": (),
     "text_feedback": (),
-    "two_moons": (),
     "when": (),
 }
 MEASUREMENTS = (
-    "augment",
-    "difference_step",
     "endurance",
     "fresh_adam",
-    "labels",
-    "language_plan",
     "long_paths",
     "modes",
     "peers",
     "reduced",
     "scale",
     "step",
-    "tangent",
     "throughput",
 )
 LONG = ("endurance", "peers", "reduced")
@@ -153,15 +145,6 @@ def test_two_checkouts_take_turns(module: ModuleType, tmp_path: Path) -> None:
     assert printed.endswith(module.table_beside({"rows": rows}) + "\n")
 
 
-@pytest.mark.parametrize("module", ["feedback_size"], indirect=True)
-def test_feedback_size_runs_every_setting_at_every_size(module: ModuleType, tmp_path: Path) -> None:
-    out = tmp_path / "result.json"
-    printed = miniature("feedback_size", out)
-    rows = json.loads(out.read_text())["rows"]
-    assert len({(row["setting"], row["kind"], row["size"]) for row in rows}) == len(rows) == 44
-    assert printed == module.table(rows) + "\n"
-
-
 @pytest.mark.parametrize("module", ["attribution"], indirect=True)
 def test_the_study_of_attribution_goes_on_where_it_was_stopped(module: ModuleType, tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
@@ -230,8 +213,6 @@ def test_the_study_of_hyperparameters_was_run_as_it_says(module: ModuleType) -> 
         ("data-rater", "<!-- data_rater:begin -->", "data_rater"),
         ("hyperparameters", "<!-- hyperparameters:begin -->", "hyperparameters"),
         ("modes", "<!-- step:begin -->", "step"),
-        ("modes", "<!-- tangent:begin -->", "tangent"),
-        ("plan", "<!-- language_plan:begin -->", "language_plan"),
     ],
     indirect=["module"],
 )
@@ -278,17 +259,6 @@ def test_a_final_run_of_the_digits_study_is_blind_to_the_validation_images(
     others = module.dataclasses.replace(task, validation=(images.flip(0), labels.roll(1)))
     monkeypatch.setattr(module, "drawn", lambda *_: others)
     assert {**module.one_run(job, size), "seconds": 0} == {**told, "seconds": 0}
-
-
-@pytest.mark.parametrize("module", ["pictures_study"], indirect=True)
-@pytest.mark.long
-def test_the_pictures_study_goes_through_the_command(module: ModuleType, tmp_path: Path) -> None:
-    out = tmp_path / "rows.jsonl"
-    printed = miniature("pictures_study", out)
-    rows = module.read(out)
-    found = [(row["phase"], row["method"], row["seed"]) for row in rows]
-    assert found == [("tuning", "mpl", 100), ("final", "mpl", 0), ("final", "none", 0)]
-    assert printed.endswith(f"{module.table(rows)}\n\n{module.pairs(rows)}\n")
 
 
 @pytest.mark.parametrize("module", ["label_noise"], indirect=True)
@@ -411,45 +381,6 @@ def test_the_comparison_on_tables_goes_on_where_it_was_stopped_and_fills_in_the_
     run("tables", "--out", out, "--write", page)
     assert printed.strip() in page.read_text()
     assert page.read_text().endswith("\nafter\n")
-
-
-@pytest.mark.parametrize("module", ["two_moons"], indirect=True)
-def test_the_search_of_the_two_moons_goes_on_where_it_was_stopped_and_fills_in_the_page(
-    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
-    few = {name: module._miniature()[name] for name in ("uda", "uda_ratio_1", "no_supervised")}
-    module.run(out, few, (0, 1))
-    rows = module.read(out)
-    assert {(row["regime"], row["method"]) for row in rows} == {(n, m) for n, r in few.items() for m in r.methods}
-    assert all(row["runs"] == len(row["accuracy"]) == 2 for row in rows)
-    out.write_text("".join(out.read_text().splitlines(keepends=True)[:-1]))
-    module.run(out, few, (0, 1))
-    assert [{**row, "seconds": 0} for row in module.read(out)] == [{**row, "seconds": 0} for row in rows]
-    page.write_text("before\n<!-- two_moons:begin -->\n<!-- two_moons:end -->\nafter\n")
-    monkeypatch.setattr(sys, "argv", ["two_moons", "--out", str(out), "--write", str(page), "--table"])
-    module.main()
-    text = page.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
-    assert text.count("\n| ") == len(few) + 1
-    assert module.table(rows).partition("minutes")[0] in text.partition("minutes")[0] + "minutes"
-    assert page.with_name("rows.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("module", ["two_moons"], indirect=True)
-def test_regimes_of_the_two_moons_that_share_a_control_differ_in_the_feedback_alone(module: ModuleType) -> None:
-    def silent(name: str) -> object:
-        recipe = module.REGIMES[name].recipe
-        return module.dataclasses.replace(recipe, feedback_weight=0.0, feedback_ratio=None)
-
-    sharing = {name: regime.control for name, regime in module.REGIMES.items() if regime.control is not None}
-    assert len(sharing) >= 2
-    for name, control in sharing.items():
-        assert silent(name) == silent(control)
-        assert "none" in module.REGIMES[control].methods
-    alone = [regime for regime in module.REGIMES.values() if regime.control is None and "mpl" in regime.methods]
-    assert all("none" in regime.methods for regime in alone)
 
 
 @pytest.mark.parametrize("module", ["when"], indirect=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from metapl.metrics import interval, paired_test
+from metapl.metrics import paired_test
 
 pytestmark = pytest.mark.docs
 
@@ -36,8 +36,6 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> object:
         "noisy_student_tables",
         "student_or_mpl",
         "suspects",
-        "two_moons",
-        "two_moons_stack",
         "when",
         "when_tables",
         "figures",
@@ -122,54 +120,9 @@ def test_the_pages_show_the_tables_of_the_classifiers_and_of_a_fresh_adam(tables
         sys.modules.pop(module)
 
 
-def test_the_page_shows_the_table_of_feedback_sizes(tables: object) -> None:
-    import json
-
-    import feedback_size
-
-    assert shown("size") == feedback_size.table(json.loads(feedback_size.RAW.read_text())["rows"])
-    sys.modules.pop("feedback_size")
-
-
-def test_the_page_shows_the_table_of_pictures(tables: object) -> None:
-    import pictures_study
-
-    rows = pictures_study.read(pictures_study.RAW)
-    assert shown("pictures") == pictures_study.table(rows)
-    tuning = [row for row in rows if row["phase"] == "tuning"]
-    assert not {row["seed"] for row in tuning} & set(pictures_study.SEEDS)
-    final = [row for row in rows if row["phase"] == "final"]
-    assert len(final) == len(pictures_study.METHODS) * len(pictures_study.SEEDS)
-    assert {row["size"] for row in final} == {pictures_study.chosen(rows)}
-    sys.modules.pop("pictures_study")
-
-
 def prose() -> str:
     """The page without its line breaks."""
     return " ".join(PAGE.read_text().split())
-
-
-def test_the_differences_between_pictures_that_the_page_speaks_of_are_those_of_the_rows(tables: object) -> None:
-    import pictures_study as study
-    from figures import difference
-
-    rows = study.read(study.RAW)
-    students = {method: study.column(rows, method, "test_accuracy") for method in study.METHODS}
-    control = study.column(rows, "none", "finetuned_test_accuracy")
-
-    def of(first: list[float], second: list[float]) -> str:
-        points, p = difference(first, second)
-        return f"{points.lstrip('+-')} points (p = {p})"
-
-    mpl = students["mpl"]
-    assert f"Over the control's better read-out MPL gains {of(mpl, control)}, student against" in prose()
-    assert f"student against student {of(mpl, students['none'])}." in prose()
-    assert f"{of(mpl, students['class_means'])} above its class means" in prose()
-    assert f"{of(mpl, students['permuted'])} above permuted feedback" in prose()
-    assert f"{of(students['uda'], mpl)} ahead of MPL" in prose()
-    assert f"{of(students['uda'], control)} ahead of the loop without feedback" in prose()
-    assert all(line in study.pairs(rows) for line in ("mpl - uda: -", "mpl - none: +"))
-    sys.modules.pop("pictures_study")
 
 
 def test_the_page_shows_the_table_of_throughput(tables: object) -> None:
@@ -349,65 +302,6 @@ def test_every_table_that_is_marked_is_compared_with_its_raw_file() -> None:
     marked = set(re.findall(r"<!-- (\w+):begin -->", pages))
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     assert all(f'shown("{name}")' in tests or f"<!-- {name}:begin -->" in tests for name in marked)
-
-
-def test_the_page_on_the_two_moons_shows_the_table_of_the_raw_rows(tables: object) -> None:
-    import two_moons
-
-    rows = two_moons.read(two_moons.RAW)
-    assert shown("two_moons") == two_moons.table(rows)
-    ran = [(row["regime"], row["method"]) for row in rows]
-    assert sorted(ran) == sorted((name, m) for name, regime in two_moons.REGIMES.items() for m in regime.methods)
-    for row in rows:
-        recipe = dataclasses.asdict(two_moons.REGIMES[row["regime"]].recipe)
-        assert row["recipe"] == json.loads(json.dumps(recipe))
-        assert tuple(row["seeds"]) == two_moons.SEEDS
-        assert row["success"] == sum(accuracy > 0.95 for accuracy in row["accuracy"])
-        assert row["interval"] == [round(end, 4) for end in interval(row["success"], row["runs"])]
-
-
-def test_the_rates_on_two_moons_that_the_page_speaks_of_are_those_of_the_rows(tables: object) -> None:
-    import two_moons
-
-    rows = two_moons.read(two_moons.RAW)
-    words = " ".join((PAGE.parent / "two-moons.md").read_text().split())
-
-    def successes(regime: str, method: str) -> int:
-        (row,) = [row for row in rows if (row["regime"], row["method"]) == (regime, method)]
-        assert row["runs"] == 64
-        return int(row["success"])
-
-    def against_control(regime: str) -> tuple[int, int, float]:
-        accuracies = [two_moons.found(rows, regime, method)["accuracy"] for method in ("mpl", "none")]
-        return two_moons.mcnemar(*accuracies)
-
-    def p(regime: str) -> str:
-        return f"(p = {against_control(regime)[2]:.2g})"
-
-    stated = [successes("stated", method) for method in two_moons.ALL]
-    assert (
-        f"in {stated[0]} of 64 runs (95 % interval 0 to 6 %), the same loop without feedback in {stated[1]}, "
-        f"supervised learning in {stated[2]} and pseudo-labels in {stated[3]}."
-    ) in words
-    assert f"with UDA, {successes('uda', 'none')} of 64 runs of the loop without feedback succeed" in words
-    assert f"and {successes('longer', 'none')} of 64 after three times as many steps" in words
-    assert (
-        f"{successes('uda', 'mpl')} of 64 {p('uda')} at the ratio 0.3, {successes('uda_ratio_1', 'mpl')} of 64 "
-        f"{p('uda_ratio_1')} at the ratio 1, and {successes('longer', 'mpl')} of 64 {p('longer')} after three times"
-    ) in words
-    assert (
-        f"{successes('lookahead_5_full', 'mpl')} of 64 against {successes('lookahead_5_full', 'none')} of its control "
-        f"{p('lookahead_5_full')}"
-    ) in words
-    assert (
-        f"let {successes('spread', 'mpl')} of 64 runs of MPL succeed, and {successes('spread', 'none')} of 64 of the "
-        "control. Without UDA, spread labels do not suffice: "
-        f"{successes('quick_spread', 'mpl')} and {successes('quick_spread', 'none')} of 64."
-    ) in words
-    compared = [name for name, regime in two_moons.REGIMES.items() if "mpl" in regime.methods]
-    better = [name for name in compared if against_control(name)[0] > against_control(name)[1]]
-    assert all(against_control(name)[2] >= 0.05 for name in better)
-    assert successes("many_labels", "supervised") == 64
 
 
 def test_the_page_on_when_feedback_helps_shows_the_tables_of_the_raw_rows(tables: object) -> None:
