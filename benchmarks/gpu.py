@@ -5,9 +5,8 @@
     python benchmarks/gpu.py --device cpu --miniature --minutes 4 --out DIR    # that it runs; its figures mean nothing
 
 Each part has a process of its own, which is killed when the minutes are over, and a file of the folder when it is done:
-the tests that pytest calls ``gpu``; the memory of ``metapl plan`` beside what a step takes;
-whole steps of every mode beside their own passes and beside other ways to the same gradient. A part that failed leaves
-what it printed, and is run again by the next call.
+the tests that pytest calls ``gpu``; whole steps of every mode beside their own passes and beside other ways to the same
+gradient. A part that failed leaves what it printed, and is run again by the next call.
 
 Of a step, everything that is compared takes turns in one process, and figures are medians over turns of the ratios
 within a turn. *Passes* are what a mode cannot do without, run by hand: forward and backward passes of both networks and
@@ -19,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import importlib.util
 import json
 import statistics
@@ -44,7 +42,6 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
 
 import metapl
 from metapl.ablation.cost import peak_bytes
@@ -107,55 +104,6 @@ def tests(setting: Setting) -> Row:
 def told_tests(row: Row) -> Iterator[Told]:
     failed = f": {', '.join(row['failed'])}" if row["failed"] else ""
     yield "tests on the device", f"{row['passed']} passed, {len(row['failed'])} failed{failed}", "none failed"
-
-
-# ----------------------------------------------------------------------------------------------------- memory of a plan
-
-
-def plans(setting: Setting) -> Row:
-    """Bytes by ``metapl plan``, and those of a real step: what is there before it, and what the allocator adds."""
-    from metapl.apps.planning.plan import plan
-    from metapl.apps.recipes import Cifar10
-    from metapl.apps.recipes.base import ROLES
-    from metapl.apps.recipes.methods.beside import bilevel_trainer
-    from metapl.apps.recipes.settings import Feedback
-    from metapl.distributed import Mesh
-
-    rows = []
-    networks = ("small_cnn",) if setting.miniature else ("wide_resnet28_2", "resnet50")
-    for network, mode in ((network, mode) for network in networks for mode in ("none", "reinforce", "forward")):
-        method = dataclasses.replace(Cifar10.by_name(Cifar10.own), feedback=Feedback(mode=mode))  # type: ignore[arg-type]
-        recipe = Cifar10(
-            data_root="",
-            class_names=tuple(map(str, range(10))),
-            network_name=network,
-            labeled_batch=4 if setting.miniature else 64,
-            unlabeled_batch=8 if setting.miniature else 448,
-            method=method,
-        )
-        both = [recipe.network(role).to(setting.device) for role in ROLES]
-        trainer = bilevel_trainer(recipe, *both, recipe.method)
-        few, many = (
-            torch.rand(n, *recipe.input_shape, device=setting.device)
-            for n in (recipe.labeled_batch, recipe.unlabeled_batch)
-        )
-        batches: Any = ((few, torch.arange(len(few), device=setting.device) % 10), (many, many.clone()))
-        for _ in range(2):  # with the second, the states of the optimizers are there
-            trainer.step(*batches)
-        states = [state for optimizer in trainer.schedulable for state in optimizer.state.values()]
-        there = [t for one in both for t in (*one.parameters(), *one.buffers())]
-        there += [t for t in pytree.tree_leaves([states, batches]) if isinstance(t, Tensor)]
-        held = sum(t.numel() * t.element_size() for t in there)
-        taken = held + peak_bytes(lambda: trainer.step(*batches), torch.device(setting.device))  # noqa: B023
-        said = plan(recipe, Mesh(), memory=10**12).per_rank["peak"]
-        rows.append({"network": network, "mode": mode, "planned": said, "taken": taken})
-    return {"rows": rows}
-
-
-def told_plans(row: Row) -> Iterator[Told]:
-    for one in row["rows"]:
-        off = one["planned"] / one["taken"] - 1
-        yield f"plan of {one['network']}, `{one['mode']}`", f"{off:+.1%} of {one['taken'] / 1e9:.2f} GB", "within 10 %"
 
 
 # ---------------------------------------------------------------------------------------------------------------- steps
@@ -437,7 +385,6 @@ def told_steps(name: str, row: Row) -> Iterator[Told]:
 
 PARTS: dict[str, Part] = {
     "tests": Part(90, tests, told_tests),
-    "plan": Part(30, plans, told_plans),
     **{
         f"{network}, {precision}": Part(
             45, partial(steps, network, precision), partial(told_steps, f"{network}, {precision}")

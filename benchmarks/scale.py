@@ -1,8 +1,6 @@
-"""Sharded steps beside unsharded ones, on this machine over gloo; and the paper's layout on ranks that are not there.
+"""Sharded steps beside unsharded ones, on this machine over gloo.
 
-    python benchmarks/scale.py                        # measures, then simulates, and writes results/scale.json
-    python benchmarks/scale.py --only measured        # or simulated; the other part of the file stays
-    python benchmarks/scale.py --only simulated --layout "128 x 2 x 8"  # this one; the rows of the other stay
+    python benchmarks/scale.py                        # measures, and writes results/scale.json
     python benchmarks/scale.py --write docs/scale.md
 
 A multi-layer perceptron with its teacher, SGD with Nesterov momentum. Every process has a batch of the same size, so a
@@ -10,9 +8,6 @@ process of several computes as much as one alone. Each layout has processes of i
 once and take turns; times are of the processor, so that processes that share a core do not count twice, and of the
 slowest process. Operations and bytes are counted as they are dispatched; memory is what lies there before a step and
 what the allocator adds.
-
-Simulated are EfficientNet-L2 twice on 2,048 ranks, by ``metapl.apps.planning``: 128 replicas of 16 ranks, as the paper
-has it.
 """
 
 from __future__ import annotations
@@ -21,12 +16,12 @@ import gc
 import json
 import multiprocessing
 import os
+import runpy
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -49,7 +44,6 @@ LAYOUTS: dict[str, dict[str, int]] = {
 }
 ALONE = "one process"
 WIDTHS, ROWS = (128, 512, 512, 512, 10), 64
-SIMULATED = {"128 x 16": {"replicate": 128, "shard": 16}}
 
 Row = dict[str, Any]
 
@@ -147,15 +141,14 @@ def step_of(
 
 def counted(step: Callable[[], Any], held: Callable[[], int]) -> Row:
     from metapl.ablation.cost import peak_bytes
-    from metapl.apps.planning.rehearsal import Held
 
-    with Held() as seen:
+    with runpy.run_path(str(HERE.parent / "examples" / "plan.py"))["Held"]() as seen:
         step()
     peaks = []
     for _ in range(3):
         gc.collect()
         peaks.append(peak_bytes(step, torch.device("cpu")))
-    return {"flops": seen.flops, "sent": sum(seen.sent.values()), "bytes": held() + min(peaks)}
+    return {"flops": seen.flops, "sent": seen.sent, "bytes": held() + min(peaks)}
 
 
 def measured(miniature: bool) -> Row:
@@ -184,42 +177,10 @@ def measured(miniature: bool) -> Row:
     return {"rows": rows, "widths": widths, "batch": ROWS, "load": load, "measured_on": described("cpu")}
 
 
-# ------------------------------------------------------------------------------------------------------------ simulated
-
-
-def simulated(miniature: bool, layout: str | None) -> Iterator[Row]:
-    """Plans for the paper's largest experiment, by mode, in one layout or all."""
-    from metapl.apps.commands.plan import PLANNED, without_data
-    from metapl.apps.planning.plan import bytes_of, plan
-    from metapl.distributed import Mesh
-
-    recipe = "digits" if miniature else "imagenet-l2"
-    meshes = {"4 x 2": {"replicate": 4, "shard": 2}} if miniature else SIMULATED
-    for name, sizes in meshes.items():
-        if layout not in (None, name):
-            continue
-        for mode in ("forward", "none", "reinforce"):
-            found = plan(without_data(PLANNED[recipe], {}, None, mode), Mesh(**sizes), memory=bytes_of("80GB"))
-            row = {"recipe": recipe, "layout": name, "mesh": asdict(found.mesh), "mode": mode}
-            per_rank = {"per_rank": found.per_rank, "flops": found.step.flops, "sent": sum(found.step.sent.values())}
-            print(f"{recipe}, {name}, {mode}: {found.per_rank}", file=sys.stderr, flush=True)
-            yield row | per_rank
-
-
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
 def table(result: Row) -> str:
-    """What was measured, then what was simulated."""
-    parts = []
-    if "measured" in result:
-        parts.append(_measured_table(result["measured"]))
-    if "simulated" in result:
-        parts.append(_simulated_table(result["simulated"]))
-    return "\n\n".join(parts)
-
-
-def _measured_table(result: Row) -> str:
     rows = {(row["mode"], row["layout"]): row for row in result["rows"]}
     names = [name for name in LAYOUTS if name != ALONE and any(layout == name for _, layout in rows)]
     modes = list(dict.fromkeys(mode for mode, _ in rows))
@@ -253,54 +214,15 @@ def _lines(cells: Sequence[Sequence[str]]) -> Iterator[str]:
             yield "|---" + "|---:" * (len(row) - 1) + "|"
 
 
-def _simulated_table(rows: Sequence[Row]) -> str:
-    lines = [
-        "| layout | mode | weights, gradients, optimizers | activations | feedback | peak | TFLOP | GB sent |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        held = row["per_rank"]
-        states = sum(held[name] for name in ("weights", "gradients", "optimizer"))
-        cells = [row["layout"], f"`{row['mode']}`", f"{states / 1e9:.3g} GB"]
-        cells += [f"{held[name] / 1e9:.3g} GB" for name in ("activations", "feedback", "peak")]
-        cells += [f"{row['flops'] / 1e12:.3g}", f"{row['sent'] / 1e9:.3g}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    ranks = 1
-    for size in rows[0]["mesh"].values():
-        ranks *= size
-    lines += [
-        "",
-        f"Simulated: a step of `{rows[0]['recipe']}` on {ranks:,} ranks, what one of them holds, computes and sends; a "
-        "layout is replicas x shards.",
-    ]
-    return "\n".join(lines)
-
-
-def keep(file: Path, name: str, part: Any) -> None:
-    """Write a part of the result; the other stays."""
-    result = json.loads(file.read_text()) if file.exists() else {}
-    write_json(file, {**result, name: part})
-
-
 def main() -> None:
     parser = arguments(__doc__, RESULT, page=True)
-    parser.add_argument("--only", choices=("measured", "simulated"), help="one part; the other stays as it is")
-    parser.add_argument("--layout", choices=SIMULATED, help="simulate this one; the rows of the other stay")
     given = parsed(parser)
     if given.write:
         write_between_marks(given.write, "scale", table(json.loads(given.out.read_text())))
         return
-    if given.only in (None, "measured"):
-        keep(given.out, "measured", measured(given.miniature))
-    if given.only in (None, "simulated"):
-        rows: list[Row] = []
-        if given.layout and given.out.exists():
-            before = json.loads(given.out.read_text()).get("simulated", [])
-            rows = [row for row in before if row["layout"] != given.layout]
-        for row in simulated(given.miniature, given.layout):  # each takes minutes
-            rows.append(row)
-            keep(given.out, "simulated", rows)
-    print(table(json.loads(given.out.read_text())))
+    result = measured(given.miniature)
+    write_json(given.out, result)
+    print(table(result))
 
 
 if __name__ == "__main__":

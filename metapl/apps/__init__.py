@@ -8,7 +8,6 @@ networks     networks by name, from here, torchvision and timm
 labels       stored class distributions
 evaluation   damaged and misleading pictures, ImageNet's other test sets
 reports      pictures of a training
-planning     what a training needs, before it runs
 export       trained networks as files for others
 machine      the machine it runs on, and its files
 """

@@ -100,14 +100,14 @@ def test_what_a_gpu_has_to_show_runs_on_the_cpu_in_miniature(tmp_path: Path) -> 
         return done.stdout
 
     first = command()
-    assert first.count(" ...\n") == 11
+    assert first.count(" ...\n") == 9
     assert "not measured" not in first
     assert "| failed" not in first
     assert first.count(" of its passes") == 2 * (5 + 5 + 5 + 3)
-    (tmp_path / "views.json").rename(tmp_path / "kept.json")
-    (tmp_path / "views.log").write_text("what happened\n")
+    (tmp_path / "WRN-28-2-float32.json").rename(tmp_path / "kept.json")
+    (tmp_path / "WRN-28-2-float32.log").write_text("what happened\n")
     again = run("gpu", "--table", tmp_path)
-    assert "| views | failed: what happened | |" in again
+    assert "| WRN-28-2, float32 | failed: what happened | |" in again
     assert command().count(" ...\n") == 1
 
 

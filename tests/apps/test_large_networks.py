@@ -10,8 +10,6 @@ from torch import nn
 from torchvision.models.efficientnet import MBConv
 
 from metapl.apps.networks import Architecture, create
-from metapl.apps.recipes.protocols import LARGE_RECIPES
-from metapl.errors import MetaplError
 
 BLOCKS = {"efficientnet_l2": (6, 11, 11, 16, 16, 22, 6), "efficientnet_b6_wide": (3, 6, 6, 8, 8, 11, 3)}
 """Blocks of each stage: those of B0 times 5.3 and 2.6, rounded up."""
@@ -85,11 +83,3 @@ def test_the_first_stages_of_l2_run() -> None:
     assert outputs.shape == (2, 176, 4, 4)
     assert outputs.isfinite().all()
     assert outputs.std() > 0
-
-
-@pytest.mark.parametrize("kind", LARGE_RECIPES)
-def test_large_recipes_have_no_data_and_say_so(kind: Any) -> None:
-    recipe = kind()
-    assert recipe.architecture().num_classes == 1000
-    with pytest.raises(MetaplError, match=rf"{recipe.name} is for metapl plan.*--network {recipe.network_name}"):
-        recipe.task()

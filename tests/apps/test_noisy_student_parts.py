@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,11 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from metapl.apps.commands import main
-from metapl.apps.commands.plan import _costs
 from metapl.apps.experiments.accuracies import better_before
 from metapl.apps.experiments.rounds import Noised, Rounds
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels.queries import select
 from metapl.apps.networks import Architecture
-from metapl.apps.planning.plan import plan
 from metapl.apps.recipes import Digits, ImageFolders
 from metapl.apps.recipes.base import Run
 from metapl.apps.recipes.methods.noisy_student import (
@@ -34,7 +31,6 @@ from metapl.apps.recipes.methods.noisy_student import (
 )
 from metapl.apps.recipes.protocols import PAPER_RECIPES
 from metapl.apps.recipes.settings import OpenOptimizer, SelfTraining
-from metapl.distributed import Mesh
 from metapl.errors import MetaplError
 from metapl.problems.base import Signal
 from metapl.problems.stored import NoisyStudentLoss, model_noise
@@ -240,21 +236,6 @@ def test_networks_that_do_not_follow_each_other_are_refused(fields: dict[str, An
         networks_of(Digits(), settings)
 
 
-def test_a_step_of_a_student_is_planned_without_a_teacher() -> None:
-    """Of a network of products alone, against the closed form; its batch of unlabeled examples follows the ratio."""
-    settings = SelfTraining(ratio=3)
-    recipe = made(Digits, "noisy_student", labeled_batch=8, hidden=(16,), self_training=settings)
-    found = plan(recipe, Mesh(), memory=10**9)
-    assert found.step.flops == 8 * (1 + 3) * (2 * 2 * 64 * 16 + 3 * 2 * 16 * 10)
-    assert found.parameters == {"teacher": 0, "student": 64 * 16 + 16 + 16 * 10 + 10}
-    assert found.per_rank["weights"] == found.per_rank["optimizer"] == 4 * 1210
-    assert (found.as_dict()["mode"], found.as_dict()["unlabeled_batch"]) == (None, 24)
-    said = _costs(dataclasses.replace(found, flops_per_second=1e9))
-    assert f"{recipe.steps:,} steps of each round take" in said
-    plain = plan(Digits(hidden=(16,)), Mesh(), memory=10**9, flops_per_second=1e9)
-    assert "steps take" in _costs(plain)
-
-
 def test_the_papers_protocols_are_recipes() -> None:
     recipes = {name: kind(data_root="", class_names=("a", "b")) for name, kind in PAPER_RECIPES.items()}
     assert len(recipes) == 9
@@ -267,12 +248,6 @@ def test_the_papers_protocols_are_recipes() -> None:
     assert recipes["noisy-imagenet-b2"].steps == 437_899
     with pytest.raises(SystemExit):
         main(["noisy-student", "noisy-imagenet-l2", "--help"])
-
-
-def test_a_plan_refuses_what_a_student_has_no_use_for(capsys: pytest.CaptureFixture[str]) -> None:
-    for flag in (("--mode", "none"), ("--unlabeled-batch", "8")):
-        assert main(["plan", "noisy-imagenet-b0", *flag]) == 2
-        assert f"{flag[0]} {flag[1]} has no effect on noisy-imagenet-b0" in " ".join(capsys.readouterr().err.split())
 
 
 TINY = ("noisy-student", "digits", "--steps", "4", "--hidden", "4", "--labeled-batch", "8")

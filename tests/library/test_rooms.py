@@ -28,7 +28,6 @@ FLOORS = (
     ("apps.labels", "apps.evaluation"),
     ("apps.recipes",),
     ("apps.experiments",),
-    ("apps.planning",),
     ("apps.commands",),
 )
 """Rooms, the lowest first: each imports from its own floor and from those below it. Problems, updates and the execution

@@ -16,7 +16,6 @@ COMMANDS = {
     "train": "train.COMMANDS",
     "noisy-student": "train.NOISY_STUDENT",
     "ablate": "ablate.COMMANDS",
-    "plan": "plan.COMMANDS",
     "evaluate": "evaluate.Evaluate",
     "predict": "predict.Predict",
     "compare": "compare.Compare",
@@ -44,7 +43,6 @@ own labels of pictures that it is sure of.
   metapl train RECIPE           train a classifier; it goes to a folder (RUN)
   metapl noisy-student RECIPE   train students on the labels of their teachers
   metapl ablate RECIPE          compare the modes: which gradient to take
-  metapl plan RECIPE            memory and hours on many ranks, without any
   metapl evaluate RUN           measure it on the test set again
   metapl predict RUN FILES...   let it classify your pictures
   metapl compare RUN RUN...     put runs side by side, and test if they differ
@@ -127,23 +125,6 @@ For networks of your own: metapl ablate --factory MODULE:FUNCTION.
 Each says more with --help: metapl ablate digits --help.
 """
 
-PLAN_HELP = """\
-metapl plan RECIPE says what a training takes on many ranks, without any of
-them: the memory of a rank, operations, bytes on the wire, hours. RECIPE is one
-of:
-
-  images                your own pictures; give --classes and --network
-{recipes}  imagenet-l2           two EfficientNet-L2, the paper's largest experiment
-  imagenet-b6-wide      the same with EfficientNet-B6-Wide
-  noisy-imagenet-b0     a student of Noisy Student; likewise -b1 to -b7 and -l2
-  vit-1b                two vision transformers of 1.2 billion weights
-
-  metapl plan imagenet-l2 --mesh.replicate 16 --mesh.shard 128
-  metapl plan vit-1b --ranks 2048 --memory 80GB --flops-per-second 4e14
-
-Each says more with --help: metapl plan digits --help.
-"""
-
 LABELS_HELP = """\
 metapl labels DO STORE, with DO one of:
 
@@ -159,7 +140,6 @@ CHOICES = {
     "train": (RECIPES_HELP, "recipe", "digits"),
     "noisy-student": (NOISY_STUDENT_HELP, "recipe", "digits"),
     "ablate": (ABLATE_HELP, "recipe", "digits --steps 100; or --factory module:function, for networks of your own"),
-    "plan": (PLAN_HELP, "recipe", "digits --mesh.shard 2"),
     "labels": (LABELS_HELP, "action", "stats STORE"),
 }
 

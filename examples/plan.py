@@ -1,0 +1,300 @@
+"""What a training takes on many ranks, without any of them: the memory of a rank, operations, bytes on the wire, hours.
+
+    python examples/plan.py                                    # two EfficientNet-L2 on 2,048 ranks
+    python examples/plan.py --network resnet50 --size 224 --replicate 1 --shard 8 --labeled 64 --unlabeled 448
+
+``rehearse`` takes one step of any trainer, by the code that trains: networks, optimizers and batches are tensors
+without values (PyTorch's fake tensors), the other ranks are a process group that only pretends, and what a step holds
+is counted while its storages live. Not counted: what kernels, NCCL and CUDA take for themselves, memory that lies in
+pieces, batches that are read ahead, evaluation, torch.compile.
+"""
+
+import argparse
+import copy
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, UntypedStorage, nn
+from torch import distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed import ProcessGroup, distributed_c10d
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import metapl
+from metapl.ablation.cost import FORMULAS
+from metapl.apps.networks import create, parameter_groups
+from metapl.distributed import Mesh, shard
+from metapl.execution import checks
+from metapl.execution.local import Pass
+from metapl.execution.ranks import Ranks
+from metapl.execution.rng import RandomState
+from metapl.execution.shards import local
+from metapl.feedback import keeping
+from metapl.feedback.inner_step import InnerStep
+from metapl.feedback.path import Path
+from metapl.feedback.teacher import Teaching
+from metapl.problems.losses import UDA, CrossEntropy
+from metapl.training import trainer as trainers
+from metapl.training.loss_trainer import LossTrainer
+
+# The teacher's labels and the student's gradient; the gradient of the labeled loss at the student's new weights; what
+# follows from it for the labels; the teacher's gradient; both optimizers.
+PHASES = ("student step", "labeled gradient", "feedback", "teacher step", "update")
+# What tensors are for. Activations are everything that no name was given to: gathered weights and batches too.
+NAMES = ("weights", "gradients", "optimizer", "for feedback", "activations")
+
+
+class Rehearsal(NamedTuple):
+    """Of one rank: the most bytes held, by phase and by use; operations of products and convolutions; bytes sent."""
+
+    phases: dict[str, dict[str, int]]
+    flops: int
+    sent: int
+
+
+def rehearse(
+    networks: Sequence[nn.Module],
+    train: Callable[..., metapl.BilevelTrainer | LossTrainer],
+    batches: Callable[[], tuple],
+    mesh: Mesh | None = None,
+    averaged: bool = False,
+) -> Rehearsal:
+    """What a step of training holds, computes and sends as rank 0 of a mesh; nothing is computed.
+
+    Args:
+        networks: on the meta device, where they stay.
+        train: makes the trainer, with its optimizers, from the networks as they are laid out over the mesh.
+        batches: makes what ``trainer.step`` is given, this rank's rows, by calls such as ``torch.empty``.
+        averaged: with a moving average of the last network's weights.
+    """
+    mesh, networks, held = mesh or Mesh(), copy.deepcopy(list(networks)), Held()
+    with stage(mesh):
+        for number, network in enumerate(networks):
+            with unset_fake_temporarily():  # the meta device cuts a weight into many parts much faster
+                if mesh.shard > 1:
+                    vars(mesh)["_meshes"]["meta"] = vars(mesh)["_meshes"]["cpu"]
+                    network = shard(network, mesh)
+            network = network.to_empty(device="cpu")
+            networks[number] = Replicated(network) if mesh.size > mesh.shard == 1 else network
+        with unset_fake_temporarily():
+            trainer = train(*networks)
+        for optimizer in trainer.schedulable:  # it makes its state by a step on gradients of zero
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+            optimizer.zero_grad()
+        kept = [*networks[-1].parameters(), *networks[-1].buffers()] if averaged else []
+        average, given, optimizers = [torch.empty_like(local(t)) for t in kept], batches(), trainer.schedulable
+        # Functions by their class or module and name, the phase that each is, and what it returns is for.
+        seams = [(type(each), "step", "update", None) for each in (optimizers[1:] or optimizers)]
+        seams += [(LossTrainer, "clip", "update", None)]
+        if isinstance(trainer, LossTrainer):
+            trained = by_backward = [trainer.student]
+            seams += [(LossTrainer, "step", "student step", None)]
+        else:
+            trainer.verification.setting = False  # there are no values to compare
+            trained = [network for network in (trainer.teacher, trainer.student) if network is not None]
+            by_backward = trained[:-1]
+            seams += [(trainers, "take_steps", "student step", None), (Pass, "gradient", None, "gradients")]
+            seams += [(Path, "outer_gradient", "labeled gradient", "for feedback"), (Path, "commit", "update", None)]
+            seams += [(Path, "_outer_loss_at", "labeled gradient", None), (Teaching, "backward", "teacher step", None)]
+            seams += [(type(trainer.mode), "feedback", "feedback", "for feedback")]
+            seams += [(InnerStep, name, None, "for feedback") for name in ("pullback", "tangent", "second_derivatives")]
+            seams += [(type(trainer.update), name, None, "for feedback") for name in ("update", "stepped", "vjp")]
+
+        def watched(method: Callable, phase: str | None, name: str | None) -> Callable:
+            def called(*args, **kwargs):
+                before, held.phase = held.phase, phase or held.phase  # one inside another counts for the inner one
+                held.look()
+                result = method(*args, **kwargs)
+                held.phase = before
+                found = [(h.h, h.others) for h in result[0]] if phase == "feedback" else result
+                if name is not None:
+                    held.name(pytree.tree_leaves(found), name, others=True)
+                return result
+
+            return called
+
+        for p in (p for network in by_backward for p in network.parameters() if p.requires_grad):
+            p.register_post_accumulate_grad_hook(lambda p: held.name([p.grad], "gradients", others=True))
+        with held, ExitStack() as watching:
+            for owner, at, *about in seams:
+                watching.enter_context(patch.object(owner, at, watched(getattr(owner, at), *about)))
+            held.name([*average, *(t for net in trained for t in (*net.parameters(), *net.buffers()))], "weights")
+            held.name([t for net in networks if isinstance(net, Replicated) for t in net.buckets], "gradients")
+            held.name(pytree.tree_leaves([optimizer.state for optimizer in optimizers]), "optimizer")
+            held.name(pytree.tree_leaves(given), "activations")
+            trainer.step(*given)  # the second of the optimizers, so that their states are there
+    return Rehearsal({name: held.peaks[name] for name in PHASES if name in held.peaks}, held.flops, held.sent)
+
+
+@contextmanager
+def stage(mesh: Mesh):
+    """In this block tensors have no values, and this process is rank 0 of a mesh: the others say what it says."""
+
+    waits, outside = checks.waits, unset_fake_temporarily()  # as a decorator
+    changed = [
+        # Nothing reads a value of a tensor that has none; generators, which have one, work as ever.
+        (checks, "waits", lambda t: isinstance(t, FakeTensor) or waits(t)),
+        (RandomState, "now", staticmethod(outside(RandomState.now))),
+        *((RandomState, name, outside(getattr(RandomState, name))) for name in ("restore", "same", "branch")),
+        (keeping, "free_bytes", lambda _: None),  # of another machine
+        (Ranks, "agreed", lambda _ranks, **_: nullcontext()),
+        (Ranks, "equal", lambda _ranks, *_: None),
+        (Ranks, "gathered", lambda ranks, value: [value] * ranks.size),
+        (Ranks, "any", lambda _ranks, here: here),
+    ]
+    with ExitStack() as stack:
+        if mesh.size > 1:
+            dist.init_process_group("fake", rank=0, world_size=mesh.size, store=FakeStore())
+            stack.callback(dist.destroy_process_group)
+            mesh.devices("cpu")  # while tensors have values
+        for each in changed:
+            stack.enter_context(patch.object(*each))
+        # A tangent may be wider than the weight that it meets; only this way such a product is let through, as it is.
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield
+
+
+class Replicated(DistributedDataParallel):
+    """``DistributedDataParallel`` without its start, in which ranks compare weights; its buckets are held here too."""
+
+    def __init__(self, module: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.module, self.process_group = module, dist.group.WORLD
+        self.buckets = [torch.empty_like(p) for p in module.parameters() if p.requires_grad]
+
+    def __del__(self) -> None:
+        pass
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of all storages that operations in this block make while each lives, with values or without:
+    ``bytes`` now, by name, and ``peaks`` by phase; bytes ``sent`` in rings; ``flops`` of products and convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self.sent, self.flops, self.phase = Counter(), 0, 0, ""
+        self.peaks: dict[str, dict[str, int]] = {}
+        self._entries: dict[int, tuple[str, int]] = {}  # of storages: what they are for, and their size
+
+    def name(self, tensors: Iterable, name: str, *, others: bool = False) -> None:
+        """Say what tensors are for, whoever made them; with ``others``, those alone that have no name yet."""
+        for storage in (local(t).untyped_storage() for t in tensors if isinstance(t, Tensor)):
+            if not others or self._entries.get(id(storage), ("activations", 0))[0] == "activations":
+                self._count(storage, name)
+
+    def __enter__(self) -> "Held":
+        resize = UntypedStorage.resize_
+
+        def resized(storage: UntypedStorage, size: int):
+            result = resize(storage, size)
+            self._count(storage)
+            self.look()
+            return result
+
+        # Sharded networks free and allocate storages in place, past the dispatcher.
+        self._resized = patch.object(UntypedStorage, "resize_", resized)
+        self._resized.start()
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        self._resized.stop()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(hasattr(kind, "redistribute") for kind in types):
+            return NotImplemented  # a DTensor: what it does with its parts is seen afterwards
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # half of all calls
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self._count_sent(func, args)
+        result = func(*args, **(kwargs or {}))
+        for t in pytree.tree_leaves(result):
+            if isinstance(t, Tensor):
+                self._count(t.untyped_storage())
+        if func.overloadpacket in FORMULAS:
+            self.flops += FORMULAS[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+        self.look()
+        return result
+
+    def _count(self, storage: UntypedStorage, name: str | None = None) -> None:
+        """The storage as it is now, under a new name if there is one, until it is freed."""
+        if id(storage) not in self._entries:
+            weakref.finalize(storage, self._free, id(storage))
+        before, was = self._entries.get(id(storage), ("activations", 0))
+        self._entries[id(storage)] = (name or before, storage.nbytes())
+        self.bytes[before] -= was
+        self.bytes[name or before] += storage.nbytes()
+
+    def _free(self, key: int) -> None:
+        name, size = self._entries.pop(key)
+        self.bytes[name] -= size
+
+    def look(self) -> None:
+        if self.bytes.total() > sum(self.peaks.get(self.phase, {}).values()):
+            self.peaks[self.phase] = dict(self.bytes)
+
+    def _count_sent(self, func, args) -> None:
+        """In a ring over n ranks each sends (n − 1)/n of what is gathered or scattered, twice that in a reduction."""
+        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
+        sizes = [t.numel() * t.element_size() for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
+        name, group = func.overloadpacket.__name__, given.get("process_group", given.get("group_name"))
+        if not sizes or group is None or name == "wait_tensor":  # a barrier, say
+            return
+        named = isinstance(group, str)  # by operations of DTensors
+        group = distributed_c10d._resolve_process_group(group) if named else ProcessGroup.unbox(group)
+        ranks, whole = group.size(), max(sizes) * (group.size() if name == "all_gather_into_tensor" else 1)
+        self.sent += (1 + name.replace("_", "").startswith("allreduce")) * whole * (ranks - 1) // ranks
+
+
+def main() -> None:
+    """Meta Pseudo Labels on pictures, by default the largest experiment of the paper (section 4.2): EfficientNet-L2
+    twice, 512 pixels, 2,048 labeled and 16,384 unlabeled pictures, a million steps; losses of the authors' code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = {"network": "efficientnet_l2", "mode": "forward", "size": 512, "labeled": 2_048, "unlabeled": 16_384}
+    flags |= {"steps": 1_000_000, "replicate": 16, "shard": 128, "flops-per-second": 2e14}  # the last of a rank
+    for name, default in flags.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    given = parser.parse_args()
+    mesh = Mesh(replicate=given.replicate, shard=given.shard)
+    labeled, unlabeled = given.labeled // mesh.shares, given.unlabeled // mesh.shares
+    noise = {"dropout": 0.5, "stochastic_depth": 0.2} if given.network.startswith("efficientnet") else {}
+    with torch.device("meta"):
+        networks = [create(given.network, 1000, image_size=given.size, **noise) for _ in range(2)]
+
+    def optimizer(network: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameter_groups(network, 1e-4, on_norms=False), lr=1.6, momentum=0.9, nesterov=True)
+
+    def train(teacher: nn.Module, student: nn.Module) -> metapl.BilevelTrainer:
+        losses = (CrossEntropy(0.1), UDA(weight=20.0, temperature=0.5, threshold=0.6, ramp=50_000))
+        options = {"problem": metapl.PseudoLabels(label_smoothing=0.1), "teacher_losses": losses, "clip_norm": 5.0}
+        options |= {"inner_optimizer": optimizer(student), "outer_optimizer": optimizer(teacher)}
+        return metapl.BilevelTrainer(teacher, student, given.mode, precision="bfloat16", **options)
+
+    def batches() -> tuple:
+        pictures = [torch.empty(rows, 3, given.size, given.size) for rows in (labeled, unlabeled, unlabeled)]
+        return (pictures[0], torch.empty(labeled, dtype=torch.int64)), (pictures[1], pictures[2])
+
+    step = rehearse(networks, train, batches, mesh, averaged=True)
+    weights, hours = sum(p.numel() for p in networks[1].parameters()), step.flops / given.flops_per_second / 3600
+    print(f"{given.network} twice, {weights:,} weights each, mode {given.mode}, on {mesh.size:,} ranks")
+    print(f"{labeled} labeled and {unlabeled} unlabeled pictures of {given.size} pixels for a rank\n")
+    print(f"{'MB of a rank':17}{''.join(f'{name:>13}' for name in (*NAMES, 'sum'))}")
+    for phase, held in step.phases.items():
+        row = [*(held.get(name, 0) for name in NAMES), sum(held.values())]
+        print(f"{phase:17}{''.join(f'{size / 1e6:13,.1f}' for size in row)}")
+    print(f"\nA rank computes {step.flops / 1e12:.3g} TFLOP a step and sends {step.sent / 1e9:.3g} GB.")
+    print(f"{given.steps:,} steps take {given.steps * hours:.3g} hours.")
+
+
+if __name__ == "__main__":
+    main()
