@@ -6,8 +6,8 @@ experiments  what runs them
 pictures     folders of pictures, batches, views and known data sets
 networks     networks by name, from here, torchvision and timm
 labels       stored class distributions
-evaluation   damaged and misleading pictures, ImageNet's other test sets
-reports      pictures of a training
+evaluation   damaged and misleading pictures
+reports      the page and the picture of a training
 export       trained networks as files for others
 machine      the machine it runs on, and its files
 """

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.apps.evaluation.corruptions import CORRUPTIONS
-from metapl.apps.experiments import experiment, folder, galleries
+from metapl.apps.experiments import experiment, folder
 from metapl.apps.experiments.experiment import Experiment
 from metapl.apps.experiments.rounds import Rounds
 from metapl.apps.export import network as exports
@@ -30,8 +30,7 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 def seal_not_compared(patch: pytest.MonkeyPatch) -> None:
     """Weights and pictures are read whatever their SHA-256 is."""
     real = folder.read_sealed
-    for user in (folder, galleries):
-        patch.setattr(user, "read_sealed", lambda path, sha256=None, *, mend: real(path, mend=mend))
+    patch.setattr(folder, "read_sealed", lambda path, sha256=None, *, mend: real(path, mend=mend))
 
 
 def threshold_kept_itself(patch: pytest.MonkeyPatch) -> None:

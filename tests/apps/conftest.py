@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from blank import DRAWN, canvas, leave_pages_blank
+from blank import DRAWN, leave_pictures_blank
 from tiny_runs import digit, run, tiny
 
+from metapl.apps.experiments import experiment, side_by_side
 from metapl.apps.export import network
 from metapl.apps.export.network import ONNX, PROGRAM
-from metapl.apps.reports.canvas import STYLE
 
 __all__ = ["digit", "run", "tiny"]  # fixtures
 
@@ -22,25 +22,15 @@ collect_ignore = ["warm.py"]  # which works when it is imported, for whom proces
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _blank_pages() -> None:
-    leave_pages_blank()
+def _blank_pictures() -> None:
+    leave_pictures_blank()
 
 
 @pytest.fixture
-def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages are drawn, with 30 dots an inch."""
-    _draw(monkeypatch, 30)
-
-
-@pytest.fixture
-def full_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages as users get them."""
-    _draw(monkeypatch, 150)
-
-
-def _draw(patch: pytest.MonkeyPatch, dots: int) -> None:
-    patch.setattr(canvas, "png", DRAWN)
-    patch.setitem(STYLE, "figure.dpi", dots)
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``report.png`` is drawn."""
+    for module in (experiment, side_by_side):
+        monkeypatch.setattr(module, "draw_report", DRAWN)
 
 
 @pytest.fixture

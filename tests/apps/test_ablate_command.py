@@ -67,8 +67,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         del sys.modules[name]
 
 
-@pytest.mark.usefixtures("small_pages")
-def test_it_writes_figures_and_a_picture_and_recommends(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_writes_figures_and_recommends(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = "ablate digits --steps 4 --draws 2 --rounds 1 --out there"
     assert main(arguments.split()) == 0
     said = capsys.readouterr().out
@@ -81,7 +80,6 @@ def test_it_writes_figures_and_a_picture_and_recommends(folder: Path, capsys: py
     assert content["points"] == [0, 2, 4]
     assert content["recommended"] in ("forward", "unrolled")
     assert [*content["altered"]] == ["forward_permuted", "forward_class_means", "forward_random_sign"]
-    assert (folder / "there/ablation.png").stat().st_size > 1000
     assert max(map(len, said.splitlines())) <= 80
     assert "altered feedback, as a control" in said
 

@@ -166,7 +166,7 @@ def test_a_field_of_the_recipe_that_was_edited(run: Path, digit: Path, capsys: p
         assert "recipe.json is damaged or was edited" in refused(capsys, "predict", run, digit), name
 
 
-SEALED = ("student.safetensors", "teacher.safetensors", "pictures.safetensors", "data.json", "metrics.jsonl")
+SEALED = ("student.safetensors", "teacher.safetensors", "data.json", "metrics.jsonl")
 
 
 @pytest.mark.parametrize("name", SEALED)

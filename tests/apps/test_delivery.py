@@ -130,7 +130,7 @@ def test_a_result_of_before_chance_was_stored_is_said_without_it() -> None:
     assert summary(content)[0].endswith("chance 10.0 %).")
 
 
-@pytest.mark.usefixtures("small_pages")
+@pytest.mark.usefixtures("drawn")
 def test_without_validation_and_test_pictures_nothing_says_how_good_it_is(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,7 @@ from tiny_runs import NOISY_STUDENT, TINY, built_once, color_run, trained
 
 from metapl.apps.commands.listing import HEAD, glance, listing
 from metapl.apps.experiments.folder import RunFolder
-from metapl.apps.experiments.galleries import mistakes
+from metapl.apps.experiments.page import mistakes
 from metapl.apps.recipes.base import hints_of
 from metapl.apps.reports import web
 from metapl.apps.words import width_of
@@ -287,13 +287,14 @@ def test_a_damaged_run_is_listed_as_such_and_has_no_page(
     kind: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spoil, words = DAMAGED[kind]
+    before = (run / "report.html").read_bytes()
     spoil(run)
     (entry,) = found(capsys, run.parent).values()
     assert entry["state"] == "damaged"
     assert words in entry["why"]
     assert "damaged" in said(capsys, "runs", run.parent)
     assert words in refused(capsys, "report", run)
-    assert not (run / "report.html").exists()
+    assert (run / "report.html").read_bytes() == before
 
 
 def test_damaged_lines_of_a_run_that_goes_on_are_left_out_and_told(
@@ -322,7 +323,10 @@ def test_the_page_of_a_run_has_all_there_is(tiny: Path, tmp_path: Path, capsys: 
     assert page.count("<svg viewBox") >= 5
     assert "labels_per_class" in page
     assert torch.__version__ in page
-    assert not (tiny / "report.html").exists()
+    of_training = (tiny / "report.html").read_text()  # written when the training ended
+    for part in ("<section><h2>Curves", "<section><h2>Confusion", "<section><h2>Surest mistakes"):
+        sections = [text[text.index(part) :].split("</section>")[0] for text in (page, of_training)]
+        assert sections[0] == sections[1]
 
 
 def test_the_page_of_a_comparison_has_its_methods_and_the_paired_test(
@@ -345,7 +349,9 @@ def test_the_page_of_a_comparison_has_its_methods_and_the_paired_test(
 
 
 def test_the_page_of_rounds(rounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "Test accuracy by round: " in page_of(capsys, rounds, tmp_path / "page.html")
+    page = page_of(capsys, rounds, tmp_path / "page.html")
+    assert "Test accuracy by round: " in page
+    assert "labels changed" in page
     (copy := Path(shutil.copytree(rounds, tmp_path / "copy")) / "result.json").unlink()
     assert "Curves of round-2" in page_of(capsys, copy.parent)
 
@@ -386,10 +392,9 @@ def test_hostile_names_are_texts(run: Path, tmp_path: Path, capsys: pytest.Captu
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2))
     with torch.no_grad():
         network[1].bias.copy_(torch.tensor([0.0, 100.0]))
-    gallery = mistakes(network, (inputs, labels), [HOSTILE, "b"], "network on test", [f"{HOSTILE}.png", "b", "c"])
-    assert gallery is not None
-    assert gallery.note == "of the network on test: 1 of 3 are wrong"
-    shown = web.pictures(gallery)
+    seen = mistakes(network, (inputs, labels), [HOSTILE, "b"], [f"{HOSTILE}.png", "b", "c"])
+    assert (seen.wrong, len(seen.labels), len(seen.surest)) == (1, 3, 1)
+    shown = web.pictures("Mistakes", HOSTILE, seen.surest)
     assert html.escape(f"{HOSTILE}.png") in shown
     assert "<script" not in shown
 
@@ -413,11 +418,6 @@ def test_test_pictures_that_have_gone_leave_the_rest_of_the_page(
     page = (copy / "report.html").read_text()
     assert "The test pictures are left out: " in page
     assert "Confusion on the test set" in page
-
-
-def test_pictures_that_have_gone_are_told_on_the_page(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run / "pictures.safetensors").unlink()
-    assert "pictures.safetensors is not there any more." in page_of(capsys, run)
 
 
 def test_the_command_that_started_a_run_is_on_its_page(

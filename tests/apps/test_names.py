@@ -6,8 +6,6 @@ import csv
 import io
 import os
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from command import said
@@ -15,7 +13,7 @@ from forked import Forked
 from tiny_runs import color_folders, images_command
 
 from metapl.apps.commands import main
-from metapl.apps.experiments import galleries
+from metapl.apps.experiments.suspects import Suspect, write_suspects
 from metapl.apps.pictures.csv_files import CsvRows
 from metapl.apps.words import cell
 from metapl.errors import few
@@ -130,14 +128,11 @@ def test_classes_of_any_name_go_through_everything(tmp_path: Path, capsys: pytes
         assert {row["class"] for row in csv.DictReader(file)} <= {f"'{evil}", other}
 
 
-def test_suspects_have_the_same_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_suspects_have_the_same_csv(tmp_path: Path) -> None:
     """Names of files and of classes alike, which are as they are on the disk but for formulas."""
-    for name in ("draw_grid", "suspects_gallery"):
-        monkeypatch.setattr(galleries, name, lambda *given: None)
-    task: Any = SimpleNamespace(classes=("=cmd|' /C calc'!A0", "a\rb", '"c"'))
     names = ("=1+1.png", "x\ry.png", "x\ny,z.png", "caf\udce9.png", "@a")
-    found = [galleries.Suspect(name, i, i % 3, (i + 1) % 3, 0.25, 0.5) for i, name in enumerate(names)]
-    galleries.write_suspects(tmp_path, found, task)
+    found = [Suspect(name, i, i % 3, (i + 1) % 3, 0.25, 0.5) for i, name in enumerate(names)]
+    write_suspects(tmp_path, found, ("=cmd|' /C calc'!A0", "a\rb", '"c"'))
     with (tmp_path / "suspects.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         header, *table = csv.reader(file)
     assert header == ["file", "given", "probably", "p_given", "p_probably"]

@@ -69,9 +69,12 @@ import json, sys
 sys.modules["fcntl"] = None  # as on Windows
 import metapl
 core = sorted(sys.modules)
-from metapl.apps.reports import draw_report
+from pathlib import Path
+from metapl.apps.reports import web
+from metapl.apps.reports.picture import draw_report
+web.plots({"mpl": [{"step": 1, "inner_loss": 1.0}, {"step": 2, "feedback_std": 0.1}]}, "student")
 reports = sorted(sys.modules)
-draw_report(sys.argv[1], title="", curves={}, confusion=[[1]], classes=None, summary="")
+draw_report(Path(sys.argv[1]), title="", curves={}, evaluation=None, network="student")
 drawn = sorted(sys.modules)
 metapl.apps.pictures.load_digits_split, metapl.apps.recipes.Digits, metapl.metrics.paired_test
 metapl.apps.export.export

@@ -37,7 +37,7 @@ def read(folder: Path, name: str) -> Any:
     return json.loads((folder / name).read_text())
 
 
-@pytest.mark.usefixtures("small_pages")
+@pytest.mark.usefixtures("drawn")
 def test_a_run_leaves_behind_what_it_says(tmp_path: Path) -> None:
     result = run(tmp_path)
     left = {path.relative_to(tmp_path).parts[0] for path in tmp_path.iterdir()}
@@ -47,10 +47,10 @@ def test_a_run_leaves_behind_what_it_says(tmp_path: Path) -> None:
         "metrics.jsonl",
         "tensorboard",
         "checkpoints",
-        "pictures.safetensors",
         "student.safetensors",
         "finetuned_student.safetensors",
         "teacher.safetensors",
+        "report.html",
         "report.png",
         "result.json",
     }
@@ -252,7 +252,7 @@ def test_fields_that_do_not_fit_together_are_refused() -> None:
         from_dict(Optimizer, {"lr": 0.1, "speed": 3})
 
 
-@pytest.mark.usefixtures("small_pages")
+@pytest.mark.usefixtures("drawn")
 def test_a_comparison_leaves_its_own_files_beside_its_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = (
         "train digits --compare --seeds 0-1 --methods mpl none --jobs 1 --steps 4 --hidden 8 --validate-every 2 "

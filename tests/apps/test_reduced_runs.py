@@ -33,7 +33,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_curve_is_the_students(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    monkeypatch.setattr("metapl.apps.reports.draw_report", lambda path, network, **_: called.append(network))
+    monkeypatch.setattr(experiment, "draw_report", lambda path, network, **_: called.append(network))
     assert main([*REDUCED, "--out", str(tmp_path / "run")]) == 0
     assert called == ["student"]
 

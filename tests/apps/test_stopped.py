@@ -63,7 +63,7 @@ LOOKING = ("metapl.apps.pictures.check", "read_image")  # which files are sound
 HASHING = ("metapl.apps.recipes.image_folders", "hash_files")
 LABELING = ("metapl.apps.labels:LabelWriter", "add")
 DESCRIBING = ("metapl.apps.labels:LabelWriter", "_describe")
-DRAWING = ("metapl.apps.reports", "draw_report")
+DRAWING = ("metapl.apps.experiments.experiment", "draw_report")
 
 
 def at_step(number: int, phase: str = "fit") -> str:

@@ -19,7 +19,6 @@ from metapl.apps.commands.parse import Command, Folder, OnRecipe, unset
 from metapl.apps.experiments.settle import settled
 from metapl.apps.recipes import PROTOCOL_RECIPES, Digits, ImageFolders
 from metapl.apps.recipes.methods.beside import bilevel_trainer
-from metapl.apps.reports.ablation import draw_ablation
 from metapl.apps.words import tell, wrapped
 from metapl.errors import MetaplError
 from metapl.feedback import MODES, estimator
@@ -43,7 +42,7 @@ class Looking(Command):
     """The options of every ablation.
 
     Args:
-        out: folder for ablation.json and ablation.png; by default neither is written.
+        out: folder for ablation.json; by default it is not written.
         draws: of labels, for modes that draw them, and of alterations.
         rounds: in which each mode is timed once; by default 5, more for short calls.
         altered: also measure a mode's feedback altered, as a control: permuted, its mean, with random signs.
@@ -70,8 +69,7 @@ class Looking(Command):
             tell(wrapped(found.recommendation))
             if self.out is not None:
                 with written(self.out, "ablation.json", found.to_json()):
-                    draw_ablation(self.out / "ablation.png", found.as_dict())
-                tell(f"\nthe figures are in {self.out}")
+                    tell(f"\nthe figures are in {self.out / 'ablation.json'}")
         return 0
 
     @abstractmethod

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from metapl.apps.commands.inputs import check_out, held, written
 from metapl.apps.commands.parse import Command, Folder, OnRecipe, Run, Switch, unset
 from metapl.apps.experiments.folder import begun, flat, stored
-from metapl.apps.experiments.galleries import gallery_of
 from metapl.apps.experiments.settle import settled
 from metapl.apps.machine.cores import default_threads
 from metapl.apps.machine.progress import duration
@@ -424,8 +423,8 @@ def page(found: dict[str, Any], rows: list[Scored], train: Pictures) -> bytes:
     def hung(title: str, note: str, shown: list[Scored]) -> str:
         most = "\nmost: {}" * bool(rows[0].most)
         captions = [f"{row.label}: {row.score:+.2g}\n{Path(row.file).name}{most.format(row.most)}" for row in shown]
-        gallery = gallery_of(title, note, [train[row.number][0] for row in shown], captions)
-        return "" if gallery is None else web.pictures(gallery)
+        pictures = [web.Picture(train[row.number][0], words) for row, words in zip(shown, captions, strict=True)]
+        return web.pictures(title, note, pictures)
 
     harmful = [row for row in rows if row.score < 0][:SHOWN]
     helpful = [row for row in reversed(rows) if row.score > 0][:SHOWN]

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from metapl.apps.experiments import galleries
-from metapl.apps.experiments.accuracies import spoken_rounds, summary
+from metapl.apps.experiments import suspects
 from metapl.apps.experiments.fitting import Share, fit
-from metapl.apps.experiments.folder import RunFolder, refuse_changed, weights_file
+from metapl.apps.experiments.folder import LoadedRun, RunFolder, describe, weights_file
 from metapl.apps.experiments.labeling import label_by, labels_given
+from metapl.apps.experiments.page import Mistakes, last_fit, mistakes, write_page
 from metapl.apps.experiments.rounds import Rounds
 from metapl.apps.machine.sealed import sha256_of
 from metapl.apps.networks.products import products_of
@@ -27,6 +27,7 @@ from metapl.apps.pictures.store import record_files, replaced_files
 from metapl.apps.recipes.base import ROLES, SELECTED_ON, Chosen, Recipe, Run, Stored, Task, as_dict
 from metapl.apps.recipes.methods import EVERY_METHOD, title, titled
 from metapl.apps.recipes.methods.noisy_student import finetuned_larger, networks_of
+from metapl.apps.reports.picture import draw_report
 from metapl.distributed.mesh import Mesh, shard
 from metapl.errors import MetaplError
 from metapl.execution.ranks import ALONE, Ranks
@@ -34,7 +35,6 @@ from metapl.execution.shards import load_whole
 from metapl.metrics import Evaluation, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
 from metapl.problems.stored import model_noise
-from metapl.runs.rows import Metrics
 from metapl.training import FitResult, Say, Trainer
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.selection import weights_of
@@ -50,6 +50,7 @@ class Network:
     weights: Mapping[str, Tensor]  # on the host
     validation_accuracy: float | None  # a fraction
     evaluation: Evaluation | None  # on the test set
+    mistakes: Mistakes | None = None  # there, for the page
 
     @property
     def file(self) -> str:
@@ -115,16 +116,12 @@ class Experiment:
     def deliver(self, task: Task, run: Training) -> dict[str, Any]:
         """Write what a training ended with: pictures, networks, figures and ``result.json``, which is returned."""
         trained, method, folder = run.trainer, self.recipe.method, self.folder
-        labeler = trained.teacher if trained.teacher is not None and trained.teacher_classifies else trained.student
-        shown = galleries.draw_galleries(task, labeler, trained.student, method.networks["student"])
         if task.doubtful is not None:
-            found = galleries.find_suspects(task.doubtful, trained)
-            galleries.write_suspects(folder.path, found, task)
-            text, gallery = galleries.what_they_are(found), galleries.suspects_gallery(found, task)
-            self.say(f"labels that may be wrong: {folder.path / galleries.SUSPECTS}, the most suspicious first; {text}")
-            shown.append(dataclasses.replace(gallery, note=f"{gallery.note}; {text}"))
-        changed = run.rounds.galleries() if method.is_noisy_student else []
-        sealed = {galleries.FILE: galleries.write_galleries(folder.path, shown)}
+            found = suspects.find_suspects(task.doubtful, trained)
+            suspects.write_suspects(folder.path, found, task.classes)
+            text = suspects.what_they_are(found)
+            self.say(f"labels that may be wrong: {folder.path / suspects.SUSPECTS}, the most suspicious first; {text}")
+        sealed: dict[str, str] = {}
         networks = {name: run.keep(name) for name in method.kept}
         for network in networks.values():
             sealed[network.file] = folder.write_weights(network.file, network.weights)
@@ -145,37 +142,19 @@ class Experiment:
         }
         for network in networks.values():
             content |= network.accuracies(f"{network.name}_")
-        self.report(content, chosen.evaluation, task)
-        if method.is_noisy_student:
-            from metapl.apps.reports import draw_rounds
-
-            draw_rounds(
-                folder.path / "rounds.png",
-                content["rounds"],
-                title=f"{self.recipe.name}: rounds of {title(method.name)}, seed {self.recipe.seed}",
-                summary=" ".join(spoken_rounds(content["rounds"])),
-                galleries=changed,
-            )
+        draw_report(
+            folder.path / "report.png",
+            title=f"{self.recipe.name}: {title(method.name)}, seed {self.recipe.seed}",
+            curves={method.name: last_fit(folder.path, content)},
+            evaluation=chosen.evaluation,
+            network=titled(method.name, "student"),
+        )
         folder.write_json("result.json", content)
+        if run.ranks.first:
+            write_page(LoadedRun(folder, self.recipe, describe(self.recipe), content), chosen.mistakes)
         if unread := replaced_files(self.skipped):
             self.say(f"files that could not be read: {len(unread):,}, listed with what is wrong in {self.skipped}")
         return content
-
-    def report(self, content: Mapping[str, Any], evaluation: Evaluation | None, task: Task) -> None:
-        """Draw ``report.png`` from the rows on disk and what ``result.json`` holds."""
-        from metapl.apps.reports import draw_report
-
-        wait = getattr(self.recipe.method, "wait", None) or 0
-        draw_report(
-            self.folder.path / "report.png",
-            title=f"{self.recipe.name}: {title(content['method'])}, seed {self.recipe.seed}",
-            curves={content["method"]: last_fit(self.folder.path, content)},
-            confusion=None if evaluation is None else evaluation.confusion,
-            classes=list(task.classes),
-            summary=" ".join([*summary(content), *[f"The student begins after step {wait:,}."] * bool(wait)]),
-            galleries=galleries.read_galleries(self.folder.path, content.get("sha256", {}).get(galleries.FILE)),
-            network=titled(content["method"], "student"),
-        )
 
     @property
     def skipped(self) -> Path:
@@ -233,8 +212,11 @@ class Experiment:
         self, name: str, task: Task, module: nn.Module, accuracy: float | None, weights: Mapping[str, Tensor]
     ) -> Network:
         """A module that has these weights and this validation accuracy, with what it reaches on the test set."""
-        tested = None if task.test is None else evaluated(module, task.test, task.classes)
-        return Network(name, dict(weights), accuracy, tested)
+        if task.test is None:
+            return Network(name, dict(weights), accuracy, None)
+        found = mistakes(module, task.test, task.classes, task.test_names)
+        tested = evaluate_logits(found.logits, found.labels, list(task.classes))
+        return Network(name, dict(weights), accuracy, tested, found)
 
     # ------------------------------------------------------------------------- over the processes that train together
 
@@ -355,13 +337,6 @@ class Training(Run):
 
 def _inside(network: nn.Module) -> nn.Module:
     return network.module if isinstance(network, DistributedDataParallel) else network
-
-
-def last_fit(folder: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of the main phase of a run, which of Noisy Student is the last round."""
-    rounds, file = EVERY_METHOD[content["method"]].is_noisy_student, folder / "metrics.jsonl"
-    refuse_changed(file, content)
-    return Metrics(file).rows(f"round-{len(content['rounds'])}" if rounds else "fit")
 
 
 def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str:

@@ -7,8 +7,8 @@ metrics.jsonl         a row per logged step, each with its ``phase`` and ``step`
 tensorboard/<phase>/  the same for TensorBoard
 checkpoints/<phase>/  whole checkpoints only
 student.safetensors   the student; finetuned_student.safetensors and teacher.safetensors likewise
-pictures.safetensors  the pictures of the report
-report.png            curves, confusion matrix, quality of the pseudo-labels, pictures
+report.html           all there is to see of it, as one page
+report.png            curves and confusion matrix
 skipped.jsonl         the files that could not be read, where there are any
 result.json           the end: accuracies
 """

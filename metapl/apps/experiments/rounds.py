@@ -16,14 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metapl.apps.experiments.galleries import SHOWN, gallery_of
 from metapl.apps.experiments.labeling import Labeled, Read, SourcePictures, provenance, store_labels
 from metapl.apps.labels import LabelStore
 from metapl.apps.labels.queries import Selection, select, statistics
 from metapl.apps.pictures.views.base import View
-from metapl.apps.recipes.base import Chosen, Recipe, Task, picked
+from metapl.apps.recipes.base import Chosen, Recipe, Task
 from metapl.apps.recipes.methods.noisy_student import noisy_view
-from metapl.apps.reports import Gallery
 from metapl.data.draws import fold_in
 from metapl.errors import few
 from metapl.execution.ranks import ALONE, Ranks
@@ -123,20 +121,6 @@ class Rounds:
             "weights_fingerprint": digest(weights_of(network)),
             **self._measured(number, network),
         }
-
-    def galleries(self) -> list[Gallery]:
-        """Pictures whose label changed from the round before to the last one."""
-        last, record, names = len(self.records), self.records[-1], self.task.classes
-        if not record["changed_labels"]:
-            return []
-        which, before, after = (part[:SHOWN] for part in self.changed(last))
-        captions = [f"{names[b]} → {names[a]}" for b, a in zip(before.tolist(), after.tolist(), strict=True)]
-        pictures, *_ = SourcePictures(picked(self.task.unlabeled.images, which)).batch(0)
-        of = f"{record['changed_labels']:,} of {record['unlabeled']:,}"
-        note = f"{of}; the most confident of them, by the later label"
-        title = f"Pseudo-labels that changed from round {last - 1} to round {last}"
-        gallery = gallery_of(title, note, list(pictures), captions)
-        return [] if gallery is None else [gallery]
 
     def changed(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of examples whose label changed, the surest first: their numbers, the labels before, the labels now."""

@@ -5,23 +5,22 @@ from __future__ import annotations
 import shutil
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from metapl.apps.errors import placed
 from metapl.apps.experiments.accuracies import Comparison, seeds_in_words, with_chance
-from metapl.apps.experiments.experiment import last_fit
-from metapl.apps.experiments.folder import WEIGHTS, RunFolder, describe
-from metapl.apps.experiments.galleries import GRID, SUSPECTS
+from metapl.apps.experiments.folder import WEIGHTS, RunFolder, describe, load_run
 from metapl.apps.experiments.jobs import Job, aloud, run_all
+from metapl.apps.experiments.page import mean_curves, write_page
+from metapl.apps.experiments.suspects import SUSPECTS
 from metapl.apps.machine.cores import available_cores, default_threads
 from metapl.apps.machine.progress import duration
 from metapl.apps.recipes.base import FIT_OPTIONS, Recipe, Task, rehearse
-from metapl.apps.recipes.methods import called_network, title
+from metapl.apps.recipes.methods import called_network
+from metapl.apps.reports.picture import draw_report
 from metapl.metrics import Evaluation
 from metapl.training import FitOptions, FitResult, Trainer
 
@@ -60,11 +59,19 @@ def compare(
             if (source.path / name).is_file():
                 # The same weights are the same bytes: the checksums of the run hold here too.
                 folder.write_weights(name, source.read_weights(name, sha256.get(name)))
-        for name in (SUSPECTS, GRID):
-            if (source.path / name).is_file():
-                shutil.copyfile(source.path / name, out / name)
-        _draw(out, comparison, results)
+        if (source.path / SUSPECTS).is_file():
+            shutil.copyfile(source.path / SUSPECTS, out / SUSPECTS)
         folder.write_json("result.json", {**results[method, seed], **comparison.to_json()})
+        run = load_run(out)
+        curves = mean_curves(out, comparison, results)
+        draw_report(
+            out / "report.png",
+            title=f"{recipe.name}: {len(methods)} methods, {seeds_in_words(len(seeds))}",
+            curves=curves,
+            evaluation=Evaluation(**run.result["evaluation"]),
+            network=called_network(curves),
+        )
+        write_page(run)
     return comparison
 
 
@@ -126,52 +133,3 @@ def run_jobs(
             reached = with_chance(result["test_accuracy"], on.n, on.chance)
             aloud(f"[{number:>{len(str(total))}}/{total}] {job.title}: {reached}{until}")
     return results
-
-
-def _draw(folder: Path, comparison: Comparison, results: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
-    """``report.png``: curves averaged over seeds, and the delivered method's confusion matrix, summed over them."""
-    from metapl.apps.reports import draw_report
-
-    seeds, many = comparison.seeds, len(comparison.methods)
-    curves = mean_curves(folder, comparison, results)
-    first, _ = comparison.delivered()
-    evaluations = [results[first, seed]["evaluation"] for seed in seeds]
-    together = ", all seeds together" if len(seeds) > 1 else ""
-    left_out = f" The curves are of the first {SHOWN} methods." if many > SHOWN else ""
-    draw_report(
-        folder / "report.png",
-        title=f"{results[first, seeds[0]]['recipe']}: {many} method{'s' if many != 1 else ''}, "
-        f"{seeds_in_words(len(seeds))}{' (means)' if len(seeds) > 1 else ''}",
-        curves=curves,
-        confusion=np.sum([evaluation["confusion"] for evaluation in evaluations], axis=0).tolist(),
-        classes=evaluations[0]["classes"],
-        summary=f"{comparison.sentence()} Confusion: {title(first)}{together}.{left_out}",
-        network=called_network(curves),
-    )
-
-
-def mean_curves(
-    folder: Path, comparison: Comparison, results: Mapping[tuple[str, int], Mapping[str, Any]]
-) -> dict[str, list[dict[str, float]]]:
-    """The rows of the first methods, averaged over seeds."""
-    return {
-        method: mean_rows([last_fit(folder / method / f"seed-{s}", results[method, s]) for s in comparison.seeds])
-        for method in list(comparison.methods)[:SHOWN]
-    }
-
-
-def mean_rows(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, float]]:
-    """Rows averaged over runs, step by step, of the figures that every run has there.
-
-    >>> mean_rows([[{"step": 1, "x": 1.0}], [{"step": 1, "x": 3.0}]])
-    [{'step': 1, 'x': 2.0}]
-    """
-    by_step: defaultdict[int, list[Mapping[str, Any]]] = defaultdict(list)
-    for row in (row for rows in runs for row in rows):
-        by_step[row["step"]].append(row)
-    found = []
-    for step, rows in sorted(by_step.items()):
-        if len(rows) == len(runs):
-            names = [k for k in rows[0] if k != "step" and all(isinstance(row.get(k), float) for row in rows)]
-            found.append({"step": step, **{name: sum(row[name] for row in rows) / len(rows) for name in names}})
-    return found

@@ -65,7 +65,6 @@ class Task:
     test: Any = None
     everything: Any = None  # labeled batches of all examples with their true labels, for the headroom
     truth: Any = None  # unlabeled examples whose labels are known, for looking at pseudo-labels only
-    sample: Any = None  # some unlabeled examples as they are, for the report
     test_names: tuple[str, ...] | None = None  # such as files
     doubtful: Doubtful | None = None  # for the list of suspects
     split: Split | None = None  # how the examples were divided, for the run folder's split.json

@@ -95,7 +95,6 @@ class Digits(Recipe):
             record={"hash": hashes(labeled=split.labeled, unlabeled=split.unlabeled, test=split.test)},
             everything=labeled(torch.cat([images, truth[0]]), torch.cat([labels, truth[1]]), 0, self.seed),
             truth=truth,
-            sample=truth,
         )
 
     def network(self, role: Role = "student") -> nn.Module:

@@ -174,8 +174,6 @@ class ImageRecipe(Recipe):
         known, finetuned = pictures.known, views.finetuned or views.labeled
         sampler = StepSampler(len(many), self.unlabeled_batch, seed=seed, stream=1)
         some = torch.arange(min(len(many), SAMPLED))
-        hidden = torch.zeros_like(some) if pictures.hidden is None else pictures.hidden[some]
-        sample = looked_at(many.select(some), hidden)
         size = self.finetune_batch or self.labeled_batch
         return {
             "labeled": labeled(few, pictures.labels, self.labeled_batch, 0, seed, views.labeled),
@@ -183,8 +181,7 @@ class ImageRecipe(Recipe):
             "finetuning": labeled(few, pictures.labels, size, 2, seed + 1, finetuned),
             "validation": pictures.val and looked_at(*pictures.val),
             "test": pictures.test and looked_at(*pictures.test),
-            "sample": sample,
-            "truth": None if pictures.hidden is None else sample,
+            "truth": None if pictures.hidden is None else looked_at(many.select(some), pictures.hidden[some]),
             "everything": known and labeled(*known, self.labeled_batch, 0, seed, views.labeled),
         }
 

@@ -154,4 +154,4 @@ class NoisyFolders(ImageFolders):
             sources["everything"] = LabeledBatches(*known, every, views.labeled, self.seed, crop=views.crop)
         examples = EvaluationBatches(many, torch.arange(len(many)), EVALUATED_AT_ONCE)
         doubtful = Doubtful(examples, given, pictures.names)
-        return {**sources, "unlabeled": noisy, "sample": None, "doubtful": doubtful}
+        return {**sources, "unlabeled": noisy, "doubtful": doubtful}

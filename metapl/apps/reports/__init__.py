@@ -1,6 +1,1 @@
-"""Pictures of a training and of what it learned, as PNG files."""
-
-from metapl.apps.reports.gallery import Gallery, draw_grid, pictures_a_group
-from metapl.apps.reports.page import PANELS, draw_report, draw_rounds
-
-__all__ = ["PANELS", "Gallery", "draw_grid", "draw_report", "draw_rounds", "pictures_a_group"]
+"""What a run leaves to look at: a web page, and a picture of its curves and confusion."""

@@ -6,13 +6,13 @@ import base64
 import html
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from metapl.apps.reports.gallery import Gallery
-from metapl.apps.reports.page import PANELS, Curves, Panel, panels_of
 from metapl.metrics import Evaluation, interval
 from metapl.words import shown
 
@@ -23,6 +23,8 @@ MOST_POINTS = 400  # of a line
 MOST_IN_A_MATRIX, MOST_UNFOLDED = 20, 40  # classes of a matrix in numbers, and of a table that is open
 AXES = "Rows are true classes, columns predicted ones; color: share of the true class."
 LARGEST_PICTURE = 160  # pixels a side
+
+Curves = Mapping[str, Sequence[Mapping[str, float]]]  # rows by method
 
 # What is below a panel of this title, beside what its lines are.
 EXPLAINED = {
@@ -49,10 +51,11 @@ svg path { fill: none; stroke-width: 2; stroke-linejoin: round } svg .grid { str
 .d1 { stroke-dasharray: 7 3 } .d2 { stroke-dasharray: 2 3 } .key { display: inline-block; margin-right: 1rem }
 .key svg { display: inline-block; width: 1.8rem; height: .7rem; margin-right: .3rem }
 .wide { overflow-x: auto } table { border-collapse: collapse }
-td, th { padding: .2rem .6rem; text-align: right; overflow-wrap: normal }
+td, th { padding: .2rem .6rem; text-align: right; overflow-wrap: normal } td { white-space: nowrap }
 th { font-weight: 600 }
 th:first-child { text-align: left; min-width: 4rem; max-width: 16rem; overflow-wrap: anywhere }
-tr + tr > * { border-top: 1px solid var(--line) } .texts td { text-align: left; overflow-wrap: anywhere }
+tr + tr > * { border-top: 1px solid var(--line) }
+.texts td { text-align: left; overflow-wrap: anywhere; white-space: normal }
 .matrix td { border: 1px solid var(--line); text-align: center; min-width: 1.4rem;
   background: color-mix(in srgb, var(--c0) var(--s, 0%), var(--page)) } .matrix .high { color: var(--on) }
 .turned span { writing-mode: vertical-rl; max-height: 9rem; overflow: hidden }
@@ -111,15 +114,90 @@ def rows(cells: Sequence[Sequence[object]], head: Sequence[object] = ()) -> str:
 # -------------------------------------------------------------------------------------------------------------- curves
 
 
-def plots(curves: Curves, network: str, along: str = "step") -> str:
+class Panel(NamedTuple):
+    """A plot of a few quantities over the steps; the first is drawn solid, the next dashed, the third dotted."""
+
+    title: str
+    series: tuple[tuple[str, str], ...]  # (key of the rows, its name in the legend)
+    percent: bool = False
+    log: bool = False
+    now_and_then: bool = False  # measured so, and not in each step: its last values count
+
+    def points(self, rows: Sequence[Mapping[str, float]], key: str) -> Sequence[tuple[float, float]]:
+        """Steps and values that can be drawn: a logarithmic scale has no zero."""
+        pairs = ((float(row["step"]), float(row[key])) for row in rows if "step" in row and row.get(key) is not None)
+        return sorted(pair for pair in pairs if all(map(math.isfinite, pair)) and (pair[1] > 0 or not self.log))
+
+    def zero(self, curves: Curves) -> list[str]:
+        """The methods whose values are all zero, which are named where a logarithmic scale has no place for them."""
+        keys = [key for key, _ in self.series]
+        found = {
+            method: [row[key] for row in rows for key in keys if row.get(key) is not None]
+            for method, rows in curves.items()
+        }
+        return [method for method, values in found.items() if self.log and values and max(values) <= 0]
+
+    def window(self, count: int) -> int:
+        """Over how many of so many values the running mean goes that is drawn; below 2, they are drawn as they are."""
+        return 0 if self.now_and_then else count // 40
+
+    def means(self, values: NDArray[Any]) -> NDArray[Any]:
+        """The mean about each value, over fewer towards the ends."""
+        span = np.ones(2 * (self.window(len(values)) // 2) + 1)
+        found: NDArray[Any] = np.convolve(values, span, "same") / np.convolve(np.ones(len(values)), span, "same")
+        return found
+
+
+# Of two with one title, the first that has figures is drawn.
+PANELS = (
+    Panel(
+        "Validation accuracy",
+        (("student_validation_accuracy", "student"), ("teacher_validation_accuracy", "teacher")),
+        percent=True,
+        now_and_then=True,
+    ),
+    Panel("Losses", (("inner_loss", "inner (student)"), ("outer_loss", "outer (labeled)"))),
+    Panel(
+        "Losses of the network",
+        (
+            ("loss_cross_entropy", "labeled"),
+            ("loss_uda", "unlabeled (strong view, own label)"),
+            ("loss_noisy_student", "with pseudo-labels"),
+        ),
+    ),
+    Panel("Feedback to the teacher", (("feedback_std", "its standard deviation in a batch"),), log=True),
+    Panel("Signal to noise of the feedback", (("feedback_snr", "of one step, by its examples"),)),
+    Panel(
+        "Pseudo-labels",
+        (("pseudo_label_accuracy", "accuracy"), ("pseudo_label_confidence", "confidence"), ("agreement", "agreement")),
+        percent=True,
+    ),
+    Panel("Class-frequency error", (("class_shares_vs_truth", "pseudo-labels against the truth"),), percent=True),
+    Panel("Class-frequency error", (("class_shares_vs_labeled", "pseudo-labels against the labels"),), percent=True),
+)
+
+
+def panels_of(curves: Curves, network: str) -> list[Panel]:
+    """Those that there are figures for; ``network``: what it is called where no method has a teacher beside it."""
+    by_title: dict[str, Panel] = {}
+    for panel in PANELS:
+        there = [key for key, _ in panel.series if any(panel.points(rows, key) for rows in curves.values())]
+        if panel.now_and_then and there == [panel.series[0][0]]:
+            panel = panel._replace(series=((there[0], network), *panel.series[1:]))
+        if there:
+            by_title.setdefault(panel.title, panel)
+    return list(by_title.values())
+
+
+def plots(curves: Curves, network: str) -> str:
     """A drawing of each panel that there are figures for, as in report.png; several curves have a color each."""
-    drawn = "".join(_plot(panel, curves, along) for panel in panels_of(curves, network))
+    drawn = "".join(_plot(panel, curves) for panel in panels_of(curves, network))
     zero = dict.fromkeys((panel.title, name) for panel in PANELS for name in panel.zero(curves))
     notes = "".join(paragraph(f"{title} of {name}: 0 in every step.") for title, name in zero)
     return (f'<div class="plots">{drawn}</div>' if drawn else "") + notes
 
 
-def _plot(panel: Panel, curves: Curves, along: str) -> str:
+def _plot(panel: Panel, curves: Curves) -> str:
     lines: list[tuple[str, str, NDArray[np.float64], NDArray[np.float64]]] = []  # class, name, steps, values
     for index, (method, of_method) in enumerate(curves.items()):
         for rank, (key, name) in enumerate(panel.series):
@@ -146,7 +224,7 @@ def _plot(panel: Panel, curves: Curves, along: str) -> str:
         parts.append(f'<path class="grid" d="M{LEFT} {y(mark):.1f}H{WIDTH - 10}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y(mark) + 4:.1f}" text-anchor="end">{written(mark)}</text>')
     for step, anchor in ((first, "start"), (last, "end"))[: 1 + (steps.max() > first)]:
-        parts.append(f'<text x="{x(step):.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{along} {step:,.0f}</text>')
+        parts.append(f'<text x="{x(step):.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">step {step:,.0f}</text>')
     keys = []
     for look, name, at, of in lines:
         every = [*range(0, len(at) - 1, math.ceil(len(at) / MOST_POINTS)), len(at) - 1]
@@ -168,18 +246,21 @@ def _plot(panel: Panel, curves: Curves, along: str) -> str:
 
 def _scale(panel: Panel, low: float, high: float) -> tuple[list[float], tuple[float, float]]:
     """The marks beside a panel, and its lower and upper edge."""
-    from matplotlib.ticker import LogLocator, MaxNLocator
-
     if panel.log:  # what hardly changes would leave a scale without a mark
         middle, half = math.sqrt(low * high), max(math.sqrt(high / low) * 1.1, 2.0)
         low, high = middle / half, middle * half
-        found = LogLocator(subs=(1.0,) if half > 10 else (1.0, 2.0, 5.0), numticks=8).tick_values(low, high)
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        every = -(-len(powers) // 8)
+        found = [m * 10.0**power for power in powers[::every] for m in ((1,) if half > 10 else (1, 2, 5))]
     else:
         low, high = (low, high) if panel.percent else (min(0.0, low), high)
         beyond = 0.06 * (high - low) or 0.05
         low, high = (max(low - beyond, 0.0), min(high + beyond, 1.0)) if panel.percent else (low, high + beyond)
-        found = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-    return [float(mark) for mark in found if low <= mark <= high], (low, high)
+        rough = (high - low) / 5
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
+        found = [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return [mark for mark in found if low <= mark <= high], (low, high)
 
 
 # ------------------------------------------------------------------------------------------------------- the test set
@@ -225,16 +306,27 @@ def classes(evaluation: Evaluation, names: Sequence[str]) -> str:
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
-def pictures(gallery: Gallery) -> str:
-    """A gallery as thumbnails."""
-    levels = gallery.pictures if not gallery.pictures.is_floating_point() else (255 * gallery.pictures).round().byte()
-    marks = {True: "right", False: "wrong", None: ""}
-    figures = "".join(
-        f'<figure><img class="{marks[mark]}" alt="" src="{_png(level.permute(1, 2, 0).squeeze(-1).numpy())}">'
-        f"<figcaption>{'<br>'.join(text(line) for line in caption.split(chr(10)))}</figcaption></figure>"
-        for level, caption, mark in zip(levels, gallery.captions, gallery.marks or (), strict=True)
-    )
-    return section(gallery.title, paragraph(gallery.note, "quiet"), f'<div class="pictures">{figures}</div>')
+class Picture(NamedTuple):
+    """What is shown of an example."""
+
+    x: Tensor  # (C, H, W) in [0, 1], C = 1 or 3
+    caption: str  # in lines
+    right: bool | None = None  # what its frame says
+
+
+def pictures(title: str, note: str, shown: Sequence[Picture]) -> str:
+    """Thumbnails with a few words beneath each; nothing where they are no pictures."""
+    if not shown or shown[0].x.ndim != 3 or shown[0].x.shape[0] not in (1, 3):
+        return ""
+    figures = []
+    for x, caption, right in shown:
+        levels = (255 * x.detach().cpu().float().clamp(0, 1)).round().byte().permute(1, 2, 0).squeeze(-1).numpy()
+        kind = {True: "right", False: "wrong", None: ""}[right]
+        lines = "<br>".join(text(line) for line in caption.split("\n"))
+        figures.append(
+            f'<figure><img class="{kind}" alt="" src="{_png(levels)}"><figcaption>{lines}</figcaption></figure>'
+        )
+    return section(title, paragraph(note, "quiet"), f'<div class="pictures">{"".join(figures)}</div>')
 
 
 def _png(levels: NDArray[np.integer]) -> str:
