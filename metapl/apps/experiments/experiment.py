@@ -150,7 +150,7 @@ class Experiment:
             network=titled(method.name, "student"),
         )
         folder.write_json("result.json", content)
-        if run.ranks.first:
+        if self.mesh.size == 1 or dist.get_rank() == 0:  # what the others leave is not kept
             write_page(LoadedRun(folder, self.recipe, describe(self.recipe), content), chosen.mistakes)
         if unread := replaced_files(self.skipped):
             self.say(f"files that could not be read: {len(unread):,}, listed with what is wrong in {self.skipped}")
