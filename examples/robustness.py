@@ -6,8 +6,8 @@
     ReaL        --test DIR --real real.json   DIR/<class>/ILSVRC2012_val_<number>.JPEG, and all right outputs of each
 
 The network is that of a run, or of a file of weights: a model.safetensors of ``metapl export`` says what it is of; of
-any other, ``--network resnet50`` (metapl's own, torchvision's, timm:NAME) says it, and pictures are read as timm or
-torchvision evaluate it. Class folders are found among the network's classes by name; of a network of a thousand outputs
+any other, ``--network resnet50`` (torchvision's, or timm:NAME) says it, and pictures are read as timm or torchvision
+evaluate it. Class folders are found among the network's classes by name; of a network of a thousand outputs
 whose names are others or unknown, all folders of a set are taken in the order of their names, which is ImageNet's.
 """
 
@@ -48,9 +48,8 @@ from metapl.metrics import Evaluation, evaluate_logits
 from metapl.metrics.predictions import logits_of
 
 OUTPUTS = 1000  # ImageNet's
-# Which of them the 200 folders of ImageNet-A are, in the order of both, as its authors publish it
-# (hendrycks/natural-adv-examples, eval.py).
-_OF_A = """
+# Which of them ImageNet-A's 200 folders are, in the order of both (hendrycks/natural-adv-examples, eval.py).
+IMAGENET_A = """
 6 11 13 15 17 22 23 27 30 37 39 42 47 50 57 70 71 76 79 89 90 94 96 97 99 105 107 108 110 113 124 125 130 132
 143 144 150 151 207 234 235 254 277 283 287 291 295 298 301 306 307 308 309 310 311 313 314 315 317 319 323 324
 326 327 330 334 335 336 347 361 363 372 378 386 397 400 401 402 404 407 411 416 417 420 425 428 430 437 438 445
@@ -59,7 +58,6 @@ _OF_A = """
 773 774 776 779 780 786 792 797 802 803 804 813 815 820 823 831 833 835 839 845 847 850 859 862 870 879 880 888
 890 897 900 907 913 924 932 933 934 937 943 945 947 951 954 956 957 959 971 972 980 981 984 986 987 988
 """
-IMAGENET_A = tuple(map(int, _OF_A.split()))
 ARCHIVES = ("", "noise", "blur", "weather", "digital", "extra")  # in which the parts of -C and -P may lie
 AT_ONCE = 64  # pictures in a pass
 
@@ -108,7 +106,7 @@ def of_run(folder: Path) -> Subject:
     return Subject(network, recipe.image_size, recipe.classes, len(recipe.classes), recipe.grey, recipe.center)
 
 
-def of_weights(file: Path, name: str | None, size: int | None) -> Subject:
+def of_weights(file: Path, name: str | None) -> Subject:
     """A network of a file of weights, by what the file says, or by the name and the library that has it."""
     told = {key: value for key, value in read_metadata(file).items() if value is not None}
     side, middle, (mean, std) = 224, 224 / 256, IMAGENET  # as torchvision evaluates its own
@@ -119,7 +117,7 @@ def of_weights(file: Path, name: str | None, size: int | None) -> Subject:
     else:
         if name is None:
             raise MetaplError(f"{file} does not say which network it is of; expected --network NAME, such as resnet50.")
-        network = Architecture(name=name, num_classes=OUTPUTS, in_channels=3, image_size=size)
+        network = Architecture(name=name, num_classes=OUTPUTS)
         with torch.device("meta"):
             module = network.family.build(network)
         if network.library == "timm":
@@ -132,12 +130,11 @@ def of_weights(file: Path, name: str | None, size: int | None) -> Subject:
         if outputs is None:
             raise MetaplError(f"{file} has no tensors of {few(network.family.heads(module))}, the head of {name}.")
         network = replace(network, num_classes=outputs)
-    network = replace(network, image_size=size or network.image_size)
     module = network.create()
     load_weights(module, file, adapt=network.family.adapt)
     module = (module if mean is None else normalized(module, mean, std)).eval()
     module = module.to("cuda" if torch.cuda.is_available() else "cpu")
-    return Subject(module, size or side, told.get("classes"), network.num_classes, network.in_channels == 1, middle)
+    return Subject(module, side, told.get("classes"), network.num_classes, network.in_channels == 1, middle)
 
 
 def visible(folder: Path) -> list[Path]:
@@ -155,7 +152,7 @@ def imagenet_a(subject: Subject, root: Path) -> dict[str, Any]:
     Source: Hendrycks et al. (CVPR 2021), "Natural Adversarial Examples"; Noisy Student, appendix A.5.
     """
     files = filled(root)
-    outputs = subject.outputs_of(root, files.classes, IMAGENET_A)
+    outputs = subject.outputs_of(root, files.classes, [*map(int, IMAGENET_A.split())])
     logits = subject.logits([*map(Path, files.paths())])[:, outputs]
     return figures(evaluate_logits(logits, torch.tensor(files.labels)))
 
@@ -256,36 +253,29 @@ def real(file: Path, paths: Sequence[Path], guesses: Sequence[int]) -> dict[str,
         )
     sets = [entries[int(number[1]) - 1] for number in numbers if number]
     hits = [guess in right for guess, right in zip(guesses, sets, strict=True) if right]
-    return {"accuracy": sum(hits) / len(hits), "n": len(hits), "without_label": len(sets) - len(hits)}
+    return {"accuracy": sum(hits) / max(1, len(hits)), "n": len(hits), "without_label": len(sets) - len(hits)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("network", type=Path, metavar="RUN_OR_WEIGHTS")
     parser.add_argument("--network", dest="name", metavar="NAME", help="of a file that does not say it")
-    parser.add_argument("--image-size", type=int, help="side in pixels")
     for flag in ("--test", "--real", "--imagenet-a", "--imagenet-c", "--imagenet-p"):
         parser.add_argument(flag, type=Path)
     given = parser.parse_args()
     found: dict[str, Any] = {"network": str(given.network)}
     try:
-        if given.network.is_dir():
-            subject = of_run(given.network)
-        else:
-            subject = of_weights(given.network, given.name, given.image_size)
+        subject = of_run(given.network) if given.network.is_dir() else of_weights(given.network, given.name)
         if given.test:
             files = scan_labeled(given.test)
             outputs = torch.tensor(subject.outputs_of(given.test, files.classes))
-            paths = [*map(Path, files.paths())]
-            logits = subject.logits(paths)
+            logits = subject.logits(paths := [*map(Path, files.paths())])
             found |= figures(evaluate_logits(logits, outputs[torch.tensor(files.labels)]))
             if given.real:
                 found["real"] = real(given.real, paths, logits.argmax(1).tolist())
-        if given.imagenet_a:
-            found["imagenet_a"] = imagenet_a(subject, given.imagenet_a)
-        for name, of in (("imagenet_c", imagenet_c), ("imagenet_p", imagenet_p)):
-            if folder := getattr(given, name):
-                found[name] = of(subject, folder)
+        for measure in (imagenet_a, imagenet_c, imagenet_p):
+            if folder := getattr(given, measure.__name__):
+                found[measure.__name__] = measure(subject, folder)
     except MetaplError as error:
         parser.error(str(error))
     print(json.dumps(found, indent=1))

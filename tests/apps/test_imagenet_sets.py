@@ -28,9 +28,11 @@ from metapl.metrics import evaluate_logits
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 try:
     import robustness
-    from robustness import IMAGENET_A, Subject, imagenet_a, imagenet_c, imagenet_p
+    from robustness import Subject, imagenet_a, imagenet_c, imagenet_p
 finally:
     del sys.path[0]
+
+IMAGENET_A = [*map(int, robustness.IMAGENET_A.split())]
 
 
 @pytest.fixture
@@ -49,12 +51,12 @@ def logits(subject: Subject, seeds: list[int]) -> Tensor:
 
 def test_imagenet_a_is_restricted_to_its_200_outputs(subject: Subject, tmp_path: Path) -> None:
     assert len(IMAGENET_A) == 200
-    assert list(IMAGENET_A) == sorted(set(IMAGENET_A))
+    assert sorted(set(IMAGENET_A)) == IMAGENET_A
     root = write_a(tmp_path / "imagenet-a", IMAGENET_A)
     # Outputs outside of ImageNet-A must not count, however large they are.
     with torch.no_grad():
         subject.network[2].bias[[k for k in range(1000) if k not in IMAGENET_A]] += 100
-    expected = evaluate_logits(logits(subject, list(range(200)))[:, list(IMAGENET_A)], torch.arange(200))
+    expected = evaluate_logits(logits(subject, list(range(200)))[:, IMAGENET_A], torch.arange(200))
     for known in (subject, replace(subject, classes=None), replace(subject, classes=tuple(map(str, range(1000))))):
         found = imagenet_a(known, root)
         assert found["n"] == 200
@@ -236,7 +238,7 @@ def test_weights_by_what_the_export_says(
         save(tmp_path / "val" / WNIDS[number] / f"ILSVRC2012_val_{number + 1:08}.JPEG", number)
     sets = {"a": write_a(tmp_path / "a", IMAGENET_A), "c": write_c(tmp_path / "c", [3])}
     sets["p"] = write_p(tmp_path / "p", [3], frames=3)
-    taken = robustness.of_weights(file, None, None)
+    taken = robustness.of_weights(file, None)
     assert taken.center == 0.875
     files = [tmp_path / "val" / WNIDS[k] / f"ILSVRC2012_val_{k + 1:08}.JPEG" for k in range(4)]
     with torch.no_grad():
@@ -259,8 +261,8 @@ def test_weights_by_the_networks_name(name: str, tmp_path: Path) -> None:
         pytest.importorskip("timm")
     network = Architecture(name=name, num_classes=7).create().eval()
     torch.save({"state_dict": network.state_dict()}, tmp_path / "weights.pt")
-    taken = robustness.of_weights(tmp_path / "weights.pt", name, 32)
-    assert (taken.side, taken.outputs, taken.center) == (32, 7, 0.875)
+    taken = robustness.of_weights(tmp_path / "weights.pt", name)
+    assert (taken.side, taken.outputs, taken.center) == (224 if name == "resnet18" else 176, 7, 0.875)
     x = torch.rand(2, 3, 32, 32)
     mean, std = (torch.tensor(of).view(3, 1, 1) for of in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     with torch.no_grad():

@@ -106,7 +106,7 @@ class Rounds:
             "labeled_per_class": dict(zip(names, before.class_copies, strict=True)),
             "kept_per_class": dict(zip(names, after.counts, strict=True)),
             "copies_per_class": dict(zip(names, after.class_copies, strict=True)),
-            "changed_labels": None if number == 1 else len(self.changed(number)[0]),
+            "changed_labels": None if number == 1 else self.changed(number),
         }
         self.records.append(record)
         self._tell(record, selection.missing)
@@ -122,15 +122,12 @@ class Rounds:
             **self._measured(number, network),
         }
 
-    def changed(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of examples whose label changed, the surest first: their numbers, the labels before, the labels now."""
+    def changed(self, number: int) -> int:
+        """Of how many examples the label is another than in the round before."""
         before, after = (_stored_labels(LabelStore(self._place(each, LABELS))) for each in (number - 1, number))
         # A file that became unreadable is in one of them alone.
         _, old, new = np.intersect1d(before[0], after[0], assume_unique=True, return_indices=True)
-        which, labels, labels_now, confidence = after[0][new], before[1][old], after[1][new], after[2][new]
-        order = confidence.argsort(descending=True, stable=True)
-        order = order[labels[order] != labels_now[order]]
-        return which[order], labels[order], labels_now[order]
+        return int((before[1][old] != after[1][new]).sum())
 
     def threshold(self, labels: LabelStore) -> float:
         """The confidence above which examples are kept; 0 where no example reaches the one in the settings."""

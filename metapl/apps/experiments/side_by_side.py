@@ -24,9 +24,6 @@ from metapl.apps.reports.picture import draw_report
 from metapl.metrics import Evaluation
 from metapl.training import FitOptions, FitResult, Trainer
 
-SHOWN = 7  # methods that one picture can tell apart
-SHARES = ("wait", "warmup", "uda_ramp", "uda_start")  # fields that count steps, and become more or fewer with them
-
 
 def compare(
     recipe: Recipe,
