@@ -78,6 +78,11 @@ class EqualWeights(Weighted):
         """a = 1, in the shape of the weights."""
         return Signal(student_outputs.new_ones(self.weight_shape(student_outputs)))
 
+    def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
+        """As for any classification, unless a subclass has an outer loss of other outputs."""
+        if type(self).outer_loss is Classification.outer_loss:
+            super().check(outputs, labeled, unlabeled)
+
 
 class Relabeled(Classification):
     """Problems whose signal is a distribution q_i over the classes for each example, (B, C), by the teacher."""

@@ -291,8 +291,6 @@ class Named(EqualWeights):
     def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
         return F.cross_entropy(outputs, batch["y"])
 
-    def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None: ...
-
 
 class Twice(EqualWeights):
     def signal(self, teacher: Any, batch: Any, student_outputs: Tensor, *, generator: Any) -> metapl.Signal:
@@ -305,8 +303,6 @@ class Squared(EqualWeights):
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
         return (outputs[:, 0] - batch[1]).square().mean()
-
-    def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None: ...
 
 
 def test_a_regression_by_a_problem_of_ones_own() -> None:

@@ -1,0 +1,60 @@
+"""What maml_sinusoids.py and maml_digits.py share: a start from which five steps fit a new task, learned and judged."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.func import functional_call, vmap
+
+import metapl
+
+TASKS, STEPS = 25, 5
+
+
+class EachTask(nn.Module):
+    """A copy of a network for each task, as one student: (tasks, examples, ...) to (tasks, examples, ...)."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.names, weights = zip(*network.named_parameters(), strict=True)
+        self.weights = nn.ParameterList(p.detach().repeat(TASKS, *[1] * p.ndim) for p in weights)
+        self.run = vmap(lambda weights, x: functional_call(network, weights, (x,)))
+
+    def forward(self, x):
+        return self.run(dict(zip(self.names, self.weights, strict=True)), x)
+
+
+class Tasks(metapl.problems.EqualWeights):
+    """A task stands where others have an example. A subclass draws tasks, and has losses and scores (tasks,)."""
+
+    def inner_loss(self, outputs, signal, batch, params=None):
+        return TASKS * signal.value * self.losses(outputs, batch[1])  # metapl takes their mean
+
+    def outer_loss(self, outputs, batch):
+        return self.losses(outputs, batch[1]).mean()
+
+
+def learn(student, problem, rounds, rate):
+    """A step of Adam a round, on the loss after the steps of SGD on 25 tasks."""
+    adam, sgd = torch.optim.Adam(student.parameters(), 0.003), torch.optim.SGD(student.parameters(), rate)
+    for _ in range(rounds):
+        few, many = problem.draw()
+        given = {"problem": problem, "inner_optimizer": sgd, "inner": metapl.Lookahead([few] * STEPS), "outer": many}
+        found = metapl.hypergradient(None, student, wrt="start", **given)
+        for name, p in student.named_parameters():
+            p.grad = found.start[name].sum(0, keepdim=True).expand_as(p)  # the copies stay one start
+        adam.step()
+
+
+def score(student, problem, rate, new=True):
+    """The mean over 250 tasks, after the steps of SGD on each."""
+    scores = []
+    for (x, y), (others, truth) in (problem.draw(new) for _ in range(10)):
+        own = copy.deepcopy(student)
+        sgd = torch.optim.SGD(own.parameters(), rate)
+        for _ in range(STEPS):
+            sgd.zero_grad()
+            problem.losses(own(x), y).sum().backward()
+            sgd.step()
+        scores.append(problem.score(own(others), truth).mean().item())
+    return sum(scores) / len(scores)
