@@ -1,0 +1,155 @@
+"""``examples/protocols.py`` and ``noisy_student_imagenet.py`` on small files in the exact format of each data set."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_data import write_cifar, write_imagenet, write_svhn
+from tiny_runs import color_folders
+from torchvision import datasets
+
+from metapl.apps.pictures import EvaluationBatches
+from metapl.metrics import evaluate_logits
+from metapl.metrics.predictions import predict_logits
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+try:
+    import noisy_student_imagenet
+    import protocols
+finally:
+    del sys.path[0]
+
+TINY: dict[str, Any] = {"network": "small_cnn", "labeled_batch": 4, "unlabeled_batch": 6, "steps": 4, "warmup": 1}
+TINY |= {"wait": 1, "finetune_steps": 2, "finetune_batch": 4, "validate_every": 2, "log_every": 1, "save_every": 2}
+SMALL: dict[str, Any] = {"device": "cpu", "labels_per_class": 3, "validation": 10, "num_workers": 0, "seed": 3}
+AT_32 = {"image_size": 32, "channels_last": False}
+
+
+def written(data: str, root: Path, patch: pytest.MonkeyPatch) -> str:
+    if data == "cifar10":
+        write_cifar(root, patch, datasets.CIFAR10, each=20, test=15)
+    elif data == "svhn":
+        write_svhn(root, patch, train=60, test=15, extra=40)
+    else:  # pictures of one level alone have no variance, by which batch norm divides
+        write_imagenet(root, patch, each=12, val=9, noise=100)
+    return str(root)
+
+
+def tiny(name: str, tmp_path: Path, patch: pytest.MonkeyPatch, **own: Any) -> Any:
+    config = protocols.PROTOCOLS[name][1]
+    places = {"root": written(config.data, tmp_path / "data", patch), "out": str(tmp_path / "run")}
+    if name == "imagenet-jft":
+        places["unlabeled"] = str(color_folders(tmp_path / "colors") / "unlabeled")
+    sides = AT_32 if config.data == "imagenet" else {}
+    return dataclasses.replace(config, **{**TINY, **SMALL, **places, **sides, "student_lr": 0.01, **own})
+
+
+LONG = {"cifar10-4k-paper", "imagenet-10pct-paper"}  # of which another one has all that is theirs
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in protocols.PROTOCOLS]
+)
+def test_a_protocol_runs_from_end_to_end(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    c = tiny(name, tmp_path, monkeypatch)
+    result = protocols.train(c)
+    out = tmp_path / "run"
+    assert json.loads((out / "result.json").read_text()) == json.loads(json.dumps(result))
+    _, _, test, labels, classes, _ = protocols.load(c)
+    network = protocols.network(c, len(classes), c.dropout)
+    network.load_state_dict(load_file(out / "finetuned.safetensors"))
+    found = evaluate_logits(*predict_logits(network, EvaluationBatches(test, labels, 8)))
+    assert (found.accuracy, found.n) == (result["finetuned_test_accuracy"], result["tested_on"])
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    fitted = [row for row in rows if row["phase"] == "fit"]
+    assert "inner_loss" not in fitted[0], "the student waits for a step"
+    assert "inner_loss" in fitted[1]
+    assert protocols.train(dataclasses.replace(c, resume=True)) == result  # after its end it takes no step
+
+
+@pytest.mark.parametrize("method", ["none", "uda", "supervised", "headroom"])
+def test_the_controlled_baselines_run(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = protocols.train(tiny("svhn-1k", tmp_path, monkeypatch, method=method, finetune_steps=0, wait=0))
+    assert 0 <= result["student_test_accuracy"] <= 1
+
+
+def test_the_split_is_a_function_of_the_seed_and_can_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    c = tiny("svhn-1k", tmp_path, monkeypatch, labels_per_class=2)
+    _, labels, *_, core = protocols.load(c)
+    parts = [protocols.divided(labels, each, 10, 7, core) for each in (2, 3)]
+    for drawn, each in zip(parts, (2, 3), strict=True):
+        assert torch.cat([*drawn.values()]).sort().values.tolist() == list(range(100))
+        assert labels[drawn["labeled"]].bincount().tolist() == [each] * 10
+        assert int(drawn["labeled"].max()) < core == 60  # the extra pictures never keep labels
+        assert labels[drawn["validation"]].bincount().tolist() == [1] * 10
+    assert {*parts[0]["labeled"].tolist()} < {*parts[1]["labeled"].tolist()}
+    protocols.train(c)
+    stored = tmp_path / "run" / "split.json"
+    protocols.train(dataclasses.replace(c, seed=8, split=str(stored), out=str(tmp_path / "other")))
+    assert (tmp_path / "other" / "split.json").read_text() == stored.read_text()
+
+
+def test_pictures_are_what_torchvision_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    c = tiny("cifar10-4k", tmp_path / "a", monkeypatch)
+    pictures, labels, *_ = protocols.load(c)
+    image, label = datasets.CIFAR10(c.root)[7]
+    assert torch.equal(pictures.fetch(torch.tensor([7]))[0][0], torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    assert labels[7] == label
+    c = tiny("imagenet-10pct", tmp_path / "b", monkeypatch)
+    pictures, labels, test, test_labels, classes, _ = protocols.load(c)
+    assert classes == ["tench (n01440764)", "crane (n02012849)", "crane (n03126707)"]
+    levels = pictures.fetch(torch.arange(36))[0].float().mean((1, 2, 3))
+    assert levels.sub(50 + 50 * labels).abs().max() < 10
+    assert test.fetch(torch.arange(9))[0].float().mean((1, 2, 3)).sub(55 + 50 * test_labels).abs().max() < 10
+
+
+def test_the_settings_are_the_published_ones() -> None:
+    """The two tables of settings, column by column."""
+
+    def told(name: str) -> tuple[Any, ...]:
+        c = protocols.PROTOCOLS[name][1]
+        rates = (c.student_lr, c.teacher_lr, c.weight_decay, c.dropout, c.teacher_dropout or c.dropout)
+        uda = (c.uda_weight, c.uda_temperature, c.uda_threshold, c.uda_ramp)
+        return (c.steps, c.warmup, c.wait, *rates, *uda, c.label_smoothing, c.pseudo_label_smoothing, c.exact)
+
+    code, smooth = (5_000, 3_000, 0.05 * 128 / 256, 0.05 * 128 / 256, 5e-4), (0.1, 0.1, False)
+    assert told("cifar10-4k") == (300_000, *code, 0.2, 0.2, 8.0, 0.7, 0.6, 5_000, 0.15, 0.15, True)
+    table = (1_000_000, 2_000, 0, 0.3, 0.125, 5e-4, 0.35, 0.5, 1.0, 0.8, 0.0, 0, *smooth)
+    assert told("cifar10-4k-paper") == table
+    assert told("svhn-1k") == (1_000_000, 2_000, 0, 0.15, 0.05, 5e-4, 0.45, 0.65, 2.5, 1.25, 0.0, 0, *smooth)
+    code = (5_000, 20_000, 0.4 * 1024 / 256, 0.6 * 1024 / 256, 1e-4)
+    assert told("imagenet-10pct") == (700_000, *code, 0.1, 0.1, 20.0, 0.5, 0.6, 50_000, 0.1, 0.1, True)
+    table = (500_000, 1_000, 0, 0.8, 0.5, 2e-4, 0.1, 0.1, 16.0, 0.75, 0.0, 0, *smooth)
+    assert told("imagenet-10pct-paper") == told("imagenet-jft") == table
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["most of ImageNet unlabeled", "a folder"])
+def test_noisy_student_on_imagenet(given: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places: dict[str, Any] = {"root": written("imagenet", tmp_path / "data", monkeypatch), "out": str(tmp_path / "run")}
+    if given:
+        places |= {"unlabeled": str(color_folders(tmp_path / "colors") / "unlabeled"), "finetune_size": 40}
+    own = {name: TINY[name] for name in ("labeled_batch", "validate_every", "log_every", "save_every")}
+    own |= {"steps": 3, "finetune_steps": 2, "networks": ("small_cnn",) * 3, "lr": 0.01, "stochastic_depth": 0.0}
+    c = dataclasses.replace(noisy_student_imagenet.ROWS["b0"], **{**SMALL, **places, **own, "image_size": 32})
+    result = noisy_student_imagenet.train(c)
+    assert len(result["test_accuracy_of_rounds"]) == 3
+    assert ("finetuned_test_accuracy" in result) is given
+    last = load_file(tmp_path / "run" / "round-2.safetensors")
+    assert noisy_student_imagenet.train(dataclasses.replace(c, resume=True)) == result
+    again = load_file(tmp_path / "run" / "round-2.safetensors")
+    assert all(torch.equal(again[name], t) for name, t in last.items())
+
+
+def test_rows_of_noisy_student_are_the_papers() -> None:
+    b2, b7, l2 = (noisy_student_imagenet.ROWS[name] for name in ("b2", "b7", "l2"))
+    assert (b2.epochs, b7.epochs, b7.image_size, b7.ratio, b7.lr) == (700, 350, 600, 3, 0.128)
+    assert l2.networks == ("efficientnet_b7", "efficientnet_l2", "efficientnet_l2", "efficientnet_l2")
+    assert (l2.image_size, l2.ratio, l2.epochs) == (475, 14, 350)
