@@ -23,7 +23,7 @@ from metapl.feedback.compatible import both_batches, check_mode, check_teacher, 
 from metapl.feedback.keeping import folder_of
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import take_steps
-from metapl.feedback.resuming import states_in
+from metapl.feedback.resuming import PathFolder, known_by
 from metapl.feedback.teacher import Teaching
 from metapl.problems.base import BilevelProblem
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
@@ -231,8 +231,11 @@ def hypergradient(
         for number, groups in enumerate(options := options or [options_of(inner_optimizer)] * len(batches)):
             leaves = [{n: as_leaf(group[n]) for n in settings if n in group} for group in groups]
             options[number] = [{**group, **own} for group, own in zip(groups, leaves, strict=True)]
-    made_of = local_student, teach, update, inner_optimizer, (options, wrt), labeled, batches[0]
-    going_on = NOTHING if folder is None else states_in(folder, *made_of)
+    going_on: Any = NOTHING
+    if folder is not None:
+        asked = of_student.network, teach.network, problem, estimate, update, inner_optimizer, generator
+        of = known_by(*asked, options, wrt, labeled, batches[0], len(batches), accumulate)
+        going_on = PathFolder(folder, of, local_student, teach, update).opened()
     as_it_was = restored(teach.slots, local_student.slots, device=device, generator=generator, always=True)
 
     with as_it_was, kernels, going_on as states:

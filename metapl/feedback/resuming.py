@@ -1,8 +1,8 @@
 """A long path in a folder, by which the same call goes on after the process was killed.
 
     path.ckpt      whose path it is, as a digest of what was given, and the generators at its beginning
-    kept-N.ckpt    θ and s before step N, for the way back; of the last N, after all steps
-    steps-N.ckpt   the steps before N since the last such file, and what the networks and generators had come to
+    kept-N.ckpt    the state before step N, for the way back; of the last N, after all steps
+    steps-N.ckpt   what is known of the steps before N since the last such file
     adjoint.ckpt   the cotangents at step N, and the feedback on the steps from there on
 
 Each file is the old one or the whole new one, with its checksum (:mod:`metapl.runs.checkpoint`). A path that has ended
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from metapl.execution.state import State
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.keeping import Keeping, States, folder_of
 from metapl.feedback.teacher import TeacherPass, Teaching
-from metapl.problems.base import Signal, enters_input, kind_of
+from metapl.problems.base import Problem, Signal, enters_input, kind_of
 from metapl.runs import checkpoint
 from metapl.runs.folder import Folder as OwnedFolder
 from metapl.updates import Update
@@ -39,41 +39,30 @@ if TYPE_CHECKING:
 _PATH, _ADJOINT = "path.ckpt", "adjoint.ckpt"
 
 
-@contextmanager
-def states_in(
-    folder: FilePath,
-    student: LocalStudent,
-    teach: Teaching,
+def known_by(
+    student: nn.Module,
+    teacher: nn.Module,
+    problem: Problem,
+    mode: Any,
     update: Update,
     inner_optimizer: Any,
-    options: Sequence[Any],
-    labeled: Any,
-    first: Any,
-) -> Iterator[Folder]:
-    """The states of a path in a folder that nobody else writes to; a path that ends removes them.
-
-    Args:
-        folder: that exists.
-        student, teach: their modules, with the state that they begin with.
-        update, inner_optimizer, options: U, what it was made of, and the options of each step.
-        labeled, first: the outer batch, and the first inner one.
-    """
+    generator: torch.Generator | None,
+    *given: Any,
+) -> int:
+    """A number by which a path is known: the modules with the state that they begin with, what is asked of them, U and
+    what it was made of, and what else was ``given``, such as batches, the options of each step and numbers."""
 
     def network(module: nn.Module) -> Any:
         modes = [part.training for part in module.modules()]
         return str(module), modes, dict(module.named_parameters()), dict(module.named_buffers())
 
-    mode, kind, problem, generator = teach.mode, student.device.type, teach.problem, teach.generator
+    kind = next(student.parameters()).device.type
     groups = [{**group, "params": len(group["params"])} for group in getattr(inner_optimizer, "param_groups", [])]
-    rule = type(inner_optimizer).__name__, groups, str(options), getattr(update, "max_norm", None), update.read_state()
+    rule = type(inner_optimizer).__name__, str(groups), getattr(update, "max_norm", None), update.read_state()
     losses = kind_of(problem), {name: str(value) for name, value in vars(problem).items()}
-    how = mode.name, str({**vars(mode), "keep_on": None}), teach.steps, teach.parts
+    how = mode.name, str({**vars(mode), "keep_on": None})
     drawn = torch.is_autocast_enabled(kind), str(torch.get_autocast_dtype(kind)), generator and generator.get_state()
-    of = digest((network(student.module), network(teach.network), labeled, first, rule, losses, how, drawn))
-    with OwnedFolder(folder).held():
-        states = Folder(folder, int(of), student, teach, update)
-        yield states
-        states.finish()
+    return int(digest((network(student), network(teacher), rule, losses, how, drawn, given)))
 
 
 def generators_at_start(folder: str | None) -> RandomState | None:
@@ -87,39 +76,98 @@ def generators_at_start(folder: str | None) -> RandomState | None:
 
 
 class Folder(States):
-    """The states of a path in a folder, and all that it needs to be gone on with; ``of`` is the digest of what the path
-    depends on."""
+    """Kept states in a folder, each a plain tree of tensors, and what else a path of so many ``steps`` needs to be gone
+    on with; ``of`` is the number by which it is known."""
+
+    def __init__(self, folder: FilePath, of: int, steps: int, device: torch.device) -> None:
+        super().__init__("cpu")  # nothing is held
+        self.folder, self.of, self.steps, self.device = folder, of, steps, device
+
+    @contextmanager
+    def opened(self) -> Iterator[Self]:
+        """Own the folder until the block ends; a path that ends removes its files."""
+        with OwnedFolder(self.folder).held():
+            for left in self.folder.glob("*.tmp"):  # of processes that were killed
+                left.unlink(missing_ok=True)
+            if not _has_path(self.folder):
+                self.finish()
+                self._write(_PATH, of=self.of, random=RandomState.now(self.device).values())
+            if self._read(_PATH)["of"] != self.of:
+                raise MetaplError(
+                    f"keep_on={str(self.folder)!r} holds the states of a path of other networks, batches or options; "
+                    "expected the call that was killed, or another folder. To begin anew in this one, remove "
+                    f"{self.folder / _PATH}."
+                )
+            self.done = max(_numbers(self.folder, "steps"), default=0)
+            self.adjoint = self._read(_ADJOINT) if (self.folder / _ADJOINT).exists() else None
+            yield self
+            self.finish()
+
+    def came_to(self, number: int, **known: Any) -> None:
+        """The run forward has kept the state before step ``number``; ``known``: what is known of the steps since the
+        last such call."""
+        self._write(f"steps-{number:08d}.ckpt", **known)
+        self.done = number
+
+    def known(self) -> list[Any]:
+        """What :meth:`came_to` was given, in its order."""
+        return [self._read(f"steps-{number:08d}.ckpt") for number in _numbers(self.folder, "steps")]
+
+    def came_back_to(self, number: int, **found: Any) -> None:
+        """The adjoint has come to the kept state before step ``number``: those from there on are no longer needed."""
+        self._write(_ADJOINT, at=number, **found)
+        for other in _numbers(self.folder, "kept"):
+            if number <= other < self.steps:
+                (self.folder / f"kept-{other:08d}.ckpt").unlink()
+
+    def finish(self) -> None:
+        """Remove the files of the path, its name first: what is left without it is nobody's."""
+        numbered = [f"{kind}-{number:08d}.ckpt" for kind in ("steps", "kept") for number in _numbers(self.folder, kind)]
+        for name in (_PATH, _ADJOINT, *numbered):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def keep(self, number: int, state: Any) -> None:
+        if number not in _numbers(self.folder, "kept"):
+            self._write(f"kept-{number:08d}.ckpt", state=state)
+
+    def take(self, number: int) -> Any:
+        return self._read(f"kept-{number:08d}.ckpt")["state"]
+
+    def _write(self, name: str, **content: Any) -> None:
+        places = [(str(t.device), t.stride()) if isinstance(t, Tensor) else None for t in pytree.tree_leaves(content)]
+        checkpoint.save(self.folder / name, {"content": content, "places": places})
+
+    def _read(self, name: str) -> Any:
+        found = checkpoint.load(self.folder / name)
+        leaves, structure = pytree.tree_flatten(found["content"])
+
+        def placed(t: Any, device: str, stride: Sequence[int]) -> Tensor:  # kernels round by the order of the memory
+            made = torch.empty_strided(t.shape, stride, dtype=t.dtype, device=device)
+            return made.copy_(t)
+
+        places = pytree.tree_leaves(found["places"], is_leaf=lambda place: place is None or isinstance(place, tuple))
+        pairs = zip(leaves, places, strict=True)
+        return pytree.tree_unflatten([t if at is None else placed(t, *at) for t, at in pairs], structure)
+
+
+class PathFolder(Folder):
+    """The states of a :class:`metapl.feedback.path.Path` in a folder."""
 
     def __init__(self, folder: FilePath, of: int, student: LocalStudent, teach: Teaching, update: Update) -> None:
-        super().__init__("cpu")  # nothing is held
-        self.folder, self.student, self.teach, self.update = folder, student, teach, update
+        super().__init__(folder, of, teach.steps, student.device)
+        self.student, self.teach, self.update = student, teach, update
         if enters_input(teach.problem):
             raise MetaplError(
                 f"keep_on={str(folder)!r}: no file holds the graph of a signal that enters the student's input; "
                 'expected keep_on="cpu", or None.'
             )
-        for left in folder.glob("*.tmp"):  # of processes that were killed
-            left.unlink(missing_ok=True)
-        if not _has_path(folder):
-            self.finish()
-            self._write(_PATH, of=of, random=RandomState.now(student.device).values())
-        if self._read(_PATH)["of"] != of:
-            raise MetaplError(
-                f"keep_on={str(folder)!r} holds the states of a path of other networks, batches or options; expected "
-                f"the call that was killed, or another folder. To begin anew in this one, remove {folder / _PATH}."
-            )
-        self.done = max(_numbers(folder, "steps"), default=0)
-        self.adjoint = self._read(_ADJOINT) if (folder / _ADJOINT).exists() else None
-
-    # ------------------------------------------------------------------------------------------------ the run forward
 
     def resume(self, path: Path, updates: Sequence[Update]) -> Any:
         """Give a path the steps that were taken before, and the networks and generators what they had come to; θ and s
         after them."""
         student, teach = self.student, self.teach
         begun = [slots.state or State(slots) for slots in (student.slots, teach.slots)]
-        for number in _numbers(self.folder, "steps"):
-            found = self._read(f"steps-{number:08d}.ckpt")
+        for found in self.known():
             for signal, loss, known, records in found["steps"]:
                 rule = updates[len(path.steps)] if updates else path.update
                 passes = [student.pass_type.recorded(student, begun[0], part) for part in records]
@@ -147,8 +195,8 @@ class Folder(States):
         """Keep the state before step ``number``, with the steps since the last one, so that the path goes on there."""
         super().note(path, number, params, state)
         parts, generator = self.teach.parts, self.teach.generator
-        self._write(
-            f"steps-{number:08d}.ckpt",
+        self.came_to(
+            number,
             steps=[
                 [vars(step.signal), step.inner_loss, step.digest, [part.record() for part in step.passes]]
                 for step in path.steps[self.done : number]
@@ -163,49 +211,20 @@ class Folder(States):
             drawn=None if generator is None else generator.get_state(),
             spacings=list(path.keeping.spacings),
         )
-        self.done = number
-
-    # --------------------------------------------------------------------------------------------------- the way back
 
     def passed(self, path: Path, number: int, v: Any, state_cotangent: Any) -> None:
-        """The adjoint has come to the kept state before step ``number``: those from there on are no longer needed."""
         found, loss, own = path.feedback, path.outer_loss, path.in_settings
-        self._write(
-            _ADJOINT, at=number, found=found, outer_loss=loss, in_settings=own, v=v, state_cotangent=state_cotangent
-        )
-        for other in _numbers(self.folder, "kept"):
-            if number <= other < self.teach.steps:
-                (self.folder / f"kept-{other:08d}.ckpt").unlink()
-
-    def finish(self) -> None:
-        """Remove the files of the path, its name first: what is left without it is nobody's."""
-        numbered = [f"{kind}-{number:08d}.ckpt" for kind in ("steps", "kept") for number in _numbers(self.folder, kind)]
-        for name in (_PATH, _ADJOINT, *numbered):
-            (self.folder / name).unlink(missing_ok=True)
-
-    # ------------------------------------------------------------------------------------------------------- the files
+        self.came_back_to(number, found=found, outer_loss=loss, in_settings=own, v=v, state_cotangent=state_cotangent)
 
     def keep(self, number: int, state: Any) -> None:
-        if number not in _numbers(self.folder, "kept"):
-            params, inner = state
-            tree = inner if type(inner) is dict else pytree.tree_leaves(inner)  # of torch.optim, of TorchOpt
-            self._write(f"kept-{number:08d}.ckpt", params=params, state=tree)
+        params, inner = state
+        super().keep(number, [params, inner if type(inner) is dict else pytree.tree_leaves(inner)])  # TorchOpt's is not
 
     def take(self, number: int) -> Any:
-        found = self._read(f"kept-{number:08d}.ckpt")
-        if type(found["state"]) is not dict:
-            found["state"] = pytree.tree_unflatten(found["state"], pytree.tree_structure(self.update.read_state()))
-        return found["params"], found["state"]
-
-    def _write(self, name: str, **content: Any) -> None:
-        places = [str(t.device) if isinstance(t, Tensor) else "" for t in pytree.tree_leaves(content)]
-        checkpoint.save(self.folder / name, {"content": content, "places": places})
-
-    def _read(self, name: str) -> Any:
-        found = checkpoint.load(self.folder / name)
-        leaves, structure = pytree.tree_flatten(found["content"])
-        places = zip(leaves, found["places"], strict=True)
-        return pytree.tree_unflatten([t.to(at) if at else t for t, at in places], structure)
+        params, inner = super().take(number)
+        if type(inner) is not dict:
+            inner = pytree.tree_unflatten(inner, pytree.tree_structure(self.update.read_state()))
+        return params, inner
 
 
 def _has_path(folder: FilePath) -> bool:

@@ -37,8 +37,9 @@ from metapl.execution.numerics import HALF, Tree, wide
 from metapl.execution.rng import RandomState, branching_to, replayed
 from metapl.feedback import Forward
 from metapl.feedback.hypergradient import hypergradient
-from metapl.feedback.keeping import Keeping, States, keeping
+from metapl.feedback.keeping import Keeping, States, folder_of, keeping
 from metapl.feedback.lookahead import Lookahead
+from metapl.feedback.resuming import Folder, known_by
 from metapl.functional.compiled import backend_of, capturing
 from metapl.functional.first_step import refuse_gap
 from metapl.functional.network import Function, tensors_of
@@ -282,18 +283,19 @@ def differentiate(
         for field, network in networks.items()
     }
     (theta, state), (phi, teacher_state) = tensors_of(student), tensors_of(teacher)
-    carry = Carry(theta, update.complete_state(), state, teacher_state)
+    start = carry = Carry(theta, update.complete_state(), state, teacher_state)
     moving = [t for field, constant in frozen.items() for n, t in getattr(carry, field).items() if n not in constant]
     size = sum(t.nbytes for t in pytree.tree_leaves((theta, carry.optimizer, moving)))
     how, on = getattr(mode, "keep", None) or getattr(mode, "keep_every", None), getattr(mode, "keep_on", None)
-    chosen = keeping(steps, size, device, how, on)
-    states, digests, losses = States(chosen.on), dict[int, Tensor](), list[Tensor]()
+    chosen, folder = keeping(steps, size, device, how, on), folder_of(on)
+    states, block = States(chosen.on), States(chosen.on if folder is None else None)  # block: all steps of the finest
+    digests, losses = dict[int, Tensor](), list[Tensor]()
     zeros = dict[Any, Tree]()  # in the shapes of a signal's fields, by those of the batch
     value: Any = None  # of the last signal
 
     def batch_of(number: int) -> Any:
         """A batch; one that a function returns is refused where it is not the same when it is read again."""
-        if not callable(ahead.batches):
+        if folder is None and not callable(ahead.batches):
             return ahead[number]
         with replayed(RandomState.now(device)):  # a function may seed the default generator
             batch = ahead[number]
@@ -320,8 +322,8 @@ def differentiate(
         """The carry after some steps, of which every ``spacing``-th is kept, with the generators before it; ``again``:
         it is not needed after the last one."""
         for number in range(begin, end):
-            if (number - begin) % spacing == 0:
-                states.keep(number, (carry, RandomState.now(device)))
+            if number % spacing == 0:
+                keep(number, carry, block if again and spacing == 1 else states, again)
             if not again or number < end - 1:
                 carry, loss = stepped(number, carry)
             if not again:
@@ -330,20 +332,35 @@ def differentiate(
                 tell(number)
         return carry
 
+    def keep(number: int, carry: Carry, where: States, again: bool = False) -> None:
+        """Keep the state before a step; in a folder with what is known of the steps before it, to go on there."""
+        pairs = zip(carry[2:], start[2:], strict=True)
+        moved = [{n: t for n, t in now.items() if t is not before[n]} for now, before in pairs]
+        where.keep(number, [carry.params, carry.optimizer, *moved, RandomState.now(device).values()])
+        if isinstance(where, Folder) and number > 0 and not again:
+            taken = range(where.done, number)
+            known = {"losses": [losses[k] for k in taken], "digests": [digests[k] for k in taken]}
+            where.came_to(number, **known, zeros=zeros, value=value)
+
+    def taken_from(where: States, number: int) -> tuple[Carry, RandomState]:
+        params, state, *moved, random = where.take(number)
+        networks = [before | now for before, now in zip(start[2:], moved, strict=True)]
+        return Carry(params, state, *networks), RandomState(device, **random)
+
     def backwards(begin: int, end: int, spacing: int, *finer: int) -> Iterator[tuple[int, Carry, RandomState]]:
         """The steps from the last to the first, with their carries: each block between two kept ones is walked again,
         and keeps its own."""
-        for start in reversed(range(begin, end, spacing)):
-            stop = min(start + spacing, end)
+        for begun_at in reversed(range(begin, end, spacing)):
+            stop = min(begun_at + spacing, end)
             if stop <= first:
                 return
-            held, random = states.take(start)
+            held, random = taken_from(states if finer or not chosen.spacings else block, begun_at)
             if spacing == 1:
-                yield start, held, random
+                yield begun_at, held, random
                 continue
             random.restore()
-            walked(start, stop, held, finer[0], again=True)
-            yield from backwards(start, stop, *finer)
+            walked(begun_at, stop, held, finer[0], again=True)
+            yield from backwards(begun_at, stop, *finer)
 
     def outer_losses(theta: Tree) -> Tensor:
         z, _ = student_at.at(theta, carry.state, lambda network: network(problem.outer_input(judged)))
@@ -353,19 +370,40 @@ def differentiate(
         return L if judging else L[0]
 
     begun, spacings, student_at = RandomState.now(device), (*chosen.spacings, 1), Function(student)
-    feedback, in_settings = list[Any](), list[Any]()
+    going_on: Any = nullcontext()
+    if folder is not None:
+        asked = student, teacher or nn.Module(), problem, mode, update, optimizer, None
+        of = known_by(*asked, "compiled", options, wrt, clip_norm, outer, ahead[0], steps)
+        going_on = Folder(folder, of, steps, device).opened()
+    feedback, in_settings, end, done = list[Any](), list[Any](), steps, 0
     try:
-        with torch.no_grad(), no_fast_path(math=True), capturing():
-            with counted(progress, steps, "steps", 0) as tell:
-                carry = walked(0, steps, carry, spacings[0])
+        with torch.no_grad(), no_fast_path(math=True), capturing(), going_on as opened:
+            if opened is not None:
+                states, done = opened, opened.done
+                for known in opened.known():
+                    digests |= enumerate(known["digests"], len(digests))
+                    losses += known["losses"]
+                    zeros, value = known["zeros"], known["value"]
+            if done:
+                carry, random = taken_from(states, done)
+                random.restore()
+                batch_of(done - 1)  # of a path that is truncated, no other is read again
+            with counted(progress, steps, "steps", done) as tell:
+                carry = walked(done, steps, carry, spacings[0])
+            if done < steps and folder is not None:
+                keep(steps, carry, states)
             ended = RandomState.now(device)
-            with replayed(ended.branch()):
-                L, pull = vjp(outer_losses, carry.params)
-                v = vmap(pull)(torch.eye(len(L)).to(L))[0] if judging else pull(torch.ones_like(L))[0]
-            nothing = pytree.tree_map(lambda t: t.new_zeros((*L.shape, *t.shape)), (carry.optimizer, phi))
-            bars = Cotangents(v, *nothing)
-            with counted(progress, steps - first, "steps back", 0) as tell:
-                for number, held, random in backwards(0, steps, *spacings):
+            if states.adjoint is None:
+                with replayed(ended.branch()):
+                    L, pull = vjp(outer_losses, carry.params)
+                    v = vmap(pull)(torch.eye(len(L)).to(L))[0] if judging else pull(torch.ones_like(L))[0]
+                nothing = pytree.tree_map(lambda t: t.new_zeros((*L.shape, *t.shape)), (carry.optimizer, phi))
+                bars = Cotangents(v, *nothing)
+            else:
+                end, L, feedback, in_settings = (states.adjoint[n] for n in ("at", "L", "feedback", "in_settings"))
+                bars = Cotangents(*states.adjoint["bars"])
+            with counted(progress, steps - first, "steps back", steps - end) as tell:
+                for number, held, random in backwards(0, end, *spacings):
                     if number < first:
                         break
                     random.restore()
@@ -377,6 +415,9 @@ def differentiate(
                     feedback.append(on_value({name: -t for name, t in h.items()}, value))
                     in_settings.append(of_rates)
                     tell(number)
+                    if isinstance(states, Folder) and number > first and number % chosen.spacings[-1] == 0:
+                        found = {"feedback": feedback, "in_settings": in_settings, "L": L}
+                        states.came_back_to(number, bars=[*bars], **found)
     except BaseException:
         begun.restore()
         raise

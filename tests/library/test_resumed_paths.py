@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import metapl
 from metapl import Lookahead, MetaplError
 from metapl.feedback import Forward
+from metapl.functional import training
 from metapl.problems import EqualWeights, ExampleWeights, Table
 from metapl.runs import atomic
 
@@ -36,7 +38,7 @@ def network() -> nn.Module:
 def gradient(folder: str | None, read: Callable[[], None], **given: Any) -> dict[str, Any]:
     """The whole result of a path, and what it leaves behind."""
     torch.manual_seed(given.pop("seed", 0))
-    student, teacher = network(), given.pop("teacher", lambda: None)()
+    student, teacher = given.pop("network", network)(), given.pop("teacher", lambda: None)()
     steps, dtype = given.pop("steps", STEPS), given.pop("dtype", None)
     options = {"keep_every": 7, **given.pop("mode", {})}
 
@@ -93,6 +95,7 @@ CALLS: dict[str, Call] = {
         *a, teacher=network, problem=metapl.PseudoLabels("hard"), batch=unlabeled, generator=3
     ),
     "clipped": lambda *a: gradient(*a, clip_norm=0.1),
+    "compiled": lambda *a: gradient(*a, clip_norm=0.1, compile=True),
 }
 # The number of a batch that is read, or of a file that is about to get its name, at which the process is killed.
 PLACES = {
@@ -108,6 +111,10 @@ PLACES = {
 
 def killed(case: str, folder: str, kind: str, number: int) -> None:
     """The call, in a process that kills itself at some place."""
+    kill_at(CALLS[case], folder, kind, number)
+
+
+def kill_at(call: Call, folder: str, kind: str, number: int) -> None:
     count = itertools.count(1)
 
     def come() -> None:
@@ -117,7 +124,7 @@ def killed(case: str, folder: str, kind: str, number: int) -> None:
     replace = os.replace
     if kind == "file":
         atomic.os.replace = lambda *names: (come(), replace(*names))[1]  # type: ignore[attr-defined, func-returns-value]
-    CALLS[case](folder, come if kind == "read" else lambda: None)
+    call(folder, come if kind == "read" else lambda: None)
 
 
 def run_killed(case: str, folder: Path, kind: str, number: int) -> None:
@@ -142,7 +149,7 @@ def same(a: Any, b: Any) -> bool:
             *(("plain", place) for place in ("before anything is kept", "at the last step", "in the way back")),
             ("plain", "at a file of the run forward"),
             *itertools.product(("tree", "truncated", "labels are drawn"), ("in the run forward", "in the way back")),
-            *((case, "in the way back") for case in ("transform", "teacher", "clipped")),
+            *((case, "in the way back") for case in ("transform", "teacher", "clipped", "compiled")),
         )
     ],
 )
@@ -156,6 +163,35 @@ def test_a_killed_path_goes_on_bit_for_bit(case: str, place: str, tmp_path: Path
     assert {file.name for file in tmp_path.iterdir()} <= {".lock"}  # to remove a lock would race
     if place == "in the way back":
         assert next(reads) <= next(whole) - STEPS, "steps were taken again"
+
+
+def test_a_compiled_path_goes_on_bit_for_bit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Killed at seven places, in processes that have the graphs of this one; above, by Inductor in one of its own."""
+    monkeypatch.setattr(training, "backend_of", lambda device: {"backend": "aot_eager"})
+    student = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Dropout(0.2), nn.Linear(4, 3))
+    optimizer = adam(student)
+    given: Any = {"optimizer": lambda _: optimizer, "network": lambda: student, "schedule": lambda k: 1 - k / STEPS}
+    expected = gradient(None, lambda: None, compile=True, **given)
+    reads, files = (3, 20, STEPS + 2, 2 * STEPS), (3, 10, 14)
+    for kind, number in (*(("read", n) for n in reads), *(("file", n) for n in files)):
+        folder = tmp_path / f"{kind}{number}"
+        folder.mkdir()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of a process with threads
+            process = os.fork()
+        if not process:
+            try:
+                kill_at(lambda *a: gradient(*a, compile=True, **given), str(folder), kind, number)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL, f"{kind} {number}"
+        if number == 20:
+            with pytest.raises(MetaplError, match="another folder"):  # the eager road rounds otherwise
+                gradient(str(folder), lambda: None, **given)
+        found = gradient(str(folder), lambda: None, compile=True, **given)
+        for name, value in expected.items():
+            assert same(found[name], value), (kind, number, name)
+        assert {file.name for file in folder.iterdir()} <= {".lock"}
 
 
 # What the call was given that was killed, where that is not the plain one.
