@@ -69,8 +69,9 @@ class Estimator(ABC):
         """Whether the feedback on a differentiable signal is the whole gradient, but for rounding."""
         return False
 
-    def keeping(self, steps: int, first: InnerStep) -> Keeping:
-        """Which of so many steps of a look-ahead keep their weights, given the first; others are computed again."""
+    def keeping(self, steps: int, size: int, student: LocalStudent) -> Keeping:
+        """Which of so many steps of a look-ahead, of so many bytes each, keep their states; others are computed
+        again."""
         return ALL
 
     @property

@@ -23,7 +23,6 @@ from metapl.execution.capabilities import FORWARD_AD, Capability
 from metapl.execution.local import LocalStudent
 from metapl.feedback.base import Estimator, Normalization, State, Steps, divisor, padded
 from metapl.feedback.credit import Credited, Feedback, credited, exact_feedback, feedback_from
-from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.keeping import Keeping, keeping
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
@@ -111,9 +110,8 @@ class Forward(Estimator):
     def graph_of(self, steps: int, student: LocalStudent) -> Credited | None:
         return "signal" if steps == 1 and by_graph(self.by, student) else None
 
-    def keeping(self, steps: int, first: InnerStep) -> Keeping:
-        how, student = self.keep or self.keep_every, first.student
-        return keeping(steps, first.bytes, student.device, how, self.keep_on, student.ranks)
+    def keeping(self, steps: int, size: int, student: LocalStudent) -> Keeping:
+        return keeping(steps, size, student.device, self.keep or self.keep_every, self.keep_on, student.ranks)
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         feedback = [Feedback(**plain) for plain in path.feedback]  # of a path that is resumed from a folder

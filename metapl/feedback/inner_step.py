@@ -130,13 +130,6 @@ class InnerStep:
         self.student, self.params = self.passes[0].student, self.passes[0].params  # whose step, and θ
         self.space = self.student.space  # products and norms over all processes that hold parts of the weights
 
-    @property
-    def bytes(self) -> int:
-        """The memory of θ, g and the optimizer's state after the step, and of a batch that the step alone holds."""
-        own = None if self.digest is None else self.batch
-        held = pytree.tree_leaves([self.params, self.grads, self.updated[1], own])
-        return sum(t.nbytes for t in held if isinstance(t, Tensor))
-
     def forgotten(self, batch_too: bool = False) -> InnerStep:
         """The step without θ, g and the optimizer's state, and without its batch, unless the signal enters the input;
         :meth:`recomputed` has them again."""

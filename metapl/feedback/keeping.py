@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path as FilePath
@@ -59,17 +60,19 @@ def keeping(
     ranks: Ranks = ALONE,
 ) -> Keeping:
     """Of a path of so many steps, whose states have so many bytes: every so many steps, a tree, or None for the
-    cheapest of all, every √steps-th and a tree that fits into half of the memory that is free; in a folder, and where
-    the system does not say what is free, every √steps-th.
+    cheapest of all, every √steps-th and a tree that fits into half of the memory that is free, of up to 50 steps into
+    all of it; in a folder, and where the system does not say what is free, every √steps-th.
 
-    Raises: :class:`metapl.MetaplError` for a way that all of this memory does not hold, and for a folder that is none.
+    Raises: :class:`metapl.MetaplError` for a way that this memory, or the folder's disk, does not hold, and for a
+    folder that is none.
     """
     folder, place = folder_of(on), torch.device("cpu") if on == "cpu" else device
     levels = math.ceil(math.log(steps, BRANCHING) - 1e-9) - 1
     all_held, root = Keeping((), on), Keeping((math.isqrt(steps - 1) + 1,), on)
     tree = Keeping(tuple(BRANCHING**level for level in range(levels, 0, -1)), on) if levels > 0 else root
-    known = None if folder else free_bytes(place)
+    known = free_bytes(place)
     free = math.inf if known is None else float(known)
+    disk = float(shutil.disk_usage(folder).free) if folder else math.inf
     if not ranks.alone:  # of parts that differ in size; every process has to choose the same
         if place.type == "cpu":
             free /= int(os.environ.get("LOCAL_WORLD_SIZE", ranks.processes))
@@ -77,23 +80,36 @@ def keeping(
         state, free = int(most), -least
 
     def fits(way: Keeping, share: float = 1.0) -> bool:
-        return (way.states(steps) - 1) * state <= share * free  # the student has the first
+        in_files = way.states(steps) - min(steps, way.spacings[-1]) if folder and way.spacings else 0
+        held = way.states(steps) - in_files - 1  # the student has the first
+        return held * state <= share * free and in_files * state <= disk
 
+    ways = {"keep_every=1": all_held, f"keep_every={root.spacings[0]}": root, 'keep="tree"': tree}
     if how is not None:
         asked = tree if how == "tree" else Keeping((how,) if how > 1 else (), on)
     elif folder or (free == math.inf and steps > ALL_KEPT):
         asked = root
     else:
-        ways = (all_held,) if steps <= ALL_KEPT else (all_held, root, tree)
-        asked = next((way for way in ways if fits(way, SHARE)), ways[-1])
+        share = 1.0 if steps <= ALL_KEPT else SHARE
+        asked = next((way for way in ways.values() if fits(way, share)), tree)
     if folder and not asked.spacings:
         raise MetaplError(f"keep_every=1 holds all steps, and none in the folder {on!r}; expected keep_every=None.")
     if not fits(asked):
+        able = [f"{name} ({way.states(steps):,} states)" for name, way in ways.items() if fits(way)]
+        able += [] if folder else ["keep_on= with a folder"]
+        there = [f"{said(n)} of {what}" for what, n in (("memory", free), ("disk", disk)) if n < math.inf]
+        count = asked.states(steps)
         raise MetaplError(
-            f"{asked.words(steps)} would keep {asked.states(steps):,} states of {state / 2**20:,.0f} MiB, and "
-            f'{free / 2**20:,.0f} MiB are free; expected keep="tree", keep_on= with a folder, or fewer steps.'
+            f"{asked.words(steps)} would keep {count:,} states of {said(state)}, {said(count * state)} together, and "
+            f"{' and '.join(there)} are free; expected {', '.join([*able, 'fewer steps'])}."
         )
     return asked
+
+
+def said(size: float) -> str:
+    """A number of bytes for a message."""
+    power = min(int(math.log10(max(size, 1)) / 3), 4)
+    return f"{size / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def folder_of(on: str | None) -> FilePath | None:

@@ -26,8 +26,8 @@ from metapl.feedback.lookahead import Lookahead
 from metapl.problems.base import Problem, Signal, enters_input, joined_signals, sum_and_weight
 from metapl.updates import Options, Update
 
-Keep = Callable[[int, InnerStep], Keeping]
-"""Which of K steps keep their states, by K and the first step, whose size is known."""
+Keep = Callable[[int, int, LocalStudent], Keeping]
+"""Which of K steps keep their states, by K and the bytes that one of them holds."""
 
 Teach = Callable[[Any, Tensor | None], Signal]
 """The teacher's signal about a batch, given the student's outputs on it; None where the signal enters its input."""
@@ -307,7 +307,7 @@ def take_steps(
             them where the signal enters its input, and once for all where it is of the whole batch.
         keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
         graph_of: of one step, what g keeps a graph in, for :meth:`Pass.in_leaves`.
-        keep: chooses, by the number of steps and the first one, which of them keep their states.
+        keep: chooses, by the number of steps and the size of one, which of them keep their states.
         states: where these lie, with the steps that a process which was killed has taken; None: as ``keep`` says.
         updates: of each step, where they differ by a schedule, or have settings that are leaves.
         wrt: what the gradient is in besides the signals, as for :class:`Path`.
@@ -399,14 +399,17 @@ def take_steps(
                     path.states.note(path, number, params, state)
         with ranks.agreed() if rereads else NOTHING:
             batch = batches[number]
-        path.steps.append(taken(batch, params, state, updates[number] if updates else update))
-        if number == 0 and several:
-            if rereads:
-                path.batch(0)  # a function that always returns another batch is refused here, not after the path
-            path.keeping = ALL if keep is None else keep(len(batches), path.steps[0])
+        if number == 0 and several:  # what does not fit is refused before anything is computed
+            # θ, g and s after the step, and a batch that the step alone holds.
+            held = [*params.values()] * 2 + (pytree.tree_leaves(batch) if rereads else [])
+            size = update.state_bytes() + sum(t.nbytes for t in held if isinstance(t, Tensor))
+            path.keeping = ALL if keep is None else keep(len(batches), size, local)
             path.states = states or States(path.keeping.on)
             if path.keeping.spacings:
                 path.states.keep(0, (params, state))
+        path.steps.append(taken(batch, params, state, updates[number] if updates else update))
+        if number == 0 and several and rereads:
+            path.batch(0)  # a function that always returns another batch is refused here, not after the path
         if progress is not None:
             progress(batch)
     if states is not None and len(batches) > max(done, 1):  # a path of one step has no way back

@@ -249,23 +249,6 @@ def differentiate(
     check(mode, problem, of_student, of_teacher, optimizer, accumulate)
     steps, judged = len(ahead), problem.outer_batch(outer)
     made = compiled_training(teacher, student, problem, optimizer, clip_norm, bool(wrt), bool(judging))
-    if not made.checked:
-        made.checked.append(True)
-        given: Any = {"clip_norm": clip_norm, "judging": judging, "wrt": wrt}
-        refuse_other_training(
-            partial(differentiate, teacher, student, problem, optimizer, Forward(), outer, **given),
-            partial(
-                hypergradient,
-                teacher,
-                student,
-                labeled=outer,
-                problem=judging[0] if judging else problem,
-                inner_optimizer=optimizer,
-                clip_norm=clip_norm,
-            ),
-            Lookahead([ahead[0]], schedule=ahead.schedule),
-            device,
-        )
     options = ahead.options(optimizer) or [options_of(optimizer)] * steps
     update, first = made.update, steps - (getattr(mode, "truncate", None) or steps)
     # A number that is 0 in all steps leaves a part of the rule out.
@@ -285,9 +268,26 @@ def differentiate(
     (theta, state), (phi, teacher_state) = tensors_of(student), tensors_of(teacher)
     start = carry = Carry(theta, update.complete_state(), state, teacher_state)
     moving = [t for field, constant in frozen.items() for n, t in getattr(carry, field).items() if n not in constant]
-    size = sum(t.nbytes for t in pytree.tree_leaves((theta, carry.optimizer, moving)))
+    size = update.state_bytes() + sum(t.nbytes for t in (*theta.values(), *moving))
     how, on = getattr(mode, "keep", None) or getattr(mode, "keep_every", None), getattr(mode, "keep_on", None)
     chosen, folder = keeping(steps, size, device, how, on), folder_of(on)
+    if not made.checked:
+        made.checked.append(True)
+        given: Any = {"clip_norm": clip_norm, "judging": judging, "wrt": wrt}
+        refuse_other_training(
+            partial(differentiate, teacher, student, problem, optimizer, Forward(), outer, **given),
+            partial(
+                hypergradient,
+                teacher,
+                student,
+                labeled=outer,
+                problem=judging[0] if judging else problem,
+                inner_optimizer=optimizer,
+                clip_norm=clip_norm,
+            ),
+            Lookahead([ahead[0]], schedule=ahead.schedule),
+            device,
+        )
     states, block = States(chosen.on), States(chosen.on if folder is None else None)  # block: all steps of the finest
     digests, losses = dict[int, Tensor](), list[Tensor]()
     zeros = dict[Any, Tree]()  # in the shapes of a signal's fields, by those of the batch
@@ -388,6 +388,8 @@ def differentiate(
                 carry, random = taken_from(states, done)
                 random.restore()
                 batch_of(done - 1)  # of a path that is truncated, no other is read again
+            else:
+                batch_of(0)  # a function that always returns another batch is refused here, not after the path
             with counted(progress, steps, "steps", done) as tell:
                 carry = walked(done, steps, carry, spacings[0])
             if done < steps and folder is not None:

@@ -67,6 +67,10 @@ class Update(ABC):
     def read_state(self) -> Any:
         """The current state, for :meth:`update`; reading it changes nothing."""
 
+    def state_bytes(self) -> int:
+        """The memory of the state after a step."""
+        return sum(t.nbytes for t in pytree.tree_leaves(self.read_state()) if isinstance(t, Tensor))
+
     @abstractmethod
     def update(self, params: Tree, grads: Tree, state: Any, options: Options | None = None) -> tuple[Tree, Any]:
         """θ′ and s′, differentiable in all arguments; ``options`` take the place of those of the param groups."""
@@ -176,6 +180,7 @@ class Clipped(Update):
     numbers: Any = _inner("numbers")
     options, settings_in = _inner("options"), _inner("settings_in")
     follow, read_state, write = _inner("follow"), _inner("read_state"), _inner("write")
+    state_bytes = _inner("state_bytes")
     rounded: bool = _inner("rounded")
     state_dict, load_state_dict = _inner("state_dict"), _inner("load_state_dict")
 

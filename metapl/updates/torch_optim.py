@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, few
 from metapl.execution.checks import transformed
@@ -178,6 +179,14 @@ class TorchUpdate(Update):
         """The current state, each :meth:`completed`."""
         state, groups = self.read_state(), self.optimizer.param_groups
         return {n: self.completed(p.detach(), state[n], groups[self.group_of[n]]) for n, p in self.parameters.items()}
+
+    def state_bytes(self) -> int:
+        state, groups = self.read_state(), self.optimizer.param_groups
+        found = [
+            self.completed(local(p).detach().to("meta"), state[name], {**groups[self.group_of[name]], "dampening": 0})
+            for name, p in self.parameters.items()
+        ]
+        return sum(t.nbytes for t in pytree.tree_leaves(found) if isinstance(t, Tensor))
 
     def settings(self) -> list[dict[str, Any]]:
         """The numbers in the param groups that are not 0: a 0 leaves a part of the rule out, so that it is no value."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -325,16 +326,34 @@ def test_wrong_paths_are_refused(case: str) -> None:
     assert all(torch.equal(t, before[name]) for name, t in student.state_dict().items())
 
 
-def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the memory that is free, of which the states may fill half; then the default keeps fewer of them."""
+def test_the_default_keeps_what_half_of_the_free_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     student = network()
-    inner = OPTIMIZERS["adam"](student.parameters())
     monkeypatch.setattr(keeping, "free_bytes", lambda _: 200_000)
-    with pytest.raises(MetaplError):
-        gradient(student, inner, Lookahead(batch, steps=STEPS), Forward(keep_every=1))
-    assert gradient(student, inner, Lookahead(batch, steps=STEPS), Forward()).kept == "one step in 8, of 60"
-    monkeypatch.setattr(keeping, "free_bytes", lambda _: 20_000)
-    with pytest.raises(MetaplError):
-        gradient(student, inner, Lookahead(batch, steps=STEPS), Forward(keep="tree"))
+    found = gradient(student, OPTIMIZERS["adam"](student.parameters()), Lookahead(batch, steps=STEPS), Forward())
+    assert found.kept == "one step in 8, of 60"
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_path_longer_than_memory_is_refused_before_its_first_step(
+    compile: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    student, read = network(), set[int]()
+    ahead = Lookahead(lambda k: (read.add(k), batch(k))[1], steps=STEPS)  # type: ignore[func-returns-value]
+    given: Any = {"outer": batch(-1), "inner": ahead, "problem": EqualWeights(), "compile": compile}
+    given["inner_optimizer"] = OPTIMIZERS["adam"](student.parameters())
+    monkeypatch.setattr(keeping.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    for free, mode, word in (
+        (100_000, Forward(keep_every=1), "keep_every=8"),
+        (20_000, Forward(keep="tree"), "keep_on= with a folder"),
+        (20_000, Forward(), "keep_on= with a folder"),
+        (100_000, Forward(keep_on=str(tmp_path)), "disk"),
+    ):
+        monkeypatch.setattr(keeping, "free_bytes", lambda _, free=free: free)
+        with pytest.raises(MetaplError, match=word):
+            metapl.hypergradient(None, student, mode=mode, **given)
+    assert read <= {0}
+
+
+def test_two_ways_to_keep_are_refused() -> None:
     with pytest.raises(MetaplError):
         Forward(keep="tree", keep_every=3)
