@@ -26,6 +26,20 @@ from metapl.feedback.lookahead import Lookahead
 from metapl.problems.base import Problem, Signal, enters_input, joined_signals, sum_and_weight
 from metapl.updates import Options, Update
 
+OTHER_BATCH = (
+    "the function of Lookahead returned another batch for step {} when it was called again; expected the same batch "
+    "for the same number: torch.Generator().manual_seed(number)."
+)
+LOSS_NOT_FINITE = (
+    "the inner loss is NaN or infinite in step {} of the look-ahead: its batch has such values, or the student has "
+    "diverged; lower its learning rate, or look for extreme values."
+)
+NOT_FINITE = (
+    "the derivative of the outer loss is NaN or infinite before step {} of the look-ahead: the steps from there on "
+    "amplify it without bound. Lower the student's learning rate, or differentiate fewer of the last steps, "
+    "Forward(truncate=...)."
+)
+
 Keep = Callable[[int, int, LocalStudent], Keeping]
 """Which of K steps keep their states, by K and the bytes that one of them holds."""
 
@@ -142,12 +156,7 @@ class Path:
                 w, theta_bar, state_bar = step.vjp(v, state_bar)
                 hessian, in_signal = step.second_derivatives(w, fields(step.signal))
                 v = {name: t + hessian[name] for name, t in theta_bar.items()}  # λ_k = θ̄_k + (∂²ℓ_k/∂θ²) w_k
-                checks.refuse_not_finite(
-                    self.student.space.norm(v),
-                    f"the derivative of the outer loss is NaN or infinite before step {number} of the look-ahead: the "
-                    "steps from there on amplify it without bound. Lower the student's learning rate, or differentiate "
-                    "fewer of the last steps, Forward(truncate=...).",
-                )
+                checks.refuse_not_finite(self.student.space.norm(v), NOT_FINITE.format(number))
                 self.start = v
                 yield step, w, in_signal
             if self.progress is not None:
@@ -202,11 +211,7 @@ class Path:
                     held = self.batches[number]
             expected = self.steps[number].digest
             assert expected is not None, "only batches that are read again are known by a digest"
-            checks.refuse(
-                digest(held) != expected,
-                f"the function of Lookahead returned another batch for step {number} when it was called again; "
-                "expected the same batch for the same number: torch.Generator().manual_seed(number).",
-            )
+            checks.refuse(digest(held) != expected, OTHER_BATCH.format(number))
         return held
 
     def gradients_in_signals(self, truncate: int | None = None) -> list[tuple[InnerStep, dict[str, Tensor | None]]]:
@@ -408,6 +413,9 @@ def take_steps(
             if path.keeping.spacings:
                 path.states.keep(0, (params, state))
         path.steps.append(taken(batch, params, state, updates[number] if updates else update))
+        if several:
+            with NOTHING if ranks.alone else ranks.agreed():
+                checks.refuse_not_finite(path.steps[-1].inner_loss.detach(), LOSS_NOT_FINITE.format(number))
         if number == 0 and several and rereads:
             path.batch(0)  # a function that always returns another batch is refused here, not after the path
         if progress is not None:

@@ -39,6 +39,7 @@ from metapl.feedback import Forward
 from metapl.feedback.hypergradient import hypergradient
 from metapl.feedback.keeping import Keeping, States, folder_of, keeping
 from metapl.feedback.lookahead import Lookahead
+from metapl.feedback.path import LOSS_NOT_FINITE, NOT_FINITE, OTHER_BATCH
 from metapl.feedback.resuming import Folder, known_by
 from metapl.functional.compiled import backend_of, capturing
 from metapl.functional.first_step import refuse_gap
@@ -49,15 +50,6 @@ from metapl.problems.base import Problem, Signal, enters_input, has_own, sum_and
 from metapl.runs.progress import counted
 from metapl.updates import Clipped, Update, options_of, parts_of, update_of
 
-OTHER_BATCH = (
-    "the function of Lookahead returned another batch for step {} when it was called again; expected the same batch "
-    "for the same number: torch.Generator().manual_seed(number)."
-)
-NOT_FINITE = (
-    "the derivative of the outer loss is NaN or infinite before step {} of the look-ahead: the steps from there on "
-    "amplify it without bound. Lower the student's learning rate, or differentiate fewer of the last steps, "
-    "Forward(truncate=...)."
-)
 vjp: Any = torch.func.vjp
 grad_and_value, vmap = torch.func.grad_and_value, torch.func.vmap
 Settings = list[dict[str, Any]]  # of each param group, as 0-D tensors
@@ -328,7 +320,7 @@ def differentiate(
                 carry, loss = stepped(number, carry)
             if not again:
                 losses.append(loss)
-                checks.refuse_not_finite(loss, f"the inner loss is NaN or infinite in step {number} of the look-ahead.")
+                checks.refuse_not_finite(loss, LOSS_NOT_FINITE.format(number))
                 tell(number)
         return carry
 

@@ -399,7 +399,7 @@ def test_wrong_data_are_refused(case: str) -> None:
 def test_outputs_that_are_no_numbers_are_told() -> None:
     network = student()
     nn.init.constant_(network.get_parameter("0.bias"), torch.nan)
-    with pytest.raises(MetaplError, match="the student's outputs are NaN or infinite"):
+    with pytest.raises(MetaplError, match="NaN or infinite in step 0"):
         found(network)
 
 

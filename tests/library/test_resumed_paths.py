@@ -6,7 +6,6 @@ import itertools
 import multiprocessing
 import os
 import signal
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,10 @@ def gradient(folder: str | None, read: Callable[[], None], **given: Any) -> dict
     given_batch = given.pop("batch", batch)
     generator = given.pop("generator", None)
     draws = torch.Generator().manual_seed(generator) if generator is not None else None
-    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+    backend = given.pop("backend", None)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None), pytest.MonkeyPatch.context() as patch:
+        if backend is not None:
+            patch.setattr(training, "backend_of", lambda device: {"backend": backend})
         found = metapl.hypergradient(
             teacher,
             student,
@@ -95,7 +97,8 @@ CALLS: dict[str, Call] = {
         *a, teacher=network, problem=metapl.PseudoLabels("hard"), batch=unlabeled, generator=3
     ),
     "clipped": lambda *a: gradient(*a, clip_norm=0.1),
-    "compiled": lambda *a: gradient(*a, clip_norm=0.1, compile=True),
+    "compiled": lambda *a: gradient(*a, clip_norm=0.1, compile=True, backend="aot_eager"),
+    "by Inductor": lambda *a: gradient(*a, compile=True),
 }
 # The number of a batch that is read, or of a file that is about to get its name, at which the process is killed.
 PLACES = {
@@ -111,10 +114,6 @@ PLACES = {
 
 def killed(case: str, folder: str, kind: str, number: int) -> None:
     """The call, in a process that kills itself at some place."""
-    kill_at(CALLS[case], folder, kind, number)
-
-
-def kill_at(call: Call, folder: str, kind: str, number: int) -> None:
     count = itertools.count(1)
 
     def come() -> None:
@@ -124,13 +123,13 @@ def kill_at(call: Call, folder: str, kind: str, number: int) -> None:
     replace = os.replace
     if kind == "file":
         atomic.os.replace = lambda *names: (come(), replace(*names))[1]  # type: ignore[attr-defined, func-returns-value]
-    call(folder, come if kind == "read" else lambda: None)
+    CALLS[case](folder, come if kind == "read" else lambda: None)
 
 
 def run_killed(case: str, folder: Path, kind: str, number: int) -> None:
     process = multiprocessing.get_context("spawn").Process(target=killed, args=(case, str(folder), kind, number))
     process.start()
-    process.join(300)
+    process.join(600)
     assert process.exitcode == -signal.SIGKILL, f"{kind} {number} was not reached"
 
 
@@ -149,7 +148,8 @@ def same(a: Any, b: Any) -> bool:
             *(("plain", place) for place in ("before anything is kept", "at the last step", "in the way back")),
             ("plain", "at a file of the run forward"),
             *itertools.product(("tree", "truncated", "labels are drawn"), ("in the run forward", "in the way back")),
-            *((case, "in the way back") for case in ("transform", "teacher", "clipped", "compiled")),
+            *((case, "in the way back") for case in ("transform", "teacher", "clipped", "by Inductor")),
+            *(("compiled", place) for place in ("in the run forward", "at a file of the way back")),
         )
     ],
 )
@@ -165,33 +165,46 @@ def test_a_killed_path_goes_on_bit_for_bit(case: str, place: str, tmp_path: Path
         assert next(reads) <= next(whole) - STEPS, "steps were taken again"
 
 
-def test_a_compiled_path_goes_on_bit_for_bit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Killed at seven places, in processes that have the graphs of this one; above, by Inductor in one of its own."""
-    monkeypatch.setattr(training, "backend_of", lambda device: {"backend": "aot_eager"})
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers"),
+    [
+        ("read", (20,)),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("read", (3, 32, 60)), ("file", (3, 10, 14)))),
+    ],
+)
+def test_a_compiled_path_goes_on_bit_for_bit(
+    kind: str, numbers: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Stopped at seven places, by the same graphs; above, in processes that are killed."""
     student = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Dropout(0.2), nn.Linear(4, 3))
-    optimizer = adam(student)
-    given: Any = {"optimizer": lambda _: optimizer, "network": lambda: student, "schedule": lambda k: 1 - k / STEPS}
+    optimizer, problem = adam(student), EqualWeights()
+    given: Any = {"optimizer": lambda _: optimizer, "network": lambda: student, "problem": problem}
+    given |= {"schedule": lambda k: 1 - k / STEPS, "backend": "aot_eager"}
     expected = gradient(None, lambda: None, compile=True, **given)
-    reads, files = (3, 20, STEPS + 2, 2 * STEPS), (3, 10, 14)
-    for kind, number in (*(("read", n) for n in reads), *(("file", n) for n in files)):
-        folder = tmp_path / f"{kind}{number}"
-        folder.mkdir()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of a process with threads
-            process = os.fork()
-        if not process:
-            try:
-                kill_at(lambda *a: gradient(*a, compile=True, **given), str(folder), kind, number)
-            finally:
-                os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL, f"{kind} {number}"
+    replace, place = os.replace, str(tmp_path)
+    for number in numbers:
+        count = itertools.count(1)
+
+        def come(count: Any = count, number: int = number) -> None:
+            if next(count) == number:
+                raise Stopped
+
+        if kind == "file":
+            monkeypatch.setattr(atomic.os, "replace", lambda *names, come=come: (come(), replace(*names))[1])
+        with pytest.raises(Stopped):
+            gradient(place, come if kind == "read" else lambda: None, compile=True, **given)
+        monkeypatch.undo()
         if number == 20:
             with pytest.raises(MetaplError, match="another folder"):  # the eager road rounds otherwise
-                gradient(str(folder), lambda: None, **given)
-        found = gradient(str(folder), lambda: None, compile=True, **given)
+                gradient(place, lambda: None, **given)
+        found = gradient(place, lambda: None, compile=True, **given)
         for name, value in expected.items():
             assert same(found[name], value), (kind, number, name)
-        assert {file.name for file in folder.iterdir()} <= {".lock"}
+        assert {file.name for file in tmp_path.iterdir()} <= {".lock"}
 
 
 # What the call was given that was killed, where that is not the plain one.

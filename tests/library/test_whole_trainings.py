@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -165,25 +165,58 @@ def test_inductor_gives_the_eager_gradient_and_keeps_its_graphs() -> None:
 
 def test_what_two_graphs_do_not_take_is_refused_in_one_line() -> None:
     student = network()
-    inner = SGD(student.parameters(), lr=0.1)
     given: Any = {"outer": batch(-1), "inner": Lookahead(batch, steps=3), "problem": EqualWeights()}
-    state = torch.get_rng_state()
-    wrong: list[dict[str, Any]] = [
-        {"mode": "none"},
-        {"mode": Forward(normalization="learning_rate")},
-        {"accumulate": 2},
-    ]
-    wrong += [{"inner_optimizer": torchopt.sgd(0.1)}]
-    nan, numbers = (batch(2)[0] * torch.nan, batch(2)[1]), itertools.count()
-    words = {
-        "compile": wrong,
-        "step 2": [{"inner": Lookahead([batch(0), batch(1), nan, batch(3)])}],
-        "another batch": [{"inner": Lookahead(lambda k: batch(next(numbers)), steps=3)}],
-    }
-    for word, each in words.items():
-        for change in each:
-            with pytest.raises(MetaplError, match=word):
-                metapl.hypergradient(None, student, **given | {"inner_optimizer": inner} | change, compile=True)
+    given |= {"inner_optimizer": SGD(student.parameters(), lr=0.1), "compile": True}
+    wrong: list[dict[str, Any]] = [{"mode": "none"}, {"mode": Forward(normalization="learning_rate")}]
+    for change in [*wrong, {"accumulate": 2}, {"inner_optimizer": torchopt.sgd(0.1)}]:
+        with pytest.raises(MetaplError, match="compile"):
+            metapl.hypergradient(None, student, **given | change)
+
+
+STUDENT, PROBLEM = network(drops=False), EqualWeights()  # of one compilation
+WEIGHTS, RATES = [*STUDENT.parameters()], torch.full((STEPS, 1), 0.1)
+PLAIN = SGD(WEIGHTS, lr=0.1, momentum=0.9)
+
+
+def odd(bad: float = 0.0, steps: Sequence[int] = (2,)) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Batches of which some are another one each time, or not finite."""
+    calls = itertools.count(1)
+
+    def made(number: int) -> tuple[Tensor, Tensor]:
+        x, y = batch(number)
+        return (x + (bad or next(calls)) if number in steps else x), y
+
+    return made
+
+
+WRONG: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+    "unknown name": ("expected", lambda: {"wrt": "lrr"}),
+    "no such setting": ("betas", lambda: {"wrt": ["start", "betas"]}),
+    "a setting of a transform": ("lr", lambda: {"wrt": "lr", "inner_optimizer": torchopt.sgd(0.1)}),
+    "optimizers that overlap": ("disjoint", lambda: {"inner_optimizer": (PLAIN, ADAMW(WEIGHTS[:1]))}),
+    "weights left out": ("without", lambda: {"inner_optimizer": (SGD(WEIGHTS[:2]), ADAMW(WEIGHTS[2:3]))}),
+    "an unknown schedule": ("lrr", lambda: {"inner": Lookahead(batch, steps=STEPS, schedule={"lrr": RATES})}),
+    "a schedule that ends": ("row", lambda: {"inner": Lookahead(batch, steps=STEPS, schedule={"lr": RATES[1:]})}),
+    "another batch": ("for step 2", lambda: {"inner": Lookahead(odd(), steps=STEPS)}),
+    "always another batch": ("for step 0", lambda: {"inner": Lookahead(odd(steps=range(STEPS)), steps=STEPS)}),
+    "NaN": ("step 2", lambda: {"inner": Lookahead(odd(torch.nan), steps=STEPS)}),
+    "NaN in the first step": ("step 0", lambda: {"inner": Lookahead([odd(torch.nan)(2)] * STEPS)}),
+    "a rate of NaN": ("step 1", lambda: {"inner": Lookahead(batch, steps=STEPS, schedule=lambda k: torch.nan)}),
+    "NaN in the outer batch": ("step 6", lambda: {"outer": odd(torch.nan)(2)}),
+}
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_said_in_one_line_and_nothing_moves(case: str, compile: bool) -> None:
+    word, change = WRONG[case]
+    before, state = copy.deepcopy(STUDENT.state_dict()), torch.get_rng_state()
+    given: Any = {"outer": batch(-1), "inner": Lookahead(batch, steps=STEPS), "problem": PROBLEM}
+    given |= {"inner_optimizer": PLAIN, "mode": Forward(keep_every=3), "compile": compile} | change()
+    with pytest.raises(MetaplError, match=word) as said:
+        metapl.hypergradient(None, STUDENT, **given)
+    assert "\n" not in str(said.value)
+    assert error(before, STUDENT.state_dict()) == 0
     assert torch.equal(state, torch.get_rng_state())
 
 
