@@ -5,8 +5,9 @@
     python benchmarks/gpu.py --device cpu --miniature --minutes 4 --out DIR    # that it runs; its figures mean nothing
 
 Each part has a process of its own, which is killed when the minutes are over, and a file of the folder when it is done:
-the tests that pytest calls ``gpu``; whole steps of every mode beside their own passes and beside other ways to the same
-gradient. A part that failed leaves what it printed, and is run again by the next call.
+the compiled step beside the eager one, and by CUDA graphs (``compile="reduce-overhead"``); the tests that pytest calls
+``gpu``; whole steps of every mode beside their own passes and beside other ways to the same gradient. A part that
+failed leaves what it printed, and is run again by the next call.
 
 Of a step, everything that is compared takes turns in one process, and figures are medians over turns of the ratios
 within a turn. *Passes* are what a mode cannot do without, run by hand: forward and backward passes of both networks and
@@ -36,6 +37,7 @@ import torch
 import torchvision
 from machine import described, write_json
 from modes import Place
+from peers import Tokens
 from throughput import timed
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -124,8 +126,14 @@ class Subject:
 
 
 def pictures(build: Callable[[], nn.Module], side: int, labeled: int, unlabeled: int, device: str) -> Subject:
-    teacher, student = (build().to(device, memory_format=torch.channels_last) for _ in range(2))
-    x, u = (torch.rand(n, 3, side, side, device=device) for n in (labeled, unlabeled))
+    return inputs(lambda: build().to(memory_format=torch.channels_last), (3, side, side), labeled, unlabeled, device)
+
+
+def inputs(
+    build: Callable[[], nn.Module], shape: tuple[int, ...], labeled: int, unlabeled: int, device: str
+) -> Subject:
+    teacher, student = (build().to(device) for _ in range(2))
+    x, u = (torch.rand(n, *shape, device=device) for n in (labeled, unlabeled))
     y = torch.arange(labeled, device=device) % 10
 
     def inner(outputs: Tensor, taught: Tensor) -> Tensor:
@@ -201,11 +209,30 @@ def causal_lm(miniature: bool, device: str) -> Subject:
     return sequences(50, 64, 1, 16, 4, device) if miniature else sequences(50257, 768, 12, 512, 8, device)
 
 
+def perceptron(miniature: bool, device: str) -> Subject:
+    """Of a step that is nothing but the host's overhead."""
+    few, many, width = (4, 4, 8) if miniature else (64, 64, 64)
+
+    def build() -> nn.Module:
+        return nn.Linear(8, 10) if miniature else metapl.models.mlp([width, width, 10])
+
+    return inputs(build, (width,), few, many, device)
+
+
+def tokens(miniature: bool, device: str) -> Subject:
+    return perceptron(True, device) if miniature else inputs(Tokens, (16, 8), 32, 32, device)
+
+
 NETWORKS: dict[str, Callable[[bool, str], Subject]] = {
     "WRN-28-2": wide_resnet,
     "ViT-S": vit_small,
     "causal LM, 124 M": causal_lm,
     "ResNet-50": resnet50,
+}
+COMPILED: dict[str, Callable[[bool, str], Subject]] = {
+    "MLP": perceptron,
+    "transformer": tokens,
+    "WRN-28-2": lambda miniature, device: (perceptron if miniature else wide_resnet)(miniature, device),
 }
 PASSES: dict[str, dict[str, int]] = {
     "none": {"teacher reads": 1, "student": 1},
@@ -275,7 +302,7 @@ class Bench:
         for optimizer in self.optimizers:
             optimizer.step()
 
-    def step(self, mode: str) -> Callable[[], Any]:
+    def step(self, mode: str, **options: Any) -> Callable[[], Any]:
         s = self.subject
         teacher, student = copy.deepcopy(s.teacher), copy.deepcopy(s.student)
         inner, outer = (torch.optim.SGD(network.parameters(), RATE) for network in (student, teacher))
@@ -285,6 +312,7 @@ class Bench:
             inner_optimizer=inner,
             outer_optimizer=outer,
             teacher_losses=(),
+            **options,
         )
         return lambda: trainer.step(s.labeled, s.unlabeled)
 
@@ -334,26 +362,53 @@ class Bench:
 
     def measured(self, seconds: float) -> Row:
         """Seconds of each in each turn, and the most memory that each takes."""
-        found: dict[str, list[float]] = {}
+        found, first = dict[str, list[float]](), dict[str, float]()
         for name, run in list(self.runs.items()):
             try:
-                for _ in range(2):
+                first[name] = timed(partial(self.active, run), self.place)
+                for _ in range(2):  # a CUDA graph is recorded in the second call
                     self.active(run)
             except (RuntimeError, metapl.MetaplError) as error:
                 self.failed[name] = str(error).strip().splitlines()[0][:160]
                 del self.runs[name]
         began = time.perf_counter()
-        while len(found.get("teacher", [])) < 21 and (not found or time.perf_counter() - began < seconds):
+        while len(next(iter(found.values()), [])) < 21 and (not found or time.perf_counter() - began < seconds):
             for name, run in self.runs.items():
                 found.setdefault(name, []).append(timed(partial(self.active, run), self.place))
         on = torch.device(self.place.device)
         memory = {name: peak_bytes(partial(self.active, run), on) for name, run in self.runs.items()}
-        return {"seconds": found, "bytes": memory, "failed": self.failed}
+        return {"seconds": found, "first": first, "bytes": memory, "failed": self.failed}
 
 
 def _input(batch: Any) -> Tensor:
     found: Tensor = batch[0] if isinstance(batch, tuple) else batch
     return found
+
+
+def compiled(network: str, setting: Setting) -> Row:
+    """The same step eager, compiled and by CUDA graphs, and double backward by hand."""
+    torch.manual_seed(0)
+    bench = Bench(COMPILED[network](setting.miniature, setting.device), Place(setting.device, "float32"))
+    bench.runs = {name: bench.runs[name] for name in ("forward", "double backward")} | {
+        "compiled": bench.step("forward", compile=True),
+        "compiled, CUDA graphs": bench.step("forward", compile="reduce-overhead"),
+    }
+    return bench.measured(0 if setting.miniature else 20)
+
+
+def told_compiled(name: str, row: Row) -> Iterator[Told]:
+    seconds, memory = row["seconds"], row["bytes"]
+    for way in (way for way in seconds if way.startswith("compiled")):
+        of = {
+            other: statistics.median(a / b for a, b in zip(seconds[way], seconds[other], strict=True))
+            for other in ("forward", "double backward")
+            if other in seconds
+        }
+        ratios = ", ".join(f"{ratio:.2f} of {other}" for other, ratio in of.items())
+        rest = f"memory {memory[way] / max(1, memory['forward']):.2f}, first step {row['first'][way]:.0f} s"
+        yield f"{name}: {way}, {1 / statistics.median(seconds[way]):.3g} steps a second", f"{ratios}, {rest}", ""
+    for way, reason in row["failed"].items():
+        yield f"{name}: {way}", reason, ""
 
 
 def steps(network: str, precision: str, setting: Setting) -> Row:
@@ -384,6 +439,10 @@ def told_steps(name: str, row: Row) -> Iterator[Told]:
 # -------------------------------------------------------------------------------------------------------------- the run
 
 PARTS: dict[str, Part] = {
+    **{
+        f"compiled {network}": Part(seconds, partial(compiled, network), partial(told_compiled, network))
+        for network, seconds in (("MLP", 60), ("transformer", 120), ("WRN-28-2", 210))
+    },
     "tests": Part(90, tests, told_tests),
     **{
         f"{network}, {precision}": Part(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution.batch import length
@@ -97,7 +98,12 @@ class CompiledStep:
         try:
             with torch.no_grad(), no_fast_path(), capturing():
                 given = (batches[0], noise and noise[0]) if steps == 1 else (tuple(batches), noise)
+                if trainer.compile == "reduce-overhead":
+                    torch.compiler.cudagraph_mark_step_begin()
                 moved, report = compiled(state, labeled, *given)
+                if trainer.compile == "reduce-overhead":  # what outlives the next step, which writes to the same memory
+                    mode, report = pytree.tree_map_only(Tensor, torch.clone, (moved.mode, report))
+                    moved = moved._replace(mode=mode)
                 taken = moved, _wrapped(trainer, report, steps > 1, ahead)
                 if first:
                     refuse_other(state, taken, eager)
@@ -147,10 +153,12 @@ class CompiledStep:
             raise MetaplError("inner_optimizer is a TorchOpt transform; expected torch.optim's, or compile=False.")
         trainer.update.follow({name: p for name, p in trainer.student.named_parameters() if p.requires_grad})
         updates = updates_of(trainer)
-        step = step_of(trainer, steps, updates)
+        step, how = step_of(trainer, steps, updates), dict(backend_of(trainer.device))
+        if trainer.compile == "reduce-overhead":  # torch.compile's mode of that name, beside our options
+            how["options"] = how.get("options", {}) | {"triton.cudagraphs": True}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # while Inductor is imported
-            return torch.compile(step, fullgraph=True, dynamic=False, **backend_of(trainer.device)), updates
+            return torch.compile(step, fullgraph=True, dynamic=False, **how), updates
 
     def hold(self, state: State, moved: State, updates: Any) -> None:
         """Keep a state, whose tensors are those of the modules, and let the optimizers hold those that are new."""

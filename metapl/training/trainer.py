@@ -84,6 +84,8 @@ class BilevelTrainer(Trainer):
             10 seconds to some minutes of compiling for each shape of batches. In one process, with SGD, Adam, AdamW or
             Muon on both levels and at most 3 steps ahead, without ``accumulate``; ``recompute_teacher`` has no meaning
             there. The first step is compared with an eager one, and what cannot be captured is refused then.
+            ``"reduce-overhead"``: by CUDA graphs too, where there is CUDA: less of the host's time for each kernel, for
+            another copy of weights and optimizer states in memory.
         verify: True: compare the mode's gradient with differences of the loss after real steps, on float64 copies, at
             the first step and where the networks are changed (their modes, frozen parts, hooks), and refuse one that is
             wrong (:func:`metapl.check_gradient`); ``"warn"``: warn of it; False: never; a number N: also every N steps.
@@ -119,7 +121,7 @@ class BilevelTrainer(Trainer):
         clip_norm: AboveZero | None = None,
         precision: Literal["float32", "bfloat16"] = "float32",
         accumulate: MicroBatches = 1,
-        compile: bool = False,
+        compile: bool | Literal["reduce-overhead"] = False,
         lookahead: Annotated[int, Range(1, of="a number of student steps")] = 1,
         verify: bool | int | Literal["warn"] = True,
     ) -> None:
@@ -365,7 +367,8 @@ class BilevelTrainer(Trainer):
 
         Source: Meta Pseudo Labels, section 2 (finetuning the student), with its learning rate in the recipes.
         """
-        own = {name: getattr(self, name) for name in ("precision", "accumulate", "compile", "clip_norm")}
+        own = {name: getattr(self, name) for name in ("precision", "accumulate", "clip_norm")}
+        own["compile"] = bool(self.compile)
         optimizer = torch.optim.SGD(self.student.parameters(), lr=1e-3) if optimizer is None else optimizer
         trainer = LossTrainer(self.as_given, optimizer=optimizer, **own)
         return trainer.fit(labeled, steps=steps, **{"phase": "finetune"} | options)

@@ -93,14 +93,15 @@ def test_what_a_gpu_has_to_show_runs_on_the_cpu_in_miniature(tmp_path: Path) -> 
     """The first call leaves one part that failed and one that is missing, and the next one goes on there."""
 
     def command() -> str:
-        options = ("--device", "cpu", "--miniature", "--minutes", "4", "--out", str(tmp_path))
+        options = ("--device", "cpu", "--miniature", "--minutes", "6", "--out", str(tmp_path))
         done = subprocess.run(
             [sys.executable, BENCHMARKS / "gpu.py", *options], cwd=ROOT, capture_output=True, text=True, check=True
         )
         return done.stdout
 
     first = command()
-    assert first.count(" ...\n") == 9
+    assert first.count(" ...\n") == 12
+    assert first.count(" of double backward") == 3 * 2
     assert "not measured" not in first
     assert "| failed" not in first
     assert first.count(" of its passes") == 2 * (5 + 5 + 5 + 3)

@@ -303,6 +303,7 @@ BUILT: dict[str, Wrong] = {
     "no micro-batches": lambda c: partial(c.built, accumulate=0),
     "a negative norm": lambda c: partial(c.built, clip_norm=-1.0),
     "another precision": lambda c: partial(c.built, precision="float64"),
+    "another way to compile": lambda c: partial(c.built, compile="max-autotune"),
     "a weight that is no number": lambda c: partial(c.built, feedback_weight=NAN),
     "hard labels in double backward": lambda c: partial(c.built, "unrolled", problem=metapl.PseudoLabels(kind="hard")),
     "a number as teacher loss": lambda c: partial(c.built, teacher_losses=(3,)),
