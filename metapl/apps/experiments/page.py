@@ -182,7 +182,8 @@ def made(folder: RunFolder, description: Mapping[str, Any], source: RunFolder) -
     by = folder.description() if folder.exists else {}
     if "command" in by:
         yield web.section("Command", f"<pre>{web.text(by['command'])}</pre>")
-    data = stored_data(source) if source.ended or (source.path / "data.json").exists() else {}
+    there = source.exists and (source.ended or (source.path / "data.json").exists())
+    data = stored_data(source) if there else {}
     counts = {part: f"{count:,} examples" for part, count in counts_of(data).items()}
     counts |= {f"SHA-256 of {part}": digest for part, digest in data.get("hash", {}).items()}
     yield web.folded("Data", web.rows([*counts.items()])) if counts else ""
