@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -46,6 +47,7 @@ from metapl.runs.progress import counted
 from metapl.updates import Schedule, as_one, options_by_step, update_of
 from metapl.words import summary
 
+SMOOTH = 0.95  # metasmoothness of the first steps, below which scores were unreliable: docs/attribution.md
 EQUAL_WEIGHTS = EqualWeights()  # one, by which compiled graphs are known again
 
 
@@ -193,13 +195,18 @@ def attribute(
     Returns: an :class:`Attribution`.
 
     Cost: in plain trainings, the table of docs/long-paths.md (``benchmarks/long_paths.py``): some 4 to 5 on WRN-28-2;
-    on small networks 5 to 7 with all states kept, 6 to 9 with one in √K, 7 to 12 with a tree; with ``each``, M times.
+    on small networks 5 to 7 with all states kept, 6 to 9 with one in √K, 7 to 12 with a tree; with ``each``, M times:
+    a module's passes take one cotangent at a time, and only ``compile=True`` takes them together. From 100 steps on,
+    three times the first tenth of the steps, 50 at most, for the warning below.
     Memory: one plain step, the kept states, and of each step its masks' generator states and buffers.
 
     Bias: none, as a derivative. As a prediction of what a removal does it is of first order: it fails for large
     removals and for trainings that are not smooth in the weights, such as those with large rates or many steps, and of
     a small convolutional network at a large rate (docs/attribution.md has measurements). A removed example stays in
     its batch, with the weight 0: it counts in B and in the statistics of a batch norm.
+
+    Warns: ``UserWarning`` where the metasmoothness of the first steps is below 0.95, as with weights in bfloat16,
+    Adam's usual eps, or ten times a good learning rate.
 
     Raises: :class:`metapl.MetaplError` for other data, and as :func:`metapl.hypergradient`.
 
@@ -221,6 +228,15 @@ def attribute(
     problem, whole, order, outer_batch = training.problem, training.whole, training.order, training.outer_batch
     if each and folder_of(mode.keep_on):
         raise MetaplError(f"keep_on={mode.keep_on!r} is the folder of one path; expected each=False, or None.")
+    if steps >= 100:
+        few = min(steps // 10, 50)
+        agreement = training.smoothness(0.1, None, few, lambda _: None)[0].agreement
+        if agreement < SMOOTH:
+            warnings.warn(
+                f"the metasmoothness of the first {few} of {steps:,} steps is {agreement:.2f}, below {SMOOTH}: scores "
+                "may not say what removals do. Try float32 weights, a lower learning rate, or a larger eps of Adam.",
+                stacklevel=2,
+            )
     ahead = Lookahead(lambda number: training.data[order[number]], steps=steps, schedule=schedule)
     judging = [_of_example(problem, number) for number in range(training.judges)] if each else [problem]
     given: dict[str, Any] = {"clip_norm": clip_norm, "progress": progress}
@@ -317,26 +333,14 @@ def metasmoothness(
     how: dict[str, Any] = {"optimizer": optimizer, "steps": steps, "batch_size": batch_size, "schedule": schedule}
     how |= {"generator": generator, "problem": problem, "clip_norm": clip_norm}
     training = _Training(student, train, outer, **how)
-    if direction is None:
-        direction = torch.randn(len(training.data), generator=torch.Generator().manual_seed(0))
-    trained, losses = list[dict[str, Tensor]](), list[Tensor]()
     with counted(progress, 3, "trainings", 0) as tell:
-        for number in range(3):
-            params, (loss,) = training.repeated(1 + number * step * direction, [training.problem])
-            trained.append(params)
-            losses.append(loss)
-            tell(training.order)
-    same = total = 0.0
-    for t0, t1, t2 in zip(*(params.values() for params in trained), strict=True):
-        moved = (t2 - t0).abs()
-        same += float((moved * (t1 - t0).sign() * (t2 - t1).sign()).double().sum())
-        total += float(moved.double().sum())
-    if not 0 < total < math.inf:
+        found, moved = training.smoothness(step, direction, steps, tell)
+    if not 0 < moved < math.inf:
         raise MetaplError(
-            f"the direction moves the student's weights by {total:g} in all; expected a training that ends in numbers, "
+            f"the direction moves the student's weights by {moved:g} in all; expected a training that ends in numbers, "
             "and a direction of some examples that it takes."
         )
-    return Metasmoothness(same / total, torch.stack(losses))
+    return found
 
 
 class _Training:
@@ -359,11 +363,13 @@ class _Training:
     ) -> None:
         first = next(student.parameters())
         self.data, judged = _Rows(train, "train", first), _Rows(outer, "outer", first)
-        self.problem, self.whole, self.clip_norm = problem or EQUAL_WEIGHTS, as_one(optimizer, "optimizer"), clip_norm
-        if type(self.problem).signal is not EqualWeights.signal:  # a score is a derivative in weights that are 1
+        problem, self.whole, self.clip_norm = problem or EQUAL_WEIGHTS, as_one(optimizer, "optimizer"), clip_norm
+        # A score is a derivative in weights that are 1.
+        if not isinstance(problem, EqualWeights) or type(problem).signal is not EqualWeights.signal:
             raise MetaplError(
-                f"problem is {type(self.problem).__name__}; expected a subclass of EqualWeights with its signal."
+                f"problem is {type(problem).__name__}; expected a subclass of EqualWeights with its signal."
             )
+        self.problem = problem
         # (K, B) examples, in shuffled passes.
         draw, rows = generator or torch.Generator().manual_seed(0), len(self.data)
         passes = [torch.randperm(rows, generator=draw) for _ in range(-(-steps * batch_size // rows))]
@@ -380,21 +386,43 @@ class _Training:
         how: dict[str, Any] = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
         self.autocast = partial(torch.autocast, kind, **how)
 
-    def repeated(self, weights: Tensor, judging: Sequence[Problem]) -> tuple[dict[str, Tensor], Tensor]:
-        """The training, with weights of the examples, (N,) or as the problem's, by a plain loop: θ_K by name, and its
-        outer losses."""
+    def smoothness(
+        self, h: float, v: Tensor | None, steps: int, tell: Callable[[Any], None]
+    ) -> tuple[Metasmoothness, float]:
+        """That of the first ``steps`` steps, and by how much all trained weights move along v, in sum."""
+        if v is None:
+            v = torch.randn(len(self.data), generator=torch.Generator().manual_seed(0))
+        trained, losses = list[dict[str, Tensor]](), list[Tensor]()
+        for number in range(3):
+            params, (loss,) = self.repeated(1 + number * h * v, [self.problem], steps)
+            trained.append(params)
+            losses.append(loss)
+            tell(self.order)
+        same = total = 0.0
+        for t0, t1, t2 in zip(*(params.values() for params in trained), strict=True):
+            moved = (t2 - t0).abs()
+            same += float((moved * (t1 - t0).sign() * (t2 - t1).sign()).double().sum())
+            total += float(moved.double().sum())
+        return Metasmoothness(same / total if total else math.nan, torch.stack(losses)), total
+
+    def repeated(
+        self, weights: Tensor, judging: Sequence[Problem], steps: int | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The training, or its first ``steps``, with weights of the examples, (N,) or as the problem's, by a plain
+        loop: its weights by name, and its outer losses."""
         network, again = copy.deepcopy(self.begun)
         weights_of, problem = trainable(network), self.problem
         rule, device = update_of(again, weights_of), self.start.device
         with replayed(self.start), torch.enable_grad(), self.autocast():
-            for chosen, of_step in zip(self.order, self.options, strict=True):
+            for chosen, of_step in zip(self.order[:steps], self.options[:steps], strict=True):
                 batch = self.data[chosen]
                 for group, own in zip(again.param_groups, of_step, strict=False):
                     group.update(own)
                 again.zero_grad()
                 torch.clear_autocast_cache()  # of weights before the step
                 outputs = wide(network(problem.student_input(batch)))
-                signal = Signal(weights.to(outputs)[chosen])
+                own, shape = weights.to(outputs)[chosen], problem.weight_shape(outputs)
+                signal = Signal(own.reshape(*own.shape, *[1] * (len(shape) - own.ndim)).expand(shape))
                 problem.inner_loss(outputs, signal, batch, dict(network.named_parameters())).mean().backward()
                 if self.clip_norm is not None:
                     nn.utils.clip_grad_norm_(network.parameters(), self.clip_norm)

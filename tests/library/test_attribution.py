@@ -169,6 +169,12 @@ def test_the_scores_of_tokens_are_the_derivatives(each: bool, compile: bool) -> 
     assert error(agreement.retrained[:2], of_sequences.validate([[1, 3], [2], [5]]).retrained[:2]) < 1e-10
     assert error(agreement.retrained[2], trained(1.0 - second.double()) - attribution.outer_loss) < 1e-10
     assert error(agreement.predicted[2], exact[..., 2].sum(-1)) < 1e-7
+    plain: dict[str, Any] = {"optimizer": torch.optim.SGD(network.parameters(), lr=0.1), "steps": 5, "batch_size": 4}
+    of_problem = [NextToken(), NextToken(per="token")]
+    smooth = [
+        metasmoothness(network, (ids, labels), (judged, judged), problem=problem, **plain) for problem in of_problem
+    ]
+    assert smooth[0].agreement == pytest.approx(smooth[1].agreement)
 
 
 def test_a_batch_may_hold_an_example_twice() -> None:
@@ -254,6 +260,19 @@ def test_metasmoothness_is_its_definition_and_falls_with_the_rate() -> None:
     assert agreements[2.0] < 0.6
     with pytest.raises(MetaplError, match="moves the student's weights by 0"):
         metasmoothness(network, TRAIN, OUTER, optimizer=inner, **{**given, "direction": 0 * v})
+
+
+@pytest.mark.parametrize(("rate", "dtype"), [(2.0, torch.float32), (0.02, torch.bfloat16)])
+def test_a_rough_training_is_told_before_it_is_differentiated(rate: float, dtype: torch.dtype) -> None:
+    def scores(rate: float, dtype: torch.dtype) -> Tensor:
+        network = student().to(dtype)
+        rows: dict[str, Any] = {"train": (TRAIN[0].to(dtype), TRAIN[1]), "outer": (OUTER[0].to(dtype), OUTER[1])}
+        inner = torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9)
+        return attribute(network, **rows, optimizer=inner, steps=100, batch_size=8).scores
+
+    with pytest.warns(UserWarning, match="metasmoothness"):
+        scores(rate, dtype)
+    scores(0.02, torch.float32)  # no warning
 
 
 def test_arrays_and_data_sets_are_taken_as_tensors_are() -> None:
