@@ -68,8 +68,12 @@ class Convolutional(nn.Module):
         return self.last(images.mean((2, 3)))
 
 
-def mlp(act: nn.Module, width: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(64, width), act, nn.Linear(width, 10))
+def mlp(act: nn.Module, width: int, norm: str = "") -> nn.Module:
+    norms = [nn.LayerNorm(width)] if norm else []
+    return nn.Sequential(nn.Linear(64, width), *norms, act, nn.Linear(width, 10))
+
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "convolutional": Convolutional}
 
 
 # What a training is: each differs in little from the first one.
@@ -128,16 +132,23 @@ def data(seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 def built(setting: Row, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
-    make: Callable[..., nn.Module] = {"mlp": mlp, "convolutional": Convolutional}[setting["network"]]
     more = {name: setting[name] for name in ("norm", "pool", "outputs") if name in setting}
-    network = make(getattr(nn, setting["act"])(), setting["width"], **more)
+    network = NETWORKS[setting["network"]](getattr(nn, setting["act"])(), setting["width"], **more)
     if setting["rule"] == "adam":
-        return network, torch.optim.Adam(network.parameters(), lr=setting["lr"], eps=setting["eps"])
+        how = {"eps": setting["eps"], "weight_decay": setting.get("decay", 0.0)}
+        return network, torch.optim.AdamW(network.parameters(), lr=setting["lr"], **how)
     return network, torch.optim.SGD(network.parameters(), lr=setting["lr"], momentum=setting["momentum"])
 
 
 def factor(setting: Row, step: int, steps: int) -> float:
     return 1 - step / steps if setting.get("falls") else 1.0
+
+
+def losses_of(outputs: Tensor, y: Tensor) -> Tensor:
+    """One of each example, (B,): of a sequence, with logits (B, T, V), the mean over its words but the first."""
+    if outputs.ndim == 3:
+        outputs, y = outputs[:, :-1].transpose(1, 2), y[:, 1:]
+    return F.cross_entropy(outputs, y, reduction="none").view(len(y), -1).mean(1)
 
 
 def retrained(setting: Row, seed: int, order: Tensor, train: Any, outer: Any, weights: Tensor) -> Tensor:
@@ -149,7 +160,7 @@ def retrained(setting: Row, seed: int, order: Tensor, train: Any, outer: Any, we
     (x, y), steps = train, len(order)
 
     def loss(p: dict[str, Tensor], w: Tensor, chosen: Tensor) -> Tensor:
-        return (w * F.cross_entropy(functional_call(network, p, (x[chosen],)), y[chosen], reduction="none")).mean()
+        return (w * losses_of(functional_call(network, p, (x[chosen],)), y[chosen])).mean()
 
     gradients = vmap(grad(loss), in_dims=(0, 0, None))
     for step, chosen in enumerate(order):
@@ -162,8 +173,8 @@ def retrained(setting: Row, seed: int, order: Tensor, train: Any, outer: Any, we
             first[n].lerp_(g, 0.1)
             second[n].mul_(0.999).addcmul_(g, g, value=0.001)
             root = (second[n] / (1 - 0.999 ** (step + 1))).sqrt_().add_(setting["eps"])
-            params[n].sub_(lr / (1 - 0.9 ** (step + 1)) * first[n] / root)
-    judged = vmap(lambda p: F.cross_entropy(functional_call(network, p, (outer[0],)), outer[1]))
+            params[n].mul_(1 - lr * setting.get("decay", 0.0)).sub_(lr / (1 - 0.9 ** (step + 1)) * first[n] / root)
+    judged = vmap(lambda p: losses_of(functional_call(network, p, (outer[0],)), outer[1]).mean())
     return judged(params)
 
 

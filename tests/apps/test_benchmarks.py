@@ -40,11 +40,12 @@ MEASUREMENTS = (
     "modes",
     "peers",
     "reduced",
+    "rival_attribution",
     "scale",
     "step",
     "throughput",
 )
-LONG = ("endurance", "peers", "reduced")
+LONG = ("endurance", "peers", "reduced", "rival_attribution")
 
 
 def run(name: str, *arguments: str | Path) -> str:
@@ -128,6 +129,8 @@ def test_a_measurement_prints_the_table_of_the_file_that_it_writes(module: Modul
     if module.__name__ == "labels":
         assert "the same rows as numpy" in table
         assert json.loads(out.read_text())["phases"]["compare"]["balanced"]
+    if module.__name__ == "rival_attribution":
+        assert table.count("bergson | skipped: no --rival-python") == 2
     if module.__name__ == "long_paths":
         assert run("long_paths", "--miniature", "--out", out, "--again", "mlp", "4").count(" to ") == 5
     if module.__name__ == "modes":
@@ -209,6 +212,7 @@ def test_the_study_of_hyperparameters_was_run_as_it_says(module: ModuleType) -> 
     ("name", "mark", "module"),
     [
         ("attribution", "<!-- attribution:begin -->", "attribution"),
+        ("attribution", "<!-- rival_attribution:begin -->", "rival_attribution"),
         ("long-paths", "<!-- long_paths:begin -->", "long_paths"),
         ("attribution", "<!-- harmful_pictures:begin -->", "harmful_pictures"),
         ("data-rater", "<!-- data_rater:begin -->", "data_rater"),

@@ -1,0 +1,346 @@
+"""Influence through whole trainings by metapl and by bergson, and how well it predicts what removals do.
+
+    python -m venv rival && rival/bin/pip install bergson==2.5.1
+    python benchmarks/rival_attribution.py --rival-python rival/bin/python
+    python benchmarks/rival_attribution.py --write docs/attribution.md
+
+Both get the same training in float64 from a file: initial weights, examples, the rows of batches. bergson's Trainer,
+optimizers, checkpoints and backward pass run as they are; in the place of its data stream, which is for tokenized data
+sets, stand these arrays. Each library has a process of its own, in which its ways take turns with a plain training by
+the same library. Without --rival-python the rows of bergson say that they were skipped.
+
+The linear datamodeling score is Spearman's correlation, over random sets of 1, 5 and 10 % of the examples, between the
+predicted outer loss, L + Σ score_i (MAGIC's φ(1) - Σ τ_i), and that of trainings without them by the loop of
+benchmarks/attribution.py, which uses nothing of metapl, in float32. Rows that are there are not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import attribution
+import machine
+import text_corpus
+import torch
+from attribution import BASE, factor, losses_of
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import metapl
+from metapl.ablation.cost import peak_bytes
+from metapl.feedback import Forward
+
+HERE = Path(__file__).parent
+RESULT = HERE / "results" / "rival_attribution.json"
+VOCABULARY, SHARES, REMOVALS, SEEDS = 256, (0.01, 0.05, 0.1), 30, (0, 1, 2)
+NARROW = "sqrt, default type float32"
+LIBRARIES = {
+    "metapl": ("compiled, all kept", "all kept", "every √K-th", "tree"),
+    "bergson": ("all", "sqrt", "log", NARROW),
+}
+Row = dict[str, Any]
+FALLS: Row = {**BASE, "width": 64, "falls": True, "batch": 100}
+WORDS = FALLS | {"network": "words", "width": 32, "batch": 10, "rule": "adam", "lr": 1e-3, "eps": 1e-8, "decay": 0.01}
+SETTINGS = {
+    "perceptron, SGD": FALLS,
+    "causal transformer, AdamW": WORDS,
+    "perceptron, SGD, a constant rate of 0.1": FALLS | {"lr": 0.1, "falls": False},
+    "perceptron, SGD, layer norm": FALLS | {"norm": "layer", "lr": 0.01},
+}
+COSTS = {"perceptron, SGD": (500, 3), "causal transformer, AdamW": (50, 1)}  # steps and rounds
+SCORED = [(name, steps) for name in SETTINGS for steps in ((100,) if "causal" in name else (100, 500))]
+
+
+class CausalTransformer(nn.Module):
+    """Two layers in GPT-2's order: logits (B, T, V) of the word behind each."""
+
+    def __init__(self, act: nn.Module, width: int) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, act, batch_first=True, norm_first=True)
+        self.words, self.places = nn.Embedding(VOCABULARY, width), nn.Embedding(text_corpus.LENGTH, width)
+        self.layers = nn.TransformerEncoder(layer, 2, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.last = nn.Linear(width, VOCABULARY)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.words(ids) + self.places.weight
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], dtype=h.dtype)
+        return self.last(self.layers(h, mask=mask, is_causal=True))
+
+
+attribution.NETWORKS["words"] = CausalTransformer
+
+
+def training(setting: Row, steps: int, seed: int, dtype: torch.dtype, miniature: bool) -> Row:
+    """The examples, (N, ...), the outer ones, the rows of each batch, (K, B), and the initial weights."""
+    draw = torch.Generator().manual_seed(seed)
+    if setting["network"] == "words":
+        parts = text_corpus.corpus(miniature)[0]
+        ids, outer = (parts[name][0].clamp(max=VOCABULARY - 1) for name in ("training", "validation"))
+        ids, outer = ids[torch.randperm(len(ids), generator=draw)[:500]], outer[::5]
+        pairs = (ids, ids), (outer, outer)
+    else:
+        pairs = tuple((x.to(dtype), y) for x, y in attribution.data(seed))
+    many, draw = len(pairs[0][0]), torch.Generator().manual_seed(seed)  # as attribute draws them
+    passes = [torch.randperm(many, generator=draw) for _ in range(-(-steps * setting["batch"] // many))]
+    order = torch.cat(passes)[: steps * setting["batch"]].view(steps, -1)
+    weights = {name: t.to(dtype) for name, t in attribution.built(setting, seed)[0].state_dict().items()}
+    return {"setting": setting, "seed": seed, "train": pairs[0], "outer": pairs[1], "order": order, "weights": weights}
+
+
+def begun(given: Row) -> tuple[nn.Module, torch.optim.Optimizer]:
+    network, optimizer = attribution.built(given["setting"], given["seed"])
+    network.to(next(iter(given["weights"].values())).dtype).load_state_dict(given["weights"])
+    return network, optimizer
+
+
+# ---------------------------------------------------------------------------------------------------- the two libraries
+
+
+HELD = dict[Tensor, Any]()  # a compiled training is known by its problem, student and optimizer
+
+
+def by_metapl(given: Row, way: str = "") -> Any:
+    """Scores, (N,), and the outer loss; no way: a plain training."""
+    (network, optimizer), (x, y), order, setting = begun(given), given["train"], given["order"], given["setting"]
+    if not way:
+        for step, rows in enumerate(order):
+            optimizer.param_groups[0]["lr"] = setting["lr"] * factor(setting, step, len(order))
+            optimizer.zero_grad()
+            losses_of(network(x[rows]), y[rows]).mean().backward()
+            optimizer.step()
+        return None
+    problem: Any = metapl.problems.NextToken() if setting["network"] == "words" else None
+    network, optimizer, problem = HELD.setdefault(x, (network, optimizer, problem))
+    modes = {"tree": Forward(keep="tree"), "every √K-th": Forward(keep_every=max(2, math.isqrt(len(order))))}
+    found = metapl.attribute(
+        network,
+        given["train"],
+        given["outer"],
+        optimizer=optimizer,
+        steps=len(order),
+        batch_size=setting["batch"],
+        schedule=lambda step: factor(setting, step, len(order)),
+        generator=torch.Generator().manual_seed(given["seed"]),
+        problem=problem,
+        mode=modes.get(way, Forward(keep_every=1)),
+        compile=way.startswith("compiled"),
+        progress=False,
+    )
+    assert torch.equal(found.order, order)
+    return found.scores, found.outer_loss
+
+
+class Stream:
+    """What bergson's Trainer asks of a data stream."""
+
+    requires_grad, device = True, torch.device("cpu")
+
+    def __init__(self, given: Row) -> None:
+        (self.x, self.y), self.order = given["train"], given["order"]
+        self.weights = nn.Parameter(torch.ones(len(self.x), dtype=torch.float64))
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, step: int) -> Row:
+        rows = self.order[step]
+        return {"input_ids": self.x[rows], "y": self.y[rows], "weights": self.weights[rows]}
+
+
+class Weighted(nn.Module):
+    """What bergson's Trainer calls: the loss of a batch."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, input_ids: Tensor, y: Tensor, weights: Tensor | float = 1.0) -> Tensor:
+        return (weights * losses_of(self.network(input_ids), y)).mean()
+
+
+def by_bergson(given: Row, way: str = "") -> Any:
+    """Scores and outer loss likewise; its save modes are the ways."""
+    import torchopt
+    from bergson.magic.trainer import BackwardState, Trainer
+
+    # TorchOpt's step counts become tensors of the default type, and with them rates and bias corrections.
+    torch.set_default_dtype(torch.float32 if way == NARROW else torch.float64)
+    setting, steps, mode = given["setting"], len(given["order"]), way.split(",")[0] or "all"
+    rate = partial(lambda step: setting["lr"] * factor(setting, step, steps))
+    rule = torchopt.sgd(rate, momentum=setting["momentum"])
+    if setting["rule"] == "adam":  # the root of zero has no derivative
+        rule = torchopt.adamw(rate, eps=setting["eps"], eps_root=1e-30, weight_decay=setting["decay"])
+    with sdpa_kernel(SDPBackend.MATH), tempfile.TemporaryDirectory() as folder:
+        trainer, state = Trainer.initialize(Weighted(begun(given)[0]), rule)
+        stream, kept = Stream(given), folder if way else None
+        state = trainer.train(state.detach_(), stream, inplace=True, save_dir=kept, save_mode=mode)
+        if not way:
+            return None
+        with state.activate(trainer.model) as params:
+            outer = trainer.model(*given["outer"])
+            grads = dict(zip(params, torch.autograd.grad(outer, list(params.values())), strict=True))
+        zeros = [torch.zeros_like(t) for t in state.differentiable_tensors()[len(grads) :]]
+        adjoint = BackwardState(grads, zeros, torch.zeros_like(stream.weights))
+        adjoint = trainer.backward(folder, stream, adjoint, state, inplace=True, save_mode=mode)
+    return -adjoint.weight_grads.detach(), outer.detach()
+
+
+# --------------------------------------------------------------------------------------------------------- measurements
+
+
+def measure(library: str, given: Row, rounds: int, ways: tuple[str, ...]) -> list[Row]:
+    """Some ways of a library, in the process that it is called in; what a first call loads or compiles is not timed."""
+    by: Any = {"metapl": by_metapl, "bergson": by_bergson}[library]
+    rows: dict[str, Row] = {way: {"way": way, "seconds": [], "plain_seconds": []} for way in ways}
+    found = {way: by(given | {"order": given["order"][:3]}, way) for way in ("", *ways)}
+    for _ in range(rounds):
+        for way, row in rows.items():
+            for name, own in (("plain_seconds", ""), ("seconds", way)):
+                start = time.process_time()
+                found[own] = by(given, own)
+                row[name].append(time.process_time() - start)
+    for way, row in rows.items():
+        row["bytes"] = peak_bytes(partial(by, given, way), torch.device("cpu"))
+        row |= {"scores": found[way][0].tolist(), "loss": float(found[way][1])}
+        row |= {"torch": torch.__version__, "version": version(library)}
+    return list(rows.values())
+
+
+def costs(name: str, steps: int, rounds: int, python: Path | None, miniature: bool) -> list[Row]:
+    """The rows of a training, with errors beside metapl with all states kept. One round leaves the first way out."""
+    given, scores, rows = training(SETTINGS[name], steps, 0, torch.float64, miniature), dict[str, Tensor](), list[Row]()
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(given, Path(folder) / "training.pt")
+        for library, every in LIBRARIES.items():
+            ways = every[rounds == 1 :]
+            row: Row = {"kind": "cost", "case": name, "steps": steps, "library": library}
+            if library == "bergson" and python is None:
+                rows.append(row | {"reason": "skipped: no --rival-python"})
+                continue
+            if miniature:
+                found = measure(library, given, rounds, ways)
+            else:
+                use = f"r.measure({library!r}, torch.load('{folder}/training.pt'), {rounds}, {ways!r})"
+                code = f"import json, sys; sys.path.insert(0, {str(HERE)!r}); import rival_attribution as r, torch; "
+                code += f"torch.set_num_threads(1); print(json.dumps({use}))"
+                command = [str(python) if library == "bergson" else sys.executable, "-c", code]
+                paths = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+                done = subprocess.run(command, env=paths, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    rows.append(row | {"reason": f"stops: {done.stderr.splitlines()[-1][:150]}"})
+                    continue
+                found = json.loads(done.stdout.splitlines()[-1])
+            for own in found:
+                scores[own["way"]] = torch.tensor(own.pop("scores"), dtype=torch.float64)
+                rows.append(row | own)
+    for row in rows:
+        if row.get("way"):
+            own, exact = scores[row["way"]], scores["all kept"]
+            row["error"] = float((own - exact).abs().max() / exact.abs().max())
+            row["cosine"] = float(F.cosine_similarity(own, exact, dim=0))
+    return rows
+
+
+def lds(name: str, steps: int, seed: int, removals: int, miniature: bool) -> Row:
+    given = training(SETTINGS[name], steps, seed, torch.float32, miniature)
+    start = time.process_time()
+    scores, loss = by_metapl(given, "all kept")
+    row: Row = {"kind": "lds", "case": name, "steps": steps, "seed": seed, "removals": removals}
+    row["seconds"] = {"scores": time.process_time() - start}
+    many, draw = len(scores), torch.Generator().manual_seed(seed + 1000)
+    sets = [torch.randperm(many, generator=draw)[: round(s * many)] for s in SHARES for _ in range(removals)]
+    weights = torch.ones(1 + len(sets), many)
+    for one, gone in zip(weights[1:], sets, strict=True):
+        one[gone] = 0
+    start = time.process_time()
+    with sdpa_kernel(SDPBackend.MATH):
+        how = given["setting"], seed, given["order"], given["train"], given["outer"], weights
+        base, *without = attribution.retrained(*how).double()
+    row["seconds"]["trainings"] = time.process_time() - start
+    row |= {"loss": float(base), "loss_difference": float((loss - base).abs()), "spearman": {}, "changes": {}}
+    for number, share in enumerate(SHARES):
+        own = range(number * removals, (number + 1) * removals)
+        predicted, true = [float(scores[sets[i]].sum()) for i in own], [float(without[i] - base) for i in own]
+        row["spearman"][f"{share:g}"] = float(spearmanr(predicted, true)[0])
+        row["changes"][f"{share:g}"] = {"predicted": predicted, "retrained": true}
+    return row
+
+
+def table(result: Row) -> str:
+    lines = ["| training | K | by | error | time / plain | time / torch's plain | peak memory, MB |"]
+    lines.append("|---|---:|---|---:|---:|---:|---:|")
+    measured = [row for row in result["rows"] if row["kind"] == "cost"]
+    torchs = {row["case"]: statistics.median(row["plain_seconds"]) for row in measured if row.get("way") == "all kept"}
+    for row in measured:
+        start = f"| {row['case']} | {row['steps']} | {row['library']}"
+        if "reason" in row:
+            lines.append(f"{start} | {row['reason']} | – | – | – |")
+            continue
+        ratio = statistics.median(a / b for a, b in zip(row["seconds"], row["plain_seconds"], strict=True))
+        cells = [
+            f"{row['error']:.0e}",
+            f"{ratio:.1f}",
+            f"{statistics.median(row['seconds']) / torchs[row['case']]:.1f}",
+        ]
+        lines.append(f"{start} {row['version']}, {row['way']} | {' | '.join(cells)} | {row['bytes'] / 1e6:.1f} |")
+    told = (
+        "*Error*: the largest difference of a score from metapl's with all states kept, over the largest one; *time*: "
+        "processor time over a plain training by the same library, in turns, and by torch.optim; medians of three, of "
+        "the transformer single measurements; *memory*: what is allocated at the fullest beyond what was held before "
+        "(bergson writes the checkpoints of its first pass to the disk). Float64, one thread of "
+        f"{result['machine']['cpu']}, which other work shared. `python benchmarks/rival_attribution.py --rival-python "
+        "FILE`; raw rows: `benchmarks/results/rival_attribution.json`."
+    )
+    lines += ["", told, "", f"| training | K | seeds | loss | {' | '.join(f'{100 * s:g} %' for s in SHARES)} |"]
+    lines.append("|---|---:|---:|---:|" + "---:|" * len(SHARES))
+    scored = [row for row in result["rows"] if row["kind"] == "lds"]
+    for name, steps in dict.fromkeys((row["case"], row["steps"]) for row in scored):
+        same = [row for row in scored if (row["case"], row["steps"]) == (name, steps)]
+        lines.append(f"| {name} | {steps} | {len(same)} | {statistics.fmean(row['loss'] for row in same):.3f} |")
+        for share in SHARES:
+            each = [row["spearman"][f"{share:g}"] for row in same]
+            lines[-1] += f" {statistics.fmean(each):.2f} ({min(each):.2f} to {max(each):.2f}) |"
+    told = f"Spearman's correlation over {REMOVALS} random removals of each share, means and ranges over the seeds."
+    return "\n".join([*lines, "", told])
+
+
+def main() -> None:
+    parser = machine.arguments(__doc__, RESULT, page=True)
+    parser.add_argument("--rival-python", type=Path, metavar="FILE", help="an interpreter that has bergson")
+    given = machine.parsed(parser)
+    torch.set_num_threads(1)
+    rows: list[Row] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+
+    def keep(*new: Row) -> None:
+        rows.extend(new)
+        for row in new:
+            print({name: value for name, value in row.items() if name != "changes"}, flush=True)
+        machine.write_json(given.out, {"machine": machine.described("cpu"), "rows": rows})
+
+    there = {(row["kind"], row["case"], row["steps"], row.get("seed")) for row in rows}
+    for name, (steps, rounds) in () if given.write else COSTS.items():
+        steps, rounds = (3, 1) if given.miniature else (steps, rounds)
+        if ("cost", name, steps, None) not in there:
+            keep(*costs(name, steps, rounds, given.rival_python, given.miniature))
+    jobs = [(name, steps, seed) for name, steps in SCORED for seed in SEEDS]
+    for name, steps, seed in () if given.write else [(n, 3, 0) for n in COSTS] if given.miniature else jobs:
+        if ("lds", name, steps, seed) not in there:
+            keep(lds(name, steps, seed, 4 if given.miniature else REMOVALS, given.miniature))
+    machine.show(given.write, "rival_attribution", table(json.loads(given.out.read_text())))
+
+
+if __name__ == "__main__":
+    main()
