@@ -68,9 +68,8 @@ class Convolutional(nn.Module):
         return self.last(images.mean((2, 3)))
 
 
-def mlp(act: nn.Module, width: int, norm: str = "") -> nn.Module:
-    norms = [nn.LayerNorm(width)] if norm else []
-    return nn.Sequential(nn.Linear(64, width), *norms, act, nn.Linear(width, 10))
+def mlp(act: nn.Module, width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(64, width), act, nn.Linear(width, 10))
 
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "convolutional": Convolutional}
