@@ -19,7 +19,7 @@ from metapl.apps.experiments.rounds import Rounds
 from metapl.apps.export import network as exports
 from metapl.apps.labels import queries
 from metapl.apps.pictures import check
-from metapl.apps.pictures.sets import DigitsSplit, Split
+from metapl.apps.pictures.splits import DigitsSplit
 from metapl.apps.pictures.views.base import PictureView
 from metapl.apps.recipes.methods import noisy_student
 from metapl.apps.recipes.methods.beside import MetaPseudoLabels
@@ -75,18 +75,12 @@ def one_seed_for_a_batch(patch: pytest.MonkeyPatch) -> None:
 
 def labeled_picture_in_validation(patch: pytest.MonkeyPatch) -> None:
     """The first labeled picture is one of those that the student is selected on."""
-    drawn, of_digits = Split.__init__, DigitsSplit.__init__
-
-    def split(
-        self: Split, name: str, seed: int, labeled: Tensor, unlabeled: Tensor, held_out: Tensor, *rest: Any
-    ) -> None:
-        drawn(self, name, seed, labeled, unlabeled, torch.cat([labeled[:1], held_out[1:]]), *rest)
+    of_digits = DigitsSplit.__init__
 
     def digits(self: DigitsSplit, labeled: Any, unlabeled: Tensor, truth: Tensor, validation: Any, test: Any) -> None:
         shared = tuple(torch.cat([own[:1], others[1:]]) for own, others in zip(labeled, validation, strict=True))
         of_digits(self, labeled, unlabeled, truth, shared, test)
 
-    patch.setattr(Split, "__init__", split)
     patch.setattr(DigitsSplit, "__init__", digits)
 
 

@@ -8,11 +8,9 @@ import signal
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
-from test_protocols import CASES
 
 import metapl
 from metapl.apps.commands import main
@@ -25,19 +23,6 @@ def command(arguments: list[str]) -> tuple[int, str, str]:
     with redirect_stdout(out), redirect_stderr(err):
         code = main(arguments)
     return code, out.getvalue(), err.getvalue()
-
-
-def protocol(recipe: str, root: Path, arguments: list[str]) -> tuple[int, str, str]:
-    """The same on small files of a data set, which each rank writes for itself; the first one's are read."""
-    with pytest.MonkeyPatch.context() as patch:
-        rank = os.environ.get("RANK", "0")
-        CASES[recipe][0](root / rank, patch)
-        link = root / "data"
-        if rank == "0":
-            link.symlink_to(root / rank)
-        while not link.exists():
-            time.sleep(0.05)
-        return command(["train", recipe, "--data-root", str(link), *arguments])
 
 
 def failing(arguments: list[str], rank: int, how: str) -> tuple[int, str, str]:

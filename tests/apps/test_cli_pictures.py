@@ -52,12 +52,15 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for which, label, picture in digits(16):
         for kind, change in KINDS.items():
             number += 1
+            part = "test" if which < 3 else "few" if which < 5 else "val" if which < 7 else "many"
             name = f"ILSVRC2012_val_{37 * number % 1009:08}.png" if which < 3 else f"{number}.png"
-            file = root / "data" / ("test" if which < 3 else "train") / f"{label} {kind}" / name
+            file = root / "data" / part / f"{label} {kind}" / name
             file.parent.mkdir(parents=True, exist_ok=True)
             change(picture).save(file)
-    data = ("--data", "imagefolder", "--data-root", root / "data", "--labels-per-class", "2", "--validation", "60")
-    train("torchvision", *data, "--network", "small_cnn", "--image-size", "16", "--steps", "40", "--out", root / "run")
+    few, many, val, test = (root / "data" / part for part in ("few", "many", "val", "test"))
+    data = ("--labeled", few, "--unlabeled", many, "--val", val, "--test", test, "--method", "mpl", "--randaugment")
+    how = ("--precision", "float32", "--network", "small_cnn", "--image-size", "16", "--steps", "40")
+    train("images", *data, *how, "--out", root / "run")
     return root
 
 
@@ -262,7 +265,6 @@ def test_the_card_counts_the_examples_of_a_split(
     said(capsys, "export", many / "run", "--out", tmp_path, "--network", "finetuned")
     card, recorded = (tmp_path / "MODEL_CARD.md").read_text(), result(many / "run")
     for line in (
-        "| data set | imagefolder |",
         "| labeled | 60 examples |",
         "| test | 90 examples |",
         f"| test accuracy | {recorded['finetuned_test_accuracy']:.6g} |",

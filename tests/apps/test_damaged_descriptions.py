@@ -167,8 +167,6 @@ def test_numbers_that_are_none(tiny: Path, tmp_path: Path, capsys: pytest.Captur
     digits = ("train", "digits", "--out", tmp_path / "run")
     assert "--steps: expected a whole number, got 'nan'" in refused(capsys, *digits, "--steps", "nan")
     assert "--uda-weight: expected a number, got 'x'" in refused(capsys, *digits, "--uda-weight", "x")
-    command = ("label", tiny, tmp_path, "--out", tmp_path / "store", "--data-root", tmp_path)
-    assert "has no effect on" in refused(capsys, *command)
 
 
 def test_more_warm_steps_than_steps() -> None:

@@ -16,9 +16,7 @@ from metapl.apps.pictures import (
     Files,
     Finding,
     LabeledFiles,
-    Split,
     check_folders,
-    draw_split,
     reader,
     scan_labeled,
     scan_unlabeled,
@@ -437,69 +435,6 @@ def test_stratified(tmp_path: Path) -> None:
             stratified_split(labels, fraction, seed=0)
     with pytest.raises(MetaplError, match="--val"):
         stratified_split(torch.arange(5), 0.5, seed=0)
-
-
-def small(seed: int = 0, **how: Any) -> Split:
-    options: dict[str, Any] = {"labels_per_class": 4, "validation": 75} | how
-    return draw_split(LABELS, LABELS[:50], name="small", seed=seed, **options)
-
-
-def test_drawn_splits() -> None:
-    split = small()
-    assert split.counts() == {"labeled": 40, "unlabeled": 635, "validation": 75, "test": 50}
-    whole = torch.cat([split.labeled, split.unlabeled, split.validation])
-    assert whole.sort().values.tolist() == list(range(750))
-    assert LABELS[split.labeled].bincount().tolist() == [4] * 10
-    assert LABELS[split.validation].bincount().tolist() == list(range(3, 13))
-    assert split.test.tolist() == list(range(50))
-    assert split.hash == small().hash != small(seed=1).hash
-    # Fewer labels lie within more, with the same pictures held out.
-    more = small(labels_per_class=9)
-    assert set(split.labeled.tolist()) < set(more.labeled.tolist())
-    assert torch.equal(split.validation, more.validation)
-    for validation in (0, 1, 7, 76):
-        assert len(small(validation=validation).validation) == validation
-
-
-def test_labels_of_the_core_only() -> None:
-    labels = torch.cat([LABELS, LABELS])
-    split = draw_split(labels, LABELS, name="two", seed=0, labels_per_class=3, validation=100, labeled_from=750)
-    assert int(split.labeled.max()) < 750
-    assert int(split.validation.max()) >= 750
-    assert split.counts() == {"labeled": 30, "unlabeled": 1370, "validation": 100, "test": 750}
-
-
-def test_split_refuses() -> None:
-    for wrong in ({"labels_per_class": 0}, {"validation": -1}, {"validation": 750}, {"labels_per_class": 28}):
-        with pytest.raises(MetaplError, match="split 'small'"):
-            small(**wrong)
-
-
-def test_split_files(tmp_path: Path) -> None:
-    path = tmp_path / "split.json"
-    split = small()
-    split.save(path)
-    again = Split.load(path, LABELS, LABELS[:50])
-    assert again.hash == split.hash
-    for part in ("labeled", "unlabeled", "validation", "test"):
-        assert torch.equal(getattr(again, part), getattr(split, part))
-    for train, test in ((LABELS[:-1], LABELS[:50]), (LABELS, LABELS[:49]), (LABELS.flip(0), LABELS[:50])):
-        with pytest.raises(MetaplError, match="other data"):
-            Split.load(path, train, test)
-    text = path.read_text()
-    for damaged, message in (
-        (text.replace('"seed":0', '"seed":1'), "was changed"),
-        (text[:-10], "cannot be read"),
-        ("[]", "damaged: .*expected an object"),
-        (text.replace('"version":1', '"version":9'), "damaged: it.version is 9; expected 1"),
-    ):
-        path.write_text(damaged)
-        with pytest.raises(MetaplError, match=message):
-            Split.load(path, LABELS, LABELS[:50])
-    with pytest.raises(MetaplError, match="cannot be read"):
-        Split.load(tmp_path / "none.json", LABELS, LABELS)
-    with pytest.raises(MetaplError, match="could not be written"):
-        split.save(tmp_path / "nowhere" / "split.json")
 
 
 def test_labeled_files_are_files(tmp_path: Path) -> None:

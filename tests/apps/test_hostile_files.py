@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 from command import refused, rows, said
 from PIL import Image
 from special_files import bound, device
@@ -25,7 +24,6 @@ from metapl.apps.pictures.check import check_folders, same_pictures, verify_file
 from metapl.apps.pictures.csv_files import csv_rows
 from metapl.apps.pictures.folders import hash_files, scan_labeled, scan_unlabeled
 from metapl.apps.pictures.reader import UnreadableImage, gray_image, image_size, read_image
-from metapl.apps.pictures.sets import Split
 from metapl.errors import MetaplError
 
 
@@ -71,8 +69,6 @@ def test_every_reader_refuses_what_is_not_a_plain_file(kind: str, tmp_path: Path
                 read(path)
         with pytest.raises(MetaplError, match=REASON[kind]):
             csv_rows(path, 2, 1.0)
-        with pytest.raises(MetaplError, match=REASON[kind]):
-            Split.load(path, torch.zeros(1).long(), torch.zeros(1).long())
         verified = verify_files(scan_unlabeled(tmp_path))
         assert verified.sound == ()
         assert next(iter(verified.skipped.values())).startswith(REASON[kind])

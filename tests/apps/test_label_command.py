@@ -18,18 +18,16 @@ import torch
 from command import refused, rows, said
 from PIL import Image
 from sklearn.datasets import load_digits
-from small_data import write_cifar, write_imagenet
 from test_labels import files
 from tiny_runs import PROVENANCE, TINY, color_folders, images_command
-from torchvision import datasets
 
 from metapl import MetaplError
 from metapl.apps.commands import main
 from metapl.apps.experiments import labeling
-from metapl.apps.experiments.labeling import Labeled, SourcePictures, provenance, store_labels, to_label, write_labels
+from metapl.apps.experiments.labeling import Labeled, SourcePictures, provenance, store_labels
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.pictures.store import FileImages, MemoryImages
-from metapl.apps.recipes import Imagenet10, Vision
+from metapl.apps.recipes import ImageFolders
 
 
 @pytest.fixture(scope="module")
@@ -239,38 +237,6 @@ def test_pictures_that_were_replaced_are_not_gone_on_with(
 # ------------------------------------------------------------------------------------------------- data sets
 
 
-def filled(recipe: Vision, name: str, out: Path) -> LabelStore:
-    """The labels of a data set by a fresh network."""
-    torch.manual_seed(0)
-    labeled = to_label(name, recipe, batch_size=4)
-    with LabelWriter(out, recipe.classes, rows_per_part=8) as writer:
-        write_labels(recipe.network(), labeled, writer)
-    return LabelStore(out)
-
-
-def test_the_training_pictures_of_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_cifar(tmp_path / "data", monkeypatch, datasets.CIFAR10, each=5, test=5)
-    recipe = Vision(data="cifar10", data_root=str(tmp_path / "data"), network_name="small_cnn")
-    store = filled(recipe, "cifar10", tmp_path / "store")
-    assert list(store) == list(range(25))
-    assert not store.has_digests
-    torch.manual_seed(0)
-    network = recipe.network().eval()
-    x = torch.arange(25)[:, None, None, None].expand(-1, 3, 32, 32) / 255  # picture i has the level i
-    with torch.no_grad():
-        assert torch.allclose(store.at(range(25)), network(x).softmax(dim=1), atol=1e-3)
-    with pytest.raises(MetaplError, match="cifar10 are 32x32 in colors, and the run's network takes 32x32 grey"):
-        to_label("cifar10", Vision(data="imagefolder", data_root=recipe.data_root, grey=True))
-
-
-def test_the_training_pictures_of_imagenet_stay_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_imagenet(tmp_path / "data", monkeypatch, each=4, val=3)
-    recipe = Imagenet10(data_root=str(tmp_path / "data"), image_size=16, network_name="small_cnn")
-    store = filled(recipe, "imagenet", tmp_path / "store")
-    assert (list(store), store.has_digests) == (list(range(12)), True)
-    assert len(store.classes) == 3
-
-
 @pytest.mark.parametrize("kind", [lambda images: images, MemoryImages])
 def test_pictures_in_memory_are_told_apart_by_what_they_are(kind: Callable[[torch.Tensor], Any]) -> None:
     """They are called by their numbers, and a store is gone on with where its provenance is the same."""
@@ -287,7 +253,7 @@ def test_a_runs_own_labels_are_of_the_pictures_that_it_has(pictures: Path, tmp_p
     folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
     paths = sorted(folder.rglob("*.png"))
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
-    recipe = Vision(data="cifar10", data_root="", network_name="small_cnn")
+    recipe = ImageFolders(labeled="few", unlabeled="many", network_name="small_cnn")
 
     def stored(resized: bool) -> LabelStore:
         images = FileImages(paths, size=(8, 8), mode="L", log=tmp_path / "skipped.jsonl")
@@ -311,9 +277,8 @@ def test_what_cannot_be_labeled_is_refused_in_one_line(
 ) -> None:
     out = ("--out", tmp_path / "store")
     for arguments, expected in (
-        ((tiny, tmp_path / "none"), "does not exist; expected a folder with pictures, or one of digits, cifar10"),
+        ((tiny, tmp_path / "none"), "does not exist; expected a folder with pictures, or for a run of digits"),
         ((tiny, pictures / "0" / "0.png"), "is a file; expected a folder"),
-        ((tiny, "cifar10"), "can be labeled by a run of images, torchvision or a protocol alone"),
         ((tiny, pictures, "--temperature", "0"), "--temperature 0.0: expected a number above 0."),
         ((tiny, pictures, "--temperature", "nan"), "--temperature nan: expected"),
         ((tiny, "digits", "--temperature", "1e-45"), "divided by the temperature 1e-45: expected a greater one"),
@@ -349,6 +314,4 @@ def test_a_run_of_pictures_labels_folders_and_not_the_digits(
     with pytest.raises(MetaplError) as refusal:
         _ = store["b\x1b[31m.png"]
     assert "\x1b" not in str(refusal.value)
-    assert "the run is of the recipe images" in refused(
-        capsys, "label", tmp_path / "run", "digits", "--out", tmp_path / "new"
-    )
+    assert "digits does not exist" in refused(capsys, "label", tmp_path / "run", "digits", "--out", tmp_path / "new")

@@ -14,7 +14,6 @@ import pytest
 from ranks import Ranks
 from test_noisy_folders import suspects
 from test_noisy_folders import write as bars_and_beams
-from test_protocols import FEW, SHORT, folders
 from tiny_runs import TINY, color_folders, images_command
 
 from metapl.apps.commands.launch import check_started
@@ -142,31 +141,6 @@ def test_products_of_layers(two: Ranks, tmp_path: Path) -> None:
     trained(two, [*command, "--mesh.tensor", "2", "--resume"], left)
     for name in ("student.safetensors", "finetuned_student.safetensors", "teacher.safetensors"):
         assert (left / name).read_bytes() == (tmp_path / "tensor" / name).read_bytes()
-
-
-@pytest.mark.long  # make test has test_pictures_by_every_mesh
-def test_torchvision_folders(two: Ranks, tmp_path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        folders(tmp_path / "data", patch)
-    data = ["train", "torchvision", "--data", "imagefolder", "--data-root", str(tmp_path / "data"), "--resized-crop"]
-    command = [*data, "--network", "small_cnn", *SHORT, *FEW]
-    trained(None, command, tmp_path / "alone")
-    trained(two, [*command, "--mesh.shard", "2"], tmp_path / "two")
-    same(tmp_path / "two", tmp_path / "alone")
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", ["cifar10-4k", "svhn-1k", "imagenet-10pct"])
-def test_a_protocol(two: Ranks, tmp_path: Path, name: str) -> None:
-    """The rows of one process, where no norm sees a share of a batch."""
-    flags = [*SHORT, *FEW, "--network", "small_cnn", "--image-size", "32", "--num-workers", "0"]
-    flags += ["--dropout", "0", "--teacher-dropout", "0"]  # several processes draw other masks
-    (tmp_path / "alone").mkdir()
-    assert command_cases.protocol(name, tmp_path / "alone", [*flags, "--out", str(tmp_path / "one")])[0] == 0
-    given: dict[str, Any] = {"recipe": name, "root": tmp_path, "arguments": [*flags, "--out", str(tmp_path / "two")]}
-    given["arguments"] += ["--mesh.replicate", "2"]
-    assert [code for code, _, _ in two.run("protocol", **given)] == [0, 0]
-    same(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.long

@@ -29,7 +29,6 @@ from metapl.apps.recipes.methods.noisy_student import (
     end_matched,
     networks_of,
 )
-from metapl.apps.recipes.protocols import PAPER_RECIPES
 from metapl.apps.recipes.settings import OpenOptimizer, SelfTraining
 from metapl.errors import MetaplError
 from metapl.problems.base import Signal
@@ -234,20 +233,6 @@ def test_networks_that_do_not_follow_each_other_are_refused(fields: dict[str, An
     settings = SelfTraining(**fields)
     with pytest.raises(MetaplError, match=words):
         networks_of(Digits(), settings)
-
-
-def test_the_papers_protocols_are_recipes() -> None:
-    recipes = {name: kind(data_root="", class_names=("a", "b")) for name, kind in PAPER_RECIPES.items()}
-    assert len(recipes) == 9
-    b7, l2 = recipes["noisy-imagenet-b7"], recipes["noisy-imagenet-l2"]
-    assert (b7.network_name, b7.image_size, b7.steps, b7.unlabeled_batch) == ("efficientnet_b7", 600, 218_949, 6_144)
-    rounds = l2.method.self_training
-    assert [rounds.network(number) for number in range(4)] == ["efficientnet_b7"] + ["efficientnet_l2"] * 3
-    assert (l2.image_size, l2.method.self_training.ratio, l2.unlabeled_batch) == (475, 14, 28_672)
-    assert b7.method.teacher.lr == 0.128
-    assert recipes["noisy-imagenet-b2"].steps == 437_899
-    with pytest.raises(SystemExit):
-        main(["noisy-student", "noisy-imagenet-l2", "--help"])
 
 
 TINY = ("noisy-student", "digits", "--steps", "4", "--hidden", "4", "--labeled-batch", "8")

@@ -11,13 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_data import write_cifar, write_imagenet
 from tiny_runs import IMAGES, color_run
-from torchvision import datasets
 
 from metapl.apps.commands import main
 from metapl.apps.experiments.folder import load_run
-from metapl.apps.labels import LabelStore
 from metapl.training.loss_trainer import LossTrainer
 
 NOISY = ("--rounds", "2", "--ratio", "2", "--threshold", "0", "--label-smoothing", "0.1")
@@ -66,38 +63,6 @@ def test_a_student_that_is_smaller_than_its_teacher_is_refused(
     said = " ".join(capsys.readouterr().err.split())
     assert "the student of round 1 is small_cnn with" in said
     assert "--allow-smaller" in said
-
-
-def test_cifar_10_as_torchvision_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_cifar(tmp_path / "data", monkeypatch, datasets.CIFAR10, each=20, test=20)
-    flags = (
-        *("--data", "cifar10", "--data-root", str(tmp_path / "data"), "--labels-per-class", "2", "--validation", "20"),
-        *("--network", "small_cnn", "--image-size", "32", "--steps", "2", "--labeled-batch", "4", "--device", "cpu"),
-    )
-    run = tmp_path / "run"
-    assert main(["noisy-student", "torchvision", *flags, *NOISY, "--labels", "hard", "--out", str(run)]) == 0
-    assert rounds_of(run)[0]["unlabeled"] == 60
-    assert len(LabelStore(run / "rounds" / "2" / "labels")) == 60
-
-
-def test_imagenet_keeps_all_labels_beside_a_folder_of_other_pictures(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_imagenet(tmp_path / "data", monkeypatch, each=6, val=6)
-    flags = (
-        *("--data-root", str(tmp_path / "data"), "--unlabeled", str(pictures / "unlabeled"), "--validation", "3"),
-        *("--network", "efficientnet_b0", "--image-size", "64", "--steps", "1", "--labeled-batch", "4"),
-        *("--device", "cpu", "--num-workers", "0", "--rounds", "1", "--threshold", "0", "--per-class", "5"),
-        *("--teacher.lr", "0.001"),
-    )
-    run = tmp_path / "run"
-    assert main(["noisy-student", "imagenet", *flags, "--out", str(run)]) == 0
-    counts = json.loads((run / "data.json").read_text())["counts"]
-    assert counts == {"labeled": 15, "unlabeled": 24, "validation": 3, "test": 6}
-    (only,) = rounds_of(run)
-    assert {*only["copies_per_class"].values()} <= {0, 5}
-    recipe = load_run(run).recipe
-    assert (recipe.dropout, recipe.method.self_training.ratio) == (0.5, 1)
 
 
 def test_the_last_student_is_finetuned_at_a_larger_size_with_its_first_layers_frozen(

@@ -24,7 +24,7 @@ from app_faults import FAULTS
 from command import metapl
 from tiny_runs import NOISY_STUDENT
 
-from metapl.apps.pictures.sets import load_digits_split
+from metapl.apps.pictures.splits import load_digits_split
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,6 @@ CAUGHT: dict[str, dict[str, Check]] = {
         "half_are_mirrored": lambda here: test_batched_views.test_half_of_the_pictures_are_mirrored(),
     },
     "labeled_picture_in_validation": {
-        "drawn": lambda here: test_folders.test_drawn_splits(),
         "digits": lambda here: test_picture_batches.test_digits_are_disjoint_cover_all_and_keep_their_labels(
             load_digits_split(labels_per_class=2, seed=0)
         ),

@@ -17,7 +17,7 @@ from metapl.ablation import ablate
 from metapl.apps.commands.inputs import held, written
 from metapl.apps.commands.parse import Command, Folder, OnRecipe, unset
 from metapl.apps.experiments.settle import settled
-from metapl.apps.recipes import PROTOCOL_RECIPES, Digits, ImageFolders
+from metapl.apps.recipes import Digits, ImageFolders
 from metapl.apps.recipes.methods.beside import bilevel_trainer
 from metapl.apps.words import tell, wrapped
 from metapl.errors import MetaplError
@@ -97,7 +97,7 @@ class Ablate(Looking, OnRecipe):
         return {"trainer": trainer, "steps": recipe.steps, "labeled": task.labeled, "unlabeled": task.unlabeled}
 
 
-COMMANDS = Ablate.on(Digits, ImageFolders, *PROTOCOL_RECIPES)
+COMMANDS = Ablate.on(Digits, ImageFolders)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,10 +69,6 @@ With pictures some of which are in the folder of a wrong class:
 
   metapl train noisy --labeled sorted_badly/ --clean few/
 
-With the paper's data, as torchvision keeps them (svhn-1k, imagenet-10pct too):
-
-  metapl train cifar10-4k --data-root DIR
-
 With --compare, each recipe trains the same without the teacher's feedback,
 and by other methods, and says whether the feedback helped.
 
@@ -87,12 +83,6 @@ metapl train RECIPE, with RECIPE one of:
   digits                handwritten digits that come with scikit-learn
   images                your own pictures, in folders
   noisy                 your own pictures, some of them in the wrong folder
-  torchvision           CIFAR, SVHN, ImageNet or folders as torchvision has them
-  cifar10-4k            CIFAR-10 with 4,000 labels, the authors' code's settings
-  cifar10-4k-paper      the same with the settings of the paper's table
-  svhn-1k               SVHN with 1,000 labels, the paper's table
-  imagenet-10pct        ImageNet with 128 labels a class, the authors' code's
-  imagenet-10pct-paper  the same with the settings of the paper's table
 
 Each says more with --help: metapl train digits --help.
 """
@@ -102,9 +92,7 @@ metapl noisy-student RECIPE trains a teacher on the labeled examples, and then
 students, one after another: each learns with noise from the labels that the
 network before it gives the unlabeled examples. RECIPE is one of:
 
-{recipes}  imagenet              ImageNet and a folder of other pictures
-  noisy-imagenet-b0     the same as in the paper; likewise -b1 to -b7 and -l2
-
+{recipes}
   metapl noisy-student digits --rounds 3 --out DIR
   metapl noisy-student digits --networks 32x32 64x64
 
@@ -147,7 +135,13 @@ CHOICES = {
 GONE = {
     "train two-moons": "the two moons are an example now: python examples/two_moons.py --help",
     "finetune": "train again with --finetune-steps",
+    "plan": "python examples/plan.py --help",
+    "shards": "tar --sort=name --mtime=@0 -cf, and sha256sum",
+    "train torchvision": "metapl train images, or python examples/protocols.py --help",
+    "noisy-student imagenet": "python examples/noisy_student_imagenet.py --help",
 }
+_PROTOCOLS = ("cifar10-4k", "cifar10-4k-paper", "svhn-1k", "imagenet-10pct", "imagenet-10pct-paper")
+GONE |= {f"train {name}": f"python examples/protocols.py {name}" for name in _PROTOCOLS}
 
 # What takes less memory, by a command's first word; the others have no flag for it.
 _MORE = "raise --accumulate, or take --precision bfloat16"

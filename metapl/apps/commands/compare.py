@@ -23,7 +23,7 @@ from metapl.metrics import Evaluation, paired_test
 # that decide which examples a recipe draws from its data set. And what stands for a field that follows from how many
 # steps fitted into a run's minutes.
 IRRELEVANT = ("seed", "method", "log_every", "save_every", "exact_every", "keep")
-DRAWN_BY = ("seed", "labels_per_class", "validation", "split")
+DRAWN_BY = ("seed", "labels_per_class")
 MEASURED = "by the minutes"
 
 

@@ -52,9 +52,8 @@ class Label(Command):
     of the run, and not augmented. The labels go to a folder of Parquet files, part by part. What is stopped, by Ctrl-C
     or otherwise, goes on with --resume, and ends with the same files.
 
-    PICTURES is a folder, in which all folders are searched; or a data set by its name: digits, or cifar10, cifar100,
-    svhn, imagenet or imagefolder as torchvision keeps them, of which the training pictures are labeled. In the store, a
-    picture of a folder is called by its path there, and one of a data set by its number.
+    PICTURES is a folder, in which all folders are searched; or, for a run of that recipe, digits. In the store, a
+    picture of a folder is called by its path there, and a digit by its number.
 
     A file that cannot be read is left out, with the reason on standard error; the exit code is then 1. So it is where
     one cannot be read any more whose labels are in the store already; it keeps them. Needs pip install
@@ -62,12 +61,11 @@ class Label(Command):
 
     Args:
         folder: the run folder; of a comparison, the run that it delivers.
-        pictures: a folder of pictures, or the name of a data set.
+        pictures: a folder of pictures, or digits.
         out: the folder of the store; made if need be.
         temperature: of the softmax: below 1 sharpens the probabilities, above 1 evens them out.
         top_k: keep this many of the greatest probabilities of a picture, with their classes; by default all are kept.
             When the store is read, the rest is spread evenly over the other classes.
-        data_root: the folder that torchvision calls so, for its data sets; by default the one of the run.
         batch: pictures in a pass of the network.
         num_workers: number of processes that read pictures; it only changes the speed.
         resume: go on with the store that is there.
@@ -79,7 +77,6 @@ class Label(Command):
     temperature: Annotated[float, Range(above=0)] = 1.0
     top_k: Annotated[int | None, unset("K")] = None
     network: Network = "delivered"
-    data_root: Annotated[str | None, unset("DIR")] = None
     batch: Annotated[int, Range(1, most=MOST_IN_A_BATCH)] = BATCH
     num_workers: Annotated[int, Range(0, most=MOST_WORKERS)] = 0
     resume: Switch = False
@@ -93,7 +90,7 @@ class Label(Command):
                 "for all of them."
             )
         network = run.network(name).to(run.device)
-        labeled = to_label(self.pictures, run.recipe, self.batch, self.data_root)
+        labeled = to_label(self.pictures, run.recipe, self.batch)
         model = {"recipe": run.recipe.name, "method": run.result["method"], "seed": run.result["seed"]}
         model |= {"network": name, "weights_sha256": sha256_of(run.folder.path / weights_file(name))}
         about = provenance(network, labeled, run.recipe, temperature=self.temperature)

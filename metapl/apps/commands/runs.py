@@ -98,7 +98,6 @@ def _card(run: LoadedRun, name: str) -> dict[str, Any]:
         "data_hash": examples | {f"SHA-256 of {part}": f"`{digest}`" for part, digest in data["hash"].items()},
         "recipe": run_by | {"fields": fields},
         "notes": "\n".join(f"- {note}" for note in _notes(run, name)),
-        "center": getattr(recipe, "center", 1.0),
     }
 
 

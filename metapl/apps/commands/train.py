@@ -30,7 +30,6 @@ from metapl.apps.machine.cores import default_threads
 from metapl.apps.recipes import RECIPES, Digits, ImageFolders
 from metapl.apps.recipes.base import SEEDS, Method, Recipe, Unasked
 from metapl.apps.recipes.methods import title
-from metapl.apps.recipes.protocols import NOISY_STUDENT_RECIPES
 from metapl.apps.recipes.settings import Optimizer
 from metapl.apps.words import tell, wrapped
 from metapl.distributed.mesh import Mesh
@@ -294,4 +293,4 @@ class _Images(ImageFolders):
 
 
 COMMANDS = Train.on(*RECIPES.values())
-NOISY_STUDENT = NoisyStudent.on(_Digits, _Images, *NOISY_STUDENT_RECIPES)
+NOISY_STUDENT = NoisyStudent.on(_Digits, _Images)

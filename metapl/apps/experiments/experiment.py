@@ -102,8 +102,6 @@ class Experiment:
         if self.folder.exists:
             self.folder.relocate(as_dict(self.recipe))
         self.folder.path.mkdir(parents=True, exist_ok=True)
-        if task.split is not None:
-            task.split.save(self.folder.path / "split.json")
         self.folder.write_json("data.json", task.record)
         record_files(self.skipped, task.skipped)
 

@@ -2,7 +2,6 @@
 
 recipe.json           the recipe as it ran, with versions and hardware
 data.json             on which data, by their hashes
-split.json            which examples are labeled, unlabeled, held out, where the recipe draws that from a data set
 metrics.jsonl         a row per logged step, each with its ``phase`` and ``step``
 tensorboard/<phase>/  the same for TensorBoard
 checkpoints/<phase>/  whole checkpoints only
@@ -39,7 +38,6 @@ from metapl.apps.machine.sealed import is_there, read_json, read_sealed, remove_
 from metapl.apps.recipes import RECIPES, ImageFolders, ImageRecipe
 from metapl.apps.recipes.base import Recipe, Role, as_dict, recipe_from_dict
 from metapl.apps.recipes.methods import EVERY_METHOD, titled
-from metapl.apps.recipes.protocols import PAPER_RECIPES, NoisyImagenet
 from metapl.apps.recipes.settings import SelfTraining
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
@@ -51,7 +49,7 @@ FORMAT = 3  # the layout of run folders that this version writes and reads
 # Fields of recipes in which the parts of a run may differ, for they change nothing but speed; and those that say where
 # the data lie, which may have moved: what they hold is compared by its hashes.
 SPEED_ALONE = ("num_workers",)
-PLACES = ("labeled", "unlabeled", "clean", "val", "test", "data_root")
+PLACES = ("labeled", "unlabeled", "clean", "val", "test")
 
 WEIGHTS = {
     "student": "student.safetensors",
@@ -67,7 +65,7 @@ ANOTHER = (  # what to do where a file of a run is not as it was written
 )
 _MEND = "what was there before is whole. Mend that (is the disk full?), then go on with --resume."
 
-KNOWN: dict[str, type[Recipe]] = {**RECIPES, NoisyImagenet.name: NoisyImagenet, **PAPER_RECIPES}
+KNOWN: dict[str, type[Recipe]] = RECIPES
 
 NetworkName = Literal["delivered", "student", "finetuned", "teacher"]  # the one that a run delivers, or one of its own
 
@@ -93,7 +91,7 @@ class RunFolder(Folder):
     """The files of one run of a recipe."""
 
     # Files that are written before anything was trained.
-    undone = ("recipe.json", LOCK, "data.json", "split.json", "skipped.jsonl")
+    undone = ("recipe.json", LOCK, "data.json", "skipped.jsonl")
     command: str | None = None  # what starts the run, for the record
 
     @contextmanager

@@ -25,9 +25,8 @@ from metapl.apps.labels.store import is_text
 from metapl.apps.machine.progress import counting, progress
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.folders import ask, digest, hashes, scan_unlabeled
-from metapl.apps.pictures.sets import load_image_data
 from metapl.apps.pictures.store import FileImages, Images, MemoryImages
-from metapl.apps.recipes import Digits, ImageRecipe, Recipe
+from metapl.apps.recipes import Digits, Recipe
 from metapl.apps.recipes.base import Stored, Task
 from metapl.data.feed import feed
 from metapl.data.steps import StepBatches
@@ -40,7 +39,6 @@ from metapl.training.selection import weights_of
 from metapl.words import shown
 
 # What can be labeled by its name: all of the digits, and the training pictures of the others.
-DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "imagenet", "imagefolder")
 
 # Pictures in a pass; the most parts of a store, unless that would make them too large; rows of a part, at least.
 BATCH, PARTS, FEWEST_ROWS = 256, 1000, 1024
@@ -163,49 +161,19 @@ class Labeled:
         return whole.hexdigest()
 
 
-def to_label(pictures: str, recipe: Recipe, batch_size: int = BATCH, data_root: str | None = None) -> Labeled:
-    """The pictures of a folder, or of a data set by its name, which lies where the run had it, or in ``data_root``."""
-    if data_root is not None and (pictures == "digits" or pictures not in DATA_SETS):
-        raise MetaplError(
-            f"--data-root {data_root} has no effect on {pictures}: it says where torchvision's data sets lie; leave it "
-            "out."
-        )
-    if pictures not in DATA_SETS:
-        folder = Path(pictures)
-        if not folder.expanduser().is_dir():
-            state = "is a file" if folder.exists() else "does not exist"
-            raise MetaplError(f"{folder} {state}; expected a folder with pictures, or one of {', '.join(DATA_SETS)}.")
-        files = scan_unlabeled(folder)
-        return Labeled(PictureFiles(recipe, files.path, len(files), batch_size=batch_size), files.names, str(folder))
-    if not isinstance(recipe, Digits if pictures == "digits" else ImageRecipe):
-        runs = "digits" if pictures == "digits" else "images, torchvision or a protocol"
-        raise MetaplError(
-            f"the run is of the recipe {recipe.name}, and {pictures} can be labeled by a run of {runs} alone; give "
-            f"such a run, or a folder of pictures (./{pictures} if it is called so)."
-        )
-    if not isinstance(recipe, ImageRecipe):
+def to_label(pictures: str, recipe: Recipe, batch_size: int = BATCH) -> Labeled:
+    """The pictures of a folder, or those of scikit-learn by the name ``digits``."""
+    if pictures == "digits" and isinstance(recipe, Digits):
         from sklearn.datasets import load_digits
 
         images = torch.as_tensor(load_digits().images, dtype=torch.float32)[:, None] / 16.0
         return Labeled(SourcePictures(images, batch_size=batch_size), range(len(images)), "digits")
-    root = data_root or getattr(recipe, "data_root", None)
-    if root is None:
-        raise MetaplError(f"where {pictures} lies is not known; expected the folder of torchvision: --data-root DIR.")
-    side = (recipe.image_size, recipe.image_size)
-    train = load_image_data(pictures, root, side, center=recipe.center, mode=recipe.colors).train
-    if train.shape != recipe.input_shape:
-        given, expected = (
-            f"{height}x{width} {'grey' if channels == 1 else 'in colors'}"
-            for channels, height, width in (train.shape, recipe.input_shape)
-        )
-        raise MetaplError(
-            f"the pictures of {pictures} are {given}, and the run's network takes {expected}; expected a run on "
-            "pictures of that size."
-        )
-    batches: InOrder = SourcePictures(train, batch_size=batch_size)
-    if isinstance(train, FileImages):
-        batches = PictureFiles(recipe, train.path, len(train), batch_size=batch_size)
-    return Labeled(batches, range(len(train)), f"{pictures}, training pictures")
+    folder = Path(pictures)
+    if not folder.expanduser().is_dir():
+        state = "is a file" if folder.exists() else "does not exist"
+        raise MetaplError(f"{folder} {state}; expected a folder with pictures, or for a run of digits the word digits.")
+    files = scan_unlabeled(folder)
+    return Labeled(PictureFiles(recipe, files.path, len(files), batch_size=batch_size), files.names, str(folder))
 
 
 def provenance(network: nn.Module, labeled: Labeled, recipe: Recipe, *, temperature: float = 1.0) -> dict[str, Any]:

@@ -1,18 +1,10 @@
-"""Pictures: in files and in memory, their batches, views and known data sets."""
+"""Pictures: in files and in memory, their batches and views."""
 
 from metapl.apps.pictures.batches import EvaluationBatches, LabeledBatches, UnlabeledBatches
 from metapl.apps.pictures.check import Finding, Verified, check_folders, verify_files
 from metapl.apps.pictures.folders import Files, LabeledFiles, scan_labeled, scan_unlabeled
 from metapl.apps.pictures.reader import UnreadableImage, read_image
-from metapl.apps.pictures.sets import (
-    DigitsSplit,
-    ImageData,
-    Split,
-    draw_split,
-    load_digits_split,
-    load_image_data,
-    stratified_split,
-)
+from metapl.apps.pictures.splits import DigitsSplit, load_digits_split, stratified_split
 from metapl.apps.pictures.store import FileImages, Images, MemoryImages, replaced_files
 from metapl.apps.pictures.views.base import Chain, Identity, Seeded, View
 from metapl.apps.pictures.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment
@@ -29,8 +21,8 @@ from metapl.apps.pictures.views.transforms import (
 )
 
 __all__ = ["CIFAR_OPERATIONS", "SVHN_OPERATIONS", "Affine", "Chain", "Color", "DigitsSplit", "EvaluationBatches"]
-__all__ += ["FileImages", "Files", "Finding", "Flip", "Hole", "Identity", "ImageData", "Images", "LabeledBatches"]
+__all__ += ["FileImages", "Files", "Finding", "Flip", "Hole", "Identity", "Images", "LabeledBatches"]
 __all__ += ["LabeledFiles", "MemoryImages", "RandAugment", "Recolor", "ResizedCrop", "Seeded", "ShiftNoiseCutout"]
-__all__ += ["Sometimes", "Split", "UnlabeledBatches", "UnreadableImage", "Verified", "View", "Weak"]
-__all__ += ["check_folders", "draw_split", "load_digits_split", "load_image_data", "read_image", "replaced_files"]
+__all__ += ["Sometimes", "UnlabeledBatches", "UnreadableImage", "Verified", "View", "Weak"]
+__all__ += ["check_folders", "load_digits_split", "read_image", "replaced_files"]
 __all__ += ["scan_labeled", "scan_unlabeled", "stratified_split", "verify_files"]

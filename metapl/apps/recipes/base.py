@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from metapl.apps.machine.misfit import misfit_entries
 from metapl.apps.networks import Architecture
-from metapl.apps.pictures.sets import Split
 from metapl.apps.recipes.settings import Batch, Optimizer, SelfTraining, Share, Softness, SomeSteps, Steps
 from metapl.errors import MetaplError
 from metapl.metrics import chance_level
@@ -67,7 +66,6 @@ class Task:
     truth: Any = None  # unlabeled examples whose labels are known, for looking at pseudo-labels only
     test_names: tuple[str, ...] | None = None  # such as files
     doubtful: Doubtful | None = None  # for the list of suspects
-    split: Split | None = None  # how the examples were divided, for the run folder's split.json
     skipped: Mapping[str, str] = field(default_factory=dict)  # files that are left out, each with the reason
 
     @property

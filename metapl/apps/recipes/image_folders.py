@@ -24,7 +24,7 @@ from metapl.apps.pictures.check import (
     without_copies,
 )
 from metapl.apps.pictures.folders import Files, FilesT, LabeledFiles, Progress, hash_files, scan_labeled, scan_unlabeled
-from metapl.apps.pictures.sets import stratified_split
+from metapl.apps.pictures.splits import stratified_split
 from metapl.apps.pictures.store import FileImages
 from metapl.apps.pictures.views.base import Chain, Identity, View
 from metapl.apps.pictures.views.transforms import Affine, Color, Flip, Hole, Recolor, ResizedCrop, Sometimes

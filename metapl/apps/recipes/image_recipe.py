@@ -117,7 +117,6 @@ class ImageRecipe(Recipe):
     """
 
     reads: ClassVar[tuple[str, ...]] = SUFFIXES
-    center: ClassVar[float] = 1.0  # share of a picture's sides that is looked at when it is evaluated
     known = OF_PICTURES
     settings: ClassVar[dict[str, Any]] = {"uda_ramp": 200, "student": NESTEROV, "teacher": NESTEROV}
 
@@ -196,14 +195,13 @@ class ImageRecipe(Recipe):
     @property
     def input_note(self) -> str:
         colors = "grey (0.299 R + 0.587 G + 0.114 B)" if self.grey else "in colors"
-        middle = "" if self.center == 1 else f"the middle {self.center:.1%} of "
         return (
-            f"Pictures were {colors}, from 0 to 1: {middle}the largest centered square of each, brought to "
+            f"Pictures were {colors}, from 0 to 1: the largest centered square of each, brought to "
             f"{self.image_size}x{self.image_size} by antialiased bilinear resampling."
         )
 
     def read(self, path: Path) -> list[tuple[str, Tensor]]:
-        image = read_image(path, mode=self.colors, size=(self.image_size,) * 2, center=self.center)
+        image = read_image(path, mode=self.colors, size=(self.image_size,) * 2)
         return [(str(path), in_unit_range(image))]
 
     # -------------------------------------------------------------------------------------------------- the networks

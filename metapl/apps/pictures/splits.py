@@ -1,0 +1,127 @@
+"""Which examples are labeled, unlabeled, held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metapl.data import draws
+from metapl.errors import MetaplError, reason_of
+
+_VALIDATION = 0x5B17  # keep these draws apart from every other use of a seed
+
+
+def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Set a part of each class aside for validation: of n examples round(fraction · n), but at least 1 and at most
+    n − 1.
+
+    Args:
+        labels: int64 (n,).
+        fraction: of each class, in (0, 1).
+        seed: any integer.
+
+    Returns:
+        (train, validation): indices, int64, disjoint, sorted, and together all.
+
+    Raises:
+        MetaplError: a fraction out of its range; no class has two examples.
+
+    >>> train, validation = stratified_split(torch.tensor([0] * 8 + [1] * 4 + [2]), 0.25, seed=0)
+    >>> len(train), len(validation)
+    (10, 3)
+    """
+    if not 0 < fraction < 1:
+        raise MetaplError(f"stratified_split got fraction {fraction}; expected a number between 0 and 1, such as 0.1.")
+    _, of, sizes = labels.unique(return_inverse=True, return_counts=True)
+    share = (fraction * sizes.double()).round().long().clamp(min=1).minimum(sizes - 1)
+    validation = _first_of_each(_shuffled(len(labels), seed, _VALIDATION), of, share)
+    if not len(validation):
+        raise MetaplError(f"no class of the {len(labels)} labeled pictures has two; expected more, or --val FOLDER.")
+    rest = torch.ones(len(labels), dtype=torch.bool)
+    rest[validation] = False
+    return rest.nonzero()[:, 0], validation
+
+
+def _shuffled(size: int, seed: int, stream: int) -> Tensor:
+    """A random order of range(size)."""
+    return torch.argsort(draws.bits(seed, 0, torch.arange(size), 1, stream)[:, 0], stable=True)
+
+
+def _first_of_each(order: Tensor, classes: Tensor, counts: Tensor) -> Tensor:
+    """The first ``counts[c]`` examples of each class c in an order of examples, sorted by their number."""
+    in_order = classes[order]
+    return order[_rank_in_class(in_order) < counts[in_order]].sort().values
+
+
+def _rank_in_class(classes: Tensor) -> Tensor:
+    """For each entry of (n,) int64, how many entries before it are equal to it."""
+    by_class = classes.argsort(stable=True)
+    counts = classes.bincount()
+    rank = torch.empty_like(classes)
+    rank[by_class] = torch.arange(len(classes)) - (counts.cumsum(0) - counts)[classes[by_class]]
+    return rank
+
+
+# -------------------------------------------------------------------------------------------------------------- digits
+
+
+@dataclass(frozen=True, eq=False)
+class DigitsSplit:
+    """The digits in four disjoint parts; images float32 (n, 1, 8, 8) in [0, 1], labels int64 (n,) in 0, …, 9.
+
+    ``unlabeled_truth`` has the labels that were hidden, for diagnostics only: nothing may be trained, selected or
+    stopped on them.
+    """
+
+    labeled: tuple[Tensor, Tensor]
+    unlabeled: Tensor
+    unlabeled_truth: Tensor
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+
+def load_digits_split(labels_per_class: int, seed: int, validation: int = 197, test: int = 400) -> DigitsSplit:
+    """Split scikit-learn's 1,797 handwritten digits anew for a seed, and keep the labels of a few of each class.
+
+    Args:
+        labels_per_class: labeled images of each class, 1 or more.
+        seed: from 0 to 2³² − 1. With one seed, the parts for fewer labels lie within those for more.
+        validation, test: number of images to select on and to report on, 10 or more each, drawn with the classes in
+            proportion.
+
+    Raises:
+        MetaplError: a number out of its range, or more labels than the rest has.
+
+    >>> split = load_digits_split(labels_per_class=4, seed=0)
+    >>> len(split.labeled[0]), len(split.unlabeled), len(split.validation[0]), len(split.test[0])
+    (40, 1160, 197, 400)
+    """
+    from sklearn.datasets import load_digits  # it takes a second, and only the digits need it
+    from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    images = torch.as_tensor(data.images, dtype=torch.float32)[:, None] / 16.0
+    labels = torch.as_tensor(data.target, dtype=torch.int64)
+    how = {"random_state": seed}
+    try:
+        rest, test_rows = train_test_split(range(len(labels)), test_size=test, stratify=labels, **how)
+        train_rows, validation_rows = train_test_split(rest, test_size=validation, stratify=labels[rest], **how)
+    except ValueError as error:  # sklearn's own, for numbers that are out of its range
+        raise MetaplError(
+            f"the {len(labels)} digits cannot be split by seed {seed} into {validation} for validation and {test} for "
+            f"test: {reason_of(error)}"
+        ) from error
+    train = torch.tensor(train_rows)
+    fewest = int(labels[train].bincount(minlength=10).min())
+    if not 1 <= labels_per_class <= fewest:
+        raise MetaplError(
+            f"labels_per_class is {labels_per_class}; expected 1 or more, and at most {fewest}, the size of the "
+            "smallest class outside validation and test: ask for fewer labels or make those smaller"
+        )
+    # The split comes shuffled, so the first of each class are a random choice.
+    chosen = _rank_in_class(labels[train]) < labels_per_class
+    parts = (train[chosen], train[~chosen], validation_rows, test_rows)
+    (x, y), (unlabeled, truth), held_out, last = ((images[rows], labels[rows]) for rows in parts)
+    return DigitsSplit((x, y), unlabeled, truth, held_out, last)
