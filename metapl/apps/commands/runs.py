@@ -82,8 +82,7 @@ def _card(run: LoadedRun, name: str) -> dict[str, Any]:
         metrics["validation accuracy"] = result[f"{name}_validation_accuracy"]
         metrics["validation examples"] = result["validation_size"]
     data = stored_data(run.source)
-    examples = {"data set": data["data"]} if "data" in data else {}
-    examples |= {part: f"{count:,} examples" if count else "none" for part, count in counts_of(data).items()}
+    examples = {part: f"{count:,} examples" if count else "none" for part, count in counts_of(data).items()}
     fields = {
         # Of the places of files, the last names are left.
         field: PurePath(value).name if isinstance(value, str) and "/" in value else value
