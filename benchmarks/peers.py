@@ -1,7 +1,7 @@
 """The same hypergradient by metapl and by the other libraries, side by side in one run.
 
     python benchmarks/peers.py                                    # about forty minutes on one core
-    python benchmarks/peers.py --only MLP transformer             # the rows of the other networks stay
+    python benchmarks/peers.py --only MLP transformer --steps 1   # the rows of other networks and steps stay
     python benchmarks/peers.py --table benchmarks/results/peers.json
     python benchmarks/peers.py --write docs/peers.md
 
@@ -49,7 +49,8 @@ TOKENS, LENGTH = 256, 32
 TRUTH = "double backward by hand, float64"
 FORWARD, UNROLLED = "metapl, forward", "metapl, unrolled"
 RECOMPUTED = f"{FORWARD}, teacher recomputed"
-OWN = (FORWARD, RECOMPUTED, UNROLLED)
+COMPILED = f"{FORWARD}, compiled"
+OWN = (FORWARD, RECOMPUTED, UNROLLED, COMPILED)
 
 Row = dict[str, Any]
 Gradient = Sequence[Tensor]
@@ -141,22 +142,18 @@ def by_hand(teacher: nn.Module, student: nn.Module, labeled: tuple[Tensor, Tenso
     return torch.autograd.grad(outer, list(teacher.parameters()))
 
 
-def by_metapl(mode: Any, recompute_teacher: bool = False) -> Any:
-    """``metapl.hypergradient`` in a mode."""
+def by_metapl(mode: Any, **options: Any) -> Any:
+    """``metapl.hypergradient`` in a mode; with one optimizer, by which it knows what it has compiled."""
     import metapl
+
+    optimizers: dict[nn.Module, Any] = {}
 
     def gradient(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int) -> Gradient:
         unlabeled = u if steps == 1 else metapl.Lookahead([u] * steps)
-        inner = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
-        found = metapl.hypergradient(
-            teacher,
-            student,
-            labeled=labeled,
-            unlabeled=unlabeled,
-            mode=mode,
-            inner_optimizer=inner,
-            recompute_teacher=recompute_teacher,
-        )
+        if student not in optimizers:
+            optimizers[student] = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
+        given = {"labeled": labeled, "unlabeled": unlabeled, "inner_optimizer": optimizers[student]}
+        found = metapl.hypergradient(teacher, student, mode=mode, **given, **options)
         return list(found.grads.values())
 
     return gradient
@@ -307,7 +304,8 @@ def gradient_of(library: str) -> Any:
     """A library's function of (teacher, student, labeled batch, unlabeled batch, steps)."""
     if library == TRUTH:
         return by_hand
-    return by_metapl(library.split(", ")[1], library == RECOMPUTED) if library in OWN else PEERS[library][1]
+    options = {RECOMPUTED: {"recompute_teacher": True}, COMPILED: {"compile": True}}.get(library, {})
+    return by_metapl(library.split(", ")[1], **options) if library in OWN else PEERS[library][1]
 
 
 # ---------------------------------------------------------------------------------------------------------- measurement
@@ -331,7 +329,9 @@ def measure(library: str, network: str, steps: int, calls: int, truth: str, devi
         return {}
     given = case(network, device)
     exact = torch.cat([g.flatten() for g in torch.load(truth)])
+    began = time.perf_counter()
     found = torch.cat([g.flatten().double() for g in gradient(*given, steps)])
+    first = time.perf_counter() - began
     clock = time.perf_counter if device == "cuda" else time.process_time
     seconds = []
     for _ in range(calls):
@@ -343,12 +343,14 @@ def measure(library: str, network: str, steps: int, calls: int, truth: str, devi
     return {
         "error": float((found - exact).norm() / exact.norm()),
         "seconds": statistics.median(seconds),
+        "first": first,
         "bytes": peak_bytes(lambda: gradient(*given, steps), torch.device(device)),
     }
 
 
-def environment(packages: Sequence[str], folder: Path) -> str:
-    """The interpreter of a new environment with these packages, which reads the others from this environment.
+def environment(packages: Sequence[str], folder: Path, alone: bool = True) -> str:
+    """The interpreter of a new environment with these packages, ``alone`` or with what they need beyond this
+    environment, from which it reads the others.
 
     Raises: :class:`RuntimeError` with pip's words if they do not install.
     """
@@ -358,7 +360,7 @@ def environment(packages: Sequence[str], folder: Path) -> str:
     here = subprocess.run(where, capture_output=True, text=True, check=True).stdout.strip()
     theirs = subprocess.run([python, *where[1:]], capture_output=True, text=True, check=True).stdout.strip()
     (Path(theirs) / "shared.pth").write_text(here + "\n")
-    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", *packages]
+    install = [python, "-m", "pip", "install", "--quiet", *["--no-deps"] * alone, *packages]
     done = subprocess.run(install, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(_reason(done.stderr))
@@ -393,11 +395,11 @@ def run(given: Any) -> Row:
     """All measurements, in one drawn order."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     networks = ("MLP",) if given.miniature else given.only
-    ahead, rounds = ((2,), 1) if given.miniature else ((1, 10), given.rounds)
+    ahead, rounds = ((2,), 1) if given.miniature else (given.steps, given.rounds)
     pythons, reasons = dict.fromkeys(OWN[:1] if given.miniature else OWN, sys.executable), {}
     rows: dict[tuple[str, str, int], list[Row]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for library, python, reason in _installed(Path(folder), given.miniature):
+        for library, python, reason in _installed(Path(folder), given):
             if reason:
                 reasons[library] = reason
             else:
@@ -408,7 +410,7 @@ def run(given: Any) -> Row:
             failed = call(sys.executable, TRUTH, *one, 0, truths[one], device).get("reason")
             if failed:
                 raise SystemExit(failed)
-        jobs = [(library, *one) for library in pythons for one in cases] * rounds
+        jobs = [(library, *one) for library in pythons for one in cases if library in given.libraries] * rounds
         random.Random(0).shuffle(jobs)
         for number, (library, network, steps) in enumerate(jobs, 1):
             calls = {"MLP": 50, "WRN-28-2": 2}.get(network, 10) // (5 if steps > 1 else 1) or 1
@@ -419,7 +421,7 @@ def run(given: Any) -> Row:
     return {
         "measured_on": described(device),
         "not_installed": reasons,
-        "rows": [row for row in kept if row["network"] not in networks]
+        "rows": [row for row in kept if (row["library"], row["network"], row["steps"]) not in rows]
         + [
             {"library": library, "network": network, "steps": steps, "note": given.note, **_joined(found)}
             for (library, network, steps), found in sorted(rows.items())
@@ -427,16 +429,16 @@ def run(given: Any) -> Row:
     }
 
 
-def _installed(folder: Path, miniature: bool) -> Iterator[tuple[str, str, str]]:
+def _installed(folder: Path, given: Any) -> Iterator[tuple[str, str, str]]:
     """Each library with the interpreter that has it, or with the reason why there is none.
 
     A miniature takes what is installed here.
     """
-    for library, (packages, gradient) in PEERS.items():
+    for library, (packages, gradient) in ((name, PEERS[name]) for name in PEERS if name in given.libraries):
         if not packages:
             yield library, sys.executable, ""
             continue
-        if miniature:
+        if given.miniature:
             if library.startswith("TorchOpt") and importlib.util.find_spec("torchopt"):
                 yield library, sys.executable, ""
             continue
@@ -453,7 +455,7 @@ def _joined(rows: Sequence[Row]) -> Row:
     failed = [row["reason"] for row in rows if "reason" in row]
     if failed:
         return {"reason": failed[0]}
-    medians = {name: statistics.median(row[name] for row in rows) for name in ("error", "seconds", "bytes")}
+    medians = {name: statistics.median(row[name] for row in rows) for name in ("error", "seconds", "first", "bytes")}
     return medians | {"each": [row["seconds"] for row in rows]}
 
 
@@ -474,7 +476,8 @@ def table(result: Row) -> str:
             row = rows.get((network, steps, library))
             if row is None:
                 continue
-            start = f"| {network} | {steps} | {library} |"
+            cold = f" (first call {row['first']:.0f} s)" if library == COMPILED and "first" in row else ""
+            start = f"| {network} | {steps} | {library}{cold} |"
             if "reason" in row:
                 lines.append(f"{start} {row['reason']} | – | – | – | – |")
                 continue
@@ -492,6 +495,10 @@ def _order(case: tuple[str, int]) -> tuple[int, int]:
 def main() -> None:
     parser = arguments(__doc__, RESULT, page=True)
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=NETWORKS, help="the rows of the others stay")
+    parser.add_argument("--steps", nargs="+", type=int, default=(1, 10), help="K; the rows of others stay")
+    parser.add_argument(
+        "--libraries", nargs="+", choices=(*OWN, *PEERS), default=(*OWN, *PEERS), help="the rows of others stay"
+    )
     parser.add_argument("--note", default="", help="about the machine, such as who else used it")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each case")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result and stop")

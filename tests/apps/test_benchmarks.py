@@ -42,10 +42,11 @@ MEASUREMENTS = (
     "reduced",
     "rival_attribution",
     "scale",
+    "silent",
     "step",
     "throughput",
 )
-LONG = ("endurance", "peers", "reduced", "rival_attribution")
+LONG = ("endurance", "peers", "reduced", "rival_attribution", "silent")
 
 
 def run(name: str, *arguments: str | Path) -> str:
@@ -218,6 +219,7 @@ def test_the_study_of_hyperparameters_was_run_as_it_says(module: ModuleType) -> 
         ("data-rater", "<!-- data_rater:begin -->", "data_rater"),
         ("hyperparameters", "<!-- hyperparameters:begin -->", "hyperparameters"),
         ("modes", "<!-- step:begin -->", "step"),
+        ("peers", "<!-- silent:begin -->", "silent"),
     ],
     indirect=["module"],
 )
