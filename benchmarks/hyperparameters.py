@@ -1,9 +1,10 @@
-"""Six hyperparameters by the derivative through whole trainings, beside random search of equal cost.
+"""Hyperparameters by the derivative through whole trainings, beside random search of equal cost.
 
-    python benchmarks/hyperparameters.py          # tunes both on seeds 100 and 101, then runs 10 to 17
+    python benchmarks/hyperparameters.py          # tunes both on other seeds first
     python benchmarks/hyperparameters.py --write docs/hyperparameters.md
 
-The training is that of examples/learned_hyperparameters.py, with its start: 8 rounds of Adam on the six logarithms.
+The trainings are those of examples/learned_hyperparameters.py, six of them, and of examples/learned_schedule.py:
+learning rate and weight decay at three times in three layers. From their starts, 8 rounds of Adam on the logarithms.
 Random search draws them uniformly around the same start, and trains by a plain loop of PyTorch for as much processor
 time, on one thread. Each training begins at the same weights, with the same batches and draws; of all trainings of an
 arm, the one with the lowest validation loss counts. Adam's rate and the width of the draws, 4 values each, are chosen
@@ -17,21 +18,26 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from machine import append, arguments, parsed, read, show
 from torch.nn import functional as F
 
+import metapl
 from metapl.apps.pictures import load_digits_split
 from metapl.metrics import paired_test
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
-from learned_hyperparameters import START, Hyperparameters, begin, falling, learn
+import learned_hyperparameters
+import learned_schedule
+from learned_hyperparameters import Hyperparameters
 
 RAW = Path(__file__).parent / "results" / "hyperparameters.jsonl"
-TUNING_SEEDS, SEEDS, ROUNDS = (100, 101), tuple(range(10, 18)), 8
+STUDIES: dict[str, Any] = {"hyperparameters": learned_hyperparameters, "schedule": learned_schedule}
+TUNING_SEEDS = {"hyperparameters": (100, 101), "schedule": (100,)}
+SEEDS, ROUNDS = {"hyperparameters": range(10, 18), "schedule": (10, 11, 12, 14)}, 8
 SETTINGS = {"metagradients": (0.1, 0.3, 1.0, 3.0), "random search": (0.5, 1.0, 2.0, 4.0)}
 UNTUNED = "the start of both"
 Row = dict[str, Any]
@@ -40,35 +46,45 @@ Found = tuple[float, Logs, Any]
 """Validation loss, logarithms, and network."""
 
 
-def around_start(width: float, generator: torch.Generator | None = None) -> Logs:
-    """The six logarithms, drawn uniformly this far around the start."""
-    return {
-        name: torch.tensor(values).log() + width * (2 * torch.rand(len(values), generator=generator) - 1)
-        for name, values in START.items()
-    }
+def around_start(study: str, width: float, generator: torch.Generator | None = None) -> Logs:
+    """The logarithms, drawn uniformly this far around the start."""
+    start = {name: torch.as_tensor(t) for name, t in STUDIES[study].START.items()}
+    start = start if study == "schedule" else {name: t.log() for name, t in start.items()}
+    return {name: t + width * (2 * torch.rand(t.shape, generator=generator) - 1) for name, t in start.items()}
 
 
-def trained(split: Any, seed: int, logs: Logs) -> Found:
+def values(study: str, logs: Logs) -> Any:
+    """What is learned, by name: in the signal, or of each step and layer."""
+    if study == "schedule":
+        return learned_schedule.settings(logs)
+    return Hyperparameters().signal(cast("Any", logs), None, None, generator=None).value
+
+
+def trained(study: str, split: Any, seed: int, logs: Logs) -> Found:
     """A training without a derivative, by plain PyTorch."""
-    student, optimizer, batches = begin(split, seed)
-    problem, params = Hyperparameters(), dict(student.named_parameters())
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, falling)
-    signal = problem.signal(logs, None, None, generator=None)
-    for batch in batches:
+    student, optimizer, batches = STUDIES[study].begin(split, seed)
+    problem, params, now = Hyperparameters(), dict(student.named_parameters()), values(study, logs)
+    for step, batch in enumerate(batches):
         optimizer.zero_grad()
-        outputs = student(problem.student_input(batch, signal))
-        problem.inner_loss(outputs, signal, batch, params).mean().backward()
+        if study == "schedule":
+            for layer, group in enumerate(optimizer.param_groups):
+                group.update({name: t[step, layer].item() for name, t in now.items()})
+            F.cross_entropy(student(batch[0]), batch[1]).backward()
+        else:
+            optimizer.param_groups[0]["lr"] = 0.1 * learned_hyperparameters.falling(step)
+            signal = metapl.Signal(now)
+            outputs = student(problem.student_input(batch, signal))
+            problem.inner_loss(outputs, signal, batch, params).mean().backward()
         optimizer.step()
-        schedule.step()
     with torch.no_grad():
         return F.cross_entropy(student(split.validation[0]), split.validation[1]).item(), logs, student
 
 
-def searched(split: Any, seed: int, width: float, seconds: float) -> Iterator[Found]:
+def searched(study: str, split: Any, seed: int, width: float, seconds: float) -> Iterator[Found]:
     """Random trainings until so much processor time is spent."""
     since, generator = time.process_time(), torch.Generator().manual_seed(seed)
     while time.process_time() - since < seconds:
-        yield trained(split, seed, around_start(width, generator))
+        yield trained(study, split, seed, around_start(study, width, generator))
 
 
 @torch.no_grad()
@@ -78,19 +94,21 @@ def judged(student: torch.nn.Module, split: Any) -> tuple[float, float]:
     return F.cross_entropy(student(x), y).item(), 100 * (student(x).argmax(1) == y).double().mean().item()
 
 
-def one(arm: str, setting: float | None, seed: int, rounds: int, seconds: float | None, final: bool) -> Row:
+def one(study: str, arm: str, setting: float | None, seed: int, rounds: int, seconds: float | None, final: bool) -> Row:
     split, since = load_digits_split(10, seed), time.process_time()
     if setting is None:
-        found = [trained(split, seed, around_start(0.0))]
+        found = [trained(study, split, seed, around_start(study, 0.0))]
     elif seconds is None:
-        found = list(learn(split, seed, rounds, setting))
+        found = list(STUDIES[study].learn(split, seed, rounds, setting))
     else:
-        found = list(searched(split, seed, setting, seconds))
-    row: Row = {"arm": arm, "setting": setting, "seed": seed, "final": final, "trainings": len(found)}
+        found = list(searched(study, split, seed, setting, seconds))
+    row: Row = {"study": study, "arm": arm, "setting": setting, "seed": seed, "final": final, "trainings": len(found)}
     row["seconds"] = time.process_time() - since
     row["validation_loss"], logs, student = min(found, key=lambda one: one[0])
-    six = Hyperparameters().signal(logs, None, None, generator=None).value
-    row["six"] = {name: [round(v, 6) for v in t.tolist()] for name, t in six.items()}
+    learned = logs if study == "schedule" else values(study, logs)
+    row["six" if study == "hyperparameters" else "logs"] = {
+        name: [round(v, 6) for v in t.flatten().tolist()] for name, t in learned.items()
+    }
     if final:
         row["test_loss"], row["accuracy"] = judged(student, split)
     return row
@@ -105,30 +123,33 @@ def tuning(rows: list[Row], arm: str, setting: float) -> list[float]:
     return [r["validation_loss"] for r in rows if not r["final"] and (r["arm"], r["setting"]) == (arm, setting)]
 
 
-def study(raw: Path, miniature: bool) -> list[Row]:
-    rows, rounds = read(raw), 1 if miniature else ROUNDS
+def of_study(rows: list[Row], study: str) -> list[Row]:
+    return [row for row in rows if row["study"] == study]
+
+
+def run_study(study: str, raw: Path, miniature: bool) -> None:
+    rows, rounds = of_study(read(raw), study), 1 if miniature else ROUNDS
 
     def run(arm: str, setting: float | None, seed: int, final: bool, seconds: float | None = None) -> Row:
         for row in rows:
             if [row[key] for key in ("arm", "setting", "seed", "final")] == [arm, setting, seed, final]:
                 return row
-        row = one(arm, setting, seed, rounds, seconds, final)
+        row = one(study, arm, setting, seed, rounds, seconds, final)
         rows.append(row)
         append(raw, row)
         print(row, flush=True)
         return row
 
     descent, search = SETTINGS
-    for seed in TUNING_SEEDS[:1] if miniature else TUNING_SEEDS:
+    for seed in TUNING_SEEDS[study][: 1 if miniature else None]:
         descents = [run(descent, rate, seed, False) for rate in SETTINGS[descent][: 1 if miniature else None]]
         seconds = statistics.median(row["seconds"] for row in descents)
         for width in SETTINGS[search][: 1 if miniature else None]:
             run(search, width, seed, False, seconds)
-    for seed in (0, 1) if miniature else SEEDS:
+    for seed in (0, 1) if miniature else SEEDS[study]:
         run(UNTUNED, None, seed, True)
         seconds = run(descent, chosen(rows, descent), seed, True)["seconds"]
         run(search, chosen(rows, search), seed, True, seconds)
-    return rows
 
 
 def table(rows: list[Row]) -> str:
@@ -166,8 +187,10 @@ def main() -> None:
     parser = arguments(__doc__, RAW, page=True)
     given = parsed(parser)
     torch.set_num_threads(1)
-    rows = read(given.out) if given.write else study(given.out, given.miniature)
-    show(given.write, "hyperparameters", table(rows))
+    for study in STUDIES:
+        if not given.write:
+            run_study(study, given.out, given.miniature)
+        show(given.write, study, table(of_study(read(given.out), study)))
 
 
 if __name__ == "__main__":

@@ -183,14 +183,16 @@ def test_the_study_of_hyperparameters_goes_on_where_it_was_stopped(module: Modul
     out = tmp_path / "rows.jsonl"
     miniature("hyperparameters", out)
     rows = module.read(out)
-    assert [(row["arm"], row["final"]) for row in rows[:2]] == [(arm, False) for arm in module.SETTINGS]
-    assert [row["arm"] for row in rows[2:]] == 2 * [module.UNTUNED, *module.SETTINGS]
-    for row in rows:
-        assert ("test_loss" in row) == ("accuracy" in row) == row["final"]
-    _, _, untuned, descent, searched, *_ = rows
-    # A training that is differentiated ends as one by plain PyTorch.
-    assert descent["validation_loss"] == pytest.approx(untuned["validation_loss"], rel=1e-5)
-    assert searched["seconds"] >= descent["seconds"]
+    for study in module.STUDIES:
+        of_study = module.of_study(rows, study)
+        assert [(row["arm"], row["final"]) for row in of_study[:2]] == [(arm, False) for arm in module.SETTINGS]
+        assert [row["arm"] for row in of_study[2:]] == 2 * [module.UNTUNED, *module.SETTINGS]
+        for row in of_study:
+            assert ("test_loss" in row) == ("accuracy" in row) == row["final"]
+        _, _, untuned, descent, searched, *_ = of_study
+        # A training that is differentiated ends as one by plain PyTorch.
+        assert descent["validation_loss"] == pytest.approx(untuned["validation_loss"], rel=1e-4)
+        assert searched["seconds"] >= descent["seconds"]
     out.write_text("".join(out.read_text().splitlines(keepends=True)[:-3]))
     miniature("hyperparameters", out)
     assert module.read(out)[:-3] == rows[:-3]
@@ -199,14 +201,16 @@ def test_the_study_of_hyperparameters_goes_on_where_it_was_stopped(module: Modul
 
 @pytest.mark.parametrize("module", ["hyperparameters"], indirect=True)
 def test_the_study_of_hyperparameters_was_run_as_it_says(module: ModuleType) -> None:
-    rows = module.read(module.RAW)
-    final = {(row["arm"], row["seed"]): row for row in rows if row["final"]}
-    assert {*final} == {(arm, seed) for arm in (module.UNTUNED, *module.SETTINGS) for seed in module.SEEDS}
-    for arm, settings in module.SETTINGS.items():
-        assert all(len(module.tuning(rows, arm, setting)) == len(module.TUNING_SEEDS) for setting in settings)
-        assert {final[arm, seed]["setting"] for seed in module.SEEDS} == {module.chosen(rows, arm)}
-    for seed in module.SEEDS:
-        assert final["random search", seed]["seconds"] >= final["metagradients", seed]["seconds"]
+    for study, seeds in module.SEEDS.items():
+        rows = module.of_study(module.read(module.RAW), study)
+        final = {(row["arm"], row["seed"]): row for row in rows if row["final"]}
+        assert {*final} == {(arm, seed) for arm in (module.UNTUNED, *module.SETTINGS) for seed in seeds}
+        for arm, settings in module.SETTINGS.items():
+            tuned = len(module.TUNING_SEEDS[study])
+            assert all(len(module.tuning(rows, arm, setting)) == tuned for setting in settings)
+            assert {final[arm, seed]["setting"] for seed in seeds} == {module.chosen(rows, arm)}
+        for seed in seeds:
+            assert final["random search", seed]["seconds"] >= final["metagradients", seed]["seconds"]
 
 
 @pytest.mark.parametrize(
@@ -218,6 +222,7 @@ def test_the_study_of_hyperparameters_was_run_as_it_says(module: ModuleType) -> 
         ("attribution", "<!-- harmful_pictures:begin -->", "harmful_pictures"),
         ("data-rater", "<!-- data_rater:begin -->", "data_rater"),
         ("hyperparameters", "<!-- hyperparameters:begin -->", "hyperparameters"),
+        ("hyperparameters", "<!-- schedule:begin -->", "hyperparameters"),
         ("modes", "<!-- step:begin -->", "step"),
         ("peers", "<!-- silent:begin -->", "silent"),
     ],

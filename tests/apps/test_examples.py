@@ -273,6 +273,35 @@ def test_fifty_steps_from_a_start_take_a_fifth_of_the_memory_of_double_backward(
     assert 5 * peak_bytes(by_metapl, torch.device("cpu")) < peak_bytes(by_hand, torch.device("cpu"))
 
 
+def test_a_schedule_of_an_example_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "learned_schedule.py"))
+    for name, value in {"STEPS": 20, "START": {n: log - 1 for n, log in example["START"].items()}}.items():
+        monkeypatch.setitem(example["learn"].__globals__, name, value)
+    with torch.random.fork_rng():
+        (loss, logs, student), (later, moved, _) = example["learn"](load_digits_split(10, 3), 3, rounds=2)
+    assert later < loss  # from a small rate
+    assert student[-1].weight.shape == (10, 64)
+    assert all((moved[name] != log).all() for name, log in logs.items())
+    assert example["settings"](moved)["lr"].shape == (20, 3)
+
+
+def test_a_start_for_fine_tuning_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean loss after fine-tuning on the same digits falls."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    example = runpy.run_path(str(ROOT / "examples" / "learned_start.py"))
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        (x, y), _ = example["split"]()
+        monkeypatch.setitem(example["learn"].__globals__, "draw", lambda *_: [(x[:20], y[:20]), (x[20:220], y[20:220])])
+        student = metapl.models.mlp([64, 32, 10])
+        sgd = torch.optim.SGD(student.parameters(), 0.03, momentum=0.9)
+        given: Any = {"outer": (x[20:220], y[20:220]), "inner": metapl.Lookahead([(x[:20], y[:20])] * 20)}
+        given |= {"problem": metapl.problems.EqualWeights(), "inner_optimizer": sgd}
+        before = metapl.hypergradient(None, student, **given)
+        example["learn"](student, x, y, 15)
+        assert metapl.hypergradient(None, student, **given).outer_loss < 0.98 * before.outer_loss
+
+
 def test_two_moons_prints_the_rate_of_each_method_and_draws_its_regions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,58 @@
+"""A schedule of learning rate and weight decay for each layer, learned through whole trainings; prints both by round.
+
+    python examples/learned_schedule.py
+
+A network learns from 100 digits in 100 steps. In each round its loss on 197 other digits is differentiated in the two
+settings of each step and layer, and Adam moves their logarithms at the start, the middle and the end of the training.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import metapl
+from metapl.apps.pictures import load_digits_split
+from metapl.problems import EqualWeights
+
+STEPS, BATCH = 100, 50
+START = {"lr": torch.full((3, 3), 0.1).log(), "weight_decay": torch.full((3, 3), 0.001).log()}  # (knots, layers)
+
+
+def settings(logs):
+    """Of each step and layer, (STEPS, layers): linear between the knots of the logarithms."""
+    lines = {name: F.interpolate(log.T[None], STEPS, mode="linear", align_corners=True) for name, log in logs.items()}
+    return {name: line[0].T.exp() for name, line in lines.items()}
+
+
+def begin(split, seed):
+    """The network, optimizer and batches with which every training of a seed begins."""
+    drawn = torch.randint(100, (STEPS, BATCH), generator=torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    student = metapl.models.mlp([64, 64, 64, 10], nn.GELU)
+    layers = [{"params": layer.parameters()} for layer in student if isinstance(layer, nn.Linear)]
+    return student, torch.optim.SGD(layers, lr=0.1, momentum=0.9), [tuple(t[i] for t in split.labeled) for i in drawn]
+
+
+def learn(split, seed, rounds=8, rate=0.3):
+    """In each round: validation loss, the logarithms, and the network that was trained with them."""
+    logs = {name: log.clone().requires_grad_() for name, log in START.items()}
+    adam = torch.optim.Adam(logs.values(), lr=rate, betas=(0.5, 0.9))
+    for _ in range(rounds):
+        student, optimizer, batches = begin(split, seed)
+        schedule = settings(logs)
+        given = {"outer": split.validation, "inner": metapl.Lookahead(batches, schedule=schedule)}
+        given |= {"inner_optimizer": optimizer, "problem": EqualWeights(), "wrt": (*schedule,)}
+        found = metapl.hypergradient(None, student, **given)
+        student.load_state_dict(found.student_params)
+        yield found.outer_loss.item(), {name: log.detach().clone() for name, log in logs.items()}, student
+        adam.zero_grad()
+        for name, t in schedule.items():
+            t.backward(found.settings[name].to(t))
+        adam.step()
+
+
+if __name__ == "__main__":
+    for loss, logs, _ in learn(load_digits_split(10, seed=0), seed=0):
+        print(f"validation loss {loss:.3f}; at start, middle and end of the three layers")
+        for name, log in logs.items():
+            print(f"  {name}: {'; '.join(' '.join(f'{value:.2g}' for value in layer) for layer in log.T.exp())}")
