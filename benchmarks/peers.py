@@ -450,6 +450,27 @@ def _installed(folder: Path, given: Any) -> Iterator[tuple[str, str, str]]:
         yield library, python, "" if gradient else "installs, and has no measurement here yet"
 
 
+def beside(networks: Sequence[str], rounds: int) -> list[Row]:
+    """One step by metapl and by the libraries that are installed here, in turns; the first turn is dropped."""
+    torch.set_num_threads(1)
+    rows = []
+    for network in networks:
+        given, found = case(network, "cpu"), dict[str, list[float]]()
+        known = {FORWARD: "metapl", "TorchOpt 0.7.3": "torchopt", "higher 0.2.1": "higher", "BOAT 1.1.1": "boat_torch"}
+        ways = [library for library, module in known.items() if importlib.util.find_spec(module)]
+        runs = {library: sdpa_kernel(SDPBackend.MATH)(gradient_of(library)) for library in ways}
+        for _ in range(rounds + 1):
+            for library, run_ in runs.items():
+                began = time.process_time()
+                run_(*given, 1)
+                found.setdefault(library, []).append(time.process_time() - began)
+        for library, (_, *each) in found.items():
+            own = statistics.median(a / b for a, b in zip(found[FORWARD][1:], each, strict=True))
+            row: Row = {"network": network, "library": library, "seconds": statistics.median(each), "each": each}
+            rows.append(row | {"metapl / this": own})
+    return rows
+
+
 def _joined(rows: Sequence[Row]) -> Row:
     """The medians over rounds, and each round's seconds; or the reason why there is nothing."""
     failed = [row["reason"] for row in rows if "reason" in row]
@@ -501,9 +522,12 @@ def main() -> None:
     )
     parser.add_argument("--note", default="", help="about the machine, such as who else used it")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each case")
+    parser.add_argument("--beside", action="store_true", help="one step, in turns in one process; to peers_beside.json")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result and stop")
     given = parsed(parser)
-    if given.table:
+    if given.beside:
+        write_json(RESULT.with_name("peers_beside.json"), beside(given.only, given.rounds))
+    elif given.table:
         print(table(json.loads(given.table.read_text())))
     elif given.write:
         write_between_marks(given.write, "peers", table(json.loads(given.out.read_text())))
