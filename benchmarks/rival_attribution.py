@@ -55,8 +55,9 @@ Row = dict[str, Any]
 FALLS: Row = {**BASE, "width": 64, "falls": True, "batch": 100}
 WORDS = FALLS | {"network": "words", "width": 32, "batch": 10, "rule": "adam", "lr": 1e-3, "eps": 1e-8, "decay": 0.01}
 SETTINGS = {"perceptron, SGD": FALLS, "causal transformer, AdamW": WORDS}
+SETTINGS["causal transformer, AdamW, ε = 1e-3"] = WORDS | {"eps": 1e-3}
 COSTS = {"perceptron, SGD": (500, 3), "causal transformer, AdamW": (50, 1)}  # steps and rounds
-SCORED = ("perceptron, SGD", 100), ("perceptron, SGD", 500), ("causal transformer, AdamW", 50)
+SCORED = ("perceptron, SGD", 100), ("perceptron, SGD", 500), *((name, 50) for name in [*SETTINGS][1:])
 
 
 class CausalTransformer(nn.Module):
