@@ -42,8 +42,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 sys.path.append(str((HERE := Path(__file__).parent).parent / "tests" / "library"))
-from kinds import KINDS as TESTED  # noqa: E402
-from kinds import C, Own, embedded, plain, put  # noqa: E402
+from kinds import KINDS as TESTED
+from kinds import C, Own, embedded, plain, put
 
 RESULT = HERE / "results" / "silent.json"
 STEPS, TOLERANCE, IN_BFLOAT16, STAR = 3, 1e-3, 5e-2, "\\*"
