@@ -143,7 +143,8 @@ def mode_of(way: str, steps: int) -> Forward:
 
 
 def kept_bytes(name: str, steps: int, way: str) -> int:
-    """The bytes of the states that a path holds at its fullest: θ and the optimizer's, and g in the finest block."""
+    """The bytes of the states that a path holds at its fullest: θ and the optimizer's, and g in the finest block of one
+    that is not compiled."""
     if WAYS[way] is None:
         return 0
     student, optimizer, batch = network(name)
@@ -154,7 +155,7 @@ def kept_bytes(name: str, steps: int, way: str) -> int:
     mode = mode_of(way, steps)
     lengths = (steps, *keeping(steps, 0, CPU, mode.keep or mode.keep_every, None).spacings, 1)
     *kept, held = (math.ceil(min(longer, steps) / shorter) for longer, shorter in pairwise(lengths))
-    return sum(kept) * (theta + state) + held * (2 * theta + state)
+    return sum(kept) * (theta + state) + held * ((1 if way == COMPILED else 2) * theta + state)
 
 
 def path(name: str, steps: int, way: str) -> Callable[[], None]:
@@ -272,7 +273,7 @@ def table(result: Row) -> str:
     lines += ["|---|---:|---|---:|---:|---:|---:|---:|"]
     networks, (first, *others) = [*TITLES], WAYS
     ways = [first, "all kept", PYTORCHS, *others[1:]]
-    eager = {(row["network"], row["steps"]): row for row in result["rows"] if row["way"] == "all kept"}
+    eager = {(row["network"], row["steps"], row["cpu"]): row for row in result["rows"] if row["way"] == "all kept"}
 
     def place(row: Row) -> tuple[int, int, int]:
         return networks.index(row["network"]), row["steps"], ways.index(row["way"])
@@ -286,11 +287,12 @@ def table(result: Row) -> str:
         cells += [f"{peak / one:.1f}", f"{peak / 1e6:,.0f}", f"{(peak - kept) / one:.1f}" if kept else "–"]
         cells.append("")
         if "compile_seconds" in row:
-            slower = eager[row["network"], row["steps"]]
-            saved = (slower["time"] * slower["plain_seconds"] - row["time"] * row["plain_seconds"]) / row["steps"]
-            cells[-1] = (
-                f"{row['compile_seconds']:.0f} s, {math.ceil(row['compile_seconds'] / saved / 100) * 100:,} steps"
-            )
+            cells[-1] = f"{row['compile_seconds']:.0f} s"
+            slower = eager.get((row["network"], row["steps"], row["cpu"]))
+            if slower is not None:
+                saved = (slower["time"] * slower["plain_seconds"] - row["time"] * row["plain_seconds"]) / row["steps"]
+                paid = f"{math.ceil(row['compile_seconds'] / saved / 100) * 100:,} steps" if saved > 0 else "never paid"
+                cells[-1] += f", {paid}"
         lines.append(f"| {' | '.join(cells)} |")
     told = (
         "*Time*: processor time over plain training of the same steps, in turns; the median of several measurements, "
