@@ -34,7 +34,6 @@ from metapl.apps.evaluation.attacks import (
     relative_to,
 )
 from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
-from metapl.apps.experiments.folder import load_run
 from metapl.apps.export import read_metadata
 from metapl.apps.machine.cores import available_cores
 from metapl.apps.machine.sealed import refuse_irregular
@@ -43,6 +42,7 @@ from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.folders import LabeledFiles, scan_labeled
 from metapl.apps.pictures.reader import SUFFIXES, UnreadableImage, fitted, read_image
 from metapl.apps.recipes.image_recipe import IMAGENET
+from metapl.apps.run import EndedRun
 from metapl.errors import MetaplError, few, reason_of
 from metapl.metrics import Evaluation, evaluate_logits
 from metapl.metrics.predictions import logits_of
@@ -98,12 +98,13 @@ class Subject:
 
 def of_run(folder: Path) -> Subject:
     """The network that a run delivers."""
-    run = load_run(folder)
-    recipe: Any = run.recipe
-    if not hasattr(recipe, "image_size"):
-        raise MetaplError(f"{folder} is of {recipe.name}; expected a run on pictures in files.")
-    network = run.network(run.name("delivered")).eval().to(run.device)
-    return Subject(network, recipe.image_size, recipe.classes, len(recipe.classes), recipe.grey, recipe.center)
+    run = EndedRun.load(folder)
+    name = run.name("delivered")
+    reads = run.cards[name].input
+    if reads.kind != "picture":
+        raise MetaplError(f"the network of {folder} takes a {reads.kind}; expected a run on pictures in files.")
+    network = run.network(name).eval().to(run.device)
+    return Subject(network, reads.size, run.classes, len(run.classes), reads.channels == 1, reads.center)
 
 
 def of_weights(file: Path, name: str | None) -> Subject:

@@ -93,17 +93,18 @@ def labeled_by(place: Path, problem: Problem, seed: int) -> Row:
     """How well the network that labeled the unlabeled pictures does that at the end: the share of right labels, and the
     share that would have to be called otherwise for the classes' frequencies to be right; foreign pictures aside."""
     from metapl.apps.experiments.experiment import evaluated
-    from metapl.apps.experiments.folder import load_run
+    from metapl.apps.experiments.folder import stored
     from metapl.apps.pictures import EvaluationBatches
+    from metapl.apps.run import EndedRun
 
-    trained = load_run(place / "run")
+    trained = EndedRun.load(place / "run")
     network = trained.network("teacher" if "teacher" in trained.networks else "student")
-    number_of = {name: number for number, name in enumerate(trained.recipe.classes)}
+    number_of = {name: number for number, name in enumerate(trained.classes)}
     truth = arrays(problem, seed).unlabeled_labels
     own = np.flatnonzero(truth >= 0)
     truth = np.array([number_of[problem.classes[label]] for label in truth[own]])
     files = sorted((place / "pictures" / "unlabeled").iterdir())
-    images = trained.recipe.images([str(files[number]) for number in own], None)
+    images = stored(trained.folder)[0].images([str(files[number]) for number in own], None)
     found = evaluated(network, EvaluationBatches(images, torch.from_numpy(truth), 256))
     counts = np.asarray(found.confusion)
     error = np.abs(counts.sum(0) - counts.sum(1)).sum() / (2 * len(own))

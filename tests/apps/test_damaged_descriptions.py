@@ -190,7 +190,7 @@ def test_a_noisy_student_whose_result_was_edited(tmp_path: Path, capsys: pytest.
         if rounds is None:
             del changed["rounds"]
         file.write_text(json.dumps(changed))
-        assert "is damaged: it tells of 0 rounds, and recipe.json of 1" in refused(capsys, "evaluate", edited)
+        assert "is damaged: it tells of 0 rounds, and recipe.json of 1" in refused(capsys, "compare", edited, other)
     del content["student_test_accuracy"]
     file.write_text(json.dumps(content))
     assert "is damaged: it does not say student_test_accuracy" in refused(capsys, "compare", edited, other)

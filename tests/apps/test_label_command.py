@@ -26,8 +26,8 @@ from metapl.apps.commands import main
 from metapl.apps.experiments import labeling
 from metapl.apps.experiments.labeling import Labeled, SourcePictures, provenance, store_labels
 from metapl.apps.labels import LabelStore, LabelWriter
+from metapl.apps.pictures.input import Input
 from metapl.apps.pictures.store import FileImages, MemoryImages
-from metapl.apps.recipes import ImageFolders
 
 
 @pytest.fixture(scope="module")
@@ -253,12 +253,11 @@ def test_a_runs_own_labels_are_of_the_pictures_that_it_has(pictures: Path, tmp_p
     folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
     paths = sorted(folder.rglob("*.png"))
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
-    recipe = ImageFolders(labeled="few", unlabeled="many", network_name="small_cnn")
 
     def stored(resized: bool) -> LabelStore:
         images = FileImages(paths, size=(8, 8), mode="L", log=tmp_path / "skipped.jsonl")
         labeled = Labeled(SourcePictures(images if resized else images.cached()), range(len(images)), "unlabeled")
-        about = provenance(network, labeled, recipe)
+        about = provenance(network, labeled, Input(size=8))
         return store_labels(network, labeled, tmp_path / "store", "abcdefghij", about, lambda text: None)
 
     first = stored(resized=True)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from tiny_runs import NOISY_STUDENT, built_once, trained
 
-from metapl.apps.experiments.folder import load_run
+from metapl.apps.experiments.folder import RunFolder, stored
 from metapl.apps.experiments.rounds import FOLDER, LABELS, SELECTED
 from metapl.apps.labels import LabelStore
+from metapl.apps.run import EndedRun
 from metapl.training.resuming import digest
 
 
@@ -27,7 +28,7 @@ def result_of(run: Path) -> dict[str, Any]:
 
 def test_a_round_learns_from_the_labels_of_the_network_before_it(whole: Path) -> None:
     """The last round's store holds what its teacher says of the pictures as they are, and result.json says so."""
-    result, run = result_of(whole), load_run(whole)
+    result, run = result_of(whole), EndedRun.load(whole)
     first, last = result["rounds"]
     assert result["method"] == "noisy_student"
     assert result["delivered"] == "student"
@@ -39,7 +40,7 @@ def test_a_round_learns_from_the_labels_of_the_network_before_it(whole: Path) ->
     assert digest(dict(run.network("student").state_dict())) == last["weights_fingerprint"]
     labels = LabelStore(whole / last["store"])
     assert labels.provenance["weights_fingerprint"] == last["teacher"]["weights_fingerprint"]
-    images = run.recipe.task().unlabeled.images
+    images = stored(RunFolder(whole))[0].task().unlabeled.images
     with torch.no_grad():
         expected = teacher.eval()(images).softmax(1)
     assert torch.allclose(labels[range(len(images))], expected, atol=2e-3)

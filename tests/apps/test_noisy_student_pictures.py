@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny_runs import IMAGES, color_run
 
 from metapl.apps.commands import main
-from metapl.apps.experiments.folder import load_run
+from metapl.apps.run import EndedRun
 from metapl.training.loss_trainer import LossTrainer
 
 NOISY = ("--rounds", "2", "--ratio", "2", "--threshold", "0", "--label-smoothing", "0.1")
@@ -46,8 +46,10 @@ def test_folders_of_pictures_with_a_network_for_each_round(
     assert main(command(pictures, run, *networks)) == 0
     first, last = rounds_of(run)
     assert [each["kept"] for each in (first, last)] == [24, 24]
-    loaded = load_run(run)
-    assert loaded.recipe.network_name == "small_cnn"
+    loaded = EndedRun.load(run)
+    architecture = loaded.cards["student"].architecture
+    assert architecture is not None
+    assert architecture.name == "small_cnn"
     sizes = [sum(p.numel() for p in loaded.network(name).parameters()) for name in ("student", "teacher")]
     assert sizes == [last["parameters"], first["parameters"]]
     assert main(["predict", str(run), str(pictures / "test" / "red")]) == 0
@@ -93,13 +95,13 @@ def test_the_last_student_is_finetuned_at_a_larger_size_with_its_first_layers_fr
     assert len(moved) < len(before)
     assert next(iter(before)) not in moved
     assert result["delivered"] == "finetuned"
-    assert load_run(runs[0]).recipe.input_shape == (3, 16, 16)
+    assert EndedRun.load(runs[0]).cards["finetuned"].input.shape == (3, 16, 16)
     capsys.readouterr()
     assert main(["evaluate", str(runs[0]), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["accuracy"] == found["recorded_accuracy"]
-    assert main(["evaluate", str(runs[0]), "--network", "student"]) == 2
-    assert "size" in capsys.readouterr().err
+    assert main(["evaluate", str(runs[0]), "--network", "student", "--json"]) == 0  # at its own size
+    assert json.loads(capsys.readouterr().out)["recorded_accuracy"] == result["student_test_accuracy"]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from metapl import LossTrainer, MetaplError
 from metapl.apps.commands import main
 from metapl.apps.experiments.experiment import Experiment
 from metapl.apps.experiments.folder import FORMAT, WEIGHTS, RunFolder, describe, stored, stored_result
-from metapl.apps.recipes import RECIPES, Digits, Feedback, ImageFolders, Optimizer, from_dict
+from metapl.apps.machine.misfit import from_dict
+from metapl.apps.recipes import RECIPES, Digits, Feedback, ImageFolders, Optimizer
 from metapl.apps.recipes.methods import CONTROLS, METHODS
 from metapl.metrics import evaluate_logits
 from metapl.runs.rows import Metrics

@@ -16,11 +16,13 @@ from scipy.ndimage import convolve, gaussian_filter, map_coordinates
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
-from metapl.apps.commands.inputs import TestFolder
 from metapl.apps.evaluation import corruptions as kinds
 from metapl.apps.evaluation.attacks import ALEXNET, attacked, measure, relative_to
 from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupted
-from metapl.apps.pictures.reader import read_image
+from metapl.apps.experiments.held_out import HeldOut
+from metapl.apps.networks.card import NetworkCard
+from metapl.apps.pictures.input import Input
+from metapl.apps.run import EndedRun, save
 from metapl.errors import MetaplError
 from metapl.metrics import evaluate_logits, predict_logits
 
@@ -294,17 +296,13 @@ def test_flags_that_say_nothing_are_refused(tiny: Path, tmp_path: Path, capsys: 
 
 def test_a_file_that_cannot_be_read_is_counted_once_however_often_its_folder_is_read(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
-    (tmp_path / "a" / "bad.png").write_bytes(b"no picture")
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / name / "1.png")
+    (tmp_path / "pictures" / "a" / "bad.png").write_bytes(b"no picture")
 
-    class Reader:
-        reads, classes = (".png",), ("a", "b")
-
-        def read(self, path: Path) -> list[tuple[str, Tensor]]:
-            return [(str(path), read_image(path, mode="RGB", size=(8, 8)))]
-
-    folder = TestFolder(Reader(), tmp_path)
+    card = NetworkCard(title="", input=Input(size=8), widths=(192, 2))
+    save(tmp_path / "run", card.create(), card, classes=("a", "b"), name="", config={})
+    folder = HeldOut(EndedRun.load(tmp_path / "run"), "student", tmp_path / "pictures")
     for _ in range(2):
         assert sum(len(y) for _, y in folder.batches()) == 2
         assert folder.skipped == 1

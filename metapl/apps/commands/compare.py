@@ -12,9 +12,10 @@ import tyro
 
 from metapl.apps.commands.parse import Command, unset
 from metapl.apps.experiments.accuracies import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison, spread, where_one_network
-from metapl.apps.experiments.folder import LoadedRun, RunFolder, flat, load_run, results_within, stored_data
+from metapl.apps.experiments.folder import RunFolder, flat, results_within, stored, stored_data
 from metapl.apps.recipes import ImageFolders, Recipe
 from metapl.apps.recipes.base import as_dict
+from metapl.apps.run import EndedRun
 from metapl.apps.words import table, tell, wrapped
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation, paired_test
@@ -67,8 +68,8 @@ class Entry:
 
 
 def _compare_runs(folders: Sequence[Path]) -> None:
-    runs = [load_run(path) for path in folders]
-    names = {run.recipe.name: run.folder.path for run in runs}
+    runs = [EndedRun.load(path) for path in folders]
+    names = {run.result["recipe"]: run.folder.path for run in runs}
     if len(names) > 1:
         which = ", ".join(f"{path} is of {name}" for name, path in names.items())
         raise MetaplError(f"the runs are of different recipes, whose test sets differ: {which}.")
@@ -92,11 +93,12 @@ def _compare_runs(folders: Sequence[Path]) -> None:
     tell(_verdict(entries))
 
 
-def _entries(run: LoadedRun) -> Iterator[Entry]:
+def _entries(run: EndedRun) -> Iterator[Entry]:
     # A folder of pictures is the data; other recipes draw theirs from a data set.
-    drawn_by = () if isinstance(run.recipe, ImageFolders) else DRAWN_BY
-    fields, path, runs = _fields(run.recipe), run.folder.path, [(run.folder, run.result)]
-    results = {(run.result["method"], run.result["seed"]): run.result}
+    recipe = stored(run.folder)[0].by(run.result["method"], run.result["seed"])
+    drawn_by = () if isinstance(recipe, ImageFolders) else DRAWN_BY
+    fields, path, runs = _fields(recipe), run.folder.path, [(run.folder, run.result)]
+    results = {(run.result["method"], run.result["seed"]): dict(run.result)}
     if run.is_comparison:
         results = results_within(path, run.result)
         runs = [

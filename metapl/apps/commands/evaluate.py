@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-import torch
-from torch import Tensor
-
-from metapl.apps.commands.inputs import Network, TestFolder, counted, held, written
+from metapl.apps.commands.inputs import Factory, Network, counted, held, written
 from metapl.apps.commands.parse import Command, Folder, Run, Switch, unset
 from metapl.apps.evaluation.attacks import LEVELS, Attack, measure
 from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
-from metapl.apps.experiments.folder import LoadedRun, load_run, weights_file
+from metapl.apps.experiments.folder import weights_file
+from metapl.apps.experiments.held_out import HeldOut
 from metapl.apps.experiments.labeling import refuse_infinite
 from metapl.apps.machine.progress import counting
+from metapl.apps.run import EndedRun
 from metapl.apps.words import WIDTH, short, table, tell
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits
-from metapl.metrics.predictions import batches_of
 from metapl.runs.fields import Range
 from metapl.words import shown
 
@@ -60,6 +58,7 @@ class Evaluate(Command):
 
     folder: Run
     network: Network = "delivered"
+    factory: Factory = None
     test: Folder = None
     corruptions: Switch = False
     attack: Annotated[Attack | None, unset()] = None
@@ -73,15 +72,13 @@ class Evaluate(Command):
 
     def run(self) -> int:
         with held(self.out, EVALUATION):
-            run = load_run(self.folder)
-            recipe, name = run.recipe, run.name(self.network)
-            network = run.network(name).to(run.device)
-            on: TestFolder | Own = Own.of(run, name) if self.test is None else TestFolder(recipe, self.test)
+            run = EndedRun.load(self.folder)
+            name = run.name(self.network)
+            network = run.network(name, self.factory).to(run.device)
+            on = HeldOut(run, name, self.test)
             content: dict[str, Any] = {
                 "run": str(self.folder),
-                "recipe": recipe.name,
-                "method": run.result["method"],
-                "seed": recipe.seed,
+                **{key: run.result[key] for key in ("recipe", "method", "seed")},
                 "network": name,
                 "weights": weights_file(name),
                 **on.about,
@@ -89,14 +86,14 @@ class Evaluate(Command):
             }
             with counting("pictures", shown=True) as update:
                 logits, labels = predict_logits(network, on.batches())
-                if on.names is not None and len(on.names) == len(logits):
+                if on.names:
                     refuse_infinite(logits, on.names)
-                found = evaluate_logits(logits, labels, recipe.classes)
+                found = evaluate_logits(logits, labels, run.classes)
                 low, high = interval(round(found.accuracy * found.n), found.n)
                 beside = {"interval": [low, high], "chance": found.chance, "even_guess": 1 / len(found.confusion)}
                 content |= found.to_json() | beside
                 blocks = [run.heading(name) + ("" if self.test is None else f"\non {self.test}")]
-                blocks += [figures(found, on), confusions(found, recipe.classes)]
+                blocks += [figures(found, on), confusions(found, run.classes)]
                 if self.corruptions or self.attack is not None:
                     damaged = measure(
                         network,
@@ -117,49 +114,6 @@ class Evaluate(Command):
             return 1 if on.skipped else 0
 
 
-_UNTESTED = "{} has no test set; give --test DIR, a folder of labeled pictures with one folder a class."
-
-
-@dataclass(frozen=True)
-class Own:
-    """A run's own test set; where it has none, what it was validated on. ``note`` is printed beside the accuracy."""
-
-    data: Any
-    device: torch.device
-    names: tuple[str, ...] | None
-    part: str
-    recorded: float | None
-    note: str = ""
-    skipped: int = field(default=0, init=False)
-
-    @classmethod
-    def of(cls, run: LoadedRun, network: str) -> Own:
-        task = run.recipe.task(progress=True)
-        if task.test is not None:
-            return cls(task.test, run.device, task.test_names, "test", run.result.get(f"{network}_test_accuracy"))
-        if task.validation is None:
-            raise MetaplError(f"{_UNTESTED.format(run.folder.path)} It has no validation set either.")
-        selected = run.result["delivered_by"] == "validation"
-        note = "\n  the network was selected on these examples: train was given no --test" * selected
-        recorded = run.result.get(f"{network}_validation_accuracy")
-        return cls(task.validation, run.device, None, "validation", recorded, note)
-
-    @property
-    def about(self) -> dict[str, Any]:
-        return {"recorded_accuracy": self.recorded}
-
-    def batches(self) -> Iterator[tuple[Any, Tensor]]:
-        return batches_of(self.data, self.device)
-
-    def remark(self, evaluation: Evaluation) -> str:
-        if self.recorded is None:
-            return f", not in result.json{self.note}"
-        if evaluation.accuracy == self.recorded:
-            return f", as in result.json{self.note}"
-        changed = "the weights or the data have changed since, or this machine rounds otherwise"
-        return f", but {self.recorded:.2%} in result.json:\n  {changed}{self.note}"
-
-
 # ------------------------------------------------------------------------------------------------------- what is shown
 
 # Letters of a class that head a column, as many as there is room for, and that head a row; and from which on a name
@@ -169,7 +123,7 @@ MOST_LETTERS, LEAST_LETTERS, LEAST_WITH_DOTS = 16, 3, 9
 MOST_IN_A_MATRIX, LISTED = 20, 10
 
 
-def figures(evaluation: Evaluation, on: TestFolder | Own) -> str:
+def figures(evaluation: Evaluation, on: HeldOut) -> str:
     """Accuracy, its interval, the chance level and what else was measured, a line each."""
     low, high = interval(round(evaluation.accuracy * evaluation.n), evaluation.n)
     even = 1 / len(evaluation.confusion)

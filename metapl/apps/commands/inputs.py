@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
-
-import torch
-from torch import Tensor
 
 from metapl.apps.commands.parse import unset
 from metapl.apps.experiments.folder import NetworkName, RunFolder
 from metapl.apps.machine.ownership import owned
 from metapl.apps.machine.sealed import refuse_irregular, written_last
-from metapl.apps.pictures.check import find_copies
-from metapl.apps.pictures.folders import scan_labeled, walk
-from metapl.apps.recipes import ImageFolders
-from metapl.apps.words import tell
-from metapl.errors import MetaplError, few
-from metapl.words import shown
+from metapl.errors import MetaplError
 
 OF_RUNS = (
     "which of the run's networks: the one that it delivers, the student, the student finetuned on the labeled data, or "
     "the teacher. Of a method that trains one network, such as uda, that is the student."
 )
 Network = Annotated[NetworkName, unset(help=OF_RUNS)]
-
-BATCH = 256
+OF_FACTORIES = (
+    "a function that builds the network, FILE.py:FUNCTION, of a run whose network metapl does not know; FILE.py is run."
+)
+Factory = Annotated[str | None, unset("FILE.py:FUNCTION", help=OF_FACTORIES)]
 
 # Names of open files of a process: to replace the file behind one would lose what else is written to it.
 STREAMS = ("/dev/std", "/dev/fd/", "/proc/")
@@ -43,114 +35,6 @@ def counted(number: int, what: str) -> str:
     ('1 file', '2,000 files')
     """
     return f"{number:,} {what}{'s' * (number != 1)}"
-
-
-# ------------------------------------------------------------------------------------------------------------- reading
-
-
-class Inputs:
-    """The examples in files, and in folders, of which the readable files are taken, but for those to ``leave``.
-
-    The ``recipe``, or what stands for one, reads them. ``seen`` and ``skipped`` are of the last pass.
-    """
-
-    def __init__(self, recipe: Any, paths: Sequence[Path], leave: Sequence[Path] = ()) -> None:
-        self.recipe, self.seen, self.skipped = recipe, 0, 0
-        left = {os.path.realpath(file) for file in leave}
-        self.files: list[Path] = []
-        for path in paths:
-            files = [path]
-            if path.is_dir():
-                files = [Path(where) / name for where, _, names in walk(path, self._unlisted) for name in names]
-                files = sorted(file for file in files if file.suffix.lower() in recipe.reads)
-                files = [file for file in files if not left or os.path.realpath(file) not in left]
-                if not files:
-                    expected = ", ".join(recipe.reads)
-                    raise MetaplError(f"there is no file in {path} that can be read; expected {expected}.")
-            self.files += files
-        self._unlisted_folders = self.skipped
-
-    def batches(self) -> Iterator[list[tuple[str, Tensor]]]:
-        """Where each example stands, and the network's input for it."""
-        examples = self._read()
-        while batch := list(itertools.islice(examples, BATCH)):
-            yield batch
-
-    def _read(self) -> Iterator[tuple[str, Tensor]]:
-        self.seen = self.skipped = self._unlisted_folders  # whatever was read before
-        for file in self.files:
-            try:
-                yield from self.recipe.read(file)
-            except MetaplError as error:
-                self._skip(str(error))
-            else:
-                self.seen += 1
-
-    def _unlisted(self, error: OSError) -> None:
-        self._skip(f"{shown(error.filename)}: {error.strerror}")
-
-    def _skip(self, why: str) -> None:
-        self.seen += 1
-        self.skipped += 1
-        tell(f"metapl: left out {why}", file=sys.stderr)
-
-
-class TestFolder:
-    """The pictures of a folder that holds one folder a class, read like the training data of a run.
-
-    Those of classes without pictures may be missing; others than the run's are refused. Notes go to standard error.
-    """
-
-    __test__ = False  # pytest takes classes with such names for tests
-    part = "test"
-
-    def __init__(self, recipe: Any, folder: Path) -> None:
-        files = scan_labeled(folder)
-        counts = files.counts()
-        if unknown := [name for name, count in counts.items() if count and name not in recipe.classes]:
-            raise MetaplError(
-                f"{folder} has pictures of {few(unknown)}, which the run does not know; expected folders called as "
-                f"its classes: {few(recipe.classes, 20)}."
-            )
-        missing = [name for name in recipe.classes if not counts.get(name)]
-        self.about: dict[str, Any] = {"test": str(folder), "missing_classes": missing}
-        self.root, self.names = files.root, list[str]()
-        self._labels = dict(zip(files.paths(), files.targets(recipe.classes).tolist(), strict=True))
-        self._inputs = Inputs(recipe, [Path(path) for path in files.paths()])
-        notes = []
-        if missing:
-            notes.append(f"{files.root} has no picture of {few(missing)}: nothing is measured there.")
-        if files.loose:
-            notes.append(f"{files.loose} pictures beside the class folders are not used.")
-        if files.passed_over:
-            kinds = ", ".join(f"{count:,} with {suffix}" for suffix, count in sorted(files.passed_over.items()))
-            notes.append(f"files without the name of a picture are passed over: {kinds}.")
-        if isinstance(recipe, ImageFolders):  # an accuracy on pictures that were trained on says nothing of others
-            try:
-                labeled, others = recipe.trained_on()
-            except MetaplError as error:
-                notes.append(f"it is not known which of these pictures were trained on: {error}")
-            else:
-                found = find_copies(labeled, others, None, files, trained=True)
-                notes += [finding.message for finding in found if finding.kind == "test copies"]
-        for note in notes:
-            tell(f"metapl: note: {note}", file=sys.stderr, wrap=True)
-
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.names = []
-        for batch in self._inputs.batches():
-            paths = [path for path, _ in batch]
-            self.names += [Path(path).relative_to(self.root).as_posix() for path in paths]
-            yield torch.stack([x for _, x in batch]), torch.tensor([self._labels[path] for path in paths])
-        if not self.names:
-            raise MetaplError(f"none of the {len(self._labels)} pictures in {self.root} can be read.")
-
-    @property
-    def skipped(self) -> int:
-        return self._inputs.skipped
-
-    def remark(self, evaluation: object) -> str:
-        return ""
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

@@ -12,15 +12,16 @@ from typing import Annotated, Any
 
 import tyro
 
-from metapl.apps.commands.inputs import Network, counted
+from metapl.apps.commands.inputs import Factory, Network, counted
 from metapl.apps.commands.parse import Command, Run, Switch, unset
-from metapl.apps.experiments.folder import load_run, weights_file
+from metapl.apps.experiments.folder import weights_file
 from metapl.apps.experiments.labeling import BATCH, provenance, rows_per_part, to_label, write_labels
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels.queries import BINS, Statistics, select, statistics
 from metapl.apps.machine.progress import counting
 from metapl.apps.machine.sealed import sha256_of, write_whole
 from metapl.apps.recipes.settings import MOST_IN_A_BATCH
+from metapl.apps.run import EndedRun
 from metapl.apps.words import short, table, tell
 from metapl.errors import MetaplError, few
 from metapl.runs.fields import Range
@@ -77,23 +78,25 @@ class Label(Command):
     temperature: Annotated[float, Range(above=0)] = 1.0
     top_k: Annotated[int | None, unset("K")] = None
     network: Network = "delivered"
+    factory: Factory = None
     batch: Annotated[int, Range(1, most=MOST_IN_A_BATCH)] = BATCH
     num_workers: Annotated[int, Range(0, most=MOST_WORKERS)] = 0
     resume: Switch = False
 
     def run(self) -> int:
-        run = load_run(self.folder)
-        name, classes = run.name(self.network), run.recipe.classes
+        run = EndedRun.load(self.folder)
+        name, classes = run.name(self.network), run.classes
+        reads = run.cards[name].input
         if self.top_k is not None and not 1 <= self.top_k <= len(classes):
             raise MetaplError(
                 f"--top-k {self.top_k} was given; expected 1 to {len(classes):,}, the number of classes, or no --top-k "
                 "for all of them."
             )
-        network = run.network(name).to(run.device)
-        labeled = to_label(self.pictures, run.recipe, self.batch)
-        model = {"recipe": run.recipe.name, "method": run.result["method"], "seed": run.result["seed"]}
+        network = run.network(name, self.factory).to(run.device)
+        labeled = to_label(self.pictures, reads, self.batch)
+        model = {key: run.result[key] for key in ("recipe", "method", "seed")}
         model |= {"network": name, "weights_sha256": sha256_of(run.folder.path / weights_file(name))}
-        about = provenance(network, labeled, run.recipe, temperature=self.temperature)
+        about = provenance(network, labeled, reads, temperature=self.temperature)
         writer = LabelWriter(
             self.out,
             classes,

@@ -16,10 +16,10 @@ import tyro
 from metapl.apps.commands.parse import Command, Switch, unset
 from metapl.apps.experiments.accuracies import DELIVERED, spread
 from metapl.apps.experiments.experiment import TOLD
-from metapl.apps.experiments.folder import RunFolder, refuse_changed, stored, stored_result
+from metapl.apps.experiments.folder import RunFolder, described, refuse_changed, stored_result
+from metapl.apps.machine.misfit import misfit_entries
 from metapl.apps.machine.ownership import is_owned
 from metapl.apps.pictures.folders import walk
-from metapl.apps.recipes.base import Recipe
 from metapl.apps.words import columns, short, table, tell, width_of, wrapped
 from metapl.errors import MetaplError, reason_of
 from metapl.metrics import interval
@@ -91,9 +91,13 @@ def glance(path: Path, within: Path) -> dict[str, Any]:
 
 def state_of(folder: RunFolder) -> dict[str, Any]:
     """What :func:`glance` says of a run that is not damaged."""
-    recipe, description = stored(folder)
-    methods, seeds = description.get("compare"), description.get("seeds", [recipe.seed])
-    entry = {"recipe": recipe.name, "data": _data(recipe), "seeds": seeds, "methods": methods or [recipe.method.name]}
+    description = described(folder)
+    name, fields, methods = description["name"], description["fields"], description.get("compare")
+    if fault := misfit_entries(fields, {"steps": int, "seed": int, "labeled": str}, "fields"):
+        raise MetaplError(f"{folder.path / 'recipe.json'} is damaged: {fault}.")
+    labeled, seeds = fields.get("labeled"), description.get("seeds", [fields.get("seed", 0)])
+    data = fields.get("data", name) if labeled is None else "/".join(Path(labeled).parts[-2:])
+    entry = {"recipe": name, "data": str(data), "seeds": seeds, "methods": methods or [description["method"]]}
     if folder.ended:
         result = stored_result(folder)
         for name in TOLD if methods is None else ():  # those of a comparison are in its runs
@@ -101,19 +105,13 @@ def state_of(folder: RunFolder) -> dict[str, Any]:
         entry |= {"state": "finished", "steps": result["steps"], "done": result["steps"], **reached_by(result)}
         of_methods = {name: {"accuracies": found[DELIVERED]} for name, found in result.get("methods", {}).items()}
         return entry | ({"compared": of_methods} if of_methods else {})
-    entry |= {"state": "running" if is_owned(folder.path) else "interrupted", "steps": recipe.steps}
+    entry |= {"state": "running" if is_owned(folder.path) else "interrupted", "steps": fields.get("steps", 0)}
     if methods is not None:
         places = {name: [folder.path / name / f"seed-{seed}" for seed in seeds] for name in methods}
         done = {name: sum((place / "result.json").exists() for place in runs) for name, runs in places.items()}
         return entry | {"compared": {name: {"finished": count} for name, count in done.items()}}
     rows = Metrics(folder.path / "metrics.jsonl").rows()
     return entry | ({"done": rows[-1]["step"], "phase": rows[-1]["phase"]} if rows else {"done": 0, "phase": "fit"})
-
-
-def _data(recipe: Recipe) -> str:
-    """The data set, or the last folders of the labeled pictures."""
-    labeled = getattr(recipe, "labeled", None)
-    return str(getattr(recipe, "data", recipe.name)) if labeled is None else "/".join(Path(labeled).parts[-2:])
 
 
 def reached_by(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,11 +14,12 @@ import torch
 import tyro
 from torch import nn
 
-from metapl.apps.commands.inputs import Inputs, Network, check_file, counted
+from metapl.apps.commands.inputs import Factory, Network, check_file, counted
 from metapl.apps.commands.parse import Command, File, Run, Switch, unset
-from metapl.apps.experiments.folder import load_run
 from metapl.apps.experiments.labeling import refuse_infinite
 from metapl.apps.pictures.csv_files import CsvRows, written_csv
+from metapl.apps.pictures.input import Inputs
+from metapl.apps.run import EndedRun
 from metapl.apps.words import tell
 from metapl.errors import MetaplError
 from metapl.metrics.predictions import logits_of
@@ -59,10 +60,12 @@ class Predict(Command):
     top: int = 1
     probabilities: Switch = False
     network: Network = "delivered"
+    factory: Factory = None
 
     def run(self) -> int:
-        run = load_run(self.folder)
-        classes, name = run.recipe.classes, run.name(self.network)
+        run = EndedRun.load(self.folder)
+        classes, name = run.classes, run.name(self.network)
+        reads = run.cards[name].input
         if not 1 <= self.top <= len(classes):
             raise MetaplError(f"--top {self.top} was given; expected 1 to {len(classes)}, the number of classes.")
         for path in self.files:
@@ -70,9 +73,9 @@ class Predict(Command):
                 raise MetaplError(f"there is no file or folder {shown(path)}.")
         check_file("--out", self.out)
         if self.out is not None:
-            self._refuse_loss(self.out, run.recipe.reads)
-        network = run.network(name).to(run.device)
-        inputs = Inputs(run.recipe, self.files, leave=[] if self.out is None else [self.out])
+            self._refuse_loss(self.out, reads.suffixes)
+        network = run.network(name, self.factory).to(run.device)
+        inputs = Inputs(reads, self.files, leave=[] if self.out is None else [self.out])
         count = 0
         more = [f"{column}_{rank}" for rank in range(2, self.top + 1) for column in HEADER[1:]]
         with nullcontext(CsvRows(sys.stdout)) if self.out is None else written_csv(self.out) as writer:

@@ -9,11 +9,12 @@ from typing import Annotated
 from metapl.apps.commands.inputs import check_file
 from metapl.apps.commands.listing import state_of
 from metapl.apps.commands.parse import Command, Run, unset
-from metapl.apps.experiments.folder import RunFolder, load_run, stored
+from metapl.apps.experiments.folder import RunFolder, described
 from metapl.apps.experiments.page import PAGE, html_of, made, page_of
 from metapl.apps.machine.sealed import read_plain, write_whole
-from metapl.apps.recipes.methods import title, titled
+from metapl.apps.recipes.methods import title
 from metapl.apps.reports import web
+from metapl.apps.run import EndedRun
 from metapl.apps.words import tell
 from metapl.errors import MetaplError
 from metapl.runs.rows import Metrics
@@ -46,7 +47,10 @@ class Report(Command):
             raise MetaplError(f"{out} is there, and metapl report did not write it; expected another --out FILE.html.")
         folder = RunFolder(self.folder)
         stopped = folder.exists and not folder.ended
-        heading, parts = _unfinished(folder) if stopped else page_of(load_run(self.folder))
+        if stopped:
+            heading, parts = _unfinished(folder)
+        else:
+            heading, parts = page_of(EndedRun.load(self.folder))
         page = html_of(self.folder, heading, parts)
         write_whole(out, page, "any earlier page is as it was; expected a disk with room, or another --out.")
         tell(f"{heading}\nthe page is written: {out}, {len(page) / 1e3:,.0f} kB; open it in a browser")
@@ -54,21 +58,23 @@ class Report(Command):
 
 
 def _unfinished(folder: RunFolder) -> tuple[str, list[str]]:
-    recipe, description = stored(folder)
+    description = described(folder)
+    fields = description["fields"]
     found, metrics = state_of(folder), Metrics(folder.path / "metrics.jsonl")
-    method, done = title(recipe.method.name), found.get("compared")
-    network = titled(recipe.method.name, "student")
+    method, done = title(description["method"]), found.get("compared")
     said, curves = f"Not finished: {found['state']}", ""
     if done is not None:
         method, seeds = f"{len(done)} methods", len(found["seeds"])
         ended = [(title(name), f"{of['finished']} of {seeds}") for name, of in done.items()]
         curves = web.section("Runs that have ended", web.rows(ended, ("method", "runs")))
     else:
-        said += f", at step {found['done']:,} of {found['phase']} (of {recipe.steps:,} steps)"
+        said += f", at step {found['done']:,} of {found['phase']} (of {fields['steps']:,} steps)"
         lines = metrics.file.read_bytes().split(b"\n")[:-1] if metrics.file.exists() else []
         lost = len(lines) - len(metrics.rows())
         said += f"; damaged lines of {metrics.file.name}, left out: {lost}" if lost else ""
-        curves = web.section(f"Curves of {found['phase']}", web.plots({method: metrics.rows(found["phase"])}, network))
+        curves = web.section(
+            f"Curves of {found['phase']}", web.plots({method: metrics.rows(found["phase"])}, "network")
+        )
     said += "; it goes on by its command with --resume" if found["state"] == "interrupted" else ""
     parts = [f'<p class="state">{web.text(said)}</p>', curves, *made(folder, description, folder)]
-    return f"{recipe.name}: {method}, seed {recipe.seed}", parts
+    return f"{description['name']}: {method}, seed {fields['seed']}", parts

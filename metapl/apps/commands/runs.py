@@ -1,4 +1,4 @@
-"""``metapl export``."""
+"""``metapl export``: a run's network for others."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Annotated, Any
 
-from metapl.apps.commands.inputs import Network, held
+from metapl.apps.commands.inputs import Factory, Network, held
 from metapl.apps.commands.parse import Command, Run, Switch, unset
-from metapl.apps.experiments.folder import LoadedRun, counts_of, describe, load_run, stored_data
+from metapl.apps.experiments.folder import (
+    counts_of,
+    stored_data,
+)
 from metapl.apps.export import export
 from metapl.apps.export.network import can_run_onnx, require_onnx
 from metapl.apps.recipes.methods import title
+from metapl.apps.run import EndedRun
 from metapl.apps.words import tell
 from metapl.metrics import Evaluation
 
@@ -40,20 +44,21 @@ class Export(Command):
     folder: Run
     out: Annotated[Path, unset("DIR")]
     network: Network = "delivered"
+    factory: Factory = None
     onnx: Switch = False
 
     def run(self) -> int:
-        run = load_run(self.folder)
+        run = EndedRun.load(self.folder)
         if self.onnx:
             require_onnx()
         name = run.name(self.network)
         with held(self.out):
             written = export(
-                run.network(name),
+                run.network(name, self.factory),
                 self.out,
                 card=_card(run, name),
-                architecture=run.recipe.architecture(),
-                shape=run.recipe.input_shape,
+                architecture=run.cards[name].architecture,
+                shape=run.cards[name].input.shape,
                 onnx=self.onnx,
             )
         tell(f"{run.heading(name)}\n")
@@ -68,9 +73,9 @@ class Export(Command):
         return 0
 
 
-def _card(run: LoadedRun, name: str) -> dict[str, Any]:
+def _card(run: EndedRun, name: str) -> dict[str, Any]:
     """What stands on the card: figures of the exported network, and of no others."""
-    result, recipe, method = run.result, run.recipe, run.result["method"]
+    result, card, source = run.result, run.cards[name], run.source
     metrics: dict[str, Any] = {}
     if "evaluation" in result:
         evaluation = Evaluation(**result["evaluation"])
@@ -81,29 +86,30 @@ def _card(run: LoadedRun, name: str) -> dict[str, Any]:
     if f"{name}_validation_accuracy" in result:
         metrics["validation accuracy"] = result[f"{name}_validation_accuracy"]
         metrics["validation examples"] = result["validation_size"]
-    data = stored_data(run.source)
+    data = stored_data(source)
     examples = {part: f"{count:,} examples" if count else "none" for part, count in counts_of(data).items()}
     fields = {
         # Of the places of files, the last names are left.
         field: PurePath(value).name if isinstance(value, str) and "/" in value else value
-        for field, value in describe(recipe)["fields"].items()
+        for field, value in source.recipe().get("fields", {}).items()
         if field != "class_names"
     }
-    run_by = {"name": recipe.name, "method": method, "best_step": result["best_step"]}
+    run_by = {"name": result["recipe"], "method": result["method"], "best_step": result["best_step"]}
     return {
-        "title": f"{recipe.name}: {title(method)}, {run.titled(name)}",
-        "classes": recipe.classes,
+        "title": f"{result['recipe']}: {title(result['method'])}, {card.title}",
+        "classes": run.classes,
         "metrics": {figure: value for figure, value in metrics.items() if value is not None},
         "data_hash": examples | {f"SHA-256 of {part}": f"`{digest}`" for part, digest in data["hash"].items()},
         "recipe": run_by | {"fields": fields},
         "notes": "\n".join(f"- {note}" for note in _notes(run, name)),
+        "center": card.input.center,
     }
 
 
-def _notes(run: LoadedRun, name: str) -> Iterator[str]:
+def _notes(run: EndedRun, name: str) -> Iterator[str]:
     """Of which step these weights are, how they were chosen, and what they take."""
     result, by_validation = run.result, run.result["delivered_by"] == "validation"
-    step, steps, student = result["best_step"], run.recipe.steps, run.titled("student")
+    step, steps, student = result["best_step"], result["steps"], run.cards["student"].title
     if name == "teacher":
         yield f"The weights are those of the teacher after the last step, {steps:,}."
     else:
@@ -113,12 +119,12 @@ def _notes(run: LoadedRun, name: str) -> Iterator[str]:
         yield f"The weights are those of the {chosen}: step {step:,} of {steps:,}.{anew}"
     why = "as the best by validation" if by_validation else "by a rule of its method"
     if name == result["delivered"]:
-        names = ", ".join(map(run.titled, run.networks))
+        names = ", ".join(run.cards[network].title for network in run.networks)
         yield f"Of the networks of the run ({names}) it delivers this one, {why}."
     else:
-        yield f"The run delivers another of its networks, {why}: {run.titled(result['delivered'])}."
-    if run.is_comparison:
+        yield f"The run delivers another of its networks, {why}: {run.cards[result['delivered']].title}."
+    if "methods" in result:
         methods, seeds = (", ".join(map(str, result[part])) for part in ("methods", "seeds"))
         yield f"It was compared: methods {methods}; seeds {seeds}; {result['delivery']}."
     yield "Nothing was chosen by the test examples." if "evaluation" in result else "No test set was given."
-    yield run.recipe.input_note
+    yield run.cards[name].input.note

@@ -17,17 +17,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from metapl.apps.experiments import suspects
 from metapl.apps.experiments.fitting import Share, fit
-from metapl.apps.experiments.folder import LoadedRun, RunFolder, describe, weights_file
+from metapl.apps.experiments.folder import RunFolder, describe, describe_networks, weights_file
 from metapl.apps.experiments.labeling import label_by, labels_given
 from metapl.apps.experiments.page import Mistakes, last_fit, mistakes, write_page
 from metapl.apps.experiments.rounds import Rounds
 from metapl.apps.machine.sealed import sha256_of
+from metapl.apps.networks.card import NetworkCard
 from metapl.apps.networks.products import products_of
 from metapl.apps.pictures.store import record_files, replaced_files
 from metapl.apps.recipes.base import ROLES, SELECTED_ON, Chosen, Recipe, Run, Stored, Task, as_dict
 from metapl.apps.recipes.methods import EVERY_METHOD, title, titled
 from metapl.apps.recipes.methods.noisy_student import finetuned_larger, networks_of
+from metapl.apps.recipes.settings import SelfTraining
 from metapl.apps.reports.picture import draw_report
+from metapl.apps.run import EndedRun
 from metapl.distributed.mesh import Mesh, shard
 from metapl.errors import MetaplError
 from metapl.execution.ranks import ALONE, Ranks
@@ -124,6 +127,9 @@ class Experiment:
         for network in networks.values():
             sealed[network.file] = folder.write_weights(network.file, network.weights)
         sealed |= {name: sha256_of(folder.path / name) for name in TOLD if (folder.path / name).is_file()}
+        called = f"{self.recipe.name}, {method.name}, seed {self.recipe.seed}"
+        cards = self.cards(networks)
+        describe_networks(folder, called, task.classes, cards)
         chosen = networks[delivered(method.name, networks, self.selects(task))]
         content: dict[str, Any] = {
             "recipe": self.recipe.name,
@@ -149,10 +155,24 @@ class Experiment:
         )
         folder.write_json("result.json", content)
         if self.mesh.size == 1 or dist.get_rank() == 0:  # what the others leave is not kept
-            write_page(LoadedRun(folder, self.recipe, describe(self.recipe), content), chosen.mistakes)
+            write_page(EndedRun(folder, called, task.classes, cards, describe(self.recipe), content), chosen.mistakes)
         if unread := replaced_files(self.skipped):
             self.say(f"files that could not be read: {len(unread):,}, listed with what is wrong in {self.skipped}")
         return content
+
+    def cards(self, names: Iterable[str]) -> dict[str, NetworkCard]:
+        """What each network is; of Noisy Student, teacher and student are those of the last round."""
+        method, cards = self.recipe.method, {}
+        for name in names:
+            own, rounds = self.recipe, method.selection
+            last = None if rounds is None else rounds.network(-1)
+            if name == "teacher" and isinstance(rounds, SelfTraining):
+                last = rounds.network(rounds.rounds - 1)
+            own = own if last is None else own.with_network(last)
+            if name == "finetuned" and isinstance(rounds, SelfTraining) and rounds.finetune_size is not None:
+                own = own.at_size(rounds.finetune_size)
+            cards[name] = own.card("teacher" if name == "teacher" else method.built_as, titled(method.name, name))
+        return cards
 
     @property
     def skipped(self) -> Path:

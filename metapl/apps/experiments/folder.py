@@ -9,6 +9,7 @@ student.safetensors   the student; finetuned_student.safetensors and teacher.saf
 report.html           all there is to see of it, as one page
 report.png            curves and confusion matrix
 skipped.jsonl         the files that could not be read, where there are any
+network.json          what the networks are, and how a file becomes their input
 result.json           the end: accuracies
 """
 
@@ -19,7 +20,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,30 +28,30 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from metapl.apps.machine.cores import default_threads
 from metapl.apps.machine.environment import environment
 from metapl.apps.machine.misfit import misfit, misfit_entries
 from metapl.apps.machine.ownership import LOCK, owned
 from metapl.apps.machine.sealed import is_there, read_json, read_sealed, remove_temporary, write_whole
-from metapl.apps.recipes import RECIPES, ImageFolders, ImageRecipe
-from metapl.apps.recipes.base import Recipe, Role, as_dict, recipe_from_dict
-from metapl.apps.recipes.methods import EVERY_METHOD, titled
-from metapl.apps.recipes.settings import SelfTraining
+from metapl.apps.networks.card import NetworkCard
+from metapl.apps.recipes import RECIPES, ImageFolders
+from metapl.apps.recipes.base import Recipe, as_dict, recipe_from_dict
+from metapl.apps.recipes.methods import EVERY_METHOD
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
 from metapl.runs.fields import AtLeastZero, Range
 from metapl.runs.folder import Folder
 
-FORMAT = 3  # the layout of run folders that this version writes and reads
+FORMAT = 4  # the layout of run folders that this version writes and reads
 
 # Fields of recipes in which the parts of a run may differ, for they change nothing but speed; and those that say where
 # the data lie, which may have moved: what they hold is compared by its hashes.
 SPEED_ALONE = ("num_workers",)
 PLACES = ("labeled", "unlabeled", "clean", "val", "test")
 
+NETWORK = "network.json"
 WEIGHTS = {
     "student": "student.safetensors",
     "finetuned": "finetuned_student.safetensors",
@@ -260,7 +261,7 @@ Fraction = Annotated[float, Range(0, most=1)]
 TOLD = ("delivered", "delivered_by", "validation_size", "seed", "method", "steps", "best_step")
 RESULT: dict[str, Any] = {
     "recipe": str,
-    "method": Literal[tuple(EVERY_METHOD)],
+    "method": str,
     **dict.fromkeys(("seed", "steps", "best_step", "validation_size"), AtLeastZero),
     "validation_chance": float | None,
     "delivered": Literal[tuple(WEIGHTS)],
@@ -289,12 +290,18 @@ def describe(recipe: Recipe, **run_by: Any) -> dict[str, Any]:
 OF_COMPARISONS = {"compare": list[str], "seeds": list[int]}  # what the description of one says besides
 
 
-def stored(folder: RunFolder) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe of a run folder, and its whole description."""
-    file, description = folder.path / "recipe.json", folder.recipe()
+def described(folder: RunFolder) -> dict[str, Any]:
+    """What ``recipe.json`` says of how a run was made, as plain values: its name, its method and their fields."""
+    description = folder.recipe()
     hints: dict[str, Any] = {"name": str, "method": str, "fields": dict[str, Any]}
     if fault := misfit_entries(description, hints | OF_COMPARISONS, "its recipe") or _unsaid(description, hints):
-        raise MetaplError(f"{file} is damaged: {fault}.")
+        raise MetaplError(f"{folder.path / 'recipe.json'} is damaged: {fault}.")
+    return description
+
+
+def stored(folder: RunFolder) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe of a run folder, and its whole description."""
+    file, description = folder.path / "recipe.json", described(folder)
     kind = KNOWN.get(description["name"])
     if kind is None:
         what = f"a run of the recipe {description['name']!r}, which this metapl does not have"
@@ -327,6 +334,12 @@ def results_within(path: Path, compared: Mapping[str, Any]) -> dict[tuple[str, i
             if (result["method"], result["seed"], result.get(READOUTS[1])) != (method, seed, accuracy):
                 raise MetaplError(f"{folder.path} holds another run than the one that was compared. {ANOTHER}")
     return found
+
+
+def describe_networks(folder: RunFolder, title: str, classes: Sequence[str], cards: Mapping[str, NetworkCard]) -> None:
+    """Write ``network.json``."""
+    networks = {name: dataclasses.asdict(card) for name, card in cards.items()}
+    folder.write_json(NETWORK, {"title": title, "classes": list(classes), "networks": networks})
 
 
 def refuse_changed(file: Path, result: Mapping[str, Any]) -> None:
@@ -405,97 +418,6 @@ def _contradictions(result: dict[str, Any], description: dict[str, Any]) -> Iter
 # ---------------------------------------------------------------------------------------------------- a run that ended
 
 
-@dataclass(frozen=True)
-class LoadedRun:
-    """A run, or a comparison and the run whose networks it delivers, whose method and seed the recipe then has."""
-
-    folder: RunFolder
-    recipe: Recipe
-    description: dict[str, Any]  # what recipe.json holds
-    result: dict[str, Any]  # what result.json holds
-
-    @property
-    def is_comparison(self) -> bool:
-        return "compare" in self.description
-
-    @property
-    def device(self) -> torch.device:
-        """Where the run was trained; the CPU, which every machine has, where that device is not here."""
-        try:
-            return self.recipe.torch_device()
-        except MetaplError:
-            return torch.device("cpu")
-
-    @property
-    def title(self) -> str:
-        return f"{self.folder.path}: {self.recipe.name}, {self.result['method']}, seed {self.result['seed']}"
-
-    @property
-    def source(self) -> RunFolder:
-        """Where its data are described; of a comparison, in the run that it delivers."""
-        own = f"{self.result['method']}/seed-{self.result['seed']}" if self.is_comparison else ""
-        return RunFolder(self.folder.path / own)
-
-    @property
-    def networks(self) -> tuple[str, ...]:
-        return tuple(name for name, file in WEIGHTS.items() if (self.folder.path / file).is_file())
-
-    @property
-    def rounds(self) -> SelfTraining | None:
-        settings = self.recipe.method.selection
-        return settings if isinstance(settings, SelfTraining) else None
-
-    @property
-    def finetuned_larger(self) -> bool:
-        return self.rounds is not None and self.rounds.finetune_size is not None
-
-    def name(self, asked: NetworkName) -> str:
-        """Which network is meant; refused where the run has no such network."""
-        delivered: str = self.result["delivered"]
-        if asked == "delivered":
-            return delivered
-        if asked not in self.networks:
-            has = f"{self.folder.path} has no {weights_file(asked)}"
-            raise MetaplError(f"--network {asked}: {has}; expected one of its networks: {', '.join(self.networks)}.")
-        if self.finetuned_larger and asked != delivered and "finetuned" in (asked, delivered):
-            raise MetaplError(
-                f"--network {asked}: it takes pictures of another size than the network that {self.folder.path} "
-                f"delivers; expected --network {delivered}, or none."
-            )
-        return asked
-
-    def network(self, name: str) -> nn.Module:
-        """One of the run's networks, by its name, with its weights."""
-        torch.set_num_threads(getattr(self.recipe, "threads", self.folder.threads()))
-        role: Role = "teacher" if name == "teacher" else self.recipe.method.built_as
-        recipe, file = self.recipe, weights_file(name)
-        if self.rounds is not None and name == "teacher":  # of another network than its student, perhaps
-            recipe = stored(self.folder)[0].by(self.result["method"])
-            named = self.rounds.network(len(self.result["rounds"]) - 1)
-            recipe = recipe if named is None else recipe.with_network(named)
-        if isinstance(recipe, ImageRecipe):  # what it was started from need not be there any more
-            recipe = dataclasses.replace(recipe, weights=None)
-        weights, network = self.folder.read_weights(file, self.result.get("sha256", {}).get(file)), recipe.network(role)
-        given, expected = (
-            {key: tuple(value.shape) for key, value in tensors.items()} for tensors in (weights, network.state_dict())
-        )
-        for key in sorted(given.keys() | expected.keys()):
-            if given.get(key) != expected.get(key):
-                raise MetaplError(
-                    f"{self.folder.path / file} does not fit the network of recipe.json: {key} is "
-                    f"{given.get(key, 'missing')} in the file and {expected.get(key, 'missing')} in the network."
-                )
-        network.load_state_dict(weights)
-        return network
-
-    def titled(self, name: str) -> str:
-        return titled(self.result["method"], name)
-
-    def heading(self, name: str) -> str:
-        which = f", delivered by {self.result['delivered_by']}" if name == self.result["delivered"] else ""
-        return f"{self.title}, {self.titled(name)} ({weights_file(name)}{which})"
-
-
 def begun(path: Path) -> RunFolder:
     """The folder of a run, whether that has ended or not."""
     if not path.is_dir():
@@ -505,27 +427,3 @@ def begun(path: Path) -> RunFolder:
     if not folder.exists:
         raise MetaplError(f"{path} is not a run folder: there is no recipe.json in it.")
     return folder
-
-
-def load_run(path: Path) -> LoadedRun:
-    """The run in a folder, where it is finished, whole and of this version."""
-    folder = begun(path)
-    recipe, description = stored(folder)
-    if not folder.ended:
-        command = folder.description().get("command", f"the command that started it, with --out {path}")
-        more = "" if "--resume" in command.split() else " --resume"
-        raise MetaplError(f"the run in {path} is not finished; go on with it by {command}{more}")
-    result = stored_result(folder)
-    run = LoadedRun(folder, recipe.by(result["method"], result["seed"]), description, result)
-    settings = run.rounds
-    if settings is None:
-        return run
-    if (told := len(result.get("rounds", ()))) != settings.rounds:
-        raise MetaplError(
-            f"{path / 'result.json'} is damaged: it tells of {told} rounds, and recipe.json of {settings.rounds}."
-        )
-    last = settings.network(-1)
-    own = run.recipe if last is None else run.recipe.with_network(last)
-    if result["delivered"] == "finetuned" and settings.finetune_size is not None:
-        own = own.at_size(settings.finetune_size)
-    return dataclasses.replace(run, recipe=own)

@@ -18,16 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from metapl.apps.experiments.folder import load_run
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels.files import DIGEST_BYTES, PAGE_ROWS
 from metapl.apps.labels.store import is_text
 from metapl.apps.machine.progress import counting, progress
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.folders import ask, digest, hashes, scan_unlabeled
+from metapl.apps.pictures.input import Input
 from metapl.apps.pictures.store import FileImages, Images, MemoryImages
-from metapl.apps.recipes import Digits, Recipe
+from metapl.apps.recipes import Recipe
 from metapl.apps.recipes.base import Stored, Task
+from metapl.apps.run import EndedRun
 from metapl.data.feed import feed
 from metapl.data.steps import StepBatches
 from metapl.errors import MetaplError, few
@@ -85,9 +86,9 @@ class InOrder(StepBatches[Read], ABC):
 
 @dataclass(frozen=True, eq=False)
 class PictureFiles(InOrder):
-    """The ``count`` pictures in the files that ``path`` gives by number, read like the training data of a recipe."""
+    """The ``count`` pictures in the files that ``path`` gives by number."""
 
-    recipe: Recipe
+    input: Input
     path: Callable[[int], Path]
     count: int
 
@@ -103,14 +104,14 @@ class PictureFiles(InOrder):
         for number in self.numbers(step):
             path = self.path(number)
             try:
-                ((_, picture),) = self.recipe.read(path)
+                ((_, picture),) = self.input.read(path)
                 read.append((picture, number, list(digest(str(path))[:DIGEST_BYTES])))
             except MetaplError as error:
                 skipped.append((number, str(error)))
             except OSError as error:  # it was read a moment ago
                 skipped.append((number, f"{shown(path)}: {error.strerror}."))
         pictures, used, digests = zip(*read, strict=True) if read else ((), (), ())
-        x = torch.stack(pictures) if pictures else torch.empty(0, *self.recipe.input_shape)
+        x = torch.stack(pictures) if pictures else torch.empty(0, *self.input.shape)
         return x, torch.tensor(used, dtype=torch.int64), torch.tensor(digests, dtype=torch.uint8), skipped
 
 
@@ -161,9 +162,9 @@ class Labeled:
         return whole.hexdigest()
 
 
-def to_label(pictures: str, recipe: Recipe, batch_size: int = BATCH) -> Labeled:
+def to_label(pictures: str, given: Input, batch_size: int = BATCH) -> Labeled:
     """The pictures of a folder, or those of scikit-learn by the name ``digits``."""
-    if pictures == "digits" and isinstance(recipe, Digits):
+    if pictures == "digits" and given.kind == "digit":
         from sklearn.datasets import load_digits
 
         images = torch.as_tensor(load_digits().images, dtype=torch.float32)[:, None] / 16.0
@@ -173,10 +174,10 @@ def to_label(pictures: str, recipe: Recipe, batch_size: int = BATCH) -> Labeled:
         state = "is a file" if folder.exists() else "does not exist"
         raise MetaplError(f"{folder} {state}; expected a folder with pictures, or for a run of digits the word digits.")
     files = scan_unlabeled(folder)
-    return Labeled(PictureFiles(recipe, files.path, len(files), batch_size=batch_size), files.names, str(folder))
+    return Labeled(PictureFiles(given, files.path, len(files), batch_size=batch_size), files.names, str(folder))
 
 
-def provenance(network: nn.Module, labeled: Labeled, recipe: Recipe, *, temperature: float = 1.0) -> dict[str, Any]:
+def provenance(network: nn.Module, labeled: Labeled, given: Input, *, temperature: float = 1.0) -> dict[str, Any]:
     """What a store says of its labels; what is gone on with must say the same."""
     return {
         "pictures": labeled.name,
@@ -185,7 +186,7 @@ def provenance(network: nn.Module, labeled: Labeled, recipe: Recipe, *, temperat
         "pictures_sha256": labeled.pictures.content(),
         "weights_fingerprint": digest_of(weights_of(network)),
         "temperature": temperature,
-        "views": f"as they are, not augmented. {recipe.input_note}",
+        "views": f"as they are, not augmented. {given.note}",
         "batch": labeled.pictures.batch_size,
     }
 
@@ -354,7 +355,7 @@ def label_by(teacher: nn.Module, recipe: Recipe, folder: Path, task: Task, say: 
     stored = {}
     for name, batches in (("unlabeled", task.unlabeled), ("labeled", task.labeled)):
         labeled = Labeled(SourcePictures(batches.images), range(len(batches.images)), name)
-        about = provenance(teacher, labeled, recipe)
+        about = provenance(teacher, labeled, recipe.input)
         store = store_labels(teacher, labeled, folder / FOLDER / name, task.classes, about, say, ranks)
         stored[name] = rows_of(store, labeled.ids)
     say(f"the teacher's labels are in {folder / FOLDER}")
@@ -378,7 +379,7 @@ def check_labels_given(recipe: Recipe) -> None:
         if place is None:
             continue
         store = None if name == "teacher" else LabelStore(place)
-        classes = load_run(Path(place)).recipe.classes if store is None else store.classes
+        classes = EndedRun.load(Path(place)).classes if store is None else store.classes
         if classes != given.classes:
             raise MetaplError(
                 f"the {'run' if store is None else 'store'} {place} has the classes {few(classes)}; expected those of "
@@ -397,14 +398,15 @@ def labels_given(recipe: Recipe, task: Task, folder: Path, say: Say, ranks: Rank
         return None
     folders, stores = {part: getattr(recipe, part) for part in PICTURES_OF.values()}, {}
     if "teacher" in given:
-        run = load_run(Path(given["teacher"]))
+        run = EndedRun.load(Path(given["teacher"]))
         delivered = run.name("delivered")
+        reads = run.cards[delivered].input
         say(f"labels are those of {run.heading(delivered)}")
         for part, pictures in folders.items():
-            network, labeled = run.network(delivered).to(run.device), to_label(pictures, run.recipe)
-            about = {"run": str(run.folder.path), **provenance(network, labeled, run.recipe)}
-            place, classes = folder / FOLDER / part, run.recipe.classes
-            stores[part] = store_labels(network, labeled, place, classes, about, say, ranks)
+            network, labeled = run.network(delivered).to(run.device), to_label(pictures, reads)
+            about = {"run": str(run.folder.path), **provenance(network, labeled, reads)}
+            place = folder / FOLDER / part
+            stores[part] = store_labels(network, labeled, place, run.classes, about, say, ranks)
     else:
         stores = {PICTURES_OF[name]: LabelStore(place) for name, place in given.items()}
         if "labeled" not in stores:

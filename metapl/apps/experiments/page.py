@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from metapl.apps.experiments.accuracies import Comparison, seeds_in_words, spoken_rounds, spread, summary
 from metapl.apps.experiments.folder import (
     READOUTS,
-    LoadedRun,
     RunFolder,
     counts_of,
     flat,
@@ -24,10 +23,12 @@ from metapl.apps.experiments.folder import (
     results_within,
     stored_data,
 )
+from metapl.apps.experiments.held_out import HeldOut
 from metapl.apps.experiments.suspects import suspects_shown
 from metapl.apps.machine.sealed import write_whole
-from metapl.apps.recipes.methods import EVERY_METHOD, called_network, title, titled
+from metapl.apps.recipes.methods import EVERY_METHOD, called_network, title
 from metapl.apps.reports import web
+from metapl.apps.run import EndedRun
 from metapl.apps.words import short, tell
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, predict_logits
@@ -60,7 +61,7 @@ def mistakes(network: nn.Module, data: Any, classes: Sequence[str], files: Seque
         best = logits.double().softmax(dim=1).max(dim=1)
         taken = best.indices
         for row in (taken != labels).nonzero()[:, 0].tolist():
-            sure, file = float(best.values[row]), [] if files is None else [str(files[n + row])]
+            sure, file = float(best.values[row]), (files or ())[n + row : n + row + 1]  # some have no file
             words = [f"{classes[int(taken[row])]} {100 * sure:.0f} %", f"is {classes[int(labels[row])]}", *file]
             kept.append((sure, web.Picture(inputs[row], "\n".join(words))))
             wrong += 1
@@ -70,7 +71,7 @@ def mistakes(network: nn.Module, data: Any, classes: Sequence[str], files: Seque
     return Mistakes(logits, labels, wrong, [picture for _, picture in kept])
 
 
-def write_page(run: LoadedRun, found: Mistakes | None = None) -> None:
+def write_page(run: EndedRun, found: Mistakes | None = None) -> None:
     """The page of a run in its folder."""
     heading, parts = page_of(run, found)
     write_whole(run.folder.path / PAGE, html_of(run.folder.path, heading, parts), "make room, then: metapl report.")
@@ -87,22 +88,22 @@ def last_fit(folder: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
     return Metrics(file).rows(f"round-{len(content['rounds'])}" if rounds else "fit")
 
 
-def page_of(run: LoadedRun, found: Mistakes | None = None) -> tuple[str, list[str]]:
+def page_of(run: EndedRun, found: Mistakes | None = None) -> tuple[str, list[str]]:
     """The heading and the parts of the page of a run that has ended; ``found``: what is not to be looked for again."""
     result, path, reached = run.result, run.folder.path, run.result.get("test_accuracy")
     reached = result.get("validation_accuracy") if reached is None else reached
-    heading = f"{run.recipe.name}: {title(result['method'])}, seed {result['seed']}"
+    heading = f"{result['recipe']}: {title(result['method'])}, seed {result['seed']}"
     parts = [] if reached is None else [f'<p class="number">{100 * reached:.1f} %</p>']
     parts += map(web.paragraph, summary(result))
     evaluation = Evaluation(**result["evaluation"]) if "evaluation" in result else None
     if run.is_comparison and evaluation is not None:
-        heading = f"{run.recipe.name}: {len(result['methods'])} methods, {seeds_in_words(len(result['seeds']))}"
+        heading = f"{result['recipe']}: {len(result['methods'])} methods, {seeds_in_words(len(result['seeds']))}"
         parts = [
             *_compared(run, evaluation),
             web.section(f"{result['delivery'][:1].upper()}{result['delivery'][1:]}.", *parts),
         ]
     else:
-        network = titled(result["method"], "student")
+        network = run.cards["student"].title
         parts.append(web.section("Curves", web.plots({result["method"]: last_fit(path, result)}, network)))
     if "rounds" in result:
         parts.append(web.section("Rounds", *_rounds(result["rounds"])))
@@ -111,11 +112,11 @@ def page_of(run: LoadedRun, found: Mistakes | None = None) -> tuple[str, list[st
         parts.append(web.section("Confusion on the test set", web.matrix(evaluation, names)))
         parts.append(web.section("Classes", web.classes(evaluation, names)))
         parts.append(_mistakes(run, found))
-    parts.append(suspects_shown(path, run.recipe))
+    parts.append(suspects_shown(path, run.cards["student"].input))
     return heading, [*parts, *made(run.folder, run.description, run.source)]
 
 
-def _compared(run: LoadedRun, evaluation: Evaluation) -> Iterator[str]:
+def _compared(run: EndedRun, evaluation: Evaluation) -> Iterator[str]:
     """The methods of a comparison side by side, the paired test, and their curves where their runs are still there."""
     result, path = run.result, run.folder.path
     chance = result.get("chance", evaluation.chance)
@@ -142,16 +143,17 @@ def _compared(run: LoadedRun, evaluation: Evaluation) -> Iterator[str]:
     yield web.section("Curves", plots, web.paragraph("means over the seeds", "quiet"))
 
 
-def _mistakes(run: LoadedRun, found: Mistakes | None) -> str:
+def _mistakes(run: EndedRun, found: Mistakes | None) -> str:
     """The surest mistakes on the test set; or why there are none."""
     try:
         if found is None:
-            task, network = run.recipe.task(progress=True), run.network(run.result["delivered"]).to(run.device)
-            found = mistakes(network, task.test, task.classes, task.test_names)
+            name = run.result["delivered"]
+            on = HeldOut(run, name)
+            found = mistakes(run.network(name).to(run.device), on.batches(), run.classes, on.names)
     except (MetaplError, OSError) as error:
         tell(f"metapl: the test pictures are left out: {error}", file=sys.stderr, wrap=True)
         return web.section("Surest mistakes", web.paragraph(f"The test pictures are left out: {error}"))
-    whose = f"of the {run.titled(run.result['delivered'])} on test"
+    whose = f"of the {run.cards[run.result['delivered']].title} on test"
     note = f"{whose}: {found.wrong:,} of {len(found.labels):,} are wrong"
     return web.pictures("Surest mistakes", note, found.surest)
 

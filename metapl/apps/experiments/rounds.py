@@ -149,7 +149,7 @@ class Rounds:
         seed, noisy = fold_in(self.recipe.seed, number), self.settings.noisy_teacher
         pictures = Augmented(images, view=view, seed=seed) if noisy else SourcePictures(images)
         labeled = Labeled(pictures, range(len(images)), "unlabeled")
-        about = provenance(teacher, labeled, self.recipe)
+        about = provenance(teacher, labeled, self.recipe.input)
         if noisy:
             about["views"] = f"augmented by {view!r}, seed {seed}, with dropout and stochastic depth"
         labeler = Noised(teacher, seed) if noisy else teacher

@@ -12,7 +12,7 @@ from typing import Any
 
 from metapl.apps.errors import placed
 from metapl.apps.experiments.accuracies import Comparison, seeds_in_words, with_chance
-from metapl.apps.experiments.folder import WEIGHTS, RunFolder, describe, load_run
+from metapl.apps.experiments.folder import NETWORK, WEIGHTS, RunFolder, describe
 from metapl.apps.experiments.jobs import Job, aloud, run_all
 from metapl.apps.experiments.page import mean_curves, write_page
 from metapl.apps.experiments.suspects import SUSPECTS
@@ -21,6 +21,7 @@ from metapl.apps.machine.progress import duration
 from metapl.apps.recipes.base import FIT_OPTIONS, Recipe, Task, rehearse
 from metapl.apps.recipes.methods import called_network
 from metapl.apps.reports.picture import draw_report
+from metapl.apps.run import EndedRun
 from metapl.metrics import Evaluation
 from metapl.training import FitOptions, FitResult, Trainer
 
@@ -56,10 +57,11 @@ def compare(
             if (source.path / name).is_file():
                 # The same weights are the same bytes: the checksums of the run hold here too.
                 folder.write_weights(name, source.read_weights(name, sha256.get(name)))
+        folder.write_json(NETWORK, source.read_json(NETWORK))
         if (source.path / SUSPECTS).is_file():
             shutil.copyfile(source.path / SUSPECTS, out / SUSPECTS)
         folder.write_json("result.json", {**results[method, seed], **comparison.to_json()})
-        run = load_run(out)
+        run = EndedRun.load(out)
         curves = mean_curves(out, comparison, results)
         draw_report(
             out / "report.png",

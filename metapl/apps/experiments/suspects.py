@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 
 from metapl.apps.pictures.csv_files import written_csv
-from metapl.apps.recipes.base import Doubtful, Recipe
+from metapl.apps.pictures.input import Input
+from metapl.apps.recipes.base import Doubtful
 from metapl.apps.reports import web
 from metapl.errors import MetaplError
 from metapl.metrics import predict_logits
@@ -78,7 +79,7 @@ def write_suspects(folder: Path, suspects: Sequence[Suspect], names: Sequence[st
             writer.writerow([*cells, *([f"{one.weight:.3g}"] if weighed else [])])
 
 
-def suspects_shown(folder: Path, recipe: Recipe) -> str:
+def suspects_shown(folder: Path, given: Input) -> str:
     """The first of the list for the page, as far as their pictures are there."""
     if not (folder / SUSPECTS).is_file():
         return ""
@@ -88,7 +89,7 @@ def suspects_shown(folder: Path, recipe: Recipe) -> str:
     for row in rows[:SHOWN]:
         caption = f"{row['given']}\n{row['probably']}, {float(row['p_probably']):.0%}\n{Path(row['file']).name}"
         try:
-            ((_, x),) = recipe.read(Path(row["file"]))
+            ((_, x),) = given.read(Path(row["file"]))
         except (MetaplError, OSError):
             continue
         shown.append(web.Picture(x, caption))

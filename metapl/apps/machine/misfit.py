@@ -7,9 +7,12 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
+from metapl.errors import MetaplError
 from metapl.runs.fields import unmet
+
+R = TypeVar("R")
 
 
 def misfit(value: Any, hint: Any, where: str = "it") -> str | None:
@@ -51,6 +54,11 @@ def misfit(value: Any, hint: Any, where: str = "it") -> str | None:
     return _unexpected(value, hint, where)
 
 
+@cache  # many runs may be read by one command
+def hints_of(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind, include_extras=True)
@@ -70,3 +78,30 @@ def _unexpected(value: Any, hint: Any, where: str) -> str:
     shown = repr(value)
     expected = "an object" if dataclasses.is_dataclass(hint) else unmet(value, hint)
     return f"{where} is {shown if len(shown) <= 60 else f'{shown[:57]}...'}; expected {expected}"
+
+
+def from_dict(kind: type[R], values: Mapping[str, Any], kinds: Mapping[str, type] | None = None, **made: Any) -> R:
+    """A dataclass from the dictionary that :func:`dataclasses.asdict` made of it, by way of JSON.
+
+    ``kinds`` of fields count where these are not as the type says; further fields are ``made`` already.
+
+    >>> from metapl.runs.fields import Range
+    >>> from_dict(Range, {"least": 0, "most": 1}).most
+    1
+    """
+    if not isinstance(values, Mapping):
+        raise MetaplError(f"{kind.__name__} is stored as {values!r:.60}; expected an object.")
+    hints = hints_of(kind) | dict(kinds or {})  # type: ignore[arg-type]  # a type can be hashed
+    names = {each.name for each in dataclasses.fields(kind)}  # type: ignore[arg-type]  # a dataclass
+    if unknown := values.keys() - names:
+        raise MetaplError(f"{kind.__name__} has no {', '.join(sorted(unknown))}; the run is of another version.")
+    if fault := misfit_entries(values, hints, kind.__name__):
+        raise MetaplError(f"{fault}.")
+
+    def rebuilt(hint: Any, value: Any) -> Any:
+        for part in (hint, *typing.get_args(hint)):  # a dataclass, or one that may be left out
+            if dataclasses.is_dataclass(part) and isinstance(part, type) and value is not None:
+                return from_dict(part, value)
+        return tuple(value) if isinstance(value, list) else value
+
+    return kind(**{name: rebuilt(hints[name], value) for name, value in values.items()}, **made)

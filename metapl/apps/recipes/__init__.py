@@ -1,6 +1,6 @@
 """Named, frozen configurations; :mod:`metapl.apps.experiments` runs them."""
 
-from metapl.apps.recipes.base import Recipe, Task, from_dict
+from metapl.apps.recipes.base import Recipe, Task
 from metapl.apps.recipes.digits import Digits
 from metapl.apps.recipes.image_folders import ImageFolders
 from metapl.apps.recipes.image_recipe import ImageRecipe, Strong
@@ -21,5 +21,4 @@ __all__ = [
     "Recipe",
     "Strong",
     "Task",
-    "from_dict",
 ]

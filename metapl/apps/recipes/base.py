@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
@@ -15,8 +13,9 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from metapl.apps.machine.misfit import misfit_entries
-from metapl.apps.networks import Architecture
+from metapl.apps.machine.misfit import from_dict, hints_of
+from metapl.apps.networks.card import NetworkCard
+from metapl.apps.pictures.input import Input
 from metapl.apps.recipes.settings import Batch, Optimizer, SelfTraining, Share, Softness, SomeSteps, Steps
 from metapl.errors import MetaplError
 from metapl.metrics import chance_level
@@ -32,11 +31,6 @@ SEEDS = tyro.conf.create_mutex_group(required=False)  # flags that say which see
 
 Asked = TypeVar("Asked")
 Unasked = tyro.conf.Suppress[tyro.conf.Fixed[Asked]]  # a field that is no flag of the commands that make the recipe
-
-
-@cache  # many runs may be read by one command
-def hints_of(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
 
 
 FIT_OPTIONS = tuple(each.name for each in dataclasses.fields(FitOptions) if each.name not in ("steps", "phase"))
@@ -354,7 +348,6 @@ class Recipe(ABC):
     """
 
     name: ClassVar[str]
-    reads: ClassVar[tuple[str, ...]]  # suffixes of the files that read finds in a folder
     batches_shared: ClassVar[tuple[str, ...]] = ("labeled_batch", "unlabeled_batch", "finetune_batch")
     known: ClassVar[Mapping[str, type[Method]]]  # the methods that it can be trained by
     own: ClassVar[str] = "mpl"  # the method that trains it, unless another is asked for
@@ -431,21 +424,12 @@ class Recipe(ABC):
 
     @property
     @abstractmethod
-    def input_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an example."""
-
-    @property
-    @abstractmethod
-    def input_note(self) -> str:
-        """How the network's input is made of a file, in a sentence."""
+    def input(self) -> Input:
+        """How a file becomes the network's input."""
 
     @abstractmethod
     def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
         """The data; ``log`` lists files that turn out to be unreadable later, as :class:`FileImages` does."""
-
-    @abstractmethod
-    def read(self, path: Path) -> list[tuple[str, Tensor]]:
-        """The examples in a user's file: where each stands, and the network's input for it."""
 
     # -------------------------------------------------------------------------------------------------- its networks
 
@@ -461,9 +445,9 @@ class Recipe(ABC):
         """The recipe with larger pictures; refused where the network is built for one size."""
         raise MetaplError(f"--finetune-size {size}: the pictures of {self.name} have one size; leave it out.")
 
-    def architecture(self) -> Architecture | None:
-        """What builds the student without metapl's wrappers; None for a network that has no name."""
-        return None
+    @abstractmethod
+    def card(self, role: Role, title: str) -> NetworkCard:
+        """What ``network.json`` says of the teacher or the student, which messages call ``title``."""
 
     # -------------------------------------------------------------------------------------------------- its training
 
@@ -494,8 +478,6 @@ class Recipe(ABC):
 
 # ----------------------------------------------------------------------------------------------------------- on disk
 
-R = TypeVar("R")
-
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:
     """The fields of a recipe and of its method by the names that they have on the command line, as plain values."""
@@ -514,29 +496,3 @@ def recipe_from_dict(kind: type[Recipe], method: str, values: Mapping[str, Any])
     kinds = {name: type(one) for name in names if dataclasses.is_dataclass(one := getattr(usual, name))}
     made = from_dict(type(usual), {name: values[name] for name in names}, kinds)
     return from_dict(kind, {name: value for name, value in values.items() if name not in names}, method=made)
-
-
-def from_dict(kind: type[R], values: Mapping[str, Any], kinds: Mapping[str, type] | None = None, **made: Any) -> R:
-    """A dataclass from the dictionary that :func:`dataclasses.asdict` made of it, by way of JSON.
-
-    ``kinds`` of fields count where these are not as the type says; further fields are ``made`` already.
-
-    >>> from_dict(Optimizer, {"lr": 0.3, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0}).momentum
-    0.9
-    """
-    if not isinstance(values, Mapping):
-        raise MetaplError(f"{kind.__name__} is stored as {values!r:.60}; expected an object.")
-    hints = hints_of(kind) | dict(kinds or {})  # type: ignore[arg-type]  # a type can be hashed
-    names = {each.name for each in dataclasses.fields(kind)}  # type: ignore[arg-type]  # a dataclass
-    if unknown := values.keys() - names:
-        raise MetaplError(f"{kind.__name__} has no {', '.join(sorted(unknown))}; the run is of another version.")
-    if fault := misfit_entries(values, hints, kind.__name__):
-        raise MetaplError(f"{fault}.")
-
-    def rebuilt(hint: Any, value: Any) -> Any:
-        for part in (hint, *typing.get_args(hint)):  # a dataclass, or one that may be left out
-            if dataclasses.is_dataclass(part) and isinstance(part, type) and value is not None:
-                return from_dict(part, value)
-        return tuple(value) if isinstance(value, list) else value
-
-    return kind(**{name: rebuilt(hints[name], value) for name, value in values.items()}, **made)

@@ -10,10 +10,10 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from metapl.apps.networks.card import NetworkCard
 from metapl.apps.pictures import Identity, LabeledBatches, ShiftNoiseCutout, UnlabeledBatches, load_digits_split
-from metapl.apps.pictures.csv_files import csv_rows
 from metapl.apps.pictures.folders import hashes
-from metapl.apps.pictures.reader import SUFFIXES, gray_image
+from metapl.apps.pictures.input import Input
 from metapl.apps.recipes.base import Recipe, Role, Task
 from metapl.apps.recipes.methods import OF_PICTURES
 from metapl.apps.recipes.settings import Optimizer, require
@@ -42,9 +42,7 @@ class Digits(Recipe):
 
     name: ClassVar[str] = "digits"
     classes: ClassVar[tuple[str, ...]] = tuple("0123456789")
-    reads: ClassVar[tuple[str, ...]] = (*SUFFIXES, ".csv")
-    input_shape: ClassVar[tuple[int, int, int]] = (1, 8, 8)
-    input_note: ClassVar[str] = "Its input is (B, 1, 8, 8), ink from 0 to 1: scikit-learn's digits, divided by 16."
+    input: ClassVar[Input] = Input(kind="digit", channels=1, size=8)
 
     known = OF_PICTURES
     settings: ClassVar[dict[str, Any]] = {
@@ -67,7 +65,7 @@ class Digits(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         # A square, or a shift, of the picture's side would leave nothing of it.
-        side = min(self.input_shape[1:])
+        side = self.input.size
         for name in ("shift", "cutout"):
             fits = getattr(self.view, name) < side
             require(self, fits, f"view.{name}", f"fewer pixels than the pictures' {side} a side")
@@ -100,15 +98,11 @@ class Digits(Recipe):
     def network(self, role: Role = "student") -> nn.Module:
         return mlp([64, *self.hidden, 10], dropout=self.dropout)
 
+    def card(self, role: Role, title: str) -> NetworkCard:
+        return NetworkCard(title=title, input=self.input, widths=(64, *self.hidden, 10), dropout=self.dropout)
+
     def with_network(self, name: str) -> Digits:
         widths = name.split("x")
         if not all(width.isascii() and width.isdigit() for width in widths):
             raise MetaplError(f"--networks {name}: expected widths of hidden layers, such as 32x32, or 64 for one.")
         return dataclasses.replace(self, hidden=tuple(map(int, widths)))
-
-    def read(self, path: Path) -> list[tuple[str, Tensor]]:
-        if path.suffix.lower() == ".csv":
-            return [(f"{path}:{line}", values.reshape(1, 8, 8) / 16.0) for line, values in csv_rows(path, 64, 16)]
-        image = gray_image(path, 8)
-        # The digits are bright ink on dark, paper is the other way round.
-        return [(str(path), (1 - image if image.mean() > 0.5 else image)[None])]

@@ -24,12 +24,13 @@ from metapl.apps.pictures.check import (
     without_copies,
 )
 from metapl.apps.pictures.folders import Files, FilesT, LabeledFiles, Progress, hash_files, scan_labeled, scan_unlabeled
+from metapl.apps.pictures.input import LARGEST_SIDE
 from metapl.apps.pictures.splits import stratified_split
 from metapl.apps.pictures.store import FileImages
 from metapl.apps.pictures.views.base import Chain, Identity, View
 from metapl.apps.pictures.views.transforms import Affine, Color, Flip, Hole, Recolor, ResizedCrop, Sometimes
 from metapl.apps.recipes.base import Task
-from metapl.apps.recipes.image_recipe import LARGEST_SIDE, ImageParts, ImageRecipe, Views
+from metapl.apps.recipes.image_recipe import ImageParts, ImageRecipe, Views
 from metapl.apps.recipes.settings import OPEN, OpenOptimizer, Optimizer, Share, Steps, Weight, require
 from metapl.errors import MetaplError
 from metapl.errors import few as some

@@ -13,8 +13,9 @@ import tyro
 from torch import Tensor, nn
 
 from metapl.apps import networks
-from metapl.apps.pictures.batches import EvaluationBatches, LabeledBatches, UnlabeledBatches, in_unit_range
-from metapl.apps.pictures.reader import SUFFIXES, read_image
+from metapl.apps.networks.card import NetworkCard
+from metapl.apps.pictures.batches import EvaluationBatches, LabeledBatches, UnlabeledBatches
+from metapl.apps.pictures.input import LARGEST_SIDE, Input
 from metapl.apps.pictures.store import Images
 from metapl.apps.pictures.views.base import Chain, Identity, View
 from metapl.apps.pictures.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment
@@ -29,7 +30,6 @@ from metapl.training.options import MOST_WORKERS
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation that pretrained weights expect
 EVALUATED_AT_ONCE, SAMPLED = 256, 2048  # pictures in a batch of an evaluation; unlabeled ones that the report looks at
-LARGEST_SIDE = 4096  # pixels; a batch of larger pictures would not fit into any memory
 NESTEROV = Optimizer(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, decay_norms=False)
 
 
@@ -116,7 +116,6 @@ class ImageRecipe(Recipe):
         device: auto takes a GPU if there is one.
     """
 
-    reads: ClassVar[tuple[str, ...]] = SUFFIXES
     known = OF_PICTURES
     settings: ClassVar[dict[str, Any]] = {"uda_ramp": 200, "student": NESTEROV, "teacher": NESTEROV}
 
@@ -189,25 +188,17 @@ class ImageRecipe(Recipe):
         return "L" if self.grey else "RGB"
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        return 1 if self.grey else 3, self.image_size, self.image_size
-
-    @property
-    def input_note(self) -> str:
-        colors = "grey (0.299 R + 0.587 G + 0.114 B)" if self.grey else "in colors"
-        return (
-            f"Pictures were {colors}, from 0 to 1: the largest centered square of each, brought to "
-            f"{self.image_size}x{self.image_size} by antialiased bilinear resampling."
-        )
-
-    def read(self, path: Path) -> list[tuple[str, Tensor]]:
-        image = read_image(path, mode=self.colors, size=(self.image_size,) * 2)
-        return [(str(path), in_unit_range(image))]
+    def input(self) -> Input:
+        return Input(channels=1 if self.grey else 3, size=self.image_size)
 
     # -------------------------------------------------------------------------------------------------- the networks
 
-    def architecture(self) -> networks.Architecture:
-        return self._architecture("student", len(self.classes))
+    def card(self, role: Role, title: str) -> NetworkCard:
+        mean, std = map(tuple, self.normalization())
+        architecture, last = self._architecture(role, len(self.classes)), self.channels_last
+        return NetworkCard(
+            title=title, input=self.input, architecture=architecture, mean=mean, std=std, channels_last=last
+        )
 
     def _architecture(self, role: Role, num_classes: int) -> networks.Architecture:
         own = self.teacher_dropout is not None and role == "teacher"

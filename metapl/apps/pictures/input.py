@@ -1,0 +1,128 @@
+"""How a file becomes what a network takes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from torch import Tensor
+
+from metapl.apps.pictures.batches import in_unit_range
+from metapl.apps.pictures.csv_files import csv_rows
+from metapl.apps.pictures.folders import walk
+from metapl.apps.pictures.reader import SUFFIXES, gray_image, read_image
+from metapl.apps.words import tell
+from metapl.errors import MetaplError
+from metapl.runs.fields import Range, check_fields
+from metapl.words import shown
+
+BATCH = 256  # examples in a pass
+LARGEST_SIDE = 4096  # pixels; a batch of larger pictures would not fit into any memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """How a file becomes what a network takes, a tensor (``channels``, ``size``, ``size``) of numbers from 0 to 1.
+
+    Args:
+        kind: a ``picture``; or a ``digit``, bright ink on dark as in scikit-learn's digits, where CSV files are read
+            too, an example a row.
+        channels: 3 for colors, 1 for grey.
+        size: side in pixels that a picture is brought to.
+        center: share of the sides of a picture's largest centered square that is looked at.
+    """
+
+    kind: Literal["picture", "digit"] = "picture"
+    channels: Literal[1, 3] = 3
+    size: Annotated[int, Range(1, most=LARGEST_SIDE)] = 32
+    center: Annotated[float, Range(above=0, most=1)] = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.channels, self.size, self.size
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of the files that are read in a folder."""
+        return (*SUFFIXES, ".csv") if self.kind == "digit" else SUFFIXES
+
+    @property
+    def note(self) -> str:
+        """The same in a sentence."""
+        if self.kind == "digit":
+            return (
+                f"Its input is (B, 1, {self.size}, {self.size}), ink from 0 to 1: scikit-learn's digits, divided by 16."
+            )
+        colors = "grey (0.299 R + 0.587 G + 0.114 B)" if self.channels == 1 else "in colors"
+        middle = "" if self.center == 1 else f"the middle {self.center:.1%} of "
+        return (
+            f"Pictures were {colors}, from 0 to 1: {middle}the largest centered square of each, brought to "
+            f"{self.size}x{self.size} by antialiased bilinear resampling."
+        )
+
+    def read(self, path: Path) -> list[tuple[str, Tensor]]:
+        """The examples in a file: where each stands, and the network's input for it."""
+        if self.kind == "picture":
+            mode: Literal["L", "RGB"] = "L" if self.channels == 1 else "RGB"
+            return [(str(path), in_unit_range(read_image(path, mode=mode, size=self.shape[1:], center=self.center)))]
+        if path.suffix.lower() == ".csv":
+            rows = csv_rows(path, self.size**2, 16)
+            return [(f"{path}:{line}", values.reshape(self.shape) / 16.0) for line, values in rows]
+        image = gray_image(path, self.size)
+        # The digits are bright ink on dark, paper is the other way round.
+        return [(str(path), (1 - image if image.mean() > 0.5 else image)[None])]
+
+
+class Inputs:
+    """The examples in files, and in folders, of which the readable files are taken, but for those to ``leave``.
+
+    ``seen`` and ``skipped`` are of the last pass.
+    """
+
+    def __init__(self, given: Input, paths: Sequence[Path], leave: Sequence[Path] = ()) -> None:
+        self.input, self.seen, self.skipped = given, 0, 0
+        left = {os.path.realpath(file) for file in leave}
+        self.files: list[Path] = []
+        for path in paths:
+            files = [path]
+            if path.is_dir():
+                files = [Path(where) / name for where, _, names in walk(path, self._unlisted) for name in names]
+                files = sorted(file for file in files if file.suffix.lower() in given.suffixes)
+                files = [file for file in files if not left or os.path.realpath(file) not in left]
+                if not files:
+                    expected = ", ".join(given.suffixes)
+                    raise MetaplError(f"there is no file in {path} that can be read; expected {expected}.")
+            self.files += files
+        self._unlisted_folders = self.skipped
+
+    def batches(self) -> Iterator[list[tuple[str, Tensor]]]:
+        """Where each example stands, and the network's input for it."""
+        examples = self._read()
+        while batch := list(itertools.islice(examples, BATCH)):
+            yield batch
+
+    def _read(self) -> Iterator[tuple[str, Tensor]]:
+        self.seen = self.skipped = self._unlisted_folders  # whatever was read before
+        for file in self.files:
+            try:
+                yield from self.input.read(file)
+            except MetaplError as error:
+                self._skip(str(error))
+            else:
+                self.seen += 1
+
+    def _unlisted(self, error: OSError) -> None:
+        self._skip(f"{shown(error.filename)}: {error.strerror}")
+
+    def _skip(self, why: str) -> None:
+        self.seen += 1
+        self.skipped += 1
+        tell(f"metapl: left out {why}", file=sys.stderr)
