@@ -30,9 +30,12 @@ from torch.utils.data import default_collate
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import as_tensors, length
+from metapl.execution.layout import layouts
 from metapl.execution.modules import trainable
 from metapl.execution.numerics import wide
+from metapl.execution.ranks import ALONE, Ranks
 from metapl.execution.rng import RandomState, replayed
+from metapl.execution.shards import gathered, local
 from metapl.feedback import Forward
 from metapl.feedback.hypergradient import hypergradient
 from metapl.feedback.keeping import SHARE, folder_of, free_bytes
@@ -138,7 +141,7 @@ class Attribution:
         names = ("scores", "order", "outer_loss", "student_params")
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         with replacing(Path(file)) as out:
-            torch.save({name: getattr(self, name) for name in names}, out)
+            torch.save(gathered({name: getattr(self, name) for name in names}), out)
 
     def _removed(self, removed: Any) -> Tensor:
         """Which weights are removed, (N,) or (N, T) booleans; numbers as torch takes them for an index."""
@@ -170,7 +173,10 @@ def attribute(
     .. math:: \mathrm{score}_i = -\frac{\partial}{\partial w_i} L(\theta_K(w)) \Big|_{w=1}
 
     Args:
-        student: the network at the start of the training; it stays as it is (``student_params`` has θ_K).
+        student: the network at the start of the training; it stays as it is (``student_params`` has θ_K). In several
+            processes, in ``DistributedDataParallel`` or sharded by ``fully_shard``: every rank is given the same data,
+            takes its share of each batch, and gets all scores. A sharded one's trainings cannot be repeated, for
+            :meth:`Attribution.validate`.
         train: (inputs, labels), tensors or arrays of N rows, or a data set of such pairs by number, whose views are
             always the same.
         outer: (inputs, labels) that the trained network is judged on, or such a data set; one batch. The network runs
@@ -225,10 +231,10 @@ def attribute(
     how: dict[str, Any] = {"optimizer": optimizer, "steps": steps, "batch_size": batch_size, "schedule": schedule}
     how |= {"generator": generator, "problem": problem, "clip_norm": clip_norm, "start": start}
     training = _Training(student, train, outer, **how)
-    problem, whole, order, outer_batch = training.problem, training.whole, training.order, training.outer_batch
+    problem, whole, order, ranks = training.problem, training.whole, training.order, training.layout.ranks
     if each and folder_of(mode.keep_on):
         raise MetaplError(f"keep_on={mode.keep_on!r} is the folder of one path; expected each=False, or None.")
-    if steps >= 100:
+    if steps >= 100 and training.begun is not None:  # a sharded student's training cannot be repeated
         few = min(steps // 10, 50)
         agreement = training.smoothness(0.1, None, few, lambda _: None)[0].agreement
         if agreement < SMOOTH:
@@ -237,8 +243,10 @@ def attribute(
                 "may not say what removals do. Try float32 weights, a lower learning rate, or a larger eps of Adam.",
                 stacklevel=2,
             )
-    ahead = Lookahead(lambda number: training.data[order[number]], steps=steps, schedule=schedule)
-    judging = [_of_example(problem, number) for number in range(training.judges)] if each else [problem]
+    # This rank's rows of them.
+    ahead = Lookahead(lambda number: training.data[ranks.own_rows(order[number])], steps=steps, schedule=schedule)
+    outer_batch = pytree.tree_map_only(Tensor, ranks.own_rows, training.outer_batch)
+    judging = [_of_example(problem, number, ranks) for number in range(training.judges)] if each else [problem]
     given: dict[str, Any] = {"clip_norm": clip_norm, "progress": progress}
     scores, losses = list[Tensor](), list[Tensor]()  # of each outer loss
     at_once = len(judging) if compile else 1
@@ -258,14 +266,16 @@ def attribute(
             eager = hypergradient(None, student, problem=own[0], **given)
             feedback, L, theta, kept = eager.feedback, eager.outer_loss, eager.student_params, eager.kept
         parts = feedback[0].shape[2 if compile and each else 1 :]  # h is (B, ...), or (M, B, ...)
-        found = wide(next(student.parameters()).new_zeros(len(own), len(training.data), *parts))
-        for chosen, h in zip(order.to(device), feedback, strict=True):
+        found = wide(local(next(student.parameters())).new_zeros(len(own), len(training.data), *parts))
+        for chosen, h in zip(map(ranks.own_rows, order.to(device)), feedback, strict=True):
             found.index_add_(1, chosen, h.reshape(len(own), len(chosen), *parts).to(found))
-        scores += found.unbind()
+        scores += ranks.sum(found).unbind()
         losses += L.flatten().unbind()
 
     def losses_with(weights: Tensor) -> Tensor:
-        found = training.repeated(weights, judging)[1]
+        # Every rank trains a copy, on all rows.
+        judges = [_of_example(problem, number) for number in range(training.judges)] if each else [problem]
+        found = training.repeated(weights, judges)[1]
         return found if each else found[0]
 
     by_loss, L = (torch.stack(scores), torch.stack(losses)) if each else (scores[0], losses[0])
@@ -362,6 +372,7 @@ class _Training:
         start: RandomState | None = None,
     ) -> None:
         first = next(student.parameters())
+        _, self.layout, _ = layouts(None, student)
         self.data, judged = _Rows(train, "train", first), _Rows(outer, "outer", first)
         problem, self.whole, self.clip_norm = problem or EQUAL_WEIGHTS, as_one(optimizer, "optimizer"), clip_norm
         # A score is a derivative in weights that are 1.
@@ -375,9 +386,14 @@ class _Training:
         passes = [torch.randperm(rows, generator=draw) for _ in range(-(-steps * batch_size // rows))]
         self.order = torch.cat(passes)[: steps * batch_size].view(steps, batch_size)
         self.judges, self.outer_batch = len(judged), judged[torch.arange(len(judged))]
+        for what, count in {"batch_size": batch_size, "the number of outer examples": self.judges}.items():
+            if count % (shares := self.layout.ranks.size):
+                raise MetaplError(f"{what} is {count}; expected a multiple of {shares}, the ranks that share a batch.")
         # What a hook or a forward has left in a module, such as a weight that weight_norm made, may have a graph.
         left = [t for part in student.modules() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf]
-        self.begun = copy.deepcopy((student, self.whole), {id(t): t.detach() for t in left})
+        self.begun: Any = None  # a sharded network cannot be copied
+        if not self.layout.is_sharded:
+            self.begun = copy.deepcopy((self.layout.network, self.whole), {id(t): t.detach() for t in left})
         self.start = start or RandomState.now(first.device)
         self.options: Sequence[Any] = [[]] * steps
         if schedule is not None:
@@ -410,6 +426,10 @@ class _Training:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The training, or its first ``steps``, with weights of the examples, (N,) or as the problem's, by a plain
         loop: its weights by name, and its outer losses."""
+        if self.begun is None:
+            raise MetaplError(
+                "the student is sharded, and its training is repeated on a copy; expected one that is not."
+            )
         network, again = copy.deepcopy(self.begun)
         weights_of, problem = trainable(network), self.problem
         rule, device = update_of(again, weights_of), self.start.device
@@ -460,12 +480,16 @@ class _Rows:
         return pytree.tree_map_only(Tensor, lambda t: t.to(self.device), tuple(batch))
 
 
-def _of_example(problem: Problem, number: int) -> Problem:
+def _of_example(problem: Problem, number: int, ranks: Ranks = ALONE) -> Problem:
     """The problem as it is judged by one outer example; the network sees them all, so that a batch norm has the
     statistics and dropout the masks of the whole outer loss."""
-    own, row = copy.copy(problem), slice(number, number + 1)
+    own = copy.copy(problem)
 
     def outer_loss(outputs: Tensor, batch: Any) -> Any:
+        at = number - ranks.rank * len(outputs)
+        if not 0 <= at < len(outputs):  # another rank has it
+            return 0 * outputs.sum(), 0.0
+        row = slice(at, at + 1)
         return problem.outer_loss(outputs[row], pytree.tree_map_only(Tensor, lambda t: t[row], batch))
 
     object.__setattr__(own, "outer_loss", outer_loss)

@@ -682,6 +682,42 @@ class Share(list[Any]):
         self.whole = whole
 
 
+def whole_training(layout: str | None, optimizer: str = "sgd", inside: str = "plain", **options: Any) -> dict[str, Any]:
+    """Scores of examples through six steps, and the derivative in the start through three; every rank is given all
+    rows of the first, and its share of the second."""
+    network = networks(inside)[1]
+    student = laid_out(network, layout)
+    inner = OPTIMIZERS[optimizer](student.parameters())
+    torch.manual_seed(3 + (dist.get_rank() if dist.is_initialized() else 0))  # of dropout
+    ((x, y), _), (outer, _), *more = batches(5)
+    before = [whole(t) for t in (*network.parameters(), *network.buffers())]
+    given = {"optimizer": inner, "steps": 6, "batch_size": 8, "mode": metapl.feedback.Forward(keep_every=2)}
+    found = metapl.attribute(student, (x, y), outer, progress=False, **{**given, **options})
+    ahead = metapl.Lookahead([share(labeled) for labeled, _ in more])
+    problem = metapl.problems.EqualWeights()
+    given = {"inner_optimizer": inner, "problem": problem, "wrt": ("teacher", "start"), "accumulate": 3}
+    gradient = metapl.hypergradient(None, student, outer=share(outer), inner=ahead, **given)
+    after = [whole(t) for t in (*network.parameters(), *network.buffers())]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    numbers = {"scores": found.scores, "losses": found.outer_loss, "start_loss": gradient.outer_loss}
+    trees = {"params": found.student_params, "start": gradient.start, "moved": gradient.student_params}
+    return {**numbers, **{f"{kind} {n}": whole(t) for kind, tree in trees.items() for n, t in tree.items()}}
+
+
+def _attributed(**options: Any) -> metapl.Attribution:
+    student = laid_out(networks()[1], "fsdp")
+    (x, y), _ = batches(1)[0]
+    given = {"optimizer": OPTIMIZERS["sgd"](student.parameters()), "steps": 2, "batch_size": 8, "progress": False}
+    return metapl.attribute(student, (x, y), (x, y), **{**given, **options})
+
+
+REFUSED |= {
+    "unequal_rows_of_a_training": lambda: _attributed(batch_size=5),
+    "compiled_training": lambda: _attributed(compile=True),
+    "repeated_training": lambda: _attributed().validate([[0], [1], [2]], progress=False),
+}
+
+
 def fitted(
     layout: str | None, out: str | None = None, mode: str = "forward", ema_decay: float | None = None, **options: Any
 ) -> dict[str, Any]:

@@ -248,6 +248,25 @@ def test_several_steps_ahead(two: Ranks, layout: str, cases: list[dict[str, Any]
     check_path_against_double_backward([own["gradients"][0] for own in found[0]])
 
 
+@pytest.mark.parametrize(
+    ("layout", "optimizer", "each"),
+    [
+        ("fsdp", "sgd", False),
+        ("hsdp", "adamw", False),
+        ("ddp", "sgd", True),
+        pytest.param("shard_checkpoint", "adamw", True, marks=pytest.mark.long),
+        pytest.param("ddp", "adamw", False, marks=pytest.mark.long),
+    ],
+)
+def test_whole_trainings_are_as_in_one_process(four: Ranks, layout: str, optimizer: str, each: bool) -> None:
+    """Scores of all examples on every rank, and derivatives in the start; of widths that four do not divide."""
+    expected = sharded_cases.whole_training(None, optimizer, each=each)
+    for own in four.run("whole_training", layout=layout, optimizer=optimizer, each=each):
+        assert own.keys() == expected.keys()
+        for name, t in expected.items():
+            assert float((own[name] - t).norm()) <= 1e-12 * float(t.norm()), name
+
+
 def check_path_against_double_backward(found: list[dict[str, Any]]) -> None:
     """The gradient through three steps of SGD with momentum, by a loop that uses nothing of metapl."""
     teacher, student = sharded_cases.networks()
