@@ -168,7 +168,7 @@ class LocalStudent:
 
     def along(self, params: Tree, w: Tree, random: RandomState, state: State) -> AbstractContextManager[None]:
         """As :meth:`at`, with dual numbers for weights, whose tangent is w."""
-        duals = {name: forward_ad.make_dual(p.clone(), w[name]) for name, p in params.items() if name in w}
+        duals = {name: forward_ad.make_dual(p.clone(), w[name].to_dense()) for name, p in params.items() if name in w}
         return self.at(duals, random, state)
 
     def whole(self, parts: Tree) -> Tree:

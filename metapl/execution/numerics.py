@@ -66,7 +66,7 @@ class Space:
         if a.keys() != b.keys():
             a = {name: t for name, t in a.items() if name in b}
         terms = torch._foreach_mul(wide_list(map(as_real, a.values())), wide_list(map(as_real, map(b.__getitem__, a))))
-        return torch.cat([*map(Tensor.flatten, terms)])
+        return torch.cat([t.to_dense().flatten() for t in terms])  # gradients of embeddings may be sparse
 
     def count(self, a: Tree) -> int:
         return sum(t.numel() for t in a.values())

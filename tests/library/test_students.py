@@ -482,6 +482,21 @@ def test_a_teacher_may_have_sparse_gradients() -> None:
     assert error(*ends) < 1e-6
 
 
+def test_over_several_steps_a_student_may_have_sparse_gradients() -> None:
+    ids = torch.randint(0, 10, (9,), generator=torch.Generator().manual_seed(0))
+    ends = []
+    for mode, sparse in (("forward", True), ("unrolled", True), ("unrolled", False)):
+        torch.manual_seed(0)
+        teacher = nn.Sequential(nn.Embedding(10, 3)).double()
+        student = nn.Sequential(nn.Embedding(10, 4, sparse=sparse), nn.Tanh(), nn.Linear(4, 3)).double()
+        inner = torch.optim.SGD(student.parameters(), lr=0.1)
+        trainer = metapl.BilevelTrainer(teacher, student, mode, lookahead=3, inner_optimizer=inner)
+        trainer.step((ids[:5], torch.arange(5) % 3), Lookahead([ids[5:]] * 3))
+        ends.append(values(teacher))
+    assert error(ends[0], ends[2]) < 1e-12
+    assert error(ends[1], ends[2]) < 1e-12
+
+
 def test_a_step_takes_gradients_within_no_grad_too() -> None:
     ends = []
     for context in (torch.no_grad(), torch.enable_grad()):
