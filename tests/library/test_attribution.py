@@ -396,7 +396,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"schedule": torch.optim.lr_scheduler.StepLR(torch.optim.SGD(nn.Linear(2, 2).parameters()), 1)},
         "schedule is of another optimizer",
     ),
-    "a rate that diverges": ({"schedule": lambda k: 1e308, "steps": 9}, r"NaN or infinite before step \d"),
+    "a rate that diverges": ({"schedule": lambda k: 1e308, "steps": 9}, r"NaN or infinite in step \d"),
 }
 
 IN_TORCHS_WORDS: dict[str, type[Exception]] = {
