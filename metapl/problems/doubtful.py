@@ -274,12 +274,12 @@ class NoiseTransition(Classification):
 
 
 class Table(nn.Module):
-    """Learned numbers, at first ``initial`` (n, ...): the rows of the given indices, or all rows without an argument.
+    """Learned numbers, at first ``initial`` (n, ...): the rows of indices of any shape, or all without an argument.
 
     Raises: :class:`metapl.MetaplError` for indices outside 0..n − 1.
 
-    >>> Table(torch.zeros(5, 3))(torch.tensor([4, 0])).shape, Table(torch.zeros(5))().shape
-    (torch.Size([2, 3]), torch.Size([5]))
+    >>> Table(torch.zeros(5, 3))(torch.tensor([[4, 0]])).shape, Table(torch.zeros(5))().shape
+    (torch.Size([1, 2, 3]), torch.Size([5]))
     """
 
     def __init__(self, initial: Tensor) -> None:
@@ -288,9 +288,10 @@ class Table(nn.Module):
 
     def forward(self, index: Tensor | None = None) -> Tensor:
         rows = len(self.values)
-        if index is not None:
-            index = checks.class_labels(index, rows, "the indices of Table", f"it has {rows:,} rows")
-        return self.values if index is None else self.values[index]
+        if index is None:
+            return self.values
+        known = checks.class_labels(index.flatten(), rows, "the indices of Table", f"it has {rows:,} rows")
+        return self.values[known.view(index.shape)]
 
 
 class WeightNet(nn.Module):
