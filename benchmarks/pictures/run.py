@@ -94,8 +94,8 @@ def labeled_by(place: Path, problem: Problem, seed: int) -> Row:
     share that would have to be called otherwise for the classes' frequencies to be right; foreign pictures aside."""
     from metapl.apps.experiments.experiment import evaluated
     from metapl.apps.experiments.folder import stored
+    from metapl.apps.experiments.run import EndedRun
     from metapl.apps.pictures import EvaluationBatches
-    from metapl.apps.run import EndedRun
 
     trained = EndedRun.load(place / "run")
     network = trained.network("teacher" if "teacher" in trained.networks else "student")

@@ -25,7 +25,7 @@ from metapl.errors import MetaplError
 def test_an_image_of_any_kind_gives_the_same_input(kind: str, tmp_path: Path) -> None:
     file = tmp_path / ("digit.tif" if kind == "print" else "digit.png")
     picture(kind).save(file)
-    ((name, found),) = Digits().read(file)
+    ((name, found),) = Digits().input.read(file)
     assert name == str(file)
     torch.testing.assert_close(found, torch.tensor(load_digits().images[5:6] / 16).float(), atol=0.003, rtol=0)
 
@@ -76,8 +76,8 @@ def test_the_threads_of_a_job_do_not_depend_on_how_many_run(tmp_path: Path, monk
     monkeypatch.setattr(compare, "run_all", stop)
     for jobs in (None, 2):
         with pytest.raises(KeyboardInterrupt):
-            compare.run_jobs(Digits(), tmp_path, ("mpl", "none", "uda"), (0, 1), resume=False, jobs=jobs, sized={})
+            compare.run_jobs(Digits(), tmp_path, ("mpl", "none", "uda"), (0, 1), resume=False, jobs=jobs)
     monkeypatch.setattr(Digits, "torch_device", lambda self: torch.device("cuda"))
     with pytest.raises(KeyboardInterrupt):
-        compare.run_jobs(Digits(), tmp_path, ("mpl", "none"), (0, 1), resume=False, jobs=None, sized={})
+        compare.run_jobs(Digits(), tmp_path, ("mpl", "none"), (0, 1), resume=False, jobs=None)
     assert seen == [(6, {1}), (2, {1}), (1, {8})]

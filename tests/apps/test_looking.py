@@ -195,7 +195,7 @@ def test_the_normalization_has_as_many_channels_as_the_pictures(
     channels = 1 if found.grey else 3
     assert found.grey == (kind == "grey" if grey is None else grey)
     assert len(found.normalization()[0]) == len(found.normalization()[1]) == channels
-    pictures = torch.stack([x for file in sorted(root.rglob("*.png")) for _, x in found.read(file)])
+    pictures = torch.stack([x for file in sorted(root.rglob("*.png")) for _, x in found.input.read(file)])
     network = found.network()
     shown = []
     network.module.register_forward_pre_hook(lambda module, given: shown.append(given[0]))

@@ -12,8 +12,8 @@ from tiny_runs import NOISY_STUDENT, built_once, trained
 
 from metapl.apps.experiments.folder import RunFolder, stored
 from metapl.apps.experiments.rounds import FOLDER, LABELS, SELECTED
+from metapl.apps.experiments.run import EndedRun
 from metapl.apps.labels import LabelStore
-from metapl.apps.run import EndedRun
 from metapl.training.resuming import digest
 
 

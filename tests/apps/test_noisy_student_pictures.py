@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny_runs import IMAGES, color_run
 
 from metapl.apps.commands import main
-from metapl.apps.run import EndedRun
+from metapl.apps.experiments.run import EndedRun
 from metapl.training.loss_trainer import LossTrainer
 
 NOISY = ("--rounds", "2", "--ratio", "2", "--threshold", "0", "--label-smoothing", "0.1")

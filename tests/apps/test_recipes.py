@@ -53,6 +53,7 @@ def test_a_run_leaves_behind_what_it_says(tmp_path: Path) -> None:
         "teacher.safetensors",
         "report.html",
         "report.png",
+        "network.json",
         "result.json",
     }
     assert stored_result(RunFolder(tmp_path)) == result
@@ -190,7 +191,7 @@ def test_a_folder_of_another_format_or_recipe_is_refused(tmp_path: Path) -> None
         claim("none", resume=True)
     claim("mpl", resume=True)
     folder.write_json("recipe.json", read(tmp_path, "recipe.json") | {"format": 99})
-    with pytest.raises(MetaplError, match=r"written in run format 99; this metapl .* reads format 3"):
+    with pytest.raises(MetaplError, match=r"written in run format 99; this metapl .* reads format 4"):
         folder.recipe()
     with pytest.raises(MetaplError, match=r"result\.json is missing in .*not a run folder"):
         folder.read_json("result.json")

@@ -38,6 +38,7 @@ IN_A_STEP = (
 ALLOWED = {
     ("execution/rng", "branch"),
     ("execution/rng", "same"),
+    ("updates/torch_optim", "options_by_step"),  # of a look-ahead, once
 }
 """Functions that read states which lie on the host."""
 

@@ -13,9 +13,9 @@ import tyro
 from metapl.apps.commands.parse import Command, unset
 from metapl.apps.experiments.accuracies import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison, spread, where_one_network
 from metapl.apps.experiments.folder import RunFolder, flat, results_within, stored, stored_data
+from metapl.apps.experiments.run import EndedRun
 from metapl.apps.recipes import ImageFolders, Recipe
 from metapl.apps.recipes.base import as_dict
-from metapl.apps.run import EndedRun
 from metapl.apps.words import table, tell, wrapped
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation, paired_test

@@ -15,8 +15,8 @@ from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from metapl.apps.experiments.folder import weights_file
 from metapl.apps.experiments.held_out import HeldOut
 from metapl.apps.experiments.labeling import refuse_infinite
+from metapl.apps.experiments.run import EndedRun
 from metapl.apps.machine.progress import counting
-from metapl.apps.run import EndedRun
 from metapl.apps.words import WIDTH, short, table, tell
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits

@@ -16,12 +16,12 @@ from metapl.apps.commands.inputs import Factory, Network, counted
 from metapl.apps.commands.parse import Command, Run, Switch, unset
 from metapl.apps.experiments.folder import weights_file
 from metapl.apps.experiments.labeling import BATCH, provenance, rows_per_part, to_label, write_labels
+from metapl.apps.experiments.run import EndedRun
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels.queries import BINS, Statistics, select, statistics
 from metapl.apps.machine.progress import counting
 from metapl.apps.machine.sealed import sha256_of, write_whole
 from metapl.apps.recipes.settings import MOST_IN_A_BATCH
-from metapl.apps.run import EndedRun
 from metapl.apps.words import short, table, tell
 from metapl.errors import MetaplError, few
 from metapl.runs.fields import Range

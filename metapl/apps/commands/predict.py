@@ -17,9 +17,9 @@ from torch import nn
 from metapl.apps.commands.inputs import Factory, Network, check_file, counted
 from metapl.apps.commands.parse import Command, File, Run, Switch, unset
 from metapl.apps.experiments.labeling import refuse_infinite
+from metapl.apps.experiments.run import EndedRun
 from metapl.apps.pictures.csv_files import CsvRows, written_csv
 from metapl.apps.pictures.input import Inputs
-from metapl.apps.run import EndedRun
 from metapl.apps.words import tell
 from metapl.errors import MetaplError
 from metapl.metrics.predictions import logits_of

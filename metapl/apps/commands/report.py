@@ -11,10 +11,10 @@ from metapl.apps.commands.listing import state_of
 from metapl.apps.commands.parse import Command, Run, unset
 from metapl.apps.experiments.folder import RunFolder, described
 from metapl.apps.experiments.page import PAGE, html_of, made, page_of
+from metapl.apps.experiments.run import EndedRun
 from metapl.apps.machine.sealed import read_plain, write_whole
 from metapl.apps.recipes.methods import title
 from metapl.apps.reports import web
-from metapl.apps.run import EndedRun
 from metapl.apps.words import tell
 from metapl.errors import MetaplError
 from metapl.runs.rows import Metrics

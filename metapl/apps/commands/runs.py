@@ -13,10 +13,10 @@ from metapl.apps.experiments.folder import (
     counts_of,
     stored_data,
 )
+from metapl.apps.experiments.run import EndedRun
 from metapl.apps.export import export
 from metapl.apps.export.network import can_run_onnx, require_onnx
 from metapl.apps.recipes.methods import title
-from metapl.apps.run import EndedRun
 from metapl.apps.words import tell
 from metapl.metrics import Evaluation
 

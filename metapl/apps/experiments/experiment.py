@@ -21,16 +21,16 @@ from metapl.apps.experiments.folder import RunFolder, describe, describe_network
 from metapl.apps.experiments.labeling import label_by, labels_given
 from metapl.apps.experiments.page import Mistakes, last_fit, mistakes, write_page
 from metapl.apps.experiments.rounds import Rounds
+from metapl.apps.experiments.run import EndedRun
 from metapl.apps.machine.sealed import sha256_of
-from metapl.apps.networks.card import NetworkCard
 from metapl.apps.networks.products import products_of
+from metapl.apps.pictures.card import NetworkCard
 from metapl.apps.pictures.store import record_files, replaced_files
 from metapl.apps.recipes.base import ROLES, SELECTED_ON, Chosen, Recipe, Run, Stored, Task, as_dict
 from metapl.apps.recipes.methods import EVERY_METHOD, title, titled
 from metapl.apps.recipes.methods.noisy_student import finetuned_larger, networks_of
 from metapl.apps.recipes.settings import SelfTraining
 from metapl.apps.reports.picture import draw_report
-from metapl.apps.run import EndedRun
 from metapl.distributed.mesh import Mesh, shard
 from metapl.errors import MetaplError
 from metapl.execution.ranks import ALONE, Ranks

@@ -35,7 +35,7 @@ from metapl.apps.machine.environment import environment
 from metapl.apps.machine.misfit import misfit, misfit_entries
 from metapl.apps.machine.ownership import LOCK, owned
 from metapl.apps.machine.sealed import is_there, read_json, read_sealed, remove_temporary, write_whole
-from metapl.apps.networks.card import NetworkCard
+from metapl.apps.pictures.card import NetworkCard
 from metapl.apps.recipes import RECIPES, ImageFolders
 from metapl.apps.recipes.base import Recipe, as_dict, recipe_from_dict
 from metapl.apps.recipes.methods import EVERY_METHOD

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from metapl.apps.experiments.run import EndedRun
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels.files import DIGEST_BYTES, PAGE_ROWS
 from metapl.apps.labels.store import is_text
@@ -28,7 +29,6 @@ from metapl.apps.pictures.input import Input
 from metapl.apps.pictures.store import FileImages, Images, MemoryImages
 from metapl.apps.recipes import Recipe
 from metapl.apps.recipes.base import Stored, Task
-from metapl.apps.run import EndedRun
 from metapl.data.feed import feed
 from metapl.data.steps import StepBatches
 from metapl.errors import MetaplError, few

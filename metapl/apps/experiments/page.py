@@ -24,11 +24,11 @@ from metapl.apps.experiments.folder import (
     stored_data,
 )
 from metapl.apps.experiments.held_out import HeldOut
+from metapl.apps.experiments.run import EndedRun
 from metapl.apps.experiments.suspects import suspects_shown
 from metapl.apps.machine.sealed import write_whole
 from metapl.apps.recipes.methods import EVERY_METHOD, called_network, title
 from metapl.apps.reports import web
-from metapl.apps.run import EndedRun
 from metapl.apps.words import short, tell
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, predict_logits

@@ -15,13 +15,13 @@ from metapl.apps.experiments.accuracies import Comparison, seeds_in_words, with_
 from metapl.apps.experiments.folder import NETWORK, WEIGHTS, RunFolder, describe
 from metapl.apps.experiments.jobs import Job, aloud, run_all
 from metapl.apps.experiments.page import mean_curves, write_page
+from metapl.apps.experiments.run import EndedRun
 from metapl.apps.experiments.suspects import SUSPECTS
 from metapl.apps.machine.cores import available_cores, default_threads
 from metapl.apps.machine.progress import duration
 from metapl.apps.recipes.base import FIT_OPTIONS, Recipe, Task, rehearse
 from metapl.apps.recipes.methods import called_network
 from metapl.apps.reports.picture import draw_report
-from metapl.apps.run import EndedRun
 from metapl.metrics import Evaluation
 from metapl.training import FitOptions, FitResult, Trainer
 

@@ -14,7 +14,7 @@ import tyro
 from torch import Tensor, nn
 
 from metapl.apps.machine.misfit import from_dict, hints_of
-from metapl.apps.networks.card import NetworkCard
+from metapl.apps.pictures.card import NetworkCard
 from metapl.apps.pictures.input import Input
 from metapl.apps.recipes.settings import Batch, Optimizer, SelfTraining, Share, Softness, SomeSteps, Steps
 from metapl.errors import MetaplError

@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from metapl.apps.networks.card import NetworkCard
 from metapl.apps.pictures import Identity, LabeledBatches, ShiftNoiseCutout, UnlabeledBatches, load_digits_split
+from metapl.apps.pictures.card import NetworkCard
 from metapl.apps.pictures.folders import hashes
 from metapl.apps.pictures.input import Input
 from metapl.apps.recipes.base import Recipe, Role, Task

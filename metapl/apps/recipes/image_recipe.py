@@ -13,8 +13,8 @@ import tyro
 from torch import Tensor, nn
 
 from metapl.apps import networks
-from metapl.apps.networks.card import NetworkCard
 from metapl.apps.pictures.batches import EvaluationBatches, LabeledBatches, UnlabeledBatches
+from metapl.apps.pictures.card import NetworkCard
 from metapl.apps.pictures.input import LARGEST_SIDE, Input
 from metapl.apps.pictures.store import Images
 from metapl.apps.pictures.views.base import Chain, Identity, View

@@ -26,7 +26,7 @@ from metapl.apps.experiments.folder import (
     stored_result,
 )
 from metapl.apps.machine.misfit import from_dict
-from metapl.apps.networks.card import NetworkCard
+from metapl.apps.pictures.card import NetworkCard
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation
 
