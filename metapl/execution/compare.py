@@ -52,6 +52,9 @@ BY_DIFFERENCE = {
     torch.bfloat16: Tolerance(0.1, 0.5),
 }
 
+ROUNDINGS = 10.0
+"""A bound on the rounding error of ⟨g, w⟩ relative to ‖g‖‖w‖, in units of the machine epsilon; measured: up to 0.7."""
+
 CAUSES = (
     "random numbers that are not of torch's default generators, state outside of buffers, torch.no_grad() or detach() "
     "on a part of the forward, a hook or an autograd.Function that changes gradients (docs/contract.md; "

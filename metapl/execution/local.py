@@ -147,7 +147,8 @@ class LocalStudent:
         return leaves
 
     def over_ranks(self, tree: Tree) -> Tree:
-        """The mean over the ranks of trees of whole weights; of a sharded student, this process's parts of it."""
+        """The mean over the ranks of second derivatives, which each has of its own rows; those of a sharded student are
+        sums over the ranks already."""
         return self.ranks.mean_tree(tree, self.params)
 
     def held_at(self, params: Tree) -> list[Slot]:
@@ -170,10 +171,6 @@ class LocalStudent:
         """As :meth:`at`, with dual numbers for weights, whose tangent is w."""
         duals = {name: forward_ad.make_dual(p.clone(), w[name].to_dense()) for name, p in params.items() if name in w}
         return self.at(duals, random, state)
-
-    def whole(self, parts: Tree) -> Tree:
-        """What this process holds the parts of, gathered."""
-        return parts
 
 
 class Pass:
@@ -289,8 +286,8 @@ class Pass:
         same_outputs(again, first, EXACTLY[self.rounded_to].outputs, ranks=self.student.ranks)
         return outputs
 
-    def _whole_replay(self, inputs: Any) -> AbstractContextManager[tuple[Tree, Tensor]]:
-        """:meth:`_replay` with a graph of second derivatives, for which the leaves are whole."""
+    def _replay_twice(self, inputs: Any) -> AbstractContextManager[tuple[Tree, Tensor]]:
+        """:meth:`_replay` that can be differentiated twice; of a sharded student, in this process's parts."""
         return self._replay(inputs)
 
     def tangent(self, w: Tree) -> Tensor:
@@ -337,7 +334,7 @@ class Pass:
         By double backward: a forward pass and a backward pass with a graph, which stays for the block, and one through
         both for every w, the last of which may ``free`` it.
         """
-        replayed = self._whole_replay(self.inputs if inputs is None else inputs)
+        replayed = self._replay_twice(self.inputs if inputs is None else inputs)
         with no_fast_path(math=True), replayed as (at, outputs):
             tensors = torch.autograd.grad(loss(outputs, at), [*at.values()], create_graph=True, allow_unused=True)
             g = {name: t for name, t in zip(at, tensors, strict=True) if t is not None}
@@ -348,7 +345,7 @@ class Pass:
     ) -> tuple[Tree, list[Tensor | None]]:
         """Of :meth:`hessian`, for one w. Not ``curved``: in the leaves alone."""
         with self.hessian(loss, leaves, inputs) as product:
-            return product(self.student.whole(w), free=True, curved=curved)
+            return product(w, free=True, curved=curved)
 
     def ran_in_full_precision(self) -> bool:
         """Whether it computed in float32 or wider throughout, as far as weights and settings tell."""

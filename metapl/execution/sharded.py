@@ -12,13 +12,14 @@ would be silently wrong here and are kept in this file:
 - forward mode has no rules for collectives, so a pass along w is taken block by block: where a block has gathered its
   weights, w is gathered too, and the weights are replaced by dual numbers until the block has run;
 - a block gives up its weights after each backward pass, and a second one through it would read what is left of them. So
-  second derivatives are taken of the network with whole weights in the places of its parts, and without the hooks.
+  second derivatives are taken without the hooks, of blocks that gather their weights as operations of autograd.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,11 +28,12 @@ from torch.autograd import forward_ad
 
 from metapl.errors import MetaplError
 from metapl.execution.layout import Layout
-from metapl.execution.local import NOTHING, LocalStudent, Pass
+from metapl.execution.local import NOTHING, LocalStudent, Pass, as_leaves
 from metapl.execution.modules import named_parts
 from metapl.execution.numerics import HALF, Tree
+from metapl.execution.recomputed import recomputed
 from metapl.execution.rng import RandomState
-from metapl.execution.shards import as_sharded, is_sharded, laid_out_like, local, whole
+from metapl.execution.shards import as_sharded, is_sharded, local, whole, whole_together
 from metapl.execution.state import Slot, Slots, State, replay, stand_in, swapped
 
 
@@ -98,33 +100,57 @@ class ShardedStudent(LocalStudent):
         """No slot: other weights are written into the parameters."""
         return []
 
-    def whole(self, parts: Tree) -> Tree:
-        return {name: whole(as_sharded(t, self.parameters[name])) for name, t in parts.items()}
-
     def over_ranks(self, tree: Tree) -> Tree:
-        mean = self.ranks.mean_tree(tree, tree)
-        return {name: local(laid_out_like(t, self.parameters[name])) for name, t in mean.items()}
+        return {name: t / self.ranks.size for name, t in tree.items()}  # sums over the ranks
 
     @contextmanager
-    def whole_at(self, params: Tree) -> Iterator[None]:
-        """In this block, the network has these whole weights; no block gathers or frees any, or is run again."""
+    def in_blocks(self, params: Tree) -> Iterator[None]:
+        """In this block of code, the network has these parts of its weights, in a graph: a block gathers its own while
+        it runs, and again in each backward pass; the root's stay gathered."""
         self.layout.reshard()
-        frozen = {p: whole(p) for _, _, p in self.slots.parameters if is_sharded(p) and not p.requires_grad}
-        held = [(table, name, frozen[p]) for table, name, p in self.slots.parameters if p in frozen]
-        parts = [part for _, part in named_parts(self.module)]
-        hooks = [(table, dict(table)) for part in parts for table in (part._forward_pre_hooks, part._forward_hooks)]
-        for table, own in hooks:
-            for number, hook in own.items():
+        names = {id(p): name for name, p in self.parameters.items()}
+        around: dict[int, Any] = {}  # the outermost block that holds a table of parameters
+        for block in self.layout.blocks:  # as a pass would come to them
+            for part in block.modules() if block is not self.module else ():
+                around.setdefault(id(part._parameters), block)
+        slots: dict[Any, list[Slot]] = {}
+        for slot in self.slots.parameters:
+            if is_sharded(slot[2]):
+                slots.setdefault(around.get(id(slot[0])), []).append(slot)
+        hooks = [
+            (t, dict(t)) for _, part in named_parts(self.module) for t in (part._forward_pre_hooks, part._forward_hooks)
+        ]
+        forwards = [(block, vars(block).get("forward")) for block in slots if block is not None]
+
+        def holding(own: list[Slot], learned: Sequence[Tensor]) -> AbstractContextManager[None]:
+            """These places with the weights of which the learned ones have such parts."""
+            likes, rest = {id(p): p for _, _, p in own}, iter(learned)  # tied weights once
+            parts = [next(rest) if key in names else local(p) for key, p in likes.items()]
+            found = dict(zip(likes, whole_together(parts, [*likes.values()]), strict=True))
+            return swapped([(table, name, found[id(p)]) for table, name, p in own])
+
+        def parts_of(own: list[Slot]) -> list[Tensor]:
+            return [params[names[key]] for key in dict.fromkeys(id(p) for _, _, p in own) if key in names]
+
+        for table, before in hooks:
+            for number, hook in before.items():
                 # Of fully_shard, or of checkpoint for it, whose passes are run again once alone.
                 if str(getattr(hook, "__module__", "")).startswith("torch.distributed."):
                     del table[number]
         try:
-            with swapped([*super().held_at(params), *held]):
+            for block, _ in forwards:
+                own = slots[block]
+                block.forward = recomputed(block, block.forward, self.device, parts_of(own), partial(holding, own))
+            with holding(root, parts_of(root)) if (root := slots.get(None, [])) else NOTHING:
                 yield
         finally:
-            for table, own in hooks:
+            for block, forward in forwards:
+                del block.forward
+                if forward is not None:
+                    block.forward = forward
+            for table, before in hooks:
                 table.clear()
-                table.update(own)
+                table.update(before)
 
     def _write(self, params: Mapping[str, Tensor]) -> None:
         self.layout.reshard()
@@ -204,9 +230,9 @@ class ShardedPass(Pass):
             raise
 
     @contextmanager
-    def _whole_replay(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
-        at = {name: t.requires_grad_() for name, t in self.student.whole(self.params).items()}
-        with replay(self._before, self._state), self.student.whole_at(at):
+    def _replay_twice(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
+        at = as_leaves(self.params)
+        with replay(self._before, self._state), self.student.in_blocks(at):
             yield at, self._same_outputs(self.student.forward(inputs))
 
 

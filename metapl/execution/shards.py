@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from metapl.execution.numerics import Space, Tree, wide
@@ -39,6 +40,34 @@ def as_sharded(part: Tensor, like: Any) -> Tensor:
 def whole(t: Any) -> Any:
     """All of a DTensor, gathered from the processes that hold its parts; anything else as it is."""
     return t.full_tensor() if is_sharded(t) else t
+
+
+def whole_together(parts: Sequence[Tensor], likes: Sequence[Any]) -> list[Tensor]:
+    """The whole tensors of which these are this process's parts, laid out like ``likes`` over one mesh: in one exchange
+    for each type of number, which can be differentiated twice. A cotangent is the sum of those of all processes."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    found: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(t.dtype for t in parts):
+        numbers = [i for i, t in enumerate(parts) if t.dtype == dtype]
+        mesh, placements = likes[numbers[0]].device_mesh, likes[numbers[0]].placements
+        shards, over = mesh.shape[-1], [Replicate()] * mesh.ndim
+        pieces, shapes = list[Tensor](), list[tuple[int, int, Any]]()
+        for i in numbers:
+            dim = likes[i].placements[-1].dim
+            rows = parts[i].movedim(dim, 0)
+            most = -(-likes[i].shape[dim] // shards)  # the last processes may hold less, or nothing
+            rest = [n for at, n in enumerate(likes[i].shape) if at != dim]  # an empty part may have lost its own
+            # Not by cat, whose backward pass drops the graph of an empty part, and with it the exchange.
+            pieces.append(F.pad(rows.flatten(), (0, most * math.prod(rest) - rows.numel())))
+            shapes.append((dim, most, rest))
+        flat = DTensor.from_local(torch.cat(pieces), mesh, [*placements[:-1], Shard(0)], run_check=False)
+        every = flat.redistribute(placements=over).to_local(grad_placements=[Partial()] * mesh.ndim).view(shards, -1)
+        sizes = [most * math.prod(rest) for _, most, rest in shapes]
+        for i, (dim, most, rest), piece in zip(numbers, shapes, every.split(sizes, 1), strict=True):
+            rows = piece.reshape(shards * most, *rest)[: likes[i].shape[dim]]
+            found[i] = rows.movedim(0, dim).contiguous()
+    return [found[i] for i in range(len(parts))]
 
 
 def gathered(tree: Any) -> Any:

@@ -21,15 +21,11 @@ from torch.nn import functional as F
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, same_slopes
+from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, ROUNDINGS, same_slopes
 from metapl.execution.local import as_leaves, mean_of
 from metapl.execution.numerics import Tree
 from metapl.feedback.inner_step import InnerLoss, InnerStep
 from metapl.problems.base import Signal, field_of
-
-ROUNDINGS = 10.0
-"""A bound on the rounding error of ⟨g, w⟩ relative to ‖g‖‖w‖, in units of the machine epsilon; measured: up to 0.7."""
-
 
 Credited = Literal["signal", "example"]
 """What gets numbers of its own: each entry of the signal, or each example."""

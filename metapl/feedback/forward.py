@@ -74,8 +74,8 @@ class Forward(Estimator):
     are found together: 1.1 to 1.4 times what ``unrolled`` costs, in the memory of one student step, of K sets of
     weights, gradients and optimizer states (see ``keep_every``), and of the teacher's K graphs (``recompute_teacher``).
     A signal that enters the student's input costs a double backward pass in every step, the first too. Of a sharded
-    student, each double backward pass takes the weights whole in every process, for one step at a time; what is kept of
-    the steps stays in parts.
+    student, each double backward pass gathers the weights of one block at a time and runs it four times; what is kept
+    of the steps stays in parts.
     Bias: none for soft signals. For hard labels θ′ of the sampled labels stands in for that of their mean: O(η²) for
     updates affine in g (the SGD family), where θ′ is right in the mean; for others it stays as η falls (B = 2, relative
     norm: 0.26 under a warmed Adam, 0.82 under an active clip).

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import joined, micro_batches
+from metapl.execution.compare import EXACTLY, ROUNDINGS, same_slopes
 from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, mean_of
 from metapl.execution.numerics import Space, Tree, mean_tree, wide
 from metapl.problems.base import Problem, Signal, has_rows
@@ -273,7 +274,24 @@ class InnerStep:
     ) -> tuple[Tree, dict[str, Tensor | None]]:
         """The derivatives of ⟨g, w⟩: (∂²ℓ/∂θ²) w, if ``curved``, and that in fields of the signal, at the given values;
         None of a field that the inner loss does not depend on."""
-        found = [part.second_derivatives(w, *given, curved=curved) for part, *given in self.with_leaves(fields)]
+        found, slopes = list[tuple[Tree, list[Tensor | None]]](), list[Tensor]()
+        for part, loss, leaves, inputs in self.with_leaves(fields):
+            if self.student.readable:
+                found.append(part.second_derivatives(w, loss, leaves, inputs, curved=curved))
+                continue
+            # Blocks of a sharded student are run apart: ⟨g, w⟩, the derivative in a factor of the loss, tells whether
+            # anything reaches them past their arguments.
+            factor = torch.ones_like(self.inner_loss, requires_grad=True)
+            scaled = partial(_times, factor, loss)
+            product, (*in_leaves, slope) = part.second_derivatives(w, scaled, [*leaves, factor], inputs, curved=curved)
+            found.append((product, in_leaves))
+            slopes += [] if slope is None else [slope]
+        if slopes:
+            by_gradient, spread = self.space.slope(self.gradient, w)
+            tolerance = EXACTLY[self.passes[0].rounded_to].slope
+            eps = torch.finfo(self.shifted_dtype).eps
+            rounding = ROUNDINGS * eps * self.space.norm(self.gradient) * self.space.norm(w)
+            same_slopes(self.student.ranks.mean(mean_of(slopes)), by_gradient, spread, tolerance, rounding)
         hessian = self.student.over_ranks(mean_tree([product for product, _ in found])) if curved else {}
         return hessian, self.in_signal(fields, [in_leaves for _, in_leaves in found])
 
@@ -299,6 +317,10 @@ class InnerStep:
     @property
     def batches(self) -> list[Any]:
         return micro_batches(self.batch, len(self.passes), "unlabeled")
+
+
+def _times(factor: Tensor, loss: Loss, outputs: Tensor, params: Tree) -> Tensor:
+    return factor * loss(outputs, params)
 
 
 def _double(trees: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -704,6 +705,55 @@ def whole_training(layout: str | None, optimizer: str = "sgd", inside: str = "pl
     return {**numbers, **{f"{kind} {n}": whole(t) for kind, tree in trees.items() for n, t in tree.items()}}
 
 
+def gathered_at_once() -> dict[str, Any]:
+    """How many weights of which blocks a process holds whole at once in the second derivatives of a step."""
+    alive: list[tuple[int, Any]] = []  # numbers of weights, and whether they are still there
+    most = 0
+    real = sharded.whole_together
+
+    def spied(parts: Any, likes: Any) -> list[Tensor]:
+        nonlocal most
+        found = real(parts, likes)
+        alive.extend((t.numel(), weakref.ref(t)) for t in found)
+        most = max(most, sum(count for count, there in alive if there() is not None))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharded, "whole_together", spied)
+        whole_training("fsdp")
+    student = networks()[1]
+    block, every = (sum(p.numel() for p in part.parameters()) for part in (student.blocks[0], student))
+    return {"most": most, "block": block, "root": every - 2 * block}
+
+
+class Aside(Block):
+    """A block that is handed a tensor past its arguments."""
+
+    aside: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.aside
+
+
+class PastArguments(Network):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            block.aside = x.tanh()
+            x = block(x)
+        return self.head(x)
+
+
+def _past_arguments() -> None:
+    torch.manual_seed(0)
+    student = PastArguments(2).double()
+    student.blocks = nn.ModuleList(Aside(5, nn.Identity()).double() for _ in range(2))
+    student = laid_out(student, "fsdp")
+    (x, y), _ = batches(1)[0]
+    inner = OPTIMIZERS["sgd"](student.parameters())
+    metapl.attribute(student, (x, y), (x, y), optimizer=inner, steps=2, batch_size=8, progress=False)
+
+
 def _attributed(**options: Any) -> metapl.Attribution:
     student = laid_out(networks()[1], "fsdp")
     (x, y), _ = batches(1)[0]
@@ -712,6 +762,7 @@ def _attributed(**options: Any) -> metapl.Attribution:
 
 
 REFUSED |= {
+    "past_arguments": _past_arguments,
     "unequal_rows_of_a_training": lambda: _attributed(batch_size=5),
     "compiled_training": lambda: _attributed(compile=True),
     "repeated_training": lambda: _attributed().validate([[0], [1], [2]], progress=False),

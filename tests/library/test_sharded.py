@@ -267,6 +267,19 @@ def test_whole_trainings_are_as_in_one_process(four: Ranks, layout: str, optimiz
             assert float((own[name] - t).norm()) <= 1e-12 * float(t.norm()), name
 
 
+@pytest.mark.parametrize("inside", ["dropout", "norm"])
+def test_blocks_that_run_again_have_their_masks_and_statistics(two: Ranks, inside: str) -> None:
+    """As replicas have, whose blocks do not."""
+    found, expected = (two.run("whole_training", layout=layout, inside=inside) for layout in ("fsdp", "ddp"))
+    for own, other in zip(found, expected, strict=True):
+        assert all(error({"": own[name]}, {"": t}) < 1e-12 for name, t in other.items())
+
+
+def test_no_process_gathers_more_than_a_block_and_the_root(two: Ranks) -> None:
+    for found in two.run("gathered_at_once"):
+        assert found["most"] == found["block"] + found["root"]
+
+
 def check_path_against_double_backward(found: list[dict[str, Any]]) -> None:
     """The gradient through three steps of SGD with momentum, by a loop that uses nothing of metapl."""
     teacher, student = sharded_cases.networks()
