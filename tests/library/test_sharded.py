@@ -272,7 +272,9 @@ def test_blocks_that_run_again_have_their_masks_and_statistics(two: Ranks, insid
     """As replicas have, whose blocks do not."""
     found, expected = (two.run("whole_training", layout=layout, inside=inside) for layout in ("fsdp", "ddp"))
     for own, other in zip(found, expected, strict=True):
-        assert all(error({"": own[name]}, {"": t}) < 1e-12 for name, t in other.items())
+        for kind in ("scores", "losses", "params", "start", "moved"):  # a bias before a norm has a derivative of zero
+            a, b = ({n: t for n, t in of.items() if n.startswith(kind)} for of in (own, other))
+            assert error(a, b) < 1e-12, kind
 
 
 def test_no_process_gathers_more_than_a_block_and_the_root(two: Ranks) -> None:
