@@ -10,11 +10,13 @@ The settings are those of the code that the authors published, or, with -paper a
 the code: the unlabeled batch, RandAugment, the average of the weights. Every value is a flag: --steps 1000. --method
 none trains without feedback, uda one network with the teacher's losses, supervised on the labeled pictures alone, and
 headroom on the true labels of all. A run that was stopped goes on with --resume. It leaves weights, metrics.jsonl,
-split.json and result.json, whose test accuracy was measured once, at the end.
+split.json and result.json, whose test accuracy was measured once, at the end; and in delivered/ a run that `metapl
+predict`, `evaluate` and `export` read.
 """
 
 import dataclasses
 import json
+import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +30,8 @@ from torchvision import datasets
 
 import metapl
 from metapl.apps.experiments.fitting import Truth
-from metapl.apps.networks import create, normalized, parameter_groups
+from metapl.apps.experiments.run import save
+from metapl.apps.networks import Architecture, create, normalized, parameter_groups
 from metapl.apps.pictures import (
     CIFAR_OPERATIONS,
     SVHN_OPERATIONS,
@@ -45,6 +48,8 @@ from metapl.apps.pictures import (
     Weak,
     scan_unlabeled,
 )
+from metapl.apps.pictures.card import NetworkCard
+from metapl.apps.pictures.input import Input
 from metapl.data import StepSampler, draws
 from metapl.feedback import Reinforce
 from metapl.problems.losses import UDA, CrossEntropy
@@ -284,6 +289,15 @@ def train(c: Protocol) -> dict[str, Any]:
     result |= {"delivered": max(reversed([*values]), key=lambda name: values[name]), "best_step": found.step}
     result |= {"validation_accuracy": values, "labeled": len(few), "unlabeled": len(unlabeled), "tested_on": len(test)}
     (out / "result.json").write_text(json.dumps(result, indent=1))
+    made = network(c, len(classes), c.dropout)
+    made.load_state_dict(kept[result["delivered"]])
+    architecture = Architecture(name=c.network, num_classes=len(classes), image_size=c.image_size)
+    seen = Input(size=c.image_size, center=getattr(test, "center", 1.0))
+    by = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "channels_last": c.channels_last}
+    card = NetworkCard(title=str(result["delivered"]), input=seen, architecture=architecture, **by)
+    shutil.rmtree(out / "delivered", ignore_errors=True)
+    about: dict[str, Any] = {"classes": list(classes), "config": {"seed": c.seed, "steps": c.steps}}
+    save(out / "delivered", made, card, name=c.method, evaluation=tested[result["delivered"]], **about)
     return result
 
 

@@ -16,6 +16,7 @@ from small_data import write_cifar, write_imagenet, write_svhn
 from tiny_runs import color_folders
 from torchvision import datasets
 
+from metapl.apps.experiments.run import EndedRun
 from metapl.apps.pictures import EvaluationBatches
 from metapl.metrics import evaluate_logits
 from metapl.metrics.predictions import predict_logits
@@ -68,6 +69,11 @@ def test_a_protocol_runs_from_end_to_end(name: str, tmp_path: Path, monkeypatch:
     network.load_state_dict(load_file(out / "finetuned.safetensors"))
     found = evaluate_logits(*predict_logits(network, EvaluationBatches(test, labels, 8)))
     assert (found.accuracy, found.n) == (result["finetuned_test_accuracy"], result["tested_on"])
+    delivered = EndedRun.load(out / "delivered")
+    assert delivered.result["test_accuracy"] == result[f"{result['delivered']}_test_accuracy"]
+    assert delivered.classes == tuple(classes)
+    kept = load_file(out / f"{result['delivered']}.safetensors")
+    assert all(torch.equal(kept[name], t) for name, t in delivered.network("student").state_dict().items())
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     fitted = [row for row in rows if row["phase"] == "fit"]
     assert "inner_loss" not in fitted[0], "the student waits for a step"
