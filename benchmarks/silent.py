@@ -294,7 +294,7 @@ def judged(way: str, kind: str, exact: Tensor) -> Row:
         warnings.simplefilter("always")
         try:
             found = torch.cat([g.detach().flatten() for g in WAYS[way][2](*case(kind))])
-        except Exception as error:
+        except Exception as error:  # whatever a library raises is its refusal
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             return {"outcome": "refused", "said": f"{type(error).__name__}: {(lines or [''])[-1][:300]}"}
     off = float(torch.dist(found, exact) / exact.norm())

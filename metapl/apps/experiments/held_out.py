@@ -41,7 +41,7 @@ class HeldOut:
             _tell_copies(files, fields)
         elif run.result["recipe"] == "digits":
             split, self.about = load_digits_split(fields["labels_per_class"], fields["seed"]), {}
-            self._digits, self.skipped = split.test, 0
+            self._digits = split.test
         else:
             place, names = fields.get("test"), stored_data(run.source).get("test")
             if not place:
@@ -63,6 +63,11 @@ class HeldOut:
         if folder is None:
             self.about = {"recorded_accuracy": self.recorded}
 
+    @property
+    def skipped(self) -> int:
+        """How many files of the last pass could not be read."""
+        return 0 if self._digits is not None else self._inputs.skipped
+
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self._digits is not None:
             yield from zip(*(t.split(BATCH) for t in self._digits), strict=True)
@@ -72,7 +77,6 @@ class HeldOut:
             paths = [path for path, _ in batch]
             self.names += [Path(path).relative_to(self.root).as_posix() for path in paths]
             yield torch.stack([x for _, x in batch]), torch.tensor([self._labels[path] for path in paths])
-        self.skipped = self._inputs.skipped
         if not self.names:
             raise MetaplError(f"none of the {len(self._labels)} pictures in {self.root} can be read.")
 
