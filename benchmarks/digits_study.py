@@ -1,7 +1,7 @@
 """Does the teacher's feedback help on the digits? Every mode, baseline and control, tuned alike, over 20 seeds.
 
     python benchmarks/digits_study.py                        # tune, then run; goes on where it was stopped
-    python benchmarks/digits_study.py --write docs/results.md
+    python benchmarks/digits_study.py --write benchmarks/results/digits_study.md
     python benchmarks/digits_study.py --miniature --out FILE # all of it in seconds, to see that it runs
 
 Tuning: each method has 12 configurations, each run on 5 seeds, and the one whose best student by validation (197

@@ -123,7 +123,7 @@ def write(page: Path, raw: Path) -> None:
     """Put tables and note between the marks of a page, and draw the picture beside the page."""
     rows = read(raw)
     machine.write_between_marks(page, "digits", block(rows))
-    draw(page.with_name(f"{raw.stem}.png"), rows)
+    draw(machine.figure_of(page, f"{raw.stem}.png"), rows)
 
 
 COLORS = {"the whole gradient": "#0072B2", "altered feedback": "#D55E00", "others": "#555555"}

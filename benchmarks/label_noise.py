@@ -3,7 +3,7 @@
     python benchmarks/label_noise.py                              # tune, then run; goes on where it was stopped
     python benchmarks/label_noise.py --costs                      # processor time of each method
     python benchmarks/label_noise.py --table                      # the tables of the raw file
-    python benchmarks/label_noise.py --write docs/label-noise.md  # put them there, and draw the figure beside the page
+    python benchmarks/label_noise.py --write benchmarks/results/label_noise.md  # put them there; the figure: docs/
     python benchmarks/label_noise.py --miniature --out FILE       # all of it in seconds, to see that it runs
 
 Of scikit-learn's digits, 10 of each class have trusted labels (the handful); the labels of about 1,100 others are made

@@ -178,7 +178,7 @@ def block(raw: Path) -> str:
 def write(page: Path, raw: Path) -> None:
     """Put the tables between the marks of a page, and draw the figure beside the page."""
     machine.write_between_marks(page, "label_noise", block(raw))
-    draw(page.with_name(f"{raw.stem}.png"), read(raw))
+    draw(machine.figure_of(page, f"{raw.stem}.png"), read(raw))
 
 
 COLORS = {"own": "#0072B2", "altered": "#D55E00", "plain": "#555555"}

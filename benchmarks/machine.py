@@ -102,6 +102,12 @@ def show(page: Path | None, name: str, tables: str) -> None:
         write_between_marks(page, name, tables)
 
 
+def figure_of(page: Path, name: str) -> Path:
+    """Where the figure of a page's tables goes: beside it; of tables that lie among the raw rows, into docs/."""
+    here = Path(__file__).parent
+    return (here.parent / "docs" if page.resolve().parent == here / "results" else page.parent) / name
+
+
 def write_between_marks(file: Path, name: str, text: str) -> None:
     """Put a text between the marks of a name in a page: <!-- name:begin --> and <!-- name:end -->."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"

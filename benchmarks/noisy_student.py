@@ -1,7 +1,7 @@
 """The eight studies of Noisy Student's appendix and its table of noise, on digits, paired over seeds.
 
     python benchmarks/noisy_student.py                                 # tune, then run; goes on where it was stopped
-    python benchmarks/noisy_student.py --write docs/noisy-student-studies.md   # tables into the page, figure beside it
+    python benchmarks/noisy_student.py --write benchmarks/results/noisy_student.md  # tables there, figure in docs/
     python benchmarks/noisy_student.py --miniature --out FILE          # all of it in seconds, to see that it runs
 
 A teacher learns from the labeled digits with noise and labels the unlabeled ones without; they are selected as

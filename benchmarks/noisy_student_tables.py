@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from figures import difference, spread
-from machine import write_between_marks
+from machine import figure_of, write_between_marks
 from noisy_student import STEPS, STUDIES, Row, read, tuned
 
 from metapl.metrics import PairedTest, paired_test
@@ -308,4 +308,4 @@ def write(page: Path, raw: Path) -> None:
     """Put the tables between the marks of a page, and draw the figure beside it."""
     rows = read(raw)
     write_between_marks(page, "noisy-student-studies", block(rows))
-    draw(page.with_name(f"{raw.stem}.png"), rows)
+    draw(figure_of(page, f"{raw.stem}.png"), rows)

@@ -2,7 +2,7 @@
 
     python benchmarks/reduced.py                       # both, and writes results/reduced.json
     python benchmarks/reduced.py --only steps
-    python benchmarks/reduced.py --write docs/reduced.md
+    python benchmarks/reduced.py --write benchmarks/results/reduced.md
 
 A step: WRN-28-2 on 16 pictures of 32 px and EfficientNet-B0 on 8 of 64 px, whose teacher is as large; SGD with Nesterov
 momentum. Plain training learns the same stored labels, without a teacher; in a second row it also learns the labeled

@@ -1,7 +1,7 @@
 """Noisy Student beside Meta Pseudo Labels on the digits: the same labels, the same operations, paired over seeds.
 
     python benchmarks/student_or_mpl.py                                   # goes on where it was stopped
-    python benchmarks/student_or_mpl.py --write docs/noisy-student.md     # the table into the page
+    python benchmarks/student_or_mpl.py --write benchmarks/results/student_or_mpl.md     # the table put there
     python benchmarks/student_or_mpl.py --miniature --out FILE            # in seconds, to see that it runs
 
 Each method takes as many steps as cost the operations of Noisy Student with its two rounds: those of every phase, but

@@ -3,7 +3,7 @@ at a time, and the feedback itself is looked at along the run.
 
     python benchmarks/text_feedback.py                  # goes on where it was stopped
     python benchmarks/text_feedback.py --table          # the tables of the file's rows
-    python benchmarks/text_feedback.py --write docs/no-help.md
+    python benchmarks/text_feedback.py --write benchmarks/results/text_feedback.md
 
 Texts and networks are those of ``text_corpus.py``. The weak view is the text; in the strong one 15 % of the words are
 masked. First a new user's settings and one change at a time, on seeds of their own and validation texts; then as many

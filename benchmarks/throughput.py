@@ -4,7 +4,7 @@
     python benchmarks/throughput.py --small small_cnn                    # its rows alone, into the same result
     python benchmarks/throughput.py --against ../other-checkout          # and as that checkout measures itself
     python benchmarks/throughput.py --table benchmarks/results/throughput.json
-    python benchmarks/throughput.py --write docs/results.md
+    python benchmarks/throughput.py --write benchmarks/results/throughput.md
 
 The step is Algorithm 1 with a teacher that learns from labels and by UDA, at the ratio of unlabeled to labeled
 pictures of the recipes: 7 for WRN-28-2 on 32x32 pictures, 15 for ResNet-50. Four things take turns in one process, so

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from figures import difference, points, spread
-from machine import show
+from machine import figure_of, show
 from when import ARMS, CONDITIONS, GRIDS, PARTS, Arm, Row, arm_of, chosen, read
 
 from metapl.metrics import paired_test
@@ -409,8 +409,8 @@ def write(page: Path | None, raw: Path) -> None:
     if any(not arm.of_worth for arm in found):
         show(page, "when", block(rows))
         if page is not None:
-            draw(page.with_name(f"{raw.stem}.png"), found)
+            draw(figure_of(page, f"{raw.stem}.png"), found)
     if places(found):
         show(page, "feedback-worth", worth_block(rows))
         if page is not None:
-            draw_worth(page.with_name("feedback_worth.png"), found)
+            draw_worth(figure_of(page, "feedback_worth.png"), found)

@@ -6,7 +6,7 @@
     python -m benchmarks.pictures.feedback --unseen --costs         # the same on the unseen half: costs, then runs
     python -m benchmarks.pictures.feedback --unseen --minutes 10
     python -m benchmarks.pictures.feedback --table      # of the rows so far; runs nothing
-    python -m benchmarks.pictures.feedback --write docs/pictures.md
+    python -m benchmarks.pictures.feedback --write benchmarks/results/pictures_feedback.md
 
 Three problems of the seen half, with 2,000 unlabeled pictures each. Tuning runs take seed 0 and 1.5 minutes of one
 core, final runs seeds 1 to 3. The steps of a run are those that its minutes have room for by the costs in the raw file:

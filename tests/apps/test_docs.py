@@ -21,6 +21,7 @@ pytestmark = pytest.mark.docs
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").rglob("*.md"))
+PAGES += sorted((ROOT / "benchmarks" / "results").glob("*.md"))
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 WRITTEN = re.compile(r'(?:show|write_between_marks)\([\w.]+, "(\w+)"')
 """A call that puts a table into a page, by the name of its marks."""

@@ -174,8 +174,9 @@ def test_the_page_has_the_tables_of_the_committed_rows() -> None:
 
 def test_the_page_has_the_tables_of_the_study_of_feedback() -> None:
     rows = run.read(feedback.RAW)
-    shown = PAGE.read_text().split("<!-- picture-feedback:begin -->\n")[1].split("\n<!-- picture-feedback:end -->")[0]
-    assert shown == feedback.block(rows), "python -m benchmarks.pictures.feedback --write docs/pictures.md"
+    page = run.RESULTS / "pictures_feedback.md"
+    shown = page.read_text().split("<!-- picture-feedback:begin -->\n")[1].split("\n<!-- picture-feedback:end -->")[0]
+    assert shown == feedback.block(rows), "python -m benchmarks.pictures.feedback --write " + str(page)
     runs = [row for row in rows if "problem" in row]
     costs = feedback.costs_in(rows)
     for row in runs:
