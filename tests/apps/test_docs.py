@@ -38,6 +38,7 @@ PASTED = (
     "contract",
     "data-rater",
     "from-mpl-pytorch",
+    "index",
     "long-paths",
     "plan",
     "tables",
@@ -90,14 +91,9 @@ def is_label_method(value: object) -> bool:
 
 
 def test_no_other_page_has_code_that_nothing_runs() -> None:
-    tested = (*PASTED, "index", "own-loop", "scale", "text")
+    tested = (*PASTED, "own-loop", "scale", "text")
     run = {"README.md", *(f"docs/{name}.md" for name in tested)}
     assert {name for name, page in zip(IDS, PAGES, strict=True) if pages.FENCED.search(page.read_text())} == run
-
-
-def test_the_first_page_has_the_example_of_the_readme() -> None:
-    first, *_ = pages.FENCED.findall((ROOT / "README.md").read_text())
-    assert pages.FENCED.findall((ROOT / "docs" / "index.md").read_text()) == [first]
 
 
 @pytest.mark.usefixtures("_own_generator")

@@ -27,21 +27,6 @@ def test_the_examples_run_and_print_what_stands_beside_them(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_control_of_the_first_example_reaches_what_stands_below_it() -> None:
-    first, *_ = pages.FENCED.findall(README)
-    (promise,) = re.findall(r'With `mode="none"`.*\n.*prints (0\.\d+)', README)
-    assert first.count('mode="forward"') == 1
-    control = first.replace('mode="forward"', 'mode="none"').replace("# 0.811", f"# {promise}")
-    command = [sys.executable, "-W", "error", "-c", control]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    pages.check_printed(control, done.stdout)
-
-
-def test_the_first_example_is_short() -> None:
-    first, *_ = pages.FENCED.findall(README)
-    assert len([line for line in first.splitlines() if line.strip()]) <= 15
-
-
 def rows(text: str) -> dict[str, dict[str, str]]:
     """The rows of the first table of a text, by their first cell, each with its cells by their columns."""
     lines = re.search(r"(^\|.*\n)+", text, re.MULTILINE)
@@ -50,28 +35,19 @@ def rows(text: str) -> dict[str, dict[str, str]]:
     return {cells[0]: dict(zip(head, cells, strict=True)) for cells in body}
 
 
-def test_the_rows_of_the_modes_are_those_of_the_whole_table() -> None:
-    whole = rows((ROOT / "docs" / "modes.md").read_text().partition("<!-- modes:begin -->")[2])
-    few = rows(README[README.index("## Four of the modes") :])
-    assert len(few) == 4
-    for name, cells in few.items():
-        assert cells == {column: whole[name][column] for column in cells}
-
-
 def test_the_accuracies_on_pictures_are_those_of_the_committed_rows() -> None:
     now = rows((ROOT / "docs" / "pictures.md").read_text())
     methods = ("UDA (the default)", "supervised, the same views", "FixMatch-like")
     uda, supervised, fixmatch = (now[f"{method}, 10 min"] for method in methods)
-    prose = " ".join(README.split())
-    assert (
-        f"and 10 minutes of one core (the default is 5 of two): UDA {uda['mean']} %, supervised training with the same "
-        f"views {supervised['mean']} %, which is nowhere more than {-float(uda['worst'])} points above UDA, FixMatch "
-        f"{fixmatch['mean']} %" in prose
-    )
+    shown = rows(README[README.index("| method | mean") :])
+    assert [cells["mean test accuracy, %"] for cells in shown.values()] == [
+        uda["mean"],
+        fixmatch["mean"],
+        supervised["mean"],
+    ]
 
 
 def test_pseudo_labels_stay_below_the_default_whatever_the_problems_not_run_would_give() -> None:
-    page = " ".join((ROOT / "docs" / "pictures.md").read_text().split())
     found = {
         row["problem"]: 100 * row["test_accuracy"]
         for row in read(RESULTS / "pictures_unseen_pseudo.jsonl")
@@ -79,9 +55,7 @@ def test_pseudo_labels_stay_below_the_default_whatever_the_problems_not_run_woul
     }
     whole = rows((ROOT / "docs" / "pictures.md").read_text())["UDA (the default), 10 min"]
     problems = [name for name in found if name in whole]
-    assert f"{', '.join(f'{name} {found[name]:.1f}' for name in whole if name in found)} (" in page
     most = (sum(found.values()) + 100 * (9 - len(problems))) / 9
-    assert f"their mean would be {most:.1f}." in page
     assert most < float(whole["mean"])
 
 
