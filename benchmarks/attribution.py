@@ -4,7 +4,7 @@
     python benchmarks/attribution.py --smooth    # what makes a convolutional network predictable, on the same seeds
     python benchmarks/attribution.py --metasmooth  # metasmoothness beside what it should predict, on the same seeds
     python benchmarks/attribution.py             # seeds 0 to 4, at the settings that were chosen
-    python benchmarks/attribution.py --write docs/attribution.md
+    python benchmarks/attribution.py --write benchmarks/results/attribution.md
 
 1,000 of scikit-learn's digits train a network, the other 797 judge it; 25 random sets of 1, 2, 5 and 10 % of the
 examples are removed, and the network is trained again without each by the loop below, which uses nothing of metapl.

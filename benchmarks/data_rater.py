@@ -1,7 +1,7 @@
 """What a rater of sequences finds, what a language model gains by it, and what its gradient costs.
 
     python benchmarks/data_rater.py              # seeds 10 to 14; ten minutes of one core
-    python benchmarks/data_rater.py --write docs/data-rater.md
+    python benchmarks/data_rater.py --write benchmarks/results/data_rater.md
 
 The problem is that of ``examples/data_rater.py``, whose settings were chosen on seeds 0 and 1. Beside the rater stand
 two scores that need no learning, from the same texts: the mean log-probability of a sequence's neighbours by counts in

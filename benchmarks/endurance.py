@@ -2,7 +2,7 @@
 
     make endurance                                                # 20 to 30 minutes on two cores
     python benchmarks/endurance.py --only kills pickles           # some parts
-    python benchmarks/endurance.py --write docs/endurance.md
+    python benchmarks/endurance.py --write benchmarks/results/endurance.md
 
 Each part tries something many times and counts what went wrong: work that was lost, runs that were mixed up, code that
 was executed, damage that was accepted, an exception that is not the library's own, a process that hung. Everything

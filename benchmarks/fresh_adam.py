@@ -1,6 +1,6 @@
 """How far gradients are from double backward in float64 while the inner AdamW is young, on a small BERT.
 
-``python benchmarks/fresh_adam.py --write docs/modes.md`` measures it, in a few minutes, and puts the table in the page;
+``python benchmarks/fresh_adam.py --write FILE`` measures it, in a few minutes, and puts the table there;
 it needs transformers.
 """
 

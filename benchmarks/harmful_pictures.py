@@ -2,7 +2,7 @@
 
     python benchmarks/harmful_pictures.py --tune     # rates, on seeds 100 and 101
     python benchmarks/harmful_pictures.py            # seeds 0 to 4; goes on where it was stopped
-    python benchmarks/harmful_pictures.py --write docs/attribution.md
+    python benchmarks/harmful_pictures.py --write benchmarks/results/harmful_pictures.md
 
 scikit-learn's digits are written out as grey PNG files of 16x16 pixels, anew for each seed: 600 in folders, 20 or 40 %
 of which lie in that of another class, drawn evenly (symmetric) or the next one (asymmetric), and 10 clean ones a class.

@@ -1,7 +1,7 @@
 """Hyperparameters by the derivative through whole trainings, beside random search of equal cost.
 
     python benchmarks/hyperparameters.py          # tunes both on other seeds first
-    python benchmarks/hyperparameters.py --write docs/hyperparameters.md
+    python benchmarks/hyperparameters.py --write benchmarks/results/hyperparameters.md
 
 The trainings are those of examples/learned_hyperparameters.py, six of them, and of examples/learned_schedule.py:
 learning rate and weight decay at three times in three layers. From their starts, 8 rounds of Adam on the logarithms.

@@ -3,7 +3,7 @@
     python benchmarks/peers.py                                    # about forty minutes on one core
     python benchmarks/peers.py --only MLP transformer --steps 1   # the rows of other networks and steps stay
     python benchmarks/peers.py --table benchmarks/results/peers.json
-    python benchmarks/peers.py --write docs/peers.md
+    python benchmarks/peers.py --write benchmarks/results/peers.md
 
 Each library gets a throw-away environment with a pinned version of its own, which reads PyTorch from this one; one that
 does not install is named with the reason. All compute the gradient of the labeled loss after K student steps of plain

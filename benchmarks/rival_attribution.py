@@ -2,7 +2,7 @@
 
     python -m venv rival && rival/bin/pip install bergson==2.5.1
     python benchmarks/rival_attribution.py --rival-python rival/bin/python
-    python benchmarks/rival_attribution.py --write docs/attribution.md
+    python benchmarks/rival_attribution.py --write benchmarks/results/rival_attribution.md
 
 Both get the same training in float64 from a file: initial weights, examples, the rows of batches. bergson's Trainer,
 optimizers, checkpoints and backward pass run as they are; in the place of its data stream, which is for tokenized data

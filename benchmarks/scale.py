@@ -1,7 +1,7 @@
 """Sharded steps beside unsharded ones, on this machine over gloo.
 
     python benchmarks/scale.py                        # measures, and writes results/scale.json
-    python benchmarks/scale.py --write docs/scale.md
+    python benchmarks/scale.py --write benchmarks/results/scale.md
 
 A multi-layer perceptron with its teacher, SGD with Nesterov momentum. Every process has a batch of the same size, so a
 process of several computes as much as one alone. Each layout has processes of its own, on one thread each, which start

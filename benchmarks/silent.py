@@ -1,7 +1,7 @@
 """Who is silently wrong: the hypergradient of unusual students, by metapl, by other libraries and by hand.
 
     python benchmarks/silent.py                     # a quarter of an hour on one core
-    python benchmarks/silent.py --write docs/peers.md
+    python benchmarks/silent.py --write benchmarks/results/silent.md
 
 A student takes three steps of plain SGD on a teacher's soft labels; asked is the gradient of its loss on labeled data
 in the teacher's weights (bergson's trainer: in the weights of the examples, which is what it differentiates in). Each

@@ -5,7 +5,7 @@
     python benchmarks/step.py --networks tiny,mlp --rounds 9 --label 0.2.0
     python benchmarks/step.py --functions forward                     # the functions of a step, by file
     python benchmarks/step.py --memory                                # of micro-batches, in one graph and eager
-    python benchmarks/step.py --write docs/modes.md
+    python benchmarks/step.py --write benchmarks/results/step.md
 
 A step is a student's and a teacher's, both by SGD with Nesterov momentum, and the teacher has its own loss. Times are
 of the processor, on one thread. Ways take turns: each takes some steps a round, and a ratio is the median over rounds

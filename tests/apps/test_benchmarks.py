@@ -214,26 +214,26 @@ def test_the_study_of_hyperparameters_was_run_as_it_says(module: ModuleType) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "mark", "module"),
+    ("file", "mark", "module"),
     [
-        ("attribution", "<!-- attribution:begin -->", "attribution"),
-        ("attribution", "<!-- rival_attribution:begin -->", "rival_attribution"),
-        ("long-paths", "<!-- long_paths:begin -->", "long_paths"),
-        ("attribution", "<!-- harmful_pictures:begin -->", "harmful_pictures"),
-        ("data-rater", "<!-- data_rater:begin -->", "data_rater"),
-        ("hyperparameters", "<!-- hyperparameters:begin -->", "hyperparameters"),
-        ("hyperparameters", "<!-- schedule:begin -->", "hyperparameters"),
-        ("modes", "<!-- step:begin -->", "step"),
-        ("peers", "<!-- silent:begin -->", "silent"),
+        ("benchmarks/results/attribution.md", "<!-- attribution:begin -->", "attribution"),
+        ("benchmarks/results/rival_attribution.md", "<!-- rival_attribution:begin -->", "rival_attribution"),
+        ("docs/long-paths.md", "<!-- long_paths:begin -->", "long_paths"),
+        ("benchmarks/results/harmful_pictures.md", "<!-- harmful_pictures:begin -->", "harmful_pictures"),
+        ("benchmarks/results/data_rater.md", "<!-- data_rater:begin -->", "data_rater"),
+        ("benchmarks/results/hyperparameters.md", "<!-- hyperparameters:begin -->", "hyperparameters"),
+        ("benchmarks/results/hyperparameters.md", "<!-- schedule:begin -->", "hyperparameters"),
+        ("benchmarks/results/step.md", "<!-- step:begin -->", "step"),
+        ("benchmarks/results/silent.md", "<!-- silent:begin -->", "silent"),
     ],
     indirect=["module"],
 )
-def test_a_page_has_the_tables_of_the_rows(name: str, mark: str, module: ModuleType, tmp_path: Path) -> None:
-    page, committed = tmp_path / "page.md", (ROOT / "docs" / f"{name}.md").read_text()
+def test_a_page_has_the_tables_of_the_rows(file: str, mark: str, module: ModuleType, tmp_path: Path) -> None:
+    page, committed = tmp_path / "page.md", (ROOT / file).read_text()
     assert mark in committed
     page.write_text(committed)
     run(module.__name__, "--write", page)
-    assert page.read_text() == committed, f"python benchmarks/{module.__name__}.py --write docs/{name}.md"
+    assert page.read_text() == committed, f"python benchmarks/{module.__name__}.py --write {file}"
 
 
 @pytest.mark.parametrize("module", ["digits_study"], indirect=True)

@@ -175,6 +175,24 @@ def test_the_page_on_several_processes_shows_the_tables_of_the_raw_file(tables: 
     sys.modules.pop("scale")
 
 
+def rows_of(text: str) -> list[dict[str, str]]:
+    """The rows of all tables of a text, each with its cells by their columns."""
+    found = []
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        head, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+        found += [dict(zip(head, cells, strict=True)) for cells in body]
+    return found
+
+
+def test_the_rows_that_a_page_shows_are_those_of_the_whole_table() -> None:
+    """A table below ``<!-- rows of NAME -->`` has some rows and columns of ``benchmarks/results/NAME.md``."""
+    for page in PAGE.parent.glob("*.md"):
+        for name, table in re.findall(r"<!-- rows of (\w+) -->\n((?:\|.*\n)+)", page.read_text()):
+            whole = rows_of((ROOT / "benchmarks" / "results" / f"{name}.md").read_text())
+            for row in rows_of(table):
+                assert any(row.items() <= one.items() for one in whole), f"{page.name}: {row}"
+
+
 def test_every_table_that_is_marked_is_compared_with_its_raw_file() -> None:
     others = [page for page in TABLES if not page.name.startswith("pictures")]  # tests/apps/test_picture_runs.py
     pages = "".join(page.read_text() for page in others)
