@@ -50,7 +50,7 @@ from metapl.runs.progress import counted
 from metapl.updates import Schedule, as_one, options_by_step, update_of
 from metapl.words import summary
 
-SMOOTH = 0.95  # metasmoothness of the first steps, below which scores were unreliable: docs/attribution.md
+SMOOTH = 0.95  # metasmoothness of the first steps, below which scores were unreliable: docs/whole-trainings.md
 EQUAL_WEIGHTS = EqualWeights()  # one, by which compiled graphs are known again
 
 
@@ -208,7 +208,7 @@ def attribute(
 
     Bias: none, as a derivative. As a prediction of what a removal does it is of first order: it fails for large
     removals and for trainings that are not smooth in the weights, such as those with large rates or many steps, and of
-    a small convolutional network at a large rate (docs/attribution.md has measurements). A removed example stays in
+    a small convolutional network at a large rate (docs/whole-trainings.md has measurements). A removed example stays in
     its batch, with the weight 0: it counts in B and in the statistics of a batch norm.
 
     Warns: ``UserWarning`` where the metasmoothness of the first steps is below 0.95, as with weights in bfloat16,

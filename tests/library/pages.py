@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 FENCED = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+QUOTED = re.compile(r"^```py\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+"""Code that stands in an example."""
 PRINTED = re.compile(r"^ *print\(.*?\)(?:  # (.*))?$", re.MULTILINE)
 NUMBER = re.compile(r"-?\d+\.\d+")
 

@@ -239,7 +239,7 @@ def test_the_code_of_a_page_stands_in_an_example(name: str) -> None:
         return "\n".join(line.strip() for line in text.strip().splitlines() if line.strip())
 
     programs = [flush(path.read_text()) for path in (ROOT / "examples").glob("*.py")]
-    blocks = pages.FENCED.findall((ROOT / "docs" / f"{name}.md").read_text())
+    blocks = pages.QUOTED.findall((ROOT / "docs" / f"{name}.md").read_text())
     assert blocks
     for block in blocks:
         assert any(flush(block) in program for program in programs), block
