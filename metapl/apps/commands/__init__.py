@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from metapl.apps.commands.commands import CHOICES, COMMANDS, GONE, HELP, LESS_MEMORY, found, help_of, print_completion
-from metapl.apps.commands.process import drop_output, exit_code, stoppable, streams
+from metapl.apps.process import drop_output, exit_code, stoppable, streams
 from metapl.apps.machine.memory import out_of_memory
 from metapl.apps.words import tell
 from metapl.errors import MetaplError

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Annotated, Any
 
-from metapl.apps.commands.inputs import Factory, Network, held
+from metapl.apps.inputs import Factory, Network, held
 from metapl.apps.commands.parse import Command, Run, Switch, unset
-from metapl.apps.experiments.folder import (
+from metapl.apps.run import (
     counts_of,
     stored_data,
 )
-from metapl.apps.experiments.run import EndedRun
+from metapl.apps.run import EndedRun
 from metapl.apps.export import export
 from metapl.apps.export.network import can_run_onnx, require_onnx
 from metapl.apps.recipes.methods import title

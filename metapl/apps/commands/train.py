@@ -15,17 +15,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
-from metapl.apps.commands.inputs import check_out, run_folder
+from metapl.apps.inputs import check_out, run_folder
 from metapl.apps.commands.launch import Lead, check_started, from_first, program, run_together
 from metapl.apps.commands.parse import Command, Folder, OnRecipe, Switch, unset
-from metapl.apps.commands.process import exit_code
-from metapl.apps.experiments.accuracies import parse_seeds, summary
+from metapl.apps.process import exit_code
+from metapl.apps.accuracies import parse_seeds, summary
 from metapl.apps.experiments.experiment import check_runs, check_shares
-from metapl.apps.experiments.folder import RunFolder, stored
-from metapl.apps.experiments.jobs import Job, Trial, aloud
-from metapl.apps.experiments.labeling import check_labels_given
+from metapl.apps.run import RunFolder, stored
+from metapl.apps.jobs import Job, Trial, aloud
+from metapl.apps.labeling import check_labels_given
 from metapl.apps.experiments.settle import settled
-from metapl.apps.experiments.side_by_side import compare
+from metapl.apps.compare import compare
 from metapl.apps.machine.cores import default_threads
 from metapl.apps.recipes import RECIPES, Digits, ImageFolders
 from metapl.apps.recipes.base import SEEDS, Method, Recipe, Unasked

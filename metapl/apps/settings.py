@@ -1,0 +1,134 @@
+"""What the settings of all trainings are made of: ranges, and how long, how fast and in what batches is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from metapl.errors import FieldError, MetaplError
+from metapl.runs.fields import AboveZero, Range, check_fields
+from metapl.training import FitOptions
+from metapl.training.options import MOST_WORKERS
+
+MOST_STEPS, MOST_IN_A_BATCH = 10**9, 2**20  # beyond these a machine would be asked for more than any has
+
+Steps = Annotated[int, Range(1, most=MOST_STEPS)]
+SomeSteps = Annotated[int, Range(0, most=MOST_STEPS)]
+Batch = Annotated[int, Range(1, most=MOST_IN_A_BATCH)]
+Share = Annotated[float, Range(0, 1)]
+Weight = Annotated[float, Range(0)]
+
+T = TypeVar("T")
+Hidden = tyro.conf.Suppress[T]  # a setting that is no flag
+
+Role = Literal["teacher", "student"]
+ROLES: tuple[Role, ...] = ("teacher", "student")
+
+
+def require(value: object, condition: bool, field: str, expected: str) -> None:
+    """Refuse a dataclass whose ``field`` is not as ``expected``."""
+    if not condition:
+        given = getattr(value, field)
+        raise FieldError(f"{type(value).__name__}({field}={given!r}): expected {expected}.", field, given, expected)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitting:
+    """How long, how fast and in what batches networks are trained. What is None is chosen where the training begins.
+
+    Args:
+        steps: training steps; of your pictures, as many as fit into --minutes.
+        seed: of the split, the first weights and all that is drawn.
+        labeled_batch: labeled examples in a batch.
+        unlabeled_batch: unlabeled examples in a batch.
+        lr: learning rate of the teacher, or of the one network.
+        student_lr: learning rate of the student beside a teacher.
+        schedule: to 0, unchanged, or by 0.97 145 times.
+        warmup: steps over which the rates grow from 0.
+        ema_decay: of the average of the weights, which is kept.
+        finetune_steps: steps on the labeled examples alone, at the end.
+        validate_every: steps between validations.
+        log_every: steps between rows of metrics.jsonl.
+        save_every: steps between checkpoints.
+        accumulate: parts of a batch that are computed one by one.
+        precision: bfloat16 is faster where it is computed in.
+        workers: processes that read pictures.
+        device: auto takes a GPU if there is one.
+    """
+
+    steps: Steps | None = None
+    seed: Annotated[int, Range(0, most=2**32 - 1)] = 0
+    labeled_batch: Batch = 32
+    unlabeled_batch: Batch = 32
+    lr: AboveZero | None = None
+    student_lr: AboveZero | None = None
+    schedule: Literal["cosine", "constant", "exponential"] = "cosine"
+    warmup: SomeSteps | None = None
+    ema_decay: Share | None = None
+    finetune_steps: SomeSteps = 200
+    validate_every: Steps | None = None
+    log_every: Steps = 20
+    save_every: Steps = 500
+    accumulate: Batch = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    workers: Annotated[int, Range(0, most=MOST_WORKERS)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.steps is not None:
+            FitOptions(steps=self.steps, **self.options())
+
+    def options(self) -> dict[str, Any]:
+        """Options of a fit; those of a phase come to these."""
+        names = ("schedule", "warmup", "ema_decay", "validate_every", "log_every", "save_every")
+        found = {name: getattr(self, name) for name in names} | {"num_workers": self.workers}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def finetuning(self, schedule: str) -> dict[str, Any]:
+        """Options of the fit that finetunes."""
+        steps = self.finetune_steps
+        own = {"steps": steps, "ema_decay": None, "warmup": 0, "validate_every": max(1, steps // 10)}
+        return {**self.options(), **own, "schedule": schedule}
+
+
+def replaced(value: Any, **fields: Any) -> Any:
+    """A dataclass with other values of these fields, be they its own or those of a dataclass in it.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Whole:
+    ...     fitting: Fitting = Fitting()
+    >>> replaced(Whole(), seed=3).fitting.seed
+    3
+    """
+    own = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    changed = {name: fields[name] for name in own.keys() & fields.keys()}
+    for name, part in own.items():
+        if dataclasses.is_dataclass(part) and (inner := fields.keys() & flat(part).keys()):
+            changed[name] = replaced(part, **{each: fields[each] for each in inner})
+    return dataclasses.replace(value, **changed)
+
+
+def flat(value: Any) -> dict[str, Any]:
+    """The settings of a dataclass and of those in it by their names as flags; none has the name of another."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(value):
+        part = getattr(value, field.name)
+        found |= flat(part) if dataclasses.is_dataclass(part) else {field.name: part}
+    return found
+
+
+def filled(value: T, stored: Mapping[str, Any]) -> T:
+    """A dataclass whose settings that were left open are those that a run has stored."""
+    have = flat(value)
+    missing = {name for name, own in have.items() if own is None and stored.get(name) is not None}
+    made = {name: tuple(one) if isinstance(one := stored[name], list) else one for name in missing}
+    try:
+        found: T = replaced(value, **made)
+    except (MetaplError, TypeError) as error:
+        raise MetaplError(f"the run's settings are damaged or of another version: {error}") from error
+    return found
