@@ -1,4 +1,4 @@
-"""``metapl ablate RECIPE`` and ``metapl ablate --factory MODULE:FUNCTION``: which mode for this model?"""
+"""``metapl ablate digits|images`` and ``metapl ablate --factory MODULE:FUNCTION``: which mode for this model?"""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import os
 import pkgutil
 import sys
 import traceback
-from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import torch
 
 from metapl.ablation import ablate
-from metapl.apps.inputs import held, written
-from metapl.apps.commands.parse import Command, Folder, OnRecipe, unset
-from metapl.apps.experiments.settle import settled
-from metapl.apps.recipes import Digits, ImageFolders
-from metapl.apps.recipes.methods.beside import bilevel_trainer
+from metapl.apps import digits
+from metapl.apps.digits import Digits
+from metapl.apps.images import Images
+from metapl.apps.inputs import Folder, held, unset, written
+from metapl.apps.look import settled
+from metapl.apps.methods import Mpl, Training
+from metapl.apps.settings import Flat
+from metapl.apps.train import device
 from metapl.apps.words import tell, wrapped
 from metapl.errors import MetaplError
 from metapl.feedback import MODES, estimator
@@ -28,17 +29,11 @@ from metapl.training.trainer import BilevelTrainer
 # Options of :func:`metapl.ablate` that are flags by the same name.
 ASKED = ("modes", "draws", "rounds", "altered")
 
-# Fields of recipes that an ablation has no use for, which takes steps at constant rates and keeps no run.
-OF_RUNS = (
-    *("schedule", "warmup", "wait", "warm_start", "ema_decay", "validate_every", "log_every", "save_every", "keep"),
-    *("exact_every", "num_workers", "finetune_steps", "finetune_batch", "finetune"),
-)
-
 Steps = Annotated[int, Range(0, most=10**9)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Looking(Command):
+class Looking:
     """The options of every ablation.
 
     Args:
@@ -54,14 +49,12 @@ class Looking(Command):
     rounds: Annotated[Annotated[int, Range(1, most=10_000)] | None, unset()] = None
     altered: bool = True
 
-    def check(self) -> None:
+    def look(self, subject: dict[str, Any]) -> int:
         for name in self.modes or ():
             estimator(name)
-
-    def run(self) -> int:
         with held(self.out):
             asked = {name: getattr(self, name) for name in ASKED}
-            found = ablate(**self.subject(), **asked, progress=True)
+            found = ablate(**subject, **asked, progress=True)
             several = len(found.points) > 1
             where = f"steps {', '.join(map(str, found.points))}" if several else "the start"
             tell(f"gradients at {where} of the training{', costs at the last of them' * several};")
@@ -72,36 +65,62 @@ class Looking(Command):
                     tell(f"\nthe figures are in {self.out / 'ablation.json'}")
         return 0
 
-    @abstractmethod
-    def subject(self) -> dict[str, Any]:
-        """Trainer, sources and steps, by the names of :func:`metapl.ablation.ablate`."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class Ablate(Looking, OnRecipe):
-    """Compare the modes on a recipe's networks and data: gradients beside the exact one, and what each costs.
+class AblateDigits:
+    """Compare the modes on scikit-learn's digits: gradients beside the exact one, and what each costs.
 
     It looks at the beginning, in the middle and at the end of a training of --steps steps.
     """
 
-    @classmethod
-    def given(cls, words: Sequence[str], program: str) -> tuple[type[Command], str]:
-        return cls.flags(cls.kind.by_name("mpl"), words, Ablate.__doc__ or "", OF_RUNS), program
+    config: Flat[Digits] = field(default_factory=Digits)
+    method: Flat[Mpl] = digits.METHODS["mpl"]
+    looking: Flat[Looking] = field(default_factory=Looking)
 
-    def subject(self) -> dict[str, Any]:
-        recipe = settled(self.recipe, None, print) if self.recipe.looks else self.recipe.settled()
-        torch.manual_seed(recipe.seed)
-        task, device = recipe.task(print, True), recipe.torch_device()
-        teacher, student = (recipe.network(role).to(device) for role in ("teacher", "student"))
-        trainer = bilevel_trainer(recipe, teacher, student, recipe.method)
-        return {"trainer": trainer, "steps": recipe.steps, "labeled": task.labeled, "unlabeled": task.unlabeled}
-
-
-COMMANDS = Ablate.on(Digits, ImageFolders)
+    def run(self) -> int:
+        steps = self.config.fitting.steps or 1
+        return self.looking.look(_of_training(self.config, self.method.scheduled(steps)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class AblateFactory(Looking):
+class AblateImages:
+    """Compare the modes on your pictures: gradients beside the exact one, and what each costs.
+
+    It looks at the beginning, in the middle and at the end of a training of --steps steps.
+    """
+
+    config: Flat[Images]
+    method: Flat[Mpl] = field(default_factory=Mpl)
+    looking: Flat[Looking] = field(default_factory=Looking)
+
+    def run(self) -> int:
+        return self.looking.look(_of_training(*settled(self.config, self.method, print)))
+
+
+def _of_training(config: Any, method: Any) -> dict[str, Any]:
+    """Trainer, sources and steps, by the names of :func:`metapl.ablation.ablate`."""
+    torch.manual_seed(config.fitting.seed)
+    data, place = config.data(print, True, None), device(config.fitting.device)
+    teacher, student = (config.network().to(place) for _ in range(2))
+    own: dict[str, Any] = {"optimizer": config.optimizer, "options": config.trainer_options()}
+    unused: Any = None
+    training = Training(
+        config=config,
+        data=data,
+        teacher=teacher,
+        student=student,
+        **own,
+        fit=unused,
+        label=unused,
+        laid_out=unused,
+        seed=unused,
+    )
+    sources = {"labeled": data.labeled, "unlabeled": data.unlabeled}
+    return {"trainer": method.trainer(training), "steps": config.fitting.steps, **sources}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateFactory:
     """Compare the modes on networks of your own.
 
     Args:
@@ -112,8 +131,9 @@ class AblateFactory(Looking):
 
     factory: Annotated[str, unset("MODULE:FUNCTION")]
     steps: Steps = 0
+    looking: Flat[Looking] = field(default_factory=Looking)
 
-    def subject(self) -> dict[str, Any]:
+    def run(self) -> int:
         made = made_by(self.factory)
         if not isinstance(made, tuple) or len(made) != 3 or not isinstance(made[0], BilevelTrainer):
             several = isinstance(made, tuple) and f"({', '.join(type(part).__name__ for part in made)})"
@@ -122,7 +142,8 @@ class AblateFactory(Looking):
                 "(trainer, labeled, unlabeled), the trainer a metapl.BilevelTrainer, the others batches or sources of "
                 "batches as for its fit."
             )
-        return {"steps": self.steps, **dict(zip(("trainer", "labeled", "unlabeled"), made, strict=True))}
+        own = dict(zip(("trainer", "labeled", "unlabeled"), made, strict=True))
+        return self.looking.look({"steps": self.steps, **own})
 
 
 def made_by(name: str) -> Any:

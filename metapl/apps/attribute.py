@@ -15,19 +15,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from metapl.apps.inputs import check_out, held, written
-from metapl.apps.commands.parse import Command, Folder, Run, unset
-from metapl.apps.run import flat
+from metapl.apps import web
 from metapl.apps.held_out import files_of
-from metapl.apps.run import EndedRun
+from metapl.apps.inputs import Folder, Run, check_out, held, unset, written
 from metapl.apps.machine.progress import duration
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.check import verify_files
 from metapl.apps.pictures.csv_files import written_csv
 from metapl.apps.pictures.folders import LabeledFiles, scan_labeled
 from metapl.apps.pictures.store import FileImages
-from metapl.apps.recipes.settings import Batch, Steps
-from metapl.apps import web
+from metapl.apps.run import EndedRun
+from metapl.apps.settings import Batch, Steps
 from metapl.apps.words import short, table, tell, wrapped
 from metapl.errors import MetaplError, few
 from metapl.runs.fields import Range
@@ -42,7 +40,7 @@ SHOWN, LISTED = 24, 5  # pictures in a gallery, and on a terminal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attribute(Command):
+class Attribute:
     """Say which labeled pictures of a run help its network, and which harm it.
 
     The network is trained from its start on the labeled pictures, of train noisy on those of --labeled: by SGD with
@@ -79,14 +77,12 @@ class Attribute(Command):
     lr: Annotated[float, Range(above=0)] = 0.03
     seed: Annotated[Annotated[int, Range(0, most=2**32 - 1)] | None, unset()] = None
 
-    def check(self) -> None:
+    def run(self) -> int:
         if 0 < self.removals < FEWEST_REMOVALS:
             raise MetaplError(
                 f"--removals {self.removals} are too few for a correlation; expected {FEWEST_REMOVALS} or more, or 0 "
                 "for no check."
             )
-
-    def run(self) -> int:
         run = EndedRun.load(self.folder)
         fields = run.description["fields"]
         if not fields.get("labeled"):
@@ -297,6 +293,6 @@ def page(found: dict[str, Any], rows: list[Scored], train: Pictures) -> bytes:
         *map(web.paragraph, sentences(found)),
         hung("Most harmful", f"more of these would raise the loss; {beneath}. {DO}", harmful),
         hung("Most helpful", f"more of these would lower the loss; {beneath}", helpful),
-        web.folded("How they were found", web.rows([(name, json.dumps(value)) for name, value in flat(found).items()])),
+        web.folded("How they were found", web.rows([(name, json.dumps(value)) for name, value in found.items()])),
     ]
     return web.web_page(title, parts)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
-import tyro
 from torch import Tensor, nn
 
 from metapl.apps.methods import Consistency, Data, Feedback, FixMatch, Mpl, PseudoLabels, ReducedMpl, Supervised, Uda
@@ -16,7 +15,7 @@ from metapl.apps.pictures import Identity, LabeledBatches, ShiftNoiseCutout, Unl
 from metapl.apps.pictures.card import NetworkCard
 from metapl.apps.pictures.folders import hashes
 from metapl.apps.pictures.input import Input
-from metapl.apps.settings import Fitting, Role, Share, replaced, require
+from metapl.apps.settings import Fitting, Flat, Role, Share, replaced, require
 from metapl.data import StepSampler
 from metapl.errors import MetaplError
 from metapl.models import mlp
@@ -81,7 +80,7 @@ class Digits:
     hidden: tuple[int, ...] = (32, 32)
     dropout: Share = 0.0
     threads: Annotated[int, Range(1, most=MOST_THREADS)] = 1
-    fitting: tyro.conf.OmitArgPrefixes[Fitting] = field(default_factory=fitting)
+    fitting: Flat[Fitting] = field(default_factory=fitting)
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -8,15 +8,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from metapl.apps.inputs import Factory, Network, counted, held, written
-from metapl.apps.commands.parse import Command, Folder, Run, Switch, unset
 from metapl.apps.evaluation.attacks import LEVELS, Attack, measure
 from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
-from metapl.apps.run import weights_file
 from metapl.apps.held_out import HeldOut
+from metapl.apps.inputs import Factory, Folder, Network, Run, Switch, counted, held, unset, written
 from metapl.apps.labeling import refuse_infinite
-from metapl.apps.run import EndedRun
 from metapl.apps.machine.progress import counting
+from metapl.apps.run import WEIGHTS, EndedRun
 from metapl.apps.words import WIDTH, short, table, tell
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits
@@ -27,7 +25,7 @@ EVALUATION = "evaluation.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Command):
+class Evaluate:
     """Measure a run's network on its test set again: accuracy, calibration, and which classes it takes for which.
 
     It is the network that the run delivers, or the one named; of a comparison, the run that it delivers: the best
@@ -66,11 +64,9 @@ class Evaluate(Command):
     out: Folder = None
     json: Switch = False
 
-    def check(self) -> None:
+    def run(self) -> int:
         if self.eps and self.attack is None:
             raise MetaplError("--eps was given without --attack; expected --attack fgsm or --attack pgd.")
-
-    def run(self) -> int:
         with held(self.out, EVALUATION):
             run = EndedRun.load(self.folder)
             name = run.name(self.network)
@@ -80,7 +76,7 @@ class Evaluate(Command):
                 "run": str(self.folder),
                 **{key: run.result[key] for key in ("recipe", "method", "seed")},
                 "network": name,
-                "weights": weights_file(name),
+                "weights": WEIGHTS[name],
                 **on.about,
                 "measured_on": on.part,
             }

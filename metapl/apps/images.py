@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from metapl.apps import networks
 from metapl.apps.machine.progress import counting
-from metapl.apps.methods import Consistency, Data, FixMatch, Mpl, PseudoLabels, ReducedMpl, Supervised, Uda
+from metapl.apps.methods import Data, FixMatch, Mpl, PseudoLabels, ReducedMpl, Supervised, Uda
 from metapl.apps.methods import Feedback as Fed
 from metapl.apps.pictures.batches import EvaluationBatches, LabeledBatches, UnlabeledBatches
 from metapl.apps.pictures.card import NetworkCard
@@ -30,10 +29,11 @@ from metapl.apps.pictures.check import (
 from metapl.apps.pictures.folders import Files, FilesT, LabeledFiles, Progress, hash_files, scan_labeled, scan_unlabeled
 from metapl.apps.pictures.input import LARGEST_SIDE, Input
 from metapl.apps.pictures.splits import stratified_split
-from metapl.apps.pictures.store import FileImages, Images as Stored
+from metapl.apps.pictures.store import FileImages
+from metapl.apps.pictures.store import Images as Stored
 from metapl.apps.pictures.views.base import Chain, Identity, View
 from metapl.apps.pictures.views.transforms import Affine, Color, Flip, Hole, Recolor, ResizedCrop, Sometimes
-from metapl.apps.settings import Fitting, Hidden, Role, Share, replaced
+from metapl.apps.settings import Fitting, Flat, Hidden, Role, Share, Switch, replaced, unset
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError
 from metapl.errors import few as some
@@ -74,7 +74,8 @@ METHODS = {
 COMPARED = ("uda", "mpl", "none", "supervised", "pseudo_labels")
 
 Folder = Annotated[str, tyro.conf.arg(metavar="DIR")]
-OtherFolder = Annotated[str | None, tyro.conf.arg(metavar="DIR")]
+OtherFolder = Annotated[str | None, unset("DIR")]
+Minutes = Annotated[Annotated[float, Range(above=0, most=60 * 24 * 366)] | None, unset()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,24 +83,24 @@ class Pictures:
     """What a picture becomes, how it is changed, and the network. What is None is chosen by looking at some pictures.
 
     Args:
-        network: such as pooled_cnn, resnet18, vit_b_16, timm:NAME.
-        weights: file with pretrained weights; imagenet downloads.
-        image_size: side in pixels that pictures are resized to.
+        network: pooled_cnn, resnet18, vit_b_16, timm:NAME.
+        weights: pretrained; imagenet downloads them.
+        image_size: side that pictures are resized to.
         grey: read pictures without colors.
-        mirror: mirror half of the pictures; not for letters.
+        mirror: mirror half of them; not for letters.
         recolor: exchange colors, and light and dark.
-        crop: learn from random parts of each picture.
+        crop: learn from random parts of pictures.
         dropout: dropout rate of the networks.
-        stochastic_depth: probability of dropping the last block.
+        stochastic_depth: of dropping the last block.
     """
 
-    network: str | None = None
-    weights: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    image_size: Annotated[int, Range(1, most=LARGEST_SIDE)] | None = None
-    grey: tyro.conf.FlagConversionOff[bool | None] = None
-    mirror: bool = False
-    recolor: tyro.conf.FlagConversionOff[bool | None] = None
-    crop: bool = False
+    network: Annotated[str | None, unset("NAME")] = None
+    weights: Annotated[str | None, unset("FILE")] = None
+    image_size: Annotated[Annotated[int, Range(1, most=LARGEST_SIDE)] | None, unset("PIXELS")] = None
+    grey: tyro.conf.FlagConversionOff[Annotated[bool | None, unset()]] = None
+    mirror: Switch = False
+    recolor: tyro.conf.FlagConversionOff[Annotated[bool | None, unset()]] = None
+    crop: Switch = False
     dropout: Share = 0.0
     stochastic_depth: Share = 0.0
     mean: Hidden[tuple[float, ...] | None] = None
@@ -174,7 +175,7 @@ class Pictures:
 
     def card(self, title: str, classes: int) -> NetworkCard:
         normalization: Any = {"mean": self.mean, "std": self.std}
-        made = {"input": self.input, "architecture": self.architecture(classes), "channels_last": True}
+        made: Any = {"input": self.input, "architecture": self.architecture(classes), "channels_last": True}
         return NetworkCard(title=title, **made, **normalization)
 
     @property
@@ -201,11 +202,11 @@ class Images:
     What is not given is chosen by looking at the pictures, and by how many steps fit into the minutes.
 
     Args:
-        labeled: labeled pictures, in one folder a class.
-        unlabeled: unlabeled pictures: a folder, or a .txt with paths.
-        val: pictures to select on, like --labeled.
-        test: pictures to report on, like --labeled.
-        minutes: how long training may take; by default 5.
+        labeled: labeled pictures, in a folder a class.
+        unlabeled: a folder, or a .txt of paths.
+        val: to select on, like --labeled.
+        test: to report on, like --labeled.
+        minutes: for as many steps as fit; by default 5.
     """
 
     name: ClassVar[str] = "images"
@@ -216,9 +217,9 @@ class Images:
     unlabeled: Folder
     val: OtherFolder = None
     test: OtherFolder = None
-    minutes: Annotated[float, Range(above=0, most=60 * 24 * 366)] | None = None
-    pictures: tyro.conf.OmitArgPrefixes[Pictures] = field(default_factory=Pictures)
-    fitting: tyro.conf.OmitArgPrefixes[Fitting] = field(default_factory=lambda: Fitting(ema_decay=0.99))
+    minutes: Minutes = None
+    pictures: Flat[Pictures] = field(default_factory=Pictures)
+    fitting: Flat[Fitting] = field(default_factory=lambda: Fitting(ema_decay=0.99))
     val_fraction: Hidden[float | None] = None  # of each class, set aside for validation
     classes: Hidden[tuple[str, ...]] = ()
 
@@ -246,7 +247,8 @@ class Images:
     def data(self, say: Say, progress: bool, log: Path | None) -> Data:
         # 1. The files: listed, looked at, and compared; what would be learned from and measured on is refused.
         found, skipped = sound_files(self, say, progress)
-        few, many, val, test = (found.get(name) for name in ("labeled", "unlabeled", "val", "test"))
+        few, many = found["labeled"], found["unlabeled"]
+        val, test = found.get("val"), found.get("test")
         compare_files(few, many, val, test, say, progress)
         hashes = {name: hash_files(files) for name, files in found.items()}
         # 2. Some are set aside to select on; nothing may be learned from copies of those.
@@ -312,7 +314,8 @@ class Images:
         return self if name == self.pictures.network else found
 
     def at_size(self, size: int) -> Images:
-        return at_size(self, size)
+        found: Images = at_size(self, size)
+        return found
 
 
 def trainer_options(config: Any) -> dict[str, Any]:

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
-from metapl.apps.commands.parse import unset
-from metapl.apps.run import NetworkName, RunFolder
+import tyro
+
 from metapl.apps.machine.ownership import owned
 from metapl.apps.machine.sealed import refuse_irregular, written_last
+from metapl.apps.run import PLACES, NetworkName, RunFolder
+from metapl.apps.settings import Switch as Switch
+from metapl.apps.settings import unset as unset
 from metapl.errors import MetaplError
 
-OF_RUNS = (
-    "which of the run's networks: the one that it delivers, the student, the student finetuned on the labeled data, or "
-    "the teacher. Of a method that trains one network, such as uda, that is the student."
-)
+Run = Annotated[Path, tyro.conf.Positional, unset("RUN")]  # the folder of a run, by its place
+Folder = Annotated[Path | None, unset("DIR")]
+File = Annotated[Path | None, unset("FILE")]
+OF_RUNS = "which of the run's networks; by default the one that it delivers."
 Network = Annotated[NetworkName, unset(help=OF_RUNS)]
-OF_FACTORIES = (
-    "a function that builds the network, FILE.py:FUNCTION, of a run whose network metapl does not know; FILE.py is run."
-)
+OF_FACTORIES = "builds the network of a run that metapl does not know; FILE.py is run."
 Factory = Annotated[str | None, unset("FILE.py:FUNCTION", help=OF_FACTORIES)]
 
 # Names of open files of a process: to replace the file behind one would lose what else is written to it.
@@ -40,10 +41,10 @@ def counted(number: int, what: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def check_out(out: Path, recipe: Any) -> None:
-    """Refuse a folder to write to in one that a recipe reads pictures from, where what is written would be read too."""
-    for name in getattr(recipe, "places", ()):
-        folder = getattr(recipe, name)
+def check_out(out: Path, fields: Mapping[str, Any]) -> None:
+    """Refuse a folder to write to in one that pictures are read from, where what is written would be read too."""
+    for name in PLACES:
+        folder = fields.get(name)
         if folder and out.resolve().is_relative_to(Path(folder).expanduser().resolve()):
             raise MetaplError(
                 f"the folder to write to, {out}, lies in {folder}, the {name} pictures, and would be read with them; "

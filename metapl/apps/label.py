@@ -12,16 +12,14 @@ from typing import Annotated, Any
 
 import tyro
 
-from metapl.apps.inputs import Factory, Network, counted
-from metapl.apps.commands.parse import Command, Run, Switch, unset
-from metapl.apps.run import weights_file
+from metapl.apps.inputs import Factory, Network, Run, Switch, counted, unset
 from metapl.apps.labeling import BATCH, provenance, rows_per_part, to_label, write_labels
-from metapl.apps.run import EndedRun
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels.queries import BINS, Statistics, select, statistics
 from metapl.apps.machine.progress import counting
 from metapl.apps.machine.sealed import sha256_of, write_whole
-from metapl.apps.recipes.settings import MOST_IN_A_BATCH
+from metapl.apps.run import WEIGHTS, EndedRun
+from metapl.apps.settings import MOST_IN_A_BATCH
 from metapl.apps.words import short, table, tell
 from metapl.errors import MetaplError, few
 from metapl.runs.fields import Range
@@ -46,7 +44,7 @@ SELECTED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Label(Command):
+class Label:
     """Store the class probabilities that a run's network gives many pictures, to train other networks on.
 
     The network runs in eval mode, without dropout and other noise, on pictures as they are: read like the training data
@@ -95,7 +93,7 @@ class Label(Command):
         network = run.network(name, self.factory).to(run.device)
         labeled = to_label(self.pictures, reads, self.batch)
         model = {key: run.result[key] for key in ("recipe", "method", "seed")}
-        model |= {"network": name, "weights_sha256": sha256_of(run.folder.path / weights_file(name))}
+        model |= {"network": name, "weights_sha256": sha256_of(run.folder.path / WEIGHTS[name])}
         about = provenance(network, labeled, reads, temperature=self.temperature)
         writer = LabelWriter(
             self.out,
@@ -134,7 +132,7 @@ class Label(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stats(Command):
+class Stats:
     """Say what is in a store of labels: examples of each class, how confident the labels are, and their entropy.
 
     The class of an example is its most probable one, and the confidence is the probability of that.
@@ -163,7 +161,7 @@ class Stats(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Select(Command):
+class Select:
     """Write a store of some of the examples of another one, as the papers select and balance their pictures.
 
     What is asked for is done in this order: pictures that stand in a folder are dropped; those with a confidence above

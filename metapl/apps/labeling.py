@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from metapl.apps.run import EndedRun
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels.files import DIGEST_BYTES, PAGE_ROWS
 from metapl.apps.labels.store import is_text
 from metapl.apps.machine.progress import counting, progress
+from metapl.apps.methods import Data, ReducedMpl
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.folders import ask, digest, hashes, scan_labeled, scan_unlabeled
 from metapl.apps.pictures.input import Input
 from metapl.apps.pictures.store import FileImages, Images, MemoryImages
-from metapl.apps.methods import Data, ReducedMpl
+from metapl.apps.run import EndedRun
 from metapl.data.feed import feed
 from metapl.data.steps import StepBatches
 from metapl.errors import MetaplError, few

@@ -61,7 +61,7 @@ class Processes:
         return shard(network, Mesh(replicate=self.size)) if small else self.laid_out(network, seed=seed)[0]
 
     def seed(self, network: nn.Module, seed: int) -> None:
-        """Seed the default generators; where the network drops something row after row, each share has its own masks."""
+        """Seed the default generators; where the network drops rows of a batch, each share has its masks."""
         torch.manual_seed(seed)
         if self.size > 1 and model_noise(network):
             torch.manual_seed(seed + 2**32 * (1 + self.mesh.share))
@@ -75,6 +75,15 @@ class Processes:
     def shared(self, folder: Path) -> Path:
         """The folder of the first process, where the stores are."""
         return Path(from_first(str(folder.absolute())))
+
+
+def program() -> str:
+    """What this command was started with, for a line that starts it again."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count == "1":
+        return "metapl"
+    here = os.environ.get("LOCAL_WORLD_SIZE") == count
+    return f"torchrun {f'--nproc-per-node={count}' if here else '...'} -m metapl.apps"
 
 
 def from_first(value: Any) -> Any:

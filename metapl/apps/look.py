@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import tempfile
 import time
@@ -43,9 +42,7 @@ MANY_COPIES = 10  # how often a picture may be in one batch before that is told
 WARMUP = 0.05  # share of the steps over which learning rates grow
 
 
-def settled(
-    config: Any, method: Any, say: Say, before: Mapping[str, Any] | None = None
-) -> tuple[Any, Any]:
+def settled(config: Any, method: Any, say: Say, before: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
     """The settings and the method with whole paths, the classes that are found, and a value for all that was left open.
 
     What was chosen ``before``, by the names of the settings, in the run that is resumed, is not chosen anew.
@@ -339,16 +336,29 @@ def seconds_per_step(config: Any, method: Any, clock: Clock = time.monotonic) ->
         return FitResult(None, 0, {name: value.clone() for name, value in trainer.student.state_dict().items()})
 
     def even(network: Any) -> dict[str, Tensor]:
-        return {name: torch.full((PICTURES, len(config.classes)), 1 / len(config.classes)) for name in ("unlabeled", "labeled")}
+        return {
+            name: torch.full((PICTURES, len(config.classes)), 1 / len(config.classes))
+            for name in ("unlabeled", "labeled")
+        }
 
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         images, labels = _noise(config, Path(folder)), torch.arange(PICTURES) % len(config.classes)
         data = Data(**config.batches(images, labels, images), classes=config.classes, record={})
         teacher, student = (config.network().to(place) for _ in range(2))
-        own = {"optimizer": config.optimizer, "options": config.trainer_options(), "fit": timed, "label": even}
-        alone = {"laid_out": lambda network, small=False: network.to(place), "seed": torch.manual_seed}
-        method.train(Training(config=config, data=data, teacher=teacher, student=student, **own, **alone))
+        training = Training(
+            config=config,
+            data=data,
+            teacher=teacher,
+            student=student,
+            optimizer=config.optimizer,
+            options=config.trainer_options(),
+            fit=timed,
+            label=even,
+            laid_out=lambda network, small=False: network.to(place),
+            seed=lambda seed: None,
+        )
+        method.train(training)
     return seconds
 
 

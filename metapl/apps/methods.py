@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from metapl import feedback, problems
 from metapl.ablation import Altered
 from metapl.apps.pictures import LabeledBatches, UnlabeledBatches
-from metapl.apps.settings import Hidden, Role, Share, SomeSteps, Weight, flat, replaced
+from metapl.apps.settings import Flat, Hidden, Role, Share, SomeSteps, Weight, flat, replaced, unset
 from metapl.errors import MetaplError
 from metapl.models import label_adjuster
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
@@ -32,6 +32,7 @@ FIXMATCH_THRESHOLD = 0.85  # published is 0.95 (arXiv:2001.07685); with few step
 WAIT, START, RAMP = 0.75, 0.4, 0.1
 
 Losses = tuple[TeacherLoss, ...]
+FeedbackKind = Literal["whole", "none", "permuted", "class_means", "random_sign"]
 
 if TYPE_CHECKING:
     Mode = str
@@ -155,7 +156,9 @@ class Supervised:
 
     @property
     def name(self) -> str:
-        return "supervised_everything" if self.everything else "label_smoothing" if self.label_smoothing else "supervised"
+        return (
+            "supervised_everything" if self.everything else "label_smoothing" if self.label_smoothing else "supervised"
+        )
 
     @property
     def title(self) -> str:
@@ -176,13 +179,13 @@ class Consistency:
     """Consistency of the predictions on two views of unlabeled examples.
 
     Args:
-        label_smoothing: label smoothing of the supervised loss.
-        uda_weight: weight of the consistency loss; 0 leaves it out.
-        uda_temperature: of its targets; below 1 sharpens, 0 takes the class.
-        uda_threshold: leave out examples less sure than this.
-        uda_align: move class shares to the labeled ones, from 0 to 1.
-        uda_start: steps on labeled examples alone first; 40 %.
-        uda_ramp: steps over which the weight then grows; 10 %.
+        label_smoothing: of the supervised loss.
+        uda_weight: of the loss; 0 leaves it out.
+        uda_temperature: of its targets; 0: hard.
+        uda_threshold: leave out what is less sure.
+        uda_align: class shares to the labeled ones.
+        uda_start: steps without it first; 40 %.
+        uda_ramp: steps of growing weight; 10 %.
         uda_prior: shares of the classes that uda_align moves to; None: equal ones.
     """
 
@@ -191,8 +194,8 @@ class Consistency:
     uda_temperature: Weight = 0.5
     uda_threshold: Share = 0.85
     uda_align: Annotated[float, Range(0, most=1)] = 0.5
-    uda_start: SomeSteps | None = None
-    uda_ramp: SomeSteps | None = None
+    uda_start: Annotated[SomeSteps | None, unset()] = None
+    uda_ramp: Annotated[SomeSteps | None, unset()] = None
     uda_prior: Hidden[tuple[float, ...] | None] = None
 
     def __post_init__(self) -> None:
@@ -204,7 +207,9 @@ class Consistency:
         return (CrossEntropy(self.label_smoothing), *([self._uda()] if self.uda_weight else []))
 
     def _uda(self) -> UDA:
-        named = {name: getattr(self, f"uda_{name}") for name in ("weight", "temperature", "threshold", "align", "prior")}
+        named = {
+            name: getattr(self, f"uda_{name}") for name in ("weight", "temperature", "threshold", "align", "prior")
+        }
         return UDA(ramp=self.uda_ramp or 0, start=self.uda_start or 0, **named)
 
     def scheduled(self, steps: int) -> Self:
@@ -217,7 +222,7 @@ class Consistency:
 class Uda:
     """One network, on the labeled examples and on its own labels of examples that it is sure of."""
 
-    uda: Consistency = field(default_factory=Consistency)
+    uda: Flat[Consistency] = field(default_factory=Consistency)
 
     name: ClassVar[str] = "uda"
     title: ClassVar[str] = "UDA alone"
@@ -233,7 +238,7 @@ class Uda:
 class FixMatch:
     """UDA with the most probable class as the label where the network is sure of it."""
 
-    uda: Consistency = field(
+    uda: Flat[Consistency] = field(
         default_factory=lambda: Consistency(uda_temperature=0.0, uda_threshold=FIXMATCH_THRESHOLD, uda_align=0.0)
     )
 
@@ -247,7 +252,7 @@ class FixMatch:
         return t.alone(t.teacher, self.uda.losses())
 
 
-# ----------------------------------------------------------------------------------------------- a teacher and a student
+# --------------------------------------------------------------------------------------------- a teacher and a student
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,26 +260,26 @@ class Feedback:
     """How a teacher labels, and what it learns from the student.
 
     Args:
-        mode: how the gradient of the feedback is found; see metapl ablate.
-        pseudo_labels: soft or hard; by default what the mode needs.
-        temperature: of the softmax that makes the pseudo-labels.
-        pseudo_label_smoothing: label smoothing of the student's loss.
-        feedback: all of it, none, or a control that alters it.
-        feedback_weight: weight of the feedback beside the own losses.
-        feedback_ratio: norm of its gradient as a share of theirs, instead.
-        normalization: what h is divided by, if not as in the mode.
-        baseline: decay of an average to subtract from h (reinforce).
+        mode: one of metapl.MODES; see metapl ablate.
+        pseudo_labels: soft or hard; as the mode needs.
+        temperature: of the pseudo-labels' softmax.
+        student_smoothing: label smoothing of its loss.
+        feedback: whole, none, or an altered control.
+        feedback_weight: beside the teacher's own losses.
+        feedback_ratio: its norm by theirs, instead.
+        normalization: gradient, learning_rate or cosine.
+        baseline: decay of an average to subtract.
     """
 
-    mode: Mode = "forward"
-    pseudo_labels: Literal["soft", "hard"] | None = None
+    mode: Annotated[Mode, tyro.conf.arg(metavar="MODE")] = "forward"
+    pseudo_labels: Annotated[Literal["soft", "hard"] | None, unset("KIND")] = None
     temperature: float = 1.0
-    pseudo_label_smoothing: float = 0.0
-    feedback: Literal["whole", "none", "permuted", "class_means", "random_sign"] = "whole"
+    student_smoothing: Share = 0.0
+    feedback: Annotated[FeedbackKind, tyro.conf.arg(metavar="KIND")] = "whole"
     feedback_weight: float = 1.0
-    feedback_ratio: Weight | None = None
-    normalization: Literal["gradient", "learning_rate", "cosine"] | None = None
-    baseline: float | None = None
+    feedback_ratio: Annotated[Weight | None, unset()] = None
+    normalization: Annotated[Literal["gradient", "learning_rate", "cosine"] | None, unset("NAME")] = None
+    baseline: Annotated[float | None, unset()] = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -296,7 +301,7 @@ class Feedback:
 
     def problem(self) -> problems.PseudoLabels:
         """The labels that the student learns, also without feedback those that the mode takes."""
-        smoothing = self.pseudo_label_smoothing
+        smoothing = self.student_smoothing
         asked = problems.PseudoLabels(kind=self.pseudo_labels, temperature=self.temperature, label_smoothing=smoothing)
         taken = asked.for_modes(feedback.estimator(self.mode).labels, self.mode)
         return taken if self.feedback == "none" else asked
@@ -322,14 +327,14 @@ class Mpl:
     """Meta Pseudo Labels: a teacher learns from how the student does that learns its labels.
 
     Args:
-        wait: steps of the teacher alone, before the student begins; 75 %.
-        warm_start: begin the student with the teacher's weights then.
+        wait: steps of the teacher alone first; 75 %.
+        warm_start: begin with its weights then.
     """
 
-    feedback: Feedback = field(default_factory=Feedback)
-    uda: Consistency = field(default_factory=Consistency)
-    wait: SomeSteps | None = None
-    warm_start: bool = True
+    feedback: Flat[Feedback] = field(default_factory=Feedback)
+    uda: Flat[Consistency] = field(default_factory=Consistency)
+    wait: Annotated[SomeSteps | None, unset()] = None
+    warm_start: tyro.conf.FlagConversionOff[bool] = True
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -349,16 +354,19 @@ class Mpl:
             raise MetaplError(f"--wait {wait:,}: expected fewer steps than the {steps:,} of the training.")
         return dataclasses.replace(self, wait=wait, uda=self.uda.scheduled(steps))
 
-    def train(self, t: Training) -> Trained:
-        own = {"teacher_losses": self.uda.losses(), **self.feedback.size()}
+    def trainer(self, t: Training) -> BilevelTrainer:
         mode = self.feedback.estimator(t.config.fitting.seed)
-        trainer = t.bilevel(t.teacher, mode, self.feedback.problem(), **own)
+        own = {"teacher_losses": self.uda.losses(), **self.feedback.size()}
+        return t.bilevel(t.teacher, mode, self.feedback.problem(), **own)
+
+    def train(self, t: Training) -> Trained:
+        trainer = self.trainer(t)
         wait, steps = self.wait or 0, t.config.fitting.steps
         # A student that waits has fewer steps, and warms up over the same share of them.
         warmup = round((steps - wait) / steps * (t.config.fitting.warmup or 0))
         options = {"wait": wait, "warm_start": self.warm_start and wait > 0, "warmup": warmup}
         result = t.fit(trainer, t.data.labeled, t.data.unlabeled, **options)
-        return Trained(trainer, result, (trainer.teacher, result.teacher_weights or {}))
+        return Trained(trainer, result, (t.teacher, result.teacher_weights or {}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,13 +376,13 @@ class PseudoLabels:
     Args:
         pseudo_labels: soft or hard.
         temperature: of the softmax that makes them.
-        pseudo_label_smoothing: label smoothing of the student's loss.
-        label_smoothing: label smoothing of the teacher's loss.
+        student_smoothing: label smoothing of its loss.
+        label_smoothing: of the teacher's loss.
     """
 
-    pseudo_labels: Literal["soft", "hard"] = "soft"
+    pseudo_labels: Annotated[Literal["soft", "hard"], tyro.conf.arg(metavar="KIND")] = "soft"
     temperature: float = 1.0
-    pseudo_label_smoothing: float = 0.0
+    student_smoothing: float = 0.0
     label_smoothing: Share = 0.0
 
     def __post_init__(self) -> None:
@@ -393,7 +401,7 @@ class PseudoLabels:
         return self
 
     def problem(self) -> problems.PseudoLabels:
-        smoothing = self.pseudo_label_smoothing
+        smoothing = self.student_smoothing
         return problems.PseudoLabels(kind=self.pseudo_labels, temperature=self.temperature, label_smoothing=smoothing)
 
     def train(self, t: Training) -> Trained:
@@ -408,16 +416,16 @@ class ReducedMpl:
     """Reduced Meta Pseudo Labels: a student on stored labels, which a small network adjusts by its feedback.
 
     Args:
-        teacher_run: a run whose network labels, instead of a teacher trained first.
-        label_store: labels of --unlabeled, stored by metapl label.
-        labeled_label_store: with --labels: those of --labeled.
+        teacher_run: its network labels, none is trained.
+        label_store: of --unlabeled, by metapl label.
+        labeled_label_store: with --labels, of --labeled.
     """
 
-    feedback: Feedback = field(default_factory=Feedback)
-    uda: Consistency = field(default_factory=Consistency)
-    teacher_run: Annotated[str | None, tyro.conf.arg(name="teacher", metavar="RUN")] = None
-    label_store: Annotated[str | None, tyro.conf.arg(name="labels", metavar="STORE")] = None
-    labeled_label_store: Annotated[str | None, tyro.conf.arg(name="labeled-labels", metavar="STORE")] = None
+    feedback: Flat[Feedback] = field(default_factory=Feedback)
+    uda: Flat[Consistency] = field(default_factory=Consistency)
+    teacher_run: Annotated[str | None, unset("RUN", name="teacher")] = None
+    label_store: Annotated[str | None, unset("STORE", name="labels")] = None
+    labeled_label_store: Annotated[str | None, unset("STORE", name="labeled-labels")] = None
 
     def __post_init__(self) -> None:
         given = [name for name, place in self.labels_from.items() if place is not None]

@@ -18,6 +18,7 @@ from metapl.apps.images import (
     EVALUATED_AT_ONCE,
     FINETUNED_AT,
     Folder,
+    Minutes,
     OtherFolder,
     Pictures,
     compare_files,
@@ -34,13 +35,13 @@ from metapl.apps.pictures.check import check_folders, same_pictures
 from metapl.apps.pictures.folders import Files, LabeledFiles, hash_files, scan_labeled
 from metapl.apps.pictures.input import Input
 from metapl.apps.pictures.store import Images
-from metapl.apps.settings import Batch, Fitting, Hidden, Role, SomeSteps
+from metapl.apps.settings import Batch, Fitting, Flat, Hidden, Role, SomeSteps, unset
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError, few
 from metapl.models import Corrector
 from metapl.problems import ExampleWeights, LabelCorrection, MetaWeightNet, NoiseTransition, Table, WeightNet
 from metapl.problems.losses import CrossEntropy
-from metapl.runs.fields import AboveZero, Range, check_fields
+from metapl.runs.fields import AboveZero, check_fields
 from metapl.training import Say
 
 TRUSTED = 4.0  # logit of "no noise" in a matrix of label noise, and of the given label in a corrector, at first
@@ -95,19 +96,19 @@ class Learned:
     that corrects labels (label_correction), or how often each class is taken for each other (noise_transition).
 
     Args:
-        mode: how the gradient of what is learned is found.
-        warm_steps: steps on all labels as they are first; 20 %.
-        label_lr: learning rate of what is learned about labels.
-        feedback: all of it, or a control that alters it.
+        mode: forward or difference.
+        warm_steps: on all labels as they are; 20 %.
+        label_lr: rate of what is learned about labels.
+        feedback: whole, or an altered control.
 
     Source: the papers that :mod:`metapl.problems` names beside each problem.
     """
 
     kind: Hidden[LearnedKind] = "example_weights"
-    mode: Literal["forward", "difference"] = "forward"
-    warm_steps: SomeSteps | None = None
-    label_lr: AboveZero | None = None
-    feedback: Literal["whole", "permuted", "random_sign"] = "whole"
+    mode: Annotated[Literal["forward", "difference"], tyro.conf.arg(metavar="MODE")] = "forward"
+    warm_steps: Annotated[SomeSteps | None, unset()] = None
+    label_lr: Annotated[AboveZero | None, unset()] = None
+    feedback: Annotated[Literal["whole", "permuted", "random_sign"], tyro.conf.arg(metavar="KIND")] = "whole"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -130,6 +131,7 @@ class Learned:
     def train(self, t: Training) -> Trained:
         fitting, classes, warm = t.config.fitting, len(t.data.classes), self.warm_steps or 0
         problem: Any
+        learned: nn.Module
         noisy = t.data.unlabeled
         if self.kind == "example_weights":
             problem, learned = ExampleWeights(), Table(torch.zeros(len(noisy.images)))
@@ -184,12 +186,12 @@ class Noisy:
     What is not given is chosen by looking at the pictures, and by how many steps fit into the minutes.
 
     Args:
-        labeled: pictures with doubtful labels, in one folder a class.
-        clean: a few with right labels, likewise; ten a class are of use.
+        labeled: with doubtful labels, in a folder a class.
+        clean: a few with right labels, likewise.
         val: more with right labels, to select on.
         test: more with right labels, to report on.
         clean_batch: pictures of --clean in a batch.
-        minutes: how long training may take; by default 5.
+        minutes: for as many steps as fit; by default 5.
     """
 
     name: ClassVar[str] = "noisy"
@@ -201,11 +203,9 @@ class Noisy:
     val: OtherFolder = None
     test: OtherFolder = None
     clean_batch: Batch = 32
-    minutes: Annotated[float, Range(above=0, most=60 * 24 * 366)] | None = None
-    pictures: tyro.conf.OmitArgPrefixes[Pictures] = field(default_factory=Pictures)
-    fitting: tyro.conf.OmitArgPrefixes[Fitting] = field(
-        default_factory=lambda: Fitting(ema_decay=0.99, labeled_batch=64)
-    )
+    minutes: Minutes = None
+    pictures: Flat[Pictures] = field(default_factory=Pictures)
+    fitting: Flat[Fitting] = field(default_factory=lambda: Fitting(ema_decay=0.99, labeled_batch=64))
     val_fraction: Hidden[float | None] = 0.0  # nothing is set aside of the few
     classes: Hidden[tuple[str, ...]] = ()
 
@@ -250,7 +250,8 @@ class Noisy:
     def data(self, say: Say, progress: bool, log: Path | None) -> Data:
         self.check_first()
         found, skipped = sound_files(self, say, progress)
-        noisy, clean, val, test = (found.get(name) for name in ("labeled", "clean", "val", "test"))
+        noisy, clean = found["labeled"], found["clean"]
+        val, test = found.get("val"), found.get("test")
         compare_files(clean, noisy, val, test, say, progress)
         hashes = {name: hash_files(files) for name, files in found.items()}
         of = f"pictures of {spoken_classes(self.classes)} with labels that may be wrong, {len(clean):,} with clean ones"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -31,7 +31,7 @@ from metapl.apps.methods import Data, Trained, Training
 from metapl.apps.pictures import LabeledBatches, UnlabeledBatches
 from metapl.apps.pictures.batches import Fetched
 from metapl.apps.pictures.views.base import Identity, View
-from metapl.apps.settings import Share, Steps, replaced, require
+from metapl.apps.settings import Share, Steps, Switch, replaced, require, unset
 from metapl.apps.train import evaluated, measured
 from metapl.data.draws import fold_in
 from metapl.data.sampler import StepSampler
@@ -61,44 +61,43 @@ class NoisyStudent:
     """Noisy Student: a teacher labels, a student learns its labels with noise, and becomes the teacher.
 
     Args:
-        networks: one a round, the first teacher's first; the last serves on.
-        rounds: students, each on the labels of the one before.
-        allow_smaller: let a student be smaller: distillation.
-        labels: learn class distributions, or the likeliest classes.
-        threshold: keep examples of which the teacher is surer than this.
-        balance: repeat examples until all classes count the same.
-        per_class: the most examples of a class that are kept.
-        ratio: unlabeled examples in a batch for each labeled one.
-        loss: mean over the whole batch, or the sum of the two means.
-        training: on both together, on unlabeled ones and then labeled ones by --finetune-steps, or on unlabeled alone.
-        warm_start: begin with the teacher's weights; --schedule exponential.
-        warm_steps: steps of a student that begins so.
-        noisy_teacher: label augmented examples, with dropout.
-        unlabeled_noise: of a student on unlabeled examples.
-        finetune_size: side, larger than in training, of the labeled pictures that the last student is finetuned on, with
-            its first layers frozen, and then measured at (FixRes).
-        frozen: share of the layers that are frozen then.
-        label_smoothing: label smoothing on labeled examples.
+        networks: one a round; the last serves on.
+        rounds: students, each on the last one's labels.
+        allow_smaller: let students be smaller.
+        labels: soft, or hard: the likeliest class.
+        threshold: keep what the teacher is surer of.
+        balance: repeat examples of smaller classes.
+        per_class: the most examples of a class.
+        ratio: unlabeled examples for each labeled one.
+        loss: mean over the batch, or two_means added.
+        training: joint, pretrain_finetune or pretrain.
+        warm_start: begin with the teacher's weights.
+        warm_steps: steps of a student that does.
+        noisy_teacher: label augmented, with dropout.
+        unlabeled_noise: all, model or none.
+        finetune_size: larger side, at the end (FixRes).
+        frozen: share of the layers that are then.
+        label_smoothing: on labeled examples.
     """
 
     name: ClassVar[str] = "noisy_student"
     title: ClassVar[str] = "Noisy Student"
 
-    networks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    networks: Annotated[tuple[str, ...], unset("NAME ...")] = ()
     rounds: Annotated[int, Range(1, most=MOST_ROUNDS)] = 3
-    allow_smaller: bool = False
-    labels: Literal["soft", "hard"] = "soft"
+    allow_smaller: Switch = False
+    labels: Annotated[Literal["soft", "hard"], tyro.conf.arg(metavar="KIND")] = "soft"
     threshold: Share = 0.3
     balance: tyro.conf.FlagConversionOff[bool] = True
-    per_class: Steps | None = None
+    per_class: Annotated[Steps | None, unset()] = None
     ratio: Annotated[int, Range(1, most=MOST_RATIO)] = 3
-    loss: Literal["mean", "two_means"] = "mean"
-    training: Literal["joint", "pretrain_finetune", "pretrain"] = "joint"
-    warm_start: bool = False
-    warm_steps: Steps | None = None
-    noisy_teacher: bool = False
-    unlabeled_noise: Literal["all", "model", "none"] = "all"
-    finetune_size: Steps | None = None
+    loss: Annotated[Literal["mean", "two_means"], tyro.conf.arg(metavar="KIND")] = "mean"
+    training: Annotated[Literal["joint", "pretrain_finetune", "pretrain"], tyro.conf.arg(metavar="HOW")] = "joint"
+    warm_start: Switch = False
+    warm_steps: Annotated[Steps | None, unset()] = None
+    noisy_teacher: Switch = False
+    unlabeled_noise: Annotated[Literal["all", "model", "none"], tyro.conf.arg(metavar="KIND")] = "all"
+    finetune_size: Annotated[Steps | None, unset("PIXELS")] = None
     frozen: Share = 0.5
     label_smoothing: Share = 0.0
 
@@ -304,7 +303,9 @@ def _finetuning(
     t: Training, config: Any, network: nn.Module, labeled: Any, name: str, **options: Any
 ) -> tuple[LossTrainer, FitResult]:
     trainer = LossTrainer(network, optimizer=config.finetuner(network), **t.options)
-    return trainer, t.fit(trainer, labeled, None, phase=name, **{**config.finetuning(), "schedule": "cosine", **options})
+    return trainer, t.fit(
+        trainer, labeled, None, phase=name, **{**config.finetuning(), "schedule": "cosine", **options}
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ batches
@@ -425,7 +426,7 @@ class Rounds:
         settings, names, place = self.settings, self.data.classes, self._place(number, SELECTED)
         labels = self._labeled(number, teacher)
         threshold = self.threshold(labels)
-        how = {"per_class": settings.per_class, "threshold": threshold, "balance": settings.balance}
+        how: Any = {"per_class": settings.per_class, "threshold": threshold, "balance": settings.balance}
         selected = select(labels, place, resume=place.exists(), **how) if self.ranks.first else None
         selection: Selection = self.ranks.gathered(selected)[0]
         chosen = LabelStore(place)

@@ -14,12 +14,11 @@ import torch
 import tyro
 from torch import nn
 
-from metapl.apps.inputs import Factory, Network, check_file, counted
-from metapl.apps.commands.parse import Command, File, Run, Switch, unset
+from metapl.apps.inputs import Factory, File, Network, Run, Switch, check_file, counted, unset
 from metapl.apps.labeling import refuse_infinite
-from metapl.apps.run import EndedRun
 from metapl.apps.pictures.csv_files import CsvRows, written_csv
 from metapl.apps.pictures.input import Inputs
+from metapl.apps.run import EndedRun
 from metapl.apps.words import tell
 from metapl.errors import MetaplError
 from metapl.metrics.predictions import logits_of
@@ -29,7 +28,7 @@ HEADER = ("file", "class", "probability")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predict(Command):
+class Predict:
     """Say what a run's network takes pictures for: as CSV, with the columns file, class and probability.
 
     With --top 3 it adds class_2, probability_2, class_3 and probability_3: the classes that come next. A column for

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metapl.apps.comparison import Comparison, seeds_in_words, spread
 from metapl.apps import web
+from metapl.apps.comparison import Comparison, seeds_in_words, spread
 from metapl.apps.held_out import HeldOut
 from metapl.apps.machine.sealed import replacing, write_whole
 from metapl.apps.run import READOUTS, EndedRun, RunFolder, counts_of, refuse_changed, results_within, stored_data

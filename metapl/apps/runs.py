@@ -1,4 +1,4 @@
-"""``metapl runs``: the runs below a folder, a line each."""
+"""``metapl runs``: the runs below a folder, a line each; ``metapl report``: all there is to see of one as a page."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from typing import Annotated, Any
 
 import tyro
 
-from metapl.apps.commands.parse import Command, Switch, unset
-from metapl.apps.accuracies import DELIVERED, spread
-from metapl.apps.experiments.experiment import TOLD
-from metapl.apps.run import RunFolder, described, refuse_changed, stored_result
-from metapl.apps.machine.misfit import misfit_entries
+from metapl.apps import web
+from metapl.apps.comparison import DELIVERED, spread
+from metapl.apps.inputs import Run, Switch, check_file, unset
 from metapl.apps.machine.ownership import is_owned
+from metapl.apps.machine.sealed import read_plain, write_whole
 from metapl.apps.pictures.folders import walk
+from metapl.apps.report import PAGE, html_of, made, page_of
+from metapl.apps.run import EndedRun, RunFolder, described, refuse_changed, stored_result
+from metapl.apps.train import TOLD
 from metapl.apps.words import columns, short, table, tell, width_of, wrapped
 from metapl.errors import MetaplError, reason_of
 from metapl.metrics import interval
@@ -33,7 +35,7 @@ WRITTEN = ("recipe.json", "metrics.jsonl", "result.json")  # the newest of them 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Runs(Command):
+class Runs:
     """List the runs below a folder, the newest last.
 
     Of a finished run it says the accuracy of the network that it delivers, with the 95 % interval, and whether that is
@@ -93,8 +95,6 @@ def state_of(folder: RunFolder) -> dict[str, Any]:
     """What :func:`glance` says of a run that is not damaged."""
     description = described(folder)
     name, fields, methods = description["name"], description["fields"], description.get("compare")
-    if fault := misfit_entries(fields, {"steps": int, "seed": int, "labeled": str}, "fields"):
-        raise MetaplError(f"{folder.path / 'recipe.json'} is damaged: {fault}.")
     labeled, seeds = fields.get("labeled"), description.get("seeds", [fields.get("seed", 0)])
     data = fields.get("data", name) if labeled is None else "/".join(Path(labeled).parts[-2:])
     entry = {"recipe": name, "data": str(data), "seeds": seeds, "methods": methods or [description["method"]]}
@@ -172,3 +172,66 @@ def listing(found: Sequence[Mapping[str, Any]], width: int) -> str:
     for number, line in enumerate(table(fits, left=len(HEAD)).split("\n")):
         lines += filter(None, (long.get(number), line, below.get(number)))
     return "\n".join([*lines, "", wrapped(notes, width)])
+
+
+# --------------------------------------------------------------------------------------------------- metapl report RUN
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write all there is to see of a run as one web page, for a browser, without any other file; a run that ended left
+    such a page already.
+
+    Its accuracy, curves of losses, validation and feedback, the confusion matrix, each class, the surest mistakes on
+    the test set where its pictures are still there, settings, the command and versions. Of a comparison: its methods
+    side by side, the paired test, and the run that it delivers. Of a run that has not ended: how far it has come.
+
+    A page that was written before is replaced; another file is not.
+
+    Args:
+        folder: the run folder.
+        out: the page, a file that ends with .html.
+    """
+
+    folder: Run
+    out: Annotated[Path | None, unset("FILE.html", default="(default: RUN/report.html)")] = None
+
+    def run(self) -> int:
+        out = self.out or self.folder / PAGE
+        if self.out is not None or self.folder.is_dir():  # else there is no run
+            check_file("--out", out, ".html")
+        if out.exists() and web.GENERATOR.encode() not in read_plain(out)[:1000]:
+            raise MetaplError(f"{out} is there, and metapl report did not write it; expected another --out FILE.html.")
+        folder = RunFolder(self.folder)
+        stopped = folder.exists and not folder.ended
+        if stopped:
+            heading, parts = _unfinished(folder)
+        else:
+            heading, parts = page_of(EndedRun.load(self.folder))
+        page = html_of(self.folder, heading, parts)
+        write_whole(out, page, "any earlier page is as it was; expected a disk with room, or another --out.")
+        tell(f"{heading}\nthe page is written: {out}, {len(page) / 1e3:,.0f} kB; open it in a browser")
+        return 0
+
+
+def _unfinished(folder: RunFolder) -> tuple[str, list[str]]:
+    description = described(folder)
+    fields = description["fields"]
+    found, metrics = state_of(folder), Metrics(folder.path / "metrics.jsonl")
+    method, done = description["method"], found.get("compared")
+    said, curves = f"Not finished: {found['state']}", ""
+    if done is not None:
+        method, seeds = f"{len(done)} methods", len(found["seeds"])
+        ended = [(name, f"{of['finished']} of {seeds}") for name, of in done.items()]
+        curves = web.section("Runs that have ended", web.rows(ended, ("method", "runs")))
+    else:
+        said += f", at step {found['done']:,} of {found['phase']} (of {fields['steps']:,} steps)"
+        lines = metrics.file.read_bytes().split(b"\n")[:-1] if metrics.file.exists() else []
+        lost = len(lines) - len(metrics.rows())
+        said += f"; damaged lines of {metrics.file.name}, left out: {lost}" if lost else ""
+        curves = web.section(
+            f"Curves of {found['phase']}", web.plots({method: metrics.rows(found["phase"])}, "network")
+        )
+    said += "; it goes on by its command with --resume" if found["state"] == "interrupted" else ""
+    parts = [f'<p class="state">{web.text(said)}</p>', curves, *made(folder, description, folder)]
+    return f"{description['name']}: {method}, seed {fields['seed']}", parts

@@ -25,6 +25,15 @@ Weight = Annotated[float, Range(0)]
 T = TypeVar("T")
 Hidden = tyro.conf.Suppress[T]  # a setting that is no flag
 
+
+def unset(metavar: str | None = None, help: str | None = None, default: str = "", name: str | None = None) -> Any:
+    """Of a flag whose default is not shown, or in words; ``metavar`` stands for its value."""
+    return tyro.conf.arg(name=name, metavar=metavar, help=help, help_behavior_hint=default)
+
+
+Switch = Annotated[bool, unset()]  # off unless given
+Flat = Annotated[T, tyro.conf.arg(name="")]  # a dataclass whose fields are flags beside those around it
+
 Role = Literal["teacher", "student"]
 ROLES: tuple[Role, ...] = ("teacher", "student")
 
@@ -41,42 +50,42 @@ class Fitting:
     """How long, how fast and in what batches networks are trained. What is None is chosen where the training begins.
 
     Args:
-        steps: training steps; of your pictures, as many as fit into --minutes.
-        seed: of the split, the first weights and all that is drawn.
+        steps: training steps.
+        seed: of all that is drawn.
         labeled_batch: labeled examples in a batch.
-        unlabeled_batch: unlabeled examples in a batch.
-        lr: learning rate of the teacher, or of the one network.
-        student_lr: learning rate of the student beside a teacher.
-        schedule: to 0, unchanged, or by 0.97 145 times.
-        warmup: steps over which the rates grow from 0.
-        ema_decay: of the average of the weights, which is kept.
-        finetune_steps: steps on the labeled examples alone, at the end.
+        unlabeled_batch: unlabeled ones.
+        lr: rate of the teacher, or the one network.
+        student_lr: rate of the student.
+        schedule: cosine, constant or exponential.
+        warmup: steps of growing rates.
+        ema_decay: of the average that is kept.
+        finetune_steps: on labeled examples, at the end.
         validate_every: steps between validations.
-        log_every: steps between rows of metrics.jsonl.
+        log_every: steps between rows.
         save_every: steps between checkpoints.
-        accumulate: parts of a batch that are computed one by one.
-        precision: bfloat16 is faster where it is computed in.
+        accumulate: parts of a batch, for memory.
+        precision: float32 or bfloat16.
         workers: processes that read pictures.
-        device: auto takes a GPU if there is one.
+        device: auto, cpu or cuda.
     """
 
-    steps: Steps | None = None
+    steps: Annotated[Steps | None, unset()] = None
     seed: Annotated[int, Range(0, most=2**32 - 1)] = 0
     labeled_batch: Batch = 32
     unlabeled_batch: Batch = 32
-    lr: AboveZero | None = None
-    student_lr: AboveZero | None = None
-    schedule: Literal["cosine", "constant", "exponential"] = "cosine"
-    warmup: SomeSteps | None = None
-    ema_decay: Share | None = None
+    lr: Annotated[AboveZero | None, unset()] = None
+    student_lr: Annotated[AboveZero | None, unset()] = None
+    schedule: Annotated[Literal["cosine", "constant", "exponential"], tyro.conf.arg(metavar="NAME")] = "cosine"
+    warmup: Annotated[SomeSteps | None, unset()] = None
+    ema_decay: Annotated[Share | None, unset()] = None
     finetune_steps: SomeSteps = 200
-    validate_every: Steps | None = None
+    validate_every: Annotated[Steps | None, unset()] = None
     log_every: Steps = 20
     save_every: Steps = 500
     accumulate: Batch = 1
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Annotated[Literal["float32", "bfloat16"], tyro.conf.arg(metavar="TYPE")] = "float32"
     workers: Annotated[int, Range(0, most=MOST_WORKERS)] = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], tyro.conf.arg(metavar="NAME")] = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self)

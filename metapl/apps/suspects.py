@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 
+from metapl.apps import web
+from metapl.apps.methods import Doubtful
 from metapl.apps.pictures.csv_files import written_csv
 from metapl.apps.pictures.input import Input
-from metapl.apps.methods import Doubtful
-from metapl.apps import web
 from metapl.errors import MetaplError
 from metapl.metrics import predict_logits
 from metapl.metrics.predictions import batches_of

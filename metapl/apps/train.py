@@ -27,6 +27,7 @@ from metapl.apps.pictures.store import record_files, replaced_files
 from metapl.apps.report import Mistakes, draw_report, last_fit, mistakes, write_page
 from metapl.apps.run import WEIGHTS, EndedRun, RunFolder, describe_networks
 from metapl.apps.settings import Fitting, Role, flat
+from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
 from metapl.execution.shards import load_whole
 from metapl.metrics import Evaluation, chance_level, evaluate_logits, predict_logits
@@ -34,6 +35,7 @@ from metapl.metrics.predictions import batches_of
 from metapl.training import FitResult, Say, Trainer
 from metapl.training.loss_trainer import LossTrainer
 
+TOLD = ("data.json", "metrics.jsonl")  # what a run says of itself beside its result, which has their SHA-256
 SELECTED_ON = 50  # the fewest validation examples to choose a student by: one standard error is 7 points then
 
 
@@ -224,8 +226,7 @@ def deliver(
     called = f"{config.name}, {method.name}, seed {config.fitting.seed}"
     describe_networks(folder, called, data.classes, cards)
     sealed = {WEIGHTS[name]: folder.write_weights(WEIGHTS[name], one.weights) for name, one in kept.items()}
-    told = ("data.json", "metrics.jsonl")  # what a run says of itself beside its result, which has their SHA-256
-    sealed |= {name: sha256_of(folder.path / name) for name in told if (folder.path / name).is_file()}
+    sealed |= {name: sha256_of(folder.path / name) for name in TOLD if (folder.path / name).is_file()}
     evaluation, labels = kept[chosen].evaluation, validation_labels(data)
     content: dict[str, Any] = {
         "recipe": config.name,
@@ -268,7 +269,7 @@ def delivered(kept: Mapping[str, Measured], select: bool, rounds: bool) -> str:
     Where it cannot, the finetuned student, which did better on the seen half of benchmarks/pictures. Of Noisy Student
     it is the last student, of equals the finetuned one, and never its teacher.
     """
-    names = [name for name in reversed(kept) if name != "teacher"] if rounds else [*kept]
+    names = [name for name in reversed([*kept]) if name != "teacher"] if rounds else [*kept]
     if select:
         return max(names, key=lambda name: kept[name].validation_accuracy or 0.0)
     return "finetuned" if "finetuned" in kept else "student"
@@ -314,3 +315,15 @@ def device(asked: str) -> torch.device:
     if asked == "cuda" and not torch.cuda.is_available():
         raise MetaplError("--device cuda was asked for, and PyTorch sees no GPU; use --device auto or cpu.")
     return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def check_shares(config: Any, mesh: Mesh) -> None:
+    """Refuse batches that the processes do not share equally."""
+    for name, size in {**flat(config)}.items():
+        parts = mesh.shares * config.fitting.accumulate
+        if name.endswith("_batch") and size is not None and size % parts:
+            raise MetaplError(
+                f"--{name.replace('_', '-')} {size:,}: {mesh.shares:,} ranks do not share it equally"
+                f"{f' in {config.fitting.accumulate} parts' if config.fitting.accumulate > 1 else ''}; expected a "
+                f"multiple of {parts:,}, or another mesh."
+            )

@@ -7,16 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Annotated, Any
 
-from metapl.apps.inputs import Factory, Network, held
-from metapl.apps.commands.parse import Command, Run, Switch, unset
-from metapl.apps.run import (
-    counts_of,
-    stored_data,
-)
-from metapl.apps.run import EndedRun
 from metapl.apps.export import export
 from metapl.apps.export.network import can_run_onnx, require_onnx
-from metapl.apps.recipes.methods import title
+from metapl.apps.inputs import Factory, Network, Run, Switch, held, unset
+from metapl.apps.run import EndedRun, counts_of, stored_data
 from metapl.apps.words import tell
 from metapl.metrics import Evaluation
 
@@ -25,7 +19,7 @@ FIGURES = {"top5": "top-5 accuracy", "expected_calibration_error": "expected cal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(Command):
+class Export:
     """Write a run's network for others: a program that needs torch alone, its weights, and a card for both.
 
     model.pt2 is the whole network, with its normalization, as a program for torch.export.load: any number of pictures
@@ -92,11 +86,11 @@ def _card(run: EndedRun, name: str) -> dict[str, Any]:
         # Of the places of files, the last names are left.
         field: PurePath(value).name if isinstance(value, str) and "/" in value else value
         for field, value in source.recipe().get("fields", {}).items()
-        if field != "class_names"
+        if field != "classes"
     }
     run_by = {"name": result["recipe"], "method": result["method"], "best_step": result["best_step"]}
     return {
-        "title": f"{result['recipe']}: {title(result['method'])}, {card.title}",
+        "title": f"{result['recipe']}: {result['title']}, {card.title}",
         "classes": run.classes,
         "metrics": {figure: value for figure, value in metrics.items() if value is not None},
         "data_hash": examples | {f"SHA-256 of {part}": f"`{digest}`" for part, digest in data["hash"].items()},
