@@ -150,7 +150,7 @@ def steps_measured(miniature: bool) -> list[Row]:
 def digits_run(method: str, seed: int, weight: float, steps: int) -> Row:
     """A run as ``metapl train digits`` does it: accuracies of the student and of the finetuned one."""
     from metapl.apps.experiments.experiment import Experiment
-    from metapl.apps.experiments.folder import RunFolder
+    from metapl.apps.run import RunFolder
     from metapl.apps.recipes import Digits, Feedback
 
     torch.set_num_threads(1)

@@ -29,8 +29,8 @@ from machine import append, arguments, parsed, write_between_marks
 
 from metapl.ablation.cost import flops
 from metapl.apps.experiments.experiment import Experiment
-from metapl.apps.experiments.folder import RunFolder
-from metapl.apps.experiments.settle import kinds_of_steps
+from metapl.apps.run import RunFolder
+from metapl.apps.look import kinds_of_steps
 from metapl.apps.machine.environment import environment
 from metapl.apps.recipes import Digits
 from metapl.apps.recipes.base import Phase, Phases, Run, Task, rehearse

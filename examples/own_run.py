@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import metapl
-from metapl.apps.experiments.run import save
+from metapl.apps.run import save
 from metapl.apps.pictures import EvaluationBatches, FileImages, LabeledBatches, UnlabeledBatches
 from metapl.apps.pictures.card import NetworkCard
 from metapl.apps.pictures.check import check_folders

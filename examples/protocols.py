@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torchvision import datasets
 
 import metapl
-from metapl.apps.experiments.fitting import Truth
-from metapl.apps.experiments.run import save
+from metapl.apps.fitting import Truth
+from metapl.apps.run import save
 from metapl.apps.networks import Architecture, create, normalized, parameter_groups
 from metapl.apps.pictures import (
     CIFAR_OPERATIONS,

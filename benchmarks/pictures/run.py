@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 def run(problem: Problem, method: str, seed: int, minutes: float, settings: Row) -> Row:
     """One training; its accuracies on the test set, and what it was like along the run."""
-    from metapl.apps.experiments.jobs import Job
+    from metapl.apps.compare import Job
     from metapl.apps.experiments.settle import REHEARSED, settled, steps_within
     from metapl.apps.machine.environment import environment
     from metapl.apps.recipes import ImageFolders
@@ -93,8 +93,8 @@ def labeled_by(place: Path, problem: Problem, seed: int) -> Row:
     """How well the network that labeled the unlabeled pictures does that at the end: the share of right labels, and the
     share that would have to be called otherwise for the classes' frequencies to be right; foreign pictures aside."""
     from metapl.apps.experiments.experiment import evaluated
-    from metapl.apps.experiments.folder import stored
-    from metapl.apps.experiments.run import EndedRun
+    from metapl.apps.run import stored
+    from metapl.apps.run import EndedRun
     from metapl.apps.pictures import EvaluationBatches
 
     trained = EndedRun.load(place / "run")

@@ -81,7 +81,7 @@ class Comparing:
 
     compare: Switch = False
     seeds: Annotated[str | None, unset("SEEDS")] = None
-    methods: Annotated[tuple[str, ...] | None, unset("NAME ...")] = None
+    methods: Annotated[str | None, unset("NAME ...")] = None
     jobs: Annotated[Annotated[int, Range(1)] | None, unset()] = None
 
 
@@ -255,7 +255,8 @@ def _compared(
     for name in ("seeds", "methods", "jobs"):
         if getattr(where, name) and not where.compare:
             raise MetaplError(f"--{name} goes with --compare.")
-    names = where.methods or tuple(dict.fromkeys((method.name, *usual)))
+    asked = where.methods.split(",") if where.methods else (method.name, *usual)
+    names = tuple(dict.fromkeys(asked))
     if unknown := [name for name in names if name not in methods]:
         raise MetaplError(f"--methods {few(unknown)}: expected some of {', '.join(methods)}.")
     if where.compare and mesh.size > 1:

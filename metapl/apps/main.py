@@ -168,7 +168,12 @@ def _named(given: list[str]) -> tuple[str, list[str]]:
 
 
 def _method_first(words: list[str]) -> list[str]:
-    """``--method NAME`` as the word NAME, which a command that trains takes before or behind its flags."""
+    """``--method NAME`` as the word NAME, which a command that trains takes before its flags; and the names behind
+    ``--methods`` as one word, for each of them alone would be taken for that."""
+    if "--methods" in words:
+        first = words.index("--methods") + 1
+        last = next((i for i in range(first, len(words)) if words[i].startswith("--")), len(words))
+        words = [*words[:first], ",".join(words[first:last]), *words[last:]]
     for number, word in enumerate(words):
         if word == "--method" and number + 1 < len(words):
             return [words[number + 1], *_method_first(words[:number] + words[number + 2 :])]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from forked import Forked
 
-from metapl.apps.commands import main
+from metapl.apps.main import main
 from metapl.apps.words import wrapped
 
 

@@ -23,8 +23,8 @@ from torch.func import functional_call
 
 import metapl
 from metapl.apps.commands import attribute as command
-from metapl.apps.commands import main
-from metapl.apps.experiments.run import EndedRun
+from metapl.apps.main import main
+from metapl.apps.run import EndedRun
 from metapl.apps.pictures.folders import scan_labeled
 from metapl.errors import MetaplError
 

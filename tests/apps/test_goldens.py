@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_bits import check, here, lines, one_thread, outcome
 
-from metapl.apps.commands import main
+from metapl.apps.main import main
 
 STORED = Path(__file__).with_name("goldens.json")
 SIDE, COLORS = 20, ("blue", "green", "red")

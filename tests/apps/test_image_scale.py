@@ -27,7 +27,7 @@ import torch
 from command import metapl, unprompted
 from PIL import Image
 
-from metapl.apps.commands import main
+from metapl.apps.main import main
 from metapl.apps.experiments.settle import settled
 from metapl.apps.pictures import check
 from metapl.apps.pictures.check import check_folders
@@ -261,7 +261,7 @@ def test_how_far_files_are_looked_into_depends_on_their_sizes_too(
 # Every look is shown, however fast the machine is.
 SHOWING_ALL = (
     "import sys, metapl.apps.machine.progress as p; p.EVERY = 0; "
-    "from metapl.apps.commands import main; sys.exit(main())"
+    "from metapl.apps.main import main; sys.exit(main())"
 )
 
 

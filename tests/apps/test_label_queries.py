@@ -22,7 +22,7 @@ from PIL import Image
 from test_labels import files
 
 from metapl import MetaplError
-from metapl.apps.commands import main
+from metapl.apps.main import main
 from metapl.apps.labels import LabelStore, LabelWriter, queries, select, statistics, writer
 from metapl.apps.labels.queries import BINS
 from metapl.apps.pictures import folders

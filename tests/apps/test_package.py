@@ -70,8 +70,8 @@ sys.modules["fcntl"] = None  # as on Windows
 import metapl
 core = sorted(sys.modules)
 from pathlib import Path
-from metapl.apps.reports import web
-from metapl.apps.reports.picture import draw_report
+from metapl.apps import web
+from metapl.apps.report import draw_report
 web.plots({"mpl": [{"step": 1, "inner_loss": 1.0}, {"step": 2, "feedback_std": 0.1}]}, "student")
 reports = sorted(sys.modules)
 draw_report(Path(sys.argv[1]), title="", curves={}, evaluation=None, network="student")
@@ -119,7 +119,7 @@ def test_what_draws_is_imported_only_when_something_is_drawn(loaded: dict[str, l
 
 
 def test_it_can_be_imported_where_there_is_no_fcntl(loaded: dict[str, list[str]]) -> None:
-    assert {"metapl.apps.experiments.folder", "metapl.apps.pictures.store"} <= set(loaded["all"])
+    assert {"metapl.apps.run", "metapl.apps.pictures.store"} <= set(loaded["all"])
 
 
 def test_a_name_that_is_not_there_is_refused_as_usual() -> None:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from metapl.apps.evaluation import corruptions as kinds
 from metapl.apps.evaluation.attacks import ALEXNET, attacked, measure, relative_to
 from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupted
-from metapl.apps.experiments.held_out import HeldOut
-from metapl.apps.experiments.run import EndedRun, save
+from metapl.apps.held_out import HeldOut
+from metapl.apps.run import EndedRun, save
 from metapl.apps.pictures.card import NetworkCard
 from metapl.apps.pictures.input import Input
 from metapl.errors import MetaplError

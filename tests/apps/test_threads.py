@@ -18,8 +18,8 @@ from forked import context
 
 from metapl import MetaplError
 from metapl.apps.experiments import jobs
-from metapl.apps.experiments.folder import RunFolder, describe
-from metapl.apps.experiments.jobs import Job
+from metapl.apps.run import RunFolder, describe
+from metapl.apps.compare import Job
 from metapl.apps.recipes import Digits
 from metapl.apps.recipes.base import Method
 from metapl.apps.recipes.methods import MetaPseudoLabels

@@ -146,7 +146,7 @@ def _born(
     sys.argv = ["metapl", *argv]
     if point is not None:
         _ring_at(*point)
-    from metapl.apps.commands import main
+    from metapl.apps.main import main
 
     sys.exit(main())
 
