@@ -27,11 +27,11 @@ from typing import Any
 
 import torch
 from machine import arguments, parsed, results
-
 from metapl.apps.experiments.experiment import Experiment
-from metapl.apps.machine.environment import environment
 from metapl.apps.recipes import Digits, Feedback, Optimizer
 from metapl.apps.recipes.base import Task
+
+from metapl.apps.machine.environment import environment
 from metapl.problems.losses import CrossEntropy
 from metapl.training import Trainer
 from metapl.training.loss_trainer import LossTrainer

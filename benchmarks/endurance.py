@@ -46,11 +46,11 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from metapl import LossTrainer, MetaplError
-from metapl.apps.main import main as metapl_command
-from metapl.apps.run import WEIGHTS
 from metapl.apps.machine import ownership
+from metapl.apps.main import main as metapl_command
 from metapl.apps.networks.weights import load_weights
 from metapl.apps.pictures.reader import read_image
+from metapl.apps.run import WEIGHTS
 from metapl.runs import checkpoint
 from metapl.runs.checkpoint import CheckpointFolder
 

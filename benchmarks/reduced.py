@@ -150,8 +150,9 @@ def steps_measured(miniature: bool) -> list[Row]:
 def digits_run(method: str, seed: int, weight: float, steps: int) -> Row:
     """A run as ``metapl train digits`` does it: accuracies of the student and of the finetuned one."""
     from metapl.apps.experiments.experiment import Experiment
-    from metapl.apps.run import RunFolder
     from metapl.apps.recipes import Digits, Feedback
+
+    from metapl.apps.run import RunFolder
 
     torch.set_num_threads(1)
     recipe = Digits(seed=seed, steps=steps).with_method(feedback=Feedback(feedback_weight=weight)).by(method)

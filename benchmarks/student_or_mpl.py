@@ -26,17 +26,17 @@ from typing import Any
 import torch
 from figures import difference, points
 from machine import append, arguments, parsed, write_between_marks
-
-from metapl.ablation.cost import flops
 from metapl.apps.experiments.experiment import Experiment
-from metapl.apps.run import RunFolder
-from metapl.apps.look import kinds_of_steps
-from metapl.apps.machine.environment import environment
 from metapl.apps.recipes import Digits
 from metapl.apps.recipes.base import Phase, Phases, Run, Task, rehearse
 from metapl.apps.recipes.methods import MetaPseudoLabels, WithoutFeedback
 from metapl.apps.recipes.methods.noisy_student import FINETUNED, FIRST, NoisyStudent, decay_interval
 from metapl.apps.recipes.settings import Optimizer, SelfTraining
+
+from metapl.ablation.cost import flops
+from metapl.apps.look import kinds_of_steps
+from metapl.apps.machine.environment import environment
+from metapl.apps.run import RunFolder
 from metapl.execution.batch import to_device
 from metapl.metrics.predictions import logits_of
 from metapl.training import FitResult

@@ -30,7 +30,6 @@ from torchvision import datasets
 
 import metapl
 from metapl.apps.fitting import Truth
-from metapl.apps.run import save
 from metapl.apps.networks import Architecture, create, normalized, parameter_groups
 from metapl.apps.pictures import (
     CIFAR_OPERATIONS,
@@ -50,6 +49,7 @@ from metapl.apps.pictures import (
 )
 from metapl.apps.pictures.card import NetworkCard
 from metapl.apps.pictures.input import Input
+from metapl.apps.run import save
 from metapl.data import StepSampler, draws
 from metapl.feedback import Reinforce
 from metapl.problems.losses import UDA, CrossEntropy

@@ -99,7 +99,6 @@ def costs(names: Iterable[str], configurations: dict[str, dict[str, Row]], round
     """Seconds of a step of each configuration on each problem: of UDA as it is, the median of some rounds; of others,
     this times the median of the ratios in a round."""
     import torch
-
     from metapl.apps.experiments.settle import REHEARSED, seconds_per_step, settled
     from metapl.apps.recipes import ImageFolders
 

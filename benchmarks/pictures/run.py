@@ -39,10 +39,11 @@ Row = dict[str, Any]
 
 def run(problem: Problem, method: str, seed: int, minutes: float, settings: Row) -> Row:
     """One training; its accuracies on the test set, and what it was like along the run."""
-    from metapl.apps.compare import Job
     from metapl.apps.experiments.settle import REHEARSED, settled, steps_within
-    from metapl.apps.machine.environment import environment
     from metapl.apps.recipes import ImageFolders
+
+    from metapl.apps.compare import Job
+    from metapl.apps.machine.environment import environment
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -93,9 +94,9 @@ def labeled_by(place: Path, problem: Problem, seed: int) -> Row:
     """How well the network that labeled the unlabeled pictures does that at the end: the share of right labels, and the
     share that would have to be called otherwise for the classes' frequencies to be right; foreign pictures aside."""
     from metapl.apps.experiments.experiment import evaluated
-    from metapl.apps.run import stored
-    from metapl.apps.run import EndedRun
+
     from metapl.apps.pictures import EvaluationBatches
+    from metapl.apps.run import EndedRun, stored
 
     trained = EndedRun.load(place / "run")
     network = trained.network("teacher" if "teacher" in trained.networks else "student")

@@ -17,15 +17,15 @@ import pytest
 import torch
 from command import refused, rows, said
 from PIL import Image
-from test_noisy_folders import FLAGS, given, write
+from shapes import FLAGS, given, write
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import metapl
-from metapl.apps.commands import attribute as command
+from metapl.apps import attribute as command
 from metapl.apps.main import main
-from metapl.apps.run import EndedRun
 from metapl.apps.pictures.folders import scan_labeled
+from metapl.apps.run import EndedRun
 from metapl.errors import MetaplError
 
 SOME = ("--steps", "20", "--batch", "16", "--lr", "0.05", "--removals", "8", "--seed", "3")

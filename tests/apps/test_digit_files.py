@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy
 import pytest
@@ -12,10 +11,9 @@ from digit_pictures import picture
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from metapl.apps.experiments import side_by_side as compare
+from metapl.apps.digits import Digits
 from metapl.apps.pictures.csv_files import csv_rows
 from metapl.apps.pictures.reader import gray_image
-from metapl.apps.recipes import Digits
 from metapl.errors import MetaplError
 
 # ------------------------------------------------------------------------------------------------ images and CSV files
@@ -62,22 +60,3 @@ def test_a_table_that_is_not_of_examples_is_refused(content: bytes, expected: st
     (tmp_path / "x.csv").write_bytes(content)
     with pytest.raises(MetaplError, match=expected):
         csv_rows(tmp_path / "x.csv", 3, highest=16)
-
-
-def test_the_threads_of_a_job_do_not_depend_on_how_many_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-    monkeypatch.setattr(compare, "available_cores", lambda: 8)
-    monkeypatch.setattr(compare, "default_threads", lambda: 8)
-
-    def stop(jobs: Any, workers: int, here: Any) -> Any:
-        seen.append((workers, {job.threads for job in jobs}))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(compare, "run_all", stop)
-    for jobs in (None, 2):
-        with pytest.raises(KeyboardInterrupt):
-            compare.run_jobs(Digits(), tmp_path, ("mpl", "none", "uda"), (0, 1), resume=False, jobs=jobs)
-    monkeypatch.setattr(Digits, "torch_device", lambda self: torch.device("cuda"))
-    with pytest.raises(KeyboardInterrupt):
-        compare.run_jobs(Digits(), tmp_path, ("mpl", "none"), (0, 1), resume=False, jobs=None)
-    assert seen == [(6, {1}), (2, {1}), (1, {8})]

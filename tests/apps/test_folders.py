@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from metapl.apps.experiments.settle import settled
+from metapl.apps.images import METHODS, Images, Pictures, apart
+from metapl.apps.look import settled
 from metapl.apps.pictures import (
     Files,
     Finding,
@@ -24,8 +25,7 @@ from metapl.apps.pictures import (
     verify_files,
 )
 from metapl.apps.pictures.check import without_copies
-from metapl.apps.recipes import ImageFolders
-from metapl.apps.recipes.image_folders import apart
+from metapl.apps.settings import Fitting
 from metapl.errors import MetaplError
 
 
@@ -286,9 +286,10 @@ def test_pictures_set_aside_for_validation_are_not_learned_from_as_unlabeled_one
     labels = {"cat": list(range(4)), "dog": list(range(10, 14))}
     labeled = pictures(tmp_path / "l", **labels)
     many = pictures(tmp_path / "u", any=[*labels["cat"], *labels["dog"], *range(100, 100 + others)])
-    given: dict[str, Any] = {"image_size": 8, "network_name": "small_cnn", "precision": "float32", "steps": 4}
-    recipe, said = settled(ImageFolders(labeled=str(labeled), unlabeled=str(many), val_fraction=0.5, **given)), []
-    task = recipe.task(said.append)
+    own: dict[str, Any] = {"pictures": Pictures(image_size=8, network="small_cnn"), "fitting": Fitting(steps=4)}
+    given = Images(labeled=str(labeled), unlabeled=str(many), val_fraction=0.5, **own)
+    config, said = settled(given, METHODS["uda"], lambda text: None)[0], list[str]()
+    task = config.data(said.append, False, None)
     val = {task.validation.images.path(i).read_bytes() for i in range(4)}
     left = [task.unlabeled.images.path(i).read_bytes() for i in range(len(task.unlabeled.images))]
     assert len(left) == task.record["unlabeled"] == 4 + others
@@ -296,7 +297,7 @@ def test_pictures_set_aside_for_validation_are_not_learned_from_as_unlabeled_one
     said_of_it = [line for line in said if "4 unlabeled pictures are left out: they are copies of labeled ones" in line]
     assert len(said_of_it) == 1
     assert any(f"4 labeled pictures of 2 classes (cat, dog), {4 + others} unlabeled" in line for line in said)
-    with pytest.raises(MetaplError, match=r"all 4 unlabeled pictures in .* expected others, or --val-fraction 0"):
+    with pytest.raises(MetaplError, match=r"all 4 unlabeled pictures in .* expected others"):
         apart(scan_unlabeled(labeled / "cat"), scan_labeled(labeled), said.append)
 
 

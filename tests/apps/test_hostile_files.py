@@ -17,13 +17,13 @@ from PIL import Image
 from special_files import bound, device
 from tiny_runs import color_folders, images_command
 
-from metapl.apps.main import main
 from metapl.apps.comparison import parse_seeds
-from metapl.apps.run import RunFolder
+from metapl.apps.main import main
 from metapl.apps.pictures.check import check_folders, same_pictures, verify_files
 from metapl.apps.pictures.csv_files import csv_rows
 from metapl.apps.pictures.folders import hash_files, scan_labeled, scan_unlabeled
 from metapl.apps.pictures.reader import UnreadableImage, gray_image, image_size, read_image
+from metapl.apps.run import RunFolder
 from metapl.errors import MetaplError
 
 

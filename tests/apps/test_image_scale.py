@@ -27,13 +27,13 @@ import torch
 from command import metapl, unprompted
 from PIL import Image
 
+from metapl.apps.images import METHODS, Images
+from metapl.apps.look import settled
 from metapl.apps.main import main
-from metapl.apps.experiments.settle import settled
 from metapl.apps.pictures import check
 from metapl.apps.pictures.check import check_folders
 from metapl.apps.pictures.folders import hash_files, scan_labeled, scan_unlabeled
 from metapl.apps.pictures.store import replaced_files
-from metapl.apps.recipes import ImageFolders
 from metapl.errors import MetaplError
 
 TINY = (
@@ -46,7 +46,7 @@ TINY = (
     *("--validate-every", "3", "--log-every", "3", "--save-every", "3"),
 )
 
-SMALL: dict[str, Any] = {"image_size": 8, "network_name": "small_cnn", "precision": "float32", "steps": 6}
+SMALL: dict[str, Any] = {"pictures": Pictures(image_size=8, network="small_cnn"), "fitting": Fitting(steps=6)}
 
 
 def picture(path: Path, seed: int, side: int = 12) -> Path:
@@ -195,10 +195,10 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_training_on_many_files_starts_at_once(many: Path) -> None:
     """No file is opened that no batch needs, but the few that are looked at as a whole."""
     folders = {name: str(many / name) for name in ("labeled", "unlabeled", "test")}
-    recipe = settled(ImageFolders(**folders, **SMALL))
+    config = settled(Images(**folders, **SMALL), METHODS["uda"], lambda text: None)[0]
     said: list[str] = []
     with opened(many) as before:
-        task = recipe.task(said.append)
+        task = config.data(said.append, False, None)
     assert said == ["20 labeled pictures of 2 classes (a, b), 60,000 unlabeled, none for validation, 20 to test on"]
     assert [path for path in before if "/unlabeled/" in path] == []
     assert 0 < len(before) <= 3 * 40
@@ -206,7 +206,7 @@ def test_training_on_many_files_starts_at_once(many: Path) -> None:
     assert task.record["hash"]["unlabeled"].startswith("names and sizes: ")
     with opened(many) as during:
         task.unlabeled[0]
-    assert len(during) == len(set(during)) == recipe.unlabeled_batch
+    assert len(during) == len(set(during)) == config.fitting.unlabeled_batch
 
 
 def test_unlabelled_files_are_looked_into_for_copies_of_held_out_ones_alone(tmp_path: Path) -> None:
@@ -260,8 +260,7 @@ def test_how_far_files_are_looked_into_depends_on_their_sizes_too(
 
 # Every look is shown, however fast the machine is.
 SHOWING_ALL = (
-    "import sys, metapl.apps.machine.progress as p; p.EVERY = 0; "
-    "from metapl.apps.main import main; sys.exit(main())"
+    "import sys, metapl.apps.machine.progress as p; p.EVERY = 0; from metapl.apps.main import main; sys.exit(main())"
 )
 
 
@@ -476,9 +475,9 @@ def test_a_class_of_which_nothing_can_be_read_is_named(tmp_path: Path, capsys: p
 def test_labels_go_by_the_names_of_the_classes(tmp_path: Path) -> None:
     """A folder that lacks the first class does not move the others."""
     pictures(tmp_path, labeled__a=2, labeled__b=2, labeled__c=2, val__b=2, val__c=2, test__c=2, unlabeled=1)
-    recipe = ImageFolders(**{name: str(tmp_path / name) for name in ("labeled", "unlabeled", "val", "test")}, **SMALL)
+    config = Images(**{name: str(tmp_path / name) for name in ("labeled", "unlabeled", "val", "test")}, **SMALL)
     said: list[str] = []
-    task = settled(recipe).task(said.append)
+    task = settled(config, METHODS["uda"], lambda text: None)[0].data(said.append, False, None)
     assert task.classes == ("a", "b", "c")
     assert torch.cat([y for _, y in task.validation]).tolist() == [1, 1, 2, 2]
     assert torch.cat([y for _, y in task.test]).tolist() == [2, 2]

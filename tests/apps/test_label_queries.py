@@ -22,9 +22,9 @@ from PIL import Image
 from test_labels import files
 
 from metapl import MetaplError
-from metapl.apps.main import main
 from metapl.apps.labels import LabelStore, LabelWriter, queries, select, statistics, writer
 from metapl.apps.labels.queries import BINS
+from metapl.apps.main import main
 from metapl.apps.pictures import folders
 from metapl.apps.pictures.folders import scan_unlabeled
 

@@ -13,8 +13,8 @@ from forked import Forked
 from tiny_runs import color_folders, images_command
 
 from metapl.apps.main import main
-from metapl.apps.suspects import Suspect, write_suspects
 from metapl.apps.pictures.csv_files import CsvRows
+from metapl.apps.suspects import Suspect, write_suspects
 from metapl.apps.words import cell
 from metapl.errors import few
 from metapl.words import TURNS, shown

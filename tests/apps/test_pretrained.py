@@ -13,9 +13,9 @@ import torch
 from tiny_runs import color_folders
 from torchvision.models import ResNet18_Weights
 
-from metapl.apps.experiments import settle
+from metapl.apps import look
+from metapl.apps.images import METHODS, Images, Pictures
 from metapl.apps.networks.weights import fetch_imagenet_weights
-from metapl.apps.recipes import ImageFolders
 from metapl.errors import MetaplError
 
 FILE = "resnet18-f37072fd.pth"
@@ -107,11 +107,10 @@ def test_the_recipe_asks_for_those_of_its_network(
         asked.append(name)
         raise MetaplError("asked")
 
-    monkeypatch.setattr(settle, "fetch_imagenet_weights", fetch)
+    monkeypatch.setattr(look, "fetch_imagenet_weights", fetch)
     root = color_folders(tmp_path)
-    recipe = ImageFolders(
-        labeled=str(root / "labeled"), unlabeled=str(root / "unlabeled"), weights="imagenet", network_name=network
-    )
+    pictures = Pictures(weights="imagenet", network=network)
+    config = Images(labeled=str(root / "labeled"), unlabeled=str(root / "unlabeled"), pictures=pictures)
     with pytest.raises(MetaplError, match="asked"):
-        settle.settled(recipe)
+        look.settled(config, METHODS["uda"], lambda text: None)
     assert asked == [stem]

@@ -16,8 +16,8 @@ from small_data import write_cifar, write_imagenet, write_svhn
 from tiny_runs import color_folders
 from torchvision import datasets
 
-from metapl.apps.run import EndedRun
 from metapl.apps.pictures import EvaluationBatches
+from metapl.apps.run import EndedRun
 from metapl.metrics import evaluate_logits
 from metapl.metrics.predictions import predict_logits
 

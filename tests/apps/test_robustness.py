@@ -20,9 +20,9 @@ from metapl.apps.evaluation import corruptions as kinds
 from metapl.apps.evaluation.attacks import ALEXNET, attacked, measure, relative_to
 from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupted
 from metapl.apps.held_out import HeldOut
-from metapl.apps.run import EndedRun, save
 from metapl.apps.pictures.card import NetworkCard
 from metapl.apps.pictures.input import Input
+from metapl.apps.run import EndedRun, save
 from metapl.errors import MetaplError
 from metapl.metrics import evaluate_logits, predict_logits
 
@@ -279,7 +279,7 @@ def test_the_command(
     for words in ("jpeg_compression", "mean accuracy under corruption", "ε in 1/255"):
         assert words in text
     few = {name: CORRUPTIONS[name] for name in ("fog", "shot_noise")}
-    monkeypatch.setattr("metapl.apps.commands.evaluate.CORRUPTIONS", few)
+    monkeypatch.setattr("metapl.apps.evaluate.CORRUPTIONS", few)
     again = json.loads(said(capsys, "evaluate", tiny, "--corruptions", "--json"))
     assert again["corruptions"] == {name: content["corruptions"][name] for name in few}
 

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from tiny_runs import color_folders, images_command
 
-from metapl.apps.main import main
 from metapl.apps.labels import LabelStore
+from metapl.apps.main import main
 from metapl.apps.pictures import FileImages, scan_labeled, scan_unlabeled
 from metapl.apps.pictures.check import check_folders, verify_files
 from metapl.apps.pictures.tar import open_picture

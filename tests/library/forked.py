@@ -28,9 +28,8 @@ PRELOADED = [
     *("torch", "metapl", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "torchopt"),
     *("torch._decomp.decompositions_for_jvp", "torch.utils.tensorboard.summary", "tensorboard", "torchvision"),
     *(
-        "metapl.apps.commands.train",
-        "metapl.apps.experiments.experiment",
-        "metapl.apps.reports",
+        "metapl.apps.commands",
+        "metapl.apps.report",
         "matplotlib.figure",
         "sklearn.datasets",
     ),
