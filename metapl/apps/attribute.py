@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -214,7 +215,9 @@ class Pictures:
         return len(self.labels)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        picture, used = self.images.fetch_sound(torch.tensor([number]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that it is left out, which it is not
+            picture, used = self.images.fetch_sound(torch.tensor([number]))
         if not len(used):
             raise MetaplError(f"{self.images.path(number)} cannot be read any more; put it back, or remove it.")
         return in_unit_range(picture)[0], self.labels[number]

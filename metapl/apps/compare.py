@@ -237,7 +237,7 @@ def _end_with_parent(parent: int) -> None:
 # Fields in which runs may differ: the seed, the method, which is looked at apart, and what changes no number. Those
 # that decide which examples a recipe draws from its data set. And what stands for a field that follows from how many
 # steps fitted into a run's minutes.
-IRRELEVANT = ("seed", "log_every", "save_every", "workers")
+IRRELEVANT = ("seed", "log_every", "save_every", "num_workers")
 DRAWN_BY = ("seed", "labels_per_class")
 MEASURED = "by the minutes"
 BY_STEPS = ("steps", "warmup", "validate_every", "wait", "uda_start", "uda_ramp", "warm_steps")

@@ -326,7 +326,7 @@ def seconds_per_step(config: Any, method: Any, clock: Clock = time.monotonic) ->
         with ExitStack() as opened:
             feeds = []
             for number, source in enumerate(sources):
-                fed = feed(source, name=str(number), stop=2**31, num_workers=fitting.workers, device=trainer.device)
+                fed = feed(source, name=str(number), stop=2**31, num_workers=fitting.num_workers, device=trainer.device)
                 opened.callback(fed.close)
                 feeds.append(fed)
             for first, last, step in kinds_of_steps(trainer, fitting.steps, options.get("wait", 0)):

@@ -140,6 +140,9 @@ def _run(given: list[str]) -> int:
         every: Any = Union[tuple(kinds)]  # noqa: UP007  # made from a list
         tyro.cli(every, prog="metapl", args=["--tyro-print-completion", *given[1:2]], config=CONFIG)
     name, words = _named(given)
+    count = os.environ.get("WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in os.environ and count != "1" and given[0] not in ("train", "noisy-student"):
+        raise MetaplError(f"torchrun has started {count} processes of metapl {name}, which takes one; start it without.")
     command: Any = tyro.cli(found(name), prog=f"metapl {name}", args=_method_first(words), config=CONFIG)
     check_fields(command)
     code: int = command.run()

@@ -48,7 +48,7 @@ FORMAT = 4  # the layout of run folders that this version writes and reads
 
 # Settings in which the parts of a run may differ, for they change nothing but speed; and those that say where the data
 # lie, which may have moved: what they hold is compared by its hashes.
-SPEED_ALONE = ("workers",)
+SPEED_ALONE = ("num_workers",)
 PLACES = ("labeled", "unlabeled", "clean", "val", "test")
 
 NETWORK = "network.json"

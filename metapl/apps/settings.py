@@ -65,7 +65,7 @@ class Fitting:
         save_every: steps between checkpoints.
         accumulate: parts of a batch, for memory.
         precision: float32 or bfloat16.
-        workers: processes that read pictures.
+        num_workers: processes that read pictures.
         device: auto, cpu or cuda.
     """
 
@@ -84,7 +84,7 @@ class Fitting:
     save_every: Steps = 500
     accumulate: Batch = 1
     precision: Annotated[Literal["float32", "bfloat16"], tyro.conf.arg(metavar="TYPE")] = "float32"
-    workers: Annotated[int, Range(0, most=MOST_WORKERS)] = 0
+    num_workers: Annotated[int, Range(0, most=MOST_WORKERS)] = 0
     device: Annotated[Literal["auto", "cpu", "cuda"], tyro.conf.arg(metavar="NAME")] = "auto"
 
     def __post_init__(self) -> None:
@@ -94,8 +94,8 @@ class Fitting:
 
     def options(self) -> dict[str, Any]:
         """Options of a fit; those of a phase come to these."""
-        names = ("schedule", "warmup", "ema_decay", "validate_every", "log_every", "save_every")
-        found = {name: getattr(self, name) for name in names} | {"num_workers": self.workers}
+        names = ("schedule", "warmup", "ema_decay", "validate_every", "log_every", "save_every", "num_workers")
+        found = {name: getattr(self, name) for name in names}
         return {name: value for name, value in found.items() if value is not None}
 
     def finetuning(self, schedule: str) -> dict[str, Any]:

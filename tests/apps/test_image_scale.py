@@ -27,8 +27,9 @@ import torch
 from command import metapl, unprompted
 from PIL import Image
 
-from metapl.apps.images import METHODS, Images
+from metapl.apps.images import METHODS, Images, Pictures
 from metapl.apps.look import settled
+from metapl.apps.settings import Fitting
 from metapl.apps.main import main
 from metapl.apps.pictures import check
 from metapl.apps.pictures.check import check_folders
