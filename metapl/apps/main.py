@@ -142,7 +142,9 @@ def _run(given: list[str]) -> int:
     name, words = _named(given)
     count = os.environ.get("WORLD_SIZE", "1")
     if "TORCHELASTIC_RUN_ID" in os.environ and count != "1" and given[0] not in ("train", "noisy-student"):
-        raise MetaplError(f"torchrun has started {count} processes of metapl {name}, which takes one; start it without.")
+        raise MetaplError(
+            f"torchrun has started {count} processes of metapl {name}, which takes one; start it without."
+        )
     command: Any = tyro.cli(found(name), prog=f"metapl {name}", args=_method_first(words), config=CONFIG)
     check_fields(command)
     code: int = command.run()

@@ -29,12 +29,12 @@ from PIL import Image
 
 from metapl.apps.images import METHODS, Images, Pictures
 from metapl.apps.look import settled
-from metapl.apps.settings import Fitting
 from metapl.apps.main import main
 from metapl.apps.pictures import check
 from metapl.apps.pictures.check import check_folders
 from metapl.apps.pictures.folders import hash_files, scan_labeled, scan_unlabeled
 from metapl.apps.pictures.store import replaced_files
+from metapl.apps.settings import Fitting
 from metapl.errors import MetaplError
 
 TINY = (
@@ -423,7 +423,7 @@ def test_every_kind_of_file_through_the_command(tmp_path: Path) -> None:
         "1 skipped: the picture cannot be decoded (deep/comment.png)",
     ):
         assert reason in joined
-    assert f"files that could not be read: 15, listed with what is wrong in {run / 'skipped.jsonl'}" in joined
+    assert f"files that could not be read: 15, listed in {run / 'skipped.jsonl'}" in joined
     found = replaced_files(run / "skipped.jsonl")
     assert set(found) == {
         str(tmp_path / place / name) for place in ("labeled/a", "labeled/b", "unlabeled/deep") for name in broken
@@ -453,7 +453,7 @@ def test_files_that_break_while_it_trains(
         said = capsys.readouterr()
         assert unprompted(said.err) == ""
         assert "left out" not in said.out
-        words = f"files that could not be read: 4, listed with what is wrong in {run / 'skipped.jsonl'}"
+        words = f"files that could not be read: 4, listed in {run / 'skipped.jsonl'}"
         assert words in " ".join(said.out.split())
         lines = (run / "skipped.jsonl").read_text().splitlines()
         assert sorted(json.loads(line)["file"] for line in lines) == sorted(map(str, cut))
