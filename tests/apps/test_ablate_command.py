@@ -170,7 +170,7 @@ def test_an_interrupt_ends_it_in_one_line(folder: Path) -> None:
 def test_the_page_shows_the_run_whose_figures_are_kept() -> None:
     root = Path(__file__).parents[2]
     content = json.loads((root / "benchmarks/results/ablate_digits.json").read_text())
-    page = (root / "docs/ablate.md").read_text()
+    page = (root / "docs/modes.md").read_text()
     assert content["recommendation"] in " ".join(page.split())
     rows = {line.split()[0]: line.split() for line in reversed(page.splitlines()) if line}  # the first table counts
     ran = {name: row for name, row in {**content["modes"], **content["altered"]}.items() if "reason" not in row}
