@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import test_batched_views
 import test_delivery
 import test_export
 import test_folders
@@ -20,6 +19,8 @@ import test_picture_batches
 import test_recipes
 import test_robustness
 import test_sealed_runs
+import test_transforms
+import test_views
 from app_faults import FAULTS
 from command import metapl
 from tiny_runs import NOISY_STUDENT
@@ -73,8 +74,8 @@ CAUGHT: dict[str, dict[str, Check]] = {
         "the_formulas": lambda here: test_robustness.test_noise_has_the_moments_of_its_formula(),
     },
     "one_seed_for_a_batch": {
-        "affine": lambda here: test_batched_views.test_seed_step_and_example_each_change_the_draws("affine"),
-        "half_are_mirrored": lambda here: test_batched_views.test_half_of_the_pictures_are_mirrored(),
+        "affine": lambda here: test_views.test_seed_step_and_example_each_change_the_draws("affine"),
+        "half_are_mirrored": lambda here: test_transforms.test_half_of_the_pictures_are_mirrored(),
     },
     "labeled_picture_in_validation": {
         "digits": lambda here: test_picture_batches.test_digits_are_disjoint_cover_all_and_keep_their_labels(
