@@ -2,7 +2,7 @@
 
     python benchmarks/suspects.py            # goes on where it was stopped
     python benchmarks/suspects.py --table    # the table of the file's rows
-    python benchmarks/suspects.py --write docs/label-noise.md
+    python benchmarks/suspects.py --write docs/images.md
     python benchmarks/suspects.py --pictures DIR --seed 0    # write the folders of a seed alone, to try the command
 
 scikit-learn's digits are written out as grey PNG files of 16x16 pixels, anew for each seed: about 1,100 in folders, of

@@ -188,7 +188,7 @@ def test_torchrun_is_refused(
     for name in ("WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "2")
     told = refused(capsys, "attribute", tmp_path, "--out", tmp_path / "out")
-    assert "torchrun has started 2 processes of metapl attribute, which takes one; start it without" in told
+    assert "torchrun has started 2 processes of metapl attribute, which takes one" in told
 
 
 def test_a_run_of_another_kind_and_a_file_in_the_place_of_the_folder_are_refused(

@@ -1,82 +1,75 @@
-"""Weights of networks from files: whole, of other classes, damaged, of another network."""
+"""Weights of networks from files: whole, of other classes, damaged, of another network, downloaded."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_runs import color_folders
 from torch import nn
-from torchvision.models import VisionTransformer
+from torchvision.models import ResNet18_Weights, VisionTransformer
 
+from metapl.apps.experiments import settle
 from metapl.apps.networks import create, load_weights
 from metapl.apps.networks.architecture import FAMILIES
+from metapl.apps.networks.weights import fetch_imagenet_weights, head_outputs
+from metapl.apps.recipes import ImageFolders
 from metapl.errors import MetaplError
 from metapl.models import wide_resnet
 
-# ------------------------------------------------------------------------------------------------ weights from files
-
 
 @pytest.fixture(scope="module")
-def source() -> nn.Module:
+def source() -> Any:
     torch.manual_seed(1)
     return create("small_cnn", 5)
 
 
 def store(state: Any, path: Path) -> Path:
-    if path.suffix == ".safetensors":
-        save_file(state, path)
-    else:
-        torch.save(state, path)
+    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
     return path
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
+def whole(source: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
+    return {prefix + key: t.clone() for key, t in source.state_dict().items()}
+
+
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module."])
-def test_weights_come_from_a_file(source: nn.Module, suffix: str, prefix: str, tmp_path: Path) -> None:
-    state = {prefix + k: t for k, t in source.state_dict().items()}
-    model = create("small_cnn", 5, weights=store(state, tmp_path / f"w{suffix}"))
-    assert all(torch.equal(t, source.state_dict()[k]) for k, t in model.state_dict().items())
+def test_weights_come_from_a_file_of_a_training_program(source: nn.Module, prefix: str, tmp_path: Path) -> None:
+    state = whole(source, prefix)
+    files = [store(state, tmp_path / f"w{suffix}") for suffix in (".pt", ".pth", ".safetensors")]
+    files += [store({key: state, "epoch": 3}, tmp_path / f"{key}.pt") for key in ("state_dict", "model")]
+    for file in files:
+        loaded = create("small_cnn", 5, weights=file).state_dict()
+        assert all(torch.equal(t, loaded[key]) for key, t in source.state_dict().items())
+        assert head_outputs(file, ["head"]) == 5
 
 
-@pytest.mark.parametrize("key", ["state_dict", "model"])
-def test_weights_come_from_a_training_programs_file(source: nn.Module, key: str, tmp_path: Path) -> None:
-    file = store({key: source.state_dict(), "epoch": 3, "arch": "small"}, tmp_path / "w.pt")
-    assert torch.equal(create("small_cnn", 5, weights=file).head.bias, source.head.bias)
-
-
-def test_a_head_of_other_classes_stays_fresh(
-    source: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    file = store(source.state_dict(), tmp_path / "w.safetensors")
-    torch.manual_seed(7)
-    fresh = create("small_cnn", 3)
-    torch.manual_seed(7)
-    with caplog.at_level(logging.INFO, "metapl.apps.networks"):
-        model = create("small_cnn", 3, weights=file)
-    assert torch.equal(model.head.weight, fresh.head.weight)
-    assert torch.equal(model.features[3].conv.weight, source.features[3].conv.weight)
-    assert "12 tensors loaded from" in caplog.text
-    assert "head.weight, head.bias" in caplog.text
-
-
-def test_weights_without_a_head(source: nn.Module, tmp_path: Path) -> None:
-    state = {k: t for k, t in source.state_dict().items() if not k.startswith("head.")}
-    report = load_weights(create("small_cnn", 5), store(state, tmp_path / "w.pt"), heads=["head"])
+def test_a_head_of_other_classes_or_that_is_not_there_stays_fresh(source: Any, tmp_path: Path) -> None:
+    file = store(whole(source), tmp_path / "w.safetensors")
+    made = []
+    for weights in (None, file):
+        torch.manual_seed(7)
+        made.append(create("small_cnn", 3, weights=weights))
+    fresh, network = made
+    assert torch.equal(network.head.weight, fresh.head.weight)
+    assert torch.equal(network.features[3].conv.weight, source.features[3].conv.weight)
+    headless = {key: t for key, t in whole(source).items() if not key.startswith("head.")}
+    report = load_weights(create("small_cnn", 5), store(headless, tmp_path / "w.pt"), heads=["head"])
     assert report.fresh == ("head.weight", "head.bias")
+    assert len(report.loaded) == 12
 
 
 def test_weights_in_half_precision_and_without_counters(tmp_path: Path) -> None:
-    source = wide_resnet(10, 1)
-    state = {k: t.half() for k, t in source.state_dict().items() if not k.endswith("num_batches_tracked")}
-    model = wide_resnet(10, 1)
-    load_weights(model, store(state, tmp_path / "w.pt"))
-    torch.testing.assert_close(model.stem.weight, source.stem.weight, atol=1e-3, rtol=1e-3)
-    assert model.stem.weight.dtype == torch.float32
+    source, network = wide_resnet(10, 1), wide_resnet(10, 1)
+    state = {key: t.half() for key, t in whole(source).items() if not key.endswith("num_batches_tracked")}
+    load_weights(network, store(state, tmp_path / "w.pt"))
+    torch.testing.assert_close(network.stem.weight, source.stem.weight, atol=1e-3, rtol=1e-3)
+    assert network.stem.weight.dtype == torch.float32
 
 
 class RunsCode:
@@ -87,92 +80,94 @@ class RunsCode:
         return Path.touch, (self.trace,)
 
 
-def damaged(state: dict[str, torch.Tensor], kind: str, path: Path) -> Path:
-    weights = {k: t.clone() for k, t in state.items()}
-    if kind == "not there":
-        return path / "none.pt"
-    if kind == "folder":
-        return path
-    if kind in ("short.pt", "short.safetensors"):
-        file = store(weights, path / kind)
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-        return file
-    if kind in ("empty.pt", "empty.safetensors", "picture.pt", "picture.safetensors", "text.pth"):
-        start = {"empty": b"", "picture": b"\x89PNG\r\n\x1a\n" + bytes(200), "text": b"weights, please"}
-        (path / kind).write_bytes(start[kind.split(".")[0]])
-        return path / kind
-    objects: dict[str, Any] = {
-        "module": nn.Linear(2, 2),
-        "list": [torch.zeros(2)],
-        "numbers": {"lr": 0.1},
-        "nothing": {},
-        "code": RunsCode(path / "ran"),
-        "nan": {**weights, "head.bias": torch.full((5,), float("nan"))},
-        "whole numbers": {**weights, "head.bias": torch.zeros(5, dtype=torch.long)},
-        "other features": {**weights, "head.weight": torch.zeros(7, 63)},
-        "less": {k: t for k, t in weights.items() if k != "features.2.conv.weight"},
-        "more": {**weights, "features.9.weight": torch.zeros(1)},
-        "wider": {**weights, "features.1.conv.weight": torch.zeros(48, 31, 3, 3)},
+def test_damaged_and_foreign_weights_are_refused_and_run_no_code(source: nn.Module, tmp_path: Path) -> None:
+    good, network = whole(source), create("small_cnn", 5)
+    objects: dict[str, tuple[Any, str]] = {
+        "module": (nn.Linear(2, 2), "read"),
+        "code": (RunsCode(tmp_path / "ran"), "read"),
+        "list": ([torch.zeros(2)], "list"),
+        "numbers": ({"lr": 0.1}, "lr"),
+        "nothing": ({}, "tensors"),
+        "nan": ({**good, "head.bias": torch.full((5,), float("nan"))}, "finite"),
+        "whole": ({**good, "head.bias": torch.zeros(5, dtype=torch.long)}, "whole"),
+        "features": ({**good, "head.weight": torch.zeros(7, 63)}, "63"),
+        "less": ({key: t for key, t in good.items() if key != "features.2.conv.weight"}, "missing"),
+        "more": ({**good, "features.9.weight": torch.zeros(1)}, "features.9"),
+        "wider": ({**good, "features.1.conv.weight": torch.zeros(48, 31, 3, 3)}, "31"),
+        "another": (wide_resnet(10, 1).state_dict(), "more"),
+        "meta": ({**good, "head.bias": torch.zeros(5, device="meta")}, "values"),
     }
-    return store(objects[kind], path / f"{kind}.pt")
-
-
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        ("not there", "there is no file of weights .*none.pt"),
-        ("folder", "there is no file of weights"),
-        ("short.pt", "cannot be read as weights"),
-        ("short.safetensors", "cannot be read as weights"),
-        ("empty.pt", "cannot be read as weights"),
-        ("empty.safetensors", "cannot be read as weights"),
-        ("picture.pt", "cannot be read as weights"),
-        ("picture.safetensors", "cannot be read as weights"),
-        ("text.pth", "cannot be read as weights"),
-        ("module", "cannot be read as weights"),
-        ("code", "cannot be read as weights"),
-        ("list", "holds a list"),
-        ("numbers", "the entries lr"),
-        ("nothing", "expected tensors by name"),
-        ("nan", "not finite, in head.bias"),
-        ("whole numbers", r"head.bias \(5,\) of whole numbers instead of \(5,\)"),
-        ("other features", r"head.weight \(7, 63\) instead of \(5, 64\)"),
-        ("less", "features.2.conv.weight missing instead of"),
-        ("more", "features.9.weight .* instead of missing"),
-        ("wider", r"features.1.conv.weight \(48, 31, 3, 3\) instead of \(48, 32, 3, 3\)"),
-    ],
-)
-def test_damaged_and_foreign_weights_are_refused(source: nn.Module, kind: str, words: str, tmp_path: Path) -> None:
-    file = damaged(source.state_dict(), kind, tmp_path)
-    model = create("small_cnn", 5)
-    before = {k: t.clone() for k, t in model.state_dict().items()}
-    with pytest.raises(MetaplError, match=words):
-        load_weights(model, file, heads=["head"])
-    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+    cases = [(store(held, tmp_path / f"{name}.pt"), word) for name, (held, word) in objects.items()]
+    cases += [(tmp_path / "none.pt", "there is no file"), (tmp_path, "there is no file")]
+    for suffix in (".pt", ".safetensors"):
+        content = store(good, tmp_path / f"w{suffix}").read_bytes()
+        for number, part in enumerate((b"", content[: len(content) // 2], b"\x89PNG\r\n\x1a\n" + bytes(200), b"text")):
+            (tmp_path / f"{number}{suffix}").write_bytes(part)
+            cases.append((tmp_path / f"{number}{suffix}", "read"))
+    before = whole(network)
+    for file, word in cases:
+        with pytest.raises(MetaplError, match=word):
+            load_weights(network, file, heads=["head"])
+        assert all(torch.equal(t, before[key]) for key, t in network.state_dict().items())
     assert not (tmp_path / "ran").exists()
 
 
-def test_weights_of_another_network_are_refused_with_a_few_names(tmp_path: Path) -> None:
-    file = store(wide_resnet(10, 1).state_dict(), tmp_path / "w.safetensors")
-    with pytest.raises(MetaplError, match=r"missing instead of .* and \d+ more"):
-        create("small_cnn", 10, weights=file)
-
-
 def test_position_embeddings_are_interpolated(tmp_path: Path) -> None:
-    def vit(size: int) -> nn.Module:
+    def vit(size: int) -> Any:
         return VisionTransformer(size, 8, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=16, num_classes=3)
 
-    family = FAMILIES["vit_b_16"]
-    source, model = vit(32), vit(48)
+    adapt, source, network = FAMILIES["vit_b_16"].adapt, vit(32), vit(48)
     file = store(source.state_dict(), tmp_path / "w.pt")
-    report = load_weights(model, file, heads=family.heads(model), adapt=family.adapt)
-    assert report.interpolated == ("encoder.pos_embedding",)
-    before, after = source.encoder.pos_embedding, model.encoder.pos_embedding
-    assert after.shape == (1, 37, 16)
+    assert load_weights(network, file, adapt=adapt).interpolated == ("encoder.pos_embedding",)
+    before, after = source.encoder.pos_embedding, network.encoder.pos_embedding
     assert torch.equal(before[:, 0], after[:, 0])
     # Corners stay corners: the first and the last of 16 patches are the first and the last of 36.
     torch.testing.assert_close(before[:, [1, 16]], after[:, [1, 36]])
-    assert load_weights(vit(32), file, adapt=family.adapt).interpolated == ()
+    assert load_weights(vit(32), file, adapt=adapt).interpolated == ()
     state = {**source.state_dict(), "encoder.pos_embedding": torch.zeros(1, 12, 16)}
-    with pytest.raises(MetaplError, match="cannot be interpolated to pictures of 48"):
-        load_weights(vit(48), store(state, tmp_path / "v.pt"), adapt=family.adapt)
+    with pytest.raises(MetaplError, match="interpolated"):
+        load_weights(vit(48), store(state, tmp_path / "v.pt"), adapt=adapt)
+
+
+# ---------------------------------------------------------------------------------------------- ImageNet's, downloaded
+
+FILE, URL = "resnet18-f37072fd.pth", ResNet18_Weights.DEFAULT.url
+
+
+def test_imagenet_weights_are_downloaded_once_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    for fault in (URLError("no route to host"), RuntimeError("invalid hash value")):
+
+        def fails(*given: Any, fault: Exception = fault, **options: Any) -> Any:
+            raise fault
+
+        monkeypatch.setattr(torch.hub, "urlopen" if isinstance(fault, URLError) else "load_state_dict_from_url", fails)
+        with pytest.raises(MetaplError, match=FILE) as caught:  # what to download and how to give it
+            fetch_imagenet_weights("resnet18")
+        assert URL in str(caught.value)
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def download(url: str, folder: str, **options: Any) -> None:
+        asked.append((url, options))
+        (Path(folder) / FILE).write_bytes(b"weights")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    assert [fetch_imagenet_weights("resnet18") for _ in range(2)] == [tmp_path / "checkpoints" / FILE] * 2
+    assert asked == [(URL, {"check_hash": True, "weights_only": True})]
+    for name in ("pooled_cnn", "timm:resnet18", "resnet_18"):
+        with pytest.raises(MetaplError, match="resnet18"):
+            fetch_imagenet_weights(name)
+
+
+@pytest.mark.parametrize("network", [None, "efficientnet_b0"])
+def test_the_recipe_asks_for_those_of_its_network(
+    network: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(name: str) -> str:
+        raise MetaplError(f"asked for {name}")
+
+    monkeypatch.setattr(settle, "fetch_imagenet_weights", fetch)
+    labeled, unlabeled = (str(color_folders(tmp_path) / part) for part in ("labeled", "unlabeled"))
+    recipe = ImageFolders(labeled=labeled, unlabeled=unlabeled, weights="imagenet", network_name=network)
+    with pytest.raises(MetaplError, match=f"asked for {network or 'resnet18'}"):
+        settle.settled(recipe)

@@ -231,7 +231,7 @@ def test_the_example_on_text_prints_each_way_to_train(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.docs
-@pytest.mark.parametrize("name", ["own-loop", "text"])
+@pytest.mark.parametrize("name", ["own-loop", "runs", "text"])
 def test_the_code_of_a_page_stands_in_an_example(name: str) -> None:
     """But for its indentation; the examples run above."""
 

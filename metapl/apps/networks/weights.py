@@ -167,7 +167,7 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
 
 def _without_prefixes(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
     while prefix := next((p for p in ("module.", "_orig_mod.") if all(name.startswith(p) for name in state)), None):
-        if all(name.startswith(prefix) for name in own):
+        if own and all(name.startswith(prefix) for name in own):
             return state
         state = {name.removeprefix(prefix): t for name, t in state.items()}
     return state

@@ -149,7 +149,7 @@ class ShiftNoiseCutout(PictureView):
         offsets_B2 = self.shift - below(u_B4[:, :2], 2 * self.shift + 1)
         images = base.crop_flip(images, offsets_B2, None, 0.0)
         if self.noise > 0:
-            z = normal(seed, step, examples, images[0].numel(), stream=base.NOISE)
+            z = normal(seed, step, examples, math.prod(images.shape[1:]), stream=base.NOISE)
             images = images + self.noise * z.view_as(images).to(images.dtype)
         if self.cutout > 0:
             room = torch.tensor(images.shape[2:], device=images.device) - self.cutout + 1
