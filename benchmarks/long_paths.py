@@ -3,7 +3,7 @@
     python benchmarks/long_paths.py                       # WRN-28-2, 330,000 weights, and a small convolutional network
     python benchmarks/long_paths.py --again wrn 20        # times these rows once more
     python benchmarks/long_paths.py --again digits 500
-    python benchmarks/long_paths.py --write docs/long-paths.md
+    python benchmarks/long_paths.py --write benchmarks/results/long_paths.md
 
 Processor time on one thread over that of the same steps of plain training, which take turns; peak memory beyond what
 was held before, over that of one plain step. Beside it: an adjoint by hand in PyTorch's own operations, which keeps the

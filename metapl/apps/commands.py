@@ -255,6 +255,7 @@ def _compared(
     for name in ("seeds", "methods", "jobs"):
         if getattr(where, name) and not where.compare:
             raise MetaplError(f"--{name} goes with --compare.")
+    parse_seeds(where.seeds or "0")
     asked = where.methods.split(",") if where.methods else (method.name, *usual)
     names = tuple(dict.fromkeys(asked))
     if unknown := [name for name in names if name not in methods]:

@@ -200,7 +200,7 @@ def attribute(
 
     Returns: an :class:`Attribution`.
 
-    Cost: in plain trainings, the table of docs/long-paths.md (``benchmarks/long_paths.py``): some 4 to 5 on WRN-28-2;
+    Cost: in plain trainings, as docs/whole-trainings.md has them (``benchmarks/long_paths.py``): 4 to 5 on WRN-28-2;
     on small networks 5 to 7 with all states kept, 6 to 9 with one in √K, 7 to 12 with a tree; with ``each``, M times:
     a module's passes take one cotangent at a time, and only ``compile=True`` takes them together. From 100 steps on,
     three times the first tenth of the steps, 50 at most, for the warning below.

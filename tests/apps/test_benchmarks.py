@@ -218,7 +218,7 @@ def test_the_study_of_hyperparameters_was_run_as_it_says(module: ModuleType) -> 
     [
         ("benchmarks/results/attribution.md", "<!-- attribution:begin -->", "attribution"),
         ("benchmarks/results/rival_attribution.md", "<!-- rival_attribution:begin -->", "rival_attribution"),
-        ("docs/long-paths.md", "<!-- long_paths:begin -->", "long_paths"),
+        ("benchmarks/results/long_paths.md", "<!-- long_paths:begin -->", "long_paths"),
         ("benchmarks/results/harmful_pictures.md", "<!-- harmful_pictures:begin -->", "harmful_pictures"),
         ("benchmarks/results/data_rater.md", "<!-- data_rater:begin -->", "data_rater"),
         ("benchmarks/results/hyperparameters.md", "<!-- hyperparameters:begin -->", "hyperparameters"),

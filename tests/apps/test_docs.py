@@ -37,7 +37,6 @@ PASTED = (
     "whole-trainings",
     "contract",
     "index",
-    "long-paths",
     "own-loop",
     "scale",
     "tables",

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import os
-import time
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from test_readers import promptly
 
 from metapl.apps.images import METHODS, Images, Pictures, apart
 from metapl.apps.look import settled
 from metapl.apps.pictures import (
+    FileImages,
     Files,
     Finding,
-    LabeledFiles,
     check_folders,
     reader,
     scan_labeled,
@@ -24,7 +31,11 @@ from metapl.apps.pictures import (
     stratified_split,
     verify_files,
 )
-from metapl.apps.pictures.check import without_copies
+from metapl.apps.pictures import check as checks
+from metapl.apps.pictures import folders as hashing
+from metapl.apps.pictures.check import same_pictures, without_copies
+from metapl.apps.pictures.folders import hash_files
+from metapl.apps.pictures.tar import open_picture
 from metapl.apps.settings import Fitting
 from metapl.errors import MetaplError
 
@@ -46,399 +57,420 @@ def pictures(root: Path, **levels: list[int]) -> Path:
     return root
 
 
+def labeled(root: Path, **levels: list[int]) -> Any:
+    return scan_labeled(pictures(root, **levels))
+
+
+def unlabeled(root: Path, *levels: int) -> Files:
+    return scan_unlabeled(pictures(root, any=[*levels]))
+
+
 # --- scans ------------------------------------------------------------------------------------------------------------
 
 
 def test_any_tree(tmp_path: Path) -> None:
-    root = fill(
-        tmp_path, "b.jpg", "a/z.PNG", "a/deep/er/y.Tiff", "a-b.webp", "notes.txt", "README", "a/notes.txt",
-        ".hidden.png", "a/.cache/x.png", "a/._x.png", "__MACOSX/x.png",
-    )  # fmt: skip
-    files = scan_unlabeled(root)
-    assert files.names == ("a-b.webp", "a/deep/er/y.Tiff", "a/z.PNG", "b.jpg")
+    fill(tmp_path, "b.jpg", "a/z.PNG", "a/deep/er/y.Tiff", "a-b.webp", "B/4.png", "notes.txt", "README", "a/notes.txt")
+    root, told = fill(tmp_path, ".hidden.png", "a/.cache/x.png", "a/._x.png", "__MACOSX/x.png"), list[int]()
+    files = scan_unlabeled(root, told.append)
+    assert files.names == ("B/4.png", "a-b.webp", "a/deep/er/y.Tiff", "a/z.PNG", "b.jpg")
     assert files.passed_over == {".txt": 2, "no suffix": 1}
-    assert list(files.paths()) == [str(root / name) for name in files.names]
-    assert files.path(3) == root / "b.jpg"
-    assert files.keep([2, 0]).names == ("a/z.PNG", "a-b.webp")
+    assert [*files.paths()] == [str(root / name) for name in files.names]
+    assert files.path(4) == root / "b.jpg"
+    assert files.keep([3, 1]).names == ("a/z.PNG", "a-b.webp")
     assert scan_unlabeled(str(root)) == files
+    assert (told[-1], told) == (5, sorted(told))
 
 
 def test_one_folder_a_class(tmp_path: Path) -> None:
-    root = fill(
-        tmp_path, "dog/1.png", "cat/2.png", "cat/more/1.jpg", "loose.png", "list.csv", "dog/x.txt", ".git/a/b.png"
-    )
-    (root / "empty").mkdir()
-    files = scan_labeled(root)
+    fill(tmp_path, "dog/1.png", "cat/2.png", "cat/more/1.jpg", "loose.png", "list.csv", "dog/x.txt", ".git/a/b.png")
+    (tmp_path / "empty").mkdir()
+    for name in ("cat", "dog"):  # which brings no pictures of other classes
+        (tmp_path / name / "up").symlink_to(tmp_path)
+    files = scan_labeled(tmp_path)
     assert files.classes == ("cat", "dog", "empty")
     assert files.names == ("cat/2.png", "cat/more/1.jpg", "dog/1.png")
     assert files.targets().tolist() == [0, 0, 1]
-    assert files.loose == 1
-    assert files.passed_over == {".csv": 1, ".txt": 1}
+    assert files.targets(("dog", "x", "cat")).tolist() == [2, 2, 0]
+    assert (files.loose, files.passed_over) == (1, {".csv": 1, ".txt": 1})
     assert files.counts() == {"cat": 2, "dog": 1, "empty": 0}
     kept = files.keep([2, 1])
-    assert (kept.names, kept.labels) == (("dog/1.png", "cat/more/1.jpg"), (1, 0))
-    assert kept.classes == files.classes
-
-
-def test_a_link_in_a_class_folder_to_the_folder_above_brings_no_pictures_of_other_classes(tmp_path: Path) -> None:
-    fill(tmp_path, "cat/1.png", "cat/more/2.png", "dog/3.png")
-    (tmp_path / "cat" / "up").symlink_to(tmp_path)
-    (tmp_path / "dog" / "up").symlink_to(tmp_path)
-    found = scan_labeled(tmp_path)
-    assert list(zip(found.names, found.labels, strict=True)) == [
-        ("cat/1.png", 0),
-        ("cat/more/2.png", 0),
-        ("dog/3.png", 1),
-    ]
+    assert (kept.names, kept.labels, kept.classes) == (("dog/1.png", "cat/more/1.jpg"), (1, 0), files.classes)
+    with pytest.raises(MetaplError, match="cat"):
+        files.targets(("dog", "fish"))
 
 
 def test_links_are_followed_and_end(tmp_path: Path) -> None:
     root = fill(tmp_path / "data", "a/1.png")
     fill(tmp_path / "elsewhere", "2.png")
     (root / "a" / "up").symlink_to(root)
-    (root / "b").symlink_to(tmp_path / "elsewhere")
-    (root / "twice").symlink_to(tmp_path / "elsewhere")
-    (root / "gone.png").symlink_to(tmp_path / "nothing.png")
-    assert scan_unlabeled(root).names == ("a/1.png", "b/2.png", "gone.png")
-    assert [*verify_files(scan_unlabeled(root), "size").skipped.values()][-1] == "No such file or directory"
+    for name in ("b", "twice"):
+        (root / name).symlink_to(tmp_path / "elsewhere")
+    assert scan_unlabeled(root).names == ("a/1.png", "b/2.png")
+    (tmp_path / "list.txt").write_text("data/a/1.png\nelsewhere/2.png\n\n")
+    assert scan_unlabeled(tmp_path / "list.txt").names == ("data/a/1.png", "elsewhere/2.png")
 
 
 def test_what_cannot_be_scanned(tmp_path: Path) -> None:
     fill(tmp_path, "one/x.txt", "file.png")
-    (tmp_path / "none").mkdir()
-    for scan in (scan_labeled, scan_unlabeled):
-        with pytest.raises(MetaplError, match="does not exist"):
-            scan(tmp_path / "nowhere")
-        with pytest.raises(MetaplError, match="is a file"):
-            scan(tmp_path / "file.png")
-    with pytest.raises(MetaplError, match=r"no picture in it, only 1 with \.txt; expected files that end with .*\.jpg"):
-        scan_unlabeled(tmp_path / "one")
-    with pytest.raises(MetaplError, match="no folder in it; expected one folder a class"):
-        scan_labeled(tmp_path / "none")
     (tmp_path / "some" / "cat").mkdir(parents=True)
-    with pytest.raises(MetaplError, match="no picture in it"):
-        scan_labeled(tmp_path / "some")
+    for scan, name, word in (
+        *(
+            (scan, name, word)
+            for scan in (scan_labeled, scan_unlabeled)
+            for name, word in (("no", "exist"), ("file.png", "file"))
+        ),
+        (scan_unlabeled, "one", "txt"),
+        (scan_labeled, "some/cat", "class"),
+        (scan_labeled, "some", "picture"),
+    ):
+        with pytest.raises(MetaplError, match=word):
+            scan(tmp_path / name)
 
 
-def test_many_files(tmp_path: Path) -> None:
-    for folder in range(20):
-        os.mkdir(tmp_path / str(folder))
-        for file in range(100):
-            os.close(os.open(tmp_path / str(folder) / f"{file}.png", os.O_CREAT))
-    told: list[int] = []
-    start = time.perf_counter()
-    files = scan_unlabeled(tmp_path, told.append)
-    seconds = time.perf_counter() - start
-    assert len(files) == 2_000
-    assert told[-1] == 2_000
-    assert told == sorted(told)
-    assert seconds < 4  # some 0.01 s on a machine with nothing else to do
-    labeled = scan_labeled(tmp_path, told.append)
-    assert len(labeled.classes) == 20
-    assert len(verify_files(files, "size").skipped) == 2_000
+def test_folders_a_thousand_deep(tmp_path: Path) -> None:
+    """Python's own walk refuses them before 3.12."""
+    before = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        for _ in range(1000):  # with short names, so that the whole path can still be opened
+            os.mkdir("d")
+            os.chdir("d")
+        Path("x.png").touch()
+    finally:
+        os.chdir(before)
+    try:
+        if sys.version_info >= (3, 12):
+            assert len(scan_unlabeled(tmp_path).names) == 1
+        else:
+            with pytest.raises(MetaplError, match="folders"):
+                scan_unlabeled(tmp_path)
+    finally:
+        subprocess.run(["rm", "-rf", str(tmp_path / "d")], check=True)  # Python's own rmtree calls itself
+
+
+# --- tar files --------------------------------------------------------------------------------------------------------
+
+
+def png(level: int = 0) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (level, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tar(path: Path, **members: bytes) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def tarred(folder: Path, to: Path) -> Files:
+    """The folder as one tar file, as the page says, in a folder of its own."""
+    to.mkdir()
+    subprocess.run(["tar", "--sort=name", "--mtime=@0", "-cf", to / "many.tar", "-C", folder, "."], check=True)
+    return scan_unlabeled(to)
+
+
+def levels(files: Files) -> list[int]:
+    return FileImages(files.paths(), size=(2, 2)).fetch(torch.arange(len(files)))[0][:, 0, 0, 0].tolist()
+
+
+def test_a_tar_file_stands_for_the_folder(tmp_path: Path) -> None:
+    (pictures(tmp_path / "u", any=[1, 2, 3]) / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "u" / "any" / "0.bmp").rename(tmp_path / "u" / "deep" / "er" / "blue.0.bmp")
+    files, inside = scan_unlabeled(tmp_path / "u"), tarred(tmp_path / "u", tmp_path / "tars")
+    assert [name.partition("/")[2] for name in inside.names] == [*files.names]
+    assert levels(inside) == levels(files) == [2, 3, 1]
+    for depth in ("size", "header", "decode"):
+        assert verify_files(inside, depth).sound == (0, 1, 2)
+    found = check_folders(
+        labeled(tmp_path / "l", a=[7, 8], b=[9, 10]), inside, test=labeled(tmp_path / "t", a=[2], b=[5])
+    )
+    assert [one.kind for one in found] == ["test copies"]
+
+
+def test_tar_files_of_others(tmp_path: Path) -> None:
+    """As `tar cf` and WebDataset write them: names that begin with ./, labels beside pictures, hidden files."""
+    root = tmp_path / "many"
+    write_tar(root / "b.tar", **{"./x/1.png": png(10), "./x/1.cls": b"3", "./.hidden/2.png": png(), "../3.png": png()})
+    write_tar(root / "a.tar", **{"/9.png": png(90), "x/1.png": png(50)})
+    files = scan_unlabeled(root)
+    assert files.names == ("a.tar/9.png", "a.tar/x/1.png", "b.tar/x/1.png")
+    assert (dict(files.passed_over), levels(files)) == ({".cls": 1}, [90, 50, 10])
+    write_tar(root / "a.tar", **{"0.png": png(1), "longer": b"x" * 9999, "9.png": png(91), "x/1.png": png(51)})
+    assert levels(files) == [91, 51, 10]  # read anew where it changed
+    with pytest.raises(FileNotFoundError):
+        open_picture(root / "a.tar" / "2.png")
+    (root / "loose.png").write_bytes(png())
+    assert scan_unlabeled(root).names == ("loose.png",)  # beside pictures, a tar file is a backup
+
+
+@pytest.mark.parametrize("kind", ["cut", "compressed", "text", "twice"])
+def test_a_tar_file_that_is_not_whole_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    path = write_tar(tmp_path / "many" / "a.tar", **{"1.png": png(), "2.png": png()})
+    if kind == "cut":
+        path.write_bytes(path.read_bytes()[:1500])
+    elif kind == "text":
+        path.write_text("no tar file " * 100)
+    else:
+        with tarfile.open(path, "w:gz" if kind == "compressed" else "a") as tar:
+            tar.add(__file__, "1.png")
+    with pytest.raises(MetaplError, match="once" if kind == "twice" else "tar"):
+        scan_unlabeled(tmp_path / "many")
 
 
 # --- findings ---------------------------------------------------------------------------------------------------------
 
+L = {"cat": [1, 2], "dog": [3, 4]}
+Sides = dict[str, Any]
+FINDINGS: dict[str, tuple[Sides, list[tuple[str, str, str]]]] = {
+    # What is in the folders: levels by class; and of each finding the level, the kind, and a word.
+    "sound": ({"labeled": L, "unlabeled": [1, 5, 6], "validation": {"cat": [11], "dog": [12]}}, []),
+    "sound test": ({"labeled": L, "test": {"cat": [13], "dog": [14]}}, []),
+    "twice in a class": ({"labeled": {"cat": [1, 1], "dog": [2, 3]}}, []),
+    "one class": ({"labeled": {"cat": [1, 2]}}, [("error", "classes", "one class")]),
+    "empty class": ({"labeled": {**L, "empty": []}}, [("error", "classes", "empty")]),
+    "one picture": ({"labeled": {**L, "bee": [5]}}, [("warning", "classes", "bee")]),
+    "by case": ({"labeled": {**L, "Cat": [5, 6]}}, [("warning", "classes", "case")]),
+    "two classes": ({"labeled": {"cat": [1, 2], "dog": [2, 3]}}, [("error", "contradiction", "more than one")]),
+    "parts": ({"labeled": {"labeled": [1, 2], "unlabeled": [3, 4]}}, [("warning", "classes", "may be the parts")]),
+    "named so": ({"labeled": {"train": [1, 2], "car": [3, 4]}}, []),
+    "trains": ({"labeled": {"train1": [1, 2], "train2": [3, 4]}}, []),
+    "other classes": (
+        {"labeled": L, "test": {"cat": [5], "fish": [6], "empty": []}},
+        [("error", "classes", "fish"), ("warning", "classes", "dog")],
+    ),
+    "test in labeled": (
+        {"labeled": L, "test": {"cat": [1, 9], "dog": [4]}},
+        [("error", "test copies", "2 test pictures")],
+    ),
+    "test in unlabeled": (
+        {"labeled": L, "unlabeled": [5, 6], "test": {"cat": [6], "dog": [9]}},
+        [("error", "test copies", "among the unlabeled")],
+    ),
+    "validation in both": (
+        {"labeled": L, "unlabeled": [5, 6], "validation": {"cat": [5, 2], "dog": [9]}},
+        [("error", "validation copies", "among the labeled"), ("error", "validation copies", "among the unlabeled")],
+    ),
+    "test in validation": (
+        {"labeled": L, "validation": {"cat": [8], "dog": [9]}, "test": {"cat": [10], "dog": [9]}},
+        [("warning", "test copies", "among the validation")],
+    ),
+    "no others": ({"labeled": L, "unlabeled": [1, 2, 3, 4]}, [("warning", "labeled copies", "no others")]),
+    "all there too": ({"labeled": L, "unlabeled": [4, 3, 2, 1, 5]}, [("warning", "labeled copies", "4 of its 5")]),
+    "some there too": ({"labeled": L, "unlabeled": [4, 3, 2, 5]}, []),
+}  # fmt: skip
 
-def found(findings: list[Finding], *words: str) -> Finding:
+
+@pytest.mark.parametrize("name", FINDINGS)
+def test_what_would_spoil_a_training_is_found(name: str, tmp_path: Path) -> None:
+    sides, expected = FINDINGS[name]
+    found = check_folders(
+        **{
+            side: labeled(tmp_path / side, **held) if isinstance(held, dict) else unlabeled(tmp_path / side, *held)
+            for side, held in sides.items()
+        }
+    )
+    assert [(one.level, one.kind) for one in found] == [(level, kind) for level, kind, _ in expected]
+    for one, (_, _, word) in zip(found, expected, strict=True):
+        assert word in one.message
+        assert all(str(file) in one.message for file in one.files if one.kind != "classes")
+
+
+def only(findings: list[Finding], *words: str) -> Finding:
     (one,) = [finding for finding in findings if all(word in finding.message for word in words)]
     return one
 
 
-def test_nothing_to_find(tmp_path: Path) -> None:
-    labeled = scan_labeled(pictures(tmp_path / "l", cat=[1, 2], dog=[3, 4]))
-    unlabeled = scan_unlabeled(pictures(tmp_path / "u", any=[1, 5, 6]))  # labelled pictures may be there too
-    validation = scan_labeled(pictures(tmp_path / "v", cat=[11], dog=[12]))
-    test = scan_labeled(pictures(tmp_path / "t", cat=[13], dog=[14]))
-    assert check_folders(labeled, unlabeled, validation, test) == []
-    assert check_folders(labeled) == []
-
-
-def test_classes(tmp_path: Path) -> None:
-    root = pictures(tmp_path, Cat=[1, 2], cat=[3, 4], dog=[5])
-    (root / "empty").mkdir()
-    fill(root, "loose.png")
-    findings = check_folders(scan_labeled(root))
-    assert [one.level for one in findings] == ["error", "warning", "warning", "warning"]
-    assert found(findings, "'empty'", "no picture").files == (root / "empty",)
-    assert found(findings, "'dog'", "one picture").files == (root / "dog" / "0.bmp",)
-    assert found(findings, "'Cat' and 'cat'", "case").files == (root / "Cat", root / "cat")
-    assert "1 pictures" in found(findings, "beside").message
-    alone = check_folders(scan_labeled(pictures(tmp_path / "alone", cat=[1, 2])))
-    assert (alone[0].level, "one class" in alone[0].message) == ("error", True)
-
-
 def test_the_parts_of_a_data_set_are_not_its_classes(tmp_path: Path) -> None:
     """The folder above that of the classes was given: its subfolders have subfolders, and are called as parts are."""
-    root = tmp_path / "data"
-    pictures(root / "Labelled", cat=[1, 2], dog=[3, 4])
-    pictures(root / "held-out", cat=[5, 6], dog=[7, 8])
-    (finding,) = check_folders(scan_labeled(root))
-    assert finding.level == "error"
-    assert (
-        "Labelled, held-out, which are the parts of a data set; expected one subfolder for each class"
-        in finding.message
-    )
-    assert finding.message.endswith(str(root / "Labelled"))
-    pictures(tmp_path / "years" / "train2017", cat=[1, 2], dog=[3, 4])
-    pictures(tmp_path / "years" / "02_val", cat=[5, 6], dog=[7, 8])
-    found(check_folders(scan_labeled(tmp_path / "years")), "02_val, train2017", "the parts of a data set")
-    assert check_folders(scan_labeled(pictures(tmp_path / "toys", train1=[1, 2], train2=[3, 4]))) == []
-    # Classes may be called so: bottles with a label and without.
-    flat = pictures(tmp_path / "bottles", labeled=[1, 2], unlabeled=[3, 4])
-    (finding,) = check_folders(scan_labeled(flat))
-    assert finding.level == "warning"
-    assert "which may be the parts of a data set" in finding.message
-    assert check_folders(scan_labeled(pictures(tmp_path / "vehicles", train=[1, 2], car=[3, 4]))) == []
+    for parts in (("Labelled", "held-out"), ("train2017", "02_val")):
+        for start, part in enumerate(parts):
+            pictures(
+                tmp_path / parts[0] / "x" / part, cat=[5 * start, 5 * start + 1], dog=[5 * start + 2, 5 * start + 3]
+            )
+        (finding,) = check_folders(scan_labeled(tmp_path / parts[0] / "x"))
+        assert finding.level == "error"
+        assert "which are the parts of a data set" in finding.message
+        assert finding.message.endswith(str(tmp_path / parts[0] / "x" / parts[0]))
 
 
 def test_classes_with_pictures_in_deeper_folders_alone_are_noted(tmp_path: Path) -> None:
     root = tmp_path / "data"
     pictures(root / "first", cat=[1, 2], dog=[3, 4])
     pictures(root / "second", cat=[5, 6], dog=[7, 8])
-    finding = found(check_folders(scan_labeled(root)), "(first, second)", "first/cat", "rather cat, dog")
-    assert finding.level == "warning"
+    assert only(check_folders(scan_labeled(root)), "(first, second)", "first/cat", "rather cat, dog").level == "warning"
     Image.new("L", (4, 4), 9).save(root / "second" / "9.png")  # a class with a picture of its own
     assert check_folders(scan_labeled(root)) == []
+    fill(root, "loose.png")
+    assert only(check_folders(scan_labeled(root)), "1 pictures", "beside").level == "warning"
 
 
-def test_no_folder_lies_inside_that_of_the_classes(tmp_path: Path) -> None:
-    root = pictures(tmp_path / "data", cat=[1, 2], more=[3, 4], train=[5, 6])
-    labeled, inside = scan_labeled(root), scan_unlabeled(root / "more")
-    finding = found(check_folders(labeled, inside), "the unlabeled folder", "lies inside", "cat, more, train")
-    assert finding.level == "error"
-    assert finding.message.endswith(f"Did you mean {root / 'train'}?")
-    # All pictures may be in one folder, of which the classes are a part.
-    above = scan_labeled(pictures(tmp_path / "all" / "few", cat=[1, 2], dog=[3, 4]))
-    pictures(tmp_path / "all", other=[7, 8])
-    assert [one for one in check_folders(above, scan_unlabeled(tmp_path / "all")) if one.level == "error"] == []
-
-
-def test_a_test_folder_around_the_labeled_one_is_named_and_not_each_of_its_pictures(tmp_path: Path) -> None:
-    labeled = scan_labeled(pictures(tmp_path / "all" / "few", cat=[1, 2], dog=[3, 4]))
+def test_no_folder_lies_inside_another(tmp_path: Path) -> None:
+    few = labeled(tmp_path / "data", cat=[1, 2], more=[3, 4], train=[5, 6])
+    finding = only(check_folders(few, scan_unlabeled(tmp_path / "data" / "more")), "unlabeled folder", "lies inside")
+    assert (finding.level, finding.message.endswith(f"Did you mean {tmp_path / 'data' / 'train'}?")) == ("error", True)
+    # All pictures may be in one folder, of which the classes are a part; a test folder may not.
+    above = labeled(tmp_path / "all" / "few", **L)
     pictures(tmp_path / "all" / "held_out", cat=[5], dog=[6])
-    findings = check_folders(labeled, test=scan_labeled(tmp_path / "all"))
-    finding = found(findings, "the labeled folder", "lies inside the test folder", "the test pictures alone")
-    assert finding.level == "error"
+    assert {one.level for one in check_folders(above, scan_unlabeled(tmp_path / "all"))} <= {"warning"}
+    findings = check_folders(above, test=scan_labeled(tmp_path / "all"))
+    assert only(findings, "lies inside the test folder").level == "error"
     assert not any("are among" in one.message for one in findings)
+    same = only(check_folders(above, test=above), "4 test pictures")
+    assert f"too: {tmp_path / 'all/few/cat/0.bmp'}, " in same.message  # named once
 
 
-def test_a_file_on_two_sides_is_named_once(tmp_path: Path) -> None:
-    folder = scan_labeled(pictures(tmp_path / "l", cat=[1, 2], dog=[3, 4]))
-    (leak,) = check_folders(folder, test=folder)
-    assert f"too: {tmp_path / 'l' / 'cat' / '0.bmp'}, {tmp_path / 'l' / 'cat' / '1.bmp'}, " in leak.message
+@contextmanager
+def opened(root: Path) -> Iterator[list[str]]:
+    """The pictures below a folder that are opened in the block, whoever opens them."""
+    found: list[str] = []
+    watching = True
+
+    def note(event: str, given: tuple[Any, ...]) -> None:
+        if watching and event == "open" and isinstance(given[0], str | bytes | os.PathLike):
+            path = os.fsdecode(given[0])
+            found.extend([path] if path.startswith(str(root)) and path.endswith((".bmp", ".png")) else [])
+
+    sys.addaudithook(note)  # there is no way to take it off again
+    try:
+        yield found
+    finally:
+        watching = False
 
 
-def test_held_out_pictures_in_training(tmp_path: Path) -> None:
-    labeled = scan_labeled(pictures(tmp_path / "l", cat=[1, 2], dog=[3, 4]))
-    unlabeled = scan_unlabeled(pictures(tmp_path / "u", any=[5, 6, 7]))
-    validation = scan_labeled(pictures(tmp_path / "v", cat=[5, 2], dog=[9]))
-    test = scan_labeled(pictures(tmp_path / "t", cat=[1, 6], dog=[9, 4]))
-    findings = check_folders(labeled, unlabeled, validation, test)
-    assert [one.level for one in findings] == ["error"] * 4 + ["warning"]
-    paths = {(tmp_path / name) for name in ("t/cat/0.bmp", "l/cat/0.bmp", "t/dog/1.bmp", "l/dog/1.bmp")}
-    leak = found(findings, "2 test pictures", "labeled ones")
-    assert set(leak.files) == paths
-    assert all(str(path) in leak.message for path in paths)
-    assert "remove them from the labeled folder" in leak.message
-    for words in (("1 test", "unlabeled"), ("1 validation", "among the labeled"), ("1 validation", "unlabeled")):
-        found(findings, *words)
-    assert found(findings, "1 test pictures are among the validation").level == "warning"
-    assert [one.kind for one in findings if "test pictures" in one.message] == ["test copies"] * 3
-    assert {one.kind for one in findings if "validation pictures" in one.message} == {"validation copies"}
+def test_bytes_are_read_only_where_they_can_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large, read, whole = bytes(range(256)) * 400, list[str](), checks.digest
+    for name, content in {
+        "l/a/1.bmp": large,
+        "l/b/1.bmp": b"of a size of its own",
+        "l/a/2.bmp": b"of another one",
+        "l/b/2.bmp": b"1234",
+        "u/1.bmp": large[:50_000] + b"x" * 10 + large[50_010:],  # differs in the middle
+        "u/2.bmp": b"x" + large[1:],  # differs at the start
+        "t/a/1.bmp": large[:-1] + b"x",  # differs at the end
+        "t/b/2.bmp": b"1243",
+    }.items():
+        fill(tmp_path, name)
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(checks, "digest", lambda path: read.append(Path(path).parent.name) or whole(path))
+    few, test, told = scan_labeled(tmp_path / "l"), scan_labeled(tmp_path / "t"), list[int]()
+    with opened(tmp_path) as found:
+        assert check_folders(few, scan_unlabeled(tmp_path / "u"), None, test, told.append) == []
+    assert (sorted(read), told[-1]) == (["a", "a", "u"], 6)
+    assert not any(path.endswith(("l/b/1.bmp", "l/a/2.bmp")) for path in found)
 
 
-def test_the_same_folder_twice(tmp_path: Path) -> None:
-    labeled = scan_labeled(pictures(tmp_path, cat=list(range(4)), dog=list(range(10, 14))))
-    leak = found(check_folders(labeled, test=labeled), "8 test pictures", "and 3 more")
-    assert leak.level == "error"
-    assert len(leak.files) == 16
+@pytest.mark.parametrize("kind", ["gone.png", "loop.png", "pipe.png"])
+def test_a_link_that_leads_nowhere_is_the_copy_of_nothing(kind: str, tmp_path: Path) -> None:
+    """Whoever reads the pictures leaves it out by name."""
 
+    def sides() -> tuple[Any, Files, Any]:
+        return scan_labeled(tmp_path / "l"), scan_unlabeled(tmp_path / "u"), scan_labeled(tmp_path / "t")
 
-def test_labelled_pictures_that_are_all_unlabelled_too_are_noted(tmp_path: Path) -> None:
-    root = pictures(tmp_path / "l", cat=[1, 2], dog=[3, 4])
-    labeled = scan_labeled(root)
-    same = found(check_folders(labeled, scan_unlabeled(root)), "all labeled pictures", "no others", "more pictures")
-    assert (same.level, same.kind) == ("warning", "labeled copies")
-    copies = scan_unlabeled(pictures(tmp_path / "u", any=[4, 3, 2, 1, 5, 6]))
-    found(check_folders(labeled, copies), "all labeled pictures", "4 of its 6", "no harm")
-    test = scan_labeled(pictures(tmp_path / "t", cat=[11], dog=[12]))
-    assert len(check_folders(labeled, copies, test=test)) == 1
-    fewer = scan_unlabeled(pictures(tmp_path / "fewer", any=[4, 3, 2, 5, 6]))
-    assert check_folders(labeled, fewer) == []
+    labeled(tmp_path / "l", **L), unlabeled(tmp_path / "u", 3, 6), labeled(tmp_path / "t", cat=[3], dog=[9])
+    few, many, test = sides()
+    before = check_folders(few, many, None, test), [*same_pictures(few, many)]
+    assert [one.kind for one in before[0]] == ["test copies"] * 2
+    for place in ("l/cat", "u/any", "t/dog"):
+        path = tmp_path / place / kind
+        os.mkfifo(path) if kind == "pipe.png" else path.symlink_to({"gone.png": "nothing"}.get(kind, kind))
+    with promptly():
+        few, more, test = sides()
+        assert (check_folders(few, more, None, test), [*same_pictures(few, more)]) == before
+        assert [*verify_files(more).skipped] == [f"any/{kind}"]
+        assert hash_files(many) != hash_files(more) == hash_files(more)
 
 
 def test_files_that_are_copies_of_others_are_left_out(tmp_path: Path) -> None:
-    unlabeled = scan_unlabeled(pictures(tmp_path / "u", any=[1, 5, 2, 6, 2]))
-    val = scan_labeled(pictures(tmp_path / "v", cat=[2, 9], dog=[1]))
-    assert without_copies(unlabeled, val).names == ("any/1.bmp", "any/3.bmp")
-    assert len(without_copies(val, unlabeled)) == 1
-    assert len(without_copies(val, val)) == 0
-    others = scan_unlabeled(pictures(tmp_path / "w", any=[7, 8]))
+    many, val = unlabeled(tmp_path / "u", 1, 5, 2, 6, 2), labeled(tmp_path / "v", cat=[2, 9], dog=[1])
+    assert without_copies(many, val).names == ("any/1.bmp", "any/3.bmp")
+    assert [len(without_copies(val, other)) for other in (many, val)] == [1, 0]
+    others = unlabeled(tmp_path / "w", 7, 8)
     assert without_copies(others, val) is others
-    (tmp_path / "u" / "any" / "0.bmp").unlink()
-    assert without_copies(unlabeled, val).names == ("any/0.bmp", "any/1.bmp", "any/3.bmp"), "one that is gone stays"
 
 
 @pytest.mark.parametrize("others", [3, 0])
 def test_pictures_set_aside_for_validation_are_not_learned_from_as_unlabeled_ones(tmp_path: Path, others: int) -> None:
-    labels = {"cat": list(range(4)), "dog": list(range(10, 14))}
-    labeled = pictures(tmp_path / "l", **labels)
-    many = pictures(tmp_path / "u", any=[*labels["cat"], *labels["dog"], *range(100, 100 + others)])
+    levels = {"cat": [*range(4)], "dog": [*range(10, 14)]}
+    few, many = (
+        labeled(tmp_path / "l", **levels),
+        unlabeled(tmp_path / "u", *levels["cat"], *levels["dog"], *range(100, 100 + others)),
+    )
     own: dict[str, Any] = {"pictures": Pictures(image_size=8, network="small_cnn"), "fitting": Fitting(steps=4)}
-    given = Images(labeled=str(labeled), unlabeled=str(many), val_fraction=0.5, **own)
+    given = Images(labeled=str(few.root), unlabeled=str(many.root), val_fraction=0.5, **own)
     config, said = settled(given, METHODS["uda"], lambda text: None)[0], list[str]()
     task = config.data(said.append, False, None)
     val = {task.validation.images.path(i).read_bytes() for i in range(4)}
     left = [task.unlabeled.images.path(i).read_bytes() for i in range(len(task.unlabeled.images))]
     assert len(left) == task.record["unlabeled"] == 4 + others
     assert val.isdisjoint(left)
-    said_of_it = [line for line in said if "4 unlabeled pictures are left out: they are copies of labeled ones" in line]
-    assert len(said_of_it) == 1
-    assert any(f"4 labeled pictures of 2 classes (cat, dog), {4 + others} unlabeled" in line for line in said)
-    with pytest.raises(MetaplError, match=r"all 4 unlabeled pictures in .* expected others"):
-        apart(scan_unlabeled(labeled / "cat"), scan_labeled(labeled), said.append)
+    assert len([line for line in said if "4 unlabeled pictures are left out" in line]) == 1
+    with pytest.raises(MetaplError, match="--val"):
+        apart(scan_unlabeled(few.root / "cat"), few, said.append)
 
 
-def test_a_picture_in_two_classes(tmp_path: Path) -> None:
-    labeled = scan_labeled(pictures(tmp_path, cat=[1, 2], dog=[2, 3]))
-    finding = found(check_folders(labeled), "pictures in more than one class, 1")
-    assert (finding.level, finding.kind) == ("error", "contradiction")
-    assert set(finding.files) == {tmp_path / "cat" / "1.bmp", tmp_path / "dog" / "0.bmp"}
-    # Twice in one class is twice the weight, and no harm.
-    assert check_folders(scan_labeled(pictures(tmp_path / "same", cat=[1, 1], dog=[2, 3]))) == []
+# --- sound files, and what a folder is known by -----------------------------------------------------------------------
 
 
-def test_classes_of_held_out_folders(tmp_path: Path) -> None:
-    labeled = scan_labeled(pictures(tmp_path / "l", cat=[1, 2], dog=[3, 4]))
-    test = scan_labeled(pictures(tmp_path / "t", cat=[5], fish=[6]))
-    (tmp_path / "t" / "empty").mkdir()
-    findings = check_folders(labeled, test=scan_labeled(tmp_path / "t"))
-    assert found(findings, "test folder", "fish").level == "error"
-    assert {one.kind for one in findings} == {"classes"}
-    assert "empty" not in found(findings, "fish").message.replace(str(tmp_path), "")
-    assert found(findings, "no picture of dog").level == "warning"
-    assert len(check_folders(labeled, validation=test)) == 2
-
-
-def test_bytes_are_read_only_where_they_can_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(name: str, content: bytes) -> None:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(content)
-
-    large = bytes(range(256)) * 400
-    write("l/a/1.bmp", large)
-    write("l/b/1.bmp", b"of a size of its own")
-    write("l/a/2.bmp", b"of another one")
-    write("l/b/2.bmp", b"1234")
-    write("u/1.bmp", large[:50_000] + b"x" * 10 + large[50_010:])  # differs in the middle
-    write("u/2.bmp", b"x" + large[1:])  # differs at the start
-    write("t/a/1.bmp", large[:-1] + b"x")  # differs at the end
-    write("t/b/2.bmp", b"1243")
-    read: list[str] = []
-    from metapl.apps.pictures import check
-
-    whole = check.digest
-    monkeypatch.setattr(check, "digest", lambda path: read.append(Path(path).parent.name) or whole(path))
-    told: list[int] = []
-    labeled, test = scan_labeled(tmp_path / "l"), scan_labeled(tmp_path / "t")
-    assert check_folders(labeled, scan_unlabeled(tmp_path / "u"), None, test, told.append) == []
-    assert sorted(read) == ["a", "a", "u"]
-    assert told[-1] == 6
-
-
-def test_a_file_that_goes_away(tmp_path: Path) -> None:
-    """It is the copy of nothing, and is left out where the pictures are read."""
-    labeled = scan_labeled(pictures(tmp_path / "l", cat=[1, 2], dog=[3, 4]))
-    copies = scan_unlabeled(pictures(tmp_path / "u", any=[3]))
-    test = scan_labeled(pictures(tmp_path / "t", dog=[3], cat=[9]))
-    assert any(finding.kind == "test copies" for finding in check_folders(labeled, copies, None, test))
-    labeled.path(2).unlink()
-    copies.path(0).unlink()
-    assert not any(finding.kind == "test copies" for finding in check_folders(labeled, copies, None, test))
-    assert [*verify_files(labeled).skipped] == ["dog/0.bmp"]
-
-
-# --- sound files ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def mixed(tmp_path: Path) -> Files:
-    root = pictures(tmp_path / "mixed", good=[1, 2])
-    fill(root, "empty.png")
+def test_how_far_files_are_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = fill(pictures(tmp_path, good=[1, 2]), "empty.png")
     (root / "words.jpg").write_bytes(b"words")
     (root / "words too.jpg").write_bytes(b"other words")
     Image.new("RGB", (60, 60)).save(root / "large.png")
     Image.new("RGB", (30, 30)).save(root / "cut.bmp")
     (root / "cut.bmp").write_bytes((root / "cut.bmp").read_bytes()[:1000])
-    return scan_unlabeled(root)
-
-
-EMPTY, WORDS, LARGE, CUT = {"empty.png"}, {"words.jpg", "words too.jpg"}, {"large.png"}, {"cut.bmp"}
-
-
-@pytest.mark.parametrize(
-    ("depth", "expected"),
-    [
-        ("size", EMPTY),
-        ("header", EMPTY | WORDS | LARGE),
-        ("decode", EMPTY | WORDS | LARGE | CUT),
-        (None, EMPTY | WORDS | LARGE | CUT),
-    ],
-)
-def test_depths(mixed: Files, depth: Any, expected: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "MAX_PIXELS", 1000)
-    told: list[int] = []
-    verified = verify_files(mixed, depth, progress=told.append)
-    assert {*verified.skipped} == expected
-    sound = mixed.keep(verified.sound)
-    assert set(sound.names) == set(mixed.names) - expected
-    assert told == [*range(1, 8)]
-
-
-def test_summary(mixed: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "MAX_PIXELS", 1000)
-    lines = verify_files(mixed).summary().splitlines()
+    files, told, found = scan_unlabeled(root), list[int](), ["empty.png"]
+    for depth, more in (("size", []), ("header", ["large.png", "words too.jpg", "words.jpg"]), ("decode", ["cut.bmp"])):
+        found += more
+        verified = verify_files(files, depth, progress=told.append)
+        assert sorted(verified.skipped) == sorted(found)
+        assert {*files.keep(verified.sound).names} == {*files.names} - {*found}
+    assert told == [*range(1, 8)] * 3
+    lines = verified.summary().splitlines()
     assert lines[0] == "2 skipped: not a picture of a known format (words too.jpg, words.jpg)"
-    assert set(lines[1:]) == {
-        "1 skipped: the file is empty (empty.png)",
-        "1 skipped: the picture has more than the 1,000 pixels that are allowed (large.png)",
-        "1 skipped: the picture is truncated (cut.bmp)",
-    }
+    assert len(lines) == 4
+    for limit, value, depth in (
+        ("DECODE_UP_TO", 7, "decode"),
+        ("DECODE_UP_TO", 6, "header"),
+        ("HEADER_UP_TO", 6, "size"),
+    ):
+        monkeypatch.setattr(checks, limit, value)
+        assert verify_files(files).depth == depth
+    monkeypatch.undo()
+    monkeypatch.setattr(checks, "DECODE_BYTES", 10)
+    assert verify_files(files).depth == "header"
 
 
-def test_depth_by_number(mixed: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    from metapl.apps.pictures import check
+def test_large_folders_are_known_by_names_and_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def changes() -> Iterator[str]:
+        """Of a folder: as it is; other bytes; another size; another name."""
+        for content, name in ((b"123", "a"), (b"124", "a"), (b"1234", "a"), (b"1234", "b")):
+            shutil.rmtree(tmp_path / "x", ignore_errors=True)
+            (fill(tmp_path / "x", f"{name}.png") / f"{name}.png").write_bytes(content)
+            yield hash_files(scan_unlabeled(tmp_path / "x"))
 
-    assert verify_files(mixed).depth == "decode"
-    monkeypatch.setattr(check, "DECODE_UP_TO", 6)
-    assert verify_files(mixed).depth == "header"
-    monkeypatch.setattr(check, "HEADER_UP_TO", 6)
-    assert verify_files(mixed).depth == "size"
+    assert len({*changes()}) == 4
+    for limit in ("WHOLE_UP_TO", "WHOLE_BYTES"):
+        with monkeypatch.context() as patch:
+            patch.setattr(hashing, limit, 0)
+            first, *others = changes()
+            assert first.startswith("names and sizes: ")
+            assert [one == first for one in others] == [True, False, False]
 
 
-# --- splits -----------------------------------------------------------------------------------------------------------
-
-LABELS = torch.arange(10).repeat_interleave(torch.arange(30, 130, 10))  # 30 to 120 a class, 750 in all
-
-
-def test_stratified(tmp_path: Path) -> None:
+def test_stratified() -> None:
     labels = torch.tensor([0] * 100 + [1] * 10 + [2] * 2 + [3])
     train, validation = stratified_split(labels, 0.1, seed=0)
-    assert torch.cat([train, validation]).sort().values.tolist() == list(range(113))
+    assert torch.cat([train, validation]).sort().values.tolist() == [*range(113)]
     assert labels[validation].bincount(minlength=4).tolist() == [10, 1, 1, 0]
     assert torch.equal(validation, stratified_split(labels, 0.1, seed=0)[1])
     assert not torch.equal(validation, stratified_split(labels, 0.1, seed=1)[1])
     assert labels[stratified_split(labels, 0.99, seed=0)[1]].bincount(minlength=4).tolist() == [99, 9, 1, 0]
-    for fraction in (0.0, 1.0, -1):
-        with pytest.raises(MetaplError, match="fraction"):
-            stratified_split(labels, fraction, seed=0)
-    with pytest.raises(MetaplError, match="--val"):
-        stratified_split(torch.arange(5), 0.5, seed=0)
-
-
-def test_labeled_files_are_files(tmp_path: Path) -> None:
-    files = scan_labeled(pictures(tmp_path, cat=[1], dog=[2]))
-    assert isinstance(files, LabeledFiles)
-    assert verify_files(files).sound == (0, 1)
+    for wrong, fraction in ((labels, 0.0), (labels, 1.0), (torch.arange(5), 0.5)):
+        with pytest.raises(MetaplError, match="expected"):
+            stratified_split(wrong, fraction, seed=0)
