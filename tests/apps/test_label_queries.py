@@ -417,7 +417,7 @@ def test_the_command_selects_and_says_what_became_of_the_examples(
             "holds a store of labels; give another folder",
         ),
         (("stats", tmp_path), "is not a store of labels"),
-        (("stat", store.folder), "there is no action 'stat'; did you mean stats? Expected one of stats, select"),
+        (("stat", store.folder), "did you mean stats? Expected one of stats, select"),
         ((), "no action was named"),
     ):
         assert words in refused(capsys, "labels", *arguments)

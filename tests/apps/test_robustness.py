@@ -288,7 +288,7 @@ def test_flags_that_say_nothing_are_refused(tiny: Path, tmp_path: Path, capsys: 
     (tmp_path / "file").write_text("")
     for flags, words in (
         (("--eps", "2"), "--eps was given without --attack"),
-        (("--attack", "pgd", "--eps", "-2", "--json"), "--eps -2.0: expected several, each a number in [0, 255]"),
+        (("--attack", "pgd", "--eps", "-2", "--json"), "expected several, each a number in [0, 255]"),
         (("--corruptions", "--out", tmp_path / "file"), "is a file; expected a folder"),
     ):
         assert words in refused(capsys, "evaluate", tiny, *flags)
