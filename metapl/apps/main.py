@@ -167,9 +167,8 @@ def _named(given: list[str]) -> tuple[str, list[str]]:
         raise SystemExit(0 if given[1:] else 2)
     known, word = (ends, given[1]) if ends else ([*dict.fromkeys(each.split()[0] for each in COMMANDS)], given[0])
     meant = did_you_mean(word, known) or "."
-    raise MetaplError(
-        f"there is no {'metapl ' + two if ends else 'command ' + word!r}{meant} Expected one of {', '.join(known)}."
-    )
+    named = two if ends else word
+    raise MetaplError(f"there is no metapl {named}{meant} Expected one of {', '.join(known)}.")
 
 
 def _method_first(words: list[str]) -> list[str]:
