@@ -39,7 +39,8 @@ def _seeded() -> None:
 def case(student: nn.Module, teacher: nn.Module | None = None, dtype: torch.dtype = torch.float64) -> Toy:
     base = toy("mlp", dtype=dtype, rows=6)
     labeled = base.labeled[0][:6], base.labeled[1][:6]
-    return Toy(base.teacher if teacher is None else teacher, student.to(dtype), labeled, base.unlabeled, 0)
+    student = student.double() if dtype == torch.float64 else student.to(dtype)  # the former leaves complex numbers
+    return Toy(base.teacher if teacher is None else teacher, student, labeled, base.unlabeled, 0)
 
 
 def put(module: nn.Module, tensors: dict[str, Tensor]) -> None:

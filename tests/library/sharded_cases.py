@@ -20,7 +20,7 @@ from metapl.execution import ranks as ranks_module
 from metapl.execution import sharded
 from metapl.execution.batch import micro_batches
 from metapl.execution.layout import Layout
-from metapl.execution.ranks import Ranks, rows_of_all, rows_shared
+from metapl.execution.ranks import Ranks, rows_of_all
 from metapl.execution.shards import ShardedSpace
 from metapl.execution.state import swapped
 from metapl.feedback import credit, keeping
@@ -365,35 +365,12 @@ def _not_means(role: int, how: str, *arguments: Any) -> None:
     trainer.step(*share(batches(1)[0]))
 
 
-def _switched_later() -> None:
-    trainer = built("forward", "hsdp")
-    labeled, unlabeled = share(batches(1)[0])
-    trainer.step(labeled, unlabeled)
-    trainer.student.set_requires_all_reduce(False)
-    trainer.step(labeled, unlabeled)
-
-
 def _part_left_out() -> None:
     from torch.distributed.fsdp import fully_shard
 
     teacher, student = networks()
     fully_shard(student, ignored_params={student.head.weight})
     metapl.BilevelTrainer(laid_out(teacher, "fsdp"), student)
-
-
-def _tensor_parallel_beside_sharded() -> None:
-    teacher, student = networks(hidden=8)
-    metapl.BilevelTrainer(laid_out(teacher, "tensor"), laid_out(student, "fsdp"))
-
-
-def _mesh_of_others() -> None:
-    from metapl.distributed import Mesh, shard
-
-    shard(networks()[0], Mesh(replicate=3, shard=2))
-
-
-def _unequal_later() -> None:
-    _ahead(lambda step, u: u[: 4 - (dist.get_rank() == 1 and step == 2)])
 
 
 def _not_finite_on_one() -> None:
@@ -430,28 +407,19 @@ def _outputs_in_parts() -> None:
 
 REFUSED: dict[str, Callable[[], Any]] = {
     "unrolled": lambda: built("unrolled", "ddp"),
-    "implicit": lambda: built("implicit", "fsdp"),
-    "lookahead": lambda: built("forward", "tensor", hidden=8, lookahead=2),
-    "keep_on": lambda: _ahead(lambda _, u: u, metapl.feedback.Forward(keep_on=".")),
     "another_batch_on_one": _another_batch_on_one,
     "torchopt": lambda: built("forward", "fsdp", inner=torchopt.sgd(0.1)),
-    "one_plain": lambda: built("forward", "fsdp", teacher_layout=None),
     "reweight": _reweight,
     "unequal": _unequal,
-    "unequal_later": _unequal_later,
     "not_finite_on_one": _not_finite_on_one,
-    "lookahead_narrow": lambda: built("forward", "narrow", lookahead=2),
     "root_forgotten": _root_forgotten,
     "divided_otherwise": lambda: _not_means(1, "set_gradient_divide_factor", 1.0),
     "not_synchronized": lambda: _not_means(0, "set_requires_gradient_sync", False),
-    "switched_later": _switched_later,
     "not_reduced": lambda: _not_means(1, "set_requires_all_reduce", False),
     "hooked": lambda: _not_means(0, "set_all_reduce_hook", Tensor.zero_),
     "part_left_out": _part_left_out,
     "outputs_in_parts": _outputs_in_parts,
     "tensor_parallel_forward": lambda: built("forward", "tensor", hidden=8),
-    "tensor_parallel_beside_sharded": _tensor_parallel_beside_sharded,
-    "mesh_of_others": _mesh_of_others,
 }
 
 
@@ -532,29 +500,7 @@ def faulty(fault: str, case: dict[str, Any]) -> dict[str, Any] | str:
 # -------------------------------------------------------------------------------------------------------- other ways
 
 
-def placements() -> dict[str, Any]:
-    """How metapl's own function splits a network of widths that two processes divide, some of them."""
-    from metapl.distributed import Mesh, shard
-
-    network = nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 4))
-    shard(network, Mesh(shard=2))
-    return {name: (str(p.placements), tuple(p.to_local().shape)) for name, p in network.named_parameters()}
-
-
-class Tempered(metapl.problems.Problem):
-    """A signal that is one number for all examples: a temperature."""
-
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> metapl.Signal:
-        return metapl.Signal(teacher(torch.zeros(1, dtype=torch.long))[0])
-
-    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
-        return nn.functional.cross_entropy(signal.value * outputs, batch[1], reduction="none")
-
-    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        return nn.functional.cross_entropy(outputs, batch[1])
-
-
-class Both(Tempered):
+class Both(metapl.problems.Problem):
     """A temperature for all examples, and a weight for each."""
 
     signal_has_rows: ClassVar[Any] = {"scale": False}
@@ -567,16 +513,16 @@ class Both(Tempered):
         scale, weight = signal.value["scale"], signal.value["weight"]
         return weight * nn.functional.cross_entropy(scale * outputs, batch[1], reduction="none")
 
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(outputs, batch[1])
 
-def without_rows(
-    mode: Any = "forward", matrix: bool = True, rows: int = ROWS, both: bool = False, **options: Any
-) -> dict[str, float]:
-    """The report of a step whose signal, or a tensor of it, is a matrix or a number, not one about each example; and
-    the teacher then."""
-    start = 4 * torch.eye(CLASSES, dtype=torch.float64) if matrix else torch.ones(1 + both * CLASSES).double()
+
+def without_rows(mode: Any = "forward", matrix: bool = True, rows: int = ROWS, **options: Any) -> dict[str, float]:
+    """The report of a step on a signal that is a matrix, or has a number about all examples; and the teacher then."""
+    start = 4 * torch.eye(CLASSES, dtype=torch.float64) if matrix else torch.ones(1 + CLASSES).double()
     student, teacher = networks()[1], metapl.problems.Table(start)
     student, teacher = (laid_out(n, "ddp" if dist.is_initialized() else None) for n in (student, teacher))
-    problem = metapl.problems.NoiseTransition() if matrix else Both() if both else Tempered()
+    problem = metapl.problems.NoiseTransition() if matrix else Both()
     options = {"teacher_losses": (), **options}
     trainer = metapl.BilevelTrainer(teacher, student, mode, problem=problem, **options)
     (x, y), unlabeled = batches(1)[0]
@@ -653,16 +599,6 @@ def in_bfloat16(inside: str) -> dict[str, Any]:
     except MetaplError as error:
         found["difference"] = str(error)
     return found
-
-
-def aligned() -> float:
-    """How far UDA's targets for this rank's rows are from those for the same rows in the whole batch."""
-    logits = 9 * torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    logits[:, 2] = -torch.inf  # an impossible class is not aligned
-    loss, ranks = metapl.UDA(align=0.7, temperature=0.5), Ranks([dist.group.WORLD], dist.get_rank())
-    with rows_shared(ranks):
-        own = loss.target(share(logits))
-    return float((own - share(loss.target(logits))).abs().max())
 
 
 def ready() -> bool:

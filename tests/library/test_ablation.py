@@ -61,38 +61,6 @@ def test_nothing_moves_though_it_trains_in_between() -> None:
         assert torch.equal(now["inner"]["state"][name]["momentum_buffer"], moments["momentum_buffer"])
 
 
-def test_a_clip_is_part_of_the_update_in_the_exact_gradient_too() -> None:
-    problem = toy("mlp")
-    trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward", clip_norm=0.05)
-    modes = ablate(trainer, problem.labeled, problem.unlabeled, [Difference(one_sided=True)], rounds=1).modes
-    assert isinstance(modes["difference"], ModeCost)
-    assert modes["difference"].relative_error < 1e-3
-
-
-def test_two_equal_draws_are_not_taken_for_none() -> None:
-    """A confident teacher's first draws agree, and later ones do not."""
-    torch.manual_seed(0)
-    teacher, student = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
-    with torch.no_grad():
-        teacher.weight.mul_(12)
-    labeled, unlabeled = (torch.randn(6, 4).double(), torch.arange(6) % 3), torch.randn(8, 4).double()
-    trainer = metapl.BilevelTrainer(teacher, student, "reinforce", teacher_losses=())
-    first, second = (
-        trainer.hypergradient(
-            labeled, unlabeled, "reinforce_per_example", generator=torch.Generator().manual_seed(seed)
-        ).grads["weight"]
-        for seed in (0, 1)
-    )
-    assert torch.equal(first, second)
-    modes = ablate(
-        trainer, labeled, unlabeled, ["reinforce_per_example", "unrolled"], draws=16, rounds=1, altered=False
-    ).modes
-    assert isinstance(modes["reinforce_per_example"], ModeCost)
-    assert isinstance(modes["unrolled"], ModeCost)
-    assert modes["reinforce_per_example"].noise_to_signal > 0.01
-    assert modes["unrolled"].noise_to_signal == 0
-
-
 def test_an_exact_mode_of_drawn_labels_is_not_called_exact() -> None:
     torch.manual_seed(0)
     teacher, student = nn.Linear(4, 3).double(), nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
@@ -150,43 +118,6 @@ def test_a_student_without_derivatives_is_refused() -> None:
     trainer = metapl.BilevelTrainer(problem.teacher, OnceDifferentiable(16, 3).double(), "reinforce")
     with pytest.raises(MetaplError, match="no exact gradient"):
         ablate(trainer, problem.labeled, problem.unlabeled)
-
-
-def test_several_steps_ahead_and_a_problem_without_a_teacher() -> None:
-    problem = toy("mlp", dtype=torch.float32, rows=16)
-    trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward", lookahead=2)
-    result = ablate(trainer, [problem.labeled], [problem.unlabeled] * 3, **QUICK)
-    assert {n for n, mode in result.modes.items() if isinstance(mode, ModeCost)} == {"unrolled", "forward", "none"}
-    problem_of_weights = metapl.problems.LearningToReweight()
-    trainer = metapl.BilevelTrainer(None, problem.student, "forward", problem=problem_of_weights)
-    inner = problem.unlabeled, torch.arange(16) % 3
-    result = ablate(trainer, problem.labeled, inner, ["forward", "difference", "reinforce"], **QUICK)
-    assert result.recommended == "forward"
-    assert isinstance(result.modes["reinforce"], str)
-    assert isinstance(difference := result.modes["difference"], ModeCost)
-    assert difference.relative_error < 0.01
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"steps": -1},
-        {"steps": 1.5},
-        {"draws": 1},
-        {"draws": "3"},
-        {"rounds": 0},
-        {"modes": ["forward", Forward()]},
-        {"modes": []},
-        {"modes": "forward"},
-        {"trainer": None},
-        {"trainer": torch.nn.Linear(4, 3)},
-    ],
-)
-def test_wrong_arguments_are_refused(options: dict[str, Any]) -> None:
-    problem = toy("mlp")
-    given = {"trainer": metapl.BilevelTrainer(**problem.networks()), **options}
-    with pytest.raises(MetaplError):
-        ablate(given.pop("trainer"), problem.labeled, problem.unlabeled, **given)
 
 
 def test_a_call_that_waits_for_a_core_is_timed_by_what_it_computes() -> None:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import metapl
-from metapl import UDA, CrossEntropy, LossTrainer
 from metapl.data import feed, without_labels
 from metapl.models import Logits
 
@@ -131,19 +130,6 @@ def test_labels_may_be_among_the_entries_of_a_dict(key: str) -> None:
     assert same(*ends)
 
 
-@pytest.mark.parametrize("kind", ["dict", "tokenizer", "tuple"])
-def test_the_loss_trainer_takes_every_kind(kind: str) -> None:
-    ends = []
-    for one in ("tensor", kind):
-        model, _ = networks(one)
-        alone = LossTrainer(model, (CrossEntropy(), UDA()), optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
-        torch.manual_seed(2)
-        for _ in range(3):
-            alone.step(**data(one, views=True))
-        ends.append(weights(model))
-    assert same(*ends)
-
-
 @pytest.mark.parametrize("how", ["object", "dict", "tensor"])
 def test_logits_takes_what_the_network_returns(how: str) -> None:
     inputs = data("dict", views=False)["unlabeled"]
@@ -156,12 +142,6 @@ def test_logits_takes_what_the_network_returns(how: str) -> None:
 
 X = torch.rand(8, 5, generator=torch.Generator().manual_seed(5))
 Y = torch.arange(8) % CLASSES
-
-
-def test_padded_texts_of_two_lengths_are_two_views() -> None:
-    draw, batch = torch.Generator().manual_seed(7), data("dict", views=True)
-    batch["unlabeled"] = tuple(KINDS["dict"](joined(8, draw, length)) for length in (4, 6))
-    assert trainer("dict").step(**batch).as_dict().keys() >= {"teacher_uda"}
 
 
 @pytest.mark.parametrize("kind", ["loader", "list"])

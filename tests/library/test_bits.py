@@ -14,9 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
-import os
-import signal
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +22,6 @@ from typing import Any
 import pytest
 import torch
 import torchopt
-from ranks import Ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -93,7 +89,6 @@ def of_torch(build: Any, **options: Any) -> Optimizer:
 
 
 NESTEROV = of_torch(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-PLAIN = of_torch(torch.optim.SGD, lr=0.3)
 # Adam divides by the root of its second moment: with a tiny eps the first steps would magnify rounding.
 ADAM = of_torch(torch.optim.Adam, lr=0.02, betas=(0.8, 0.95), eps=1e-3)
 ADAMW = of_torch(torch.optim.AdamW, lr=0.02, eps=1e-3, weight_decay=0.1)
@@ -119,57 +114,32 @@ def row(mode: Any, inner: Optimizer, outer: Optimizer = NESTEROV, net: str = "pl
 FEEDBACK = metapl.feedback
 
 
-def forward(by: str) -> metapl.feedback.Forward:
-    """One of its two orders of differentiation, which else depends on the size of the student."""
-    if "by" in FEEDBACK.Forward.__dataclass_fields__:
-        return FEEDBACK.Forward(by=by)
-    return FEEDBACK.Forward(keep_graphs=int(by == "graph"))
-
-
-TANGENT, GRAPH = forward("tangent"), forward("graph")
+TANGENT, GRAPH = FEEDBACK.Forward(by="tangent"), FEEDBACK.Forward(by="graph")
 TABLE: dict[str, Row] = {
     "forward nesterov norm dropout": row(TANGENT, NESTEROV, net="norm dropout"),
-    "forward plain clip": row(TANGENT, PLAIN, ADAM, clip_norm=0.5),
     "forward adam accumulate": row(TANGENT, ADAM, NESTEROV, accumulate=2),
     "forward adamw groups conv": row(TANGENT, two_groups(torch.optim.AdamW, eps=1e-3), ADAMW, "conv"),
-    "forward torchopt norm": row(TANGENT, torchopt_sgd, PLAIN, "norm"),
     "forward nesterov K=3 norm dropout": row(TANGENT, NESTEROV, ADAM, "norm dropout", ahead=3),
-    "forward adam K=3 clip": row(TANGENT, ADAM, PLAIN, ahead=3, clip_norm=0.5),
     "forward nesterov bfloat16": row(TANGENT, NESTEROV, net="norm", precision="bfloat16", within=5e-2),
     "forward nesterov UDA": row(TANGENT, NESTEROV, net="norm dropout", views=True),
-    "forward adamw recompute": row(TANGENT, ADAMW, ADAM, "norm dropout", recompute_teacher=True),
     "forward groups signal in input": row(
         TANGENT, two_groups(torch.optim.SGD, momentum=0.9), problem=Shown(), teacher_losses=()
     ),
-    "forward by graph nesterov norm dropout": row(GRAPH, NESTEROV, net="norm dropout"),
     "forward by graph adamw groups conv": row(GRAPH, two_groups(torch.optim.AdamW, eps=1e-3), ADAM, "conv"),
-    "forward by graph plain clip UDA": row(GRAPH, PLAIN, clip_norm=0.5, views=True),
     "reinforce nesterov UDA norm dropout": row("reinforce", NESTEROV, net="norm dropout", views=True),
     "reinforce plain frozen groups": row(
         "reinforce", two_groups(torch.optim.SGD), two_groups(torch.optim.SGD), frozen=True
     ),
-    "reinforce adam recompute": row("reinforce", ADAM, ADAMW, "dropout", recompute_teacher=True),
-    "reinforce adamw bfloat16": row("reinforce", ADAMW, net="dropout", precision="bfloat16", within=5e-2),
     "reinforce torchopt cosine baseline": row(
         FEEDBACK.Reinforce(similarity="cosine", baseline=0.9), torchopt_adam, net="norm"
     ),
-    "per example nesterov accumulate": row("reinforce_per_example", NESTEROV, ADAM, accumulate=2),
     # Not with one number for all examples: that of a step of clipped length is 0.
-    "per example plain clip": row("reinforce_per_example", PLAIN, ADAMW, "norm", clip_norm=0.5),
     "per example adam ratio": row("reinforce_per_example", ADAM, net="norm dropout", feedback_ratio=0.5, within=1e-4),
-    "unrolled nesterov norm dropout": row("unrolled", NESTEROV, net="norm dropout"),
-    "unrolled adam frozen clip": row("unrolled", ADAM, PLAIN, frozen=True, clip_norm=0.5),
     "unrolled adamw K=3 groups": row("unrolled", two_groups(torch.optim.AdamW, eps=1e-3), ahead=3, net="norm"),
-    "unrolled torchopt UDA": row("unrolled", torchopt_adam, views=True, net="dropout"),
-    "unrolled plain signal in input": row("unrolled", PLAIN, problem=Shown(), teacher_losses=(), net="norm"),
     # A difference of outputs in float32 has few digits.
     "difference nesterov norm dropout": row("difference", NESTEROV, net="norm dropout", within=1e-3),
-    "difference adamw accumulate": row("difference", ADAMW, accumulate=2, net="dropout", within=1e-3),
-    "loss difference nesterov dropout": row("loss_difference", NESTEROV, ADAM, "norm dropout", within=1e-4),
     "loss difference torchopt baseline": row(FEEDBACK.LossDifference(baseline=0.5), torchopt_sgd, within=1e-4),
-    "none nesterov UDA bfloat16": row("none", NESTEROV, net="norm", views=True, precision="bfloat16", within=5e-2),
     "none adam K=3 dropout": row("none", ADAM, ADAM, "dropout", ahead=3),
-    "implicit identity": row(FEEDBACK.Implicit(solver="identity"), PLAIN, net="norm"),
     "implicit series": row(FEEDBACK.Implicit(solver="neumann", iterations=3, damping=0.1), NESTEROV),
 }
 
@@ -197,7 +167,7 @@ def losses(views: bool) -> list[Any]:
     ]
 
 
-def train(given: Row, laid_out: Callable[[nn.Module], nn.Module] = lambda module: module, steps: int = STEPS) -> Any:
+def train(given: Row) -> Any:
     """The trainer after its steps, and the feedback of each."""
     options = {name: value for name, value in given.items() if name not in NOT_OPTIONS}
     torch.manual_seed(0)
@@ -205,7 +175,6 @@ def train(given: Row, laid_out: Callable[[nn.Module], nn.Module] = lambda module
     for module in (teacher, student) if given.get("frozen") else ():
         for p in next(layer for layer in module.modules() if isinstance(layer, nn.Linear)).parameters():
             p.requires_grad_(False)
-    teacher, student = laid_out(teacher), laid_out(student)
     views, ahead = given.get("views", False), given.get("ahead", 1)
     trainer = metapl.BilevelTrainer(
         teacher,
@@ -216,26 +185,16 @@ def train(given: Row, laid_out: Callable[[nn.Module], nn.Module] = lambda module
         **({"lookahead": ahead} if ahead > 1 else {}),
         **{"teacher_losses": losses(views), **options},
     )
-    drawn = batches(steps, ahead, views)
+    drawn = batches(STEPS, ahead, views)
     torch.manual_seed(2)
     feedback: list[Tensor] = []
     for labeled, unlabeled in drawn:
-        h = trainer.step(shared(labeled), shared(unlabeled)).feedback
+        h = trainer.step(labeled, unlabeled).feedback
         feedback += h if isinstance(h, tuple) else (h,)
     return trainer, feedback
 
 
 NOT_OPTIONS = ("mode", "inner", "outer", "net", "ahead", "views", "frozen", "within")
-
-
-def shared(batch: Any) -> Any:
-    """This process's rows of a batch."""
-    dist = torch.distributed
-    if not (dist.is_available() and dist.is_initialized()):
-        return batch
-    if isinstance(batch, tuple):
-        return tuple(map(shared, batch))
-    return batch.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 # --------------------------------------------------------------------------------------------------------- what stays
@@ -246,14 +205,10 @@ def parts(trainer: Any, feedback: Iterable[Tensor] = ()) -> dict[str, dict[str, 
     found: dict[str, dict[str, Tensor]] = {"buffers": {}}
     for name in ("student", "teacher"):
         module = getattr(trainer, name)
-        found[name] = {key: whole(p) for key, p in module.named_parameters()}
+        found[name] = {key: p.detach() for key, p in module.named_parameters()}
         found["buffers"] |= {f"{name}.{key}": b for key, b in module.named_buffers()}
     found["feedback"] = {f"{number:03}": h for number, h in enumerate(feedback)}
     return {part: tensors for part, tensors in found.items() if tensors}
-
-
-def whole(p: Tensor) -> Tensor:
-    return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach()
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -319,7 +274,6 @@ def _stored() -> dict[str, Any]:
 
 def test_what_is_stored_is_what_is_run(stored: dict[str, Any]) -> None:
     assert stored["rows"].keys() == TABLE.keys()
-    assert stored["sharded"].keys() == SHARDED.keys()
 
 
 def of_row(name: str) -> dict[str, Any]:
@@ -336,88 +290,8 @@ def test_twenty_steps_end_on_the_same_bits(stored: dict[str, Any], name: str) ->
 
 # ------------------------------------------------------------------------------------------------- two ranks of FSDP2
 
-SHARDED: dict[str, Row] = {
-    "forward": row("forward", NESTEROV, ADAMW, net="dropout"),
-    "reinforce": row("reinforce", ADAM, net="dropout"),
-}
-
-
-def numbers_of_a_rank() -> dict[str, Any]:
-    """What a rank runs."""
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
-
-    def laid_out(module: nn.Module) -> nn.Module:
-        for layer in module.children():
-            if any(True for _ in layer.parameters()):
-                fully_shard(layer, mesh=mesh)
-        return fully_shard(module, mesh=mesh)
-
-    found = {}
-    for name, given in SHARDED.items():
-        trainer, _ = train(given, laid_out, steps=5)
-        found[name] = outcome(parts(trainer))["numbers"]
-    return found
-
-
-def of_ranks() -> dict[str, Any]:
-    ranks = Ranks(2, "test_bits")
-    try:
-        return ranks.run("numbers_of_a_rank")[0]
-    finally:
-        ranks.close()
-
-
-@pytest.mark.slow
-def test_two_sharded_ranks_end_on_the_same_numbers(stored: dict[str, Any]) -> None:
-    for name, numbers in of_ranks().items():
-        check({"sha256": {}, "numbers": numbers}, {"sha256": {}, "numbers": stored["sharded"][name]}, {})
-
 
 # ------------------------------------------------------------------------------------------------------ killed, resumed
-
-
-def fitted(folder: str, callbacks: Iterable[Any] = ()) -> dict[str, Any]:
-    """A fit with everything that has a state, gone on from what is in the folder."""
-    with one_thread():
-        torch.manual_seed(0)
-        teacher, student = network("norm dropout"), network("norm dropout")
-        trainer = metapl.BilevelTrainer(
-            teacher, student, "reinforce", inner_optimizer=NESTEROV(student), outer_optimizer=ADAM(teacher)
-        )
-        draw = torch.Generator().manual_seed(3)
-        x, y = torch.randn(60, WIDTH, generator=draw), torch.randint(CLASSES, (60,), generator=draw)
-        options: dict[str, Any] = {"steps": 30, "log_every": 1, "save_every": 7, "validate_every": 5, "warmup": 4}
-        options |= {"ema_decay": 0.9, "validation": (x, y), "out": folder, "resume": True, "batch_size": 12}
-        found = trainer.fit((x, y), x + 0.1, callbacks=tuple(callbacks), **options)
-        chosen = {name: t for name, t in found.weights.items() if isinstance(t, Tensor)}
-        return outcome({**parts(trainer), "chosen": chosen}, torch.get_rng_state())
-
-
-class Killed:
-    """A callback that ends its process, as running out of memory does."""
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-
-    def __call__(self, step: int, row: Any, trainer: Any) -> None:
-        if step == self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _killed_fit(folder: str, at: int) -> None:
-    fitted(folder, [Killed(at)])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("at", [3, 17])  # before the first checkpoint, and between two
-def test_a_killed_fit_goes_on_to_the_bits_of_one_that_was_not(tmp_path: Path, at: int) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=_killed_fit, args=(str(tmp_path / "killed"), at))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert fitted(str(tmp_path / "killed")) == fitted(str(tmp_path / "whole"))
 
 
 # ------------------------------------------------------------------------------------------------------------ renewal
@@ -426,20 +300,16 @@ def test_a_killed_fit_goes_on_to_the_bits_of_one_that_was_not(tmp_path: Path, at
 def main() -> None:
     """Write what is found here and now, of some rows or of all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--renew", nargs="*", metavar="ROW", required=True, help="rows by name, or 'sharded'; none: all"
-    )
-    names = parser.parse_args().renew or [*TABLE, "sharded"]
-    stored: dict[str, Any] = json.loads(STORED.read_text()) if STORED.exists() else {"rows": {}, "sharded": {}}
+    parser.add_argument("--renew", nargs="*", metavar="ROW", required=True, help="rows by name; none: all")
+    names = parser.parse_args().renew or [*TABLE]
+    stored: dict[str, Any] = json.loads(STORED.read_text()) if STORED.exists() else {"rows": {}}
     with one_thread():
         machine = here()
-    if stored.get("machine", machine) != machine and {*names} < {*TABLE, "sharded"}:
+    if stored.get("machine", machine) != machine and {*names} < {*TABLE}:
         parser.error(f"the file is of {stored['machine']}, and this is {machine}: renew all rows")
     stored["machine"] = machine
     rows = {name: of_row(name) if name in names else stored["rows"][name] for name in TABLE}
     stored["rows"] = rows
-    if "sharded" in names:
-        stored["sharded"] = of_ranks()
     STORED.write_text(lines(stored))
 
 

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from metapl import MetaplError
-from metapl.runs import checkpoint, generators
+from metapl.runs import checkpoint
 from metapl.runs.checkpoint import CheckpointError, CheckpointFolder, DamagedError, load, save
 
 WEIGHT = torch.arange(6.0).reshape(2, 3)
@@ -61,14 +59,6 @@ def test_it_is_a_file_of_safetensors_in_which_each_has_its_place(tmp_path: Path)
     with safe_open(tmp_path / "a.ckpt", framework="pt") as file:
         assert sorted(file.keys()) == ["a/w", "b/w", "views/0", "views/1", "views/2", "views/3"]
     assert same(load(tmp_path / "a.ckpt"), tied)
-
-
-def test_the_versions_of_a_modules_state_are_kept(tmp_path: Path) -> None:
-    state = nn.BatchNorm1d(2).state_dict()
-    save(tmp_path / "a.ckpt", {"module": state})
-    found = load(tmp_path / "a.ckpt")["module"]
-    assert type(found) is OrderedDict
-    assert found._metadata == state._metadata  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -187,17 +177,3 @@ def test_a_process_that_is_killed_while_it_writes_leaves_a_whole_one(tmp_path: P
         assert found is not None
         assert found.path == CheckpointFolder(tmp_path).paths()[0]
         assert same(found.state["weights"], torch.full((20_000,), float(found.state["step"])))
-
-
-def test_generators_go_on_where_they_were() -> None:
-    def drawn() -> Any:
-        return random.random(), np.random.rand(), torch.rand(3)  # noqa: NPY002 - the default ones are meant
-
-    state = generators.rng_state()
-    first = drawn()
-    generators.set_rng_state(state)
-    assert same(drawn(), first)
-
-
-def test_its_errors_are_metapls() -> None:
-    assert issubclass(DamagedError, MetaplError)

@@ -113,14 +113,6 @@ def test_a_trainer_that_loads_a_state_goes_on_bit_for_bit() -> None:
     assert copy.deepcopy(trainer).compiled_step.known == {} == pickle.loads(pickle.dumps(trainer)).compiled_step.known
 
 
-@pytest.mark.parametrize("mode", ["forward", pytest.param("loss_difference", marks=pytest.mark.long)])
-def test_an_encoder_layer_draws_the_eager_masks(mode: str) -> None:
-    """The first step is refused where it is not the eager one."""
-    case, layer = toy("mlp"), nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2, batch_first=True)
-    student = nn.Sequential(nn.Flatten(1, 2), layer, nn.Flatten(), nn.Linear(16, 3)).double()
-    metapl.BilevelTrainer(case.teacher, student, mode, compile=True).step(**case.data())
-
-
 def other_parameter(case: Any, trainer: metapl.BilevelTrainer) -> None:
     layer = next(part for part in case.student.modules() if isinstance(part, nn.Linear))
     old, layer.weight = layer.weight, nn.Parameter(0.9 * layer.weight.detach())
@@ -189,14 +181,6 @@ def test_what_is_changed_between_steps_counts(what: str) -> None:
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-9, atol=1e-12)
 
 
-def test_a_number_that_is_not_finite_is_told_when_the_report_is_read() -> None:
-    (_, _), (case, trainer) = pair("forward")
-    trainer.step(**case.data())
-    report = trainer.step(case.labeled, case.unlabeled * torch.nan)
-    with pytest.raises(MetaplError, match="finite"):
-        report.as_dict()
-
-
 # -------------------------------------------------------------------------------------------------------- not captured
 
 
@@ -222,10 +206,6 @@ class Again(nn.Module):
         return checkpoint(self.layer, x, use_reentrant=True)
 
 
-def unused(case: Any) -> None:
-    case.student.register_parameter("spare", nn.Parameter(torch.ones(3, dtype=torch.float64)))
-
-
 def appended(part: nn.Module) -> Any:
     return lambda case: case.student.append(part)
 
@@ -234,12 +214,9 @@ REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
     "Python state": (appended(Counter()), {}),
     "a value that is read": (appended(Reads()), {}),
     "a reentrant checkpoint": (appended(Again()), {}),
-    "a weight that no loss reaches": (unused, {}),
     "a transform": (None, {"inner_optimizer": torchopt.sgd(0.1, momentum=0.9)}),
     "accumulate": (None, {"accumulate": 2}),
     "implicit": (None, {"mode": "implicit"}),
-    "an estimator of one's own": (None, {"mode": type("Own", (metapl.feedback.Forward,), {})()}),
-    "another outer optimizer": (None, {"outer_optimizer": torch.optim.RMSprop}),
     "four steps": (None, {"lookahead": 4}),
 }
 

@@ -9,11 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import metapl
-from metapl.execution.modules import trainable
 from metapl.execution.numerics import full_float32, reduced_float32
 from metapl.feedback import Difference, Estimator, Implicit
-from metapl.feedback.path import take_steps
-from metapl.updates import update_of
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- modes:begin -->", "<!-- modes:end -->"
@@ -68,17 +65,6 @@ def test_every_mode_has_a_bound() -> None:
     assert {mode if isinstance(mode, str) else mode.name for mode, _ in BOUNDS} == set(metapl.MODES)
 
 
-def test_the_move_on_wide_resnet_is_about_1e_4_in_norm() -> None:
-    torch.manual_seed(0)
-    student = metapl.models.wide_resnet28_2(num_classes=10)
-    update = update_of(torch.optim.SGD(student.parameters(), lr=0.1), trainable(student))
-    x, y = torch.randn(2, 3, 16, 16), torch.arange(2)
-    problem = metapl.PseudoLabels(kind="soft")
-    signal = metapl.Signal(torch.full((2, 10), 0.1))
-    path = take_steps(student, update, problem, labeled=(x, y), batches=[x], teach=lambda batch, outputs: signal)
-    assert 0.5e-4 < float(Difference().step_size(path.steps[0])) < 2e-4
-
-
 def _settings() -> list[object]:
     cuda, cudnn, cpu = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
     return [
@@ -101,7 +87,3 @@ def test_full_float32_puts_the_settings_back(device: str, precision: str) -> Non
         assert _settings() == before
     finally:
         torch.set_float32_matmul_precision(start)
-
-
-def test_convolutions_on_cuda_may_be_rounded_unless_told_otherwise() -> None:
-    assert reduced_float32(torch.device("cuda"))

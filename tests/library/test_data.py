@@ -43,25 +43,6 @@ def test_draws_ignore_the_rest_of_the_batch(dtype: torch.dtype) -> None:
     assert torch.equal(draw(3, 5, examples, 11, dtype=dtype)[:, :7], whole)
 
 
-def test_draws_leave_the_default_generator_alone() -> None:
-    state = torch.get_rng_state()
-    draws.uniform(0, 0, torch.arange(5), 5)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_uniform_moments_and_range(dtype: torch.dtype) -> None:
-    u = draws.uniform(11, 0, torch.arange(2000), 500, dtype=dtype)
-    n = u.numel()
-    assert u.min() >= 0
-    assert u.max() < 1
-    assert abs(u.mean().item() - 0.5) < 4 * math.sqrt(1 / 12 / n)
-    assert abs(u.double().var().item() - 1 / 12) < 4 * math.sqrt(1 / 180 / n)
-    counts = torch.histc(u.double(), bins=256, min=0, max=1)
-    chi_square = ((counts - n / 256) ** 2 / (n / 256)).sum().item()
-    assert abs(chi_square - 255) < 4 * math.sqrt(2 * 255)
-
-
 @pytest.mark.parametrize("neighbour", ["seed", "step", "stream", "example", "draw"])
 def test_neighbours_are_uncorrelated(neighbour: str) -> None:
     where = {"seed": 4, "step": 9, "stream": 0}
@@ -77,15 +58,6 @@ def test_neighbours_are_uncorrelated(neighbour: str) -> None:
     for x, y in ((a, b), ((a - 0.5) ** 2, (b - 0.5) ** 2)):
         correlation = torch.corrcoef(torch.stack([x.flatten(), y.flatten()]).double())[0, 1].item()
         assert abs(correlation) < 4 / math.sqrt(a.numel())
-
-
-def test_bits_do_not_collide() -> None:
-    values = [
-        draws.bits(seed, step, torch.arange(50), 20, stream).flatten()
-        for seed, step, stream in product(range(5), range(20), range(5))
-    ]
-    flat = torch.cat(values)
-    assert len(flat.unique()) == len(flat) == 500_000
 
 
 def test_each_bit_is_fair() -> None:
@@ -108,20 +80,6 @@ def test_each_epoch_is_a_permutation(size: int, batch_size: int) -> None:
         members = stream[epoch * size : (epoch + 1) * size]
         assert members.sort().values.tolist() == list(range(size))
         assert epochs[epoch * size : (epoch + 1) * size].tolist() == [epoch] * size
-
-
-def test_sampler_has_no_state() -> None:
-    forwards = [StepSampler(50, 8, seed=3).indices(t) for t in range(40)]
-    sampler = StepSampler(50, 8, seed=3)
-    for t in reversed(range(40)):
-        assert torch.equal(sampler.indices(t), forwards[t])
-
-
-def test_writing_to_a_batch_leaves_the_sampler_alone() -> None:
-    sampler = StepSampler(6, 6, seed=0)
-    before = sampler.indices(0).clone()
-    sampler.indices(0).zero_()
-    assert torch.equal(sampler.indices(0), before)
 
 
 def test_orders_differ_by_epoch_seed_and_stream() -> None:

@@ -154,36 +154,6 @@ def test_the_gradient_is_that_of_the_formulas(mode: str, steps: int, kind: str) 
     assert abs(found.outer_loss - loss) < near
 
 
-def test_padding_on_either_side_is_no_token() -> None:
-    """The first token of a sequence is predicted from nothing, so not at all."""
-
-    class Masked(nn.Module):
-        def __init__(self, words: int) -> None:
-            super().__init__()
-            self.embed, self.head = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, words)
-
-        def forward(self, given: Any) -> Tensor:
-            z = self.head((self.embed(given["input_ids"]) * given["attention_mask"][..., None]).cumsum(1).tanh())
-            return z if z.shape[2] > 1 else z[:, -1]
-
-    def left(batch: Any) -> Any:
-        turned = zip(*batch.values(), strict=True)
-        rows = [[t.roll(LENGTH - int(mask.sum())) for t in (ids, mask)] for ids, mask in turned]
-        return dict(zip(batch, map(torch.stack, zip(*rows, strict=True)), strict=True))
-
-    torch.manual_seed(0)
-    rater, student = Masked(1).double(), Masked(WORDS).double()
-    inner = torch.optim.SGD(student.parameters(), lr=0.1)
-    right, other = (
-        metapl.hypergradient(
-            rater, student, outer=on(tokens(4, 1)), inner=on(tokens(6, 2)), problem=DataRater(), inner_optimizer=inner
-        )
-        for on in (lambda batch: batch, left)
-    )
-    assert error(other.grads, right.grads) < 1e-12
-    assert abs(other.outer_loss - right.outer_loss) < 1e-12
-
-
 @pytest.mark.parametrize("mode", ["forward", "unrolled"])
 def test_micro_batches_share_the_softmax_and_the_tokens(mode: str) -> None:
     """Their rows have other lengths, and other scores."""
@@ -313,15 +283,3 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
     with pytest.raises(MetaplError, match=f"(?s){message}"):
         metapl.hypergradient(given.pop("teacher"), given.pop("student"), **given)
     assert same([*before.values()], [*change.get("student", student).parameters()])
-
-
-def test_lists_of_one_tensor_are_that_tensor() -> None:
-    """As a ``DataLoader`` makes them of a ``TensorDataset`` of one."""
-    found = []
-    for inner in (IDS, [IDS], (IDS,)):
-        teacher, student = networks(torch.float32)
-        step = torch.optim.SGD(student.parameters(), lr=0.1)
-        given: dict[str, Any] = {"outer": inner, "inner": inner, "mode": "forward", "problem": DataRater()}
-        found.append(metapl.hypergradient(teacher, student, inner_optimizer=step, **given).feedback)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])

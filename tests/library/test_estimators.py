@@ -11,12 +11,11 @@ from reference import error
 from torch import nn
 
 import metapl
-from metapl import Lookahead, MetaplError
+from metapl import MetaplError
 from metapl.ablation import Altered
 from metapl.execution.layout import Layout
-from metapl.feedback import Difference, Estimator, Forward, Reinforce, Unrolled, estimator
+from metapl.feedback import Difference, Estimator, Forward, Unrolled, estimator
 from metapl.feedback.compatible import check_mode, prepare
-from metapl.problems import LearningToReweight
 
 
 def gradient(mode: str | Estimator, kind: Any) -> metapl.Hypergradient:
@@ -52,48 +51,6 @@ def test_exact_modes_are_those_that_say_so() -> None:
     assert not Unrolled(truncate=1).exact
     assert not Forward(truncate=2).exact
     assert not Altered().exact
-
-
-@pytest.mark.parametrize(
-    "base", [Forward(keep_every=2, normalization="cosine"), Unrolled()], ids=["forward", "unrolled"]
-)
-def test_an_altered_mode_says_what_its_base_does(base: Estimator) -> None:
-    altered = Altered(base)
-    for name in ("labels", "keep_graph", "keeping", "looks_ahead", "requires", "credits"):
-        assert getattr(altered, name) == getattr(base, name)
-    assert altered.normalization == getattr(base, "normalization", "gradient")
-
-
-def test_an_altered_mode_keeps_as_few_steps_as_its_base(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[list[bool]] = []
-    adjoints = metapl.feedback.path.Path.adjoints
-
-    def seen(path: metapl.feedback.path.Path, *arguments: Any) -> Any:
-        kept.append([bool(step.grads) for step in path.steps])
-        return adjoints(path, *arguments)
-
-    monkeypatch.setattr(metapl.feedback.path.Path, "adjoints", seen)
-    problem = toy("mlp")
-    for mode in (Forward(keep_every=2), Altered(Forward(keep_every=2)), Altered()):
-        optimizer = torch.optim.SGD(problem.student.parameters(), lr=0.05)
-        ahead = Lookahead([problem.unlabeled] * 4)
-        metapl.hypergradient(
-            **problem.networks(), labeled=problem.labeled, unlabeled=ahead, mode=mode, inner_optimizer=optimizer
-        )
-    assert kept[0] == kept[1] != kept[2]
-
-
-def test_a_cosine_is_refused_behind_an_alteration_too() -> None:
-    """It would divide by the student's gradient, which is zero where the problem makes its signal of the feedback."""
-    for mode in (Forward(normalization="cosine"), Altered(Forward(normalization="cosine"))):
-        with pytest.raises(MetaplError):
-            metapl.BilevelTrainer(None, torch.nn.Linear(4, 3), mode, problem=LearningToReweight())
-
-
-class Own(Reinforce):
-    """An estimator under another name."""
-
-    name = "own"  # type: ignore[misc]
 
 
 def test_modes_run_on_the_layouts_that_offer_what_they_require() -> None:

@@ -9,16 +9,15 @@ from typing import Any
 
 import faults
 import pytest
-import test_accumulate
 import test_data
 import test_estimators
 import test_exact
+import test_own_problems
 import test_ratio
 import test_refusals
 import test_relations
 import test_replays
 import test_sampled
-import test_signals_of_several
 import test_step
 import test_updates
 
@@ -57,19 +56,15 @@ smoothed = lambda estimator: of(test_exact.test_two_views_temperature_and_smooth
 one_pass = partial(of, test_step.test_statistics_and_generator_advance_as_by_one_pass_of_each_network)
 baseline = partial(of, test_relations.test_the_baseline_is_its_value_from_before_the_step)
 ratio = of(test_ratio.test_the_norms_of_the_two_gradients_have_this_ratio, "forward", {}, test_ratio.LOSSES[0])
-several = lambda mode: of(  # noqa: E731
-    test_signals_of_several.test_every_field_gets_its_own_feedback,
-    mode,
-    1,
-    "torch_sgd",
-    test_signals_of_several.Weighted,
+own = lambda problem, mode="forward", parts=1: of(  # noqa: E731
+    test_own_problems.test_every_field_gets_its_own_feedback, mode, 1, parts, getattr(test_own_problems, problem)
 )
 
 CAUGHT: dict[str, list[Check]] = {
     "flipped_sign": [lowers("forward"), exact("unrolled"), exact("reinforce"), mean_is_soft("reinforce")],
     "mean_for_sum": [lowers("forward"), exact("reinforce"), mean_is_soft("reinforce_per_example")],
-    "further_fields_left_out": [several("forward"), several("unrolled")],
-    "fields_taken_for_each_other": [several("forward"), several("unrolled")],
+    "further_fields_left_out": [own("Weighted"), own("Weighted", "unrolled")],
+    "fields_taken_for_each_other": [own("Weighted"), own("Weighted", "unrolled")],
     "ratio_the_wrong_way_round": [ratio],
     "ratio_taken_for_a_weight": [ratio],
     "baseline_with_this_step": [baseline(Reinforce), baseline(LossDifference)],
@@ -81,7 +76,7 @@ CAUGHT: dict[str, list[Check]] = {
         smoothed("reinforce_per_example"),
         of(test_step.test_cross_entropy_of_hard_labels_is_smoothed_for_the_student_alone),
     ],
-    "batch_taken_in_parts": [of(test_accumulate.test_a_signal_of_the_batch_as_a_whole, "forward", 2, 1)],
+    "batch_taken_in_parts": [own("OfAll", parts=2)],
     "momentum_ignored": [
         exact("forward", optimiser="torch_sgd_nesterov"),
         warmed("reinforce", "torch_sgd_nesterov"),
@@ -108,7 +103,7 @@ CAUGHT: dict[str, list[Check]] = {
         exact("reinforce"),
         of(test_relations.test_for_plain_sgd_the_scalar_is_eta_times_the_product_of_gradients),
     ],
-    "weight_of_the_outer_loss_forgotten": [of(test_accumulate.test_an_outer_loss_as_sum_and_weight, "forward", 2, 1)],
+    "weight_of_the_outer_loss_forgotten": [own("Language", parts=2)],
     "state_moved_by_replays": [one_pass("forward", False), one_pass("forward", True), one_pass("difference", False)],
     "generator_not_put_back": [
         of(test_exact.test_a_teacher_with_dropout_and_batch_norm, "forward", "dropout"),

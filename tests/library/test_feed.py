@@ -12,12 +12,10 @@ import numpy as np
 import pytest
 import torch
 from feed_sources import SOURCES, Noisy, OwnGenerators, Rows, Stream, made, same, seeded, take
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing import active_children
 from torch.utils.data import (
-    BatchSampler,
     DataLoader,
-    RandomSampler,
     TensorDataset,
 )
 
@@ -138,68 +136,6 @@ def test_every_epoch_is_whole_and_shuffled_anew() -> None:
     assert len(torch.cat(epochs)[:, 1:].unique()) == 3 * 27
 
 
-@pytest.mark.parametrize(
-    ("source", "epochs"),
-    [
-        (SOURCES["shuffled"], 3),
-        (SOURCES["own generator"], 3),
-        (SOURCES["full batches"], 3),
-        (WITH_WORKERS["persistent"], 1),
-    ],
-    ids=["shuffled", "own generator", "full batches", "persistent workers"],
-)
-def test_batches_are_those_of_the_loader_alone(source: Callable[[], Any], epochs: int) -> None:
-    stream, alone = made(source()), source()
-    torch.default_generator.set_state(stream.state()["stream"][0])
-    expected = [batch[:, :2] for _ in range(epochs) for batch in alone]
-    assert same([batch[:, :2] for batch in take(stream, 4 * epochs)], expected)
-    stream.close()
-
-
-def test_one_generator_serves_two_loaders_and_its_owner() -> None:
-    def run(states: list[dict[str, Any]] | None) -> tuple[list[dict[str, Any]], list[Any]]:
-        generator = seeded(0)
-        feeds = [made(DataLoader(Noisy(n), batch_size=3, shuffle=True, generator=generator)) for n in (7, 10)]
-        for stream, state in zip(feeds, states or [], strict=False):
-            stream.restore(state)
-        if states is None:
-            for _ in range(5):
-                take(feeds[0], 1), take(feeds[1], 1)
-        states = [stream.state() for stream in feeds]
-        batches = [stream.next() for _ in range(5) for stream in feeds]
-        assert torch.equal(generator.get_state(), seeded(0).get_state())
-        return states, batches
-
-    states, batches = run(None)
-    assert same(run(states)[1], batches)
-
-
-def test_tells_samplers_and_data_sets_the_epoch() -> None:
-    class Told(RandomSampler):
-        told: list[int]
-
-        def set_epoch(self, epoch: int) -> None:
-            self.told.append(epoch)
-
-    sampler = Told(range(4))
-    sampler.told = []
-    stream = made(DataLoader(range(4), batch_sampler=BatchSampler(sampler, 2, drop_last=False)))  # type: ignore[arg-type]
-    take(stream, 5)
-    assert sampler.told == [0, 1, 2]
-    made_again = made(DataLoader(range(4), batch_size=2, sampler=sampler))  # type: ignore[arg-type]
-    made_again.restore(stream.state())
-    assert sampler.told == [0, 1, 2, 2]
-
-
-def test_leaves_persistent_workers_to_their_loader() -> None:
-    source = WITH_WORKERS["persistent"]()
-    stream = made(source)
-    stream.next()
-    stream.close()
-    assert source.persistent_workers
-    assert source._iterator is None
-
-
 def test_workers_start_with_the_first_batch_and_stop_on_close() -> None:
     for stream in (made(Doubles(), num_workers=1), made(DataLoader(Noisy(), batch_size=3, num_workers=1))):
         stream.state()
@@ -222,15 +158,6 @@ def test_an_iterator_is_served_once() -> None:
 
 
 # --- what cannot be served --------------------------------------------------------------------------------------------
-
-
-def generator_function() -> Iterator[int]:
-    yield 1
-
-
-class Items:
-    def __getitem__(self, index: int) -> int:
-        return index
 
 
 class UsedUp:
@@ -259,13 +186,7 @@ UNORDERED = {"batch_size": 2, "num_workers": 2, "in_order": False}
 
 REFUSED: dict[str, Callable[[], object]] = {
     "a number": lambda: made(3),
-    "a path": lambda: made("path"),
-    "a dict": lambda: made({"x": torch.ones(2)}),
-    "a tensor": lambda: made(torch.ones(2, 3)),
-    "an array": lambda: made(np.ones(2)),
     "a data set": lambda: made(TensorDataset(torch.ones(2))),
-    "a module": lambda: made(nn.Sequential(nn.ReLU())),
-    "a function": lambda: made(generator_function),
     "an empty list": lambda: made([]),
     "too few steps": lambda: made(Doubles(5), stop=6),
     "beyond its end": lambda: served(Doubles(5), 2, stop=2).next(),
@@ -286,10 +207,6 @@ def test_what_cannot_be_served_is_refused_and_no_generator_moves(what: str) -> N
     with pytest.raises(MetaplError, match="labeled"):
         REFUSED[what]()
     assert same(generators.rng_state(), before)
-
-
-def test_what_has_no_order_is_resumed_before_its_first_batch() -> None:
-    restored(DataLoader(Noisy(), **UNORDERED))
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------

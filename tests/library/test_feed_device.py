@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from feed_sources import SOURCES, Rows, made, same, take
+from feed_sources import SOURCES, made, same, take
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metapl.data import StepBatches, feed, loader, to_device
-
-MODULE = sys.modules[feed.__module__]  # metapl.data.feed is the function
+from metapl.data import StepBatches, to_device
 
 
 class Halves(StepBatches[Tensor]):
@@ -57,17 +54,6 @@ def test_bytes_cross_to_the_device_and_are_finished_there_by_their_step(workers:
     assert (batch.device.type, batch.dtype) == ("meta", torch.float32)
 
 
-def test_says_which_batch_could_not_be_finished_and_gives_it_again() -> None:
-    source = Halves(bad=1)
-    stream = made(source, device="meta")
-    stream.next()
-    with pytest.raises(RuntimeError, match="out of memory"):
-        stream.next()
-    source.bad = None
-    take(stream, 2)
-    assert [step for step, _ in source.seen] == [0, 1, 1, 2]
-
-
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES.keys())
 def test_every_source_is_served_on_the_device(source: Callable[[], Any]) -> None:
     plain, there, here = made(source()), made(source(), device="meta"), made(source(), device="cpu")
@@ -80,23 +66,6 @@ def test_every_source_is_served_on_the_device(source: Callable[[], Any]) -> None
     there.restore(plain.state())
     for stream in (plain, there, here):
         stream.close()
-
-
-@pytest.mark.parametrize(("workers", "device", "pinned"), [(2, "cuda", True), (0, "cuda", False), (2, "cpu", False)])
-def test_workers_pin_what_goes_to_cuda(
-    workers: int, device: str, pinned: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without workers it is pinned on its way, where it is not on the device already."""
-    asked: list[bool] = []
-
-    def noted(batches: Any, start: int, stop: int, num_workers: int, *, pin_memory: bool) -> Any:
-        asked.append(pin_memory)
-        return loader(batches, start, stop)
-
-    monkeypatch.setattr(MODULE, "loader", noted)
-    monkeypatch.setattr(MODULE, "to_device", lambda batch, device: batch)
-    made(Rows(), num_workers=workers, device=device).next()
-    assert asked == [pinned]
 
 
 # --- to_device --------------------------------------------------------------------------------------------------------

@@ -62,17 +62,3 @@ def test_what_does_not_fit_is_refused_by_its_field(field: str, wrong: object, ex
         Plain(**{field: wrong})
     assert str(told.value) == f"Plain({field}={wrong!r}): expected {expected}."
     assert (told.value.field, told.value.expected) == (field, expected)
-
-
-@dataclass(frozen=True)
-class Outside:
-    count: Annotated[int | None, Range(1)] = None
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-
-def test_a_range_around_a_union_holds_for_its_numbers() -> None:
-    assert (Outside(None).count, Outside(1).count) == (None, 1)
-    with pytest.raises(FieldError, match=r"Outside\(count=0\): expected a whole number of 1 or more or None\."):
-        Outside(0)

@@ -9,26 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-import torchopt
 from fits import (
     VALIDATION,
     _one_thread,  # noqa: F401  # used by every test
     batches,
     bilevel,
     copied,
-    examples,
     leaves,
     network,
     rows,
     same,
     single,
 )
-from problems_zoo import clip_by_norm, toy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
-import metapl
-from metapl import CrossEntropy, MetaplError
+from metapl import MetaplError
 from metapl.metrics import evaluate_logits
 from metapl.runs.checkpoint import CheckpointFolder
 from metapl.training import Trainer
@@ -91,19 +86,6 @@ def test_the_latest_best_by_validation_is_kept(monkeypatch: pytest.MonkeyPatch) 
     assert not same(seen[2], seen[4])
 
 
-def test_without_selection_the_last_student_is_kept_and_its_accuracy_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer, steps, wanted = single(), 3, iter([0.9, 0.2, 0.6, 0.4])
-
-    def scripted(*_: Any) -> Any:
-        return type("Found", (), {"value": next(wanted), "n": len(VALIDATION[1])})
-
-    monkeypatch.setattr("metapl.metrics.metric.evaluate_logits", scripted)
-    found = trainer.fit(batches(3)[0], steps=steps, validation=VALIDATION, validate_every=1, select=False)
-    assert (found.validation_accuracy, found.step) == (0.4, steps)
-    twin = single()
-    assert same(found.weights, twin.fit(batches(3)[0], steps=steps).weights)
-
-
 @pytest.mark.parametrize("ema", [None, 0.9])
 def test_what_was_validated_is_what_is_kept(ema: float | None) -> None:
     trainer = single()
@@ -113,28 +95,6 @@ def test_what_was_validated_is_what_is_kept(ema: float | None) -> None:
     model = network().eval()
     model.load_state_dict(found.weights)
     assert evaluate_logits(model(VALIDATION[0]), VALIDATION[1]).accuracy == found.validation_accuracy
-
-
-def test_without_validation_the_last_student_is_kept(tmp_path: Path) -> None:
-    trainer = single()
-    found = trainer.fit(batches(4)[0], steps=5, out=tmp_path)
-    last = CheckpointFolder(tmp_path / "checkpoints/fit").newest()
-    assert last is not None
-    assert (found.validation_accuracy, found.step) == (None, 5)
-    assert same(found.weights, last.state["trainer"]["student"])
-    assert same(found.weights, copied(trainer.student))
-
-
-def test_validating_changes_nothing_else() -> None:
-    """Not even a DataLoader that draws from the default generator."""
-    often, never = single(), single()
-    loader = DataLoader(TensorDataset(*VALIDATION), batch_size=16, shuffle=True)
-    ends = []
-    for trainer, how in ((often, {"validation": loader, "validate_every": 2, "select": False}), (never, {})):
-        torch.manual_seed(4)
-        trainer.fit(batches(4)[0], steps=9, **how)
-        ends.append((copied(trainer.student), trainer.optimizer.state_dict(), torch.get_rng_state()))
-    assert same(*ends)
 
 
 # ------------------------------------------------------------------------------------------------- numbers gone wrong
@@ -189,47 +149,3 @@ def test_weights_that_blow_up_are_not_saved_although_the_loss_is_finite(tmp_path
 
 
 # ------------------------------------------------------------------------------------------------ clipping, precision
-
-
-def test_the_students_clip_is_part_of_its_update_and_the_teachers_is_torchs() -> None:
-    """Beside a TorchOpt chain of clip and SGD, which an estimator differentiates through as any other transform."""
-    limit, ends = 0.05, []
-    for clipped in (True, False):
-        case = toy("mlp")
-        chain = torchopt.chain(clip_by_norm(limit), torchopt.sgd(0.3))
-        inner: Any = torch.optim.SGD(case.student.parameters(), lr=0.3) if clipped else chain
-        trainer = metapl.BilevelTrainer(
-            **case.networks(),
-            mode="forward",
-            inner_optimizer=inner,
-            outer_optimizer=torch.optim.SGD(case.teacher.parameters(), lr=1.0),
-            teacher_losses=(CrossEntropy(),),
-            clip_norm=limit if clipped else None,
-        )
-        before = copied(case.teacher)
-        h = trainer.step(**case.data()).feedback
-        gradient = {n: before[n] - p.detach() for n, p in case.teacher.named_parameters()}
-        ends.append((h, copied(case.student), gradient))
-    (h, student, gradient), (h_chain, student_chain, whole) = ends
-    torch.testing.assert_close(h, h_chain, rtol=1e-9, atol=1e-15)
-    for name, value in student.items():
-        torch.testing.assert_close(value, student_chain[name], rtol=1e-12, atol=1e-14)
-    norm = torch.cat([g.flatten() for g in whole.values()]).norm()
-    assert norm > 2 * limit
-    for name, value in gradient.items():
-        torch.testing.assert_close(value, whole[name] * limit / (norm + 1e-6), rtol=1e-9, atol=1e-14)
-
-
-@pytest.mark.parametrize("trainer", [single, bilevel])
-def test_bfloat16_trains_and_the_weights_stay_float32(trainer: Callable[..., Any]) -> None:
-    x, y = examples(512)
-    data = [(x[i : i + 64], y[i : i + 64]) for i in range(0, 512, 64)]
-    ends = []
-    for precision in ("bfloat16", "float32"):
-        one = trainer(precision=precision)
-        before = one.evaluate(VALIDATION).accuracy
-        one.fit(data, [x for x, _ in data], steps=80)
-        assert all(t.dtype in (torch.float32, torch.int64) for t in leaves(one.state_dict()) if isinstance(t, Tensor))
-        assert one.evaluate(VALIDATION).accuracy > max(before, 0.6)
-        ends.append(copied(one.student))
-    assert not same(*ends)

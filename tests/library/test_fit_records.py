@@ -64,17 +64,6 @@ def test_tensorboard_shows_what_the_rows_say_each_step_once(tmp_path: Path) -> N
     assert [e.step for e in events(tmp_path / "tensorboard/finetune").Scalars("loss")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_without_tensorboard_one_line_says_so_and_the_rows_are_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    said: list[str] = []
-    single().fit(batches(3)[0], steps=6, log_every=1, out=tmp_path, say=said.append)
-    assert len(said) == 1
-    assert "TensorBoard" in said[0]
-    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
-
-
 def test_damaged_lines_are_left_out_and_a_torn_one_is_written_anew(tmp_path: Path) -> None:
     how: dict[str, Any] = {"schedule": "constant", "log_every": 1, "say": lambda _: None, "out": tmp_path}
     single().fit(batches(5)[0], steps=4, **how)

@@ -144,18 +144,6 @@ def test_a_fit_that_is_killed_at_random_again_and_again_ends_as_one_that_was_not
     assert any("resumed" in text for text in said) == bool(seed)
 
 
-@pytest.mark.parametrize("kind", ["waits, averages", "AdamW, workers"])
-def test_a_fit_that_failed_ends_as_one_that_did_not(kind: str, tmp_path: Path) -> None:
-    def failing(step: int, row: Any, trainer: Any) -> None:
-        if step == 20:
-            raise ZeroDivisionError
-
-    expected = fit(kind, tmp_path / "whole", resume=False)
-    with pytest.raises(ZeroDivisionError):
-        fit(kind, tmp_path / "run", then=[failing])
-    assert same(fit(kind, tmp_path / "run", seed=1), expected)
-
-
 @pytest.mark.parametrize("limit", [1_000, 9_000, 20_000])
 def test_a_full_disk_ends_a_fit_and_loses_nothing_that_was_saved(limit: int, tmp_path: Path) -> None:
     """Where rows, checkpoints or TensorBoard's events cannot be written."""
@@ -271,14 +259,6 @@ def test_other_sources_trainers_and_folders_are_refused(tmp_path: Path) -> None:
     changed()(tmp_path / "empty", True)  # begins at its first step
 
 
-def test_a_fit_of_0_2_is_refused_by_name(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoints/fit"
-    folder.mkdir(parents=True)
-    (folder / "step-00000003.ckpt").write_bytes(b"metapl-checkpoint 0002 " + b"0" * 64)
-    with pytest.raises(MetaplError, match=r"metapl 0\.2"):
-        changed()(tmp_path, True)
-
-
 def test_a_run_of_constant_rates_may_be_made_longer(tmp_path: Path) -> None:
     ends = []
     for pieces in ((6, 11), (11,)):
@@ -289,12 +269,6 @@ def test_a_run_of_constant_rates_may_be_made_longer(tmp_path: Path) -> None:
             trainer.fit(batches(4)[0], schedule="constant", say=lambda _: None, **how)
         ends.append(trainer.state_dict())
     assert same(*ends)
-
-
-@pytest.mark.parametrize("keep", [1, 3])
-def test_as_many_checkpoints_stay_as_were_asked_for(keep: int, tmp_path: Path) -> None:
-    single().fit(batches(4)[0], steps=10, save_every=2, keep=keep, out=tmp_path)
-    assert [int(path.stem[5:]) for path in CheckpointFolder(tmp_path / "checkpoints/fit").paths()] == [10, 8, 6][:keep]
 
 
 # ------------------------------------------------------------------------------------------------- one trainer's state

@@ -210,16 +210,6 @@ def test_several_steps_ahead(mode: Any, optimizer: str, steps: int) -> None:
     agree(trainer, data, 1e-9, ahead=True)
 
 
-def test_matrices_alone_step_by_muon() -> None:
-    torch.manual_seed(0)
-    teacher, student = (nn.Sequential(nn.Linear(WIDE, 8, False), nn.Tanh(), nn.Linear(8, 3, False)) for _ in "TS")
-    inner, outer = (torch.optim.Muon(part.double().parameters(), lr=0.1) for part in (student, teacher))
-    trainer = metapl.BilevelTrainer(teacher, student, "forward", inner_optimizer=inner, outer_optimizer=outer)
-    agree(trainer, batches(), 1e-9)
-    trainer.step(*batches())
-    agree(trainer, batches(seed=2), 1e-9)
-
-
 def test_a_problem_without_a_teacher_revises_its_signal() -> None:
     student = network("batch_norm")
     inner = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
@@ -335,50 +325,6 @@ def test_stacked_steps_are_single_ones(mode: str, optimizer: str) -> None:
             if mode == "reinforce":
                 continue
         assert error(a, b) < 1e-6 if mode == "difference" else error(a, b) < 1e-12
-
-
-@pytest.mark.parametrize("kind", ["hard", "soft"])
-def test_classes_that_are_chosen_within_a_derivative_are_stacked(kind: Any) -> None:
-    """Labels that are drawn, in the mode of the exact feedback, and the targets of FixMatch."""
-    losses = CrossEntropy(), UDA(temperature=0.0, threshold=0.1)
-    step, state = build("forward", problem=metapl.PseudoLabels(kind=kind), teacher_losses=losses).functional()
-    data, noises = [batches("uda", seed=seed) for seed in (0, 1)], [noise_of(0), noise_of(1)]
-    expected = [step(state, *each, noise) for each, noise in zip(data, noises, strict=True)]
-    found = torch.func.vmap(step)(stack([state, state]), *stack(data), torch.stack(noises))
-    for a, b in zip(unstack(found), expected, strict=True):
-        assert error(a, b) < 1e-12
-
-
-def test_32_stacked_seeds_are_32_runs_and_a_run_learns() -> None:
-    """By ``functional()`` alone, in the mode whose labels are drawn."""
-    step, state = build("reinforce", "nesterov").functional()
-    draws = [torch.Generator().manual_seed(seed) for seed in range(32)]
-
-    def begun(draw: torch.Generator) -> State:
-        return state._replace(
-            **{
-                role: network._replace(
-                    params={
-                        n: torch.randn(p.shape, generator=draw, dtype=p.dtype) / 3 for n, p in network.params.items()
-                    }
-                )
-                for role, network in (("teacher", state.teacher), ("student", state.student))
-            }
-        )
-
-    runs = [begun(draw) for draw in draws]
-    together = stack(runs)
-    labeled, unlabeled = batches()
-    losses = []
-    for number in range(40):
-        noises = torch.stack([noise_of(100 * number + seed) for seed in range(32)])
-        together, report = torch.func.vmap(step, in_dims=(0, None, None, 0))(together, labeled, unlabeled, noises)
-        losses.append(report.teacher_loss.mean())
-        for seed in (0, 17, 31):
-            runs[seed], _ = step(runs[seed], labeled, unlabeled, noises[seed])
-    for seed in (0, 17, 31):
-        assert error(unstack(together)[seed], runs[seed]) < 1e-6
-    assert losses[-1] < 0.8 * losses[0]
 
 
 # ------------------------------------------------------------------------------------------------------------ captured

@@ -169,30 +169,6 @@ def test_a_loss_without_any_curvature_is_refused() -> None:
     assert not still["x"].any()
 
 
-def test_it_trains_and_hard_labels_take_the_expectation() -> None:
-    for kind in ("soft", "hard"):
-        problem = toy("mlp")
-        trainer = metapl.BilevelTrainer(
-            **problem.networks(), mode=Implicit(damping=1.0, iterations=3), problem=metapl.PseudoLabels(kind)
-        )
-        report = trainer.step(problem.labeled, problem.unlabeled)
-        assert report.feedback.shape == (4, 3)
-        assert report.feedback.any()
-
-
-def test_micro_batches_change_nothing() -> None:
-    ends = []
-    for parts in (1, 2):
-        problem = toy("group_norm")
-        trainer = metapl.BilevelTrainer(
-            **problem.networks(), mode=Implicit(damping=1.0, iterations=4), accumulate=parts
-        )
-        trainer.step((problem.labeled[0][:4], problem.labeled[1][:4]), problem.unlabeled)
-        ends.append([p.detach() for p in problem.teacher.parameters()])
-    for a, b in zip(*ends, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
-
-
 def test_negative_curvature_and_a_series_that_diverges_are_refused_and_nothing_moves() -> None:
     problem = toy("mlp")
     for mode in (Implicit(iterations=40), Implicit(solver="neumann", iterations=20, step_size=50.0)):

@@ -6,7 +6,6 @@ import copy
 from typing import Any
 
 import pytest
-import reference
 import torch
 from problems_zoo import OPTIMISERS, STUDENTS, Toy, product, toy, unmoved, warm
 from reference import error
@@ -52,20 +51,6 @@ def test_the_feedback_is_that_of_all_steps_kept(keep_every: int, student: str, o
     for h, exact in zip(found.feedback, expected.feedback, strict=True):
         assert error(h, exact) < 1e-13
     assert error(found.student_params, expected.student_params) == 0
-
-
-@pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torch_adam"])
-@pytest.mark.parametrize("student", ["batch_norm", "dropout"])
-def test_twenty_steps_against_double_backward(student: str, optimiser: str) -> None:
-    problem, rule = toy(student), OPTIMISERS[optimiser]
-    ahead = batches(20, problem)
-    inner, inner_state, rule_state = warm(problem, rule, 2)
-    problem.draw_from_start()
-    expected = reference.several_steps(
-        **problem.networks(), labeled=problem.labeled, batches=ahead, rule=rule.rule, state=rule_state
-    )
-    found = gradient(problem, inner, inner_state, ahead, Forward(keep_every=4))
-    assert error(found.grads, expected.grads) < max(1e-8, rule.tolerance)
 
 
 @pytest.mark.parametrize("truncate", [1, 2, 3, 4])

@@ -11,16 +11,14 @@ from typing import Any
 import pytest
 import torch
 from problems_zoo import product
-from reference import error
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import metapl
 from metapl import Lookahead, MetaplError
-from metapl.ablation.cost import peak_bytes
 from metapl.feedback import Forward, keeping
 from metapl.feedback.keeping import Keeping
-from metapl.problems import EqualWeights, ExampleWeights, Table
+from metapl.problems import EqualWeights
 
 STEPS = 60
 Optimizer = Callable[[Any], torch.optim.Optimizer]
@@ -139,92 +137,6 @@ def test_what_is_kept_changes_nothing(optimizer: str, truncate: int | None, tmp_
     assert {file.name for file in tmp_path.iterdir()} <= {".lock"}
 
 
-def test_of_a_function_no_batch_is_held() -> None:
-    """Batches of 2 MB, 60 of them, and a network that is small beside them."""
-    torch.manual_seed(0)
-    student = nn.Sequential(nn.Flatten(), nn.Linear(5_000, 3))
-
-    def wide(number: int) -> tuple[Tensor, Tensor]:
-        draw = torch.Generator().manual_seed(number)
-        return torch.randn(100, 5_000, generator=draw), torch.arange(100) % 3
-
-    def peak(ahead: Lookahead) -> int:
-        inner = torch.optim.SGD(student.parameters(), lr=0.01)
-        given = {"outer": wide(-1), "inner": ahead, "problem": EqualWeights(), "inner_optimizer": inner}
-        mode = Forward(keep_every=8)
-        return peak_bytes(lambda: metapl.hypergradient(None, student, mode=mode, **given), torch.device("cpu"))
-
-    assert peak(Lookahead(wide, steps=60)) < 60 * 2e6 / 2
-
-
-def test_a_teacher_of_batches_that_are_made_learns_the_same() -> None:
-    """Its passes are computed again, on batches that are made again; with micro-batches too."""
-    found = []
-    for ahead in (Lookahead([(*batch(k), torch.arange(8)) for k in range(60)]), None):
-        ahead = ahead or Lookahead(lambda k: (*batch(k), torch.arange(8)), steps=60)
-        for accumulate in (1, 2):
-            student, table = network().double(), Table(torch.linspace(-1, 1, 8).double())
-            student[1].eval(), student[3].eval()
-            inner = torch.optim.AdamW(student.parameters(), lr=0.01)
-
-            def doubled(given: Any) -> Any:
-                return tuple(t.double() if t.is_floating_point() else t for t in given)
-
-            wide = Lookahead(lambda k, ahead=ahead: doubled(ahead[k]), steps=60)
-            wide = Lookahead([*map(doubled, ahead)]) if not callable(ahead.batches) else wide
-            result = metapl.hypergradient(
-                table,
-                student,
-                outer=doubled(batch(-1)),
-                inner=wide,
-                mode=Forward(keep="tree"),
-                problem=ExampleWeights(),
-                inner_optimizer=inner,
-                accumulate=accumulate,
-            )
-            found.append(result.grads)
-    for grads in found[1:]:
-        assert error(grads, found[0]) < 1e-12
-
-
-class InTheInput(EqualWeights):
-    def student_input(self, batch: Any, signal: Any) -> Any:  # type: ignore[override]
-        return batch[0] * signal.value[:, None]
-
-    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> metapl.Signal:
-        return metapl.Signal(torch.ones(len(batch[1])))
-
-
-def test_a_signal_enters_the_inputs_that_are_made_again() -> None:
-    student = network()
-    inner = OPTIMIZERS["adam"](student.parameters())
-    given: dict[str, Any] = {
-        "outer": batch(-1),
-        "problem": InTheInput(),
-        "inner_optimizer": inner,
-        "mode": Forward(keep="tree"),
-    }
-    found = []
-    for ahead in (Lookahead([batch(k) for k in range(60)]), Lookahead(batch, steps=60)):
-        torch.manual_seed(5)
-        found.append(metapl.hypergradient(None, student, inner=ahead, **given).feedback)
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-def test_a_function_may_seed_the_default_generator() -> None:
-    """Which is then where a plain loop leaves it, although the function is called again."""
-
-    def seeds(number: int) -> tuple[Tensor, Tensor]:
-        torch.manual_seed(number)
-        return torch.randn(8, 6), torch.randint(0, 3, (8,))
-
-    student = network()
-    gradient(student, OPTIMIZERS["adam"](student.parameters()), Lookahead(seeds, steps=60), Forward(keep_every=8))
-    after = torch.random.get_rng_state()
-    student(seeds(59)[0])
-    assert torch.equal(after, torch.random.get_rng_state())
-
-
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_teachers_whose_passes_are_computed_again(kind: Any, accumulate: int) -> None:
@@ -251,20 +163,6 @@ def test_teachers_whose_passes_are_computed_again(kind: Any, accumulate: int) ->
     assert [h.shape for h in found[0][0]] == [(8, 3)] * 60
     leaves = [torch.utils._pytree.tree_leaves(one) for one in found]
     assert all(torch.equal(a, b) for a, b in zip(*leaves, strict=True))
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_how_far_a_path_is(terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
-    student = network()
-    inner = OPTIMIZERS["adam"](student.parameters())
-    given: dict[str, Any] = {"outer": batch(-1), "problem": EqualWeights(), "inner_optimizer": inner}
-    for shown in (False, True):
-        metapl.hypergradient(None, student, inner=Lookahead(batch, steps=12), progress=shown, **given)
-        said = capsys.readouterr().err
-        told = shown and terminal
-        assert all((f"\r{name}: " in said) == told for name in ("steps", "steps back"))
-        assert told or not said
 
 
 @pytest.mark.parametrize(
@@ -352,8 +250,3 @@ def test_a_path_longer_than_memory_is_refused_before_its_first_step(
         with pytest.raises(MetaplError, match=word):
             metapl.hypergradient(None, student, mode=mode, **given)
     assert read <= {0}
-
-
-def test_two_ways_to_keep_are_refused() -> None:
-    with pytest.raises(MetaplError):
-        Forward(keep="tree", keep_every=3)

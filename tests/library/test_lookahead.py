@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from problems_zoo import (
     STUDENTS,
     Toy,
     mlp,
-    noisy_teacher,
     product,
     toy,
     unmoved,
@@ -23,7 +21,6 @@ from problems_zoo import (
 )
 from reference import error
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import metapl
 from metapl import Lookahead, MetaplError
@@ -197,62 +194,7 @@ def test_fit_draws_as_many_batches_as_are_looked_ahead() -> None:
     assert len(found.history) == 5
 
 
-def test_a_student_that_waits_draws_one_batch_a_step() -> None:
-    trainer, _ = fitted(3, wait=2)
-    by_hand = toy("mlp")
-    drawn = batches(6, by_hand)
-    other = metapl.BilevelTrainer(**by_hand.networks(), mode="forward", verify=False)
-    for t in range(2):
-        other.teacher_step(by_hand.labeled, drawn[t])
-    for t in range(3):
-        other.step(by_hand.labeled, Lookahead([drawn[(2 + 3 * t + k) % 6] for k in range(3)]))
-    for a, b in zip(trainer.student.parameters(), other.student.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
-
-
-def test_a_fit_that_looks_ahead_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    whole, _ = fitted(3)
-
-    def stop(step: int, row: Any, trainer: Any) -> None:
-        if step == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fitted(3, out=tmp_path / "run", save_every=1, callbacks=[stop])
-    resumed, _ = fitted(3, out=tmp_path / "run", save_every=1, resume=True)
-    for a, b in zip(whole.student.parameters(), resumed.student.parameters(), strict=True):
-        assert torch.equal(a, b)
-    with pytest.raises(MetaplError):
-        fitted(2, out=tmp_path / "run", save_every=1, resume=True)
-
-
 # ----------------------------------------------------------------------------------------------- students of many kinds
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, cut: bool) -> None:
-        super().__init__()
-        torch.manual_seed(4)
-        self.body, self.head = nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.Tanh()), nn.Linear(6, CLASSES)
-        self.first, self.cut = nn.Linear(4, 4), cut
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        return self.head(checkpoint(self.body, x, use_reentrant=False) if self.cut else self.body(x))
-
-
-def test_activation_checkpoints_are_run_again_at_their_own_weights() -> None:
-    base = toy("mlp")
-    problem, cut = (Toy(base.teacher, Checkpointed(kind), base.labeled, None, 0) for kind in (False, True))
-    plain = check("forward", problem, "torch_sgd_nesterov", batches(3, problem), warmed=0)
-    again = metapl.hypergradient(
-        **cut.networks(),
-        labeled=problem.labeled,
-        unlabeled=Lookahead(batches(3, problem)),
-        inner_optimizer=OPTIMISERS["torch_sgd_nesterov"].build(cut.student),
-    )
-    assert error(again.grads, plain.grads) < 1e-10
 
 
 class Branches(nn.Module):
@@ -331,32 +273,6 @@ def test_a_signal_that_reads_the_student_reads_it_as_it_is_in_the_step(mode: str
         torch.testing.assert_close(found.student_params[name], p.detach(), rtol=1e-12, atol=1e-14)
 
 
-class ByOutputs(metapl.PseudoLabels):
-    """A signal whose value carries no gradient, beside outputs that the inner loss reads."""
-
-    def signal(self, *given: Any, **options: Any) -> Any:
-        signal = super().signal(*given, **options)
-        return metapl.Signal(signal.value.detach(), outputs=signal.outputs)
-
-    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
-        return (signal.outputs - outputs).square().mean(1)
-
-
-@pytest.mark.parametrize("kind", [Forward, Unrolled])
-def test_truncation_of_feedback_on_other_fields(kind: Any) -> None:
-    problem = toy("mlp")
-    data = {
-        "labeled": problem.labeled,
-        "unlabeled": Lookahead(batches(3, problem)),
-        "inner_optimizer": OPTIMISERS["torch_adamw"].build(problem.student),
-        "problem": ByOutputs(),
-    }
-    cut, whole = (metapl.hypergradient(**problem.networks(), **data, mode=kind(truncate=n)) for n in (1, None))
-    last = metapl.hypergradient(**problem.networks(), **data, mode=kind(truncate=2))
-    assert error(cut.grads, whole.grads) > 1e-6
-    assert error(last.grads, cut.grads) > 1e-6
-
-
 @pytest.mark.parametrize("mode", ["forward", "unrolled"])
 def test_the_state_that_is_handed_on_carries_no_graph(mode: str) -> None:
     """Nor does it keep the graphs of all calls before."""
@@ -383,28 +299,3 @@ def test_planted_faults_are_seen(fault: str) -> None:
         FAULTS_AHEAD[fault](patch)
         with pytest.raises(AssertionError):
             check("forward", problem, "torch_sgd_nesterov", batches(3, problem))
-
-
-@pytest.mark.parametrize("mode", ["forward", "unrolled", "reinforce"])
-def test_a_recomputed_teacher_gives_the_same_hypergradient(mode: str) -> None:
-    """With dropout and batch norm in the teacher, and labels that are drawn."""
-    problem = toy("batch_norm", teacher=noisy_teacher)
-    unlabeled = Lookahead(batches(3 if mode != "reinforce" else 1, problem))
-    found, states = [], []
-    for recompute in (False, True):
-        torch.manual_seed(3)
-        with unmoved(problem, generator=False):
-            found.append(
-                metapl.hypergradient(
-                    **problem.networks(),
-                    labeled=problem.labeled,
-                    unlabeled=unlabeled,
-                    mode=mode,
-                    inner_optimizer=torch.optim.SGD(problem.student.parameters(), lr=0.1),
-                    recompute_teacher=recompute,
-                )
-            )
-        states.append(torch.get_rng_state())
-    assert error(found[1].grads, found[0].grads) < 1e-12
-    assert any(g.any() for g in found[0].grads.values())
-    assert torch.equal(*states)

@@ -231,15 +231,6 @@ def test_the_gradient_in_the_start_and_in_the_settings_of_both(mode: str) -> Non
         assert error(found.settings[name], expected) < 1e-9, name
 
 
-@pytest.mark.parametrize("wrong", ["dampening", "nesterov", "rate"])
-def test_settings_that_neither_has_are_refused(wrong: str) -> None:
-    given = problem()
-    with pytest.raises(MetaplError, match=wrong):
-        metapl.hypergradient(
-            **given.networks(), **given.data(), wrt=(wrong,), inner_optimizer=optimizers(given.student)
-        )
-
-
 def test_a_training_by_two_graphs_is_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graphs of the last call are kept, where the optimizers in the tuple are the same ones."""
     compiled: list[Any] = []
@@ -326,12 +317,6 @@ def test_a_trainer_takes_torchs_own_steps_and_reports_their_distance(mode: str) 
         assert 1e-4 < report.step_rounding < 1.0  # of a few examples the momentum has few directions; the rest is noise
 
 
-def test_another_optimizer_has_no_distance() -> None:
-    given = problem()
-    report = metapl.BilevelTrainer(**given.networks(), mode="forward").step(**given.data())
-    assert "step_rounding" not in report.as_dict()
-
-
 @pytest.mark.parametrize("lookahead", [1, 2])
 def test_the_gradient_is_verified_in_the_weights_type(lookahead: int) -> None:
     given = problem()
@@ -383,57 +368,6 @@ def test_a_fit_resumes_bit_for_bit_with_both_optimizers(tmp_path: Path) -> None:
         return weights(trainer)
 
     assert all(map(torch.equal, fitted(tmp_path / "a", 8), fitted(tmp_path / "b", 3, 5, 8)))
-
-
-def test_a_trainer_is_saved_and_loaded(tmp_path: Path) -> None:
-    first, second = trainer_of(problem()), trainer_of(problem())
-    data = problem().data()
-    first.step(**data)
-    first.save(tmp_path / "trainer.ckpt")
-    second.load(tmp_path / "trainer.ckpt")
-    for trainer in (first, second):
-        torch.manual_seed(0)
-        trainer.step(**data)
-    assert all(map(torch.equal, weights(first), weights(second)))
-    muon, adamw = second.inner_optimizer.optimizers
-    assert len(muon.state) == len(adamw.state) == 2
-
-
-def test_the_schedule_of_a_fit_moves_the_rates_of_both() -> None:
-    trainer = trainer_of(problem())
-    groups = trainer.inner_optimizer.param_groups
-    seen: list[list[float]] = []
-    how = {"steps": 4, "log_every": 1, "schedule": "exponential", "decay_every": 1, "progress": False}
-    trainer.fit(source(1, True), source(2, False), callbacks=[lambda *_: seen.append([g["lr"] for g in groups])], **how)
-    assert seen[3] == pytest.approx([0.97**3 * NESTEROV["lr"], 0.97**3 * ADAMW["lr"]])
-    assert [g["lr"] for g in groups] == [NESTEROV["lr"], ADAMW["lr"]]
-
-
-def test_a_network_learns_its_own_losses_by_both() -> None:
-    given, twin = problem(), problem()
-    trainer = metapl.LossTrainer(given.student, optimizer=optimizers(given.student))
-    real, (x, y) = optimizers(twin.student), given.labeled
-    for _ in range(3):
-        trainer.step((x, y))
-        loss = nn.functional.cross_entropy(twin.student(x), y)
-        names = [n for n, _ in twin.student.named_parameters()]
-        grads = torch.autograd.grad(loss, [*twin.student.parameters()])
-        stepped(real, twin.student, dict(zip(names, grads, strict=True)))
-    assert all(map(torch.equal, given.student.parameters(), twin.student.parameters()))
-    trainer.load_state_dict(trainer.state_dict())
-
-
-def test_examples_are_attributed_through_a_training_by_both() -> None:
-    given = problem()
-    x, y = torch.randn(24, 1, 4, 4, dtype=torch.float64), torch.arange(24) % CLASSES
-    how: dict[str, Any] = {"steps": 6, "batch_size": 8, "progress": False}
-    found = metapl.attribute(given.student, (x, y), given.labeled, optimizer=optimizers(given.student), **how)
-    nothing = found._losses_with(torch.ones(24))
-    assert error(nothing, found.outer_loss) < 1e-12
-    slope = torch.zeros(24)
-    slope[3] = 1e-5
-    ahead, behind = (found._losses_with(torch.ones(24, dtype=torch.float64) + side * slope) for side in (1, -1))
-    assert float((behind - ahead) / 2e-5) == pytest.approx(float(found.scores[3]), rel=1e-3)
 
 
 def test_two_optimizers_of_any_kind_are_their_own_steps_to_the_last_bit() -> None:
@@ -490,36 +424,3 @@ def test_wrong_tuples_are_refused_in_a_line_and_nothing_moves(level: str, wrong:
         metapl.BilevelTrainer(**given.networks(), **wrongly).step(**given.data())
     assert "\n" not in str(refused.value)
     assert same(before, everything(given))
-
-
-class Complex(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(16, CLASSES, dtype=torch.complex128))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x.flatten(1).to(self.weight.dtype) @ self.weight).real
-
-
-@pytest.mark.parametrize("level", ["student", "teacher"])
-def test_a_complex_matrix_is_refused_before_anything_moves(level: str) -> None:
-    given = replace(problem(), **{level: Complex()})
-    name = {"student": "inner_optimizer", "teacher": "outer_optimizer"}[level]
-    real = torch.optim.Muon(given.networks()[level].parameters())
-    before = everything(given)
-    with pytest.raises(MetaplError, match="real matrices"):
-        metapl.BilevelTrainer(**given.networks(), mode="forward", verify=False, **{name: real}).step(**given.data())
-    assert same(before, everything(given))
-
-
-def test_muon_refuses_what_is_no_matrix_in_torchs_words() -> None:
-    with pytest.raises(ValueError, match="2D"):
-        torch.optim.Muon(problem().student.parameters())
-
-
-def test_another_optimizer_within_a_tuple_is_refused() -> None:
-    given = problem()
-    muon, _ = optimizers(given.student)
-    others = [p for p in given.student.parameters() if p.ndim != 2]
-    with pytest.raises(MetaplError, match="RMSprop"):
-        metapl.BilevelTrainer(**given.networks(), inner_optimizer=(muon, torch.optim.RMSprop(others)))

@@ -7,51 +7,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
-from problems_zoo import ANYWHERE, Toy, toy, unmoved
+from problems_zoo import toy
 from torch import Tensor
-from trainers import Supervised, trainer_for
+from trainers import trainer_for
 
 import metapl
-from metapl import MetaplError, Signal
-
-
-def nan_in_the_student(case: Toy) -> dict[str, Any]:
-    with torch.no_grad():
-        case.student[3].weight.fill_(torch.nan)
-    return {}
-
-
-def an_infinite_rate(case: Toy) -> dict[str, Any]:
-    return {"inner_optimizer": torch.optim.SGD(case.student.parameters(), lr=float("inf"))}
-
-
-def nan_in_the_teachers_loss(case: Toy) -> dict[str, Any]:
-    class Bad(Supervised):
-        def __call__(self, teacher: Any, **given: Any) -> Tensor:
-            return teacher(given["labeled"][0]).mean() * torch.nan
-
-    return {"teacher_losses": (Bad(),)}
-
-
-@pytest.mark.parametrize("mode", ANYWHERE)
-@pytest.mark.parametrize("make", [nan_in_the_student, an_infinite_rate, nan_in_the_teachers_loss])
-def test_what_is_not_finite_moves_nothing(make: Callable[[Toy], dict[str, Any]], mode: str) -> None:
-    """Nor poisons the other network."""
-    if (make, mode) == (an_infinite_rate, "none"):
-        return  # which does not look at where the student goes
-    case = toy("batch_norm" if make is nan_in_the_teachers_loss else "mlp")
-    trainer = trainer_for(case, mode, **make(case))
-    with unmoved(case), pytest.raises(MetaplError):
-        trainer.step(**case.data())
-
-
-def test_nor_is_one_network_trained_on_it() -> None:
-    case = toy("batch_norm")
-    trainer = metapl.LossTrainer(case.student, optimizer=torch.optim.SGD(case.student.parameters(), lr=0.1))
-    with unmoved(case), pytest.raises(MetaplError):
-        trainer.step((case.labeled[0] * torch.nan, case.labeled[1]))
+from metapl import Signal
 
 
 def in_threads(*runs: Callable[[], Any]) -> None:

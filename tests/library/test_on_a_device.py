@@ -96,19 +96,6 @@ def test_in_bfloat16_it_is_near(mode: str, network: str) -> None:
     assert gap(found, exact) < 0.05
 
 
-@pytest.mark.parametrize("mode", ["reinforce", "reinforce_per_example"])
-def test_sampled_labels_have_the_scale_of_float64(mode: str) -> None:
-    """The same draws: a teacher that is nearly sure of its labels."""
-    found = []
-    for device, dtype in ((DEVICE, torch.float32), ("cpu", torch.float64)):
-        given = case("convolutions", device, dtype)
-        with torch.no_grad():
-            given["teacher"][-1].weight.mul_(200)
-        with full_float32(torch.device(device)):
-            found.append(gradient(given, mode))
-    assert gap(*found) < 1e-2
-
-
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("ahead", [1, 3])
 def test_replays_see_the_masks_of_the_first_pass(network: str, ahead: int) -> None:

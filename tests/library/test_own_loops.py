@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
-import signal
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -65,35 +62,6 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------------------- plain
-
-
-SUICIDE = """
-import os, signal, sys
-from pathlib import Path
-import metapl, own_loop
-
-own = metapl.BilevelTrainer.step
-def step(self, **batches):
-    if self.steps_done == 15:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return own(self, **batches)
-metapl.BilevelTrainer.step = step
-own_loop.train(Path(sys.argv[1]), 20, 6, 1)
-"""
-
-
-@pytest.mark.long
-def test_a_killed_loop_ends_as_one_that_was_not(tmp_path: Path) -> None:
-    """By a signal that nothing can catch, with a worker of a loader under way."""
-    paths = {"PYTHONPATH": os.pathsep.join((str(ROOT / "examples"), str(ROOT)))}
-    program = [sys.executable, "-c", SUICIDE, str(tmp_path / "cut")]
-    done = subprocess.run(program, env=os.environ | paths, capture_output=True, timeout=500, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    own = example("own_loop")
-    assert torch.load(tmp_path / "cut" / "checkpoint.pt")["trainer"]["steps_done"] == 12
-    again, whole = own.train(tmp_path / "cut", 20, 6, 1), own.train(tmp_path / "whole", 20, 6, 1)
-    assert same(weights(whole), weights(again))
-    assert whole.inner_optimizer.param_groups[0]["lr"] == again.inner_optimizer.param_groups[0]["lr"]
 
 
 def test_a_loop_goes_on_from_the_middle_of_an_epoch(tmp_path: Path, killed_at: Any) -> None:

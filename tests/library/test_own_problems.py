@@ -1,139 +1,418 @@
-"""Problems and losses of a user's own, against double backward written out."""
+"""Problems of a user's own against one reference: double backward through the problem's own methods.
+
+The signal is a tensor, several, one without rows or one of the batch as a whole, and may enter the student's input.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from problems_zoo import Toy, mlp, toy, unmoved
-from reference import error, weights
+from problems_zoo import OPTIMISERS, Toy, mlp, same, toy, unmoved, warm
+from reference import Tree, error, own_stream
+from replays import put
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 from trainers import trainer_for, values
 
 import metapl
 from metapl import MetaplError, Signal
+from metapl.feedback import Forward, Implicit
+
+# ------------------------------------------------------------------------------------------------------- the reference
 
 
-class Labeller(nn.Module):
-    """A teacher with a method of its own."""
+@dataclass
+class Expected:
+    grads: Tree
+    fields: list[Tree]
+    theta: Tree
+    outer_loss: Tensor
+
+
+def chunks(batch: Any, parts: int) -> list[Any]:
+    leaves, tree = pytree.tree_flatten(batch)
+    return [pytree.tree_unflatten(part, tree) for part in zip(*(t.chunk(parts) for t in leaves), strict=True)]
+
+
+def through(case: Toy, problem: Any, batches: list[Any], rule: Any, state: Any, parts: int = 1) -> Expected:
+    """Every step in one graph, the batch as ``parts`` of it one after another."""
+    teacher, student = copy.deepcopy(case.teacher), copy.deepcopy(case.student)
+    phi, theta = dict(teacher.named_parameters()), dict(student.named_parameters())
+    enters, told = len(inspect.signature(problem.student_input).parameters) == 2, []
+
+    def asked(x: Any) -> Signal:
+        return problem.signal(teacher, x, None, generator=None)
+
+    for batch in batches:
+        put(student, theta)
+        pieces = chunks(batch, parts)
+        if isinstance(problem, OfAll):
+            whole = asked(batch).value
+            signals = [Signal(part) for part in whole.chunk(parts)]
+        elif enters:
+            signals = [asked(x) for x in pieces]
+        losses, seen = [], []
+        for number, x in enumerate(pieces):
+            if enters:
+                signal = signals[number]
+                z = student(problem.student_input(x, signal))
+            else:
+                z = student(problem.student_input(x))
+                signal = signals[number] if isinstance(problem, OfAll) else asked(x)
+            losses.append(problem.inner_loss(z, signal, x, theta).mean())
+            seen.append(signal.value if isinstance(signal.value, dict) else {"value": signal.value})
+        g = torch.autograd.grad(torch.stack(losses).mean(), list(theta.values()), create_graph=True)
+        theta, state = rule(theta, dict(zip(theta, g, strict=True)), state)
+        told.append(seen)
+    put(student, theta)
+    torch.set_rng_state(own_stream(torch.get_rng_state()))
+    outer = [problem.outer_loss(student(x), (x, y)) for x, y in chunks(case.labeled, parts)]
+    sums, weights = zip(*(one if isinstance(one, tuple) else (one, 1) for one in outer), strict=True)
+    loss = sum(sums) / sum(weights)
+    without_rows = {name for name, has in (problem.signal_has_rows or {}).items() if not has}
+    fields = []
+    for seen in told:
+        found: Tree = {}
+        for name in (name for name, t in seen[0].items() if t.requires_grad):
+            of = torch.autograd.grad(loss, [part[name] for part in seen], retain_graph=True, materialize_grads=True)
+            found[name] = sum(of) if name in without_rows else torch.cat(of)
+        fields.append(found)
+    grads = torch.autograd.grad(loss, list(phi.values()), materialize_grads=True)
+    return Expected(dict(zip(phi, grads, strict=True)), fields, theta, loss.detach())
+
+
+# -------------------------------------------------------------------------------------------------------- the problems
+
+
+class Teacher(nn.Module):
+    """Logits of labels, and as parameters of their own how far to trust each class and how strong to augment."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = mlp().double()
+        self.network = mlp()
+        self.trust = nn.Parameter(torch.tensor([0.3, -0.2, 0.5]))
+        self.strength = nn.Parameter(torch.tensor([-0.4]))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network(x)
 
-    def label(self, x: Tensor) -> Tensor:
-        return self.network(x)
 
-
-class Reweighting(metapl.BilevelProblem):
-    """The teacher weighs each example by the student's own loss on it; a batch is (x, noisy label)."""
-
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> Signal:
-        losses = F.cross_entropy(student_outputs, batch[1], reduction="none")
-        return Signal(teacher(losses.unsqueeze(-1)).squeeze(-1).sigmoid())
-
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
-        return signal.value * F.cross_entropy(outputs, batch[1], reduction="none")
-
-    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+class Judged(metapl.BilevelProblem):
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
         return F.cross_entropy(outputs, batch[1])
 
 
-def reweighting(**options: Any) -> tuple[Toy, metapl.BilevelTrainer]:
-    case = toy("mlp", teacher=lambda: nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1)))
-    case = Toy(case.teacher, case.student, case.labeled, (case.unlabeled, torch.tensor([2, 0, 1, 1])), case.seed)
-    return case, trainer_for(case, problem=Reweighting(), **options)
+class Weighted(Judged):
+    """A weight (B,) and a corrected label (B, C) for each example; the labels' first guesses are constant."""
+
+    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+        label = teacher(batch).softmax(-1)
+        guess = label.argmax(-1)
+        return Signal({"weight": teacher.trust[guess].sigmoid(), "label": label, "guess": guess})
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        weight, label, guess = (signal.value[key] for key in ("weight", "label", "guess"))
+        return (1 + 0.1 * guess) * weight * F.cross_entropy(outputs, label, reduction="none")
 
 
-def test_a_problem_of_ones_own_needs_no_teacher_losses() -> None:
-    """By default it has none; the teacher's step is the hypergradient's."""
-    case, trainer = reweighting(outer_optimizer=None)
-    trainer.outer_optimizer.param_groups[0].update(lr=1.0, momentum=0.0, nesterov=False, weight_decay=0.0)
-    inner = trainer.inner_optimizer
-    found = metapl.hypergradient(**case.networks(), **case.data(), problem=Reweighting(), inner_optimizer=inner)
-    before = values(case.teacher)
-    trainer.step(**case.data())
-    assert error({n: before[n] - p for n, p in values(case.teacher).items()}, found.grads) < 1e-12
-    with pytest.raises(MetaplError):
-        reweighting(feedback_ratio=0.1)
-    with pytest.raises(MetaplError):
-        trainer.teacher_step(**case.data())
+class Augmented(Weighted):
+    """Besides, how strong the input is changed: one number for all examples."""
+
+    signal_has_rows: ClassVar = {"strength": False}
+
+    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+        assert student_outputs is None
+        found = super().signal(teacher, batch, student_outputs, generator=generator).value
+        return Signal({"strength": teacher.strength.exp(), **found})
+
+    def student_input(self, batch: Any, signal: Signal) -> Tensor:
+        return batch + signal.value["strength"] * batch.roll(1, -1).square()
+
+
+class Augmenting(Judged):
+    """The teacher says how bright an example is shown, how much noise is added to it, and what is expected of it."""
+
+    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+        return Signal(teacher(batch).tanh())
+
+    def student_input(self, batch: Any, signal: Signal) -> Tensor:
+        bright, noise = signal.value[:, 0, None, None, None], signal.value[:, 1, None, None, None]
+        return batch * (1 + bright) + noise * torch.randn_like(batch)
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        return outputs.logsumexp(1) + (signal.value * outputs).sum(1).square()
+
+
+class InputAlone(Augmenting):
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        return outputs.logsumexp(1)
 
 
 class Anchored(metapl.PseudoLabels):
     """The student's logits are drawn towards the teacher's, which the loss reads from ``signal.outputs``."""
 
+    share = 1.0  # of the outputs' graph
+
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
-        anchor = self.read(signal.outputs)
-        return super().inner_loss(outputs, signal, batch, params) + 0.1 * (anchor - outputs).square().mean(1)
-
-    def read(self, outputs: Any) -> Tensor:
-        return outputs.detach()
+        kept = signal.outputs.detach() + type(self).share * (signal.outputs - signal.outputs.detach())
+        return super().inner_loss(outputs, signal, batch, params) + 0.1 * (kept - outputs).square().mean(1)
 
 
-class AnchoredWithGraph(Anchored):
-    def read(self, outputs: Any) -> Tensor:
-        return outputs
+class AnchoredByConstants(Anchored):
+    share = 0.0
 
 
-@pytest.mark.parametrize("problem", [Anchored, AnchoredWithGraph], ids=["constants", "with_graph"])
-@pytest.mark.parametrize("mode", ["unrolled", "forward", "difference"])
-def test_an_inner_loss_may_read_the_teachers_outputs(mode: str, problem: type[Anchored]) -> None:
-    """Against double backward with the graph through the label, and through the outputs where the loss keeps it."""
-    case = toy("mlp")
-    theta, phi = weights(case.student), weights(case.teacher)
-    z = functional_call(case.student, theta, (case.unlabeled,))
-    logits = functional_call(case.teacher, phi, (case.unlabeled,))
-    anchor = problem.read(problem(), logits)
-    losses = -(logits.softmax(-1) * z.log_softmax(-1)).sum(-1) + 0.1 * (anchor - z).square().mean(1)
-    g = torch.autograd.grad(losses.mean(), list(theta.values()), create_graph=True)
-    moved = {n: p - 0.3 * d for (n, p), d in zip(theta.items(), g, strict=True)}
-    outer = F.cross_entropy(functional_call(case.student, moved, (case.labeled[0],)), case.labeled[1])
-    expected = dict(zip(phi, torch.autograd.grad(outer, list(phi.values())), strict=True))
-    inner = torch.optim.SGD(case.student.parameters(), lr=0.3)
-    found = metapl.hypergradient(**case.networks(), **case.data(), mode=mode, problem=problem(), inner_optimizer=inner)
-    assert error(found.grads, expected) < (1e-4 if mode == "difference" else 1e-9)
-    inner = torch.optim.SGD(case.student.parameters(), lr=0.3)
-    before = {n: p.detach().clone() for n, p in case.teacher.named_parameters()}
-    outer_optimizer = torch.optim.SGD(case.teacher.parameters(), lr=1.0)
-    trainer_for(
-        case, mode, problem=problem(), inner_optimizer=inner, outer_optimizer=outer_optimizer, teacher_losses=()
-    ).step(**case.data())
-    moved = {n: before[n] - p.detach() for n, p in case.teacher.named_parameters()}
-    assert error(moved, expected) < (1e-4 if mode == "difference" else 1e-9)
-
-
-class OutputsAlone(AnchoredWithGraph):
+class OutputsAlone(Anchored):
     """Nothing but the teacher's logits teaches the student."""
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
         return (signal.outputs - outputs).square().mean(1)
 
 
-@pytest.mark.parametrize("mode", ["forward", "difference"])
-def test_an_inner_loss_may_read_nothing_but_the_teachers_outputs(mode: str) -> None:
-    case = toy("mlp")
-    found = {
-        one: metapl.hypergradient(
-            **case.networks(),
-            **case.data(),
-            mode=one,
-            problem=OutputsAlone(),
-            inner_optimizer=torch.optim.SGD(case.student.parameters(), lr=0.3),
-        )
-        for one in (mode, "unrolled")
-    }
-    assert error(found[mode].grads, found["unrolled"].grads) < (1e-4 if mode == "difference" else 1e-9)
-    assert not found[mode].feedback.any()
+class Shares(Judged):
+    """The teacher weighs each example against the others of the (micro-)batch that the loss is given."""
+
+    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+        return Signal(teacher(batch).sigmoid()[:, 0])
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        return signal.value / signal.value.mean() * outputs.square().sum(1)
 
 
-class Steep(AnchoredWithGraph):
+TOKENS, WORDS = 4, 5
+
+
+class Language(Judged):
+    """A student of words, taught by weights of examples and judged by the mean over the tokens that have a label."""
+
+    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+        return Signal(teacher(batch.double()).sigmoid()[:, 0])
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        return (0.1 + signal.value) * F.cross_entropy(outputs.mT, batch, reduction="none").mean(1)
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
+        total = F.cross_entropy(outputs.mT, batch[1], reduction="sum")  # leaves out the label -100
+        return total, (batch[1] != -100).sum()
+
+
+class OfAll(Language):
+    """The weights of the examples of a batch sum to the number of them, over the batch as a whole."""
+
+    signal_of_batch = True
+
+    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+        return Signal(len(batch) * teacher(batch.double())[:, 0].softmax(0) - 0.1)
+
+
+class Sampled(Language):
+    """Examples are kept or not, by a rule in the place of a draw."""
+
+    def signal(self, *given: Any, **options: Any) -> Signal:
+        p, keep = super().signal(*given, **options).value, (given[1].sum(1) % 2).bool()
+        return Signal(keep.to(p), log_prob=torch.where(keep, p, 1 - p).log())
+
+
+def words() -> Toy:
+    torch.manual_seed(3)
+    teacher = nn.Linear(TOKENS, 1).double()
+    student = nn.Sequential(nn.Embedding(WORDS, 6), nn.Tanh(), nn.Linear(6, WORDS)).double()
+    x, labels = (torch.randint(0, WORDS, (8, TOKENS)) for _ in range(2))
+    for row, left_out in zip(
+        labels, [0, 3, 1, 2, 4, 4, 0, 2], strict=True
+    ):  # a micro-batch of two has nothing to judge
+        row[:left_out] = -100
+    return Toy(teacher, student, (x, labels), torch.randint(0, WORDS, (8, TOKENS)), 0)
+
+
+def case_of(problem: Any, student: str = "mlp", dtype: torch.dtype = torch.float64) -> Toy:
+    if isinstance(problem, Language):
+        return words()
+    found = toy(student, rows=8, teacher=Teacher, dtype=dtype)
+    return replace(found, labeled=tuple(t[:8] for t in found.labeled))
+
+
+def ahead_of(case: Toy, steps: int) -> list[Any]:
+    draw, x = torch.Generator().manual_seed(5), case.unlabeled
+    if x.is_floating_point():
+        return [torch.randn(x.shape, generator=draw, dtype=x.dtype) for _ in range(steps)]
+    return [torch.randint(0, WORDS, x.shape, generator=draw) for _ in range(steps)]
+
+
+PROBLEMS = [Weighted, Augmented, Augmenting, InputAlone, Anchored, AnchoredByConstants, OutputsAlone, Shares]
+PROBLEMS += [Language, OfAll]
+TOLERANCE: dict[Any, float] = {
+    "unrolled": 1e-9,
+    "forward": 1e-9,
+    Forward(by="graph"): 1e-9,
+    Forward(by="tangent"): 1e-9,
+    Forward(keep_every=2): 1e-9,
+    "difference": 1e-4,
+}
+CASES = [
+    *((mode, 1, parts) for mode in TOLERANCE for parts in (1, 2)),
+    *((mode, 3, 1) for mode in ("unrolled", "forward", Forward(keep_every=2))),
+    ("forward", 3, 2),
+    ("forward", 1, 4),
+]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize(("mode", "steps", "parts"), CASES, ids=str)
+def test_every_field_gets_its_own_feedback(mode: Any, steps: int, parts: int, problem: type) -> None:
+    """In value, sign and scale, over steps and micro-batches; a tuple for a look-ahead, a dict for several fields."""
+    judge, tolerance = problem(), TOLERANCE[mode]
+    case, rule = case_of(judge), OPTIMISERS["torch_sgd_momentum"]
+    inner, _, state = warm(case, rule)
+    batches = ahead_of(case, steps)
+    case.draw_from_start()
+    expected = through(case, judge, batches, rule.rule, state, parts)
+    case.draw_from_start()
+    with unmoved(case, inner, generator=False):
+        found = metapl.hypergradient(
+            **case.networks(), outer=case.labeled, inner=metapl.Lookahead(batches) if steps > 1 else batches[0],
+            mode=mode, problem=judge, inner_optimizer=inner, accumulate=parts,
+        )  # fmt: skip
+    assert error(found.grads, expected.grads) < tolerance
+    assert error(found.student_params, expected.theta) < 1e-9
+    assert error(found.outer_loss, expected.outer_loss) < 1e-9
+    told = found.feedback if steps > 1 else (found.feedback,)
+    for h, fields in zip(told, expected.fields, strict=True):
+        h = h if isinstance(h, dict) else {"value": h}
+        for name, g in fields.items():
+            assert h[name].shape == g.shape
+            assert float((h[name] + g).norm()) <= 10 * tolerance * float(g.norm())
+
+
+@pytest.mark.parametrize(("student", "optimiser"), [("batch_norm", "torch_adam"), ("dropout", "torch_adamw")])
+@pytest.mark.parametrize(("mode", "steps"), [("unrolled", 3), ("forward", 3), ("difference", 1)])
+def test_noise_in_the_input_and_masks_are_drawn_once(mode: str, steps: int, student: str, optimiser: str) -> None:
+    """Noise that student_input draws, and the dropout masks that are drawn after it."""
+    judge, rule = Augmenting(), OPTIMISERS[optimiser]
+    case = case_of(judge, student)
+    inner, _, state = warm(case, rule)
+    batches = ahead_of(case, steps)
+    case.draw_from_start()
+    expected = through(case, judge, batches, rule.rule, state)
+    case.draw_from_start()
+    given = {"labeled": case.labeled, "unlabeled": metapl.Lookahead(batches) if steps > 1 else batches[0], "mode": mode}
+    found = metapl.hypergradient(**case.networks(), **given, problem=judge, inner_optimizer=inner)
+    assert error(found.grads, expected.grads) < (1e-6 if mode == "difference" else 1e-9)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize(
+    ("mode", "recompute", "steps", "parts"),
+    [("forward", False, 1, 2), ("forward", True, 3, 2), ("difference", True, 1, 2), ("unrolled", False, 1, 1)],
+)
+def test_a_step_applies_it(problem: type, mode: str, recompute: bool, steps: int, parts: int) -> None:
+    """The teacher moves by the weighted feedback on all fields, and the report has figures of all entries."""
+    judge, rule = problem(), OPTIMISERS["torch_sgd_momentum"]
+    case = case_of(judge, "dropout" if problem is Augmenting else "mlp")
+    batches, before = ahead_of(case, steps), values(case.teacher)
+    case.draw_from_start()
+    expected = through(case, judge, batches, rule.rule, None, parts)
+    trainer = trainer_for(
+        case, mode, problem=judge, accumulate=parts, recompute_teacher=recompute, feedback_weight=3.0,
+        teacher_losses=(), inner_optimizer=rule.build(case.student),
+        outer_optimizer=torch.optim.SGD(case.teacher.parameters(), lr=1.0),
+    )  # fmt: skip
+    case.draw_from_start()
+    report = trainer.step(outer=case.labeled, inner=metapl.Lookahead(batches) if steps > 1 else batches[0])
+    moved = {n: (before[n] - p) / 3 for n, p in values(case.teacher).items()}
+    assert error(moved, expected.grads) < TOLERANCE[mode]
+    assert error(values(case.student), expected.theta) < 1e-9
+    if problem in (Weighted, Augmented):
+        entries = torch.cat([-g.flatten() for fields in expected.fields for g in fields.values()])
+        assert report.feedback_mean == pytest.approx(float(entries.mean()), rel=1e-4)
+        assert report.feedback_std == pytest.approx(float(entries.std(correction=0)), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "mode", ["reinforce", "reinforce_per_example", "loss_difference", Implicit(damping=1.0)], ids=str
+)
+def test_a_mean_over_tokens_is_one_in_every_mode(mode: Any) -> None:
+    problem, case = Language() if isinstance(mode, Implicit) else Sampled(), words()
+    inner = torch.optim.SGD(case.student.parameters(), lr=0.5)
+    given = {**case.networks(), **case.data(), "mode": mode, "problem": problem, "inner_optimizer": inner}
+    parts, whole = (metapl.hypergradient(**given, accumulate=parts).grads for parts in (4, 1))
+    assert error(parts, whole) < 1e-6
+
+
+# --------------------------------------------------------------------------------------------------- what else is told
+
+
+class Labels(Judged):
+    """The teacher's distribution, as a tensor, or as a dict of one."""
+
+    def __init__(self, key: str | None = None) -> None:
+        self.key = key
+
+    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+        q = teacher(batch).softmax(-1)
+        return Signal(q if self.key is None else {self.key: q})
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        return F.cross_entropy(outputs, signal.value if self.key is None else signal.value[self.key], reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("forward", {"accumulate": 2}), ("unrolled", {"feedback_ratio": 0.5}), ("difference", {}), ("none", {})],
+)
+def test_a_dict_of_one_tensor_is_the_tensor_bit_for_bit(mode: Any, options: dict[str, Any]) -> None:
+    """Through three steps, with the teacher's own losses and the figures of the report."""
+    ends, key = [], "it's [so]"
+    for problem in (Labels(), Labels(key)):
+        case = case_of(problem, "dropout", torch.float32)
+        case.draw_from_start()
+        trainer = trainer_for(case, mode, problem=problem, teacher_losses=(metapl.CrossEntropy(),), **options)
+        reports = [trainer.step(**case.data()) for _ in range(3)]
+        told = [report.feedback[key] if isinstance(report.feedback, dict) else report.feedback for report in reports]
+        ends.append([*values(case.teacher).values(), *values(case.student).values(), *told])
+        ends[-1] += [torch.tensor([*report.as_dict().values()]) for report in reports]
+    assert same(*ends)
+
+
+class Unread(Weighted):
+    """Beside a field that the loss reads, one that it does not, and one that is constant."""
+
+    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+        found = super().signal(teacher, batch, student_outputs, generator=generator).value
+        return Signal({**found, "weight": found["weight"].detach(), "idle": teacher.strength}, outputs=teacher(batch))
+
+
+@pytest.mark.parametrize("mode", ["forward", "unrolled", "difference"])
+def test_a_field_that_is_not_read_gets_zero(mode: str) -> None:
+    case = case_of(Unread())
+    inner = torch.optim.SGD(case.student.parameters(), lr=0.3)
+    found = metapl.hypergradient(**case.networks(), **case.data(), mode=mode, problem=Unread(), inner_optimizer=inner)
+    assert found.feedback["idle"].tolist() == [0.0]
+    assert found.feedback["weight"].abs().min() > 0  # a constant's feedback is told, and reaches no weight
+    assert not found.grads["trust"].any()
+
+
+def test_a_problem_of_ones_own_needs_no_teacher_losses() -> None:
+    """By default it has none."""
+    case = case_of(Weighted())
+    before, sgd = values(case.teacher), torch.optim.SGD(case.teacher.parameters(), lr=1.0)
+    trainer = trainer_for(case, problem=Weighted(), outer_optimizer=sgd)
+    expected = trainer.hypergradient(**case.data()).grads
+    trainer.step(**case.data())
+    assert error({n: before[n] - p for n, p in values(case.teacher).items()}, expected) < 1e-12
+    with pytest.raises(MetaplError):
+        trainer_for(case, problem=Weighted(), feedback_ratio=0.1)
+    with pytest.raises(MetaplError):
+        trainer.teacher_step(**case.data())
+
+
+class Steep(Anchored):
     """Its derivative in the teacher's outputs is infinite."""
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
@@ -141,53 +420,52 @@ class Steep(AnchoredWithGraph):
         return super().inner_loss(outputs, signal, batch, params) + steep * outputs.sum(1)
 
 
-@pytest.mark.parametrize("mode", ["unrolled", "forward", "difference"])
-def test_feedback_that_is_not_finite_is_refused_in_every_field(mode: str) -> None:
-    case = toy("mlp")
-    trainer = trainer_for(case, mode, problem=Steep())
-    with unmoved(case), pytest.raises(MetaplError):
-        trainer.step(**case.data())
-    inner = torch.optim.SGD(case.student.parameters(), lr=0.1)
-    with pytest.raises(MetaplError):
-        metapl.hypergradient(**case.networks(), **case.data(), mode=mode, problem=Steep(), inner_optimizer=inner)
-
-
-class Shares(metapl.BilevelProblem):
-    """The teacher weighs each example against the others of the batch that the loss is given."""
+class DrawnInput(InputAlone):
+    """A sampled class, shown to the student in its input."""
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> Signal:
-        return Signal(teacher(batch).sigmoid()[:, 0])
+        log_q = teacher(batch).log_softmax(-1)
+        drawn = torch.multinomial(log_q.detach().exp(), 1, generator=generator)
+        return Signal(drawn[:, 0], log_q.gather(1, drawn)[:, 0], log_q.exp())
 
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
-        return signal.value / signal.value.mean() * outputs.square().sum(1)
-
-    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        return F.cross_entropy(outputs, batch[1])
+    def student_input(self, batch: Any, signal: Signal) -> Tensor:
+        return batch * signal.value[:, None, None, None]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("mode", ["forward", "difference"])
-def test_micro_batches_and_a_loss_that_looks_at_the_whole_batch(mode: str, dtype: torch.dtype) -> None:
-    """It is given a micro-batch, in the student's step as in the feedback on it."""
-    case = toy("mlp", rows=8, dtype=dtype)
-    case = Toy(case.teacher, case.student, (case.labeled[0][:8], case.labeled[1][:8]), case.unlabeled, 0)
-    theta, phi = weights(case.student), weights(case.teacher)
-    z = functional_call(case.student, theta, (case.unlabeled,)).square().sum(1)
-    share = functional_call(case.teacher, phi, (case.unlabeled,)).sigmoid()[:, 0]
-    halves = [(q / q.mean() * one).mean() for q, one in zip(share.chunk(2), z.chunk(2), strict=True)]
-    g = torch.autograd.grad((halves[0] + halves[1]) / 2, list(theta.values()), create_graph=True)
-    moved = {n: p - 0.3 * d for (n, p), d in zip(theta.items(), g, strict=True)}
-    outer = F.cross_entropy(functional_call(case.student, moved, (case.labeled[0],)), case.labeled[1])
-    grads = torch.autograd.grad(outer, list(phi.values()))
-    before = values(case.teacher)
-    trainer = trainer_for(
-        case,
-        mode,
-        problem=Shares(),
-        accumulate=2,
-        inner_optimizer=torch.optim.SGD(case.student.parameters(), lr=0.3),
-        outer_optimizer=torch.optim.SGD(case.teacher.parameters(), lr=1.0),
-    )
-    trainer.step(**case.data())
-    found = {n: before[n] - p for n, p in values(case.teacher).items()}
-    assert error(found, dict(zip(phi, grads, strict=True))) < 1e-3
+class Revising(Augmenting):
+    def revised_signal(self, signal: Signal, h: Tensor) -> Signal:
+        return signal
+
+
+@pytest.mark.parametrize("mode", ["reinforce", "loss_difference"])
+def test_a_sampled_signal_in_the_input_gets_the_batchs_feedback(mode: str) -> None:
+    """h is −⟨w, g⟩, or L(θ) − L(θ′), of the step on these inputs."""
+    case, student = toy("mlp"), toy("mlp").student
+    case.draw_from_start()
+    drawn = torch.multinomial(case.teacher(case.unlabeled).detach().softmax(-1), 1)[:, 0]
+    student(case.unlabeled * drawn[:, None, None, None]).logsumexp(1).mean().backward()
+    g = [p.grad.clone() for p in student.parameters()]
+    before = F.cross_entropy(student(case.labeled[0]), case.labeled[1])
+    torch.optim.SGD(student.parameters(), lr=0.1).step()
+    after = F.cross_entropy(student(case.labeled[0]), case.labeled[1])
+    v = torch.autograd.grad(after, list(student.parameters()))
+    h = {"reinforce": 0.1 * sum((a * b).sum() for a, b in zip(v, g, strict=True)), "loss_difference": before - after}
+    case.draw_from_start()
+    inner = torch.optim.SGD(case.student.parameters(), lr=0.1)
+    given = {**case.data(), "mode": mode, "problem": DrawnInput(), "inner_optimizer": inner}
+    assert error(metapl.hypergradient(**case.networks(), **given).feedback, h[mode].detach()) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("mode", "problem"),
+    [
+        *((mode, DrawnInput) for mode in ("forward", "difference", "reinforce_per_example")),
+        ("forward", Revising),
+        *((mode, Steep) for mode in ("forward", "unrolled", "difference")),
+    ],
+)
+def test_what_cannot_be_credited_is_refused(mode: str, problem: type) -> None:
+    """Labels that each act on others too; a signal that is made of its own feedback; feedback that is not finite."""
+    case = toy("mlp")
+    with unmoved(case), pytest.raises(MetaplError):
+        trainer_for(case, mode, problem=problem(), teacher_losses=()).step(**case.data())

@@ -51,10 +51,6 @@ def test_the_norms_of_the_two_gradients_have_this_ratio(
     torch.testing.assert_close(found, by_weight)
 
 
-def test_zero_is_no_feedback() -> None:
-    torch.testing.assert_close(moved(feedback_ratio=0.0)[0], moved(feedback_weight=0.0)[0])
-
-
 def test_feedback_that_is_zero_stays_zero() -> None:
     found, report = moved(mode="none", feedback_ratio=0.25)
     torch.testing.assert_close(found, moved(mode="none")[0])

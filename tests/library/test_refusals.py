@@ -23,9 +23,6 @@ from torch.utils import _pytree as pytree
 import metapl
 from metapl import UDA, CrossEntropy, Lookahead, MetaplError, Signal
 
-TORCH = (RuntimeError, ValueError, TypeError, AttributeError, IndexError)
-"""Of what torch itself refuses in words of its own; a MetaplError is a ValueError, and will do."""
-
 ROWS, LABELED, WIDTH, CLASSES = 6, 4, 5, 3
 NAN = float("nan")
 
@@ -153,19 +150,6 @@ class NoForwardMode(torch.autograd.Function):
         return g * (1 - ctx.saved_tensors[0].tanh().square())
 
 
-class Once(torch.autograd.Function):
-    """Its backward pass cannot be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
-
-
 class Applied(nn.Module):
     def __init__(self, function: Any) -> None:
         super().__init__()
@@ -173,37 +157,6 @@ class Applied(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function.apply(x)  # type: ignore[no-any-return]
-
-
-class AnotherJvp(torch.autograd.Function):
-    """Its forward mode is not that of its backward pass."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
-
-    @staticmethod
-    def jvp(ctx: Any, t: Tensor) -> Tensor:
-        return t * torch.linspace(0, 1, t.shape[-1])
-
-
-class Returning(nn.Module):
-    """A network that returns something else than a tensor of real numbers."""
-
-    def __init__(self, change: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.network, self.change = network(), change
-
-    def forward(self, x: Tensor) -> Any:
-        return self.change(self.network(x))
 
 
 class ComplexWeight(nn.Module):
@@ -233,10 +186,6 @@ def hooked() -> Case:
     return case
 
 
-def within_inference_mode(call: Callable[[], Any]) -> Callable[[], Any]:
-    return torch.inference_mode()(call)
-
-
 def made_in_inference_mode() -> nn.Module:
     with torch.inference_mode():
         return network()
@@ -260,13 +209,6 @@ def diverging() -> Case:
     return case
 
 
-def not_a_number() -> Case:
-    case = Case()
-    with torch.no_grad():
-        case.student[0].weight.fill_(NAN)
-    return case
-
-
 def hypergradient(case: Case, **options: Any) -> Callable[[], Any]:
     known = {"labeled": (case.x, case.y), "unlabeled": case.u, "inner_optimizer": case.inner, "mode": "forward"}
     return partial(metapl.hypergradient, case.teacher, case.student, **{**known, **options})
@@ -286,11 +228,8 @@ Wrong = Callable[[Case], Callable[[], Any]]
 """Of a case, the call that cannot be meant; what it needs beforehand is made already."""
 
 BUILT: dict[str, Wrong] = {
-    "no such mode": lambda c: partial(c.built, "foward"),
-    "a number as mode": lambda c: partial(c.built, 3),
     "one network as both": lambda c: partial(metapl.BilevelTrainer, c.student, c.student),
     "a student without weights": lambda c: partial(c.built, student=nn.Identity()),
-    "a student that is none": lambda c: partial(c.built, student="network"),
     "no teacher": lambda c: partial(c.built, teacher=None, outer_optimizer=None, teacher_losses=None),
     "an inner optimizer that lacks a weight": lambda c: partial(c.built, inner_optimizer=some_of(c.student)),
     "an inner optimizer of the teacher": lambda c: partial(c.built, inner_optimizer=c.outer),
@@ -298,16 +237,9 @@ BUILT: dict[str, Wrong] = {
         c.built, inner_optimizer=torch.optim.Rprop(c.student.parameters())
     ),
     "an outer optimizer that lacks a weight": lambda c: partial(c.built, outer_optimizer=some_of(c.teacher)),
-    "no steps ahead": lambda c: partial(c.built, lookahead=0),
     "steps ahead in Algorithm 1": lambda c: partial(c.built, "reinforce", lookahead=2),
-    "no micro-batches": lambda c: partial(c.built, accumulate=0),
-    "a negative norm": lambda c: partial(c.built, clip_norm=-1.0),
-    "another precision": lambda c: partial(c.built, precision="float64"),
     "another way to compile": lambda c: partial(c.built, compile="max-autotune"),
-    "a weight that is no number": lambda c: partial(c.built, feedback_weight=NAN),
     "hard labels in double backward": lambda c: partial(c.built, "unrolled", problem=metapl.PseudoLabels(kind="hard")),
-    "a number as teacher loss": lambda c: partial(c.built, teacher_losses=(3,)),
-    "a text as problem": lambda c: partial(c.built, problem="labels"),
     "a student without shapes yet": lambda c: partial(
         c.built, student=nn.Sequential(nn.LazyLinear(CLASSES)), inner_optimizer=None
     ),
@@ -317,14 +249,11 @@ BUILT: dict[str, Wrong] = {
     "a student in DataParallel": lambda c: partial(c.built, student=nn.DataParallel(c.student)),
 }
 STEPS: dict[str, Wrong] = {
-    "a class too many": lambda c: c.step(labeled=(c.x, c.y + CLASSES - 1)),
-    "a negative class": lambda c: c.step("reinforce", labeled=(c.x, c.y - 1)),
     "a batch too few": lambda c: c.step(lookahead=2),
     "steps ahead that the mode does not take": lambda c: c.step("reinforce", unlabeled=Lookahead([c.u, c.u])),
     "fewer rows than micro-batches": lambda c: c.step(accumulate=5),
     "one view for two": lambda c: c.step(teacher_losses=(UDA(),)),
     "a signal that is a tensor": lambda c: c.step(problem=Odd(signal=lambda s: s.value)),
-    "a signal of a text": lambda c: c.step(problem=Odd(signal=lambda s: Signal("labels"))),
     "a signal of complex numbers": lambda c: c.step(problem=Odd(signal=lambda s: Signal(s.value + 0j))),
     "a signal that is no number": lambda c: c.step(problem=Odd(signal=lambda s: Signal(s.value * NAN))),
     "a signal of whole numbers": lambda c: c.step(problem=Odd(signal=lambda s: Signal(s.value.argmax(-1)))),
@@ -334,92 +263,48 @@ STEPS: dict[str, Wrong] = {
     ),
     "a soft signal where labels are sampled": lambda c: c.step("reinforce", problem=Odd()),
     "an inner loss that is a mean": lambda c: c.step(problem=Odd(inner_loss=lambda t: t.mean())),
-    "an inner loss for each class": lambda c: c.step(problem=Odd(inner_loss=lambda t: t[:, None].expand(-1, 3))),
-    "an inner loss of fewer rows": lambda c: c.step(problem=Odd(inner_loss=lambda t: t[1:])),
     "an inner loss that is a number": lambda c: c.step(problem=Odd(inner_loss=lambda t: 0.5)),
-    "an inner loss that is nothing": lambda c: c.step("difference", problem=Odd(inner_loss=lambda t: None)),
     "an inner loss without a graph": lambda c: c.step("unrolled", problem=Odd(inner_loss=lambda t: t.detach())),
     "an outer loss for each example": lambda c: c.step(problem=Odd(outer_loss=lambda t: t.expand(LABELED))),
     "an outer loss that is a number": lambda c: c.step(
         "difference", problem=Odd(outer_loss=lambda t: float(t.detach()))
     ),
     "an outer loss without a graph": lambda c: c.step(problem=Odd(outer_loss=lambda t: t.detach())),
-    "an outer loss of three parts": lambda c: c.step(problem=Odd(outer_loss=lambda t: (t, t, t))),
-    "a teacher loss for each example": lambda c: c.step(teacher_losses=(OwnLoss(lambda t: t),)),
     "a teacher loss that is a number": lambda c: c.step(teacher_losses=(OwnLoss(lambda t: 0.5),)),
 }
 OTHERS: dict[str, Wrong] = {
-    "hypergradient: no such mode": lambda c: hypergradient(c, mode="foward"),
-    "hypergradient: a class too many": lambda c: hypergradient(c, labeled=(c.x, c.y + 1)),
     "hypergradient: no optimizer": lambda c: hypergradient(c, inner_optimizer=None),
     "hypergradient: an optimizer that lacks a weight": lambda c: hypergradient(c, inner_optimizer=some_of(c.student)),
     "hypergradient: steps ahead": lambda c: hypergradient(c, mode="difference", unlabeled=Lookahead([c.u, c.u])),
-    "hypergradient: an inner loss that is a mean": lambda c: hypergradient(
-        c, problem=Odd(inner_loss=lambda t: t.mean())
-    ),
-    "hypergradient: an outer loss for each example": lambda c: hypergradient(
-        c, mode="unrolled", problem=Odd(outer_loss=lambda t: t.expand(LABELED))
-    ),
     "attribute: no steps": lambda c: attribute(c, steps=0),
-    "attribute: a class too many": lambda c: attribute(c, train=(c.u, torch.arange(ROWS))),
-    "attribute: labels of another length": lambda c: attribute(c, train=(c.u, torch.arange(3))),
     "attribute: an optimizer that lacks a weight": lambda c: attribute(c, optimizer=some_of(c.student)),
     "attribute: another mode": lambda c: attribute(c, mode=metapl.feedback.Reinforce()),
-    "a metric for each example": lambda c: partial(
-        c.built().evaluate, (c.x, c.y), metric=lambda outputs, batch: outputs.amax(-1)
-    ),
-    "a metric of a text": lambda c: partial(c.built().evaluate, (c.x, c.y), metric=lambda outputs, batch: "good"),
 }
-IN_TORCHS_WORDS: dict[str, Wrong] = {
-    "labels that are no whole numbers": lambda c: c.step(labeled=(c.x, c.y.float())),
-    "labels of another length": lambda c: c.step(labeled=(c.x, c.y[1:])),
-    "a number as generator": lambda c: c.step("reinforce", generator=3),
-    "labels in a list": lambda c: c.step(labeled=(c.x, c.y.tolist())),
-    "an inner batch of a text": lambda c: c.step("reinforce", unlabeled="pictures"),
-    "an inner batch of no rows": lambda c: c.step(unlabeled=c.u[:0]),
-    "an inner batch of other width": lambda c: c.step(unlabeled=c.u[:, 1:]),
-    "an outer batch of other width": lambda c: c.step(labeled=(c.x[:, 1:], c.y)),
-    "a batch on another device": lambda c: c.step(unlabeled=c.u.to("meta")),
-    "a batch of other floats": lambda c: c.step(unlabeled=c.u.half()),
-}
-OTHER_NETWORKS: dict[str, tuple[Callable[[], Case], Wrong, Any]] = {
-    "a shared layer": (sharing, lambda c: c.built, MetaplError),
-    "no rule for forward mode": (with_student(Applied(NoForwardMode)), lambda c: c.step(TANGENT), MetaplError),
-    "no second derivative": (with_student(Applied(Once)), lambda c: c.step("unrolled"), (MetaplError, RuntimeError)),
-    "a jvp of another function": (with_student(Applied(AnotherJvp)), lambda c: c.step(TANGENT), MetaplError),
-    "sparse gradients of the student": (lambda: Case(student=Sparse()), lambda c: c.step("forward"), MetaplError),
+OTHER_NETWORKS: dict[str, tuple[Callable[[], Case], Wrong]] = {
+    "a shared layer": (sharing, lambda c: c.built),
+    "no rule for forward mode": (with_student(Applied(NoForwardMode)), lambda c: c.step(TANGENT)),
+    "sparse gradients of the student": (lambda: Case(student=Sparse()), lambda c: c.step("forward")),
     "a complex weight under Adam": (
         lambda: Case(student=ComplexWeight()),
         lambda c: c.step("forward", inner_optimizer=torch.optim.Adam(c.student.parameters())),
-        MetaplError,
     ),
-    "complex outputs": (lambda: Case(student=Returning(lambda z: z * 1j)), lambda c: c.step("reinforce"), TORCH),
-    "a tuple as outputs": (lambda: Case(student=Returning(lambda z: (z, z))), lambda c: c.step("forward"), TORCH),
-    "a hook on a weight": (hooked, lambda c: lambda: c.step("forward")(), MetaplError),
-    "an outer optimizer that evaluates the loss": (
-        Case,
-        lambda c: lambda: c.step("forward", outer_optimizer=torch.optim.LBFGS(c.teacher.parameters()))(),
-        TORCH,
-    ),
-    "a step in inference mode": (Case, lambda c: within_inference_mode(c.step("forward")), TORCH),
-    "a student that is no number": (not_a_number, lambda c: c.step("reinforce"), MetaplError),
-    "a student that diverges within its step": (diverging, lambda c: c.step("forward"), MetaplError),
+    "a hook on a weight": (hooked, lambda c: lambda: c.step("forward")()),
+    "a student that diverges within its step": (diverging, lambda c: c.step("forward")),
 }
-TABLE: dict[str, tuple[Callable[[], Case], Wrong, Any]] = {
-    **{name: (Case, wrong, MetaplError) for name, wrong in (BUILT | STEPS | OTHERS).items()},
-    **{name: (Case, wrong, TORCH) for name, wrong in IN_TORCHS_WORDS.items()},
+TABLE: dict[str, tuple[Callable[[], Case], Wrong]] = {
+    **{name: (Case, wrong) for name, wrong in (BUILT | STEPS | OTHERS).items()},
     **OTHER_NETWORKS,
 }
 
 
 @pytest.mark.parametrize("name", TABLE)
 def test_a_wrong_call_moves_nothing(name: str) -> None:
-    made, wrong, error = TABLE[name]
+    made, wrong = TABLE[name]
     torch.manual_seed(0)
     case = made()
     call = wrong(case)
     before = case.everything()
-    with pytest.raises(error):
+    with pytest.raises(MetaplError):
         call()
     assert moved(before, case.everything()) == []
 
@@ -436,25 +321,13 @@ def test_a_generator_of_another_device_is_refused() -> None:
 
 VALUES: dict[str, Callable[[], Any]] = {
     "PseudoLabels.kind": lambda: metapl.PseudoLabels("firm"),
-    "PseudoLabels.temperature": lambda: metapl.PseudoLabels(temperature=0.0),
-    "PseudoLabels.label_smoothing": lambda: metapl.PseudoLabels(label_smoothing=1.0),
-    "CrossEntropy.label_smoothing": lambda: CrossEntropy(label_smoothing=-0.1),
-    "UDA.threshold": lambda: UDA(threshold=1.0),
-    "UDA.temperature": lambda: UDA(temperature=NAN),
-    "UDA.align": lambda: UDA(align=1.1),
     "UDA.ramp": lambda: UDA(ramp=-1),
     "Reinforce.similarity": lambda: metapl.feedback.Reinforce(similarity="angle"),
     "Reinforce.baseline": lambda: metapl.feedback.Reinforce(baseline=1.0),
-    "LossDifference.baseline": lambda: metapl.feedback.LossDifference(baseline=-0.5),
     "Forward.normalization": lambda: metapl.feedback.Forward(normalization="unit"),
     "Forward.keep_every": lambda: metapl.feedback.Forward(keep_every=True),
-    "Unrolled.truncate": lambda: metapl.feedback.Unrolled(truncate=0),
     "ReinforcePerExample.tangent": lambda: metapl.feedback.ReinforcePerExample(tangent="both"),
-    "Difference.relative_step": lambda: metapl.feedback.Difference(relative_step=0.0),
-    "Implicit.damping": lambda: metapl.feedback.Implicit(damping=float("inf")),
-    "Implicit.iterations": lambda: metapl.feedback.Implicit(iterations=0),
     "Lookahead.batches": lambda: Lookahead([]),
-    "Lookahead.steps": lambda: Lookahead(lambda k: None, steps=0),
     "WeightNet.hidden": lambda: metapl.problems.WeightNet(0),
 }
 

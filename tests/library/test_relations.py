@@ -151,18 +151,6 @@ def test_a_batch_in_another_order_gives_its_feedback_in_that_order(mode: str, st
     assert error(moved.grads, straight.grads) < bound
 
 
-@pytest.mark.parametrize("student", ["mlp", "batch_norm"])
-def test_sampled_labels_in_another_order_give_their_feedback_in_that_order(student: str) -> None:
-    problem, order, labels = toy(student), torch.tensor([2, 0, 3, 1]), (0, 2, 1, 1)
-    straight = find(problem, "reinforce_per_example", problem=FixedLabels("hard", labels=labels))
-    moved = find(
-        replace(problem, unlabeled=problem.unlabeled[order]),
-        "reinforce_per_example",
-        problem=FixedLabels("hard", labels=tuple(labels[i] for i in order)),
-    )
-    assert error(moved.feedback, straight.feedback[order]) < 1e-12
-
-
 @pytest.mark.parametrize("student", STUDENTS)
 @pytest.mark.parametrize("mode", ANYWHERE)
 def test_weights_buffers_gradients_and_states_stay_bit_for_bit(mode: str, student: str) -> None:
@@ -201,13 +189,6 @@ def test_normalization_divides_by_the_learning_rate(name: str) -> None:
     kind = type(metapl.feedback.estimator(name))
     plain, per_eta = (find(toy("mlp"), kind(normalization=n)).feedback for n in ("gradient", "learning_rate"))
     assert error(per_eta, plain / 0.3) < 1e-12
-
-
-def test_normalization_by_cosine_sums_to_the_cosine() -> None:
-    mode = metapl.feedback.ReinforcePerExample(normalization="cosine")
-    each = find(toy("mlp"), mode, "torch_sgd").feedback
-    whole = find(toy("mlp"), Reinforce(similarity="cosine"), "torch_sgd").feedback
-    assert error(each.sum(), whole) < 1e-12
 
 
 @pytest.mark.parametrize("kind", [Reinforce, LossDifference])

@@ -165,48 +165,6 @@ def test_a_killed_path_goes_on_bit_for_bit(case: str, place: str, tmp_path: Path
         assert next(reads) <= next(whole) - STEPS, "steps were taken again"
 
 
-class Stopped(Exception):
-    pass
-
-
-@pytest.mark.parametrize(
-    ("kind", "numbers"),
-    [
-        ("read", (20,)),
-        *(pytest.param(*case, marks=pytest.mark.long) for case in (("read", (3, 32, 60)), ("file", (3, 10, 14)))),
-    ],
-)
-def test_a_compiled_path_goes_on_bit_for_bit(
-    kind: str, numbers: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Stopped at seven places, by the same graphs; above, in processes that are killed."""
-    student = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Dropout(0.2), nn.Linear(4, 3))
-    optimizer, problem = adam(student), EqualWeights()
-    given: Any = {"optimizer": lambda _: optimizer, "network": lambda: student, "problem": problem}
-    given |= {"schedule": lambda k: 1 - k / STEPS, "backend": "aot_eager"}
-    expected = gradient(None, lambda: None, compile=True, **given)
-    replace, place = os.replace, str(tmp_path)
-    for number in numbers:
-        count = itertools.count(1)
-
-        def come(count: Any = count, number: int = number) -> None:
-            if next(count) == number:
-                raise Stopped
-
-        if kind == "file":
-            monkeypatch.setattr(atomic.os, "replace", lambda *names, come=come: (come(), replace(*names))[1])
-        with pytest.raises(Stopped):
-            gradient(place, come if kind == "read" else lambda: None, compile=True, **given)
-        monkeypatch.undo()
-        if number == 20:
-            with pytest.raises(MetaplError, match="another folder"):  # the eager road rounds otherwise
-                gradient(place, lambda: None, **given)
-        found = gradient(place, lambda: None, compile=True, **given)
-        for name, value in expected.items():
-            assert same(found[name], value), (kind, number, name)
-        assert {file.name for file in tmp_path.iterdir()} <= {".lock"}
-
-
 # What the call was given that was killed, where that is not the plain one.
 
 
@@ -256,13 +214,6 @@ def test_a_full_disk_leaves_what_was_kept(monkeypatch: pytest.MonkeyPatch, tmp_p
     found = gradient(str(tmp_path), lambda: next(reads))  # type: ignore[arg-type, return-value]
     assert same(found, gradient(None, lambda: None))
     assert next(reads) < 2 * STEPS
-
-
-def test_batches_that_no_step_back_reads_are_those_of_before(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError):
-        gradient(str(tmp_path), stopped_at(20), mode={"truncate": 3})
-    with pytest.raises(MetaplError):
-        gradient(str(tmp_path), lambda: None, mode={"truncate": 3}, batch=lambda k: batch(k and k + 50))
 
 
 def test_a_damaged_file_is_refused_and_another_path_begins_without_it(tmp_path: Path) -> None:

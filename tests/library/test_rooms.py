@@ -132,11 +132,6 @@ def test_the_top_can_be_seen_at_a_glance() -> None:
     assert len(rooms) <= ROOMS
 
 
-def test_no_public_name_is_a_module_too() -> None:
-    taken = {path.stem for path in PACKAGE.iterdir()} & {*metapl.__all__}
-    assert taken == {name for name in taken if (PACKAGE / name).is_dir()}
-
-
 def test_an_import_inside_a_function_is_seen() -> None:
     source = "def late():\n    from metapl.training import loop\nif TYPE_CHECKING:\n    import metapl.ablation\n"
     found = imports(source, {*modules()})

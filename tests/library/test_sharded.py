@@ -226,10 +226,6 @@ def test_options_of_the_trainer(two: Ranks, layout: str) -> None:
     )
 
 
-def test_uda_aligns_the_labels_of_all_rows(two: Ranks) -> None:
-    assert max(two.run("aligned")) < 1e-14
-
-
 SPACED = Forward(keep_every=2)
 TWO_OF_THREE = Forward(truncate=2)
 
@@ -316,10 +312,6 @@ def test_a_path_that_failed_leaves_the_student_as_it_was(two: Ranks, layout: str
     """In a forward pass, and where a block is run again in the backward pass, at weights of a later step."""
     for at in (2, 3, 4, 5):
         assert max(two.run("interrupted", layout=layout, at=at)) < 1e-12, at
-
-
-def test_several_steps_ahead_over_replicas_of_shards(four: Ranks) -> None:
-    check(four, [{"mode": SPACED, "layout": "hsdp", "lookahead": 3}])
 
 
 def test_a_replicated_teacher_of_a_sharded_student(two: Ranks) -> None:
@@ -429,8 +421,7 @@ def test_an_outer_loss_of_a_sum_and_a_weight_is_as_in_one_process(two: Ranks, la
         {"rows": 2 * sharded_cases.CLASSES, "mode": Altered()},
         {"mode": Altered(alteration="random_sign"), "accumulate": 2},
         {"matrix": False},
-        {"matrix": False, "both": True},
-        {"matrix": False, "both": True, "accumulate": 2},
+        {"matrix": False, "accumulate": 2},
     ],
 )
 def test_feedback_on_a_signal_without_rows_is_that_of_all_processes(two: Ranks, case: dict[str, Any]) -> None:
@@ -450,15 +441,6 @@ def test_tied_weights_and_buffers_that_move(two: Ranks, replicate: bool) -> None
         seen = first.pop("seen")
         assert not torch.equal(seen, expected[role].pop("seen"))  # of its own rows
         assert error(first, expected[role]) < 1e-10
-
-
-def test_nothing_is_padded_where_a_dimension_divides(two: Ranks) -> None:
-    assert two.run("placements")[0] == {
-        "0.weight": ("(Shard(dim=1),)", (3, 3)),
-        "0.bias": ("(Shard(dim=0),)", (2,)),
-        "1.weight": ("(Shard(dim=0),)", (2, 3)),
-        "1.bias": ("(Shard(dim=0),)", (2,)),
-    }
 
 
 @pytest.mark.parametrize("inside", ["plain", "norm"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -36,29 +35,6 @@ def test_a_state_dict_is_a_snapshot(inner: str) -> None:
             trainer.step(**case.data())
         runs.append(everything(case, generator=False))
     assert same(*runs)
-
-
-def test_so_is_that_of_a_trainer_of_one_network() -> None:
-    case = toy("batch_norm")
-    trainer = metapl.LossTrainer(case.student, optimizer=INNER["sgd"](case.student))
-    trainer.step(case.labeled)
-    best, runs = trainer.state_dict(), []
-    for _ in range(2):
-        trainer.load_state_dict(best)
-        for _ in range(3):
-            trainer.step(case.labeled)
-        runs.append(everything(case, generator=False))
-    assert same(*runs)
-
-
-def test_the_weights_of_a_fit_are_a_snapshot() -> None:
-    case = toy("batch_norm")
-    trainer = metapl.BilevelTrainer(**case.networks(), mode="forward")
-    found = trainer.fit([case.labeled], [case.unlabeled], steps=2, progress=False)
-    before = copy.deepcopy(found.weights)
-    trainer.step(**case.data())
-    assert all(torch.equal(t, before[name]) for name, t in found.weights.items())
-    assert not torch.equal(case.student[0].weight, before["0.weight"])
 
 
 class Merged(nn.Linear):

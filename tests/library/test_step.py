@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import reference
 import torch
-import torchopt
 from problems_zoo import ANYWHERE, OPTIMISERS, STUDENTS, Toy, everything, mlp, noisy_teacher, product, same, toy
 from reference import error, flat
 from torch import Tensor, nn
@@ -17,7 +16,6 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import UDA, CrossEntropy
-from metapl.feedback import Difference, LossDifference
 
 SAMPLED = ["reinforce", "reinforce_per_example", "loss_difference"]
 
@@ -197,62 +195,6 @@ def test_the_default_losses_are_smoothed_cross_entropy_and_uda_for_two_views(vie
 # ------------------------------------------------------------------------------------------------------ the report
 
 
-class Table(nn.Module):
-    """A teacher that is a table of labels."""
-
-    def __init__(self, rows: int, classes: int) -> None:
-        super().__init__()
-        self.labels = nn.Parameter(torch.full((rows, classes), 1 / classes))
-
-
-class OfTable(metapl.problems.Problem):
-    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> metapl.Signal:
-        return metapl.Signal(teacher.labels[: len(batch)])
-
-    def inner_loss(self, outputs: Any, signal: metapl.Signal, batch: Any, params: Any = None) -> Any:
-        return F.cross_entropy(outputs, signal.value, reduction="none")
-
-    def outer_loss(self, outputs: Any, batch: Any) -> Any:
-        return F.cross_entropy(outputs, batch[1])
-
-
-def test_the_report_is_of_the_step_where_the_signal_is_a_weight() -> None:
-    table, student = Table(8, 4), nn.Linear(6, 4)
-    trainer = metapl.BilevelTrainer(
-        table, student, "forward", problem=OfTable(), outer_optimizer=torch.optim.SGD(table.parameters(), lr=100.0)
-    )
-    report = trainer.step((torch.randn(8, 6), torch.arange(8) % 4), torch.randn(8, 6))
-    assert table.labels.amax() > 0.3
-    assert report.signal.value.amax() == 0.25
-
-
-def test_a_gradient_left_by_the_caller_does_not_enter_the_step() -> None:
-    runs = []
-    for stale in (False, True):
-        case = toy("mlp")
-        if stale:
-            for net in case.networks().values():
-                for p in net.parameters():
-                    p.grad = torch.ones_like(p)
-        torch.manual_seed(0)
-        trainer_for(case, "reinforce").step(**case.data())
-        runs.append([*values(case.student).values(), *values(case.teacher).values()])
-    assert same(*runs)
-
-
-@pytest.mark.parametrize("mode", [Difference(), LossDifference(baseline=0.9), "forward", "reinforce"])
-def test_the_same_seed_gives_the_same_run(mode: Any) -> None:
-    runs = []
-    for _ in range(2):
-        case = toy("dropout", teacher=noisy_teacher)
-        trainer = metapl.BilevelTrainer(**case.networks(), mode=mode)
-        torch.manual_seed(1)
-        for _ in range(3):
-            trainer.step(**case.data())
-        runs.append(everything(case))
-    assert same(*runs)
-
-
 @pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torchopt_sgd_nesterov"])
 @pytest.mark.parametrize("mode", ["forward", "unrolled", "difference", "reinforce_per_example"])
 def test_the_students_clip_is_part_of_its_update(mode: str, optimiser: str) -> None:
@@ -274,20 +216,6 @@ def test_the_students_clip_is_part_of_its_update(mode: str, optimiser: str) -> N
         length = 100.0 * flat(expected.grads).norm()
         scale = 100.0 * min(1.0, 0.05 / float(length + 1e-6))
         assert error(moved(before, case.teacher), {n: -scale * g for n, g in expected.grads.items()}) < bound
-
-
-def test_a_transforms_state_goes_on_between_steps() -> None:
-    """Three steps of the trainer, and of the optimiser that it imitates."""
-    runs = []
-    for inner in ("torchopt", "torch"):
-        case = toy("mlp")
-        options = {"lr": 0.2, "momentum": 0.9, "nesterov": True}
-        student = torch.optim.SGD(case.student.parameters(), **options) if inner == "torch" else torchopt.sgd(**options)
-        trainer = trainer_for(case, "forward", inner_optimizer=student)
-        for _ in range(3):
-            trainer.step(**case.data())
-        runs.append(values(case.student))
-    assert error(*runs) < 1e-13
 
 
 def test_cross_entropy_of_hard_labels_is_smoothed_for_the_student_alone() -> None:

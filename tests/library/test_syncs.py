@@ -178,16 +178,3 @@ def test_cuda_is_not_waited_for(name: str) -> None:
         one.step(labeled, unlabeled)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def test_a_bad_batch_found_on_the_device_is_told_when_the_report_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the one network's trainer too."""
-    model, _ = networks("cpu")
-    one = LossTrainer(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), clip_norm=1.0)
-    (x, y), _ = batches("cpu")
-    one.step((x, y))
-    with as_on_an_accelerator(monkeypatch) as waits:
-        report = one.step((x * torch.nan, y))
-        assert waits.found == []
-    with pytest.raises(metapl.MetaplError):
-        report.fault.raise_if_found()

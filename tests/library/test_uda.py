@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from metapl import UDA, BilevelTrainer, LossTrainer, MetaplError
+from metapl import UDA, MetaplError
 from metapl.problems.base import Signal
 
 NOTHING = Signal(torch.empty(0))
@@ -98,70 +97,7 @@ def test_a_prior_that_is_none_is_refused(prior: tuple[float, ...]) -> None:
         UDA(align=0.5, prior=prior)
 
 
-def test_a_prior_of_other_classes_is_refused() -> None:
-    with pytest.raises(MetaplError, match="2 shares"):
-        UDA(align=0.5, prior=(0.5, 0.5)).target(logits())
-
-
-@pytest.mark.parametrize("align", [0.0, 0.5])
-def test_a_temperature_of_0_is_the_limit_of_small_ones(align: float) -> None:
-    hard = UDA(0.0, align=align).target(logits())
-    assert torch.equal(hard, F.one_hot(hard.argmax(1), 5).double())
-    off = [(UDA(t, align=align).target(logits()) - hard).abs().max().item() for t in (0.3, 0.1, 0.03, 1e-3)]
-    assert off == sorted(off, reverse=True)
-    assert off[0] > 0.01
-    assert off[-1] < 1e-12
-    assert torch.equal(UDA(1e-30, align=align).target(logits()), hard)
-
-
 # -------------------------------------------------------------------------------------------------- improbable classes
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.5])
-@pytest.mark.parametrize("align", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("low", [-math.inf, -300.0])
-def test_a_class_without_probability_gets_none(low: float, align: float, temperature: float) -> None:
-    """exp(-300) is 0 in float32."""
-    given = logits(dtype=torch.float32)
-    without = UDA(temperature, align=align).target(given[:, :4])
-    given[:, 4] = low
-    found = UDA(temperature, align=align).target(given)
-    assert found.isfinite().all()
-    if align == 1.0 and low > -math.inf:  # then it is as frequent as the others, however improbable it was
-        assert temperature == 0.0 or found.mean(0)[4] > 0.1
-        return
-    assert found[:, 4].max() < 1e-30
-    torch.testing.assert_close(found[:, :4], without)
-
-
-class Masked(nn.Module):
-    """The last class is out of the question."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = network(torch.float32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        mask = torch.zeros(5)
-        mask[4] = -math.inf
-        return self.inner(x) + mask
-
-
-@pytest.mark.parametrize("uda", [UDA(), UDA(0.0, 0.3, align=0.5), UDA(0.5, 0.99)])
-def test_an_impossible_class_spoils_neither_loss_nor_gradient(uda: UDA) -> None:
-    model = Masked()
-    value = loss(uda, model, pair(torch.float32))
-    value.backward()
-    assert value.isfinite()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_a_network_that_gives_nan_gives_a_loss_of_nan() -> None:
-    """Also for examples that are left out: the trainers look for it."""
-    model = nn.Linear(6, 5)
-    weak, strong = pair(torch.float32)
-    strong[0] = math.nan
-    assert loss(UDA(threshold=0.999), model, (weak, strong)).isnan()
 
 
 # ------------------------------------------------------------------------------------------------ the loss, by the step
@@ -231,23 +167,3 @@ def test_the_ramp_begins_at_the_start(start: int, ramp: int, shares: list[float]
 
 
 # -------------------------------------------------------------------------------------------------------- in a trainer
-
-
-@pytest.mark.parametrize("kind", ["one network", "a waiting student", "a teacher"])
-def test_alone_it_learns_nothing_before_the_start_and_something_then(kind: str) -> None:
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    trainer: Any
-    if kind == "one network":
-        trainer = LossTrainer(model, (UDA(start=2),), optimizer=optimizer, clip_norm=1.0)
-        step = trainer.step
-    else:
-        options: dict[str, Any] = {"teacher_losses": (UDA(start=2),), "outer_optimizer": optimizer, "clip_norm": 1.0}
-        trainer = BilevelTrainer(model, network(), "none", **options)
-        step = trainer.teacher_step if kind == "a waiting student" else trainer.step
-    begun = [p.detach().clone() for p in model.parameters()]
-    for number in range(3):
-        report = step(labeled(), pair())
-        assert math.isfinite(sum(value for name, value in report.as_dict().items() if "uda" in name))
-        moved = any(not torch.equal(p, q) for p, q in zip(model.parameters(), begun, strict=True))
-        assert moved == (number == 2)

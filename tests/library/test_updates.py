@@ -168,34 +168,6 @@ def test_an_update_behind_a_clip_is_that_of_clipped_gradients(max_norm: float, n
     assert error(values(student), moved) < 1e-14
 
 
-def test_parameters_that_the_loss_does_not_reach_do_not_move() -> None:
-    student = toy("mlp").student
-    real = torch.optim.AdamW(student.parameters(), lr=0.1, weight_decay=0.5)
-    functional = update_of(real, trainable(student))
-    g = gradients(student)
-    last = list(g)[-1]
-    del g[last]
-    before = values(student)
-    moved, _ = functional.update(before, g, functional.read_state())
-    functional.commit(trainable(student), g, lambda: (moved, None))
-    assert torch.equal(moved[last], before[last])
-    assert error(moved, values(student)) < 1e-14
-
-
-@pytest.mark.parametrize("decayed", [False, True])
-def test_a_scheduled_learning_rate_is_read_at_every_step(decayed: bool) -> None:
-    student = toy("mlp").student
-    real = torch.optim.SGD(student.parameters(), lr=0.4)
-    functional = update_of(real, trainable(student))
-    if decayed:
-        real.param_groups[0]["lr"] = 0.1
-    v = gradients(student)
-    w = functional.pullback(values(student), v, functional.read_state(), v)
-    eta = 0.1 if decayed else 0.4
-    assert functional.learning_rate == eta
-    assert error(w, {n: -eta * t for n, t in v.items()}) < 1e-14
-
-
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("steps", [0, 3])
 @pytest.mark.parametrize("name", OPTIMISERS)

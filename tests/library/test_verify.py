@@ -478,19 +478,3 @@ def test_a_hypergradient_verifies_where_it_is_asked(monkeypatch: pytest.MonkeyPa
     plant(monkeypatch, "the sign")
     with pytest.raises(MetaplError, match="mode"):
         metapl.hypergradient(case.teacher, case.student, **given, verify=True)
-
-
-@pytest.mark.parametrize("setting", ["yes", -1, 1.5, None])
-def test_a_setting_that_is_none(setting: Any) -> None:
-    with pytest.raises(MetaplError, match="verify"):
-        trainer(verify=setting)
-
-
-def test_calls_that_are_none() -> None:
-    made, batches = trainer()
-    for call in ((made, made.student), (made.teacher,), (made.teacher, made.student)):
-        with pytest.raises(MetaplError):
-            metapl.check_gradient(*call, **batches)
-    with pytest.raises(MetaplError):
-        metapl.check_gradient(made)
-    assert metapl.check_gradient(made, **batches, mode="unrolled").passed

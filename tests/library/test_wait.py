@@ -16,10 +16,8 @@ from torch.utils import _pytree as pytree
 
 import metapl
 from metapl import UDA, CrossEntropy, MetaplError
-from metapl.execution import checks
 from metapl.feedback import LossDifference, Reinforce
 from metapl.runs.checkpoint import CheckpointFolder
-from metapl.training import FitOptions
 from metapl.training.loss_trainer import LossTrainer
 
 LOSSES = (CrossEntropy(label_smoothing=0.1), UDA(temperature=0.7, threshold=0.3, weight=2.0, ramp=5))
@@ -70,86 +68,9 @@ def test_the_teacher_learns_as_it_would_without_a_student(options: dict[str, Any
     assert trainer.steps_done == 8
 
 
-def test_a_report_tells_the_teachers_losses() -> None:
-    report = bilevel(teacher_losses=LOSSES).teacher_step(*pairs(1)[0])
-    told = report.as_dict()
-    assert report.step == 0
-    assert told["teacher_uda"] == 0  # the ramp's first step
-    assert told == {
-        "teacher_cross_entropy": told["teacher_loss"],
-        "teacher_uda": 0.0,
-        "teacher_loss": pytest.approx(told["teacher_cross_entropy"]),
-    }
-
-
-def test_one_view_and_the_default_losses_do() -> None:
-    labeled, unlabeled = batches(1)
-    assert set(bilevel().teacher_step(labeled[0], unlabeled[0]).as_dict()) == {"teacher_cross_entropy", "teacher_loss"}
-    assert "teacher_uda" in bilevel().teacher_step(*pairs(1)[0]).as_dict()
-
-
-def test_the_weak_views_pass_leaves_no_graph() -> None:
-    """Under autocast too, where casts of weights are remembered, the passes after it have their gradients."""
-    trainer = bilevel(teacher_losses=(UDA(), CrossEntropy()), precision="bfloat16")
-    with_graph = []
-    trainer.teacher.register_forward_hook(lambda module, given, logits: with_graph.append(logits.requires_grad))
-    before = copied(trainer.teacher)
-    trainer.teacher_step(*pairs(1)[0])
-    assert with_graph == [False, True, True]
-    assert all(not torch.equal(before[name], p) for name, p in trainer.teacher.named_parameters())
-
-
-@pytest.mark.parametrize("accumulate", [2, 4])
-def test_micro_batches_change_nothing_but_memory(accumulate: int) -> None:
-    ends = []
-    for parts in (1, accumulate):
-        torch.manual_seed(0)
-        teacher, student = (nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double() for _ in range(2))
-        trainer = metapl.BilevelTrainer(
-            teacher, student, "forward", teacher_losses=LOSSES, clip_norm=0.5, accumulate=parts
-        )
-        labeled, unlabeled = batches(3, rows=8)
-        for (x, y), weak in zip(labeled, unlabeled, strict=True):
-            report = trainer.teacher_step((x.double(), y), (weak[:8].double(), weak[:8].flip(1).double()))
-        ends.append((copied(teacher), report.as_dict()))
-    (whole, told), (split, same_told) = ends
-    for name, value in whole.items():
-        torch.testing.assert_close(split[name], value, rtol=1e-9, atol=1e-12)
-    assert same_told == pytest.approx(told, rel=1e-9)
-
-
-def with_label(label: int) -> Any:
-    (x, y), unlabeled = pairs(1)[0]
-    return (x, torch.full_like(y, label)), unlabeled
-
-
-def with_nan() -> Any:
-    labeled, (weak, strong) = pairs(1)[0]
-    return labeled, (weak, strong * math.nan)
-
-
-WRONG: dict[str, Callable[[], Any]] = {
-    "label too large": lambda: with_label(3),
-    "negative label": lambda: with_label(-1),
-    "nan": with_nan,
-    "one view": lambda: (pairs(1)[0][0], pairs(1)[0][1][0]),
-    "no unlabelled ones": lambda: (pairs(1)[0][0], None),
-}
-
-
 def everything(trainer: metapl.BilevelTrainer) -> Any:
     state = pytree.tree_map_only(Tensor, torch.clone, trainer.state_dict())
     return state, torch.get_rng_state()
-
-
-@pytest.mark.parametrize("kind", WRONG)
-def test_a_wrong_batch_is_refused_and_nothing_moves(kind: str) -> None:
-    trainer = bilevel(teacher_losses=(*LOSSES[:1], UDA(threshold=0.3)))
-    trainer.teacher_step(*pairs(1)[0])
-    before = everything(trainer)
-    with pytest.raises((MetaplError, IndexError, ValueError, TypeError)):
-        trainer.teacher_step(*WRONG[kind]())
-    assert same(everything(trainer), before)
 
 
 # ---------------------------------------------------------------------------------------------------- the loop's wait
@@ -237,45 +158,7 @@ def test_while_it_waits_the_student_is_neither_validated_nor_kept_nor_averaged(t
         assert bool(state["best"]["weights"]) == moved
 
 
-def test_the_averages_decay_counts_the_students_own_steps() -> None:
-    fitted, twin, wait = bilevel(), bilevel(), 4
-    torch.manual_seed(1)
-    found = fitted.fit(*sources(9), steps=9, wait=wait, schedule="constant", ema_decay=0.9)
-    torch.manual_seed(1)
-    average: dict[str, Tensor] = copied(twin.student)
-    for t, data in enumerate(pairs(9), start=-wait):
-        if t < 0:
-            twin.teacher_step(*data)
-            continue
-        twin.step(*data)
-        d = min(0.9, (1 + t) / (10 + t))
-        average = {name: d * average[name] + (1 - d) * p for name, p in copied(twin.student).items()}
-    for name, _ in twin.student.named_parameters():
-        torch.testing.assert_close(found.weights[name], average[name], rtol=1e-5, atol=1e-6)
-
-
-def test_a_run_is_resumed_with_the_wait_that_it_began_with(tmp_path: Path) -> None:
-    how: dict[str, Any] = {"steps": 6, "out": tmp_path, "say": lambda _: None}
-    bilevel().fit(*batches(3), wait=2, **how)
-    with pytest.raises(MetaplError, match="wait was 2, now 3"):
-        bilevel().fit(*batches(3), wait=3, resume=True, **how)
-
-
-def test_a_batch_gone_wrong_in_the_wait_is_told_with_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a device, where the numbers are read later, too."""
-    labeled, unlabeled = sources(6)
-    labeled[2] = (labeled[2][0] * math.nan, labeled[2][1])
-    for log_every in (1, 5):
-        with pytest.raises(MetaplError, match=r"step 3\b"):
-            bilevel(teacher_losses=LOSSES).fit(labeled, unlabeled, steps=6, wait=5, log_every=log_every)
-        monkeypatch.setattr(checks, "waits", lambda t: True)
-
-
 # ------------------------------------------------------------------------------------------------------- what cannot be
-
-
-def test_a_warm_up_may_take_all_of_the_students_time() -> None:
-    FitOptions(steps=5, wait=3, warmup=2)
 
 
 def test_a_teacher_without_losses_cannot_train_alone() -> None:

@@ -311,17 +311,3 @@ def test_wrt_and_settings_are_refused_where_they_do_not_fit() -> None:
             metapl.hypergradient(None, student, **given | change, inner_optimizer=inner)
     found = metapl.hypergradient(None, student, **given, inner_optimizer=torchopt.sgd(0.1), wrt="start")
     assert found.start.keys() == dict(student.named_parameters()).keys()
-
-
-def test_settings_are_by_param_group_and_the_teacher_is_left_out_unless_named() -> None:
-    student = network(drops=False)
-    results = {}
-    for mode in ("forward", "unrolled"):
-        inner = OPTIMIZERS["groups"](student.parameters())
-        given: Any = {"outer": batch(-1), "inner": Lookahead([batch(k)[0] for k in range(4)]), "inner_optimizer": inner}
-        results[mode] = metapl.hypergradient(teacher_of(None), student, mode=mode, wrt=("lr", "momentum"), **given)
-    forward, unrolled = results["forward"], results["unrolled"]
-    assert forward.settings["lr"].shape == (4, 6)
-    assert error(forward.settings, unrolled.settings) < 1e-9
-    assert not forward.grads
-    assert not forward.start
