@@ -9,7 +9,18 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from metapl.apps.methods import Consistency, Data, Feedback, FixMatch, Mpl, PseudoLabels, ReducedMpl, Supervised, Uda
+from metapl.apps.methods import (
+    Consistency,
+    Data,
+    EntMin,
+    Feedback,
+    FixMatch,
+    Mpl,
+    PseudoLabels,
+    ReducedMpl,
+    Supervised,
+    Uda,
+)
 from metapl.apps.networks import parameter_groups
 from metapl.apps.pictures import Identity, LabeledBatches, ShiftNoiseCutout, UnlabeledBatches, load_digits_split
 from metapl.apps.pictures.card import NetworkCard
@@ -43,6 +54,7 @@ METHODS = {
     "pseudo_labels_hard": PseudoLabels(pseudo_labels="hard"),
     "uda": Uda(uda=_UDA),
     "fixmatch": replaced(_FIXMATCH, uda_start=0, uda_ramp=0),
+    "ent_min": EntMin(),
     "permuted": Mpl(feedback=Feedback(feedback="permuted"), **_OWN),
     "class_means": Mpl(feedback=Feedback(feedback="class_means"), **_OWN),
     "random_sign": Mpl(feedback=Feedback(feedback="random_sign"), **_OWN),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from metapl.apps import networks
 from metapl.apps.machine.progress import counting
-from metapl.apps.methods import Data, FixMatch, Mpl, PseudoLabels, ReducedMpl, Supervised, Uda
+from metapl.apps.methods import Data, EntMin, FixMatch, Mpl, PseudoLabels, ReducedMpl, Supervised, Uda
 from metapl.apps.methods import Feedback as Fed
 from metapl.apps.pictures.batches import EvaluationBatches, LabeledBatches, UnlabeledBatches
 from metapl.apps.pictures.card import NetworkCard
@@ -59,6 +59,7 @@ WEIGHT_DECAY, CLIPPED = 0.05, 1.0
 METHODS = {
     "uda": Uda(),
     "fixmatch": FixMatch(),
+    "ent_min": EntMin(),
     "supervised": Supervised(),
     "label_smoothing": Supervised(label_smoothing=0.1),
     "pseudo_labels": PseudoLabels(),

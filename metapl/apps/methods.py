@@ -19,6 +19,9 @@ from metapl.ablation import Altered
 from metapl.apps.pictures import LabeledBatches, UnlabeledBatches
 from metapl.apps.settings import Flat, Hidden, Role, Share, SomeSteps, Weight, flat, replaced, unset
 from metapl.errors import MetaplError
+from metapl.execution import checks
+from metapl.execution.batch import views
+from metapl.execution.numerics import wide
 from metapl.models import label_adjuster
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.runs.fields import Range, check_fields
@@ -250,6 +253,44 @@ class FixMatch:
 
     def train(self, t: Training) -> Trained:
         return t.alone(t.teacher, self.uda.losses())
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntMin:
+    """Entropy minimization: one network, on the labeled examples and towards predictions that are sure.
+
+    Args:
+        entropy_weight: of the mean entropy of predictions.
+
+    Source: Grandvalet and Bengio (2004), eq. (7).
+    """
+
+    entropy_weight: Weight = 0.1
+
+    name: ClassVar[str] = "ent_min"
+    title: ClassVar[str] = "entropy minimization"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def scheduled(self, steps: int) -> Self:
+        return self
+
+    def train(self, t: Training) -> Trained:
+        return t.alone(t.teacher, (CrossEntropy(), Entropy(self.entropy_weight)))
+
+
+@dataclass(frozen=True)
+class Entropy:
+    r"""weight · (1/B) Σ_i H(softmax T(x_i)), of the weak view of unlabeled examples."""
+
+    weight: float
+
+    name: ClassVar[str] = "entropy"
+
+    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: int) -> Tensor:
+        log_p = wide(checks.logits(teacher(views(unlabeled)[0]), "network")).log_softmax(-1)
+        return -self.weight * (log_p.exp() * log_p).sum(-1).mean()
 
 
 # --------------------------------------------------------------------------------------------- a teacher and a student

@@ -162,6 +162,7 @@ PANELS = (
         (
             ("loss_cross_entropy", "labeled"),
             ("loss_uda", "unlabeled (strong view, own label)"),
+            ("loss_entropy", "unlabeled (entropy)"),
             ("loss_noisy_student", "with pseudo-labels"),
         ),
     ),

@@ -1,0 +1,306 @@
+"""What each method trains with: its networks, losses, problem and feedback, on which batches, in which phases."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import metapl
+from tiny_runs import TINY
+from torch import Tensor, nn
+
+from metapl import UDA, BilevelTrainer, CrossEntropy, LossTrainer, MetaplError, problems
+from metapl.ablation import Altered
+from metapl.apps import digits, images, noisy_labels
+from metapl.apps.methods import RAMP, START, WAIT, Consistency, EntMin, Entropy, Feedback, Mpl, Training, Uda, beside
+from metapl.apps.settings import flat, replaced
+from metapl.feedback import Forward, ReinforcePerExample
+from metapl.training import FitResult
+
+FITTING = digits.fitting(steps=8, labeled_batch=10, unlabeled_batch=12, seed=3)
+DIGITS = digits.Digits(hidden=(8,), fitting=FITTING)
+DATA = DIGITS.data(lambda text: None, False, None)
+STEPS = 2  # that are taken of each phase
+
+
+@dataclass
+class Phase:
+    """What was fitted, on what, and what became of it in a few steps."""
+
+    trainer: Any
+    labeled: Any
+    unlabeled: Any
+    options: dict[str, Any]
+    before: list[dict[str, Tensor]]
+    reports: list[Any]
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def training(phases: list[Phase], data: Any = DATA) -> Training:
+    torch.manual_seed(0)
+    teacher, student = DIGITS.network(), DIGITS.network()
+
+    def fit(trainer: Any, labeled: Any, unlabeled: Any, **options: Any) -> FitResult:
+        before = [weights(network) for network in (trainer.teacher, trainer.student) if network is not None]
+        torch.manual_seed(1)
+        rows = [(labeled[t], None if unlabeled is None else unlabeled[t]) for t in range(STEPS)]
+        reports = [trainer.step(*row) for row in rows]
+        phases.append(Phase(trainer, labeled, unlabeled, options, before, reports))
+        return FitResult(None, STEPS, weights(trainer.student))
+
+    def label(network: nn.Module | None) -> dict[str, Tensor]:
+        assert network is teacher
+        return {"unlabeled": torch.eye(10)[torch.arange(len(DATA.unlabeled.images)) % 10]}
+
+    own: Any = {"optimizer": DIGITS.optimizer, "options": {}, "fit": fit, "label": label}
+    laid_out: Any = lambda network, small=False: network  # noqa: E731  # keyword-only elsewhere
+    networks: Any = {"teacher": teacher, "student": student}
+    return Training(config=DIGITS, data=data, **networks, laid_out=laid_out, seed=torch.manual_seed, **own)
+
+
+def trained(method: Any, data: Any = DATA) -> list[Phase]:
+    phases: list[Phase] = []
+    found = method.scheduled(FITTING.steps).train(training(phases, data))
+    assert found.trainer is phases[-1].trainer
+    return phases
+
+
+# ------------------------------------------------------------------------------------------------- names and settings
+
+
+@pytest.mark.parametrize("of", [images, digits, noisy_labels])
+def test_a_method_says_the_name_by_which_it_is_asked_for(of: Any) -> None:
+    assert {name: method.name for name, method in of.METHODS.items()} == {name: name for name in of.METHODS}
+    titles = [method.title for method in of.METHODS.values()]
+    assert len({*titles}) == len(titles)
+    assert {*of.COMPARED} <= {*of.METHODS}
+    for method in of.METHODS.values():
+        json.dumps(flat(method))
+        assert flat(method).keys() & flat(DIGITS).keys() == set(), "flags of the command"
+        assert replaced(method, **flat(method)) == method
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 19, 1000])
+@pytest.mark.parametrize("of", [images, digits, noisy_labels])
+def test_every_method_fits_into_any_number_of_steps_with_a_value_for_each_setting(of: Any, steps: int) -> None:
+    for method in of.METHODS.values():
+        found = method.scheduled(steps)
+        assert found.scheduled(steps) == found
+        have = flat(found)
+        assert 0 <= have.get("wait", 0) < steps
+        assert 0 <= have.get("warm_steps", 0) < steps
+        assert have.get("uda_start", 0) + have.get("uda_ramp", 0) <= steps
+
+
+def test_what_is_open_is_a_share_of_the_steps_and_what_was_given_stays() -> None:
+    found = flat(Mpl().scheduled(1000))
+    assert [found[name] / 1000 for name in ("wait", "uda_start", "uda_ramp")] == [WAIT, START, RAMP]
+    given = replaced(Mpl(), wait=7, uda_start=3, uda_ramp=0)
+    assert given.scheduled(1000) == given
+    assert noisy_labels.Learned().scheduled(1000).warm_steps == 1000 * noisy_labels.WARM
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda: Mpl(wait=8).scheduled(8), "wait"),
+        (lambda: noisy_labels.Learned(warm_steps=9).scheduled(8), "warm-steps"),
+        (lambda: Feedback(mode="none", baseline=0.9), "baseline"),
+        (lambda: Feedback(mode="reinforce", pseudo_labels="soft"), "labels"),
+        (lambda: Feedback(mode="psychic"), "psychic"),
+        (lambda: Consistency(uda_threshold=1.5), "uda_threshold"),
+        (lambda: Consistency(uda_prior=(0.5, 0.2)), "prior"),
+        (lambda: EntMin(entropy_weight=-1), "entropy_weight"),
+        (lambda: replaced(images.METHODS["reduced_mpl"], labeled_label_store="here"), "labels"),
+        (lambda: replaced(images.METHODS["reduced_mpl"], teacher_run="a", label_store="b"), "teacher"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(make: Any, word: str) -> None:
+    with pytest.raises(MetaplError, match=word):
+        make()
+
+
+def test_a_method_that_is_compared_has_the_settings_that_were_given_to_the_first() -> None:
+    usual = digits.METHODS["mpl"]
+    own = replaced(usual, uda_weight=2.0, mode="difference", wait=3)
+    assert beside(digits.METHODS["none"], own, usual) == replaced(own, feedback="none")
+    assert beside(digits.METHODS["uda"], own, usual) == replaced(digits.METHODS["uda"], uda_weight=2.0)
+    assert beside(digits.METHODS["supervised"], own, usual) == digits.METHODS["supervised"]
+    soft = replaced(digits.METHODS["pseudo_labels"], temperature=2.0)
+    hard = beside(digits.METHODS["pseudo_labels_hard"], soft, digits.METHODS["pseudo_labels"])
+    assert (hard.name, hard.temperature) == ("pseudo_labels_hard", 2.0)
+    # What makes a method another one is not carried over.
+    smoothed = digits.METHODS["label_smoothing"]
+    assert beside(digits.METHODS["supervised"], smoothed, digits.METHODS["supervised"]).name == "supervised"
+
+
+# --------------------------------------------------------------------------------------------------------- one network
+
+ALONE = {
+    "supervised": (CrossEntropy(),),
+    "label_smoothing": (CrossEntropy(0.1),),
+    "supervised_everything": (CrossEntropy(),),
+    "uda": (CrossEntropy(), UDA()),
+    "fixmatch": (CrossEntropy(), UDA(temperature=0.0, threshold=0.85)),
+    "ent_min": (CrossEntropy(), Entropy(0.1)),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_one_network_learns_as_a_loss_trainer_with_these_losses_does(name: str) -> None:
+    (phase,) = trained(digits.METHODS[name])
+    assert phase.trainer.losses == ALONE[name]
+    assert phase.labeled is (DATA.everything if name == "supervised_everything" else DATA.labeled)
+    assert phase.unlabeled is (DATA.unlabeled if len(ALONE[name]) > 1 else None)
+    torch.manual_seed(0)
+    network = DIGITS.network()
+    plain = LossTrainer(network, ALONE[name], optimizer=DIGITS.optimizer("teacher", network))
+    for t in range(STEPS):
+        plain.step(phase.labeled[t], None if phase.unlabeled is None else phase.unlabeled[t])
+    assert same(weights(phase.trainer.student), weights(network))
+    assert not same(weights(network), phase.before[0])
+
+
+def test_the_headroom_is_trained_on_the_true_labels_of_all() -> None:
+    assert len(DATA.everything.images) == 1200
+    assert DATA.everything.labels.bincount().min() > 5 * DIGITS.labels_per_class
+
+
+def test_pictures_begin_their_consistency_late_and_align_it_with_the_class_shares() -> None:
+    for name, losses in (("uda", (0.5, 0.85, 0.5)), ("fixmatch", (0.0, 0.85, 0.0))):
+        _, uda = replaced(images.METHODS[name], uda_prior=(0.25, 0.75)).scheduled(100).uda.losses()
+        assert (uda.temperature, uda.threshold, uda.align) == losses
+        assert (uda.start, uda.ramp, uda.prior) == (40, 10, (0.25, 0.75))
+    assert replaced(Uda(), uda_weight=0).uda.losses() == (CrossEntropy(),)
+
+
+def test_entropy_minimization_adds_the_mean_entropy_of_the_weak_view() -> None:
+    torch.manual_seed(0)
+    network, weak, strong = nn.Linear(4, 3), torch.randn(6, 4), torch.full((6, 4), torch.nan)
+    p = network(weak).softmax(1).detach()
+    expected = -0.5 * sum(float(p[i, k] * p[i, k].log()) for i in range(6) for k in range(3)) / 6
+    given: Any = {"labeled": None, "signal": None, "step": 0}
+    for unlabeled in (weak, (weak, strong)):
+        loss = Entropy(0.5)(network, unlabeled=unlabeled, **given)
+        torch.testing.assert_close(loss, torch.tensor(expected))
+    loss.backward()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter -= parameter.grad
+    assert float(Entropy(0.5)(network, unlabeled=weak, **given)) < expected
+
+
+def test_entropy_minimization_runs_by_name(tmp_path: Path) -> None:
+    metapl(*TINY, "--method", "ent_min", "--entropy-weight", "0.7", "--out", tmp_path / "run")
+    rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = [row for row in rows if "loss_entropy" in row]
+    assert len(found) == 6
+    assert all(0 < row["loss_entropy"] < 0.7 * 2.303 for row in found)
+    assert "unlabeled (entropy)" in (tmp_path / "run" / "report.html").read_text()
+
+
+# --------------------------------------------------------------------------------------------- a teacher and a student
+
+
+@pytest.mark.parametrize("mode", ["forward", "reinforce"])
+def test_meta_pseudo_labels_are_a_bilevel_trainer_of_both_networks(mode: Any) -> None:
+    method = replaced(digits.METHODS["mpl"], mode=mode, uda_weight=0.5, feedback_weight=2.0, student_smoothing=0.1)
+    (phase,) = trained(method)
+    torch.manual_seed(0)
+    teacher, student = DIGITS.network(), DIGITS.network()
+    plain = BilevelTrainer(
+        teacher,
+        student,
+        mode,
+        problem=problems.PseudoLabels(label_smoothing=0.1),
+        teacher_losses=(CrossEntropy(), UDA(weight=0.5)),
+        inner_optimizer=DIGITS.optimizer("student", student),
+        outer_optimizer=DIGITS.optimizer("teacher", teacher),
+        feedback_weight=2.0,
+        verify=False,
+    )
+    torch.manual_seed(1)
+    for t in range(STEPS):
+        plain.step(DATA.labeled[t], DATA.unlabeled[t])
+    assert same(weights(phase.trainer.student), weights(student))
+    assert same(weights(phase.trainer.teacher), weights(teacher))
+
+
+def test_a_student_that_waits_warms_up_over_its_share_of_the_steps() -> None:
+    method = replaced(digits.METHODS["mpl"], wait=6, warm_start=True)
+    phases: list[Phase] = []
+    t = training(phases)
+    t = dataclasses.replace(t, config=replaced(DIGITS, warmup=4))
+    method.train(t)
+    assert phases[0].options == {"wait": 6, "warm_start": True, "warmup": 1}
+    (phase,) = trained(digits.METHODS["mpl"])
+    assert phase.options == {"wait": 0, "warm_start": False, "warmup": 0}
+
+
+@pytest.mark.parametrize("mode", ["forward", "reinforce"])
+def test_without_feedback_the_same_loop_sees_the_same_labels_and_the_teacher_learns_on_its_own(mode: Any) -> None:
+    (whole,), (none,) = (trained(replaced(digits.METHODS[name], mode=mode)) for name in ("mpl", "none"))
+    assert all(same(a, b) for a, b in zip(whole.before, none.before, strict=True))
+    assert torch.equal(whole.reports[0].signal.value, none.reports[0].signal.value)
+    assert whole.reports[0].signal.sampled == none.reports[0].signal.sampled == (mode == "reinforce")
+    assert all(float(report.feedback) == 0 for report in none.reports)
+    assert not same(weights(none.trainer.teacher), none.before[0])
+    assert not same(weights(whole.trainer.teacher), weights(none.trainer.teacher))
+
+
+@pytest.mark.parametrize("name", ["permuted", "class_means", "random_sign"])
+def test_a_control_alters_the_feedback_of_the_first_step_and_nothing_else_in_it(name: str) -> None:
+    (plain,), (other,) = (trained(digits.METHODS[each]) for each in ("mpl", name))
+    assert torch.equal(plain.reports[0].signal.value, other.reports[0].signal.value)
+    h, changed = plain.reports[0].feedback, other.reports[0].feedback
+    assert not torch.equal(h, changed)
+    assert other.trainer.mode == Altered(Forward(), name, seed=FITTING.seed)
+    if name == "class_means":
+        torch.testing.assert_close(changed, h.mean(0).expand_as(h))
+    elif name == "permuted":
+        torch.testing.assert_close(changed.sort(0).values, h.sort(0).values)
+    else:
+        assert all(torch.equal(b, a) or torch.equal(b, -a) for a, b in zip(h, changed, strict=True))
+
+
+def test_class_means_are_over_examples_of_one_hard_label() -> None:
+    (phase,) = trained(replaced(digits.METHODS["class_means"], mode="reinforce_per_example"))
+    assert isinstance(phase.trainer.mode.base, ReinforcePerExample)
+    report = phase.reports[0]
+    for label in report.signal.value.unique():
+        assert len(report.feedback[report.signal.value == label].unique()) == 1
+
+
+@pytest.mark.parametrize(("name", "hard"), [("pseudo_labels", False), ("pseudo_labels_hard", True)])
+def test_a_fixed_teacher_learns_alone_and_then_stays_as_it_is(name: str, hard: bool) -> None:
+    alone, student = trained(digits.METHODS[name])
+    assert (alone.options, alone.unlabeled, alone.trainer.losses) == ({"phase": "teacher"}, None, (CrossEntropy(),))
+    assert alone.trainer.student is student.trainer.teacher
+    assert not same(alone.before[0], student.before[0])
+    assert same(weights(student.trainer.teacher), student.before[0])
+    assert not same(weights(student.trainer.student), student.before[1])
+    assert all(report.signal.sampled == hard for report in student.reports)
+
+
+@pytest.mark.parametrize("name", ["reduced_mpl", "reduced_none"])
+def test_stored_labels_are_adjusted_by_a_small_network(name: str) -> None:
+    teacher, student = trained(digits.METHODS[name])
+    assert teacher.options == {"phase": "teacher"}
+    assert isinstance(student.trainer.problem, problems.ReducedLabels)
+    assert student.trainer.teacher is not teacher.trainer.student
+    assert student.unlabeled.stored.shape == (1180, 10)
+    assert student.options["truth"] is None
+    moved = not same(weights(student.trainer.teacher), student.before[0])
+    assert moved == (name == "reduced_mpl")
