@@ -164,7 +164,7 @@ class Pictures:
             dropout=self.dropout,
             stochastic_depth=self.stochastic_depth,
             in_channels=1 if self.grey else 3,
-            image_size=self.image_size or 32,
+            image_size=self.image_size,
         )
 
     def build(self, classes: int) -> nn.Module:

@@ -54,8 +54,11 @@ def settled(config: Any, method: Any, say: Say, before: Mapping[str, Any] | None
         weights = str(fetch_imagenet_weights(config.pictures.network or PRETRAINED_NETWORK))
     config = replaced(config, **places, weights=whole(weights), classes=labeled.classes)
     if before is not None:
-        config = filled(config, {name: value for name, value in before.items() if name not in GIVEN})
-        return config, filled(method, before)
+        try:
+            config = filled(config, {name: value for name, value in before.items() if name not in GIVEN})
+            return config, filled(method, before)
+        except (MetaplError, TypeError) as error:
+            raise MetaplError(f"the run's settings are damaged or of another version: {error}") from error
     config.check_first()
     of_few = config.batch_of_few
     size, count = getattr(config, of_few, None) or config.fitting.labeled_batch, len(labeled)
@@ -105,10 +108,11 @@ def fitted(config: Any, seen: Look, val_fraction: float) -> Any:
         mean, std = seen.level[:1], seen.level[1:]
     elif given.weights is not None:
         mean, std = IMAGENET
-    side = 4 * round(min(max(seen.side, SMALLEST_SIDE), GREATEST_SIDE) / 4)
+    side = PRETRAINED_SIDE if given.weights else min(max(seen.side, SMALLEST_SIDE), GREATEST_SIDE)
+    part = given.architecture(classes=2).family.patch or 4 if given.network else 4
     choices = {
         "grey": grey,
-        "image_size": PRETRAINED_SIDE if given.weights else side,
+        "image_size": part * max(1, round(side / part)),
         "network": PRETRAINED_NETWORK if given.weights else "pooled_cnn",
         "val_fraction": val_fraction,
         "recolor": seen.exchangeable,

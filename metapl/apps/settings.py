@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from metapl.errors import FieldError, MetaplError
+from metapl.errors import FieldError
 from metapl.runs.fields import AboveZero, Range, check_fields
 from metapl.training import FitOptions
 from metapl.training.options import MOST_WORKERS
@@ -136,8 +136,5 @@ def filled(value: T, stored: Mapping[str, Any]) -> T:
     have = flat(value)
     missing = {name for name, own in have.items() if own is None and stored.get(name) is not None}
     made = {name: tuple(one) if isinstance(one := stored[name], list) else one for name in missing}
-    try:
-        found: T = replaced(value, **made)
-    except (MetaplError, TypeError) as error:
-        raise MetaplError(f"the run's settings are damaged or of another version: {error}") from error
+    found: T = replaced(value, **made)
     return found
