@@ -198,6 +198,8 @@ def go(
                         config, method = settled(config, method, aloud, before)
                     else:
                         method = method.scheduled(config.fitting.steps)
+                    if isinstance(method, NoisyStudent):
+                        noisy_student.configs_of(config, method)  # refused before anything is written
                     if compares:
                         _compare(config, method, where.resume, comparing, methods, names, folder)
                         return 0

@@ -259,6 +259,8 @@ class Compare:
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
     def run(self) -> int:
+        if not self.folders:
+            raise MetaplError("no run was named; expected metapl compare RUN RUN...")
         places = [path.resolve() for path in self.folders]
         for path, place in zip(self.folders, places, strict=True):
             if places.count(place) > 1:

@@ -15,7 +15,7 @@ import tyro
 from metapl.apps.machine.memory import LESS, out_of_memory
 from metapl.apps.process import drop_output, exit_code, stoppable, streams
 from metapl.apps.words import tell
-from metapl.errors import MetaplError
+from metapl.errors import FieldError, MetaplError
 from metapl.runs.fields import check_fields
 from metapl.words import did_you_mean, shown
 
@@ -145,8 +145,12 @@ def _run(given: list[str]) -> int:
         raise MetaplError(
             f"torchrun has started {count} processes of metapl {name}, which takes one; start it without."
         )
-    command: Any = tyro.cli(found(name), prog=f"metapl {name}", args=_method_first(words), config=CONFIG)
-    check_fields(command)
+    try:
+        command: Any = tyro.cli(found(name), prog=f"metapl {name}", args=_method_first(words), config=CONFIG)
+        check_fields(command)
+    except FieldError as error:  # of a dataclass whose fields are flags
+        flag = error.field.replace("_", "-")
+        raise MetaplError(f"--{flag} {error.value}: expected {error.expected}.") from error
     code: int = command.run()
     return code
 
