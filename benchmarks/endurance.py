@@ -655,8 +655,7 @@ PLACES = ("{run}", "{picture}", "{none}", "{out}")
 @contextlib.contextmanager
 def training_stopped() -> Iterator[None]:
     """Commands that get so far as to train do not."""
-    from metapl.apps.experiments import jobs
-    from metapl.apps.experiments import side_by_side as compare
+    from metapl.apps import commands
 
     class Reached(MetaplError):
         """It would train now."""
@@ -664,12 +663,12 @@ def training_stopped() -> Iterator[None]:
     def stop(*given: Any, **named: Any) -> Any:
         raise Reached("it would train now")
 
-    before = jobs.Experiment.run, compare.run_jobs
-    jobs.Experiment.run, compare.run_jobs = stop, stop  # type: ignore[method-assign]
+    before = commands.train, commands.compare
+    commands.train, commands.compare = stop, stop
     try:
         yield
     finally:
-        jobs.Experiment.run, compare.run_jobs = before  # type: ignore[method-assign]
+        commands.train, commands.compare = before
 
 
 @contextlib.contextmanager
@@ -717,8 +716,8 @@ def table(result: dict[str, Any]) -> str:
 
 LATE = (
     "matplotlib.figure",
-    "metapl.apps.reports",
-    "metapl.apps.experiments.experiment",
+    "metapl.apps.commands",
+    "metapl.apps.report",
     "tensorboard",
     "torch._dynamo",
     "torch.utils.tensorboard.summary",
