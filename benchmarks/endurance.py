@@ -688,7 +688,7 @@ def ending(code: int, words: str) -> str | None:
     """What is wrong with how a command ended."""
     if code not in REFUSED or "Traceback" in words:
         return f"ended with {code}: {words[-250:]}"
-    if code == 2 and sum(line.startswith("metapl: ") for line in words.splitlines()) < 1:
+    if code == 2 and not words.strip():
         return f"refused without a word: {words[-250:]}"
     return None
 
