@@ -38,7 +38,7 @@ from metapl.apps.machine.cores import default_threads
 from metapl.apps.machine.environment import environment
 from metapl.apps.machine.misfit import from_dict
 from metapl.apps.machine.ownership import LOCK, owned
-from metapl.apps.machine.sealed import is_there, read_json, read_sealed, remove_temporary, write_whole
+from metapl.apps.machine.sealed import is_there, read_json, read_sealed, remove_temporary, sha256_of, write_whole
 from metapl.apps.pictures.card import NetworkCard
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
@@ -244,10 +244,13 @@ def results_within(path: Path, compared: Mapping[str, Any]) -> dict[tuple[str, i
     return found
 
 
-def describe_networks(folder: RunFolder, title: str, classes: Sequence[str], cards: Mapping[str, NetworkCard]) -> None:
-    """Write ``network.json``."""
+def describe_networks(
+    folder: RunFolder, title: str, classes: Sequence[str], cards: Mapping[str, NetworkCard]
+) -> dict[str, str]:
+    """Write ``network.json``; its SHA-256 by its name, for ``result.json``."""
     networks = {name: dataclasses.asdict(card) for name, card in cards.items()}
     folder.write_json(NETWORK, {"title": title, "classes": list(classes), "networks": networks})
+    return {NETWORK: sha256_of(folder.path / NETWORK)}
 
 
 def refuse_changed(file: Path, result: Mapping[str, Any]) -> None:
@@ -301,7 +304,8 @@ class EndedRun:
             more = "" if "--resume" in command.split() else " --resume"
             raise MetaplError(f"the run in {path} is not finished; go on with it by {command}{more}")
         file = path / NETWORK
-        description = described(folder)
+        description, result = described(folder), stored_result(folder)
+        refuse_changed(file, result)
         said = folder.read_json(NETWORK, {"title": str, "classes": list[str], "networks": dict[str, Any]}, TOLD)
         try:
             cards = {name: from_dict(NetworkCard, card) for name, card in said["networks"].items()}
@@ -309,7 +313,7 @@ class EndedRun:
             raise MetaplError(f"{file} is damaged or of another version: {error}") from error
         if unknown := cards.keys() - WEIGHTS.keys():
             raise MetaplError(f"{file} describes {', '.join(sorted(unknown))}; expected some of {', '.join(WEIGHTS)}.")
-        return cls(folder, said["title"], tuple(said["classes"]), cards, description, stored_result(folder))
+        return cls(folder, said["title"], tuple(said["classes"]), cards, description, result)
 
     @property
     def is_comparison(self) -> bool:
@@ -413,8 +417,8 @@ def save(
     fields = {"seed": 0, "steps": 0, **config}
     about = {"name": name, "method": name, "fields": fields}
     with folder.claimed(about, resume=False):
-        describe_networks(folder, name, classes, {"student": card})
-        sha256 = {WEIGHTS["student"]: folder.write_weights(WEIGHTS["student"], network.state_dict())}
+        sha256 = describe_networks(folder, name, classes, {"student": card})
+        sha256 |= {WEIGHTS["student"]: folder.write_weights(WEIGHTS["student"], network.state_dict())}
         result: dict[str, Any] = {
             "recipe": name,
             "method": name,

@@ -224,8 +224,8 @@ def deliver(
     chosen, by = delivered(kept, select, trained.rounds is not None), "validation" if select else "rule"
     cards = {name: trained.configs.get(name, config).card(words[name]) for name in kept}
     called = f"{config.name}, {method.name}, seed {config.fitting.seed}"
-    describe_networks(folder, called, data.classes, cards)
-    sealed = {WEIGHTS[name]: folder.write_weights(WEIGHTS[name], one.weights) for name, one in kept.items()}
+    sealed = describe_networks(folder, called, data.classes, cards)
+    sealed |= {WEIGHTS[name]: folder.write_weights(WEIGHTS[name], one.weights) for name, one in kept.items()}
     sealed |= {name: sha256_of(folder.path / name) for name in TOLD if (folder.path / name).is_file()}
     evaluation, labels = kept[chosen].evaluation, validation_labels(data)
     content: dict[str, Any] = {
