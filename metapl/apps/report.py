@@ -294,6 +294,7 @@ def better_before(rounds: Sequence[Mapping[str, Any]], delivered: float) -> list
 # --------------------------------------------------------------------------------------------------------- report.png
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+LINES = ("-", "--", ":", "-.")  # those of a panel; colors and lines begin again where a figure has more
 MOST_NAMED, MOST_NUMBERED = 60, 20  # classes of a matrix whose names, and whose counts, can be read
 
 
@@ -318,8 +319,8 @@ def draw_report(path: Path, *, title: str, curves: web.Curves, evaluation: Evalu
                     axes.plot(
                         steps,
                         panel.means(values),
-                        color=COLORS[number if len(curves) > 1 else rank],
-                        linestyle=("-", "--", ":")[rank],
+                        color=COLORS[(number if len(curves) > 1 else rank) % len(COLORS)],
+                        linestyle=LINES[rank % len(LINES)],
                         marker="o" if len(values) == 1 else None,
                         label=f"{method}, {name}" if len(curves) > 1 else name,
                     )
@@ -331,7 +332,7 @@ def draw_report(path: Path, *, title: str, curves: web.Curves, evaluation: Evalu
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlabel("step", loc="right")
         axes.grid(color="#dddddd")
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7).set_in_layout(False)  # of many methods it is higher than the panel
     if evaluation is not None:
         counts, axes = np.array(evaluation.confusion), places[-1]
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
