@@ -203,10 +203,11 @@ def go(
                     if compares:
                         _compare(config, method, where.resume, comparing, methods, names, folder)
                         return 0
-                    others = 0 if folder.ended else None
-                    if others is None:
+                    if not folder.ended:
+                        others = None
                         from_first((config, method, folder.threads()))
                     _train(config, method, where.resume, folder, processes)
+                    others = None if others is None else 0
                 except KeyboardInterrupt as stopped:
                     return _say_how_to_go_on(stopped, folder.path)
         finally:
