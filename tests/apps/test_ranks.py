@@ -1,4 +1,4 @@
-"""``torchrun -m metapl.apps``: two processes end on the numbers of one, go on when killed, and are refused in a line."""
+"""``torchrun -m metapl.apps``: two processes end on the numbers of one, go on when killed, are refused in a line."""
 
 from __future__ import annotations
 
