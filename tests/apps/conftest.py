@@ -18,8 +18,6 @@ from metapl.apps.export.network import ONNX, PROGRAM
 
 __all__ = ["digit", "run", "tiny"]  # fixtures
 
-collect_ignore = ["warm.py"]  # which works when it is imported, for whom processes are forked from
-
 
 @pytest.fixture(scope="session", autouse=True)
 def _blank_pictures() -> None:

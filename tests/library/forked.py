@@ -34,7 +34,6 @@ PRELOADED = [
         "sklearn.datasets",
     ),
     *("metapl.execution.kernels", "pytest"),
-    "warm",  # of the application's tests, where they are there
 ]
 
 Point = tuple[str, str, int, int]
