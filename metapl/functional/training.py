@@ -243,14 +243,17 @@ def differentiate(
     made = compiled_training(teacher, student, problem, optimizer, clip_norm, bool(wrt), bool(judging))
     options = ahead.options(optimizer) or [options_of(optimizer)] * steps
     update, first = made.update, steps - (getattr(mode, "truncate", None) or steps)
-    # A number that is 0 in all steps leaves a part of the rule out.
+    # A number that is 0 in all steps leaves a part of the rule out, and a momentum of 0 leaves the buffer as it is.
     names = [
         {n for n in update.numbers if n in groups[0] and (n in wrt or any(now[n] != 0 for now in groups))}
         for groups in zip(*options, strict=True)
     ]
+
+    def values(own: set[str], now: dict[str, Any]) -> dict[str, Any]:
+        return {n: now[n] for n in own if n in wrt or n != "momentum" or now[n] != 0}
+
     rates = [
-        settings_of([{n: now[n] for n in own} for own, now in zip(names, groups, strict=True)], device)
-        for groups in (options if ahead.schedule else options[:1])
+        settings_of([*map(values, names, groups)], device) for groups in (options if ahead.schedule else options[:1])
     ]
     networks = {"state": student, "teacher_state": teacher}
     frozen = {
@@ -258,7 +261,8 @@ def differentiate(
         for field, network in networks.items()
     }
     (theta, state), (phi, teacher_state) = tensors_of(student), tensors_of(teacher)
-    start = carry = Carry(theta, update.complete_state(), state, teacher_state)
+    dampened = [max(groups, key=lambda now: now.get("dampening", 0)) for groups in zip(*options, strict=True)]
+    start = carry = Carry(theta, update.at(dampened).complete_state(), state, teacher_state)
     moving = [t for field, constant in frozen.items() for n, t in getattr(carry, field).items() if n not in constant]
     size = update.state_bytes() + sum(t.nbytes for t in (*theta.values(), *moving))
     how, on = getattr(mode, "keep", None) or getattr(mode, "keep_every", None), getattr(mode, "keep_on", None)
@@ -266,6 +270,11 @@ def differentiate(
     if not made.checked:
         made.checked.append(True)
         given: Any = {"clip_norm": clip_norm, "judging": judging, "wrt": wrt}
+        # The first step that moves: a schedule may begin with a rate of 0.
+        number = next((k for k, groups in enumerate(options) if any(now["lr"] != 0 for now in groups)), 0)
+        empty = dict.fromkeys(update.numbers, 0.0) | {"betas": (0.0, 0.0)}
+        row = {n: [now.get(n, empty[n]) for now in options[number]] for n in update.numbers}
+        schedule = {n: torch.tensor([own], dtype=torch.float64) for n, own in row.items()}
         refuse_other_training(
             partial(differentiate, teacher, student, problem, optimizer, Forward(), outer, **given),
             partial(
@@ -277,7 +286,7 @@ def differentiate(
                 inner_optimizer=optimizer,
                 clip_norm=clip_norm,
             ),
-            Lookahead([ahead[0]], schedule=ahead.schedule),
+            Lookahead([ahead[number]], schedule=ahead.schedule and schedule),
             device,
         )
     states, block = States(chosen.on), States(chosen.on if folder is None else None)  # block: all steps of the finest
@@ -329,7 +338,7 @@ def differentiate(
         pairs = zip(carry[2:], start[2:], strict=True)
         moved = [{n: t for n, t in now.items() if t is not before[n]} for now, before in pairs]
         where.keep(number, [carry.params, carry.optimizer, *moved, RandomState.now(device).values()])
-        if isinstance(where, Folder) and number > 0 and not again:
+        if isinstance(where, Folder) and number > where.done and not again:
             taken = range(where.done, number)
             known = {"losses": [losses[k] for k in taken], "digests": [digests[k] for k in taken]}
             where.came_to(number, **known, zeros=zeros, value=value)

@@ -150,6 +150,39 @@ def test_two_graphs_give_the_eager_gradient(
     assert all(torch.equal(before[name], t) for name, t in student.state_dict().items())
 
 
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.3])
+def test_a_momentum_that_is_0_in_some_steps_leaves_the_buffer(dampening: float, uncompiled: None) -> None:
+    schedule = RESTED | {"dampening": torch.full((4, 1), dampening)}
+    ahead, inner = Lookahead(batch, steps=4, schedule=schedule), SGD(STUDENT.parameters(), lr=0.1)
+    given: Any = {"outer": batch(-1), "inner": ahead, "inner_optimizer": inner, "problem": PROBLEM}
+    compared(*(metapl.hypergradient(None, STUDENT, compile=compile, **given) for compile in (False, True)), 1e-9)
+
+
+def test_the_step_that_is_compared_is_one_that_moves(monkeypatch: pytest.MonkeyPatch, uncompiled: None) -> None:
+    """A warm-up begins with a rate of 0, by which h is 0 on both roads."""
+    real = training.make_training
+
+    def doubled(*given: Any, **how: Any) -> Any:
+        step, adjoint = real(*given, **how)
+
+        def twice(*given: Any) -> Any:
+            bars, h, *rest = adjoint(*given)
+            return bars, {name: 2 * t for name, t in h.items()}, *rest
+
+        return step, twice
+
+    monkeypatch.setattr(training, "make_training", doubled)
+    ahead, inner = Lookahead(batch, steps=3, schedule=lambda k: k / 3), SGD(STUDENT.parameters(), lr=0.1)
+    given: Any = {"outer": batch(-1), "inner": ahead, "inner_optimizer": inner, "problem": EqualWeights()}
+    with pytest.raises(MetaplError, match="off"):
+        metapl.hypergradient(None, STUDENT, compile=True, **given)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 def test_inductor_gives_the_eager_gradient_and_keeps_its_graphs() -> None:
     problem, student = EqualWeights(), network()
@@ -176,6 +209,7 @@ def test_what_two_graphs_do_not_take_is_refused_in_one_line() -> None:
 STUDENT, PROBLEM = network(drops=False), EqualWeights()  # of one compilation
 WEIGHTS, RATES = [*STUDENT.parameters()], torch.full((STEPS, 1), 0.1)
 PLAIN = SGD(WEIGHTS, lr=0.1, momentum=0.9)
+RESTED = {"momentum": torch.tensor([[0.0], [0.9], [0.0], [0.8]])}  # torch.optim keeps the buffer where it is 0
 
 
 def odd(bad: float = 0.0, steps: Sequence[int] = (2,)) -> Callable[[int], tuple[Tensor, Tensor]]:
@@ -302,6 +336,7 @@ def test_wrt_and_settings_are_refused_where_they_do_not_fit() -> None:
         (plain, {"wrt": "start", "mode": "none"}),
         (plain, {"wrt": "lr", "mode": Forward(truncate=2)}),
         (none, {"wrt": "momentum"}),
+        (plain, {"wrt": "momentum", "mode": Unrolled(), "inner": Lookahead(batch, steps=3, schedule=RESTED)}),
         (plain, {"inner": Lookahead(batch, steps=3, schedule={"lr": torch.full((3, 2), 0.1)})}),
         (plain, {"inner": Lookahead(batch, steps=3, schedule={"betas": torch.full((3, 1, 2), 0.1)})}),
         (torchopt.sgd(0.1), {"wrt": "lr"}),
