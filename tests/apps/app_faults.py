@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from metapl.apps.experiments import experiment, folder
 from metapl.apps.experiments.experiment import Experiment
 from metapl.apps.experiments.rounds import Rounds
 from metapl.apps.export import network as exports
-from metapl.apps.labels import queries
+from metapl.apps.labels import LabelStore
 from metapl.apps.pictures import check
 from metapl.apps.pictures.splits import DigitsSplit
 from metapl.apps.pictures.views.base import PictureView
@@ -35,26 +34,19 @@ def seal_not_compared(patch: pytest.MonkeyPatch) -> None:
 
 def threshold_kept_itself(patch: pytest.MonkeyPatch) -> None:
     """Selected is what reaches the threshold, and not only what is above it."""
-    patch.setattr(pc, "greater", pc.greater_equal)
+    patch.setattr(np, "greater", np.greater_equal)
 
 
 def balanced_over_all(patch: pytest.MonkeyPatch) -> None:
     """Every example gets as many copies, whatever its class."""
-    real = queries._balanced
-
-    def balanced(rows: Any, counts: Any, goal: int) -> Any:
-        return real(rows, np.full_like(counts, counts.sum() // np.count_nonzero(counts)), goal)
-
-    patch.setattr(queries, "_balanced", balanced)
+    real = np.divmod
+    patch.setattr(np, "divmod", lambda goal, counts: real(goal, np.full_like(counts, counts.sum() // len(counts))))
 
 
 def part_read_twice(patch: pytest.MonkeyPatch) -> None:
-    """A pass over a store begins with its first part, and reads it again among the others."""
-
-    def every(store: Any) -> Any:
-        return lambda columns: (store.table(number, sorted(columns)) for number in (0, *range(len(store.parts))))
-
-    patch.setattr(queries, "_every", every)
+    """The first part of a store is read in the place of the second."""
+    real = LabelStore.table
+    patch.setattr(LabelStore, "table", lambda self, number, names=None: real(self, number * (number != 1), names))
 
 
 def severity_off_by_one(patch: pytest.MonkeyPatch) -> None:

@@ -144,13 +144,6 @@ def test_stored_numbers_that_are_not_distributions(values: list[float], tmp_path
     assert store.at([0]).tolist() == [[0.5, 0.5]]
 
 
-def test_examples_that_do_not_count(tmp_path: Path) -> None:
-    with LabelWriter(tmp_path / "store", ["a", "b"]) as writer:
-        writer.add([1, 2], torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
-    with pytest.raises(MetaplError, match="is not a part as store"):
-        _resealed(tmp_path / "store", "copies", lambda column: [1, -1]).rows_with_copies()
-
-
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
