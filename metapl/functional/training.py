@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.batch import digest
 from metapl.execution.checks import logits
@@ -164,7 +164,7 @@ class Compiled(NamedTuple):
     adjoint: Callable[..., Any]
     update: Any  # of torch.optim
     of: Any  # what they are known by may not be freed
-    checked: list[bool]  # whether the first step has been compared with the eager one
+    compared: dict[Any, Any]  # with the eager step, by kinds of batches: the weights that their losses do not reach
 
 
 _KNOWN: dict[Any, Compiled] = {}  # those of the last training: a second call compiles nothing
@@ -203,7 +203,7 @@ def compiled_training(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # while Inductor is imported
             step, adjoint = (torch.compile(f, fullgraph=True, dynamic=False, **backend_of(device)) for f in both)
-        _KNOWN[key] = Compiled(step, adjoint, update, of, [])
+        _KNOWN[key] = Compiled(step, adjoint, update, of, {})
     return _KNOWN[key]
 
 
@@ -267,28 +267,45 @@ def differentiate(
     size = update.state_bytes() + sum(t.nbytes for t in (*theta.values(), *moving))
     how, on = getattr(mode, "keep", None) or getattr(mode, "keep_every", None), getattr(mode, "keep_on", None)
     chosen, folder = keeping(steps, size, device, how, on), folder_of(on)
-    if not made.checked:
-        made.checked.append(True)
+    # The first step that moves: a schedule may begin with a rate of 0.
+    moves = next((k for k, groups in enumerate(options) if any(now["lr"] != 0 for now in groups)), 0)
+
+    def compare(batch: Any) -> None:
+        """Refuse graphs that are not the eager step, once for each kind of batch."""
+        if (kind := shapes_of(batch)) in made.compared:
+            return
         given: Any = {"clip_norm": clip_norm, "judging": judging, "wrt": wrt}
-        # The first step that moves: a schedule may begin with a rate of 0.
-        number = next((k for k, groups in enumerate(options) if any(now["lr"] != 0 for now in groups)), 0)
         empty = dict.fromkeys(update.numbers, 0.0) | {"betas": (0.0, 0.0)}
-        row = {n: [now.get(n, empty[n]) for now in options[number]] for n in update.numbers}
+        row = {n: [now.get(n, empty[n]) for now in options[moves]] for n in update.numbers}
         schedule = {n: torch.tensor([own], dtype=torch.float64) for n, own in row.items()}
-        refuse_other_training(
-            partial(differentiate, teacher, student, problem, optimizer, Forward(), outer, **given),
-            partial(
-                hypergradient,
-                teacher,
-                student,
-                labeled=outer,
-                problem=judging[0] if judging else problem,
-                inner_optimizer=optimizer,
-                clip_norm=clip_norm,
-            ),
-            Lookahead([ahead[number]], schedule=ahead.schedule and schedule),
-            device,
-        )
+        made.compared[kind] = None  # the step that is compared is none to compare
+        try:
+            still = refuse_other_training(
+                partial(differentiate, teacher, student, problem, optimizer, Forward(), outer, **given),
+                partial(
+                    hypergradient,
+                    teacher,
+                    student,
+                    labeled=outer,
+                    problem=judging[0] if judging else problem,
+                    inner_optimizer=optimizer,
+                    clip_norm=clip_norm,
+                ),
+                Lookahead([batch], schedule=ahead.schedule and schedule),
+                theta,
+                device,
+            )
+            for other in (own for own in made.compared.values() if own is not None and own != still):
+                raise MetaplError(
+                    f"compiled, the losses of some batches do not reach {few(sorted(other ^ still), 3)}, which would "
+                    "move in their steps; leave compile out."
+                )
+        except BaseException:
+            del made.compared[kind]
+            raise
+        made.compared[kind] = still
+
+    compare(ahead[moves])
     states, block = States(chosen.on), States(chosen.on if folder is None else None)  # block: all steps of the finest
     digests, losses = dict[int, Tensor](), list[Tensor]()
     zeros = dict[Any, Tree]()  # in the shapes of a signal's fields, by those of the batch
@@ -307,6 +324,7 @@ def differentiate(
     def stepped(number: int, carry: Carry) -> tuple[Carry, Tensor]:
         nonlocal value
         batch = batch_of(number)
+        compare(batch)
         after, loss, signal = made.step(phi, carry, batch, rates[number % len(rates)])
         value, shapes = signal["value"], shapes_of(batch)
         if shapes not in zeros:
@@ -431,13 +449,19 @@ def differentiate(
 
 
 def shapes_of(batch: Any) -> tuple[Any, ...]:
-    return tuple(t.shape for t in pytree.tree_leaves(batch) if isinstance(t, Tensor))
+    leaves, structure = pytree.tree_flatten(batch)
+    return str(structure), *(t.shape if isinstance(t, Tensor) else str(t) for t in leaves)
 
 
 def refuse_other_training(
-    compiled: Callable[..., Gradient], eager: Callable[..., Any], ahead: Lookahead, device: torch.device
-) -> None:
-    """Refuse graphs whose gradient through one step is not that of the eager road. No generator moves."""
+    compiled: Callable[..., Gradient],
+    eager: Callable[..., Any],
+    ahead: Lookahead,
+    before: Tree,
+    device: torch.device,
+) -> frozenset[str]:
+    """Refuse graphs whose gradient through one step is not that of the eager road. No generator moves. Returns which
+    weights stay as they were before it."""
     start = RandomState.now(device)
     try:
         ours = compiled(ahead)
@@ -447,6 +471,9 @@ def refuse_other_training(
             expected = eager(unlabeled=ahead)
     finally:
         start.restore()
+    still = frozenset(n for n, t in expected.student_params.items() if torch.equal(t, before[n]))
+    for name in (n for n in still if not torch.equal(ours.params[n], before[n])):
+        raise MetaplError(f"no loss reaches the student's {name}, which would decay; expected requires_grad=False.")
     h, loss = ours.feedback[0], expected.inner_loss
     if ours.outer_loss.ndim:  # of several outer losses, by the first
         h = pytree.tree_map(lambda t: t[0], h)
@@ -455,3 +482,4 @@ def refuse_other_training(
     for name, (found, tree) in pairs.items():
         ours_by_place, eager_by_place = (dict(enumerate(pytree.tree_leaves(t))) for t in (found, tree))
         refuse_gap(name, ours_by_place, eager_by_place, loss, rounding=name == "h")
+    return still

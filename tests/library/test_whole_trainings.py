@@ -183,6 +183,29 @@ def test_the_step_that_is_compared_is_one_that_moves(monkeypatch: pytest.MonkeyP
         metapl.hypergradient(None, STUDENT, compile=True, **given)
 
 
+class Tasks(nn.Module):
+    """A head for the batches of each task."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({name: nn.Linear(6, 3) for name in ("a", "b")}).double()
+
+    def forward(self, x: dict[str, Tensor]) -> Tensor:
+        return sum(self.heads[name](t) for name, t in x.items())  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("tasks", ["ab", "aa"])
+def test_weights_that_some_batches_do_not_reach_are_refused_each_time(tasks: str, uncompiled: None) -> None:
+    """torch.optim leaves them; in a graph their gradient is 0, by which momentum and decay move them."""
+    student, (x, y) = Tasks(), batch(0)
+    ahead = Lookahead([({task: x}, y) for task in tasks])
+    inner = SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=0.0 if tasks == "ab" else 1e-6)
+    given: Any = {"outer": ({"a": x, "b": x}, y), "inner": ahead, "inner_optimizer": inner, "problem": PROBLEM}
+    for _ in range(2):
+        with pytest.raises(MetaplError, match="reach"):
+            metapl.hypergradient(None, student, compile=True, **given)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 def test_inductor_gives_the_eager_gradient_and_keeps_its_graphs() -> None:
     problem, student = EqualWeights(), network()
