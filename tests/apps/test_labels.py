@@ -100,11 +100,12 @@ def test_what_is_read_follows_the_equation_in_any_order(
         for wanted in (np.array([6, 0]), torch.tensor([6, 0]), (6, 0), np.array([6, 0], dtype=np.int32)):
             assert torch.equal(store[wanted], store[[6, 0]])
     there = store.folder / store.parts[0].file
-    assert store._sound >= {0}
-    assert str(there) in Path("/proc/self/maps").read_text() or store.at([0]).shape == (1, 5)
+    store.at([0])
+    assert str(there) in Path("/proc/self/maps").read_text()
     for column in reading._columns(there).values():  # as they lie in the file
         assert not column.flags.owndata
     copy = pickle.loads(pickle.dumps(store))
+    assert (store._sound >= {0}, copy._sound) == (True, set())  # which checks what it reads for itself
     served = DataLoader([[i, 29 - i] for i in range(6)], batch_size=None, num_workers=2, collate_fn=copy.at)
     assert torch.equal(torch.stack([*served]), torch.stack([store.at([i, 29 - i]) for i in range(6)]))
 
