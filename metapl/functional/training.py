@@ -261,8 +261,12 @@ def differentiate(
         for field, network in networks.items()
     }
     (theta, state), (phi, teacher_state) = tensors_of(student), tensors_of(teacher)
-    dampened = [max(groups, key=lambda now: now.get("dampening", 0)) for groups in zip(*options, strict=True)]
-    start = carry = Carry(theta, update.at(dampened).complete_state(), state, teacher_state)
+    # A first step with dampening is not the one from a buffer of zeros, nor is its derivative in the dampening.
+    dampened = [
+        "dampening" in wrt or any(now.get("dampening") for now in groups) for groups in zip(*options, strict=True)
+    ]
+    first_groups = [{**group, "dampening": is_so} for group, is_so in zip(options[0], dampened, strict=True)]
+    start = carry = Carry(theta, update.at(first_groups).complete_state(), state, teacher_state)
     moving = [t for field, constant in frozen.items() for n, t in getattr(carry, field).items() if n not in constant]
     size = update.state_bytes() + sum(t.nbytes for t in (*theta.values(), *moving))
     how, on = getattr(mode, "keep", None) or getattr(mode, "keep_every", None), getattr(mode, "keep_on", None)

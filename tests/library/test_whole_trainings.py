@@ -21,6 +21,7 @@ from metapl.functional import training
 from metapl.problems import EqualWeights, MetaWeightNet, WeightNet
 
 STEPS = 7
+RESTED = {"momentum": torch.tensor([[0.0], [0.9], [0.0], [0.8]])}  # torch.optim keeps the buffer where it is 0
 SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: SGD(p, lr=0.1),
@@ -155,12 +156,16 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
 
 
+@pytest.mark.parametrize("momentum", [RESTED["momentum"], torch.full((4, 1), 0.9)], ids=["rested", "constant"])
 @pytest.mark.parametrize("dampening", [0.0, 0.3])
-def test_a_momentum_that_is_0_in_some_steps_leaves_the_buffer(dampening: float, uncompiled: None) -> None:
-    schedule = RESTED | {"dampening": torch.full((4, 1), dampening)}
+def test_a_buffer_is_that_of_torch_optim(dampening: float, momentum: Tensor, uncompiled: None) -> None:
+    """A momentum of 0 leaves it as it is, and the first step has no dampening."""
+    schedule = {"momentum": momentum, "dampening": torch.full((4, 1), dampening)}
     ahead, inner = Lookahead(batch, steps=4, schedule=schedule), SGD(STUDENT.parameters(), lr=0.1)
-    given: Any = {"outer": batch(-1), "inner": ahead, "inner_optimizer": inner, "problem": PROBLEM}
-    compared(*(metapl.hypergradient(None, STUDENT, compile=compile, **given) for compile in (False, True)), 1e-9)
+    given: Any = {"outer": batch(-1), "inner": ahead, "inner_optimizer": inner, "wrt": ("lr", "dampening")}
+    both = [metapl.hypergradient(None, STUDENT, problem=PROBLEM, compile=on, **given) for on in (False, True)]
+    compared(*both, 1e-9)
+    assert error(both[1].settings, both[0].settings) < 1e-9
 
 
 def test_the_step_that_is_compared_is_one_that_moves(monkeypatch: pytest.MonkeyPatch, uncompiled: None) -> None:
@@ -232,7 +237,6 @@ def test_what_two_graphs_do_not_take_is_refused_in_one_line() -> None:
 STUDENT, PROBLEM = network(drops=False), EqualWeights()  # of one compilation
 WEIGHTS, RATES = [*STUDENT.parameters()], torch.full((STEPS, 1), 0.1)
 PLAIN = SGD(WEIGHTS, lr=0.1, momentum=0.9)
-RESTED = {"momentum": torch.tensor([[0.0], [0.9], [0.0], [0.8]])}  # torch.optim keeps the buffer where it is 0
 
 
 def odd(bad: float = 0.0, steps: Sequence[int] = (2,)) -> Callable[[int], tuple[Tensor, Tensor]]:
