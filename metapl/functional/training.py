@@ -312,7 +312,7 @@ def differentiate(
     compare(ahead[moves])
     states, block = States(chosen.on), States(chosen.on if folder is None else None)  # block: all steps of the finest
     digests, losses = dict[int, Tensor](), list[Tensor]()
-    zeros = dict[Any, Tree]()  # in the shapes of a signal's fields, by those of the batch
+    zeros, kinds = dict[Any, Tree](), dict[int, Any]()  # in the shapes of a signal, by those of the batch; of each step
     value: Any = None  # of the last signal
 
     def batch_of(number: int) -> Any:
@@ -331,6 +331,7 @@ def differentiate(
         compare(batch)
         after, loss, signal = made.step(phi, carry, batch, rates[number % len(rates)])
         value, shapes = signal["value"], shapes_of(batch)
+        kinds[number] = shapes
         if shapes not in zeros:
             if "log_prob" in signal:
                 raise MetaplError("compile=True was given with a signal that is drawn; leave compile out.")
@@ -363,6 +364,7 @@ def differentiate(
         if isinstance(where, Folder) and number > where.done and not again:
             taken = range(where.done, number)
             known = {"losses": [losses[k] for k in taken], "digests": [digests[k] for k in taken]}
+            known |= {"kinds": [kinds[k] for k in taken]}
             where.came_to(number, **known, zeros=zeros, value=value)
 
     def taken_from(where: States, number: int) -> tuple[Carry, RandomState]:
@@ -405,6 +407,7 @@ def differentiate(
                 states, done = opened, opened.done
                 for known in opened.known():
                     digests |= enumerate(known["digests"], len(digests))
+                    kinds |= enumerate(known["kinds"], len(kinds))
                     losses += known["losses"]
                     zeros, value = known["zeros"], known["value"]
             if done:
@@ -447,14 +450,16 @@ def differentiate(
         begun.restore()
         raise
     ended.restore()
-    feedback += [pytree.tree_map(torch.zeros_like, feedback[-1])] * first
+    for number in reversed(range(first)):
+        nothing = {name: t.new_zeros((*L.shape, *t.shape)) for name, t in zeros[kinds[number]].items()}
+        feedback.append(on_value(nothing, value))
     mean = torch.stack(losses).mean()
     return Gradient(L, feedback[::-1], bars.teacher, bars.params, in_settings[::-1], carry.params, mean, chosen)
 
 
 def shapes_of(batch: Any) -> tuple[Any, ...]:
     leaves, structure = pytree.tree_flatten(batch)
-    return str(structure), *(t.shape if isinstance(t, Tensor) else str(t) for t in leaves)
+    return str(structure), *(tuple(t.shape) if isinstance(t, Tensor) else str(t) for t in leaves)
 
 
 def refuse_other_training(
@@ -475,8 +480,11 @@ def refuse_other_training(
             expected = eager(unlabeled=ahead)
     finally:
         start.restore()
-    still = frozenset(n for n, t in expected.student_params.items() if torch.equal(t, before[n]))
-    for name in (n for n in still if not torch.equal(ours.params[n], before[n])):
+    by = {n: t - before[n] for n, t in expected.student_params.items()}
+    least, eps = 1e3 * float(norm(by)), torch.finfo(expected.inner_loss.dtype).eps
+    rounding = {n: eps * (least + 8 * float(t.norm())) for n, t in before.items()}  # as of a bias before a norm
+    still = frozenset(n for n, t in by.items() if float(t.norm()) <= rounding[n])
+    for name in (n for n in still if float((ours.params[n] - before[n]).norm()) > rounding[n]):
         raise MetaplError(f"no loss reaches the student's {name}, which would decay; expected requires_grad=False.")
     h, loss = ours.feedback[0], expected.inner_loss
     if ours.outer_loss.ndim:  # of several outer losses, by the first

@@ -168,6 +168,13 @@ def test_a_buffer_is_that_of_torch_optim(dampening: float, momentum: Tensor, unc
     assert error(both[1].settings, both[0].settings) < 1e-9
 
 
+def test_truncation_leaves_zeros_in_the_shape_of_each_batch(uncompiled: None) -> None:
+    batches = [tuple(t[:rows] for t in batch(rows)) for rows in (4, 6, 5, 8)]
+    given: Any = {"outer": batch(-1), "inner": Lookahead(batches), "inner_optimizer": PLAIN, "problem": PROBLEM}
+    given |= {"mode": Forward(truncate=2)}
+    compared(*(metapl.hypergradient(None, STUDENT, compile=on, **given) for on in (False, True)), 1e-9)
+
+
 def test_the_step_that_is_compared_is_one_that_moves(monkeypatch: pytest.MonkeyPatch, uncompiled: None) -> None:
     """A warm-up begins with a rate of 0, by which h is 0 on both roads."""
     real = training.make_training
