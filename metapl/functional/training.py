@@ -281,6 +281,8 @@ def differentiate(
         given: Any = {"clip_norm": clip_norm, "judging": judging, "wrt": wrt}
         empty = dict.fromkeys(update.numbers, 0.0) | {"betas": (0.0, 0.0)}
         row = {n: [now.get(n, empty[n]) for now in options[moves]] for n in update.numbers}
+        # With all of the decay that there will be, which moves what no loss reaches.
+        row["weight_decay"] = [max(now["weight_decay"] for now in groups) for groups in zip(*options, strict=True)]
         schedule = {n: torch.tensor([own], dtype=torch.float64) for n, own in row.items()}
         made.compared[kind] = None  # the step that is compared is none to compare
         try:
