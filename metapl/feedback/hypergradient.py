@@ -68,20 +68,24 @@ class Hypergradient:
         return summary("Hypergradient", **{**vars(self), "inner_state": state})
 
 
-def check_wrt(wrt: Sequence[str], mode: Estimator, update: Update, *, eager: bool, sharded: bool) -> list[str]:
-    """The names of settings in ``wrt``; refuse what no gradient can be in."""
+def check_wrt(
+    wrt: Sequence[str], mode: Estimator, update: Update, options: Sequence[Any], *, eager: bool, sharded: bool
+) -> list[str]:
+    """The names of settings in ``wrt``; refuse what no gradient can be in, with these ``options`` of each step."""
     known = ("teacher", "start", *update.numbers)
     for name in wrt:
         if name not in known:
             raise MetaplError(f"wrt={name!r} was given; expected, with this inner optimizer, {', '.join(known)}.")
     asked, settings = {*wrt} - {"teacher"}, [name for name in wrt if name in update.numbers]
-    by_sgd = [group for group in update.options if "dampening" in group]
-    still = eager and not mode.keep_graph and "momentum" in wrt and any(not group["momentum"] for group in by_sgd)
+    by_sgd = [group for group in zip(*(options or [update.options]), strict=True) if "dampening" in group[0]]
+    moving = [{now["momentum"] != 0 for now in group} for group in by_sgd if "momentum" in wrt]
+    still = eager and not mode.keep_graph and any(False in found for found in moving)
     refused = {
         f"mode {mode.name!r}; expected 'forward' or 'unrolled'": mode.name not in ("forward", "unrolled"),
         "truncate; expected all steps": getattr(mode, "truncate", None) is not None,
         "a sharded student; expected one process, or DistributedDataParallel": sharded and settings,
         "momentum=0, which keeps no buffer; expected more, or compile=True": still,
+        "momentum=0 in some steps, which keep no buffer; expected more": any(len(found) > 1 for found in moving),
     }
     for what in (what for what, is_so in refused.items() if is_so and asked):
         raise MetaplError(f"wrt={wrt!r} was given with {what}.")
@@ -206,7 +210,7 @@ def hypergradient(
     labeled, options = problem.outer_batch(labeled), ahead.options(inner_optimizer)
     check_mode(estimate, len(batches), problem, of_student)
     wrt = [wrt] if isinstance(wrt, str) else [*wrt]
-    settings = check_wrt(wrt, estimate, update, eager=not compile, sharded=of_student.is_sharded)
+    settings = check_wrt(wrt, estimate, update, options, eager=not compile, sharded=of_student.is_sharded)
     if compile:
         pure = import_module("metapl.functional.training")
         given = {"clip_norm": clip_norm, "accumulate": accumulate, "progress": progress, "wrt": settings}

@@ -142,7 +142,7 @@ class Path:
         first = 0 if truncate is None else max(0, end - truncate)
         resumed = self.states.adjoint if end > 1 else None
         if resumed is None:
-            v, state_bar = self.outer_gradient(), None
+            v, state_bar = {name: t.to_dense() for name, t in self.outer_gradient().items()}, None
         else:
             end, v, state_bar = (resumed[name] for name in ("at", "v", "state_cotangent"))
         for number, step in self._backwards(first, 0, end, *spacings):

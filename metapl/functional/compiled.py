@@ -84,12 +84,14 @@ class CompiledStep:
         if anew:
             self.marks, held = [], self.find(trainer, steps)
         first = self.kind not in self.known
+        compared = False
         if first:
             compiled, updates = self.compile(trainer, steps)
+        else:
+            compiled, updates, probs, held, compared = self.known[self.kind]
+        if not compared:
             eager = eager_step(trainer, labeled, batches, ahead)
             probs = eager[1].signal.probs
-        else:
-            compiled, updates, probs, _ = self.known[self.kind]
         state = state_of(trainer, updates) if anew else self.read(trainer, updates)
         start, drawn = RandomState.now(trainer.device), draw and draw.get_state()
         noise = None
@@ -105,15 +107,16 @@ class CompiledStep:
                     mode, report = pytree.tree_map_only(Tensor, torch.clone, (moved.mode, report))
                     moved = moved._replace(mode=mode)
                 taken = moved, _wrapped(trainer, report, steps > 1, ahead)
-                if first:
+                if not compared:
                     refuse_other(state, taken, eager)
         except BaseException:
             start.restore()
             if draw is not None:
                 draw.set_state(drawn)
             raise
-        if first:
-            self.known[self.kind] = compiled, updates, probs, held
+        if not compared:  # again, while a warm-up has a rate of 0, by which h is 0
+            compared = any(group["lr"] != 0 for group in unclipped(trainer.update).options)
+            self.known[self.kind] = compiled, updates, probs, held, compared
         if anew:
             self.hold(state, moved, updates)
         torch._foreach_copy_(self.tensors, leaves_of(moved))

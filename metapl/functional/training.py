@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.batch import digest
 from metapl.execution.checks import logits
@@ -164,7 +164,7 @@ class Compiled(NamedTuple):
     adjoint: Callable[..., Any]
     update: Any  # of torch.optim
     of: Any  # what they are known by may not be freed
-    checked: list[bool]  # whether the first step has been compared with the eager one
+    compared: dict[Any, Any]  # with the eager step, by kinds of batches: the weights that their losses do not reach
 
 
 _KNOWN: dict[Any, Compiled] = {}  # those of the last training: a second call compiles nothing
@@ -203,7 +203,7 @@ def compiled_training(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # while Inductor is imported
             step, adjoint = (torch.compile(f, fullgraph=True, dynamic=False, **backend_of(device)) for f in both)
-        _KNOWN[key] = Compiled(step, adjoint, update, of, [])
+        _KNOWN[key] = Compiled(step, adjoint, update, of, {})
     return _KNOWN[key]
 
 
@@ -243,14 +243,17 @@ def differentiate(
     made = compiled_training(teacher, student, problem, optimizer, clip_norm, bool(wrt), bool(judging))
     options = ahead.options(optimizer) or [options_of(optimizer)] * steps
     update, first = made.update, steps - (getattr(mode, "truncate", None) or steps)
-    # A number that is 0 in all steps leaves a part of the rule out.
+    # A number that is 0 in all steps leaves a part of the rule out, and a momentum of 0 leaves the buffer as it is.
     names = [
         {n for n in update.numbers if n in groups[0] and (n in wrt or any(now[n] != 0 for now in groups))}
         for groups in zip(*options, strict=True)
     ]
+
+    def values(own: set[str], now: dict[str, Any]) -> dict[str, Any]:
+        return {n: now[n] for n in own if n in wrt or n != "momentum" or now[n] != 0}
+
     rates = [
-        settings_of([{n: now[n] for n in own} for own, now in zip(names, groups, strict=True)], device)
-        for groups in (options if ahead.schedule else options[:1])
+        settings_of([*map(values, names, groups)], device) for groups in (options if ahead.schedule else options[:1])
     ]
     networks = {"state": student, "teacher_state": teacher}
     frozen = {
@@ -258,31 +261,60 @@ def differentiate(
         for field, network in networks.items()
     }
     (theta, state), (phi, teacher_state) = tensors_of(student), tensors_of(teacher)
-    start = carry = Carry(theta, update.complete_state(), state, teacher_state)
+    # A first step with dampening is not the one from a buffer of zeros, nor is its derivative in the dampening.
+    dampened = [
+        "dampening" in wrt or any(now.get("dampening") for now in groups) for groups in zip(*options, strict=True)
+    ]
+    first_groups = [{**group, "dampening": is_so} for group, is_so in zip(options[0], dampened, strict=True)]
+    start = carry = Carry(theta, update.at(first_groups).complete_state(), state, teacher_state)
     moving = [t for field, constant in frozen.items() for n, t in getattr(carry, field).items() if n not in constant]
     size = update.state_bytes() + sum(t.nbytes for t in (*theta.values(), *moving))
     how, on = getattr(mode, "keep", None) or getattr(mode, "keep_every", None), getattr(mode, "keep_on", None)
     chosen, folder = keeping(steps, size, device, how, on), folder_of(on)
-    if not made.checked:
-        made.checked.append(True)
+    # The first step that moves: a schedule may begin with a rate of 0.
+    moves = next((k for k, groups in enumerate(options) if any(now["lr"] != 0 for now in groups)), 0)
+
+    def compare(batch: Any) -> None:
+        """Refuse graphs that are not the eager step, once for each kind of batch."""
+        if (kind := shapes_of(batch)) in made.compared:
+            return
         given: Any = {"clip_norm": clip_norm, "judging": judging, "wrt": wrt}
-        refuse_other_training(
-            partial(differentiate, teacher, student, problem, optimizer, Forward(), outer, **given),
-            partial(
-                hypergradient,
-                teacher,
-                student,
-                labeled=outer,
-                problem=judging[0] if judging else problem,
-                inner_optimizer=optimizer,
-                clip_norm=clip_norm,
-            ),
-            Lookahead([ahead[0]], schedule=ahead.schedule),
-            device,
-        )
+        empty = dict.fromkeys(update.numbers, 0.0) | {"betas": (0.0, 0.0)}
+        row = {n: [now.get(n, empty[n]) for now in options[moves]] for n in update.numbers}
+        # With all of the decay that there will be, which moves what no loss reaches.
+        row["weight_decay"] = [max(now["weight_decay"] for now in groups) for groups in zip(*options, strict=True)]
+        schedule = {n: torch.tensor([own], dtype=torch.float64) for n, own in row.items()}
+        made.compared[kind] = None  # the step that is compared is none to compare
+        try:
+            still = refuse_other_training(
+                partial(differentiate, teacher, student, problem, optimizer, Forward(), outer, **given),
+                partial(
+                    hypergradient,
+                    teacher,
+                    student,
+                    labeled=outer,
+                    problem=judging[0] if judging else problem,
+                    inner_optimizer=optimizer,
+                    clip_norm=clip_norm,
+                ),
+                Lookahead([batch], schedule=ahead.schedule and schedule),
+                theta,
+                device,
+            )
+            for other in (own for own in made.compared.values() if own is not None and own != still):
+                raise MetaplError(
+                    f"compiled, the losses of some batches do not reach {few(sorted(other ^ still), 3)}, which would "
+                    "move in their steps; leave compile out."
+                )
+        except BaseException:
+            del made.compared[kind]
+            raise
+        made.compared[kind] = still
+
+    compare(ahead[moves])
     states, block = States(chosen.on), States(chosen.on if folder is None else None)  # block: all steps of the finest
     digests, losses = dict[int, Tensor](), list[Tensor]()
-    zeros = dict[Any, Tree]()  # in the shapes of a signal's fields, by those of the batch
+    zeros, kinds = dict[Any, Tree](), dict[int, Any]()  # in the shapes of a signal, by those of the batch; of each step
     value: Any = None  # of the last signal
 
     def batch_of(number: int) -> Any:
@@ -298,8 +330,10 @@ def differentiate(
     def stepped(number: int, carry: Carry) -> tuple[Carry, Tensor]:
         nonlocal value
         batch = batch_of(number)
+        compare(batch)
         after, loss, signal = made.step(phi, carry, batch, rates[number % len(rates)])
         value, shapes = signal["value"], shapes_of(batch)
+        kinds[number] = shapes
         if shapes not in zeros:
             if "log_prob" in signal:
                 raise MetaplError("compile=True was given with a signal that is drawn; leave compile out.")
@@ -329,9 +363,10 @@ def differentiate(
         pairs = zip(carry[2:], start[2:], strict=True)
         moved = [{n: t for n, t in now.items() if t is not before[n]} for now, before in pairs]
         where.keep(number, [carry.params, carry.optimizer, *moved, RandomState.now(device).values()])
-        if isinstance(where, Folder) and number > 0 and not again:
+        if isinstance(where, Folder) and number > where.done and not again:
             taken = range(where.done, number)
             known = {"losses": [losses[k] for k in taken], "digests": [digests[k] for k in taken]}
+            known |= {"kinds": [kinds[k] for k in taken]}
             where.came_to(number, **known, zeros=zeros, value=value)
 
     def taken_from(where: States, number: int) -> tuple[Carry, RandomState]:
@@ -374,6 +409,7 @@ def differentiate(
                 states, done = opened, opened.done
                 for known in opened.known():
                     digests |= enumerate(known["digests"], len(digests))
+                    kinds |= enumerate(known["kinds"], len(kinds))
                     losses += known["losses"]
                     zeros, value = known["zeros"], known["value"]
             if done:
@@ -416,19 +452,27 @@ def differentiate(
         begun.restore()
         raise
     ended.restore()
-    feedback += [pytree.tree_map(torch.zeros_like, feedback[-1])] * first
+    for number in reversed(range(first)):
+        nothing = {name: t.new_zeros((*L.shape, *t.shape)) for name, t in zeros[kinds[number]].items()}
+        feedback.append(on_value(nothing, value))
     mean = torch.stack(losses).mean()
     return Gradient(L, feedback[::-1], bars.teacher, bars.params, in_settings[::-1], carry.params, mean, chosen)
 
 
 def shapes_of(batch: Any) -> tuple[Any, ...]:
-    return tuple(t.shape for t in pytree.tree_leaves(batch) if isinstance(t, Tensor))
+    leaves, structure = pytree.tree_flatten(batch)
+    return str(structure), *(tuple(t.shape) if isinstance(t, Tensor) else str(t) for t in leaves)
 
 
 def refuse_other_training(
-    compiled: Callable[..., Gradient], eager: Callable[..., Any], ahead: Lookahead, device: torch.device
-) -> None:
-    """Refuse graphs whose gradient through one step is not that of the eager road. No generator moves."""
+    compiled: Callable[..., Gradient],
+    eager: Callable[..., Any],
+    ahead: Lookahead,
+    before: Tree,
+    device: torch.device,
+) -> frozenset[str]:
+    """Refuse graphs whose gradient through one step is not that of the eager road. No generator moves. Returns which
+    weights stay as they were before it."""
     start = RandomState.now(device)
     try:
         ours = compiled(ahead)
@@ -438,6 +482,12 @@ def refuse_other_training(
             expected = eager(unlabeled=ahead)
     finally:
         start.restore()
+    by = {n: t - before[n] for n, t in expected.student_params.items()}
+    least, eps = 1e3 * float(norm(by)), torch.finfo(expected.inner_loss.dtype).eps
+    rounding = {n: eps * (least + 8 * float(t.norm())) for n, t in before.items()}  # as of a bias before a norm
+    still = frozenset(n for n, t in by.items() if float(t.norm()) <= rounding[n])
+    for name in (n for n in still if float((ours.params[n] - before[n]).norm()) > rounding[n]):
+        raise MetaplError(f"no loss reaches the student's {name}, which would decay; expected requires_grad=False.")
     h, loss = ours.feedback[0], expected.inner_loss
     if ours.outer_loss.ndim:  # of several outer losses, by the first
         h = pytree.tree_map(lambda t: t[0], h)
@@ -446,3 +496,4 @@ def refuse_other_training(
     for name, (found, tree) in pairs.items():
         ours_by_place, eager_by_place = (dict(enumerate(pytree.tree_leaves(t))) for t in (found, tree))
         refuse_gap(name, ours_by_place, eager_by_place, loss, rounding=name == "h")
+    return still

@@ -33,7 +33,7 @@ from metapl.execution.batch import as_tensors, length
 from metapl.execution.layout import layouts
 from metapl.execution.modules import trainable
 from metapl.execution.numerics import wide
-from metapl.execution.ranks import ALONE, Ranks
+from metapl.execution.ranks import Ranks
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.shards import gathered, local
 from metapl.feedback import Forward
@@ -273,9 +273,7 @@ def attribute(
         losses += L.flatten().unbind()
 
     def losses_with(weights: Tensor) -> Tensor:
-        # Every rank trains a copy, on all rows.
-        judges = [_of_example(problem, number) for number in range(training.judges)] if each else [problem]
-        found = training.repeated(weights, judges)[1]
+        found = training.repeated(weights, judging)[1]
         return found if each else found[0]
 
     by_loss, L = (torch.stack(scores), torch.stack(losses)) if each else (scores[0], losses[0])
@@ -425,16 +423,16 @@ class _Training:
         self, weights: Tensor, judging: Sequence[Problem], steps: int | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The training, or its first ``steps``, with weights of the examples, (N,) or as the problem's, by a plain
-        loop: its weights by name, and its outer losses."""
+        loop: its weights by name, and its outer losses. As there, each rank takes its rows of a batch."""
         if self.begun is None:
             raise MetaplError(
                 "the student is sharded, and its training is repeated on a copy; expected one that is not."
             )
         network, again = copy.deepcopy(self.begun)
-        weights_of, problem = trainable(network), self.problem
+        weights_of, problem, ranks = trainable(network), self.problem, self.layout.ranks
         rule, device = update_of(again, weights_of), self.start.device
         with replayed(self.start), torch.enable_grad(), self.autocast():
-            for chosen, of_step in zip(self.order[:steps], self.options[:steps], strict=True):
+            for chosen, of_step in zip(map(ranks.own_rows, self.order[:steps]), self.options[:steps], strict=True):
                 batch = self.data[chosen]
                 for group, own in zip(again.param_groups, of_step, strict=False):
                     group.update(own)
@@ -444,17 +442,22 @@ class _Training:
                 own, shape = weights.to(outputs)[chosen], problem.weight_shape(outputs)
                 signal = Signal(own.reshape(*own.shape, *[1] * (len(shape) - own.ndim)).expand(shape))
                 problem.inner_loss(outputs, signal, batch, dict(network.named_parameters())).mean().backward()
+                own_grads = {name: p.grad for name, p in weights_of.items() if p.grad is not None}
+                for name, g in ranks.mean_tree(own_grads, {**weights_of}).items():
+                    weights_of[name].grad = g
                 if self.clip_norm is not None:
                     nn.utils.clip_grad_norm_(network.parameters(), self.clip_norm)
                 rule.exactly(weights_of, {name: p.grad for name, p in weights_of.items() if p.grad is not None})
             torch.clear_autocast_cache()
-            given = problem.outer_batch(self.outer_batch)
+            given = problem.outer_batch(pytree.tree_map_only(Tensor, ranks.own_rows, self.outer_batch))
             # With the dropout masks of the outer loss that was differentiated.
             with torch.no_grad(), replayed(RandomState.now(device).branch()):
                 outputs = wide(network(problem.outer_input(given)))
                 pairs = [sum_and_weight(own.outer_loss(outputs, given)) for own in judging]
+                both = [torch.stack([total, torch.as_tensor(weight).to(total)]) for total, weight in pairs]
+                totals, counts = ranks.mean(torch.stack(both)).unbind(1)
         params = {name: p.detach() for name, p in weights_of.items()}
-        return params, torch.stack([total / weight for total, weight in pairs])
+        return params, totals / counts
 
 
 class _Rows:
@@ -480,7 +483,7 @@ class _Rows:
         return pytree.tree_map_only(Tensor, lambda t: t.to(self.device), tuple(batch))
 
 
-def _of_example(problem: Problem, number: int, ranks: Ranks = ALONE) -> Problem:
+def _of_example(problem: Problem, number: int, ranks: Ranks) -> Problem:
     """The problem as it is judged by one outer example; the network sees them all, so that a batch norm has the
     statistics and dropout the masks of the whole outer loss."""
     own = copy.copy(problem)

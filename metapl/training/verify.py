@@ -214,6 +214,10 @@ def verified(given: Step, estimate: Any, parts: int = 1) -> GradientCheck:
 
 def judged(base: Step, estimate: Estimator, parts: int, eps: float = EPS) -> GradientCheck:
     """The verdict at a point and, where it is a refusal, the likely causes."""
+    groups = getattr(vars(base.update).get("optimizer"), "param_groups", [])
+    if not any(group["lr"] for group in groups):  # the first step of a warm-up, in which nothing would move
+        for group in groups:
+            group["lr"] = group.get("initial_lr") or 1e-2
     at, name = Point(base, estimate, eps), f"mode {estimate.name!r}"
     fault = at.fault() or (at.no_mean() if parts > 1 else "")
     errors = {} if fault else at.errors()

@@ -177,7 +177,7 @@ class TorchUpdate(Update):
 
     def complete_state(self) -> States:
         """The current state, each :meth:`completed`."""
-        state, groups = self.read_state(), self.optimizer.param_groups
+        state, groups = self.read_state(), self.options
         return {n: self.completed(p.detach(), state[n], groups[self.group_of[n]]) for n, p in self.parameters.items()}
 
     def state_bytes(self) -> int:
@@ -189,9 +189,10 @@ class TorchUpdate(Update):
         return sum(t.nbytes for t in pytree.tree_leaves(found) if isinstance(t, Tensor))
 
     def settings(self) -> list[dict[str, Any]]:
-        """The numbers in the param groups that are not 0: a 0 leaves a part of the rule out, so that it is no value."""
+        """The rates, and other numbers in the param groups that are not 0: a 0 leaves a part of the rule out, so that
+        it is no value."""
         groups = self.optimizer.param_groups
-        numbers = [{n: group[n] for n in self.numbers if _is_set(group.get(n, 0))} for group in groups]
+        numbers = [{n: group[n] for n in self.numbers if n == "lr" or _is_set(group.get(n, 0))} for group in groups]
         return [{n: float(v) if isinstance(v, Tensor) else v for n, v in group.items()} for group in numbers]
 
     def update(self, params: Tree, grads: Tree, state: States, options: Options | None = None) -> tuple[Tree, States]:

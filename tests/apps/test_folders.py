@@ -455,6 +455,8 @@ def test_large_folders_are_known_by_names_and_sizes(tmp_path: Path, monkeypatch:
             yield hash_files(scan_unlabeled(tmp_path / "x"))
 
     assert len({*changes()}) == 4
+    one = hash_files(labeled(tmp_path / "classes", **L))
+    assert hash_files(labeled(tmp_path / "classes", ant=[])) != one  # its pictures have other labels
     for limit in ("WHOLE_UP_TO", "WHOLE_BYTES"):
         with monkeypatch.context() as patch:
             patch.setattr(hashing, limit, 0)

@@ -114,6 +114,10 @@ def test_pictures_in_memory_are_those_in_files(paths: list[Path]) -> None:
     for none in (([], (4, 4)), (["a.png"], (0, 4))):
         with pytest.raises(MetaplError, match="expected"):
             FileImages(none[0], size=none[1])
+    broken = FileImages([paths[3], paths[0]], size=(6, 6))
+    with pytest.warns(UserWarning, match="left out") as warned:  # once, where there is no log
+        assert [broken.fetch(torch.tensor([0]))[1].tolist() for _ in range(2)] == [[1], [1]]
+    assert len(warned) == 1
     gone = FileImages([f"gone{i}.png" for i in range(100)], size=(6, 6))
     with pytest.warns(UserWarning, match="left out"), pytest.raises(MetaplError, match=r"32 .*gone90"):
         gone.fetch(torch.tensor([90]))

@@ -697,6 +697,15 @@ def _attributed(**options: Any) -> metapl.Attribution:
     return metapl.attribute(student, (x, y), (x, y), **{**given, **options})
 
 
+def trained_again(inside: str) -> Tensor:
+    """By how much the outer loss changes without no example, and without one, of replicas."""
+    student = laid_out(networks(inside)[1], "ddp")
+    (x, y), _ = batches(1)[0]
+    given = {"optimizer": OPTIMIZERS["sgd"](student.parameters()), "steps": 4, "batch_size": 8, "progress": False}
+    found = metapl.attribute(student, (x, y), (x, y), clip_norm=0.5, **given)
+    return found.validate([torch.zeros(len(x), dtype=torch.bool), [0], [1]], progress=False).retrained
+
+
 REFUSED |= {
     "past_arguments": _past_arguments,
     "unequal_rows_of_a_training": lambda: _attributed(batch_size=5),

@@ -221,6 +221,19 @@ REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+def test_a_step_is_compared_until_one_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared, real = list[str](), compiled.refuse_other
+    monkeypatch.setattr(compiled, "refuse_other", lambda *given: compared.append("") or real(*given))
+    case = toy("mlp")
+    monkeypatch.setattr(torch, "compile", lambda step, **how: step)
+    inner = torch.optim.SGD(case.student.parameters(), lr=0.1)
+    trainer = metapl.BilevelTrainer(case.teacher, case.student, "forward", inner_optimizer=inner, compile=True)
+    for rate in (0.0, 0.1, 0.2):  # a warm-up begins with 0, by which h is 0 on both roads
+        inner.param_groups[0]["lr"] = rate
+        trainer.step(case.labeled, case.unlabeled)
+    assert len(compared) == 2
+
+
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_be_captured_is_refused_at_the_first_step_and_nothing_moves(what: str) -> None:
     change, options = REFUSED[what]

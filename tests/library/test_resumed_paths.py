@@ -55,7 +55,7 @@ def gradient(folder: str | None, read: Callable[[], None], **given: Any) -> dict
         found = metapl.hypergradient(
             teacher,
             student,
-            outer=batch(-1),
+            outer=given.pop("outer", batch(-1)),
             inner=Lookahead(made, steps=steps, schedule=given.pop("schedule", None)),
             mode=Forward(**options, keep_on=folder),
             inner_optimizer=given.pop("optimizer", adam)(student),
@@ -97,6 +97,13 @@ CALLS: dict[str, Call] = {
         *a, teacher=network, problem=metapl.PseudoLabels("hard"), batch=unlabeled, generator=3
     ),
     "clipped": lambda *a: gradient(*a, clip_norm=0.1),
+    "sparse": lambda *a: gradient(
+        *a,
+        network=lambda: nn.Sequential(nn.Embedding(3, 5, sparse=True), nn.Linear(5, 3)),
+        optimizer=lambda student: torch.optim.SGD(student.parameters(), lr=0.1),
+        batch=lambda k: (batch(k)[1],) * 2,
+        outer=(batch(-1)[1],) * 2,
+    ),
     "compiled": lambda *a: gradient(*a, clip_norm=0.1, compile=True, backend="aot_eager"),
     "by Inductor": lambda *a: gradient(*a, compile=True),
 }
@@ -142,6 +149,7 @@ def same(a: Any, b: Any) -> bool:
 @pytest.mark.parametrize(
     ("case", "place"),
     [("plain", "in the run forward"), ("plain", "at a file of the way back"), ("teacher", "in the teacher's gradient")]
+    + [("sparse", "in the way back")]
     + [
         pytest.param(*case, marks=pytest.mark.long)
         for case in (
@@ -163,6 +171,16 @@ def test_a_killed_path_goes_on_bit_for_bit(case: str, place: str, tmp_path: Path
     assert {file.name for file in tmp_path.iterdir()} <= {".lock"}  # to remove a lock would race
     if place == "in the way back":
         assert next(reads) <= next(whole) - STEPS, "steps were taken again"
+
+
+def test_a_compiled_path_that_is_stopped_twice_goes_on_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    for reads in (20, 14, 60):
+        with pytest.raises(ZeroDivisionError):
+            gradient(str(tmp_path), stopped_at(reads), compile=True)
+    assert same(gradient(str(tmp_path), lambda: None, compile=True), gradient(None, lambda: None, compile=True))
 
 
 # What the call was given that was killed, where that is not the plain one.

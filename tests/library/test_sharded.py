@@ -273,6 +273,12 @@ def test_blocks_that_run_again_have_their_masks_and_statistics(two: Ranks, insid
             assert error(a, b) < 1e-12, kind
 
 
+@pytest.mark.parametrize("inside", ["dropout", "norm"])
+def test_replicas_repeat_a_training_with_their_own_masks_and_statistics(two: Ranks, inside: str) -> None:
+    for changes in two.run("trained_again", inside=inside):
+        assert abs(changes[0]) < 1e-15 < abs(changes[1])
+
+
 def test_no_process_gathers_more_than_a_block_and_the_root(two: Ranks) -> None:
     for found in two.run("gathered_at_once"):
         assert found["most"] == found["block"] + found["root"]

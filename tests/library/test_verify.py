@@ -396,11 +396,13 @@ def test_what_begins_after_the_first_step_is_seen_by_the_flag(kind: str) -> None
     assert re.fullmatch(expected, found), found
 
 
-@pytest.mark.parametrize("mode", ["forward", "loss_difference"])
-def test_a_refusal_moves_nothing_and_comes_again(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("mode", "rate"), [("forward", 0.1), ("loss_difference", 0.1), ("forward", 0.0)])
+def test_a_refusal_moves_nothing_and_comes_again(mode: Any, rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the first rate is 0, as that of a warm-up, by which any gradient would be right."""
     case = toy("dropout")
     plant(monkeypatch, "the sign")
-    made = metapl.BilevelTrainer(case.teacher, case.student, mode)
+    inner = torch.optim.SGD(case.student.parameters(), lr=rate)
+    made = metapl.BilevelTrainer(case.teacher, case.student, mode, inner_optimizer=inner)
     python = random.getstate()
     with unmoved(case, made.inner_optimizer, made.outer_optimizer):
         for _ in range(2):

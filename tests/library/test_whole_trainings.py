@@ -21,6 +21,7 @@ from metapl.functional import training
 from metapl.problems import EqualWeights, MetaWeightNet, WeightNet
 
 STEPS = 7
+RESTED = {"momentum": torch.tensor([[0.0], [0.9], [0.0], [0.8]])}  # torch.optim keeps the buffer where it is 0
 SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: SGD(p, lr=0.1),
@@ -148,6 +149,73 @@ def test_two_graphs_give_the_eager_gradient(
     compared(eager, pure, 1e-9)
     assert error(before, student.state_dict()) == 0
     assert all(torch.equal(before[name], t) for name, t in student.state_dict().items())
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+
+
+@pytest.mark.parametrize("momentum", [RESTED["momentum"], torch.full((4, 1), 0.9)], ids=["rested", "constant"])
+@pytest.mark.parametrize("dampening", [0.0, 0.3])
+def test_a_buffer_is_that_of_torch_optim(dampening: float, momentum: Tensor, uncompiled: None) -> None:
+    """A momentum of 0 leaves it as it is, and the first step has no dampening."""
+    schedule = {"momentum": momentum, "dampening": torch.full((4, 1), dampening)}
+    ahead, inner = Lookahead(batch, steps=4, schedule=schedule), SGD(STUDENT.parameters(), lr=0.1)
+    given: Any = {"outer": batch(-1), "inner": ahead, "inner_optimizer": inner, "wrt": ("lr", "dampening")}
+    both = [metapl.hypergradient(None, STUDENT, problem=PROBLEM, compile=on, **given) for on in (False, True)]
+    compared(*both, 1e-9)
+    assert error(both[1].settings, both[0].settings) < 1e-9
+
+
+def test_truncation_leaves_zeros_in_the_shape_of_each_batch(uncompiled: None) -> None:
+    batches = [tuple(t[:rows] for t in batch(rows)) for rows in (4, 6, 5, 8)]
+    given: Any = {"outer": batch(-1), "inner": Lookahead(batches), "inner_optimizer": PLAIN, "problem": PROBLEM}
+    given |= {"mode": Forward(truncate=2)}
+    compared(*(metapl.hypergradient(None, STUDENT, compile=on, **given) for on in (False, True)), 1e-9)
+
+
+def test_the_step_that_is_compared_is_one_that_moves(monkeypatch: pytest.MonkeyPatch, uncompiled: None) -> None:
+    """A warm-up begins with a rate of 0, by which h is 0 on both roads."""
+    real = training.make_training
+
+    def doubled(*given: Any, **how: Any) -> Any:
+        step, adjoint = real(*given, **how)
+
+        def twice(*given: Any) -> Any:
+            bars, h, *rest = adjoint(*given)
+            return bars, {name: 2 * t for name, t in h.items()}, *rest
+
+        return step, twice
+
+    monkeypatch.setattr(training, "make_training", doubled)
+    ahead, inner = Lookahead(batch, steps=3, schedule=lambda k: k / 3), SGD(STUDENT.parameters(), lr=0.1)
+    given: Any = {"outer": batch(-1), "inner": ahead, "inner_optimizer": inner, "problem": EqualWeights()}
+    with pytest.raises(MetaplError, match="off"):
+        metapl.hypergradient(None, STUDENT, compile=True, **given)
+
+
+class Tasks(nn.Module):
+    """A head for the batches of each task."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({name: nn.Linear(6, 3) for name in ("a", "b")}).double()
+
+    def forward(self, x: dict[str, Tensor]) -> Tensor:
+        return sum(self.heads[name](t) for name, t in x.items())  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("tasks", ["ab", "aa"])
+def test_weights_that_some_batches_do_not_reach_are_refused_each_time(tasks: str, uncompiled: None) -> None:
+    """torch.optim leaves them; in a graph their gradient is 0, by which momentum and decay move them."""
+    student, (x, y) = Tasks(), batch(0)
+    ahead = Lookahead([({task: x}, y) for task in tasks])
+    inner = SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=0.0 if tasks == "ab" else 1e-6)
+    given: Any = {"outer": ({"a": x, "b": x}, y), "inner": ahead, "inner_optimizer": inner, "problem": PROBLEM}
+    for _ in range(2):
+        with pytest.raises(MetaplError, match="reach"):
+            metapl.hypergradient(None, student, compile=True, **given)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
@@ -302,6 +370,7 @@ def test_wrt_and_settings_are_refused_where_they_do_not_fit() -> None:
         (plain, {"wrt": "start", "mode": "none"}),
         (plain, {"wrt": "lr", "mode": Forward(truncate=2)}),
         (none, {"wrt": "momentum"}),
+        (plain, {"wrt": "momentum", "mode": Unrolled(), "inner": Lookahead(batch, steps=3, schedule=RESTED)}),
         (plain, {"inner": Lookahead(batch, steps=3, schedule={"lr": torch.full((3, 2), 0.1)})}),
         (plain, {"inner": Lookahead(batch, steps=3, schedule={"betas": torch.full((3, 1, 2), 0.1)})}),
         (torchopt.sgd(0.1), {"wrt": "lr"}),

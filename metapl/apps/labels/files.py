@@ -23,20 +23,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from metapl.apps.errors import require_extra
-from metapl.apps.machine.misfit import misfit_entries
 from metapl.apps.machine.sealed import is_temporary, open_plain, read_json
 from metapl.errors import MetaplError, few
-from metapl.runs.fields import Range
 from metapl.words import shown
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
 FORMAT, DESCRIPTION = 1, "store.json"
 
@@ -59,7 +56,7 @@ class Part:
     """A file of a store, as the description has it, with its first and last id, its bytes and their SHA-256."""
 
     file: str
-    rows: Annotated[int, Range(1, most=PAGE_ROWS)]
+    rows: int
     first: str | int
     last: str | int
     bytes: int
@@ -105,31 +102,13 @@ def read_description(folder: Path) -> Description:
             f"{file} is of format {shown(content['format'])!s:.20}; this metapl reads format {FORMAT}: take the "
             "metapl that wrote it, or write the labels again."
         )
-    hints = get_type_hints(Description)
-    missing = [name for name in hints if name not in content]
-    fault = f"it does not say {missing[0]}, or an earlier metapl began it" if missing else None
-    fault = fault or misfit_entries(content, hints) or classes_fault(content["classes"], content["top_k"])
-    if fault is None and not _fit_together(content):
-        fault = "its parts are not such as it describes"
-    if fault is None and content.get("seal") != _seal(content):
-        fault = "its checksum (seal) is of another content"
-    if fault is not None:
-        raise MetaplError(f"{file} is damaged: {fault}. {AGAIN}")
+    if content.get("seal") != _seal(content):
+        raise MetaplError(f"{file} is damaged: its checksum (seal) is of another content. {AGAIN}")
+    names = [*Description.__dataclass_fields__]
+    if missing := [name for name in names if name not in content]:
+        raise MetaplError(f"{file} does not say {few(missing)}: an earlier metapl began it. {AGAIN}")
     parts = [Part(**part) for part in content["parts"]]
-    return Description(**{name: content[name] for name in hints} | {"parts": parts})
-
-
-def _fit_together(content: Mapping[str, Any]) -> bool:
-    """Whether the parts of a description, whose types are as they should be, are named and counted as it says."""
-    parts, kind = content["parts"], int if content["numbers"] else str
-    named = all(
-        {*part} == {*Part.__dataclass_fields__}
-        and part["file"] == part_name(number, part["sha256"])
-        and _PART.fullmatch(part["file"])
-        and type(part["first"]) is type(part["last"]) is kind
-        for number, part in enumerate(parts)
-    )
-    return named and (bool(parts) or not content["complete"]) and content["rows"] == sum(part["rows"] for part in parts)
+    return Description(**{name: content[name] for name in names} | {"parts": parts})
 
 
 def classes_fault(classes: Sequence[str], top_k: int | None) -> str | None:
@@ -217,26 +196,6 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 def part_name(number: int, sha256: str) -> str:
     return f"part-{number:05}-{sha256[:16]}.parquet"
-
-
-def is_part(metadata: pq.FileMetaData, expected: pa.Schema, rows: int, width: int, classes: int) -> bool:
-    """Whether a file, by what Parquet says of it, has these columns and rows, so many probabilities (``width``) of an
-    example, unencoded, and labels and copies within their ranges."""
-    columns = metadata.schema.to_arrow_schema()
-    if (metadata.num_rows, metadata.num_row_groups) != (rows, 1) or not columns.equals(expected):
-        return False
-    group = metadata.row_group(0)
-    ranges = {"label": (0, classes - 1), "classes": (0, classes - 1), "copies": (1, 2**31)}
-    for chunk in map(group.column, range(group.num_columns)):
-        name, known = chunk.path_in_schema.partition(".")[0], chunk.statistics
-        is_plain = chunk.compression == "UNCOMPRESSED" and not chunk.has_dictionary_page
-        if name in MAPPED and not (is_plain and chunk.num_values == rows * width):
-            return False
-        if name in ranges:
-            least, most = ranges[name]
-            if not (known and known.has_min_max and least <= known.min <= known.max <= most):
-                return False
-    return True
 
 
 def store_around(path: Path) -> Path | None:

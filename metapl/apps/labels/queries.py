@@ -1,14 +1,13 @@
-"""What is in a store, and stores of some of its rows: read part by part, in memory that more rows take no more of."""
+"""What is in a store, and stores of some of its rows."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -19,13 +18,8 @@ from metapl.apps.pictures.folders import Progress, ask, digest, scan_unlabeled, 
 from metapl.errors import MetaplError
 from metapl.runs.fields import Range, check_arguments
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 # Examples with their copies: `LabelStore.rows_with_copies` takes 8 bytes for each, and some memory on top.
 MOST_COPIES = 1_000_000_000
-
-COUNTERS = 2**22  # of 8 bytes each, by which the first of each class are found
 
 BINS = 20
 """Of the histograms of confidence and entropy."""
@@ -90,7 +84,8 @@ def statistics(store: LabelStore) -> Statistics:
         return np.bincount(bins.astype(np.int64), minlength=BINS)
 
     columns = ("label", "confidence", "entropy", "copies")
-    for table in _every(store)({*columns}):
+    for number in range(len(store.parts)):
+        table = store.table(number, columns)
         label, confidence, entropy, copies_B = (table[name].to_numpy() for name in columns)
         counts += np.bincount(label, minlength=classes)
         copies += np.bincount(label, copies_B, classes).astype(np.int64)
@@ -175,8 +170,8 @@ def select(
         resume: go on with a selection that was stopped.
         progress: called with the number of rows written.
 
-    Cost: memory for a few parts, and 100 MB; no more for more rows. The parts are read once for each step that is asked
-    for, two or three times more for ``per_class`` and for ``balance`` each, and once to write.
+    Cost: 16 bytes of memory a row, and 8 more with ``balance``. The parts are read once for the columns that are asked
+    for, and once to write.
 
     Raises:
         MetaplError: nothing is asked for or nothing is left, an argument is out of its range, the examples have no
@@ -212,166 +207,91 @@ def select(
     most = max(part.rows for part in store.parts)
     how: dict[str, Any] = {"top_k": store.top_k, "provenance": provenance, "rows_per_part": most, "resume": resume}
     with LabelWriter(out, store.classes, **how) as writer:
-        digests = pa.array(known, pa.binary(DIGEST_BYTES))
-        least = pa.scalar(threshold, pa.float32())  # as confidence is stored: in float64, 0.3 is below 0.3 of float32
-        steps: list[tuple[object, Callable[[Tables], Tables]]] = [
-            (drop_overlap, lambda rows: _where(rows, "digest", lambda a: pc.invert(pc.is_in(a, value_set=digests)))),
-            (threshold, lambda rows: _where(rows, "confidence", lambda a: pc.greater(a, least))),
-            (per_class, lambda rows: _most_confident(rows, store, per_class or 0, any_class)),
-        ]
-        rows = _every(store)
-        left = [_by_class(rows, store)]
-        for wanted, step in steps:
-            rows = rows if wanted is None else step(rows)
-            left.append(left[-1] if wanted is None else _by_class(rows, store))
-        counts = left[-1]
-        overlapping, unsure, beyond = (int(a.sum() - b.sum()) for a, b in pairwise(left))
-        if not counts.any():
+        label, confidence, copies = (store.column(name) for name in ("label", "confidence", "copies"))
+        starts = np.cumsum([0, *(part.rows for part in store.parts)])
+        rows = np.arange(len(store))
+        if drop_overlap is not None:
+            held_out = pa.array(known, pa.binary(DIGEST_BYTES))
+            digests = (store.table(number, ["digest"])["digest"] for number in range(len(store.parts)))
+            rows = np.flatnonzero(~np.concatenate([pc.is_in(each, value_set=held_out).to_numpy() for each in digests]))
+        apart = len(rows)
+        if threshold is not None:
+            rows = rows[np.greater(confidence[rows], np.float32(threshold))]  # 0.3 of float64 is below that of float32
+        sure = len(rows)
+        if per_class is not None:
+            limits = np.full(len(store.classes), per_class)
+            if any_class:
+                rows = _most_probable(store, rows, limits, starts)
+            else:
+                # Of numbers that are not negative, the bits are in their order.
+                rows = rows[_first_of_each(label[rows], ~confidence[rows].view(np.uint32), limits)]
+        if not len(rows):
             raise MetaplError(
-                f"nothing is left of the {len(store):,} examples of {store.folder}: {overlapping:,} overlap, and "
-                f"{unsure:,} are not above the threshold; lower it."
+                f"nothing is left of the {len(store):,} examples of {store.folder}: {len(store) - apart:,} overlap, "
+                f"and {apart - sure:,} are not above the threshold; lower it."
             )
+        counts = np.bincount(label[rows], minlength=len(store.classes))
         goal = per_class or int(counts.max())
-        copies = goal * int(np.count_nonzero(counts))
-        if not balance:
-            copies = sum(int(table["copies"].to_numpy().sum(dtype=np.int64)) for table in rows({"copies"}))
-        if copies > MOST_COPIES:
-            fault = f"the new store would count {copies:,} examples with their copies"
+        total = goal * int(np.count_nonzero(counts)) if balance else int(copies[rows].sum(dtype=np.int64))
+        if total > MOST_COPIES:
+            fault = f"the new store would count {total:,} examples with their copies"
             raise MetaplError(f"{fault}; expected at most {MOST_COPIES:,}: give a smaller per_class.")
+        if balance:
+            whole, rest = np.divmod(goal, np.maximum(counts, 1))
+            once_more = _first_of_each(label[rows], _hashes(store, rows, starts), rest)
+            copies[rows] = whole[label[rows]]
+            copies[rows[once_more]] += 1
         if not writer.complete:
-            names, last, done = store.schema.names, writer.last, 0
-            for table in (_balanced(rows, counts, goal) if balance else rows)({*names}):
-                behind = table if last is None else table.filter(pc.greater(table["id"], last))
-                writer.add_table(behind.select(names))
-                done += len(behind)
+            done = writer.rows
+            for number, of_part in _by_part(rows[done:], starts):
+                table = store.table(number).take(of_part - starts[number])
+                place = table.schema.get_field_index("copies")
+                writer.add_table(table.set_column(place, table.schema.field(place), pa.array(copies[of_part])))
+                done += len(of_part)
                 (progress or silent)(done)
     missing = tuple(name for name, count in zip(store.classes, counts.tolist(), strict=True) if not count)
-    kept = int(counts.sum())
-    return Selection(len(store), overlapping, unsure, beyond, kept, copies, missing, unread=found.count(None))
+    dropped = len(store) - apart, apart - sure, sure - len(rows)
+    return Selection(len(store), *dropped, len(rows), total, missing, unread=found.count(None))
 
 
-# -------------------------------------------------------------------------------------------------- rows that are left
-
-Tables = Callable[[set[str]], Iterator["pa.Table"]]
-"""A pass over the rows of a store that are left, in their order: a table of each part that has any, with the columns of
-these names at least."""
-
-Keys = tuple[Values, Values]
-"""Classes and keys, (n,) of each row of a table in turn, where of each class the least keys are looked for."""
+def _by_part(rows: Values, starts: Values) -> Iterator[tuple[int, Values]]:
+    """Ascending rows by the number of the part that they are in; parts without any are left out."""
+    ends = np.searchsorted(rows, starts[1:])
+    pieces = enumerate(np.split(rows, ends[:-1]))
+    return ((number, piece) for number, piece in pieces if len(piece))
 
 
-def _every(store: LabelStore) -> Tables:
-    return lambda columns: (store.table(number, sorted(columns)) for number in range(len(store.parts)))
+def _first_of_each(classes: Values, keys: Values, most: Values) -> Values:
+    """The places, ascending, of the ``most`` (C,) least keys of each class; of equal keys, the first."""
+    order = np.lexsort((keys, classes))  # which is stable
+    of = classes[order]
+    rank = np.arange(len(of)) - np.searchsorted(of, of)
+    return np.sort(order[rank < most[of]])
 
 
-def _where(rows: Tables, column: str, holds: Callable[[pa.ChunkedArray], pa.ChunkedArray]) -> Tables:
-    def left(columns: set[str]) -> Iterator[pa.Table]:
-        kept = (table.filter(holds(table[column])) for table in rows(columns | {column}))
-        return (table for table in kept if len(table))
-
-    return left
-
-
-def _by_class(rows: Tables, store: LabelStore) -> Values:
-    """How many rows are left of each class."""
-    counts = np.zeros(len(store.classes), np.int64)
-    for table in rows({"label"}):
-        counts += np.bincount(table["label"].to_numpy(), minlength=len(counts))
-    return counts
-
-
-def _most_confident(rows: Tables, store: LabelStore, per_class: int, any_class: bool) -> Tables:
-    """The most confident rows of each class; with ``any_class``, those with the greatest probability of it."""
-
-    def by_confidence(table: pa.Table) -> Keys:
-        # Of numbers that are not negative, the bits are in their order.
-        return table["label"].to_numpy(), ~table["confidence"].to_numpy().view(np.uint32)
-
-    def by_probability(table: pa.Table) -> Keys:
+def _most_probable(store: LabelStore, rows: Values, most: Values, starts: Values) -> Values:
+    """Those of the rows that have one of the ``most`` greatest stored probabilities of some class."""
+    kept = tuple(np.empty(0, kind) for kind in (np.int64, np.uint16, np.int64))  # classes, keys and rows
+    for number, of_part in _by_part(rows, starts):
+        table = store.table(number, ["probabilities"] + ["classes"] * (store.top_k is not None)).take(
+            of_part - starts[number]
+        )
         p = table["probabilities"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        if store.top_k is None:
-            return np.tile(np.arange(len(store.classes)), len(table)), ~p.view(np.uint16)
-        return table["classes"].combine_chunks().flatten().to_numpy(), ~p.view(np.uint16)
-
-    most = np.full(len(store.classes), per_class)
-    lists = {"probabilities"} if store.top_k is None else {"probabilities", "classes"}
-    needs, keys, bits = (lists, by_probability, 16) if any_class else ({"label", "confidence"}, by_confidence, 32)
-    marked = _first_of_each(rows, needs, keys, most, bits)
-    return lambda columns: (table.filter(is_first) for table, is_first in marked(columns) if is_first.any())
-
-
-def _balanced(rows: Tables, counts: Values, goal: int) -> Tables:
-    """The rows with so many copies that each class has ``goal``."""
-    import pyarrow as pa
-
-    whole, rest = np.divmod(goal, np.maximum(counts, 1))
-
-    def by_hash(table: pa.Table) -> Keys:
-        # The last eight bytes of the MD5 of an id as text, as a little-endian number.
-        digests = (hashlib.md5(str(name).encode(), usedforsecurity=False).digest() for name in table["id"].to_pylist())
-        return table["label"].to_numpy(), np.frombuffer(b"".join(digests), "<u8")[1::2]
-
-    marked = _first_of_each(rows, {"label", "id"}, by_hash, rest, 64)
-
-    def left(columns: set[str]) -> Iterator[pa.Table]:
-        for table, once_more in marked(columns | {"copies"}):
-            place = table.schema.get_field_index("copies")
-            copies = whole[table["label"].to_numpy()] + once_more
-            yield table.set_column(place, table.schema.field(place), pa.array(copies.astype(np.int32)))
-
-    return left
+        width = len(p) // len(of_part)
+        classes = np.tile(np.arange(width), len(of_part))
+        if store.top_k is not None:
+            classes = table["classes"].combine_chunks().flatten().to_numpy()
+        new = classes, ~p.view(np.uint16), np.repeat(of_part, width)
+        together = [np.concatenate(both) for both in zip(kept, new, strict=True)]
+        first = _first_of_each(together[0], together[1], most)
+        kept = tuple(column[first] for column in together)
+    return np.unique(kept[2])
 
 
-def _first_of_each(
-    rows: Tables, needs: set[str], keys: Callable[[pa.Table], Keys], most: Values, bits: int
-) -> Callable[[set[str]], Iterator[tuple[pa.Table, Values]]]:
-    """A pass over the rows: tables, and which of their rows, (n,), have one of the ``most`` least keys of some class;
-    of equal keys, the first rows have. Arguments as of :func:`_cut`."""
-    prefix, ties, shift = _cut(rows, needs, keys, most, bits)
-
-    def marked(columns: set[str]) -> Iterator[tuple[pa.Table, Values]]:
-        left = ties
-        for table in rows(columns | needs):
-            classes, of_rows = keys(table)
-            begins = of_rows.astype(np.uint64) >> np.uint64(shift)
-            is_first = begins < prefix[classes]
-            tied = np.flatnonzero(begins == prefix[classes])
-            tied = tied[np.argsort(classes[tied], kind="stable")]
-            of = classes[tied]
-            is_first[tied[np.arange(len(of)) - np.searchsorted(of, of) < left[of]]] = True
-            left = np.maximum(left - np.bincount(of, minlength=len(left)), 0)
-            yield table, np.any(is_first.reshape(len(table), -1), axis=1)
-
-    return marked
-
-
-def _cut(
-    rows: Tables, needs: set[str], keys: Callable[[pa.Table], Keys], most: Values, bits: int
-) -> tuple[Values, Values, int]:
-    """Find the ``most`` (C,) least keys, of so many bits, of each class, digit by digit from the highest: a pass over
-    the rows, of the columns ``needs``, for each, until the digits tell which rows these are.
-
-    Returns prefix, ties, shift: of each class, those rows are of the first whose bits from ``shift`` on are less than
-    this, and so many of those of which they are equal, in the order of the rows.
-    """
-    each, digit_bits = np.arange(len(most)), max(1, COUNTERS.bit_length() - 1 - len(most).bit_length())
-    prefix, wanted, shift = np.zeros(len(most), np.uint64), most, bits
-    while shift:
-        step = min(digit_bits, shift)
-        shift -= step
-        counts = np.zeros((len(most), 1 << step), np.int64)
-        for table in rows(needs):
-            of, key = keys(table)
-            begins = key.astype(np.uint64) >> np.uint64(shift)
-            undecided = begins >> np.uint64(step) == prefix[of]
-            digits = begins[undecided].astype(np.int64) & ((1 << step) - 1)
-            np.add.at(counts.reshape(-1), (of[undecided].astype(np.int64) << step) + digits, 1)
-        totals = counts.cumsum(axis=1)
-        wanted = np.minimum(wanted, totals[:, -1])
-        digit = (totals < wanted[:, None]).sum(axis=1)
-        there = counts[each, digit]
-        wanted = wanted - (totals[each, digit] - there)
-        prefix = (prefix << np.uint64(step)) | digit.astype(np.uint64)
-        if ((wanted == 0) | (wanted == there)).all():
-            break
-    return prefix, wanted, shift
+def _hashes(store: LabelStore, rows: Values, starts: Values) -> Values:
+    """The last eight bytes of the MD5 of each id as text, as a little-endian number."""
+    found = []
+    for number, of_part in _by_part(rows, starts):
+        names = store.table(number, ["id"]).take(of_part - starts[number])["id"].to_pylist()
+        found += [hashlib.md5(str(name).encode(), usedforsecurity=False).digest()[8:] for name in names]
+    return np.frombuffer(b"".join(found), "<u8")
