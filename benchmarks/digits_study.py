@@ -20,6 +20,7 @@ import itertools
 import json
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,12 +29,12 @@ from typing import Any
 import torch
 from machine import arguments, parsed, results
 
-from metapl.apps.experiments.experiment import Experiment
+from metapl.apps.digits import METHODS, Digits, fitting
+from metapl.apps.fitting import fit
 from metapl.apps.machine.environment import environment
-from metapl.apps.recipes import Digits, Feedback, Optimizer
-from metapl.apps.recipes.base import Task
-from metapl.problems.losses import CrossEntropy
-from metapl.training import Trainer
+from metapl.apps.methods import Data, Training
+from metapl.apps.settings import flat, replaced
+from metapl.training import FitResult, Trainer
 from metapl.training.loss_trainer import LossTrainer
 
 HERE = Path(__file__).parent
@@ -121,41 +122,51 @@ class Job:
         return self.method, json.dumps(self.config, sort_keys=True), self.seed, self.labels_per_class, self.final
 
 
-def recipe_of(job: Job, size: Size) -> Digits:
-    """The digits recipe with a configuration of the grid."""
+def settings_of(job: Job, size: Size) -> tuple[Digits, Any]:
+    """The digits, and the method, with a configuration of the grid."""
     entry, config = ENTRIES[job.method], job.config
-    told = Feedback(
-        mode=entry.mode,  # type: ignore[arg-type]  # a name from ENTRIES
-        labels=entry.labels,  # type: ignore[arg-type]  # as above
-        feedback_weight=config.get("weight", 1.0),
-        temperature=config.get("temperature", 1.0),
-    )
-    return Digits(
-        seed=job.seed,
-        labels_per_class=job.labels_per_class,
-        steps=size.steps,
-        ema_decay=EMA_DECAY if job.final else None,
-        finetune_steps=size.finetune_steps,
-        log_every=size.steps,
-    ).with_method(
-        feedback=told,
-        label_smoothing=config.get("label_smoothing", 0.0),
-        uda_weight=config.get("uda_weight", 0.0),
-        student=Optimizer(lr=config.get("student_lr", 0.5)),
-        teacher=Optimizer(lr=config.get("teacher_lr", 0.06), momentum=0.9),
-    )
+    kept = {"ema_decay": EMA_DECAY if job.final else None, "finetune_steps": size.finetune_steps}
+    rates = {"student_lr": config.get("student_lr", 0.5), "lr": config.get("teacher_lr", 0.06)}
+    of = fitting(seed=job.seed, steps=size.steps, log_every=size.steps, **kept, **rates)
+    method: Any = METHODS[entry.method]
+    asked = {
+        "mode": entry.mode,
+        "feedback_weight": config.get("weight", 1.0),
+        **{name: config[name] for name in ("temperature", "label_smoothing", "uda_weight") if name in config},
+        **({} if entry.labels is None else {"pseudo_labels": entry.labels}),
+    }
+    method = replaced(method, **{name: value for name, value in asked.items() if name in flat(method)})
+    return Digits(labels_per_class=job.labels_per_class, fitting=of), method
 
 
 @lru_cache(maxsize=3)
-def drawn(seed: int, labels_per_class: int, size: Size) -> Task:
-    """The task with its batches drawn once: they are the same for every method."""
-    task = Digits(seed=seed, labels_per_class=labels_per_class).task()
+def drawn(seed: int, labels_per_class: int, size: Size) -> Data:
+    """The data with their batches drawn once: they are the same for every method."""
+    data = Digits(labels_per_class=labels_per_class, fitting=fitting(seed=seed)).data(print, False, None)
     return dataclasses.replace(
-        task,
-        labeled=[task.labeled[t] for t in range(size.steps)],
-        unlabeled=[task.unlabeled[t] for t in range(size.steps)],
-        finetuning=[task.finetuning[t] for t in range(size.finetune_steps)],
+        data,
+        labeled=[data.labeled[t] for t in range(size.steps)],
+        unlabeled=[data.unlabeled[t] for t in range(size.steps)],
+        finetuning=[data.finetuning[t] for t in range(size.finetune_steps)],
         truth=None,
+    )
+
+
+def training(config: Digits, data: Data, fit: Callable[..., FitResult]) -> Training:
+    """What a method trains, without a folder, from the weights that the seed gives."""
+    torch.manual_seed(config.fitting.seed)
+    teacher, student = (config.network() for _ in range(2))
+    return Training(
+        config=config,
+        data=data,
+        teacher=teacher,
+        student=student,
+        optimizer=config.optimizer,
+        options=config.trainer_options(),
+        fit=fit,
+        label=lambda network: {},
+        laid_out=lambda network, small=False: network,
+        seed=torch.manual_seed,
     )
 
 
@@ -163,24 +174,30 @@ def one_run(job: Job, size: Size) -> dict[str, Any]:
     """Train one method once: tuning runs read the validation images, final runs the test images."""
     torch.set_num_threads(1)
     since = time.perf_counter()
-    recipe = recipe_of(job, size)
-    torch.manual_seed(job.seed)
-    task = drawn(job.seed, job.labels_per_class, size)
-    task = dataclasses.replace(task, **{"validation" if job.final else "test": None})
-    recipe = recipe.by(ENTRIES[job.method].method)
-    run = Experiment(recipe, None, progress=False).train(task)  # type: ignore[arg-type]  # no folder is written to
-    trained, result = run.trainer, run.result
-    found = _tested(trained, task, recipe) if job.final else {"validation_accuracy": result.validation_accuracy}
+    config, method = settings_of(job, size)
+    data = drawn(job.seed, job.labels_per_class, size)
+    data = dataclasses.replace(data, **{"validation" if job.final else "test": None})
+    looked_at = {"validation": data.validation, "select": not job.final, "progress": False}
+
+    def phase(*sources: Any, **own: Any) -> FitResult:
+        return fit(*sources, **{"steps": size.steps, **config.fitting.options(), **looked_at, **own})
+
+    trained = method.train(training(config, data, phase))
+    found = (
+        _tested(trained.trainer, data, config)
+        if job.final
+        else {"validation_accuracy": trained.result.validation_accuracy}
+    )
     return dataclasses.asdict(job) | found | {"seconds": round(time.perf_counter() - since, 2)}
 
 
-def _tested(trained: Trainer, task: Task, recipe: Digits) -> dict[str, Any]:
+def _tested(trained: Trainer, data: Data, config: Digits) -> dict[str, Any]:
     """The test accuracy of the student, and of the same student after finetuning to the last step."""
-    tested = {"selected": False, "test_accuracy": trained.evaluate(task.test).accuracy}
-    tuner = LossTrainer(trained.student, (CrossEntropy(),), optimizer=recipe.finetune.build(trained.student))
-    steps = recipe.finetune_steps
-    tuner.fit(task.finetuning, steps=steps, validation=None, log_every=steps, progress=False)
-    return tested | {"finetuned_test_accuracy": tuner.evaluate(task.test).accuracy}
+    tested = {"selected": False, "test_accuracy": trained.evaluate(data.test).accuracy}
+    tuner = LossTrainer(trained.student, optimizer=config.finetuner(trained.student))
+    steps = config.fitting.finetune_steps
+    tuner.fit(data.finetuning, steps=steps, validation=None, log_every=steps, progress=False)
+    return tested | {"finetuned_test_accuracy": tuner.evaluate(data.test).accuracy}
 
 
 # ------------------------------------------------------------------------------------------------------ running it all

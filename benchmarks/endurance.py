@@ -46,11 +46,11 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from metapl import LossTrainer, MetaplError
-from metapl.apps.commands import main as metapl_command
-from metapl.apps.experiments.folder import WEIGHTS
 from metapl.apps.machine import ownership
+from metapl.apps.main import main as metapl_command
 from metapl.apps.networks.weights import load_weights
 from metapl.apps.pictures.reader import read_image
+from metapl.apps.run import WEIGHTS
 from metapl.runs import checkpoint
 from metapl.runs.checkpoint import CheckpointFolder
 
@@ -655,8 +655,7 @@ PLACES = ("{run}", "{picture}", "{none}", "{out}")
 @contextlib.contextmanager
 def training_stopped() -> Iterator[None]:
     """Commands that get so far as to train do not."""
-    from metapl.apps.experiments import jobs
-    from metapl.apps.experiments import side_by_side as compare
+    from metapl.apps import commands
 
     class Reached(MetaplError):
         """It would train now."""
@@ -664,12 +663,12 @@ def training_stopped() -> Iterator[None]:
     def stop(*given: Any, **named: Any) -> Any:
         raise Reached("it would train now")
 
-    before = jobs.Experiment.run, compare.run_jobs
-    jobs.Experiment.run, compare.run_jobs = stop, stop  # type: ignore[method-assign]
+    before = commands.train, commands.compare
+    commands.train, commands.compare = stop, stop
     try:
         yield
     finally:
-        jobs.Experiment.run, compare.run_jobs = before  # type: ignore[method-assign]
+        commands.train, commands.compare = before
 
 
 @contextlib.contextmanager
@@ -689,7 +688,7 @@ def ending(code: int, words: str) -> str | None:
     """What is wrong with how a command ended."""
     if code not in REFUSED or "Traceback" in words:
         return f"ended with {code}: {words[-250:]}"
-    if code == 2 and sum(line.startswith("metapl: ") for line in words.splitlines()) < 1:
+    if code == 2 and not words.strip():
         return f"refused without a word: {words[-250:]}"
     return None
 
@@ -717,8 +716,8 @@ def table(result: dict[str, Any]) -> str:
 
 LATE = (
     "matplotlib.figure",
-    "metapl.apps.reports",
-    "metapl.apps.experiments.experiment",
+    "metapl.apps.commands",
+    "metapl.apps.report",
     "tensorboard",
     "torch._dynamo",
     "torch.utils.tensorboard.summary",

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from when import CLASSES, drawn, views
 
 from metapl.apps.machine.environment import environment
-from metapl.apps.recipes.methods.noisy_student import decay_interval
+from metapl.apps.noisy_student import decay_interval
 from metapl.models import mlp
 from metapl.training.options import DECAY
 

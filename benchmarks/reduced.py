@@ -149,15 +149,15 @@ def steps_measured(miniature: bool) -> list[Row]:
 
 def digits_run(method: str, seed: int, weight: float, steps: int) -> Row:
     """A run as ``metapl train digits`` does it: accuracies of the student and of the finetuned one."""
-    from metapl.apps.experiments.experiment import Experiment
-    from metapl.apps.experiments.folder import RunFolder
-    from metapl.apps.recipes import Digits, Feedback
+    from metapl.apps.compare import Job
+    from metapl.apps.digits import METHODS as KNOWN
+    from metapl.apps.digits import Digits, fitting
+    from metapl.apps.settings import replaced
 
-    torch.set_num_threads(1)
-    recipe = Digits(seed=seed, steps=steps).with_method(feedback=Feedback(feedback_weight=weight)).by(method)
+    config = Digits(fitting=fitting(seed=seed, steps=steps))
+    named = replaced(KNOWN[method], feedback_weight=weight)  # of a method that has feedback
     with tempfile.TemporaryDirectory() as folder:
-        experiment = Experiment(recipe, RunFolder(Path(folder)), progress=False, say=lambda text: None)
-        content = experiment.run()
+        content = Job(config, named.scheduled(steps), Path(folder) / "run", resume=False, threads=1).run()
     parts = ("validation", "test") if seed in SEEDS else ("validation",)
     return {f"{name}_{part}": content[f"{name}_{part}_accuracy"] for name in READOUTS for part in parts}
 
@@ -216,7 +216,7 @@ def _costs(rows: list[Row]) -> str:
 
 
 def _accuracies(digits: Row) -> str:
-    from metapl.apps.recipes.methods import title
+    from metapl.apps.digits import METHODS as KNOWN
 
     final = digits["final"]
     methods = list(dict.fromkeys(row["method"] for row in final))
@@ -234,7 +234,7 @@ def _accuracies(digits: Row) -> str:
         other = (
             ("–", "–") if method == "reduced_mpl" else difference(own, column_of(final, "student_test", method=method))
         )
-        lines.append(f"| {title(method)} | {' | '.join(cells)} | {' | '.join(other)} |")
+        lines.append(f"| {KNOWN[method].title} | {' | '.join(cells)} | {' | '.join(other)} |")
     return "\n".join(lines)
 
 

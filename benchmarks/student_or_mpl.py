@@ -24,89 +24,86 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from digits_study import training
 from figures import difference, points
 from machine import append, arguments, parsed, write_between_marks
 
 from metapl.ablation.cost import flops
-from metapl.apps.experiments.experiment import Experiment
-from metapl.apps.experiments.folder import RunFolder
-from metapl.apps.experiments.settle import kinds_of_steps
+from metapl.apps.compare import Job
+from metapl.apps.digits import METHODS, Digits, fitting
+from metapl.apps.look import kinds_of_steps
 from metapl.apps.machine.environment import environment
-from metapl.apps.recipes import Digits
-from metapl.apps.recipes.base import Phase, Phases, Run, Task, rehearse
-from metapl.apps.recipes.methods import MetaPseudoLabels, WithoutFeedback
-from metapl.apps.recipes.methods.noisy_student import FINETUNED, FIRST, NoisyStudent, decay_interval
-from metapl.apps.recipes.settings import Optimizer, SelfTraining
+from metapl.apps.methods import Data, Mpl, Trained, Training
+from metapl.apps.noisy_student import FINETUNED, FIRST, NoisyStudent, decay_interval, noisy_view, optimizer
+from metapl.apps.settings import replaced
+from metapl.apps.train import evaluated
+from metapl.data.draws import fold_in
 from metapl.execution.batch import to_device
 from metapl.metrics.predictions import logits_of
 from metapl.training import FitResult
+from metapl.training.loss_trainer import LossTrainer
 from metapl.training.resuming import digest
 from metapl.training.selection import weights_of
 
 RAW = Path(__file__).parent / "results" / "student_or_mpl.jsonl"
 COMMIT = "d3aeafaa"  # the last one whose metapl noisy-student --compare makes the committed rows
 SEEDS, MINIATURE_SEEDS = range(10), range(2)
-SIZES: dict[str, Any] = {"steps": 600, "labeled_batch": 20, "hidden": (64, 64)}
-MINIATURE: dict[str, Any] = {"steps": 4, "labeled_batch": 4, "hidden": (4,), "finetune_steps": 1, "validate_every": 2}
-RATE = Optimizer(lr=0.2, momentum=0.9)  # of what trains alone, and of teachers
+SIZES: dict[str, Any] = {"steps": 600, "labeled_batch": 20}
+MINIATURE: dict[str, Any] = {"steps": 4, "labeled_batch": 4, "finetune_steps": 1, "validate_every": 2}
+HIDDEN, TINY = (64, 64), (4,)
+TAUGHT = "first_teacher.json"
 
 Row = dict[str, Any]
 
 
-def first_phase(phase: Phase, steps: int) -> Phase:
-    """The first teacher's, by so many steps, whatever those of the rest are."""
-    options = {"steps": steps, "decay_every": decay_interval(steps), "validate_every": min(steps, 100)}
-    return dataclasses.replace(phase, options={**phase.options, **options})
-
-
 @dataclass(frozen=True, kw_only=True)
 class Students(NoisyStudent):
-    """Noisy Student, whose first teacher takes ``first`` steps."""
+    """Noisy Student, whose first teacher takes ``first`` steps, whatever those of the rest are."""
 
     first: int
 
-    def phases(self, run: Run) -> Phases:
-        phases = super().phases(run)
-        result = yield first_phase(next(phases), self.first)
-        while True:
-            try:
-                phase = phases.send(result)
-            except StopIteration:
-                return
-            result = yield phase
+    def train(self, t: Training) -> Trained:
+        def fit(*sources: Any, phase: str, **own: Any) -> FitResult:
+            return t.fit(*sources, **{"phase": phase, **own, **(of_first(self.first) if phase == FIRST else {})})
+
+        return super().train(dataclasses.replace(t, fit=fit))
+
+
+def of_first(steps: int) -> dict[str, Any]:
+    """Options of the first teacher's phase, of so many steps."""
+    return {"phase": FIRST, "steps": steps, "decay_every": decay_interval(steps), "validate_every": min(steps, 100)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnSelected:
-    """On the unlabeled examples that are most probably of each class, an even share of each, by the first teacher.
+class OnSelected(Mpl):
+    """Meta Pseudo Labels on the unlabeled examples that are most probably of each class, an even share of each, by the
+    first teacher of Noisy Student.
 
     Source: Meta Pseudo Labels, section 3.3.
     """
 
     first: int
 
-    def phases(self, run: Run) -> Phases:
-        phase = first_phase(next(NoisyStudent().phases(run)), self.first)
-        yield phase
-        teacher, source, classes = phase.trainer.student, run.task.unlabeled, len(run.task.classes)
-        vars(run)["first"] = teacher
+    def train(self, t: Training) -> Trained:
+        data, seed = t.data, fold_in(t.config.fitting.seed, 0)
+        torch.manual_seed(seed)
+        teacher = t.config.network()
+        trainer = LossTrainer(teacher, optimizer=optimizer(t.config, teacher), **t.options)
+        sampler = dataclasses.replace(data.labeled.sampler, seed=seed)
+        noisy = dataclasses.replace(data.labeled, view=noisy_view(data), sampler=sampler, seed=seed)
+        t.fit(trainer, noisy, None, **of_first(self.first))
+        source, classes = data.unlabeled, len(data.classes)
         p = logits_of(teacher, source.images.split(256)).softmax(dim=1)
         chosen = p.topk(-(-len(p) // classes), dim=0, sorted=False).indices.flatten().sort().values
         sampler = dataclasses.replace(source.sampler, size=len(chosen))
         selected = dataclasses.replace(source, images=source.images[chosen], sampler=sampler)
-        run.task = dataclasses.replace(run.task, unlabeled=selected, truth=None)
-        run.seed(run.recipe.seed)  # whatever was drawn for the labels
-        yield from super().phases(run)  # type: ignore[misc]  # of the method that it is mixed into
-
-
-@dataclass(frozen=True, kw_only=True)
-class MetaOnSelected(OnSelected, MetaPseudoLabels, name="mpl_filtered", title="", control=None):
-    """Meta Pseudo Labels on selected examples."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnfedOnSelected(OnSelected, WithoutFeedback, name="none_filtered", title="", control=None):
-    """The same loop without feedback."""
+        t.seed(t.config.fitting.seed)  # whatever was drawn for the labels
+        data = dataclasses.replace(data, unlabeled=selected, truth=None)
+        if t.run is not None:
+            reached = evaluated(teacher, data.test).accuracy
+            first = {"weights_fingerprint": digest(weights_of(teacher)), "test_accuracy": reached}
+            t.run.folder.write_json(TAUGHT, first)
+        return super().train(dataclasses.replace(t, data=data))
 
 
 TITLES = {
@@ -127,77 +124,70 @@ CHANGED: dict[str, dict[str, Any]] = {
 }
 
 
-def recipe_of(method: str, sizes: dict[str, Any], seed: int) -> Digits:
-    """Of a method with the steps of Noisy Student."""
-    usual, first = {**Digits.settings, "teacher": RATE}, sizes["steps"]
-    own: Any
+def settings_of(method: str, sizes: dict[str, Any], seed: int) -> tuple[Digits, Any]:
+    """The digits, and a method, with the steps of Noisy Student."""
+    first = sizes["steps"]
+    named: Any
     if method.startswith("noisy_student"):
-        rounds = SelfTraining(**{"rounds": 2, **CHANGED.get(method, {})})
-        own = Students(self_training=rounds, teacher=RATE, label_smoothing=usual["label_smoothing"], first=first)
+        named = Students(**{"rounds": 2, **CHANGED.get(method, {})}, first=first)
     elif method.endswith("_filtered"):
-        own = {"mpl_filtered": MetaOnSelected, "none_filtered": UnfedOnSelected}[method].of({**usual, "first": first})
+        usual: Any = METHODS[method.removesuffix("_filtered")]
+        named = OnSelected(**{each.name: getattr(usual, each.name) for each in dataclasses.fields(usual)}, first=first)
     else:
-        own = Digits.known[method].of(usual)
-    return Digits(**sizes, schedule="exponential", seed=seed, method=own)
+        named = METHODS[method]
+    rates = {"schedule": "exponential", "lr": 0.2, "student_lr": 1.0}
+    hidden = TINY if sizes is MINIATURE else HIDDEN
+    return Digits(hidden=hidden, fitting=fitting(**sizes, **rates, seed=seed)), named
 
 
-def operations(recipe: Digits, task: Task) -> dict[str, float]:
+def operations(config: Digits, method: Any, data: Data) -> dict[str, float]:
     """Floating-point operations of products and convolutions by phase: a step of each kind, times the steps."""
     spent: defaultdict[str, float] = defaultdict(float)
 
-    def count(trainer: Any, labeled: Any, unlabeled: Any, task: Task, *, phase: str = "fit", **over: Any) -> FitResult:
+    def count(trainer: Any, labeled: Any, unlabeled: Any, *, phase: str = "fit", **own: Any) -> FitResult:
         if not phase.endswith(FINETUNED):
             firsts = [None if source is None else source[0] for source in (labeled, unlabeled)]
             batches = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: to_device(t, trainer.device), firsts)
-            for first, last, step in kinds_of_steps(trainer, over.get("steps", recipe.steps), over.get("wait", 0)):
+            steps = own.get("steps", config.fitting.steps)
+            for first, last, step in kinds_of_steps(trainer, steps, own.get("wait", 0)):
                 trainer.steps_done = first
                 spent[phase] += (last - first) * flops(partial(step, *batches))
         return FitResult(None, 0, {})
 
-    rehearse(recipe, task, count)
+    method.train(training(config, data, count))
     return spent
 
 
-def sized(methods: Sequence[str], sizes: dict[str, Any], seed: int) -> dict[str, Digits]:
-    """The recipes by which the methods cost what the first one does."""
-    recipes = {method: recipe_of(method, sizes, seed) for method in methods}
-    task = recipes[methods[0]].task()
-    spent = {method: operations(recipe, task) for method, recipe in recipes.items()}
+def sized(methods: Sequence[str], sizes: dict[str, Any], seed: int) -> dict[str, tuple[Digits, Any]]:
+    """The settings by which the methods cost what the first one does."""
+    settings = {method: settings_of(method, sizes, seed) for method in methods}
+    data = settings[methods[0]][0].data(print, False, None)
+    spent = {method: operations(*each, data) for method, each in settings.items()}
     whole = sum(spent[methods[0]].values())
     for method, cost in spent.items():
         first, rest = cost.get(FIRST, 0.0), sum(phase for name, phase in cost.items() if name != FIRST)
+        config, named = settings[method]
         share = (whole - first) / rest
-        steps, every = (max(1, round(share * getattr(recipes[method], name))) for name in ("steps", "validate_every"))
-        recipes[method] = dataclasses.replace(recipes[method], steps=steps, validate_every=every)
-    return recipes
+        names = ("steps", "validate_every")
+        changed = {name: max(1, round(share * getattr(config.fitting, name))) for name in names}
+        settings[method] = replaced(config, **changed), named
+    return settings
 
 
-def train(method: str, recipe: Digits) -> Row:
+def train(method: str, config: Digits, named: Any) -> Row:
     """The row of a run."""
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        experiment = Experiment(recipe, RunFolder(Path(folder)), progress=False, say=lambda text: None)
-        torch.manual_seed(recipe.seed)
-        task = recipe.task()
-        run = experiment.train(task)
-        networks = {name: run.keep(name) for name in recipe.method.kept}
-        delivered = recipe.method.delivered(
-            {name: one.validation_accuracy for name, one in networks.items()}, experiment.selects(task)
-        )
-        row: Row = {"method": method, "seed": recipe.seed, "steps": recipe.steps}
-        row["operations"] = sum(operations(recipe, task).values())
-        if hasattr(recipe.method, "first"):
-            row["first_teacher_steps"] = recipe.method.first
-            if recipe.method.is_noisy_student:
-                taught = run.rounds.records[0]["teacher"]
-                row["first_teacher"], reached = taught["weights_fingerprint"], taught["test_accuracy"]
-            else:
-                row["first_teacher"] = digest(weights_of(run.first))
-                reached = experiment.network("", task, run.first, None, {}).accuracies()["test_accuracy"]
-            row["first_teacher_test_accuracy"] = reached
-    chosen = networks[delivered]
-    row |= {"delivered": delivered, **chosen.accuracies()}
-    return row | {"student_test_accuracy": networks["student"].accuracies()["test_accuracy"]}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "run"
+        result = Job(config, named, folder, resume=False, threads=1).run()
+        stored = json.loads((folder / TAUGHT).read_text()) if (folder / TAUGHT).exists() else None
+    taught = result["rounds"][0]["teacher"] if "rounds" in result else stored
+    row: Row = {"method": method, "seed": config.fitting.seed, "steps": config.fitting.steps}
+    row["operations"] = sum(operations(config, named, config.data(print, False, None)).values())
+    if taught is not None:
+        row["first_teacher_steps"], row["first_teacher"] = named.first, taught["weights_fingerprint"]
+        row["first_teacher_test_accuracy"] = taught["test_accuracy"]
+    names = ("delivered", "validation_accuracy", "test_accuracy", "student_test_accuracy")
+    return row | {name: result[name] for name in names}
 
 
 def read(path: Path = RAW) -> list[Row]:
@@ -273,10 +263,10 @@ def main() -> None:
         append(given.out, {"about": environment()})
     there = {(row["method"], row["seed"]) for row in read(given.out)}
     for seed in MINIATURE_SEEDS if given.miniature else SEEDS:
-        recipes = sized(COMPARED, MINIATURE if given.miniature else SIZES, seed)
-        for method, recipe in recipes.items():
+        settings = sized(COMPARED, MINIATURE if given.miniature else SIZES, seed)
+        for method, (config, named) in settings.items():
             if (method, seed) not in there:
-                append(given.out, train(method, recipe))
+                append(given.out, train(method, config, named))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import metapl
-from metapl.apps.experiments.fitting import fit
+from metapl.apps.fitting import fit
 from metapl.apps.machine.environment import environment
 from metapl.feedback import Forward
 from metapl.metrics import paired_test, predict_logits

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from protocols import divided, keep, load, network, views
+from protocols import deliver, divided, keep, load, network, views
 from torch import Tensor, nn
 
 import metapl
@@ -160,7 +160,8 @@ def train(c: Config) -> dict[str, Any]:
         trainer = metapl.LossTrainer(student, losses, optimizer=optimizer)
         own = {"phase": f"round-{number}", "schedule": "exponential", "ema_decay": c.ema_decay}
         found = trainer.fit(known, pairs, steps=c.steps or round(c.epochs * 1_281_167 / 2_048), **own, **how)
-        tested.append(trainer.evaluate(EvaluationBatches(test, test_labels, 256)).accuracy)
+        reached = trainer.evaluate(EvaluationBatches(test, test_labels, 256))
+        tested.append(reached.accuracy)
         keep(found.weights, out / f"round-{number}.safetensors")
 
     result: dict[str, Any] = {"networks": c.networks, "test_accuracy_of_rounds": tested, "tested_on": len(test_labels)}
@@ -176,9 +177,12 @@ def train(c: Config) -> dict[str, Any]:
         how |= {"validation": EvaluationBatches(pictures.select(held_out), labels[held_out], 256)}
         found = trainer.fit(known, steps=c.finetune_steps, phase="resolution", schedule="constant", **how)
         keep(found.weights, out / "finetuned.safetensors")
-        result["finetuned_test_accuracy"] = trainer.evaluate(EvaluationBatches(test, test_labels, 256)).accuracy
+        reached = trainer.evaluate(EvaluationBatches(test, test_labels, 256))
+        result["finetuned_test_accuracy"] = reached.accuracy
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(c), indent=1))
     (out / "result.json").write_text(json.dumps(result, indent=1))
+    size = c.finetune_size or c.image_size
+    deliver(c, student, "noisy_student", c.networks[-1], size, test, classes, reached)
     return result
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 import metapl
-from metapl.apps.experiments.run import save
 from metapl.apps.pictures import EvaluationBatches, FileImages, LabeledBatches, UnlabeledBatches
 from metapl.apps.pictures.card import NetworkCard
 from metapl.apps.pictures.check import check_folders
@@ -23,6 +22,7 @@ from metapl.apps.pictures.folders import scan_labeled, scan_unlabeled
 from metapl.apps.pictures.input import Input
 from metapl.apps.pictures.views.base import Chain
 from metapl.apps.pictures.views.transforms import Affine, Color, Hole
+from metapl.apps.run import save
 from metapl.data import StepSampler
 from metapl.metrics import evaluate_logits, predict_logits
 from metapl.problems.losses import UDA, CrossEntropy

@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from torchvision import datasets
 
 import metapl
-from metapl.apps.experiments.fitting import Truth
-from metapl.apps.experiments.run import save
+from metapl.apps.fitting import Truth
 from metapl.apps.networks import Architecture, create, normalized, parameter_groups
 from metapl.apps.pictures import (
     CIFAR_OPERATIONS,
@@ -50,6 +49,7 @@ from metapl.apps.pictures import (
 )
 from metapl.apps.pictures.card import NetworkCard
 from metapl.apps.pictures.input import Input
+from metapl.apps.run import save
 from metapl.data import StepSampler, draws
 from metapl.feedback import Reinforce
 from metapl.problems.losses import UDA, CrossEntropy
@@ -291,14 +291,22 @@ def train(c: Protocol) -> dict[str, Any]:
     (out / "result.json").write_text(json.dumps(result, indent=1))
     made = network(c, len(classes), c.dropout)
     made.load_state_dict(kept[result["delivered"]])
-    architecture = Architecture(name=c.network, num_classes=len(classes), image_size=c.image_size)
-    seen = Input(size=c.image_size, center=getattr(test, "center", 1.0))
-    by = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "channels_last": c.channels_last}
-    card = NetworkCard(title=str(result["delivered"]), input=seen, architecture=architecture, **by)
-    shutil.rmtree(out / "delivered", ignore_errors=True)
-    about: dict[str, Any] = {"classes": list(classes), "config": {"seed": c.seed, "steps": c.steps}}
-    save(out / "delivered", made, card, name=c.method, evaluation=tested[result["delivered"]], **about)
+    deliver(c, made, c.method, c.network, c.image_size, test, classes, tested[result["delivered"]])
     return result
+
+
+def deliver(
+    c: Any, made: nn.Module, by: str, name: str, size: int, test: Any, classes: list[str], evaluation: Any
+) -> None:
+    """Leave the network that is delivered as a run that metapl predict, report and export read, in OUT/delivered."""
+    architecture = Architecture(name=name, num_classes=len(classes), image_size=size)
+    seen = Input(size=size, center=getattr(test, "center", 1.0))
+    normalized: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "channels_last": c.channels_last}
+    card = NetworkCard(title="network", input=seen, architecture=architecture, **normalized)
+    place = Path(c.out) / "delivered"
+    shutil.rmtree(place, ignore_errors=True)
+    config = {"seed": c.seed, "steps": c.steps or 0}
+    save(place, made, card, name=by, evaluation=evaluation, classes=list(classes), config=config)
 
 
 if __name__ == "__main__":

@@ -34,15 +34,15 @@ from metapl.apps.evaluation.attacks import (
     relative_to,
 )
 from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
-from metapl.apps.experiments.run import EndedRun
 from metapl.apps.export import read_metadata
+from metapl.apps.look import IMAGENET
 from metapl.apps.machine.cores import available_cores
 from metapl.apps.machine.sealed import refuse_irregular
 from metapl.apps.networks import Architecture, head_outputs, load_weights, normalized
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.folders import LabeledFiles, scan_labeled
 from metapl.apps.pictures.reader import SUFFIXES, UnreadableImage, fitted, read_image
-from metapl.apps.recipes.image_recipe import IMAGENET
+from metapl.apps.run import EndedRun
 from metapl.errors import MetaplError, few, reason_of
 from metapl.metrics import Evaluation, evaluate_logits
 from metapl.metrics.predictions import logits_of

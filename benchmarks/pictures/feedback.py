@@ -37,12 +37,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.machine import write_between_marks
 from benchmarks.pictures.problem import Problem
 from benchmarks.pictures.problems import half, make, named
-from benchmarks.pictures.run import RESULTS, Row, configured, read, run
+from benchmarks.pictures.run import RESULTS, Row, configured, quiet, read, run
 from benchmarks.pictures.tables import TITLES
+from metapl.apps.look import REHEARSED, seconds_per_step, settled
 from metapl.metrics import paired_test
 
 RAW = RESULTS / "pictures_feedback.jsonl"
@@ -57,19 +59,14 @@ USED = 0.85  # share of the minutes that steps get, as in the recipe; the rest i
 HEARD: Row = {"feedback_ratio": 0.3}
 TOGETHER: Row = {"wait": 0, "warm_start": False, "feedback_ratio": 0.3}
 UDA_FROM_THE_START: Row = {"uda_start": 0}
-SGD: Row = {
-    f"{who}.{name}": value
-    for who in ("teacher", "student")
-    for name, value in {"algorithm": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}.items()
-}
 CONFIGURATIONS: dict[str, dict[str, Row]] = {
     "uda": {
         "as it is": {},
         "UDA from the start": UDA_FROM_THE_START,
-        "half the rate": {"teacher.lr": 0.005},
+        "half the rate": {"lr": 0.005},
         "threshold 0.7": {"uda_threshold": 0.7},
         "threshold 0.5": {"uda_threshold": 0.5},
-        "threshold 0.7, twice the rate": {"uda_threshold": 0.7, "teacher.lr": 0.02},
+        "threshold 0.7, twice the rate": {"uda_threshold": 0.7, "lr": 0.02},
         "threshold 0.7, whole alignment": {"uda_threshold": 0.7, "uda_align": 1.0},
         "threshold 0.7, 64 unlabeled": {"uda_threshold": 0.7, "unlabeled_batch": 64},
     },
@@ -77,10 +74,10 @@ CONFIGURATIONS: dict[str, dict[str, Row]] = {
         "as it was": {},
         "together": TOGETHER,
         "together, UDA from the start": TOGETHER | UDA_FROM_THE_START,
-        "together, UDA from the start, SGD": TOGETHER | UDA_FROM_THE_START | SGD,
+        "together, UDA from the start, SGD": TOGETHER | UDA_FROM_THE_START | {"sgd": True},
         "ratio 0.3": HEARD,
-        "ratio 0.3, from half, student's rate 0.002": HEARD | {"wait": 0.5, "student.lr": 0.002},
-        "ratio 0.3, student's rate 0.002, constant rates": HEARD | {"student.lr": 0.002, "schedule": "constant"},
+        "ratio 0.3, from half, student's rate 0.002": HEARD | {"wait": 0.5, "student_lr": 0.002},
+        "ratio 0.3, student's rate 0.002, constant rates": HEARD | {"student_lr": 0.002, "schedule": "constant"},
         "ratio 0.3, from nine tenths, threshold 0.7": HEARD | {"wait": 0.9, "uda_threshold": 0.7},
     },
 }
@@ -98,27 +95,20 @@ def problem(name: str) -> Problem:
 def costs(names: Iterable[str], configurations: dict[str, dict[str, Row]], rounds: int = 5) -> Row:
     """Seconds of a step of each configuration on each problem: of UDA as it is, the median of some rounds; of others,
     this times the median of the ratios in a round."""
-    import torch
-
-    from metapl.apps.experiments.settle import REHEARSED, seconds_per_step, settled
-    from metapl.apps.recipes import ImageFolders
-
     torch.set_num_threads(1)
     found: Row = {}
     for name in names:
         with TemporaryDirectory() as folder:
             make(dataclasses.replace(problem(name), unlabeled=200, test=100), 0, Path(folder) / "pictures")
-            parts = {part: f"{folder}/pictures/{part}" for part in ("labeled", "unlabeled", "test")}
-            recipes = {}
+            complete = {}
             for method, labels in configurations.items():
                 for label, settings in labels.items():
-                    recipe = ImageFolders(**parts, method=method)  # type: ignore[arg-type]
                     asked = at(settings, REHEARSED) | {"steps": REHEARSED, "precision": "bfloat16"}
-                    recipes[method, label] = settled(configured(recipe, asked))
-            taken: dict[tuple[str, str], list[float]] = {which: [] for which in recipes}
+                    complete[method, label] = settled(*configured(Path(folder) / "pictures", method, asked), quiet)
+            taken: dict[tuple[str, str], list[float]] = {which: [] for which in complete}
             for _ in range(rounds):
-                for which, complete in recipes.items():
-                    taken[which].append(seconds_per_step(complete, time.process_time))
+                for which, settings in complete.items():
+                    taken[which].append(seconds_per_step(*settings, time.process_time))
         usual = taken["uda", "as it is"]
         for (method, label), seconds in taken.items():
             ratio = statistics.median(np.divide(seconds, usual).tolist())

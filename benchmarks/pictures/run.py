@@ -14,22 +14,32 @@ from __future__ import annotations
 
 import argparse
 import ast
-import dataclasses
 import json
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from benchmarks.pictures.problem import Problem
 from benchmarks.pictures.problems import arrays, half, make, named
+from metapl.apps.compare import Job
+from metapl.apps.images import METHODS, Images
+from metapl.apps.look import REHEARSED, settled, steps_within
+from metapl.apps.machine.environment import environment
+from metapl.apps.networks import parameter_groups
+from metapl.apps.pictures import EvaluationBatches
+from metapl.apps.run import EndedRun
+from metapl.apps.settings import Role, flat, replaced
+from metapl.apps.train import evaluated
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
@@ -39,25 +49,19 @@ Row = dict[str, Any]
 
 def run(problem: Problem, method: str, seed: int, minutes: float, settings: Row) -> Row:
     """One training; its accuracies on the test set, and what it was like along the run."""
-    from metapl.apps.experiments.jobs import Job
-    from metapl.apps.experiments.settle import REHEARSED, settled, steps_within
-    from metapl.apps.machine.environment import environment
-    from metapl.apps.recipes import ImageFolders
-
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         make(problem, seed, place / "pictures")
-        parts = {part: str(place / "pictures" / part) for part in ("labeled", "unlabeled", "test")}
         since = time.process_time()
-        recipe = ImageFolders(**parts, seed=seed, method=method, minutes=minutes)  # type: ignore[arg-type]
-        recipe = configured(recipe, {"steps": REHEARSED, "precision": "bfloat16"} | settings)
-        complete = settled(recipe)
-        steps = settings.get("steps") or steps_within(complete, minutes, time.process_time)
-        complete = settled(configured(recipe, {"steps": steps}))
-        result = Job(complete, method, place / "run", resume=False, threads=1).run()
+        first = {"seed": seed, "minutes": minutes, "steps": REHEARSED, "precision": "bfloat16"}
+        config, named = settled(*configured(place / "pictures", method, first | settings), quiet)
+        if "steps" not in settings:
+            steps = steps_within(config, named, minutes, time.process_time)
+            config, named = settled(*configured(place / "pictures", method, first | settings | {"steps": steps}), quiet)
+        result = Job(config, named, place / "run", resume=False, threads=1).run()
         seconds = time.process_time() - since
-        seen = along(place / "run") | labeled_by(place, problem, seed)
+        seen = along(place / "run") | labeled_by(config, place, problem, seed)
     accuracies = {name: value for name, value in result.items() if name.endswith("test_accuracy")}
     return {
         "half": problem.half,
@@ -66,9 +70,9 @@ def run(problem: Problem, method: str, seed: int, minutes: float, settings: Row)
         "seed": seed,
         "minutes": minutes,
         "settings": settings,
-        "steps": complete.steps,
-        "recolor": complete.changes.recolor,
-        "image_size": complete.image_size,
+        "steps": config.fitting.steps,
+        "recolor": config.pictures.recolor,
+        "image_size": config.pictures.image_size,
         "delivered": result["delivered"],
         "seconds": round(seconds, 1),
         **accuracies,
@@ -89,14 +93,9 @@ def along(folder: Path) -> Row:
     }
 
 
-def labeled_by(place: Path, problem: Problem, seed: int) -> Row:
+def labeled_by(config: Any, place: Path, problem: Problem, seed: int) -> Row:
     """How well the network that labeled the unlabeled pictures does that at the end: the share of right labels, and the
     share that would have to be called otherwise for the classes' frequencies to be right; foreign pictures aside."""
-    from metapl.apps.experiments.experiment import evaluated
-    from metapl.apps.experiments.folder import stored
-    from metapl.apps.experiments.run import EndedRun
-    from metapl.apps.pictures import EvaluationBatches
-
     trained = EndedRun.load(place / "run")
     network = trained.network("teacher" if "teacher" in trained.networks else "student")
     number_of = {name: number for number, name in enumerate(trained.classes)}
@@ -104,23 +103,34 @@ def labeled_by(place: Path, problem: Problem, seed: int) -> Row:
     own = np.flatnonzero(truth >= 0)
     truth = np.array([number_of[problem.classes[label]] for label in truth[own]])
     files = sorted((place / "pictures" / "unlabeled").iterdir())
-    images = stored(trained.folder)[0].images([str(files[number]) for number in own], None)
+    images = config.pictures.images([str(files[number]) for number in own], None)
     found = evaluated(network, EvaluationBatches(images, torch.from_numpy(truth), 256))
     counts = np.asarray(found.confusion)
     error = np.abs(counts.sum(0) - counts.sum(1)).sum() / (2 * len(own))
     return {"labels_right": round(found.accuracy, 4), "frequency_error": round(float(error), 4)}
 
 
-def configured(recipe: Any, settings: Row) -> Any:
-    """The recipe with other fields, its own or its method's; FIELD may be PART.FIELD."""
-    for name, value in settings.items():
-        first, dot, rest = name.partition(".")
-        if not hasattr(recipe, first):
-            recipe = dataclasses.replace(recipe, method=configured(recipe.method, {name: value}))
-            continue
-        inner = configured(getattr(recipe, first), {rest: value}) if dot else value
-        recipe = dataclasses.replace(recipe, **{first: inner})
-    return recipe
+def quiet(text: str) -> None:
+    """What the looking says is not shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BySgd(Images):
+    """The pictures with SGD for both networks."""
+
+    def optimizer(self, role: Role, module: nn.Module) -> torch.optim.Optimizer:
+        groups = parameter_groups(module, 5e-4, on_norms=False)
+        return torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
+
+
+def configured(pictures: Path, name: str, settings: Row) -> tuple[Any, Any]:
+    """The pictures that a problem wrote, and a method, with these settings, each the one's or the other's."""
+    method: Any = METHODS[name]
+    kind = BySgd if settings.get("sgd") else Images
+    config = kind(**{part: str(pictures / part) for part in ("labeled", "unlabeled", "test")})  # type: ignore[arg-type]
+    if unknown := settings.keys() - flat(config).keys() - flat(method).keys() - {"sgd"}:
+        raise SystemExit(f"--set {', '.join(sorted(unknown))}: neither the pictures nor the method have that")
+    return replaced(config, **settings), replaced(method, **settings)
 
 
 def _key(row: Row) -> str:

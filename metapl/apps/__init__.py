@@ -1,15 +1,19 @@
 """The ``metapl`` command and all that it is made of; the library imports nothing of it.
 
-commands     the command line, one file a command
-recipes      named, frozen configurations
-experiments  what runs them
-pictures     folders of pictures, batches, views and known data sets
-networks     networks by name, from here, torchvision and timm
-labels       stored class distributions
-evaluation   damaged and misleading pictures
-reports      the page and the picture of a training
-export       trained networks as files for others
-machine      the machine it runs on, and its files
+main                    the commands by name, errors to exit codes
+commands                metapl train and metapl noisy-student, which go by
+  train                 a training from its settings to its run folder
+  images digits noisy_labels    what is trained on, with its settings
+  methods noisy_student         by which method
+  look                  what pictures show decides, and how many steps fit
+run                     the folder of a run; report: its page
+compare, comparison     methods side by side: do they differ?
+predict evaluate label export attribute runs ablate   the other commands
+pictures                folders of pictures, batches and views
+networks                networks by name, from here, torchvision and timm
+labels                  stored class distributions
+evaluation              damaged and misleading pictures
+machine                 the machine it runs on, and its files
 """
 
 from importlib import import_module

@@ -1,5 +1,5 @@
 """``python -m metapl.apps`` is the ``metapl`` command."""
 
-from metapl.apps.commands import main
+from metapl.apps.main import main
 
 raise SystemExit(main())

@@ -7,9 +7,9 @@ from typing import Any
 
 from PIL import Image
 
-from metapl.apps.experiments import experiment, side_by_side
+from metapl.apps import report, train
 
-DRAWN = experiment.draw_report
+DRAWN = report.draw_report
 
 
 def leave_pictures_blank() -> None:
@@ -18,4 +18,4 @@ def leave_pictures_blank() -> None:
     def blank(path: Path, **given: Any) -> None:
         Image.new("RGB", (8, 8), "white").save(path)
 
-    experiment.draw_report = side_by_side.draw_report = blank
+    train.draw_report = report.draw_report = blank

@@ -12,13 +12,11 @@ import pytest
 from blank import DRAWN, leave_pictures_blank
 from tiny_runs import digit, run, tiny
 
-from metapl.apps.experiments import experiment, side_by_side
+from metapl.apps import report, train
 from metapl.apps.export import network
 from metapl.apps.export.network import ONNX, PROGRAM
 
 __all__ = ["digit", "run", "tiny"]  # fixtures
-
-collect_ignore = ["warm.py"]  # which works when it is imported, for whom processes are forked from
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,7 +27,7 @@ def _blank_pictures() -> None:
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """``report.png`` is drawn."""
-    for module in (experiment, side_by_side):
+    for module in (train, report):
         monkeypatch.setattr(module, "draw_report", DRAWN)
 
 

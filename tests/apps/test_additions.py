@@ -83,26 +83,29 @@ except metapl.MetaplError as error:
 
 METHOD = """
 from dataclasses import dataclass
+from typing import ClassVar
 
-from metapl.apps.recipes.methods.alone import Alone
 from metapl.problems.losses import CrossEntropy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heavier(Alone):
+class Heavier:
     \'\'\'The labeled examples alone, each counting more.
 
     Args:
         factor: how much more.
     \'\'\'
 
-    name = "heavier"
-    title = "supervised, heavier"
+    name: ClassVar[str] = "heavier"
+    title: ClassVar[str] = "supervised, heavier"
 
     factor: float = 2.0
 
-    def losses(self):
-        return (CrossEntropy(weight=self.factor),)
+    def scheduled(self, steps):
+        return self
+
+    def train(self, t):
+        return t.alone(t.teacher, (CrossEntropy(weight=self.factor),))
 """
 
 
@@ -145,17 +148,15 @@ def test_the_command_line_offers_the_new_mode(package: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_method_is_a_file_and_a_line_of_the_registry(package: Path) -> None:
-    methods = package / "metapl/apps/recipes/methods"
-    (methods / "heavier.py").write_text(METHOD)
-    registry = methods / "__init__.py"
-    line = '    "supervised": Supervised,\n'
+def test_a_method_is_a_type_and_a_line_of_the_registry(package: Path) -> None:
+    (package / "metapl/apps/heavier.py").write_text(METHOD)
+    registry = package / "metapl/apps/digits.py"
+    line = '    "supervised": Supervised(),\n'
     text = registry.read_text()
     assert line in text
-    imported = "from metapl.apps.recipes.methods.heavier import Heavier\n"
-    text = text.replace(line, line + '    "heavier": Heavier,\n')
-    first = "from metapl.apps.recipes.methods.label_noise"
-    registry.write_text(text.replace(first, imported + first))
+    text = text.replace(line, line + '    "heavier": Heavier(),\n')
+    imported = "from metapl.apps.methods import"
+    registry.write_text(text.replace(imported, f"from metapl.apps.heavier import Heavier\n{imported}", 1))
     settings = ("train", "digits", "--steps", "2", "--out", "run", "--method", "heavier", "--factor", "3")
     done = run(package, "-m", "metapl.apps", *settings)
     assert done.returncode == 0, done.stderr

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from metapl.apps.experiments import side_by_side as compare
+from metapl.apps import compare
+from metapl.apps.digits import METHODS, Digits
 from metapl.apps.machine.cores import available_cores, default_threads
-from metapl.apps.recipes import Digits
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")
@@ -57,19 +57,20 @@ def test_omp_num_threads_is_heeded(given: str, expected: int, monkeypatch: pytes
 
 
 def test_the_threads_of_a_job_do_not_depend_on_how_many_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
+    seen, methods = list[Any](), {name: METHODS[name] for name in ("mpl", "none", "uda")}
     monkeypatch.setattr(compare, "available_cores", lambda: 8)
     monkeypatch.setattr(compare, "default_threads", lambda: 8)
 
-    def stop(jobs: Any, workers: int, here: Any) -> Any:
+    def stop(jobs: Any, workers: int) -> Any:
         seen.append((workers, {job.threads for job in jobs}))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compare, "run_all", stop)
     for jobs in (None, 2):
         with pytest.raises(KeyboardInterrupt):
-            compare.run_jobs(Digits(), tmp_path, ("mpl", "none", "uda"), (0, 1), resume=False, jobs=jobs)
-    monkeypatch.setattr(Digits, "torch_device", lambda self: torch.device("cuda"))
+            compare.run_jobs(Digits(), methods, (0, 1), tmp_path, resume=False, jobs=jobs)
+    monkeypatch.setattr(compare, "device", lambda asked: torch.device("cuda"))
+    del methods["uda"]
     with pytest.raises(KeyboardInterrupt):
-        compare.run_jobs(Digits(), tmp_path, ("mpl", "none"), (0, 1), resume=False, jobs=None)
+        compare.run_jobs(Digits(), methods, (0, 1), tmp_path, resume=False, jobs=None)
     assert seen == [(6, {1}), (2, {1}), (1, {8})]

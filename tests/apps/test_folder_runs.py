@@ -26,13 +26,14 @@ from test_folders import opened
 from test_readers import BROKEN, SOUND, promptly
 from tiny_runs import color_folders, images_command
 
-from metapl.apps.commands import main
-from metapl.apps.experiments.accuracies import parse_seeds
-from metapl.apps.experiments.settle import settled
+from metapl.apps.comparison import parse_seeds
+from metapl.apps.images import METHODS, Images, Pictures
+from metapl.apps.look import settled
+from metapl.apps.main import main
 from metapl.apps.pictures import check, replaced_files
-from metapl.apps.recipes import ImageFolders
+from metapl.apps.settings import Fitting
 
-SMALL: dict[str, Any] = {"image_size": 8, "network_name": "small_cnn", "precision": "float32", "steps": 6}
+SMALL: dict[str, Any] = {"pictures": Pictures(image_size=8, network="small_cnn"), "fitting": Fitting(steps=6)}
 PARTS = ("labeled", "unlabeled", "test")
 
 
@@ -53,16 +54,18 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_training_on_many_files_starts_at_once(many: Path) -> None:
     """No file is opened that no batch needs, but the few that are looked at as a whole."""
-    recipe = settled(ImageFolders(**{name: str(many / name) for name in PARTS}, **SMALL))
+    config = settled(Images(**{name: str(many / name) for name in PARTS}, **SMALL), METHODS["uda"], lambda text: None)[
+        0
+    ]
     with opened(many) as before:
-        task = recipe.task(lambda line: None)
+        task = config.data(lambda line: None, False, None)
     assert task.record["unlabeled"] == 60_024
     assert task.record["hash"]["unlabeled"].startswith("names and sizes: ")
     assert not [path for path in before if Path(path).parent.parent.name == "unlabeled"]
     assert 0 < len(before) <= 3 * 48
     with opened(many) as during:
         task.unlabeled[0]
-    assert len(during) == len({*during}) == recipe.unlabeled_batch
+    assert len(during) == len({*during}) == config.fitting.unlabeled_batch
 
 
 @pytest.mark.long
@@ -70,7 +73,7 @@ def test_training_on_many_files_starts_at_once(many: Path) -> None:
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_a_terminal_shows_how_far_it_is_and_can_stop_it(interrupted: bool, many: Path, tmp_path: Path) -> None:
     every_look = "import sys, metapl.apps.machine.progress as p; p.EVERY = 0; "
-    command = [sys.executable, "-c", every_look + "from metapl.apps.commands import main; sys.exit(main())"]
+    command = [sys.executable, "-c", every_look + "from metapl.apps.main import main; sys.exit(main())"]
     pid, terminal = pty.fork()
     if not pid:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background was born ignoring it
@@ -135,7 +138,7 @@ def test_files_that_break_while_it_trains(
     results = []
     for workers in ("0", "2"):
         run = tmp_path / f"run{workers}"
-        more = ("--num-workers", workers, "--val-fraction", "0", "--unlabeled-batch", "8", "--out", str(run))
+        more = ("--num-workers", workers, "--unlabeled-batch", "8", "--out", str(run))
         assert main(images_command(root, *more)) == 0
         assert "files that could not be read: 3, " in " ".join(capsys.readouterr().out.split())
         assert {*replaced_files(run / "skipped.jsonl")} == {*map(str, cut)}
@@ -155,7 +158,8 @@ def test_labels_go_by_the_names_of_the_classes(tmp_path: Path) -> None:
     """A folder that lacks the first class does not move the others."""
     root, told = color_folders(tmp_path / "root"), list[str]()
     shutil.rmtree(root / "test" / "blue")
-    task = settled(ImageFolders(**{name: str(root / name) for name in PARTS}, **SMALL)).task(told.append)
+    config = Images(**{name: str(root / name) for name in PARTS}, **SMALL)
+    task = settled(config, METHODS["uda"], lambda text: None)[0].data(told.append, False, None)
     assert task.classes == ("blue", "red")
     assert torch.cat([y for _, y in task.test]).tolist() == [1] * 6
     assert any("no picture of blue" in one for one in told)
@@ -219,7 +223,9 @@ def test_sizes_that_no_machine_has_are_refused(
     assert len(parse_seeds("0-9999")) == 10_000
 
 
-@pytest.mark.parametrize("flag", ["--num-workers=2147483647", "--image-size=1000000", "--finetune-batch=1000000000000"])
+@pytest.mark.parametrize(
+    "flag", ["--num-workers=2147483647", "--image-size=1000000", "--unlabeled-batch=1000000000000"]
+)
 def test_sizes_of_pictures_that_no_machine_has_are_refused(
     flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from test_readers import promptly
 
-from metapl.apps.experiments.settle import settled
+from metapl.apps.images import METHODS, Images, Pictures, apart
+from metapl.apps.look import settled
 from metapl.apps.pictures import (
     FileImages,
     Files,
@@ -35,8 +36,7 @@ from metapl.apps.pictures import folders as hashing
 from metapl.apps.pictures.check import same_pictures, without_copies
 from metapl.apps.pictures.folders import hash_files
 from metapl.apps.pictures.tar import open_picture
-from metapl.apps.recipes import ImageFolders
-from metapl.apps.recipes.image_folders import apart
+from metapl.apps.settings import Fitting
 from metapl.errors import MetaplError
 
 
@@ -400,15 +400,16 @@ def test_pictures_set_aside_for_validation_are_not_learned_from_as_unlabeled_one
         labeled(tmp_path / "l", **levels),
         unlabeled(tmp_path / "u", *levels["cat"], *levels["dog"], *range(100, 100 + others)),
     )
-    given: dict[str, Any] = {"image_size": 8, "network_name": "small_cnn", "precision": "float32", "steps": 4}
-    recipe, said = settled(ImageFolders(labeled=str(few.root), unlabeled=str(many.root), val_fraction=0.5, **given)), []
-    task = recipe.task(said.append)
+    own: dict[str, Any] = {"pictures": Pictures(image_size=8, network="small_cnn"), "fitting": Fitting(steps=4)}
+    given = Images(labeled=str(few.root), unlabeled=str(many.root), val_fraction=0.5, **own)
+    config, said = settled(given, METHODS["uda"], lambda text: None)[0], list[str]()
+    task = config.data(said.append, False, None)
     val = {task.validation.images.path(i).read_bytes() for i in range(4)}
     left = [task.unlabeled.images.path(i).read_bytes() for i in range(len(task.unlabeled.images))]
     assert len(left) == task.record["unlabeled"] == 4 + others
     assert val.isdisjoint(left)
     assert len([line for line in said if "4 unlabeled pictures are left out" in line]) == 1
-    with pytest.raises(MetaplError, match="--val-fraction"):
+    with pytest.raises(MetaplError, match="--val"):
         apart(scan_unlabeled(few.root / "cat"), few, said.append)
 
 

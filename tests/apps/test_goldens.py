@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_bits import check, here, lines, one_thread, outcome
 
-from metapl.apps.commands import main
+from metapl.apps.main import main
 
 STORED = Path(__file__).with_name("goldens.json")
 SIDE, COLORS = 20, ("blue", "green", "red")
@@ -48,7 +48,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "digits fixmatch": ("train", "digits", *DIGITS, "--method", "fixmatch"),
     "images mpl": ("train", "images", *IMAGES, "--method", "mpl", "--accumulate", "2", "--uda-align", "0"),
     "images uda": ("train", "images", *IMAGES, "--method", "uda", "--dropout", "0.1"),
-    "images none": ("train", "images", *IMAGES, "--method", "none", "--randaugment"),
+    "images none": ("train", "images", *IMAGES, "--method", "none"),
     "images pseudo labels": ("train", "images", *IMAGES, "--method", "pseudo_labels"),
     "noisy example weights": ("train", "noisy", *PICTURES, "--method", "example_weights"),
     "noisy weight net": ("train", "noisy", *PICTURES, "--method", "meta_weight_net"),

@@ -17,10 +17,10 @@ from PIL import Image
 from tiny_runs import color_run
 from torch import Tensor, nn
 
-from metapl.apps.commands import main as metapl
 from metapl.apps.evaluation.attacks import ALEXNET, FLIPS_OF_ALEXNET, flip_probability, relative_to
 from metapl.apps.evaluation.corruptions import CORRUPTIONS
 from metapl.apps.export import export
+from metapl.apps.main import main as metapl
 from metapl.apps.networks import Architecture, normalized
 from metapl.errors import MetaplError
 from metapl.metrics import evaluate_logits

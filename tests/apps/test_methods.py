@@ -1,200 +1,305 @@
-"""One network on its own losses, and what the comparison's methods have in common and where they differ."""
+"""What each method trains with: its networks, losses, problem and feedback, on which batches, in which phases."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command import metapl
+from tiny_runs import TINY
 from torch import Tensor, nn
 
-import metapl
-from metapl import CrossEntropy, MetaplError
+from metapl import UDA, BilevelTrainer, CrossEntropy, LossTrainer, MetaplError, problems
 from metapl.ablation import Altered
-from metapl.apps.experiments.experiment import Experiment
-from metapl.apps.experiments.folder import RunFolder
-from metapl.apps.recipes import Digits, Feedback, Optimizer
-from metapl.apps.recipes.methods import COMPARED, CONTROLS, METHODS
+from metapl.apps import digits, images, noisy_labels
+from metapl.apps.methods import RAMP, START, WAIT, Consistency, EntMin, Entropy, Feedback, Mpl, Training, Uda, beside
+from metapl.apps.settings import flat, replaced
 from metapl.feedback import Forward, ReinforcePerExample
-from metapl.training import Trainer
-from metapl.training.loss_trainer import LossTrainer
+from metapl.training import FitResult
 
-TINY = Digits(
-    steps=6,
-    hidden=(8,),
-    labeled_batch=16,
-    unlabeled_batch=12,
-    finetune_steps=3,
-    validate_every=3,
-    log_every=1,
-    save_every=3,
-    dropout=0.2,
-).with_method(student=Optimizer(lr=0.3, momentum=0.5))
+FITTING = digits.fitting(steps=8, labeled_batch=10, unlabeled_batch=12, seed=3)
+DIGITS = digits.Digits(hidden=(8,), fitting=FITTING)
+DATA = DIGITS.data(lambda text: None, False, None)
+STEPS = 2  # that are taken of each phase
 
 
-def copied(module: nn.Module) -> dict[str, Tensor]:
-    return {name: t.detach().clone() for name, t in module.state_dict().items()}
+@dataclass
+class Phase:
+    """What was fitted, on what, and what became of it in a few steps."""
+
+    trainer: Any
+    labeled: Any
+    unlabeled: Any
+    options: dict[str, Any]
+    before: list[dict[str, Tensor]]
+    reports: list[Any]
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# ---------------------------------------------------------------------------------------------------------- methods
+def training(phases: list[Phase], data: Any = DATA) -> Training:
+    torch.manual_seed(0)
+    teacher, student = DIGITS.network(), DIGITS.network()
+
+    def fit(trainer: Any, labeled: Any, unlabeled: Any, **options: Any) -> FitResult:
+        before = [weights(network) for network in (trainer.teacher, trainer.student) if network is not None]
+        torch.manual_seed(1)
+        rows = [(labeled[t], None if unlabeled is None else unlabeled[t]) for t in range(STEPS)]
+        reports = [trainer.step(*row) for row in rows]
+        phases.append(Phase(trainer, labeled, unlabeled, options, before, reports))
+        return FitResult(None, STEPS, weights(trainer.student))
+
+    def label(network: nn.Module | None) -> dict[str, Tensor]:
+        assert network is teacher
+        return {"unlabeled": torch.eye(10)[torch.arange(len(DATA.unlabeled.images)) % 10]}
+
+    own: Any = {"optimizer": DIGITS.optimizer, "options": {}, "fit": fit, "label": label}
+    laid_out: Any = lambda network, small=False: network  # noqa: E731  # keyword-only elsewhere
+    networks: Any = {"teacher": teacher, "student": student}
+    return Training(config=DIGITS, data=data, **networks, laid_out=laid_out, seed=torch.manual_seed, **own)
 
 
-@dataclasses.dataclass
-class Watched:
-    """What every trainer of one method was given, step by step."""
-
-    trainers: list[Any] = dataclasses.field(default_factory=list)
-    data: dict[int, list[Any]] = dataclasses.field(default_factory=dict)
-    first: dict[int, list[dict[str, Tensor]]] = dataclasses.field(default_factory=dict)
-    reports: dict[int, list[Any]] = dataclasses.field(default_factory=dict)
+def trained(method: Any, data: Any = DATA) -> list[Phase]:
+    phases: list[Phase] = []
+    found = method.scheduled(FITTING.steps).train(training(phases, data))
+    assert found.trainer is phases[-1].trainer
+    return phases
 
 
-def watched(method: str, folder: Path, patch: pytest.MonkeyPatch, recipe: Digits = TINY) -> Watched:
-    seen = Watched()
-    for kind in (metapl.BilevelTrainer, LossTrainer):
-        real = kind.step
-
-        def step(self: Trainer, labeled: Any, unlabeled: Any = None, real: Any = real) -> Any:
-            if self not in seen.trainers:
-                seen.trainers.append(self)
-            number = seen.trainers.index(self)
-            if number not in seen.first:
-                networks = [n for n in (self.teacher, self.student) if n is not None]
-                seen.first[number] = [copied(network) for network in networks]
-            seen.data.setdefault(number, []).append((labeled, unlabeled))
-            report = real(self, labeled, unlabeled)
-            seen.reports.setdefault(number, []).append(report)
-            return report
-
-        patch.setattr(kind, "step", step)
-    result = Experiment(recipe, RunFolder(folder), progress=False, say=lambda _: None).run(method)
-    assert result["method"] == method
-    assert (folder / "student.safetensors").exists()
-    return seen
+# ------------------------------------------------------------------------------------------------- names and settings
 
 
-def same_data(a: list[Any], b: list[Any]) -> bool:
-    flat = [torch.utils._pytree.tree_leaves(one) for one in (a, b)]
-    return len(flat[0]) == len(flat[1]) and all(x is y is None or torch.equal(x, y) for x, y in zip(*flat, strict=True))
+@pytest.mark.parametrize("of", [images, digits, noisy_labels])
+def test_a_method_says_the_name_by_which_it_is_asked_for(of: Any) -> None:
+    assert {name: method.name for name, method in of.METHODS.items()} == {name: name for name in of.METHODS}
+    titles = [method.title for method in of.METHODS.values()]
+    assert len({*titles}) == len(titles)
+    assert {*of.COMPARED} <= {*of.METHODS}
+    for method in of.METHODS.values():
+        json.dumps(flat(method))
+        assert flat(method).keys() & flat(DIGITS).keys() == set(), "flags of the command"
+        assert replaced(method, **flat(method)) == method
 
 
-@pytest.mark.parametrize("labels", ["soft", "hard"])
-def test_without_feedback_the_loop_sees_the_same_batches_and_first_weights(
-    labels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mode: Any = "forward" if labels == "soft" else "reinforce"
-    recipe = TINY.with_method(feedback=Feedback(mode=mode))
-    found = {}
-    for method in ("mpl", "none"):
-        with monkeypatch.context() as patch:
-            found[method] = watched(method, tmp_path / method, patch, recipe)
-    mpl, none = found["mpl"], found["none"]
-    assert len(mpl.trainers) == len(none.trainers) == 2  # training, finetuning
-    assert all(same(a, b) for a, b in zip(mpl.first[0], none.first[0], strict=True))
-    assert same_data(mpl.data[0], none.data[0])
-    assert same_data(mpl.data[1], none.data[1])
-    first = [one.reports[0][0] for one in (mpl, none)]
-    assert torch.equal(first[0].signal.value, first[1].signal.value)  # the first labels are the same too
-    assert first[0].signal.sampled == first[1].signal.sampled == (labels == "hard")
-    assert all(float(report.feedback) == 0 for report in none.reports[0])
-    assert not same(copied(mpl.trainers[0].teacher), copied(none.trainers[0].teacher))
+@pytest.mark.parametrize("steps", [1, 2, 3, 19, 1000])
+@pytest.mark.parametrize("of", [images, digits, noisy_labels])
+def test_every_method_fits_into_any_number_of_steps_with_a_value_for_each_setting(of: Any, steps: int) -> None:
+    for method in of.METHODS.values():
+        found = method.scheduled(steps)
+        assert found.scheduled(steps) == found
+        have = flat(found)
+        assert 0 <= have.get("wait", 0) < steps
+        assert 0 <= have.get("warm_steps", 0) < steps
+        assert have.get("uda_start", 0) + have.get("uda_ramp", 0) <= steps
 
 
-@pytest.mark.parametrize(("method", "kind"), [("pseudo_labels", "soft"), ("pseudo_labels_hard", "hard")])
-def test_a_fixed_teacher_is_trained_alone_and_then_does_not_move(
-    method: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = watched(method, tmp_path, monkeypatch)
-    supervised, bilevel, tuner = seen.trainers
-    assert isinstance(supervised, LossTrainer)
-    assert isinstance(tuner, LossTrainer)
-    assert isinstance(bilevel, metapl.BilevelTrainer)
-    assert supervised.student is bilevel.teacher
-    assert all(unlabeled is None for _, unlabeled in seen.data[0])
-    assert same(copied(bilevel.teacher), seen.first[1][0])
-    assert not same(copied(bilevel.teacher), seen.first[0][0])
-    assert not same(copied(bilevel.student), seen.first[1][1])
-    assert all(report.signal.sampled == (kind == "hard") for report in seen.reports[1])
+def test_what_is_open_is_a_share_of_the_steps_and_what_was_given_stays() -> None:
+    found = flat(Mpl().scheduled(1000))
+    assert [found[name] / 1000 for name in ("wait", "uda_start", "uda_ramp")] == [WAIT, START, RAMP]
+    given = replaced(Mpl(), wait=7, uda_start=3, uda_ramp=0)
+    assert given.scheduled(1000) == given
+    assert noisy_labels.Learned().scheduled(1000).warm_steps == 1000 * noisy_labels.WARM
 
 
-@pytest.mark.parametrize(("method", "losses"), [("supervised", {"cross_entropy"}), ("uda", {"cross_entropy", "uda"})])
-def test_one_network_learns_from_its_own_losses(
-    method: str, losses: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = watched(method, tmp_path, monkeypatch)
-    assert set(seen.reports[0][0].as_dict()) == {"loss", *(f"loss_{name}" for name in losses)}
-    assert all((unlabeled is None) == (method == "supervised") for _, unlabeled in seen.data[0])
-    assert len(seen.data[0]) == TINY.steps
-    assert len(seen.data[1]) == TINY.finetune_steps
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda: Mpl(wait=8).scheduled(8), "wait"),
+        (lambda: noisy_labels.Learned(warm_steps=9).scheduled(8), "warm-steps"),
+        (lambda: Feedback(mode="none", baseline=0.9), "baseline"),
+        (lambda: Feedback(mode="reinforce", pseudo_labels="soft"), "labels"),
+        (lambda: Feedback(mode="psychic"), "psychic"),
+        (lambda: Consistency(uda_threshold=1.5), "uda_threshold"),
+        (lambda: Consistency(uda_prior=(0.5, 0.2)), "prior"),
+        (lambda: EntMin(entropy_weight=-1), "entropy_weight"),
+        (lambda: replaced(images.METHODS["reduced_mpl"], labeled_label_store="here"), "labels"),
+        (lambda: replaced(images.METHODS["reduced_mpl"], teacher_run="a", label_store="b"), "teacher"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(make: Any, word: str) -> None:
+    with pytest.raises(MetaplError, match=word):
+        make()
 
 
-@pytest.mark.parametrize("method", CONTROLS)
-def test_controls_alter_the_feedback_of_the_first_step_and_nothing_else_in_it(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = {}
-    for one in ("mpl", method):
-        with monkeypatch.context() as patch:
-            found[one] = watched(one, tmp_path / one, patch)
-    assert same_data(found["mpl"].data[0], found[method].data[0])
-    plain, other = (found[one].reports[0][0] for one in ("mpl", method))
-    assert torch.equal(plain.signal.value, other.signal.value)
-    h, changed = plain.feedback, other.feedback
+def test_a_method_that_is_compared_has_the_settings_that_were_given_to_the_first() -> None:
+    usual = digits.METHODS["mpl"]
+    own = replaced(usual, uda_weight=2.0, mode="difference", wait=3)
+    assert beside(digits.METHODS["none"], own, usual) == replaced(own, feedback="none")
+    assert beside(digits.METHODS["uda"], own, usual) == replaced(digits.METHODS["uda"], uda_weight=2.0)
+    assert beside(digits.METHODS["supervised"], own, usual) == digits.METHODS["supervised"]
+    soft = replaced(digits.METHODS["pseudo_labels"], temperature=2.0)
+    hard = beside(digits.METHODS["pseudo_labels_hard"], soft, digits.METHODS["pseudo_labels"])
+    assert (hard.name, hard.temperature) == ("pseudo_labels_hard", 2.0)
+    # What makes a method another one is not carried over.
+    smoothed = digits.METHODS["label_smoothing"]
+    assert beside(digits.METHODS["supervised"], smoothed, digits.METHODS["supervised"]).name == "supervised"
+
+
+# --------------------------------------------------------------------------------------------------------- one network
+
+ALONE = {
+    "supervised": (CrossEntropy(),),
+    "label_smoothing": (CrossEntropy(0.1),),
+    "supervised_everything": (CrossEntropy(),),
+    "uda": (CrossEntropy(), UDA()),
+    "fixmatch": (CrossEntropy(), UDA(temperature=0.0, threshold=0.85)),
+    "ent_min": (CrossEntropy(), Entropy(0.1)),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_one_network_learns_as_a_loss_trainer_with_these_losses_does(name: str) -> None:
+    (phase,) = trained(digits.METHODS[name])
+    assert phase.trainer.losses == ALONE[name]
+    assert phase.labeled is (DATA.everything if name == "supervised_everything" else DATA.labeled)
+    assert phase.unlabeled is (DATA.unlabeled if len(ALONE[name]) > 1 else None)
+    torch.manual_seed(0)
+    network = DIGITS.network()
+    plain = LossTrainer(network, ALONE[name], optimizer=DIGITS.optimizer("teacher", network))
+    for t in range(STEPS):
+        plain.step(phase.labeled[t], None if phase.unlabeled is None else phase.unlabeled[t])
+    assert same(weights(phase.trainer.student), weights(network))
+    assert not same(weights(network), phase.before[0])
+
+
+def test_the_headroom_is_trained_on_the_true_labels_of_all() -> None:
+    assert len(DATA.everything.images) == 1200
+    assert DATA.everything.labels.bincount().min() > 5 * DIGITS.labels_per_class
+
+
+def test_pictures_begin_their_consistency_late_and_align_it_with_the_class_shares() -> None:
+    for name, losses in (("uda", (0.5, 0.85, 0.5)), ("fixmatch", (0.0, 0.85, 0.0))):
+        _, uda = replaced(images.METHODS[name], uda_prior=(0.25, 0.75)).scheduled(100).uda.losses()
+        assert (uda.temperature, uda.threshold, uda.align) == losses
+        assert (uda.start, uda.ramp, uda.prior) == (40, 10, (0.25, 0.75))
+    assert replaced(Uda(), uda_weight=0).uda.losses() == (CrossEntropy(),)
+
+
+def test_entropy_minimization_adds_the_mean_entropy_of_the_weak_view() -> None:
+    torch.manual_seed(0)
+    network, weak, strong = nn.Linear(4, 3), torch.randn(6, 4), torch.full((6, 4), torch.nan)
+    p = network(weak).softmax(1).detach()
+    expected = -0.5 * sum(float(p[i, k] * p[i, k].log()) for i in range(6) for k in range(3)) / 6
+    given: Any = {"labeled": None, "signal": None, "step": 0}
+    for unlabeled in (weak, (weak, strong)):
+        loss = Entropy(0.5)(network, unlabeled=unlabeled, **given)
+        torch.testing.assert_close(loss, torch.tensor(expected))
+    (down,) = torch.autograd.grad(loss, network.weight)
+    with torch.no_grad():
+        network.weight -= down
+        assert Entropy(0.5)(network, unlabeled=weak, **given) < expected
+
+
+def test_entropy_minimization_runs_by_name(tmp_path: Path) -> None:
+    metapl(*TINY, "--method", "ent_min", "--entropy-weight", "0.7", "--out", tmp_path / "run")
+    rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = [row for row in rows if "loss_entropy" in row]
+    assert len(found) == 6
+    assert all(0 < row["loss_entropy"] < 0.7 * 2.303 for row in found)
+    assert "unlabeled (entropy)" in (tmp_path / "run" / "report.html").read_text()
+
+
+# --------------------------------------------------------------------------------------------- a teacher and a student
+
+
+@pytest.mark.parametrize("mode", ["forward", "reinforce"])
+def test_meta_pseudo_labels_are_a_bilevel_trainer_of_both_networks(mode: Any) -> None:
+    method = replaced(digits.METHODS["mpl"], mode=mode, uda_weight=0.5, feedback_weight=2.0, student_smoothing=0.1)
+    (phase,) = trained(method)
+    torch.manual_seed(0)
+    teacher, student = DIGITS.network(), DIGITS.network()
+    plain = BilevelTrainer(
+        teacher,
+        student,
+        mode,
+        problem=problems.PseudoLabels(label_smoothing=0.1),
+        teacher_losses=(CrossEntropy(), UDA(weight=0.5)),
+        inner_optimizer=DIGITS.optimizer("student", student),
+        outer_optimizer=DIGITS.optimizer("teacher", teacher),
+        feedback_weight=2.0,
+        verify=False,
+    )
+    torch.manual_seed(1)
+    for t in range(STEPS):
+        plain.step(DATA.labeled[t], DATA.unlabeled[t])
+    assert same(weights(phase.trainer.student), weights(student))
+    assert same(weights(phase.trainer.teacher), weights(teacher))
+
+
+def test_a_student_that_waits_warms_up_over_its_share_of_the_steps() -> None:
+    method = replaced(digits.METHODS["mpl"], wait=6, warm_start=True)
+    phases: list[Phase] = []
+    t = training(phases)
+    t = dataclasses.replace(t, config=replaced(DIGITS, warmup=4))
+    method.train(t)
+    assert phases[0].options == {"wait": 6, "warm_start": True, "warmup": 1}
+    (phase,) = trained(digits.METHODS["mpl"])
+    assert phase.options == {"wait": 0, "warm_start": False, "warmup": 0}
+
+
+@pytest.mark.parametrize("mode", ["forward", "reinforce"])
+def test_without_feedback_the_same_loop_sees_the_same_labels_and_the_teacher_learns_on_its_own(mode: Any) -> None:
+    (whole,), (none,) = (trained(replaced(digits.METHODS[name], mode=mode)) for name in ("mpl", "none"))
+    assert all(same(a, b) for a, b in zip(whole.before, none.before, strict=True))
+    assert torch.equal(whole.reports[0].signal.value, none.reports[0].signal.value)
+    assert whole.reports[0].signal.sampled == none.reports[0].signal.sampled == (mode == "reinforce")
+    assert all(float(report.feedback) == 0 for report in none.reports)
+    assert not same(weights(none.trainer.teacher), none.before[0])
+    assert not same(weights(whole.trainer.teacher), weights(none.trainer.teacher))
+
+
+@pytest.mark.parametrize("name", ["permuted", "class_means", "random_sign"])
+def test_a_control_alters_the_feedback_of_the_first_step_and_nothing_else_in_it(name: str) -> None:
+    (plain,), (other,) = (trained(digits.METHODS[each]) for each in ("mpl", name))
+    assert torch.equal(plain.reports[0].signal.value, other.reports[0].signal.value)
+    h, changed = plain.reports[0].feedback, other.reports[0].feedback
     assert not torch.equal(h, changed)
-    if method == "class_means":
+    assert other.trainer.mode == Altered(Forward(), name, seed=FITTING.seed)
+    if name == "class_means":
         torch.testing.assert_close(changed, h.mean(0).expand_as(h))
-    elif method == "permuted":
+    elif name == "permuted":
         torch.testing.assert_close(changed.sort(0).values, h.sort(0).values)
     else:
-        torch.testing.assert_close(changed.abs(), h.abs())
         assert all(torch.equal(b, a) or torch.equal(b, -a) for a, b in zip(h, changed, strict=True))
-    assert isinstance(found[method].trainers[0].mode, Altered)
 
 
-def test_controls_alter_hard_labels_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = TINY.with_method(feedback=Feedback(mode="reinforce_per_example"))
-    seen = watched("class_means", tmp_path, monkeypatch, recipe)
-    report = seen.reports[0][0]
-    assert isinstance(seen.trainers[0].mode.base, ReinforcePerExample)
+def test_class_means_are_over_examples_of_one_hard_label() -> None:
+    (phase,) = trained(replaced(digits.METHODS["class_means"], mode="reinforce_per_example"))
+    assert isinstance(phase.trainer.mode.base, ReinforcePerExample)
+    report = phase.reports[0]
     for label in report.signal.value.unique():
         assert len(report.feedback[report.signal.value == label].unique()) == 1
 
 
-def test_every_method_is_compared_or_a_control_or_asked_for_by_name() -> None:
-    assert set(METHODS) == {
-        *COMPARED,
-        *CONTROLS,
-        "pseudo_labels_hard",
-        "label_smoothing",
-        "supervised_everything",
-        "fixmatch",
-        "reduced_mpl",
-        "reduced_none",
-    }
-    assert Altered().base == Forward()
+@pytest.mark.parametrize(("name", "hard"), [("pseudo_labels", False), ("pseudo_labels_hard", True)])
+def test_a_fixed_teacher_learns_alone_and_then_stays_as_it_is(name: str, hard: bool) -> None:
+    alone, student = trained(digits.METHODS[name])
+    assert (alone.options, alone.unlabeled, alone.trainer.losses) == ({"phase": "teacher"}, None, (CrossEntropy(),))
+    assert alone.trainer.student is student.trainer.teacher
+    assert not same(alone.before[0], student.before[0])
+    assert same(weights(student.trainer.teacher), student.before[0])
+    assert not same(weights(student.trainer.student), student.before[1])
+    assert all(report.signal.sampled == hard for report in student.reports)
 
 
-def test_headroom_and_label_smoothing_train_on_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    everything = watched("supervised_everything", tmp_path / "a", monkeypatch)
-    task = TINY.task()
-    assert everything.trainers[0].losses == (CrossEntropy(),)
-    labels = torch.cat([task.everything[t][1] for t in range(19)])
-    assert len(task.everything.images) == 1200
-    assert labels.bincount().min() > 5 * TINY.labels_per_class
-    smoothed = watched("label_smoothing", tmp_path / "b", monkeypatch)
-    assert smoothed.trainers[0].losses == (CrossEntropy(label_smoothing=0.1),)
-    plain = watched("supervised", tmp_path / "c", monkeypatch)
-    assert plain.trainers[0].losses == (CrossEntropy(),)
-
-
-def test_headroom_needs_the_labels_of_all(tmp_path: Path) -> None:
-    run = Experiment(TINY.by("supervised_everything"), RunFolder(tmp_path))
-    task = dataclasses.replace(TINY.task(), everything=None)
-    with pytest.raises(MetaplError, match="true labels of all examples"):
-        run.train(task)
+@pytest.mark.parametrize("name", ["reduced_mpl", "reduced_none"])
+def test_stored_labels_are_adjusted_by_a_small_network(name: str) -> None:
+    teacher, student = trained(digits.METHODS[name])
+    assert teacher.options == {"phase": "teacher"}
+    assert isinstance(student.trainer.problem, problems.ReducedLabels)
+    assert student.trainer.teacher is not teacher.trainer.student
+    assert student.unlabeled.stored.shape == (1180, 10)
+    assert student.options["truth"] is None
+    moved = not same(weights(student.trainer.teacher), student.before[0])
+    assert moved == (name == "reduced_mpl")

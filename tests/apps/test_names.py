@@ -12,9 +12,9 @@ from command import said
 from forked import Forked
 from tiny_runs import color_folders, images_command
 
-from metapl.apps.commands import main
-from metapl.apps.experiments.suspects import Suspect, write_suspects
+from metapl.apps.main import main
 from metapl.apps.pictures.csv_files import CsvRows
+from metapl.apps.suspects import Suspect, write_suspects
 from metapl.apps.words import cell
 from metapl.errors import few
 from metapl.words import TURNS, shown

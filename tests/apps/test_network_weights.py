@@ -14,11 +14,11 @@ from tiny_runs import color_folders
 from torch import nn
 from torchvision.models import ResNet18_Weights, VisionTransformer
 
-from metapl.apps.experiments import settle
+from metapl.apps import look
+from metapl.apps.images import METHODS, Images, Pictures
 from metapl.apps.networks import create, load_weights
 from metapl.apps.networks.architecture import FAMILIES
 from metapl.apps.networks.weights import fetch_imagenet_weights, head_outputs
-from metapl.apps.recipes import ImageFolders
 from metapl.errors import MetaplError
 from metapl.models import wide_resnet
 
@@ -166,8 +166,9 @@ def test_the_recipe_asks_for_those_of_its_network(
     def fetch(name: str) -> str:
         raise MetaplError(f"asked for {name}")
 
-    monkeypatch.setattr(settle, "fetch_imagenet_weights", fetch)
+    monkeypatch.setattr(look, "fetch_imagenet_weights", fetch)
     labeled, unlabeled = (str(color_folders(tmp_path) / part) for part in ("labeled", "unlabeled"))
-    recipe = ImageFolders(labeled=labeled, unlabeled=unlabeled, weights="imagenet", network_name=network)
+    pictures = Pictures(weights="imagenet", network=network)
+    config = Images(labeled=labeled, unlabeled=unlabeled, pictures=pictures)
     with pytest.raises(MetaplError, match=f"asked for {network or 'resnet18'}"):
-        settle.settled(recipe)
+        look.settled(config, METHODS["uda"], lambda text: None)

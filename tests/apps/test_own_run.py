@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from test_goldens import COLORS, pictures
 
-from metapl.apps.commands import main
-from metapl.apps.experiments.run import EndedRun
 from metapl.apps.labels import LabelStore
+from metapl.apps.main import main
+from metapl.apps.run import EndedRun
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "own_run.py"
 FACTORY = ("--factory", f"{SCRIPT}:network")

@@ -70,15 +70,15 @@ sys.modules["fcntl"] = None  # as on Windows
 import metapl
 core = sorted(sys.modules)
 from pathlib import Path
-from metapl.apps.reports import web
-from metapl.apps.reports.picture import draw_report
+from metapl.apps import web
+from metapl.apps.report import draw_report
 web.plots({"mpl": [{"step": 1, "inner_loss": 1.0}, {"step": 2, "feedback_std": 0.1}]}, "student")
 reports = sorted(sys.modules)
 draw_report(Path(sys.argv[1]), title="", curves={}, evaluation=None, network="student")
 drawn = sorted(sys.modules)
-metapl.apps.pictures.load_digits_split, metapl.apps.recipes.Digits, metapl.metrics.paired_test
+metapl.apps.pictures.load_digits_split, metapl.apps.digits.Digits, metapl.metrics.paired_test
 metapl.apps.export.export
-import metapl.apps.commands.train
+import metapl.apps.commands
 print(json.dumps({"core": core, "reports": reports, "drawn": drawn, "all": sorted(sys.modules)}))
 """
     page = tmp_path_factory.mktemp("page") / "report.png"
@@ -91,8 +91,8 @@ print(json.dumps({"core": core, "reports": reports, "drawn": drawn, "all": sorte
 def test_importing_the_library_loads_what_the_core_needs(loaded: dict[str, list[str]]) -> None:
     not_needed = (
         "metapl.data",
-        "metapl.apps.recipes",
-        "metapl.apps.reports",
+        "metapl.apps.images",
+        "metapl.apps.report",
         "metapl.apps.commands",
         "metapl.apps.export",
         "metapl.apps.labels",
@@ -119,7 +119,7 @@ def test_what_draws_is_imported_only_when_something_is_drawn(loaded: dict[str, l
 
 
 def test_it_can_be_imported_where_there_is_no_fcntl(loaded: dict[str, list[str]]) -> None:
-    assert {"metapl.apps.experiments.folder", "metapl.apps.pictures.store"} <= set(loaded["all"])
+    assert {"metapl.apps.run", "metapl.apps.pictures.store"} <= set(loaded["all"])
 
 
 def test_a_name_that_is_not_there_is_refused_as_usual() -> None:
@@ -218,7 +218,7 @@ def test_the_distributions_have_the_package_and_its_license(distributions: tuple
         metadata, commands = (archive.read(f"{info}/{name}").decode() for name in ("METADATA", "entry_points.txt"))
     assert {name for name in names if not name.startswith(f"{info}/")} == package
     assert f"{info}/licenses/LICENSE" in names
-    assert "metapl = metapl.apps.commands:main\n" in commands
+    assert "metapl = metapl.apps.main:main\n" in commands
     assert f"Version: {PROJECT['version']}\n" in metadata
     assert "License-Expression: Apache-2.0\n" in metadata
     with tarfile.open(source) as archive:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.docs
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "pictures.md"
 TINY = ("--problems", "fruits", "--methods", "supervised", "--minutes", "0.1", "--jobs", "1")
-SETTINGS = ("--set", "steps=3", "precision=float32", "finetune_steps=1", "image_size=8", "changes.hole=0.2")
+SETTINGS = ("--set", "steps=3", "precision=float32", "finetune_steps=1", "image_size=8", "label_smoothing=0.2")
 
 
 def command(module: str, *arguments: str | Path, code: int = 0) -> str:
@@ -46,7 +46,7 @@ def test_a_run_leaves_a_row_and_is_not_repeated(tmp_path: Path) -> None:
     (row,) = run.read(file)
     assert (row["half"], row["problem"], row["method"], row["seed"]) == ("seen", "fruits", "supervised", 0)
     assert (row["steps"], row["image_size"], row["minutes"]) == (3, 8, 0.1)
-    settings = {"steps": 3, "precision": "float32", "finetune_steps": 1, "image_size": 8, "changes.hole": 0.2}
+    settings = {"steps": 3, "precision": "float32", "finetune_steps": 1, "image_size": 8, "label_smoothing": 0.2}
     assert row["settings"] == settings
     assert row["delivered"] in ("student", "finetuned")
     assert row["test_accuracy"] == row[f"{row['delivered']}_test_accuracy"]
@@ -128,14 +128,14 @@ def test_rows_of_other_settings_or_minutes_are_not_averaged() -> None:
     plain, better = rows(), [row for row in rows() if row["method"] == "uda"]
     for row in better:
         row["test_accuracy"] += 0.1
-    settings = {"uda_threshold": 0.9, "changes.hole": 0}
+    settings = {"uda_threshold": 0.9, "uda_align": 0}
     longer = [row | {"minutes": 5.0} for row in better if row["seconds"] == 60]  # one seed, but for one problem
     together = [*plain, *(row | {"settings": settings} for row in better), *longer, longer[0]]
     cells = {row[0]: row[1:] for row in in_cells(tables.table(together, "seen"))[2:]}
     alone = {row[0]: row[1:] for row in in_cells(tables.table(plain, "seen"))[2:]}
     for name, row in alone.items():
         assert cells.get(f"{name}, 1.5 min", cells.get(name)) == row
-    changed = cells["UDA (the default), 1.5 min, changes.hole 0, uda_threshold 0.9"]
+    changed = cells["UDA (the default), 1.5 min, uda_align 0, uda_threshold 0.9"]
     assert changed[-5:] == ["80.5", "+18.0", "+10.0", "60", "2"]
     assert cells["UDA (the default), 5 min"][-4:] == ["–", "–", "60", "1-2"]
     assert len(cells) == len(alone) + 2

@@ -1,140 +1,198 @@
-"""The suite of the application can fail: each planted fault is caught by the tests named beside it."""
+"""The suite of the application can fail: each planted fault, bent as a mistake would be, is caught by a check."""
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-import test_delivery
-import test_export
-import test_folders
-import test_label_queries
-import test_methods
-import test_noisy_student
-import test_noisy_student_parts
-import test_picture_batches
-import test_recipes
-import test_robustness
-import test_sealed_runs
-import test_transforms
-import test_views
-from app_faults import FAULTS
-from command import metapl
-from tiny_runs import NOISY_STUDENT
+import test_resume
+from command import metapl, result
+from test_bits import check, one_thread
+from test_goldens import STORED, of_run, pictures
+from tiny_runs import TINY
 
-from metapl.apps.pictures.splits import load_digits_split
+from metapl.apps import images, labeling, train
+from metapl.apps.images import Pictures
+from metapl.apps.launch import Processes
+from metapl.apps.methods import Training
+from metapl.apps.settings import Fitting
+from metapl.training import FitResult
+from metapl.training.selection import weights_of
 
 
 @dataclass(frozen=True)
 class Here:
-    """What a check may need."""
-
-    folder: Path
-    patch: pytest.MonkeyPatch
-    capsys: pytest.CaptureFixture[str]
-    run: Callable[[], Path]
-    """Copies a run into the folder, to spoil."""
+    root: Path  # pictures
+    out: Path
 
 
+Fault = Callable[[pytest.MonkeyPatch], None]
 Check = Callable[[Here], None]
 
 
-def labels_of_the_round_before(here: Here) -> None:
-    run = here.folder / "run"
-    metapl(*NOISY_STUDENT, "--steps", "2", "--out", run)
-    test_noisy_student.test_a_round_learns_from_the_labels_of_the_network_before_it(run)
+# ----------------------------------------------------------------------------------------------------------- the faults
 
 
-CAUGHT: dict[str, dict[str, Check]] = {
-    "seal_not_compared": {
-        "weights_of_another_run": lambda here: (
-            test_sealed_runs.test_the_weights_of_another_run_are_not_taken_for_its_own(
-                here.run(), here.folder, here.capsys
-            )
-        ),
-    },
-    "threshold_kept_itself": {
-        "the_threshold": lambda here: test_label_queries.test_the_threshold_is_not_kept_itself(here.folder),
-    },
-    "balanced_over_all": {
-        "numpy": lambda here: test_label_queries.test_what_is_selected_is_what_numpy_selects(
-            True, None, 0.4, 30, True, here.folder
-        ),
-    },
-    "part_read_twice": {
-        "statistics": lambda here: test_label_queries.test_statistics_are_those_of_numpy(True, here.folder),
-        "selection": lambda here: test_label_queries.test_of_any_class_the_most_probable_are_kept(
-            None, None, [], here.folder
-        ),
-    },
-    "severity_off_by_one": {
-        "the_formulas": lambda here: test_robustness.test_noise_has_the_moments_of_its_formula(),
-    },
-    "one_seed_for_a_batch": {
-        "affine": lambda here: test_views.test_seed_step_and_example_each_change_the_draws("affine"),
-        "half_are_mirrored": lambda here: test_transforms.test_half_of_the_pictures_are_mirrored(),
-    },
-    "labeled_picture_in_validation": {
-        "digits": lambda here: test_picture_batches.test_digits_are_disjoint_cover_all_and_keep_their_labels(
-            load_digits_split(labels_per_class=2, seed=0)
-        ),
-    },
-    "without_feedback": {
-        "beside_its_control": lambda here: (
-            test_methods.test_without_feedback_the_loop_sees_the_same_batches_and_first_weights(
-                "soft", here.folder, here.patch
-            )
-        ),
-    },
-    "finetuning_left_out": {
-        "what_helps_is_kept": lambda here: test_recipes.test_finetuning_that_does_not_help_is_not_kept(),
-    },
-    "delivered_by_the_test_set": {
-        "test_pictures_choose_nothing": lambda here: test_delivery.test_the_test_set_chooses_nothing(
-            here.folder, here.patch
-        ),
-    },
-    "noisy_students_teacher_labels_strong": {"labels_of_the_round_before": labels_of_the_round_before},
-    "student_begins_as_its_teacher": {
-        "first_weights": lambda here: (
-            test_noisy_student_parts.test_a_student_begins_with_weights_of_its_own_or_with_its_teachers(False)
-        ),
-    },
-    "exported_without_normalization": {
-        "the_file": lambda here: test_export.test_the_file_says_what_it_is(here.folder),
-    },
-    "numbered_parts_taken_for_classes": {
-        "parts": lambda here: test_folders.test_the_parts_of_a_data_set_are_not_its_classes(here.folder),
-    },
+def one_stream_of_draws(patch: pytest.MonkeyPatch) -> None:
+    real: Any = images.StepSampler
+    patch.setattr(images, "StepSampler", lambda *given, **named: real(*given, **{**named, "stream": 0}))
+
+
+def teacher_built_after_the_student(patch: pytest.MonkeyPatch) -> None:
+    def exchanged(**own: Any) -> Training:
+        return Training(**{**own, "teacher": own["student"], "student": own["teacher"]})
+
+    patch.setattr(train, "Training", exchanged)
+
+
+def seed_not_set_before_finetuning(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Processes, "seed", lambda self, network, seed: None)
+
+
+def validation_copies_kept(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(images, "apart", lambda unlabeled, val, say: unlabeled)
+
+
+def copies_in_test_not_refused(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(images, "compare_files", lambda *given: None)
+
+
+def chosen_by_test(patch: pytest.MonkeyPatch) -> None:
+    def by_test(kept: Any, select: bool, rounds: bool) -> str:
+        return str(max(kept, key=lambda name: kept[name].accuracies()["test_accuracy"]))
+
+    patch.setattr(train, "delivered", by_test)
+
+
+def finetuned_on_changed_pictures_alone(patch: pytest.MonkeyPatch) -> None:
+    real = Pictures.views
+    patch.setattr(Pictures, "views", lambda self: {**real(self), "finetuned": self.strong()})
+
+
+def resume_skips_a_phase(patch: pytest.MonkeyPatch) -> None:
+    real = train.fit
+
+    def fit(trainer: Any, *sources: Any, **options: Any) -> FitResult:
+        if options["resume"] and options["phase"] == "teacher":
+            return FitResult(None, 0, weights_of(trainer.student))
+        return real(trainer, *sources, **options)
+
+    patch.setattr(train, "fit", fit)
+
+
+def labels_of_other_pictures_taken(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(labeling, "refuse_other_pictures", lambda *given, **named: None)
+
+
+def average_not_kept(patch: pytest.MonkeyPatch) -> None:
+    real = Fitting.options
+    patch.setattr(Fitting, "options", lambda self: {**real(self), "ema_decay": None})
+
+
+# ----------------------------------------------------------------------------------------------------------- the checks
+
+
+def golden(name: str) -> Check:
+    def weights(here: Here) -> None:
+        stored = json.loads(STORED.read_text())
+        check(of_run(name, here.root, here.out), stored["runs"][name], stored["machine"], 5e-3)
+
+    return weights
+
+
+def resumed(kind: str) -> Check:
+    """Killed in the phase after the first, before anything of it was saved."""
+
+    def ends_alike(here: Here) -> None:
+        whole = here.out.with_name("whole")
+        metapl(*test_resume.command(kind, here.root, whole))
+        test_resume.interrupted(kind, here.root, here.out, (0, 2), test_resume.Killed())
+        test_resume.gone_on_with(kind, here.root, here.out)
+        test_resume.assert_equal(here.out, whole)
+
+    return ends_alike
+
+
+def images_command(here: Here) -> list[str]:
+    return test_resume.command("images uda", here.root, here.out)
+
+
+def a_test_picture_that_is_labeled_is_refused(here: Here) -> None:
+    shutil.copy(here.root / "labeled/red/red-1.png", here.root / "test/red/again.png")
+    assert metapl(*images_command(here), code=None).returncode == 2
+
+
+def nothing_is_learned_from_what_is_selected_on(here: Here) -> None:
+    """All unlabeled pictures are the labeled ones: those that are set aside leave."""
+    for number in range(80):  # enough to be set aside
+        for color in ("blue", "green", "red"):
+            place = here.root / f"labeled/{color}/more-{number}.png"
+            shutil.copy(here.root / f"labeled/{color}/{color}-1.png", place)
+            place.write_bytes(place.read_bytes() + bytes([number, 1]))
+    shutil.rmtree(here.root / "unlabeled")
+    for file in here.root.glob("labeled/*/*.png"):
+        (here.root / "unlabeled").mkdir(exist_ok=True)
+        shutil.copy(file, here.root / f"unlabeled/{file.parent.name}-{file.name}")
+    metapl(*images_command(here))
+    data = json.loads((here.out / "data.json").read_text())
+    assert len(data["validation"]) > 0
+    assert data["unlabeled"] == len(data["labeled"])
+
+
+def delivered_by_validation(here: Here) -> None:
+    for seed in (3, 4, 5):  # in one of them test would choose another
+        out = here.out.with_name(f"run-{seed}")
+        metapl(*TINY, "--steps", "30", "--finetune-steps", "30", "--seed", str(seed), "--out", out)
+        found = result(out)
+        best = max(found[f"{name}_validation_accuracy"] for name in ("student", "teacher", "finetuned"))
+        assert found["validation_accuracy"] == best
+
+
+def replaced_pictures_are_noticed(here: Here) -> None:
+    """Under the same names, with the labels of the pictures that were there."""
+    run, store = here.out, here.out.with_name("store")
+    metapl(*images_command(here))
+    metapl("label", run, here.root / "unlabeled", "--out", store)
+    shutil.copy(here.root / "unlabeled/red-1.png", here.root / "unlabeled/blue-1.png")
+    words = [*images_command(here)[:-1], str(run.with_name("other")), "--method", "reduced_mpl", "--labels", str(store)]
+    words = [word for word in words if word not in ("--method", "uda")]
+    words = [words[0], words[1], "reduced_mpl", *[word for word in words[2:] if word != "reduced_mpl"]]
+    assert metapl(*words, code=None).returncode == 2
+
+
+CAUGHT: dict[Fault, Check] = {
+    one_stream_of_draws: golden("images uda"),
+    teacher_built_after_the_student: golden("digits forward"),
+    seed_not_set_before_finetuning: golden("digits reinforce"),
+    validation_copies_kept: nothing_is_learned_from_what_is_selected_on,
+    copies_in_test_not_refused: a_test_picture_that_is_labeled_is_refused,
+    chosen_by_test: delivered_by_validation,
+    finetuned_on_changed_pictures_alone: golden("images uda"),
+    resume_skips_a_phase: resumed("images pseudo labels"),
+    labels_of_other_pictures_taken: replaced_pictures_are_noticed,
+    average_not_kept: golden("images uda"),
 }
 
-PAIRS = [(fault, check) for fault, checks in CAUGHT.items() for check in checks]
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
-def test_every_fault_has_a_test_that_catches_it() -> None:
-    assert set(CAUGHT) == set(FAULTS)
-
-
-@pytest.mark.parametrize(("fault", "check"), PAIRS)
-def test_a_planted_fault_is_caught(
-    fault: str,
-    check: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    request: pytest.FixtureRequest,
-) -> None:
-    def run(name: str) -> None:
-        folder = tmp_path / name
-        folder.mkdir()
+@pytest.mark.parametrize("fault", CAUGHT, ids=lambda fault: fault.__name__)
+def test_a_planted_fault_is_caught(fault: Fault, tmp_path: Path) -> None:
+    for name in ("as it is", "bent"):
+        here = Here(pictures(tmp_path / name / "pictures"), tmp_path / name / "run")
         with pytest.MonkeyPatch.context() as patch:
-            if name == "bent":
-                FAULTS[fault](patch)
-            copied = lambda: Path(shutil.copytree(request.getfixturevalue("tiny"), folder / "run"))  # noqa: E731
-            CAUGHT[fault][check](Here(folder, patch, capsys, copied))
-
-    run("as it is")
-    with pytest.raises((AssertionError, pytest.fail.Exception)):
-        run("bent")
+            if name == "as it is":
+                CAUGHT[fault](here)
+                continue
+            fault(patch)
+            with pytest.raises((AssertionError, pytest.fail.Exception)):
+                CAUGHT[fault](here)

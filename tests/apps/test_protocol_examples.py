@@ -16,8 +16,8 @@ from small_data import write_cifar, write_imagenet, write_svhn
 from tiny_runs import color_folders
 from torchvision import datasets
 
-from metapl.apps.experiments.run import EndedRun
 from metapl.apps.pictures import EvaluationBatches
+from metapl.apps.run import EndedRun
 from metapl.metrics import evaluate_logits
 from metapl.metrics.predictions import predict_logits
 
@@ -152,6 +152,10 @@ def test_noisy_student_on_imagenet(given: bool, tmp_path: Path, monkeypatch: pyt
     assert noisy_student_imagenet.train(dataclasses.replace(c, resume=True)) == result
     again = load_file(tmp_path / "run" / "round-2.safetensors")
     assert all(torch.equal(again[name], t) for name, t in last.items())
+    delivered = EndedRun.load(tmp_path / "run" / "delivered")
+    assert delivered.result["test_accuracy"] == result.get(
+        "finetuned_test_accuracy", result["test_accuracy_of_rounds"][-1]
+    )
 
 
 def test_rows_of_noisy_student_are_the_papers() -> None:

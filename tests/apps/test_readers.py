@@ -25,11 +25,11 @@ from sklearn.datasets import load_digits
 from special_files import bound, device
 from torch import Tensor
 
-from metapl.apps.experiments.folder import RunFolder
+from metapl.apps.digits import Digits
 from metapl.apps.pictures import UnreadableImage, read_image, reader, scan_unlabeled, verify_files
 from metapl.apps.pictures.csv_files import csv_rows
 from metapl.apps.pictures.reader import gray_image, image_size, read_crops
-from metapl.apps.recipes import Digits
+from metapl.apps.run import RunFolder
 from metapl.errors import MetaplError
 
 READERS: dict[str, Callable[[Path], Tensor]] = {

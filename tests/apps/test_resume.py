@@ -1,207 +1,254 @@
-"""A run that is killed anywhere, whose files were damaged, or whose disk was full ends bit for bit as one left alone.
-
-Everything here happens to real processes of the command line; test_stopped.py has the moments that matter.
-"""
+"""A run that is stopped or killed at any moment, and gone on with, ends byte for bit as one that was left alone."""
 
 from __future__ import annotations
 
-import os
 import random
-import re
-import resource
-import sys
-import time
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
 
 import pytest
-from forked import Point
-from lives import (
-    INTERRUPT,
-    KILL,
-    RECIPES,
-    TERMINATE,
-    TINY,
-    alive,
-    assert_equal,
-    assert_resumed,
-    left_alone,
-    newest,
-    pasted,
-    run,
-    said,
-    start,
+from command import metapl
+from forked import Forked
+from test_bits import one_thread
+from test_goldens import RUNS, pictures
+
+from metapl.apps import train, web
+
+KINDS = ("digits forward", "digits reduced", "images uda", "images pseudo labels", "noisy example weights")
+KINDS = (*KINDS, "noisy student")
+POINTS = (
+    ("metapl.training.trainer:BilevelTrainer", "step"),
+    ("metapl.training.trainer:BilevelTrainer", "teacher_step"),
+    ("metapl.training.loss_trainer:LossTrainer", "step"),
+    ("metapl.runs.checkpoint:CheckpointFolder", "write"),
+    ("metapl.apps.labels:LabelWriter", "add"),
+    ("metapl.apps.labels:LabelWriter", "_describe"),
+    ("metapl.apps.noisy_student", "select"),  # between two phases
+    ("metapl.apps.train", "evaluated"),
+    ("metapl.apps.train", "measured"),
+    ("metapl.apps.run:RunFolder", "write_weights"),
+    ("metapl.apps.run:RunFolder", "write_json"),
 )
 
-from metapl.runs.checkpoint import CheckpointFolder
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills, limits and /proc as Linux has them")
-
-COMPARISON = f"train digits {TINY} --steps 60 --compare --seeds 0-1 --jobs 2 --methods mpl none"
-STEP: Point = ("metapl.training.trainer:BilevelTrainer", "step", 14, KILL)
-FINETUNING: Point = ("metapl.training.loss_trainer:LossTrainer", "step", 13, KILL)
+class Killed(BaseException):
+    """Nothing that happens here is heard by anybody: the process would be gone."""
 
 
-@pytest.fixture(params=RECIPES)
-def recipe(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+class Calls:
+    """The calls at the points, counted; one of them, of a number, does not come to its end."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, stop: tuple[int, int] | None = None, by: Any = None) -> None:
+        self.count = Counter[int]()
+        for point, (owner, name) in enumerate(POINTS):
+            found = resolve_name(owner)
+            patch.setattr(found, name, self._counting(point, getattr(found, name), stop, by))
+
+    def _counting(self, point: int, real: Any, stop: tuple[int, int] | None, by: Any) -> Any:
+        def counting(*given: Any, **named: Any) -> Any:
+            self.count[point] += 1
+            if (point, self.count[point]) == stop:
+                raise by
+            return real(*given, **named)
+
+        return counting
 
 
-@pytest.mark.slow
-@pytest.mark.long
-def test_killed_at_random_moments(recipe: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """At least 12 kills -9 anywhere between the first line and the report."""
-    draw, hits, lives, since = random.Random(recipe), 0, 0, time.monotonic()
-    code, words = run(RECIPES[recipe], tmp_path / "timed")
-    assert code == 0, words
-    span = 0.5 * (time.monotonic() - since)
-    while hits < 12:
-        out, lives, before, line, checkpoints = (
-            tmp_path / str(lives),
-            lives + 1,
-            hits,
-            RECIPES[recipe],
-            dict[str, int](),
-        )
-        while True:
-            process = start(line, out)
-            if hits < 12:
-                time.sleep(draw.uniform(0, span))
-                process.kill()
-            code, words = process.wait(), said(out)
-            if code == 0:
-                break
-            assert code == -KILL, words
-            hits, checkpoints = hits + 1, newest(out)
-            line = RECIPES[recipe] + " --resume" * (out / "recipe.json").exists()
-        if "--resume" in line and "is finished already" not in words:  # else killed after its result was written
-            assert_resumed(words, checkpoints)
-        assert_equal(out, left_alone(recipe, RECIPES[recipe], tmp_path_factory))
-        span = span if hits > before + 1 else 0.7 * span  # the machine may have become faster
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
-@pytest.mark.slow
-def test_a_damaged_newest_checkpoint_costs_a_few_steps(
-    recipe: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def command(kind: str, root: Path, out: Path) -> list[str]:
+    words = RUNS[kind]
+    parts = {"images": ("labeled", "unlabeled", "test"), "noisy": ("clean", "test")}.get(words[1], ())
+    noisy = [f"--labeled={root / 'noisy'}"] if words[1] == "noisy" else []
+    return [*words, *(f"--{part}={root / part}" for part in parts), *noisy, "--seed", "1", "--out", str(out)]
+
+
+Whole = tuple[Path, Counter[int]]
+
+
+@pytest.fixture(scope="module")
+def wholes(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Whole]:
+    """A run of each kind that nothing happened to, when it is asked for."""
+    place = tmp_path_factory.mktemp("wholes")
+
+    class Wholes(dict[str, Whole]):
+        def __missing__(self, kind: str) -> Whole:
+            out = place / kind.replace(" ", "-")
+            with pytest.MonkeyPatch.context() as patch, one_thread():
+                calls = Calls(patch)
+                metapl(*command(kind, root, out))
+            return self.setdefault(kind, (out, calls.count))
+
+    return Wholes()
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """What two runs have in common to the byte."""
+    kinds = (".safetensors", ".parquet", ".jsonl", ".csv")
+    found = (path for path in sorted(out.rglob("*")) if path.suffix in kinds or path.name == "result.json")
+    return {str(path.relative_to(out)): path.read_bytes() for path in found}
+
+
+def files(out: Path) -> dict[Path, tuple[int, bytes]]:
+    found = [path for path in out.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
+
+
+def assert_equal(out: Path, whole: Path) -> None:
+    found, wanted = contents(out), contents(whole)
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if found[name] != wanted[name]] == []
+    assert not [*out.rglob("*.tmp")]
+
+
+def interrupted(kind: str, root: Path, out: Path, moment: tuple[int, int], by: BaseException) -> None:
+    """Begin a run, or go on with it, and stop at the moment; killed, it says nothing."""
+    resume = ["--resume"] if (out / "recipe.json").exists() else []
+    with pytest.MonkeyPatch.context() as patch:
+        Calls(patch, moment, by)
+        if isinstance(by, Killed):
+            with pytest.raises(Killed):
+                metapl(*command(kind, root, out), *resume)
+        else:
+            said = metapl(*command(kind, root, out), *resume, code=130)
+            assert "go on with:" in said.stderr
+    assert not (out / "result.json").exists() or POINTS[moment[0]][1] == "write_json"
+
+
+def gone_on_with(kind: str, root: Path, out: Path) -> None:
+    metapl(*command(kind, root, out), *(["--resume"] if (out / "recipe.json").exists() else []))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_is_stopped_and_then_killed_ends_as_one_that_was_not(
+    kind: str, root: Path, tmp_path: Path, wholes: dict[str, Whole]
 ) -> None:
-    """In either phase, also when the phase after it had begun."""
-    out = tmp_path / "run"
-    assert run(RECIPES[recipe], out, FINETUNING)[0] == -KILL
-    for phase in ("fit", "finetune") if recipe == "soft" else ("fit",):
-        path = CheckpointFolder(out / "checkpoints" / phase).paths()[0]
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-    code, words = run(RECIPES[recipe] + " --resume", out)
-    assert code == 0, words
-    assert "passed over step-00000048.ckpt" in words
-    assert "resumed at step 44\n" in words
-    assert f"resumed at step {8 if recipe == 'soft' else 12} of phase finetune\n" in words
-    assert_equal(out, left_alone(recipe, RECIPES[recipe], tmp_path_factory))
-
-
-@pytest.mark.slow
-def test_without_a_whole_checkpoint_it_is_refused_and_a_finished_run_is_left_alone(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    out, recipe = tmp_path / "anew", RECIPES["soft"]
-    assert run(recipe, out, STEP)[0] == -KILL
-    for path in (out / "checkpoints/fit").iterdir():
-        path.write_bytes(b"not a checkpoint at all")
-    code, words = run(recipe, out)
-    assert (code, "holds a run already; give --resume" in words) == (2, True)
-    code, words = run(recipe.replace("--dropout 0.2", "--dropout 0.3") + " --resume", out)
-    assert (code, "run of another recipe" in words) == (2, True)
-    code, words = run(recipe + " --resume", out)
-    assert code == 2, words
-    assert re.search("to start anew, move them away: .*step-00000012.ckpt is damaged .* or is no checkpoint", words)
-    for path in (out / "checkpoints/fit").iterdir():
-        assert path.read_bytes() == b"not a checkpoint at all"
-        path.unlink()
-    code, words = run(recipe + " --resume", out)
-    assert code == 0, words
-    assert "no checkpoint of phase fit yet: it begins at its first step" in words
-    assert_equal(out, left_alone("soft", recipe, tmp_path_factory))
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
-    code, words = run(recipe + " --resume", out)
-    assert (code, "is finished already" in words) == (0, True)
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "room"), [("soft", "for rows"), ("hard", "for nothing")])
-def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_so(
-    name: str, room: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """A limit on the size of files, put on the running process, refuses what a full disk would."""
-    out = tmp_path / "run"
-    process = start(RECIPES[name], out)
-    while not newest(out):
-        time.sleep(0.002)
-    limit = 900 if room == "for nothing" else CheckpointFolder(out / "checkpoints/fit").paths()[0].stat().st_size - 1
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
-    code, words = process.wait(), said(out)
-    assert code == 2, words
-    assert "Traceback" not in words
-    last = max(CheckpointFolder(out / "checkpoints/fit").paths())
-    assert re.search(f"could not be written: .*File too large.*{last.name}", words), words
-    checkpoints = newest(out)
-    code, words = run(RECIPES[name] + " --resume", out)
-    assert code == 0, words
-    assert_resumed(words, checkpoints)
-    assert_equal(out, left_alone(name, RECIPES[name], tmp_path_factory))
-
-
-# ------------------------------------------------------------------------------------------------------- comparisons
-
-
-def children(pid: int) -> list[int]:
-    """Of a process, and theirs."""
-    own = [int(one) for task in Path(f"/proc/{pid}/task").iterdir() for one in (task / "children").read_text().split()]
-    return own + [grandchild for child in own for grandchild in children(child)]
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_a_comparison_that_is_stopped_leaves_nobody_behind_and_goes_on(tmp_path: Path) -> None:
-    """A kill of the parent alone while the first runs train; Ctrl-C, which a terminal sends to all, when one is
-    finished; a SIGTERM to the parent alone before the last is."""
-    whole, out = tmp_path / "whole", tmp_path / "compared"
-    code, words = run(COMPARISON, whole)
-    assert code == 0, words
-
-    command = COMPARISON
-    for signum, sign, number in (
-        (KILL, "*/*/checkpoints/fit/step-00000028.ckpt", 1),
-        (INTERRUPT, "*/*/result.json", 1),
-        (TERMINATE, "*/*/result.json", 3),
-    ):
-        process = start(command, out)
-        while len(list(out.glob(sign))) < number:
-            assert process.poll() is None, said(out)
-            time.sleep(0.002)
-        workers = children(process.pid)
-        assert len(workers) >= 2
-        (os.killpg if signum == INTERRUPT else os.kill)(process.pid, signum)
-        code = process.wait()
-        assert code == (-KILL if signum == KILL else 128 + signum), said(out)
-        gone_by = time.monotonic() + 5
-        while any(map(alive, workers)):
-            assert time.monotonic() < gone_by, "a worker goes on without its parent"
-            time.sleep(0.01)
-        assert "Traceback" not in said(out)
-        command = COMPARISON + " --resume" if signum == KILL else pasted(said(out))
-    code, words = run(command, out)
-    assert code == 0, words
+    """Ctrl-C in the midst of a step that is drawn, and kill -9 in the midst of one of those that were left."""
+    (whole, count), draw, out = wholes[kind], random.Random(kind), tmp_path / "a run"
+    steps = [point for point in (0, 2) if count[point]]
+    moment = [(point, draw.randint(1, count[point])) for point in steps]
+    interrupted(kind, root, out, moment[-1], KeyboardInterrupt())
+    interrupted(kind, root, out, (9, draw.randint(1, count[9])), Killed())
+    gone_on_with(kind, root, out)
     assert_equal(out, whole)
 
 
 @pytest.mark.long
-@pytest.mark.slow
-def test_a_run_of_a_comparison_that_fails_is_named(tmp_path: Path) -> None:
-    """And the other one, which would take minutes, goes."""
-    poison = "--steps 100000 --student.lr 1e30 --methods none supervised --seeds 0 --save-every 1000000"
-    code, words = run(f"{COMPARISON} {poison}", tmp_path / "failing")
-    assert code == 2, words
-    assert re.search(r"metapl: none, seed 0: .*NaN or infinite", words)
-    assert "Traceback" not in words
+@pytest.mark.parametrize("by", [KeyboardInterrupt, Killed])
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_any_moment(
+    kind: str, by: type[BaseException], root: Path, tmp_path: Path, wholes: dict[str, Whole]
+) -> None:
+    whole, count = wholes[kind]
+    draw = random.Random(f"{kind} {by}")
+    for point, calls in count.items():
+        out = tmp_path / str(point)
+        interrupted(kind, root, out, (point, draw.randint(1, calls)), by())
+        gone_on_with(kind, root, out)
+        assert_equal(out, whole)
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_has_ended_takes_no_step_more(kind: str, root: Path, wholes: dict[str, Whole]) -> None:
+    whole, _ = wholes[kind]
+    before = files(whole)
+    with pytest.MonkeyPatch.context() as patch:
+        calls = Calls(patch)
+        said = metapl(*command(kind, root, whole), "--resume")
+    assert "is finished already" in " ".join(said.stdout.split())
+    assert not calls.count
+    assert files(whole) == before
+
+
+def no_picture_any_more(root: Path) -> None:
+    (root / "labeled/red/red-1.png").unlink()
+
+
+def other_bytes(root: Path) -> None:
+    """Of the same size, and of no pixel."""
+    file = root / "unlabeled/red-3.png"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def another_label(root: Path) -> None:
+    (root / "labeled/red/red-1.png").rename(root / "labeled/blue/red-1.png")
+
+
+def another_test(root: Path) -> None:
+    shutil.copy(root / "test/red/red-1.png", root / "test/red/more.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "word"),
+    [
+        (None, ("--lr", "0.5"), "lr was"),
+        (None, ("--uda-weight", "2"), "uda_weight was"),
+        (None, ("--seed", "2"), "seed was"),
+        (None, ("--finetune-steps", "3"), "finetune_steps was"),
+        (no_picture_any_more, (), "data have changed"),
+        (other_bytes, (), "data have changed"),
+        (another_label, (), "data have changed"),
+        (another_test, (), "data have changed"),
+    ],
+)
+def test_with_other_settings_or_data_it_is_refused_and_left_as_it_was(
+    change: Any, flags: tuple[str, ...], word: str, root: Path, tmp_path: Path, wholes: dict[str, Whole]
+) -> None:
+    own, out = Path(shutil.copytree(root, tmp_path / "own")), tmp_path / "run"
+    interrupted("images uda", own, out, (2, 5), KeyboardInterrupt())
+    before = files(out)
+    if change is not None:
+        change(own)
+    said = metapl(*command("images uda", own, out), *flags, "--resume", code=2)
+    assert word in " ".join(said.stderr.split())
+    assert files(out) == before
+    # Folders that were moved, the pictures and the run, are gone on with.
+    shutil.rmtree(own)
+    out.rename(tmp_path / "moved")
+    gone_on_with("images uda", Path(shutil.copytree(root, tmp_path / "elsewhere")), tmp_path / "moved")
+    assert_equal(tmp_path / "moved", wholes["images uda"][0])
+
+
+def test_a_figure_has_a_line_for_each_of_many_methods_and_quantities(drawn: None, tmp_path: Path) -> None:
+    keys = [key for panel in web.PANELS for key, _ in panel.series]
+    rows = [{"step": step, **dict.fromkeys(keys, 0.5)} for step in (1.0, 2.0)]
+    told: Any = {"title": "", "evaluation": None, "network": "student"}
+    for methods in (1, 15):
+        curves: Any = {f"method {number}": rows for number in range(methods)}
+        train.draw_report(tmp_path / "report.png", curves=curves, **told)
+        assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("kind", "number", "signum"), [("digits forward", 0, signal.SIGKILL), ("noisy student", 2, signal.SIGTERM)]
+)
+def test_a_real_process_that_a_signal_ends(kind: str, number: int, signum: int, root: Path, tmp_path: Path) -> None:
+    for name in ("whole", "hit"):
+        words, owner = command(kind, root, tmp_path / name), POINTS[number]
+        born = Forked(words, point=(*owner, 9, int(signum)) if name == "hit" else None)
+        out, err = born.communicate()
+        if name == "hit":
+            assert born.returncode == (-signum if signum == signal.SIGKILL else 128 + signum), err
+            assert "Traceback" not in err
+            out, err = (again := Forked([*words, "--resume"])).communicate()
+            assert again.returncode == 0, err
+            assert "resumed at step" in out + err
+    assert_equal(tmp_path / "hit", tmp_path / "whole")

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from metapl.apps.evaluation import corruptions as kinds
 from metapl.apps.evaluation.attacks import ALEXNET, attacked, measure, relative_to
 from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupted
-from metapl.apps.experiments.held_out import HeldOut
-from metapl.apps.experiments.run import EndedRun, save
+from metapl.apps.held_out import HeldOut
 from metapl.apps.pictures.card import NetworkCard
 from metapl.apps.pictures.input import Input
+from metapl.apps.run import EndedRun, save
 from metapl.errors import MetaplError
 from metapl.metrics import evaluate_logits, predict_logits
 
@@ -279,7 +279,7 @@ def test_the_command(
     for words in ("jpeg_compression", "mean accuracy under corruption", "ε in 1/255"):
         assert words in text
     few = {name: CORRUPTIONS[name] for name in ("fog", "shot_noise")}
-    monkeypatch.setattr("metapl.apps.commands.evaluate.CORRUPTIONS", few)
+    monkeypatch.setattr("metapl.apps.evaluate.CORRUPTIONS", few)
     again = json.loads(said(capsys, "evaluate", tiny, "--corruptions", "--json"))
     assert again["corruptions"] == {name: content["corruptions"][name] for name in few}
 
@@ -288,7 +288,7 @@ def test_flags_that_say_nothing_are_refused(tiny: Path, tmp_path: Path, capsys: 
     (tmp_path / "file").write_text("")
     for flags, words in (
         (("--eps", "2"), "--eps was given without --attack"),
-        (("--attack", "pgd", "--eps", "-2", "--json"), "--eps -2.0: expected several, each a number in [0, 255]"),
+        (("--attack", "pgd", "--eps", "-2", "--json"), "expected several, each a number in [0, 255]"),
         (("--corruptions", "--out", tmp_path / "file"), "is a file; expected a folder"),
     ):
         assert words in refused(capsys, "evaluate", tiny, *flags)

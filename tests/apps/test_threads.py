@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
 
 import pytest
-import torch
 from forked import context
 
 from metapl import MetaplError
-from metapl.apps.experiments import jobs
-from metapl.apps.experiments.folder import RunFolder, describe
-from metapl.apps.experiments.jobs import Job
-from metapl.apps.recipes import Digits
-from metapl.apps.recipes.base import Method
-from metapl.apps.recipes.methods import MetaPseudoLabels
+from metapl.apps import compare
+from metapl.apps.compare import Job
+from metapl.apps.digits import METHODS, Digits, fitting
 
 
 def threads(cores: str) -> list[int]:
@@ -36,46 +29,15 @@ def threads(cores: str) -> list[int]:
     return [int(number) for number in found.stdout.split()]
 
 
-def test_a_run_goes_on_with_as_many_threads_as_it_was_started_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe: Any = Silent()
-    before = torch.get_num_threads()
-    folder = RunFolder(tmp_path)
-    monkeypatch.setattr("metapl.apps.experiments.experiment.Experiment.run", lambda self: torch.get_num_threads())
-    try:
-        torch.set_num_threads(3)
-        with folder.claimed(describe(recipe, method="mpl"), resume=False):
-            pass
-        assert json.loads((tmp_path / "recipe.json").read_text())["made_with"]["threads"] == 3
-        torch.set_num_threads(1)
-        assert Job(recipe, "mpl", tmp_path, True).run() == 3
-        assert Job(recipe, "mpl", tmp_path, True, threads=2).run() == 2
-    finally:
-        torch.set_num_threads(before)
-
-
-@dataclass(frozen=True)
-class Silent:
-    """A recipe that does not say how many threads."""
-
-    name: ClassVar[str] = "silent"
-    seed: int = 0
-    method: Method = field(default_factory=MetaPseudoLabels)
-
-    def by(self, name: str) -> Silent:
-        return self
-
-
 def _killed(job: Job) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_worker_that_is_killed_is_reported_and_the_others_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "_run", _killed)
+    monkeypatch.setattr(compare, "_run", _killed)
     server = context()  # whose processes have imported everything
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: server)
-    two = [Job(Digits(seed=seed), "mpl", tmp_path / str(seed), False) for seed in (0, 1)]
+    two = [Job(Digits(fitting=fitting(seed=s)), METHODS["mpl"], tmp_path / str(s), False, 1) for s in (0, 1)]
     with pytest.raises(MetaplError, match=r"was killed \(mpl, seed 0, mpl, seed 1\): was there too little memory"):
-        list(jobs.run_all(two, workers=2))
+        list(compare.run_all(two, workers=2))
     assert multiprocessing.active_children() == []

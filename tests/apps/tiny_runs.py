@@ -15,7 +15,7 @@ from filelock import FileLock
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from metapl.apps.commands import main
+from metapl.apps.main import main
 
 TINY = (
     *("train", "digits", "--steps", "6", "--hidden", "4", "--finetune-steps", "4", "--labeled-batch", "8"),

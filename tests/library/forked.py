@@ -28,14 +28,12 @@ PRELOADED = [
     *("torch", "metapl", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "torchopt"),
     *("torch._decomp.decompositions_for_jvp", "torch.utils.tensorboard.summary", "tensorboard", "torchvision"),
     *(
-        "metapl.apps.commands.train",
-        "metapl.apps.experiments.experiment",
-        "metapl.apps.reports",
+        "metapl.apps.commands",
+        "metapl.apps.report",
         "matplotlib.figure",
         "sklearn.datasets",
     ),
     *("metapl.execution.kernels", "pytest"),
-    "warm",  # of the application's tests, where they are there
 ]
 
 Point = tuple[str, str, int, int]
@@ -146,7 +144,7 @@ def _born(
     sys.argv = ["metapl", *argv]
     if point is not None:
         _ring_at(*point)
-    from metapl.apps.commands import main
+    from metapl.apps.main import main
 
     sys.exit(main())
 

@@ -23,12 +23,16 @@ FLOORS = (
     ("training",),
     ("ablation",),
     ("apps.errors", "apps.words", "apps.sklearn", "apps.machine"),
-    ("apps.networks", "apps.reports"),
-    ("apps.pictures", "apps.export"),
-    ("apps.labels", "apps.evaluation"),
-    ("apps.recipes",),
-    ("apps.experiments",),
-    ("apps.commands",),
+    ("apps.networks",),
+    ("apps.pictures",),
+    ("apps.labels", "apps.evaluation", "apps.settings", "apps.web", "apps.process"),
+    ("apps.methods", "apps.run", "apps.fitting"),
+    ("apps.held_out", "apps.comparison", "apps.inputs", "apps.suspects", "apps.launch", "apps.images", "apps.digits"),
+    ("apps.labeling", "apps.report", "apps.noisy_labels", "apps.export"),
+    ("apps.train",),
+    ("apps.look", "apps.compare", "apps.noisy_student"),
+    ("apps.commands", "apps.predict", "apps.evaluate", "apps.label", "apps.attribute", "apps.runs", "apps.ablate"),
+    ("apps.main",),
 )
 """Rooms, the lowest first: each imports from its own floor and from those below it. Problems, updates and the execution
 know nothing of each other's use in feedback, and none of them of a trainer."""

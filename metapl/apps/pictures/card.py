@@ -39,10 +39,10 @@ class NetworkCard:
     std: tuple[float, ...] | None = None
     channels_last: bool = False
 
-    def create(self, factory: Callable[[], nn.Module] | None = None) -> nn.Module:
-        """The network with fresh weights."""
+    def create(self, factory: Callable[[], nn.Module] | None = None, weights: str | None = None) -> nn.Module:
+        """The network with fresh weights, or with those of a file, which its architecture takes."""
         if self.architecture is not None:
-            network = self.architecture.create()
+            network = self.architecture.create(weights)
         elif self.widths is not None:
             network = mlp(self.widths, dropout=self.dropout)
         elif factory is not None:

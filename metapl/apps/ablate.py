@@ -1,0 +1,171 @@
+"""``metapl ablate digits|images`` and ``metapl ablate --factory MODULE:FUNCTION``: which mode for this model?"""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import sys
+import traceback
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import torch
+
+from metapl.ablation import ablate
+from metapl.apps import digits
+from metapl.apps.digits import Digits
+from metapl.apps.images import Images
+from metapl.apps.inputs import Folder, held, unset, written
+from metapl.apps.look import settled
+from metapl.apps.methods import Mpl, Training
+from metapl.apps.settings import Flat
+from metapl.apps.train import device
+from metapl.apps.words import tell, wrapped
+from metapl.errors import MetaplError
+from metapl.feedback import MODES, estimator
+from metapl.runs.fields import Range
+from metapl.training.trainer import BilevelTrainer
+
+# Options of :func:`metapl.ablate` that are flags by the same name.
+ASKED = ("modes", "draws", "rounds", "altered")
+
+Steps = Annotated[int, Range(0, most=10**9)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looking:
+    """The options of every ablation.
+
+    Args:
+        out: folder for ablation.json; by default it is not written.
+        draws: of labels, for modes that draw them, and of alterations.
+        rounds: in which each mode is timed once; by default 5, more for short calls.
+        altered: also measure a mode's feedback altered, as a control: permuted, its mean, with random signs.
+    """
+
+    out: Folder = None
+    modes: Annotated[tuple[str, ...] | None, unset("MODE ...", f"these modes alone, of {', '.join(MODES)}.")] = None
+    draws: Annotated[int, Range(2, most=10_000)] = 8
+    rounds: Annotated[Annotated[int, Range(1, most=10_000)] | None, unset()] = None
+    altered: bool = True
+
+    def look(self, subject: dict[str, Any]) -> int:
+        for name in self.modes or ():
+            estimator(name)
+        with held(self.out):
+            asked = {name: getattr(self, name) for name in ASKED}
+            found = ablate(**subject, **asked, progress=True)
+            several = len(found.points) > 1
+            where = f"steps {', '.join(map(str, found.points))}" if several else "the start"
+            tell(f"gradients at {where} of the training{', costs at the last of them' * several};")
+            tell(f"error and noise are over the length of the exact gradient\n\n{found.table()}\n")
+            tell(wrapped(found.recommendation))
+            if self.out is not None:
+                with written(self.out, "ablation.json", found.to_json()):
+                    tell(f"\nthe figures are in {self.out / 'ablation.json'}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateDigits:
+    """Compare the modes on scikit-learn's digits: gradients beside the exact one, and what each costs.
+
+    It looks at the beginning, in the middle and at the end of a training of --steps steps.
+    """
+
+    config: Flat[Digits] = field(default_factory=Digits)
+    method: Flat[Mpl] = digits.METHODS["mpl"]
+    looking: Flat[Looking] = field(default_factory=Looking)
+
+    def run(self) -> int:
+        steps = self.config.fitting.steps or 1
+        return self.looking.look(_of_training(self.config, self.method.scheduled(steps)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateImages:
+    """Compare the modes on your pictures: gradients beside the exact one, and what each costs.
+
+    It looks at the beginning, in the middle and at the end of a training of --steps steps.
+    """
+
+    config: Flat[Images]
+    method: Flat[Mpl] = field(default_factory=Mpl)
+    looking: Flat[Looking] = field(default_factory=Looking)
+
+    def run(self) -> int:
+        return self.looking.look(_of_training(*settled(self.config, self.method, print)))
+
+
+def _of_training(config: Any, method: Any) -> dict[str, Any]:
+    """Trainer, sources and steps, by the names of :func:`metapl.ablation.ablate`."""
+    torch.manual_seed(config.fitting.seed)
+    data, place = config.data(print, True, None), device(config.fitting.device)
+    teacher, student = (config.network().to(place) for _ in range(2))
+    own: dict[str, Any] = {"optimizer": config.optimizer, "options": config.trainer_options()}
+    unused: Any = None
+    training = Training(
+        config=config,
+        data=data,
+        teacher=teacher,
+        student=student,
+        **own,
+        fit=unused,
+        label=unused,
+        laid_out=unused,
+        seed=unused,
+    )
+    sources = {"labeled": data.labeled, "unlabeled": data.unlabeled}
+    return {"trainer": method.trainer(training), "steps": config.fitting.steps, **sources}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateFactory:
+    """Compare the modes on networks of your own.
+
+    Args:
+        factory: module:function of a module in this folder or installed; the function takes nothing and returns a
+            metapl.BilevelTrainer, a source of labeled and one of unlabeled batches.
+        steps: of the training that is looked at, at its beginning, in its middle and at its end.
+    """
+
+    factory: Annotated[str, unset("MODULE:FUNCTION")]
+    steps: Steps = 0
+    looking: Flat[Looking] = field(default_factory=Looking)
+
+    def run(self) -> int:
+        made = made_by(self.factory)
+        if not isinstance(made, tuple) or len(made) != 3 or not isinstance(made[0], BilevelTrainer):
+            several = isinstance(made, tuple) and f"({', '.join(type(part).__name__ for part in made)})"
+            raise MetaplError(
+                f"--factory {self.factory} returned {several or f'a value of type {type(made).__name__}'}; expected "
+                "(trainer, labeled, unlabeled), the trainer a metapl.BilevelTrainer, the others batches or sources of "
+                "batches as for its fit."
+            )
+        own = dict(zip(("trainer", "labeled", "unlabeled"), made, strict=True))
+        return self.looking.look({"steps": self.steps, **own})
+
+
+def made_by(name: str) -> Any:
+    """What ``module:function`` returns; the module may lie in the current folder. Errors name the place in it."""
+    expected = "expected module:function, such as my_networks:build of my_networks.py in this folder"
+    if ":" not in name:  # of os.getcwd, say, the function would be called before anything is known of it
+        raise MetaplError(f"--factory {name} names no function; {expected}.")
+    folder = os.getcwd()
+    sys.path.insert(0, folder)  # the function may import from there too
+    try:
+        return pkgutil.resolve_name(name)()
+    except MetaplError:
+        raise
+    except (Exception, SystemExit) as error:
+        # The innermost line of the user's own says more than one inside a library.
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [at for at in frames if at.filename.startswith(folder + os.sep) and at.filename != __file__]
+        told = f"; {expected}"
+        if own:  # its name was right
+            told = f" ({os.path.relpath(own[-1].filename)}, line {own[-1].lineno})"
+        text = str(error).strip().partition("\n")[0].rstrip(".")
+        kind = f"{type(error).__name__}{f': {text}' if text else ''}"
+        raise MetaplError(f"--factory {name} failed: {kind}{told}.") from error
+    finally:
+        sys.path.remove(folder)

@@ -1,0 +1,301 @@
+"""``metapl attribute RUN --out DIR``: which labeled pictures help what a network does, and which harm it."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from metapl.apps import web
+from metapl.apps.held_out import files_of
+from metapl.apps.inputs import Folder, Run, check_out, held, unset, written
+from metapl.apps.machine.progress import duration
+from metapl.apps.pictures.batches import in_unit_range
+from metapl.apps.pictures.check import verify_files
+from metapl.apps.pictures.csv_files import written_csv
+from metapl.apps.pictures.folders import LabeledFiles, scan_labeled
+from metapl.apps.pictures.store import FileImages
+from metapl.apps.run import EndedRun
+from metapl.apps.settings import Batch, Steps
+from metapl.apps.words import short, table, tell, wrapped
+from metapl.errors import MetaplError, few
+from metapl.runs.fields import Range
+from metapl.training.attribution import Attribution, attribute
+
+TABLE, PAGE = "attribution.csv", "attribution.html"
+PASSES, FEWEST_STEPS = 10, 100  # over the pictures, where --steps is not given
+MOMENTUM, AT_ONCE = 0.9, 256  # pictures in a pass of the trained network
+REMOVED, FEWEST_REMOVALS = 0.05, 8  # share of the pictures in each removal of the check; fewer say too little
+DO = "Look at these first; a low score is not yet a wrong label."
+SHOWN, LISTED = 24, 5  # pictures in a gallery, and on a terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribute:
+    """Say which labeled pictures of a run help its network, and which harm it.
+
+    The network is trained from its start on the labeled pictures, of train noisy on those of --labeled: by SGD with
+    momentum at a rate that falls to zero, in float32, on the pictures as they are. No view is drawn and no unlabeled
+    picture is used, unlike in the run. A picture's score is minus the derivative, through all of this training, of the
+    loss on pictures whose labels are right, in the weight of the picture: more of one with a positive score would lower
+    the loss, more of one with a negative score raise it.
+
+    The pictures with right labels are the validation pictures; of train noisy without --val, those of --clean.
+
+    A score is a prediction. The check trains without 5 % of the pictures, drawn at random, again and again, and
+    compares: a correlation near 1 says that the scores can be believed, one near 0 that they cannot.
+
+    DIR gets attribution.csv, with all pictures and the most harmful first, and attribution.html, a page of the most
+    harmful and the most helpful ones. Files of these names that are there already are replaced.
+
+    Args:
+        folder: the folder of a finished run of train images, train noisy or noisy-student images.
+        val: other pictures whose labels are right, in a folder like --labeled.
+        out: the folder to write to; made if need be.
+        removals: how many trainings without pictures the check takes; 0 does without it.
+        steps: number of steps; by default 10 passes over the pictures, and 100 at least.
+        batch: pictures in a step; at most all of them.
+        lr: learning rate at the start.
+        seed: of the initial weights, the order of the pictures and the removals; by default the run's.
+    """
+
+    folder: Run
+    val: Folder = None
+    out: Annotated[Path, unset("DIR")]
+    removals: Annotated[int, Range(0, most=1000)] = 10
+    steps: Annotated[Steps | None, unset()] = None
+    batch: Batch = 64
+    lr: Annotated[float, Range(above=0)] = 0.03
+    seed: Annotated[Annotated[int, Range(0, most=2**32 - 1)] | None, unset()] = None
+
+    def run(self) -> int:
+        if 0 < self.removals < FEWEST_REMOVALS:
+            raise MetaplError(
+                f"--removals {self.removals} are too few for a correlation; expected {FEWEST_REMOVALS} or more, or 0 "
+                "for no check."
+            )
+        run = EndedRun.load(self.folder)
+        fields = run.description["fields"]
+        if not fields.get("labeled"):
+            raise MetaplError(
+                f"{self.folder} is a run of {run.result['recipe']}; expected one of pictures in folders, by metapl "
+                "train images or metapl train noisy."
+            )
+        check_out(self.out, fields)
+        with held(self.out, TABLE, PAGE):
+            files, judges = files_of(run, "labeled"), files_of(run, "validation") or files_of(run, "clean")
+            judges = scan_labeled(self.val) if self.val else judges
+            if not judges:
+                raise MetaplError(
+                    f"{self.folder} has no validation pictures to judge by; expected --val DIR, a folder of pictures "
+                    "whose labels are right, with one folder a class."
+                )
+            assert files is not None  # a run has been trained on them
+            train, outer = (Pictures(run, each.keep(verify_files(each).sound)) for each in (files, judges))
+            found, rows, scores = self._found(run, train, outer)
+            with written(self.out, PAGE, page(found, rows, train).decode()), written_csv(self.out / TABLE) as csv:
+                csv.writerow(["rank", "file", "label", "score", "effect", "loss"])
+                for rank, row in enumerate(rows, 1):
+                    effect = "harms" if row.score < 0 else "helps"
+                    csv.writerow([str(rank), row.file, row.label, f"{row.score:.6g}", effect, f"{row.loss:.6g}"])
+            if self.removals:
+                tell(f"metapl: {self.out / TABLE} has all of them; now the check", file=sys.stderr, wrap=True)
+                found |= self._check(scores, found)
+                with written(self.out, PAGE, page(found, rows, train).decode()):
+                    pass
+        tell(said(found, rows, self.out))
+        return 0
+
+    def _found(
+        self, run: EndedRun, train: Pictures, outer: Pictures
+    ) -> tuple[dict[str, Any], list[Scored], Attribution]:
+        """What was done and what came of it, by name; the pictures, the most harmful first; and what scored them."""
+        fields, card, classes = run.description["fields"], run.cards["student"], run.classes
+        batch, seed = min(self.batch, len(train)), fields["seed"] if self.seed is None else self.seed
+        steps = self.steps or max(FEWEST_STEPS, -(-PASSES * len(train) // batch))
+        if steps * batch < len(train):
+            raise MetaplError(
+                f"--steps {steps} of {batch} pictures leave some of the {len(train):,} out, which would have no score; "
+                f"expected {-(-len(train) // batch):,} steps or more."
+            )
+        torch.set_num_threads(run.threads)
+        torch.manual_seed(seed)
+        network = card.create(weights=fields.get("weights")).to(run.device)
+        began = time.perf_counter()
+        scores = attribute(
+            network,
+            train,
+            outer,
+            optimizer=torch.optim.SGD(network.parameters(), lr=self.lr, momentum=MOMENTUM),
+            steps=steps,
+            batch_size=batch,
+            schedule=lambda step: 1 - step / steps,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        seconds, name = time.perf_counter() - began, "network" if card.architecture is None else card.architecture.name
+        judged, guesses = float(scores.outer_loss), math.log(len(classes))
+        if not judged < guesses and (right := accuracy(network, scores, outer)) <= 1 / len(classes):
+            raise MetaplError(
+                f"after {steps:,} steps of {batch} at --lr {self.lr:g} the loss of {name} on the {len(outer):,} "
+                f"pictures that judge is {judged:.3f}, that of even guesses {guesses:.3f}, and its accuracy "
+                f"{right:.1%}: it has learned nothing that holds for them, and no score would count. Nothing was "
+                f"written; try --lr {self.lr / 3:.1g}, fewer or more --steps, or more labeled pictures than these "
+                f"{len(train):,}."
+            )
+        losses = F.cross_entropy(logits(network, scores, train), train.labels, reduction="none").tolist()
+        labels = [classes[label] for label in train.labels.tolist()]
+        files = [str(train.images.path(number)) for number in range(len(train))]
+        rows = list(map(Scored, range(len(train)), files, labels, scores.scores.tolist(), losses))
+        found = {
+            "run": str(self.folder),
+            "network": name,
+            "image_size": card.input.size,
+            "pictures": len(train),
+            "judged_on": len(outer),
+            "not_judged_on": [label for c, label in enumerate(classes) if c not in outer.labels],
+            "steps": steps,
+            "batch": batch,
+            "lr": self.lr,
+            "momentum": MOMENTUM,
+            "seed": seed,
+            "device": str(run.device),
+            "loss": judged,
+            "loss_of_guesses": guesses,
+            "harmful": sum(row.score < 0 for row in rows),
+            "spearman": None,
+            "interval": None,
+            "removals": self.removals,
+            "removed": max(1, round(REMOVED * len(train))),
+            "kept": scores.kept,
+            "seconds": {"scores": seconds, "check": 0.0},
+        }
+        return found, sorted(rows, key=lambda row: row.score), scores
+
+    def _check(self, scores: Attribution, found: dict[str, Any]) -> dict[str, Any]:
+        """What the trainings without pictures say of the scores, in the place of what was found without them."""
+        began, draw = time.perf_counter(), torch.Generator().manual_seed(found["seed"])
+        drawn = (torch.randperm(found["pictures"], generator=draw) for _ in range(self.removals))
+        rho = scores.validate([order[: found["removed"]] for order in drawn]).spearman
+        seconds = {**found["seconds"], "check": time.perf_counter() - began}
+        return {"spearman": rho, "interval": interval(rho, self.removals), "seconds": seconds}
+
+
+class Scored(NamedTuple):
+    """A picture, and what it does."""
+
+    number: int  # among the labeled ones
+    file: str
+    label: str
+    score: float
+    loss: float  # of the trained network, on the picture itself
+
+
+class Pictures:
+    """The pictures in files and their labels by number, as a run's network takes them, always as they are."""
+
+    def __init__(self, run: EndedRun, files: LabeledFiles) -> None:
+        given = run.cards["student"].input
+        size: Any = given.shape[1:]
+        images = FileImages(
+            [*files.paths()], size=size, mode="L" if given.channels == 1 else "RGB", center=given.center
+        )
+        self.images, self.labels = images.cached(), files.targets(run.classes)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that it is left out, which it is not
+            picture, used = self.images.fetch_sound(torch.tensor([number]))
+        if not len(used):
+            raise MetaplError(f"{self.images.path(number)} cannot be read any more; put it back, or remove it.")
+        return in_unit_range(picture)[0], self.labels[number]
+
+
+def logits(network: nn.Module, found: Attribution, pictures: Pictures) -> Tensor:
+    """Of the trained network, in mixed batches, whose statistics a batch norm takes."""
+    mixed, outputs = torch.randperm(len(pictures)), list[Tensor]()
+    with torch.no_grad():
+        for some in mixed.chunk(-(-len(pictures) // AT_ONCE)):
+            x = torch.stack([pictures[number][0] for number in some.tolist()]).to(found.scores.device)
+            outputs.append(functional_call(network, found.student_params, (x,)).cpu())
+    return torch.cat(outputs)[mixed.argsort()]
+
+
+def accuracy(network: nn.Module, found: Attribution, pictures: Pictures) -> float:
+    return float((logits(network, found, pictures).argmax(1) == pictures.labels).float().mean())
+
+
+def interval(rho: float, n: int) -> tuple[float, float]:
+    """A 95 % interval of Spearman's correlation of n pairs, by Fisher's z with the variance of Bonett and Wright.
+
+    >>> [round(end, 2) for end in interval(0.8, 10)]
+    [0.24, 0.96]
+    """
+    z, half = math.atanh(max(min(rho, 0.999), -0.999)), 1.96 * math.sqrt((1 + rho**2 / 2) / (n - 3))
+    return math.tanh(z - half), math.tanh(z + half)
+
+
+def sentences(found: dict[str, Any]) -> list[str]:
+    """What was found, for the terminal and for the page."""
+    check = "The scores are not checked yet." if found["removals"] else "The scores were not checked: --removals was 0."
+    if found["spearman"] is not None:
+        low, high = found["interval"]
+        check = (
+            f"The check: {found['removals']} trainings without {found['removed']:,} random pictures each, and what the "
+            f"scores predict of them, have a Spearman correlation of {found['spearman']:.2f} (95 % {low:.2f} to "
+            f"{high:.2f}). Near 1 the scores can be believed; near 0 or below they cannot, and a lower "
+            f"rate, such as --lr {found['lr'] / 3:.1g}, may help."
+        )
+    missing = f", none of them of {few(found['not_judged_on'])}," * bool(found["not_judged_on"])
+    return [
+        f"{found['harmful']:,} of {found['pictures']:,} labeled pictures have a score below 0: more of one would raise "
+        f"the loss of {found['network']} on {found['judged_on']:,} others{missing} after {found['steps']:,} steps of "
+        f"{found['batch']}, at a rate of {found['lr']:g} that falls to 0. The loss there is {found['loss']:.3f}, that "
+        f"of even guesses {found['loss_of_guesses']:.3f}.",
+        check,
+    ]
+
+
+def said(found: dict[str, Any], rows: list[Scored], out: Path) -> str:
+    """The same for a terminal, with the first of the list."""
+    cells = [(short(row.file, 48), short(row.label, 16), f"{row.score:+.2g}") for row in rows[:LISTED]]
+    seconds = found["seconds"]
+    check = f", {duration(seconds['check'])} for the check" * bool(found["removals"])
+    spent = f"{duration(seconds['scores'])} for the scores{check}"
+    parts = [wrapped("\n".join(sentences(found))), table([("most harmful", "label", "score"), *cells], left=2)]
+    return "\n\n".join([*parts, wrapped(f"{out / TABLE} has all of them, {out / PAGE} shows them; {spent}")])
+
+
+def page(found: dict[str, Any], rows: list[Scored], train: Pictures) -> bytes:
+    """The first and the last of the list, and how they were found."""
+
+    def hung(title: str, note: str, shown: list[Scored]) -> str:
+        captions = [f"{row.label}: {row.score:+.2g}\n{Path(row.file).name}" for row in shown]
+        pictures = [web.Picture(train[row.number][0], words) for row, words in zip(shown, captions, strict=True)]
+        return web.pictures(title, note, pictures)
+
+    harmful = [row for row in rows if row.score < 0][:SHOWN]
+    helpful = [row for row in reversed(rows) if row.score > 0][:SHOWN]
+    beneath = "beneath each its label, score and file"
+    title = "Which pictures help, and which harm"
+    parts = [
+        f"<h1>{title}</h1>",
+        web.paragraph(found["run"], "quiet"),
+        *map(web.paragraph, sentences(found)),
+        hung("Most harmful", f"more of these would raise the loss; {beneath}. {DO}", harmful),
+        hung("Most helpful", f"more of these would lower the loss; {beneath}", helpful),
+        web.folded("How they were found", web.rows([(name, json.dumps(value)) for name, value in found.items()])),
+    ]
+    return web.web_page(title, parts)

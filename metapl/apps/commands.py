@@ -1,0 +1,296 @@
+"""``metapl train images|digits|noisy`` and ``metapl noisy-student images|digits``: what is asked for, and the going."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import torch
+import tyro
+
+from metapl.apps import digits, images, noisy_labels, noisy_student
+from metapl.apps.compare import aloud, compare
+from metapl.apps.comparison import parse_seeds
+from metapl.apps.digits import Digits
+from metapl.apps.images import Images
+from metapl.apps.inputs import Folder, check_out, run_folder
+from metapl.apps.labeling import check_labels_given
+from metapl.apps.launch import Processes, check_started, from_first, joined, program
+from metapl.apps.look import settled
+from metapl.apps.machine.cores import default_threads
+from metapl.apps.methods import ReducedMpl, beside
+from metapl.apps.noisy_labels import Noisy
+from metapl.apps.noisy_student import NoisyStudent
+from metapl.apps.process import exit_code
+from metapl.apps.report import summary
+from metapl.apps.run import RunFolder, stored_result
+from metapl.apps.settings import Fitting, Flat, Switch, unset
+from metapl.apps.train import check_shares, describe, device, train
+from metapl.apps.words import tell, wrapped
+from metapl.distributed.mesh import Mesh
+from metapl.errors import MetaplError, few
+from metapl.runs.fields import Range
+from metapl.training import Interrupted
+
+OfImages: TypeAlias = Any
+OfDigits: TypeAlias = Any
+OfNoisy: TypeAlias = Any
+if not TYPE_CHECKING:
+    OfImages, OfDigits, OfNoisy = (
+        Flat[tyro.extras.subcommand_type_from_defaults(of.METHODS, prefix_names=False)]
+        for of in (images, digits, noisy_labels)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a run goes, and which processes train.
+
+    Args:
+        out: run folder; the next free one in runs/.
+        resume: go on with the run that is there.
+        replicate: processes with a copy of the weights.
+        shard: processes that share a copy, by torchrun.
+    """
+
+    out: Folder = None
+    resume: Switch = False
+    replicate: Annotated[int, tyro.conf.arg(name="mesh.replicate")] = 1
+    shard: Annotated[int, tyro.conf.arg(name="mesh.shard")] = 1
+
+    @property
+    def mesh(self) -> Mesh:
+        return Mesh(replicate=self.replicate, shard=self.shard)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparing:
+    """Whether and how methods are compared.
+
+    Args:
+        compare: train by other methods too, and compare.
+        seeds: with --compare, such as 0-4.
+        methods: with --compare: these alone.
+        jobs: with --compare: runs at a time.
+    """
+
+    compare: Switch = False
+    seeds: Annotated[str | None, unset("SEEDS")] = None
+    methods: Annotated[str | None, unset("NAME ...")] = None
+    jobs: Annotated[Annotated[int, Range(1)] | None, unset()] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainImages:
+    __doc__ = Images.__doc__
+
+    config: Flat[Images]
+    place: Flat[Place] = field(default_factory=Place)
+    comparing: Flat[Comparing] = field(default_factory=Comparing)
+    method: OfImages = images.METHODS["uda"]
+
+    def run(self) -> int:
+        return go(self.config, self.method, self.place, self.comparing, images.METHODS, images.COMPARED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainDigits:
+    __doc__ = Digits.__doc__
+
+    config: Flat[Digits] = field(default_factory=Digits)
+    place: Flat[Place] = field(default_factory=Place)
+    comparing: Flat[Comparing] = field(default_factory=Comparing)
+    method: OfDigits = digits.METHODS["mpl"]
+
+    def run(self) -> int:
+        return go(self.config, self.method, self.place, self.comparing, digits.METHODS, digits.COMPARED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainNoisy:
+    __doc__ = Noisy.__doc__
+
+    config: Flat[Noisy]
+    place: Flat[Place] = field(default_factory=Place)
+    comparing: Flat[Comparing] = field(default_factory=Comparing)
+    method: OfNoisy = noisy_labels.METHODS["example_weights"]
+
+    def run(self) -> int:
+        return go(self.config, self.method, self.place, self.comparing, noisy_labels.METHODS, noisy_labels.COMPARED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesOfRounds(Images):
+    """Pictures, with the schedule of the paper."""
+
+    fitting: Flat[Fitting] = field(default_factory=lambda: Fitting(ema_decay=0.99, schedule="exponential"))
+
+
+ROUNDS = """Train by Noisy Student: a teacher labels, a student learns its labels with noise, and becomes the teacher.
+
+Round 0 trains the first teacher on the labeled examples. In each later round the last network labels the unlabeled
+examples without noise; those it is confident of are kept, as many of each class; and a new network of the same size, or
+larger, learns from both with augmentation, dropout and stochastic depth. --steps are those of each round, and
+--minutes, of your own pictures, those of all rounds together.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundsOfImages:
+    __doc__ = ROUNDS
+
+    config: Flat[ImagesOfRounds]
+    place: Flat[Place] = field(default_factory=Place)
+    method: Flat[NoisyStudent] = field(default_factory=NoisyStudent)
+
+    def run(self) -> int:
+        return go(self.config, self.method, self.place)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundsOfDigits:
+    __doc__ = ROUNDS
+
+    config: Flat[Digits] = noisy_student.DIGITS
+    place: Flat[Place] = field(default_factory=Place)
+    method: Flat[NoisyStudent] = field(default_factory=NoisyStudent)
+
+    def run(self) -> int:
+        return go(self.config, self.method, self.place)
+
+
+def go(
+    config: Any,
+    method: Any,
+    where: Place,
+    comparing: Comparing | None = None,
+    methods: Mapping[str, Any] | None = None,
+    usual: Sequence[str] = (),
+) -> int:
+    """Train in a run folder, or compare ``methods``: what is wrong is refused before anything is written."""
+    mesh = where.mesh
+    check_started(mesh)
+    place = device(config.fitting.device)
+    if not where.resume:
+        check_out(where.out or Path("runs"), {name: getattr(config, name) for name in config.places})
+    compares = comparing is not None and comparing.compare
+    names = () if comparing is None else _compared(config, method, mesh, comparing, methods or {}, usual)
+    if mesh.size > 1:
+        check_shares(config, mesh)
+    if isinstance(method, ReducedMpl):
+        check_labels_given(config, method)
+    with joined(mesh, place) as processes:
+        if not processes.first:
+            return _beside(processes)
+        others: int | None = 2  # what the other processes leave with, unless they are told to train
+        try:
+            with run_folder(where.out, config.name, where.resume) as folder:
+                folder.command = f"{program()} {shlex.join(sys.argv[1:])}"
+                try:
+                    before = folder.recipe()["fields"] if where.resume and folder.exists else None
+                    torch.set_num_threads(getattr(config, "threads", default_threads()))
+                    if config.places:
+                        config, method = settled(config, method, aloud, before)
+                    else:
+                        method = method.scheduled(config.fitting.steps)
+                    if isinstance(method, NoisyStudent):
+                        noisy_student.configs_of(config, method)  # refused before anything is written
+                    if compares:
+                        _compare(config, method, where.resume, comparing, methods, names, folder)
+                        return 0
+                    if not folder.ended:
+                        others = None
+                        from_first((config, method, folder.threads()))
+                    _train(config, method, where.resume, folder, processes)
+                    others = None if others is None else 0
+                except KeyboardInterrupt as stopped:
+                    return _say_how_to_go_on(stopped, folder.path)
+        finally:
+            if others is not None:
+                from_first(others)
+    return 0
+
+
+def _train(config: Any, method: Any, resume: bool, folder: RunFolder, processes: Processes) -> None:
+    out = folder.path
+    torch.set_num_threads(getattr(config, "threads", folder.threads()))
+    with folder.claimed(describe(config, method), resume=resume):
+        if folder.ended:
+            tell(f"{out} is finished already.")
+            result = stored_result(folder)
+        else:
+            tell(f"{config.name} by {method.title}, seed {config.fitting.seed} -> {out}", wrap=True)
+            own: Any = {"progress": True, "say": aloud, "processes": processes}
+            result = train(config, method, folder, resume=resume, **own)
+    for line in summary(result):
+        tell(wrapped(line))
+    tell(f"the networks, the report and the figures are in {out}", wrap=True)
+    if method.name == "mpl":
+        tell("whether the teacher's feedback helped, only a comparison tells: --compare --seeds 0-4", wrap=True)
+
+
+def _beside(processes: Processes) -> int:
+    """The share of another process than the first, which shows nothing and whose folder is not kept."""
+    given = from_first(None)
+    if isinstance(given, int):
+        return given
+    config, method, threads = given
+    torch.set_num_threads(getattr(config, "threads", threads))
+    with tempfile.TemporaryDirectory() as place:
+        folder = RunFolder(Path(place) / "run")
+        try:
+            with folder.claimed(describe(config, method), resume=False):
+                train(config, method, folder, processes=processes)
+        except KeyboardInterrupt as stopped:
+            return exit_code(stopped)
+    return 0
+
+
+def _compared(
+    config: Any, method: Any, mesh: Mesh, where: Comparing, methods: Mapping[str, Any], usual: Sequence[str]
+) -> tuple[str, ...]:
+    """The methods that are compared by name, first the own one, which is delivered where validation cannot tell."""
+    for name in ("seeds", "methods", "jobs"):
+        if getattr(where, name) and not where.compare:
+            raise MetaplError(f"--{name} goes with --compare.")
+    parse_seeds(where.seeds or "0")
+    asked = where.methods.split(",") if where.methods else (method.name, *usual)
+    names = tuple(dict.fromkeys(asked))
+    if unknown := [name for name in names if name not in methods]:
+        raise MetaplError(f"--methods {few(unknown)}: expected some of {', '.join(methods)}.")
+    if where.compare and mesh.size > 1:
+        raise MetaplError("--compare runs methods side by side, in one process each; leave --mesh out.")
+    if where.compare and config.places and config.test is None:
+        raise MetaplError(
+            "--compare reports on pictures that nothing was selected on, and no --test was given; name a folder of "
+            "labeled pictures for it."
+        )
+    return names
+
+
+def _compare(
+    config: Any, method: Any, resume: bool, where: Any, methods: Any, names: Sequence[str], folder: RunFolder
+) -> None:
+    seeds = parse_seeds(where.seeds) if where.seeds else (config.fitting.seed,)
+    chosen = {name: beside(methods[name], method, methods[method.name]) for name in names}
+    chosen = {name: one.scheduled(config.fitting.steps) for name, one in chosen.items()}
+    found = compare(config, chosen, seeds, folder, resume=resume, jobs=where.jobs)
+    tell(f"figures, report and the delivered networks are in {folder.path}")
+    tell(f"\n{wrapped(found.caption())}\n\n{found.table()}\n")
+    for text in (found.sentence(), found.delivery()):
+        tell(wrapped(text))
+
+
+def _say_how_to_go_on(stopped: KeyboardInterrupt, out: Path) -> int:
+    """Exit as a process that the signal ended would, after the line that resumes."""
+    given = [a for a in sys.argv[1:] if a != "--resume"]
+    if not any(a == "--out" or a.startswith("--out=") for a in given):
+        given += ["--out", str(out)]
+    where = f"{stopped}; " if isinstance(stopped, Interrupted) else "stopped; "
+    tell(f"\n{where}go on with:\n  {program()} {shlex.join([*given, '--resume'])}", file=sys.stderr)
+    return exit_code(stopped)

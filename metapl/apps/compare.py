@@ -1,0 +1,432 @@
+"""Methods side by side over several seeds, and runs side by side: what they reach, and do they differ?"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import statistics
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from metapl.apps import report
+from metapl.apps.comparison import ENOUGH_SEEDS, STUDENT, Comparison, seeds_in_words, spread, with_chance
+from metapl.apps.errors import placed
+from metapl.apps.machine.cores import available_cores, default_threads
+from metapl.apps.machine.progress import duration
+from metapl.apps.machine.sealed import read_sealed
+from metapl.apps.run import (
+    ANOTHER,
+    NETWORK,
+    READOUTS,
+    WEIGHTS,
+    EndedRun,
+    RunFolder,
+    results_within,
+    stored_data,
+    stored_result,
+)
+from metapl.apps.settings import replaced
+from metapl.apps.suspects import SUSPECTS
+from metapl.apps.train import describe, device, train
+from metapl.apps.words import table, tell, wrapped
+from metapl.errors import MetaplError, few
+from metapl.metrics import Evaluation, paired_test
+
+PATIENCE = 30.0  # seconds that a worker has to save the step under way before it is killed
+
+
+# ------------------------------------------------------------------------------------------------ runs side by side
+
+
+def aloud(text: str) -> None:
+    tell(text, wrap=True)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training by one method with one seed."""
+
+    config: Any
+    method: Any
+    folder: Path
+    resume: bool
+    threads: int  # rounding depends on them
+
+    @property
+    def title(self) -> str:
+        return f"{self.method.name}, seed {self.config.fitting.seed}"
+
+    def run(self) -> dict[str, Any]:
+        """Run it here, in silence. One that is finished only gives its result, if its networks are those it was of."""
+        folder = RunFolder(self.folder)
+        torch.set_num_threads(getattr(self.config, "threads", self.threads))
+        with folder.claimed(describe(self.config, self.method), resume=self.resume):
+            if not folder.ended:
+                return train(self.config, self.method, folder, resume=self.resume and folder.exists)
+            result = stored_result(folder)
+            for name, sha256 in result.get("sha256", {}).items():
+                if (folder.path / name).is_file():  # weights may have been removed for their room
+                    read_sealed(folder.path / name, sha256, mend=ANOTHER)
+            return result
+
+
+def compare(
+    config: Any, methods: Mapping[str, Any], seeds: Sequence[int], folder: RunFolder, *, resume: bool, jobs: int | None
+) -> Comparison:
+    """Train by each method with each seed, ``jobs`` runs at a time, and compare; config and methods are settled."""
+    out, names = folder.path, list(methods)
+    first = methods[names[0]]
+    with folder.claimed(describe(config, first, compare=names, seeds=list(seeds)), resume=resume):
+        if not folder.ended:
+            config.data(aloud, True, None)  # shows its notes once: the jobs are silent
+        results = run_jobs(config, methods, seeds, out, resume=resume, jobs=jobs)
+        comparison = Comparison.of(tuple(seeds), names, results)
+        method, seed = comparison.delivered()
+        source = RunFolder(out / method / f"seed-{seed}")
+        sha256 = results[method, seed].get("sha256", {})
+        for name in WEIGHTS.values():
+            if (source.path / name).is_file():
+                # The same weights are the same bytes: the checksums of the run hold here too.
+                folder.write_weights(name, source.read_weights(name, sha256.get(name)))
+        folder.write_json(NETWORK, source.read_json(NETWORK))
+        if (source.path / SUSPECTS).is_file():
+            shutil.copyfile(source.path / SUSPECTS, out / SUSPECTS)
+        folder.write_json("result.json", {**results[method, seed], **comparison.to_json()})
+        run = EndedRun.load(out)
+        report.draw_report(
+            out / "report.png",
+            title=f"{config.name}: {len(methods)} methods, {seeds_in_words(len(seeds))}",
+            curves=report.mean_curves(out, comparison, results),
+            evaluation=Evaluation(**run.result["evaluation"]),
+            network="network",
+        )
+        report.write_page(run)
+    return comparison
+
+
+def run_jobs(
+    config: Any, methods: Mapping[str, Any], seeds: Sequence[int], out: Path, *, resume: bool, jobs: int | None
+) -> dict[tuple[str, int], dict[str, Any]]:
+    """The result of each method and seed, from runs side by side; finished ones are not run again."""
+    on_gpu = device(config.fitting.device).type == "cuda"
+    workers = min(jobs or (1 if on_gpu else available_cores()), len(methods) * len(seeds))
+    # Two threads add up a sum in another order than one does, and round it otherwise: after one step of small_cnn the
+    # weights differ already. So a job has as many threads whatever --jobs is, and when it is resumed.
+    threads = default_threads() if on_gpu else 1
+    to_compare = []
+    for seed in seeds:
+        for name, method in methods.items():
+            place = out / name / f"seed-{seed}"
+            begun = resume or (place / "recipe.json").exists()
+            to_compare.append(Job(replaced(config, seed=seed), method, place, begun, threads))
+    words = f"{len(methods)} method{'s' if len(methods) != 1 else ''} x {seeds_in_words(len(seeds))}"
+    aloud(f"{words}, {workers} at a time -> {out}")
+    results = {}
+    waiting = [job for job in to_compare if not (job.folder / "result.json").exists()]
+    total, times = len(to_compare), defaultdict[str, list[float]](list)
+    with closing(run_all(to_compare, workers)) as running:  # workers end before the command does
+        for number, (job, result, seconds) in enumerate(running, 1):
+            results[job.method.name, job.config.fitting.seed] = result
+            if job in waiting:
+                waiting.remove(job)
+                times[job.method.name].append(seconds)
+            until = ""
+            if waiting and times:  # methods take times of their own, and one that is not known yet takes the mean
+                means = {method: statistics.fmean(taken) for method, taken in times.items()}
+                left = sum(means.get(other.method.name, statistics.fmean(means.values())) for other in waiting)
+                until = f", about {duration(left / min(workers, len(waiting)))} left"
+            on = Evaluation(**result["evaluation"])
+            reached = with_chance(result["test_accuracy"], on.n, on.chance)
+            aloud(f"[{number:>{len(str(total))}}/{total}] {job.title}: {reached}{until}")
+    return results
+
+
+def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str, Any], float], None, None]:
+    """Run the jobs, ``workers`` at a time, and give each with its result and the seconds it took as it ends.
+
+    One worker is this process. However this ends, no worker is left: where it is stopped, or
+    a job fails, the others save the step under way and go; and a worker whose parent was killed ends itself, so that
+    nobody goes on writing to the folders.
+    """
+    if workers <= 1 or len(jobs) == 1:
+        for job in jobs:
+            since = time.monotonic()
+            with placed(f"{job.title}: "):
+                result = job.run()
+            yield job, result, time.monotonic() - since
+        return
+    others = {*multiprocessing.active_children()}
+    spawned: Any = {"mp_context": multiprocessing.get_context("spawn")}
+    pool = ProcessPoolExecutor(workers, **spawned, initializer=_end_with_parent, initargs=(os.getpid(),))
+    waiting = list(reversed(jobs))
+    running: dict[Future[dict[str, Any]], tuple[Job, float]] = {}
+    # Processes that are started in between do not get what a terminal sends to all: the parent alone decides.
+    ours = {signal.SIGINT, signal.SIGHUP}
+    try:
+        while waiting or running:
+            # No more than are run at once: a job that lies in the pool's own queue could not be taken back.
+            while waiting and len(running) < workers:
+                job = waiting.pop()
+                signal.pthread_sigmask(signal.SIG_BLOCK, ours)
+                try:
+                    running[pool.submit(_run, job)] = job, time.monotonic()
+                finally:
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            future = done.pop()
+            job, since = running.pop(future)
+            with placed(f"{job.title}: "):
+                result = future.result()
+            yield job, result, time.monotonic() - since
+    except BrokenProcessPool as error:
+        names = ", ".join(sorted({job.title, *(other.title for other, _ in running.values())}))
+        raise MetaplError(
+            f"the process of one of these runs was killed ({names}): was there too little memory? Go on with --resume."
+        ) from error
+    finally:
+        if running:
+            _stop([child for child in multiprocessing.active_children() if child not in others])
+        pool.shutdown()
+
+
+def _run(job: Job) -> dict[str, Any]:
+    try:
+        return job.run()
+    except KeyboardInterrupt:  # stopped and saved; nobody waits for the result
+        return {}
+
+
+def _stop(workers: Sequence[Any]) -> None:
+    """Ask processes to save and go; kill those that do not."""
+    for worker in workers:
+        worker.terminate()
+    try:
+        give_up = time.monotonic() + PATIENCE
+        for worker in workers:
+            worker.join(max(0.0, give_up - time.monotonic()))
+    finally:  # also when the user has no more patience
+        for worker in workers:
+            worker.kill()
+            worker.join()
+
+
+def _end_with_parent(parent: int) -> None:
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+# ---------------------------------------------------------------------------------------- metapl compare RUN RUN...
+
+# Fields in which runs may differ: the seed, the method, which is looked at apart, and what changes no number. Those
+# that decide which examples a recipe draws from its data set. And what stands for a field that follows from how many
+# steps fitted into a run's minutes.
+IRRELEVANT = ("seed", "log_every", "save_every", "num_workers")
+DRAWN_BY = ("seed", "labels_per_class")
+MEASURED = "by the minutes"
+BY_STEPS = ("steps", "warmup", "validate_every", "wait", "uda_start", "uda_ramp", "warm_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Put the test accuracies of runs side by side, and test whether they differ.
+
+    Differences are tested in pairs of the same seed, and so of the same split: where every method (or the same method
+    with other options) was run with the same seeds. Otherwise, or with other numbers of labels, the accuracies are
+    listed, with the reason. Runs whose steps were measured to fit into the same minutes are paired whatever their
+    number. Runs of different recipes, on different data or of different classes are refused: their test sets differ.
+
+    Args:
+        folders: run folders, of single runs or of comparisons.
+    """
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+
+    def run(self) -> int:
+        if not self.folders:
+            raise MetaplError("no run was named; expected metapl compare RUN RUN...")
+        places = [path.resolve() for path in self.folders]
+        for path, place in zip(self.folders, places, strict=True):
+            if places.count(place) > 1:
+                raise MetaplError(f"{path} was given twice.")
+        _compare_runs(self.folders)
+        return 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method with one seed, and how it did on the test set; those that are drawn alike have the same data."""
+
+    method: str
+    seed: int
+    steps: int
+    fields: dict[str, Any]
+    accuracies: dict[str, float]
+    place: Path
+    hashes: dict[str, str]
+    drawn_by: tuple[Any, ...]
+    evaluation: Evaluation
+
+
+def _compare_runs(folders: Sequence[Path]) -> None:
+    runs = [EndedRun.load(path) for path in folders]
+    names = {run.result["recipe"]: run.folder.path for run in runs}
+    if len(names) > 1:
+        which = ", ".join(f"{path} is of {name}" for name, path in names.items())
+        raise MetaplError(f"the runs are of different recipes, whose test sets differ: {which}.")
+    by_run = [(run.folder.path, list(_entries(run))) for run in runs]
+    entries = [entry for _, members in by_run for entry in members]
+    _refuse_other_data(entries)
+    # Runs that were given the same minutes may have found time for other numbers of steps.
+    differ = len({entry.steps for entry in entries if entry.fields["steps"] == MEASURED}) > 1
+    rows: list[tuple[str, ...]] = [("run", "method", "seeds", *["steps"] * differ, "delivered", "student", "finetuned")]
+    for place, members in by_run:
+        for method in dict.fromkeys(entry.method for entry in members):
+            by_seed = [entry for entry in members if entry.method == method]
+            shares = [spread([entry.accuracies[readout] for entry in by_seed], digits=2) for readout in READOUTS]
+            steps = [f"{by_seed[0].steps:,}"] * differ  # all runs of a comparison have the same number
+            rows.append((str(place), method, _ranges([entry.seed for entry in by_seed]), *steps, *shares))
+    caption = f"test accuracy in % on {entries[0].evaluation.n:,} examples (chance {100 * _chance(entries):.1f})"
+    heading = wrapped(f"{caption}")
+    tell(f"{heading}\n\n{table(rows, left=3)}\n")
+    if differ:
+        tell(wrapped("The numbers of steps differ: each run took as many as fitted into its minutes.") + "\n")
+    tell(_verdict(entries))
+
+
+def _entries(run: EndedRun) -> Iterator[Entry]:
+    # A folder of pictures is the data; the digits are drawn from a data set.
+    drawn_by = DRAWN_BY if run.result["recipe"] == "digits" else ()
+    fields, path, runs = _fields(run.description["fields"]), run.folder.path, [(run.folder, run.result)]
+    results = {(run.result["method"], run.result["seed"]): dict(run.result)}
+    if run.is_comparison:
+        results = results_within(path, run.result)
+        runs = [
+            (RunFolder(path / method / f"seed-{seed}"), {"method": method, "seed": seed} | numbers)
+            for method, found in run.result["methods"].items()
+            for index, seed in enumerate(run.result["seeds"])
+            for numbers in [{readout: found[readout][index] for readout in READOUTS}]
+        ]
+    for folder, numbers in runs:
+        result = results[numbers["method"], numbers["seed"]]
+        if "evaluation" not in result:
+            raise MetaplError(
+                f"{folder.path} has no test accuracy: train was given no --test; train it again with one."
+            )
+        if STUDENT not in numbers:
+            raise MetaplError(f"{folder.path / 'result.json'} is damaged: it does not say {STUDENT}.")
+        yield Entry(
+            numbers["method"],
+            numbers["seed"],
+            result["steps"],
+            fields,
+            {readout: numbers.get(readout, numbers[STUDENT]) for readout in READOUTS},
+            folder.path,
+            stored_data(folder)["hash"],
+            tuple(str((fields | {"seed": numbers["seed"]}).get(name)) for name in drawn_by),
+            Evaluation(**result["evaluation"]),
+        )
+
+
+def _fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What runs that are paired have in common; what follows from a time for training stands for its numbers."""
+    measured = dict.fromkeys(BY_STEPS, MEASURED) if fields.get("minutes") else {}
+    found = {**fields, **{name: value for name, value in measured.items() if name in fields}}
+    return {name: value for name, value in found.items() if name not in IRRELEVANT}
+
+
+def _refuse_other_data(entries: Sequence[Entry]) -> None:
+    """Accuracies on other test pictures, or of students of other classes, say nothing of which method is better."""
+    first: dict[tuple[Any, ...], Entry] = {}
+    for entry in entries:
+        names, own = entries[0].evaluation.classes, entry.evaluation.classes
+        if names is not None and own is not None and list(names) != list(own):
+            alone = [name for name in (*own, *names) if name not in own or name not in names]
+            raise MetaplError(
+                f"{entry.place} and {entries[0].place} are of different classes: "
+                f"{f'only one of them has {few(alone)}' if alone else 'the order of the classes differs'}. Train both "
+                "on folders with the same classes, or compare each with runs on its own."
+            )
+        same = first.setdefault(entry.drawn_by, entry)
+        parts = [part for part in {**same.hashes, **entry.hashes} if same.hashes.get(part) != entry.hashes.get(part)]
+        everywhere = "labels"  # of the whole data set, whatever is drawn from it
+        if entries[0].hashes.get(everywhere) != entry.hashes.get(everywhere):
+            same, parts = entries[0], [everywhere]
+        if parts:
+            raise MetaplError(
+                f"{entry.place} and {same.place} are on different data: {' and '.join(parts)} differ by their hashes "
+                "in data.json. Train both on the same files, or compare each with runs on its own data."
+            )
+
+
+def _chance(entries: Sequence[Entry]) -> float:
+    return statistics.fmean(entry.evaluation.chance for entry in entries)
+
+
+def _ranges(seeds: Sequence[int]) -> str:
+    """Seeds as ``--seeds`` takes them.
+
+    >>> _ranges([0, 1, 2, 7])
+    '0-2,7'
+    """
+    firsts = [seed for seed in sorted(seeds) if seed - 1 not in seeds]
+    lasts = [seed for seed in sorted(seeds) if seed + 1 not in seeds]
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(firsts, lasts, strict=True))
+
+
+def _verdict(entries: Sequence[Entry]) -> str:
+    """Whether the feedback helps, where that was run, else each against the first; or why they are not paired."""
+    # Methods have fields of their own: what the entries have of each is looked at.
+    values: dict[str, set[str]] = {}
+    for entry in entries:
+        for name, value in entry.fields.items():
+            values.setdefault(name, set()).add(str(value))
+    differing = [name for name, found in values.items() if len(found) > 1]
+    if "labels_per_class" in differing:
+        counts = ", ".join(dict.fromkeys(str(entry.fields["labels_per_class"]) for entry in entries))
+        return f"Not paired: the runs have different numbers of labels (labels_per_class {counts})."
+    variants: dict[str, dict[int, Entry]] = {}
+    for entry in entries:
+        options = (f"{name} {entry.fields[name]}" for name in differing if name in entry.fields)
+        name = ", ".join([entry.method, *options])
+        if entry.seed in variants.setdefault(name, {}):
+            return f"Not paired: {name} with seed {entry.seed} is there twice."
+        variants[name][entry.seed] = entry
+    first, *others = variants
+    seeds = tuple(sorted(variants[first]))
+    for name in others:
+        if {*variants[name]} != {*seeds}:
+            return f"Not paired: {first} has seeds {_ranges(seeds)}, {name} has {_ranges([*variants[name]])}."
+    if not others:
+        return "Nothing to pair: one method with one set of options."
+    methods = {
+        name: {readout: [by_seed[seed].accuracies[readout] for seed in seeds] for readout in READOUTS}
+        for name, by_seed in variants.items()
+    }
+    titles = {name: name for name in methods}
+    comparison = Comparison(seeds, methods, titles, entries[0].evaluation.n, _chance(entries))
+    if comparison.against_control() is not None:
+        return wrapped(comparison.sentence())
+    lines = [f"The students by seed ({_ranges(seeds)}), against those of {first}:"]
+    for name in others:
+        test = paired_test(methods[name][STUDENT], methods[first][STUDENT])
+        too_few = test.p is None or test.n < ENOUGH_SEEDS
+        p = f"at least {ENOUGH_SEEDS} seeds are needed for a test" if too_few else f"paired t-test p = {test.p:.2g}"
+        lines.append(f"  {100 * test.mean:+.2f} points  {name} ({p})")
+    return "\n".join(lines)

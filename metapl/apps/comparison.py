@@ -1,0 +1,247 @@
+"""The accuracies of several methods over several seeds: do they differ?"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from metapl.apps.run import READOUTS
+from metapl.apps.words import table
+from metapl.errors import MetaplError
+from metapl.metrics import Evaluation, PairedTest, paired_test
+
+DELIVERED, STUDENT, FINETUNED = READOUTS
+MOST_SEEDS = 10_000
+
+# With fewer, no claim is made on whether the feedback helped: a t-test over 3 pairs hardly ever finds a difference, and
+# one that it finds is as often luck.
+ENOUGH_SEEDS = 5
+
+# What each method with feedback is tested against, and the headroom, which no run can deliver.
+CONTROL = {"mpl": "none", "reduced_mpl": "reduced_none"}
+CONTROL |= dict.fromkeys(("example_weights", "meta_weight_net", "label_correction", "noise_transition"), "plain")
+HEADROOM = "supervised_everything"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Accuracies by method, paired over seeds."""
+
+    seeds: tuple[int, ...]  # in the order of the lists
+    # By name, accuracies as fractions, one for each seed: of each of READOUTS, and as "validation_accuracy" of the
+    # delivered network, where validation can tell networks apart.
+    methods: dict[str, dict[str, list[float]]]
+    titles: Mapping[str, str]  # of the methods, in words
+    examples: int  # in the test set
+    chance: float  # the accuracy of guessing there
+
+    def __post_init__(self) -> None:
+        for name, readouts in self.methods.items():
+            if any(len(values) != len(self.seeds) for values in readouts.values()):
+                raise MetaplError(f"method {name} has not one accuracy for each of the {len(self.seeds)} seeds.")
+
+    @classmethod
+    def of(
+        cls, seeds: tuple[int, ...], methods: Sequence[str], results: Mapping[tuple[str, int], Mapping[str, Any]]
+    ) -> Comparison:
+        """The comparison of what the ``result.json`` of each method and seed holds."""
+        accuracies: dict[str, dict[str, list[float]]] = {}
+        for method in methods:
+            by_seed = [results[method, seed] for seed in seeds]
+            validated = all(result["delivered_by"] == "validation" for result in by_seed)
+            # A student that is not finetuned, as in Noisy Student, stands for the finetuned one.
+            accuracies[method] = {
+                readout: [result.get(readout, result[STUDENT]) for result in by_seed]
+                for readout in (*READOUTS, *(["validation_accuracy"] if validated else []))
+            }
+        evaluations = [Evaluation(**result["evaluation"]) for result in results.values()]
+        chance = statistics.fmean(result.chance for result in evaluations)
+        titles = {method: results[method, seeds[0]]["title"] for method in methods}
+        return cls(seeds, accuracies, titles, evaluations[0].n, chance)
+
+    def mean(self, method: str, readout: str) -> float:
+        return statistics.fmean(self.methods[method][readout])
+
+    def pair(self) -> tuple[str, str] | None:
+        """The first method that was run beside its control, MPL before others, and that control."""
+        for name in sorted(self.methods, key=lambda name: name != "mpl"):
+            if CONTROL.get(name) in self.methods:
+                return name, CONTROL[name]
+        return None
+
+    def against_control(self) -> tuple[PairedTest, str] | None:
+        """The first of :meth:`pair` against the second, and the read-out of the second by its name.
+
+        It is the student of the first against the better read-out of the second, the one with the higher mean on the
+        test set, which favors the control.
+        """
+        if (pair := self.pair()) is None:
+            return None
+        method, control = pair
+        asked = _question(method, self.titles[method])
+        better = max((STUDENT, FINETUNED), key=lambda readout: self.mean(control, readout))
+        return paired_test(self.methods[method][asked.own], self.methods[control][better]), better
+
+    def best(self) -> str:
+        """The method whose delivered networks have the highest mean accuracy on the test set; the earlier of equals."""
+        return max(self._methods(), key=lambda name: self.mean(name, DELIVERED))
+
+    def delivered(self) -> tuple[str, int]:
+        """The method with the highest mean validation accuracy and its best seed by it; the earlier of equals.
+
+        The test set has no say in it. Where validation cannot tell them apart, it is the first method's first seed.
+        """
+        names = self._methods()
+        if not self._validated():
+            return names[0], self.seeds[0]
+        method = max(names, key=lambda name: self.mean(name, "validation_accuracy"))
+        by_seed = dict(zip(self.seeds, self.methods[method]["validation_accuracy"], strict=True))
+        return method, max(self.seeds, key=by_seed.__getitem__)
+
+    def _methods(self) -> list[str]:
+        """The methods that can be used, or all where the headroom is alone."""
+        return [name for name in self.methods if name != HEADROOM] or list(self.methods)
+
+    def _validated(self) -> bool:
+        return all("validation_accuracy" in self.methods[name] for name in self._methods())
+
+    def table(self) -> str:
+        """The methods with mean ± standard deviation of all read-outs, in %.
+
+        >>> accuracies = {"mpl": dict.fromkeys(READOUTS, [0.8, 0.9])}
+        >>> print(Comparison((0, 1), accuracies, {"mpl": "Meta Pseudo Labels"}, examples=400, chance=0.1).table())
+        method              delivered   student     finetuned
+        Meta Pseudo Labels  85.0 ± 7.1  85.0 ± 7.1  85.0 ± 7.1
+        chance              10.0        10.0        10.0
+        """
+        rows: list[tuple[str, ...]] = [("method", "delivered", "student", "finetuned")]
+        for name, accuracies in self.methods.items():
+            rows.append((self.titles[name], *(spread(accuracies[readout], digits=1) for readout in READOUTS)))
+        rows.append(("chance", *[f"{100 * self.chance:.1f}"] * len(READOUTS)))
+        return table(rows, left=len(rows[0]))
+
+    def caption(self) -> str:
+        over = f", mean ± standard deviation over {seeds_in_words(len(self.seeds))}" if len(self.seeds) > 1 else ""
+        return f"test accuracy in % on {self.examples:,} examples{over}"
+
+    def sentence(self) -> str:
+        """Whether what was run beside its control helped, with its statistics, and which method is the best."""
+        difference, pair, best = self.against_control(), self.pair(), self.best()
+        reached = with_chance(self.mean(best, DELIVERED), self.examples, self.chance)
+        said = f"the best on the test set is {self.titles[best]} with {reached}"
+        if difference is not None and pair is not None:
+            (test, readout), (name, control), asked = difference, pair, _question(pair[0], self.titles[pair[0]])
+            which = "finetuned student" if readout == FINETUNED else "student"
+            better = f" (its {which}, the better of its two read-outs)"
+            said = (
+                f"{asked.subject} reaches {self.mean(name, asked.own):.1%} on the test set (n = {self.examples:,}, "
+                f"chance {self.chance:.1%}), {asked.control} {self.mean(control, readout):.1%}{better}: "
+                f"{100 * test.mean:+.1f} points over {seeds_in_words(test.n)}{_verdict(test, asked)}"
+                f"{f'; {said}' if best != name else ''}"
+            )
+        return f"{said[0].upper()}{said[1:]}."
+
+    def delivery(self) -> str:
+        """Which run the comparison delivers, and why that one."""
+        method, seed = self.delivered()
+        why = ", the first one named; there was no validation that could tell them apart"
+        if self._validated():
+            why = "; of all methods it has the best mean validation accuracy"
+        return f"delivered: {self.titles[method]}, seed {seed}{why}"
+
+    def to_json(self) -> dict[str, Any]:
+        content: dict[str, Any] = {
+            "seeds": list(self.seeds),
+            "methods": self.methods,
+            "titles": dict(self.titles),
+            "test_examples": self.examples,
+            "chance": self.chance,
+            "sentence": self.sentence(),
+            "delivery": self.delivery(),
+        }
+        if (difference := self.against_control()) is not None:
+            content["_against_".join(self.pair() or ())] = {"read_out": difference[1], **difference[0].to_json()}
+        return content
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """The mean in %, and the standard deviation of several values.
+
+    >>> spread([0.8, 0.9], digits=1), spread([0.8], digits=2)
+    ('85.0 ± 7.1', '80.00')
+    """
+    mean = f"{100 * statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.{digits}f}"
+
+
+def seeds_in_words(n: int) -> str:
+    return f"{n} seed{'s' if n != 1 else ''}"
+
+
+class _Question(NamedTuple):
+    """What the comparison of a method with its control asks."""
+
+    subject: str  # the networks, as the sentence calls them
+    control: str
+    question: str  # what the test could tell, after "tell" and "show"
+    answers: tuple[str, str]  # where the difference is above 0, and where it is not
+    own: str = STUDENT  # the read-out of the method
+
+
+def _question(name: str, title: str) -> _Question:
+    subject, what, control, own = "MPL's student", "the teacher's feedback", "the same loop without feedback", STUDENT
+    if name == "reduced_mpl":
+        subject, what = "reduced MPL's student", "the student's feedback"
+    if CONTROL[name] == "plain":
+        # Only finetuning learns from the clean labels, which plain training has learned from already.
+        subject, what = f"with {title} the finetuned student", "what is learned about labels"
+        control, own = "plain training", FINETUNED
+    return _Question(subject, control, f"whether {what} helped", (f"{what} helped", f"{what} hurt"), own)
+
+
+def _verdict(test: PairedTest, asked: _Question) -> str:
+    if test.n < ENOUGH_SEEDS:
+        return f"; at least {ENOUGH_SEEDS} seeds are needed to tell {asked.question}"
+    if test.p is None:  # all differences are the same
+        return f", with every seed the same: too little to tell {asked.question}"
+    found = asked.answers[test.mean <= 0] if test.p < 0.05 else f"these seeds do not show {asked.question}"
+    p = f"{test.p:.2g}" if test.p >= 1e-4 else f"{test.p:.0e}"
+    return f", paired t-test p = {p}: {found}"
+
+
+def parse_seeds(text: str, flag: str = "--seeds") -> tuple[int, ...]:
+    """Seeds from ``"0-9"``, ``"0,3,5"`` or a mixture; ``flag`` is named in errors.
+
+    >>> parse_seeds("0-2,7")
+    (0, 1, 2, 7)
+    """
+    ranges: list[range] = []
+    for part in text.split(","):
+        # Python does not read any length.
+        found = re.fullmatch(r"\s*([0-9]{1,99})(?:-([0-9]{1,99}))?\s*", part)
+        if found is None:
+            raise MetaplError(f"{flag}={text!r}: expected numbers and ranges, such as 0-9 or 0,3,5.")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise MetaplError(f"{flag}={text!r}: {first}-{last} ends before it begins; write {last}-{first}.")
+        ranges.append(range(first, last + 1))
+    if any(part.stop > 2**32 for part in ranges) or sum(map(len, ranges)) > MOST_SEEDS:
+        raise MetaplError(f"{flag}={text!r}: expected at most {MOST_SEEDS:,} seeds, each below 2^32.")
+    again, times = Counter(itertools.chain(*ranges)).most_common(1)[0]
+    if times > 1:
+        raise MetaplError(f"{flag}={text!r}: expected each seed once and none twice; {again} is named again.")
+    return tuple(itertools.chain(*ranges))
+
+
+def with_chance(accuracy: float, n: int, chance: float) -> str:
+    """An accuracy with the number of examples and the chance level.
+
+    >>> with_chance(0.7125, 400, 0.1)
+    '71.2% of 400 (chance 10.0%)'
+    """
+    return f"{accuracy:.1%} of {n:,} (chance {chance:.1%})"

@@ -1,0 +1,179 @@
+"""``metapl evaluate RUN``, on its own test set or on another folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from metapl.apps.evaluation.attacks import LEVELS, Attack, measure
+from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
+from metapl.apps.held_out import HeldOut
+from metapl.apps.inputs import Factory, Folder, Network, Run, Switch, counted, held, unset, written
+from metapl.apps.labeling import refuse_infinite
+from metapl.apps.machine.progress import counting
+from metapl.apps.run import WEIGHTS, EndedRun
+from metapl.apps.words import WIDTH, short, table, tell
+from metapl.errors import MetaplError
+from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits
+from metapl.runs.fields import Range
+from metapl.words import shown
+
+EVALUATION = "evaluation.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measure a run's network on its test set again: accuracy, calibration, and which classes it takes for which.
+
+    It is the network that the run delivers, or the one named; of a comparison, the run that it delivers: the best
+    method's best seed by validation, and the first method's first seed where validation cannot tell. Where the accuracy
+    is not the one in the run's result.json, the output says so. Beside it stand its 95 % interval, the chance level,
+    which is what always naming the largest class gives, and what guessing evenly gives. A run without a test set is
+    measured on its validation examples, and the accuracy is called so.
+
+    With --test, it is measured on other pictures: one folder a class, called as the run's classes. A file that cannot
+    be read is left out, with the reason on standard error; the exit code is then 1.
+
+    The pictures can also be damaged in 15 ways and 5 severities each, as in ImageNet-C (--corruptions), and be moved
+    against the network (--attack); all accuracies are then written to --out, as evaluation.json.
+
+    ImageNet-A, -C and -P, ReaL, and networks of a file of weights: examples/robustness.py.
+
+    Args:
+        folder: the run folder.
+        test: folder with one folder a class, to measure on.
+        corruptions: measure on damaged pictures too: noise, blur, weather and digital damage.
+        attack: measure on pictures that are moved against the network: by one step of the sign of the gradient (fgsm),
+            or by ten (pgd).
+        eps: how far each value of a picture may be moved, in 1/255 of the range from black to white; several can be
+            given.
+        out: folder for evaluation.json; made if need be.
+        json: print JSON.
+    """
+
+    folder: Run
+    network: Network = "delivered"
+    factory: Factory = None
+    test: Folder = None
+    corruptions: Switch = False
+    attack: Annotated[Attack | None, unset()] = None
+    eps: Annotated[tuple[Annotated[float, Range(0, most=LEVELS)], ...], unset("E ...", default="(default: 2 8)")] = ()
+    out: Folder = None
+    json: Switch = False
+
+    def run(self) -> int:
+        if self.eps and self.attack is None:
+            raise MetaplError("--eps was given without --attack; expected --attack fgsm or --attack pgd.")
+        with held(self.out, EVALUATION):
+            run = EndedRun.load(self.folder)
+            name = run.name(self.network)
+            network = run.network(name, self.factory).to(run.device)
+            on = HeldOut(run, name, self.test)
+            content: dict[str, Any] = {
+                "run": str(self.folder),
+                **{key: run.result[key] for key in ("recipe", "method", "seed")},
+                "network": name,
+                "weights": WEIGHTS[name],
+                **on.about,
+                "measured_on": on.part,
+            }
+            with counting("pictures", shown=True) as update:
+                logits, labels = predict_logits(network, on.batches())
+                if on.names:
+                    refuse_infinite(logits, on.names)
+                found = evaluate_logits(logits, labels, run.classes)
+                low, high = interval(round(found.accuracy * found.n), found.n)
+                beside = {"interval": [low, high], "chance": found.chance, "even_guess": 1 / len(found.confusion)}
+                content |= found.to_json() | beside
+                blocks = [run.heading(name) + ("" if self.test is None else f"\non {self.test}")]
+                blocks += [figures(found, on), confusions(found, run.classes)]
+                if self.corruptions or self.attack is not None:
+                    damaged = measure(
+                        network,
+                        on.batches(),
+                        corruptions=tuple(CORRUPTIONS) if self.corruptions else (),
+                        attacks=() if self.attack is None else (self.attack,),
+                        eps=self.eps or (2.0, 8.0),
+                        progress=update,
+                    )
+                    content |= damaged
+                    blocks += robustness_tables(damaged, found)
+            tell(json.dumps(content, indent=2) if self.json else "\n\n".join(blocks))
+            if self.out is not None:
+                with written(self.out, EVALUATION, f"{json.dumps(content, indent=1)}\n"):
+                    pass
+            if on.skipped:
+                tell(f"metapl: {counted(on.skipped, 'file')} left out", file=sys.stderr)
+            return 1 if on.skipped else 0
+
+
+# ------------------------------------------------------------------------------------------------------- what is shown
+
+# Letters of a class that head a column, as many as there is room for, and that head a row; and from which on a name
+# loses its middle, not its end.
+MOST_LETTERS, LEAST_LETTERS, LEAST_WITH_DOTS = 16, 3, 9
+# Classes of which a terminal shows the confusion matrix; confusions, and classes, that are listed where there are more.
+MOST_IN_A_MATRIX, LISTED = 20, 10
+
+
+def figures(evaluation: Evaluation, on: HeldOut) -> str:
+    """Accuracy, its interval, the chance level and what else was measured, a line each."""
+    low, high = interval(round(evaluation.accuracy * evaluation.n), evaluation.n)
+    even = 1 / len(evaluation.confusion)
+    rows = [
+        (f"{on.part} accuracy", f"{evaluation.accuracy:.2%} of {evaluation.n:,}{on.remark(evaluation)}"),
+        ("95 % interval", f"{low:.2%} to {high:.2%}"),
+        ("chance level", f"{evaluation.chance:.2%}, the largest class; even guesses: {even:.2%}"),
+    ]
+    if evaluation.top5 is not None:
+        rows.append(("top-5 accuracy", f"{evaluation.top5:.2%}"))
+    rows.append(("expected calibration error", f"{evaluation.expected_calibration_error:.2%}"))
+    rows.append(("negative log-likelihood", f"{evaluation.negative_log_likelihood:.3f}"))
+    return table(rows, left=2)
+
+
+def robustness_tables(found: Mapping[str, Any], clean: Evaluation) -> Iterator[str]:
+    """What :func:`measure` found, of pictures that are damaged and of those that are attacked."""
+    if "corruptions" in found:
+        rows = [("corruption", "none", *map(str, SEVERITIES), "mean error")]
+        for name, kind in found["corruptions"].items():
+            shares = (f"{accuracy:.1%}" for accuracy in (clean.accuracy, *kind["accuracy_by_severity"]))
+            rows.append((name, *shares, f"{kind['error']:.1%}"))
+        mean = f"mean accuracy under corruption {found['mean_corrupted_accuracy']:.1%}"
+        yield f"accuracy by severity\n\n{table(rows)}\n\n{mean}"
+    if "attacks" in found:
+        head = ("attack", "ε in 1/255", "accuracy")
+        yield table(
+            [head, *((name, eps, f"{a:.1%}") for name, of in found["attacks"].items() for eps, a in of.items())]
+        )
+
+
+def confusions(evaluation: Evaluation, classes: tuple[str, ...]) -> str:
+    """The confusion matrix, or what matters most of it where a terminal has no room for the whole."""
+    share = ["-" if right is None else f"{right:.1%}" for right in evaluation.per_class]
+    if len(classes) <= MOST_IN_A_MATRIX:
+        width = max(len(str(n)) for counts in evaluation.confusion for n in counts)
+        for letters in range(MOST_LETTERS, LEAST_LETTERS - 1, -1):
+            # Where few letters fit, a name's first ones say more than its ends.
+            heads = [short(name, letters) if letters >= LEAST_WITH_DOTS else shown(name)[:letters] for name in classes]
+            rows = [("class", *(head.rjust(width) for head in heads), "right")]
+            for name, counts, right in zip(classes, evaluation.confusion, share, strict=True):
+                rows.append((short(name, MOST_LETTERS), *(str(n) if n else "." for n in counts), right))
+            if len((matrix := table(rows)).partition("\n")[0]) <= WIDTH:
+                head = "how many of a class (row) were taken for which (column), and how many rightly"
+                return f"{head}\n\n{matrix}"
+    cells = [
+        (n, true, p) for true, row in enumerate(evaluation.confusion) for p, n in enumerate(row) if n and true != p
+    ]
+    sizes = [f"{sum(row):,}" for row in evaluation.confusion]
+    most = [("class", "taken for", "times", "of")]
+    for n, true, taken in sorted(cells, key=lambda cell: -cell[0])[:LISTED]:
+        most.append((short(classes[true]), short(classes[taken]), f"{n:,}", sizes[true]))
+    pairs = table(most, left=2) if cells else "nothing is taken for anything else"
+    known = sorted((right, index) for index, right in enumerate(evaluation.per_class) if right is not None)[:LISTED]
+    worst = table([("class", "right", "of"), *((short(classes[i]), share[i], sizes[i]) for _, i in known)])
+    least = f"the {len(known)} of {len(classes):,} classes that are right least often"
+    return f"what is taken for what most often\n\n{pairs}\n\n{least}\n\n{worst}"

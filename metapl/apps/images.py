@@ -1,0 +1,431 @@
+"""A folder of pictures with few labels, and one with many pictures without: ``metapl train images``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from metapl.apps import networks
+from metapl.apps.machine.progress import counting
+from metapl.apps.methods import Data, EntMin, FixMatch, Mpl, PseudoLabels, ReducedMpl, Supervised, Uda
+from metapl.apps.methods import Feedback as Fed
+from metapl.apps.pictures.batches import EvaluationBatches, LabeledBatches, UnlabeledBatches
+from metapl.apps.pictures.card import NetworkCard
+from metapl.apps.pictures.check import (
+    Finding,
+    check_folders,
+    find_nested,
+    find_other_classes,
+    verify_files,
+    without_copies,
+)
+from metapl.apps.pictures.folders import Files, FilesT, LabeledFiles, Progress, hash_files, scan_labeled, scan_unlabeled
+from metapl.apps.pictures.input import LARGEST_SIDE, Input
+from metapl.apps.pictures.splits import stratified_split
+from metapl.apps.pictures.store import FileImages
+from metapl.apps.pictures.store import Images as Stored
+from metapl.apps.pictures.views.base import Chain, Identity, View
+from metapl.apps.pictures.views.transforms import Affine, Color, Flip, Hole, Recolor, ResizedCrop, Sometimes
+from metapl.apps.settings import Fitting, Flat, Hidden, Role, Share, Switch, replaced, unset
+from metapl.data.sampler import StepSampler
+from metapl.errors import MetaplError
+from metapl.errors import few as some
+from metapl.runs.fields import Range, check_fields
+from metapl.training import Say
+
+IN_MEMORY = 2**30  # bytes of decoded pictures that are kept; of larger folders, files are read each time they are drawn
+EVALUATED_AT_ONCE = 256  # pictures in a batch of an evaluation
+
+# What is done to pictures, all with the same strengths: greatest rotation, shift (share of the side), zoom, shear;
+# changes of brightness, contrast, saturation; of the hue, where colors do not tell classes apart; side of the hole.
+MOVED, COLORED, HUE, HOLE = (20.0, 0.125, 1.33, 10.0), (0.4, 0.4, 0.4), 0.1, 0.5
+
+# Share of the pictures that are changed in finetuning; the others are as they will be when they are predicted. Changes
+# may take away what a class is told by: a hole covers one of the things to be counted.
+FINETUNED_ON_CHANGED = 0.5
+
+# Learning rates of AdamW by the beginning of a network's name, and with pretrained weights; that of finetuning, by SGD.
+RATES = {"pooled_cnn": 1e-2, "small_cnn": 4e-3, "wide_resnet": 1e-3, "resnet": 1e-3, "efficientnet": 3e-4, "vit": 3e-4}
+OTHER_RATE, PRETRAINED_RATE, FINETUNED_AT = 5e-4, 2e-4, 1e-2
+WEIGHT_DECAY, CLIPPED = 0.05, 1.0
+
+METHODS = {
+    "uda": Uda(),
+    "fixmatch": FixMatch(),
+    "ent_min": EntMin(),
+    "supervised": Supervised(),
+    "label_smoothing": Supervised(label_smoothing=0.1),
+    "pseudo_labels": PseudoLabels(),
+    "pseudo_labels_hard": PseudoLabels(pseudo_labels="hard"),
+    "mpl": Mpl(),
+    "none": Mpl(feedback=Fed(feedback="none")),
+    "permuted": Mpl(feedback=Fed(feedback="permuted")),
+    "class_means": Mpl(feedback=Fed(feedback="class_means")),
+    "random_sign": Mpl(feedback=Fed(feedback="random_sign")),
+    "reduced_mpl": ReducedMpl(),
+    "reduced_none": ReducedMpl(feedback=Fed(feedback="none")),
+}
+COMPARED = ("uda", "mpl", "none", "supervised", "pseudo_labels")
+
+Folder = Annotated[str, tyro.conf.arg(metavar="DIR")]
+OtherFolder = Annotated[str | None, unset("DIR")]
+Minutes = Annotated[Annotated[float, Range(above=0, most=60 * 24 * 366)] | None, unset()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """What a picture becomes, how it is changed, and the network. What is None is chosen by looking at some pictures.
+
+    Args:
+        network: pooled_cnn, resnet18, vit_b_16, timm:NAME.
+        weights: pretrained; imagenet downloads them.
+        image_size: side that pictures are resized to.
+        grey: read pictures without colors.
+        mirror: mirror half of them; not for letters.
+        recolor: exchange colors, and light and dark.
+        crop: learn from random parts of pictures.
+        dropout: dropout rate of the networks.
+        stochastic_depth: of dropping the last block.
+    """
+
+    network: Annotated[str | None, unset("NAME")] = None
+    weights: Annotated[str | None, unset("FILE")] = None
+    image_size: Annotated[Annotated[int, Range(1, most=LARGEST_SIDE)] | None, unset("PIXELS")] = None
+    grey: tyro.conf.FlagConversionOff[Annotated[bool | None, unset()]] = None
+    mirror: Switch = False
+    recolor: tyro.conf.FlagConversionOff[Annotated[bool | None, unset()]] = None
+    crop: Switch = False
+    dropout: Share = 0.0
+    stochastic_depth: Share = 0.0
+    mean: Hidden[tuple[float, ...] | None] = None
+    std: Hidden[tuple[float, ...] | None] = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.network is not None:
+            self.architecture(classes=2)
+
+    # ---------------------------------------------------------------------------------------------------- the pictures
+
+    @property
+    def input(self) -> Input:
+        assert self.image_size is not None  # settled
+        return Input(channels=1 if self.grey else 3, size=self.image_size)
+
+    def strong(self) -> View:
+        """What is learned from."""
+        return Chain((*self._moved(1.0), *self._colored()))
+
+    def weak(self) -> View:
+        """What is labeled: a quarter of the movement, and nothing else but mirroring."""
+        return Chain(self._moved(0.25))
+
+    def _moved(self, share: float) -> tuple[View, ...]:
+        degrees, shift, zoom, shear = MOVED
+        zoom = math.exp(share * math.log(zoom))
+        moved = Affine(share * degrees, share * shift, (1 / zoom, zoom), share * shear)
+        return (*((Flip(),) if self.mirror else ()), moved)
+
+    def _colored(self) -> tuple[View, ...]:
+        color = Color(*COLORED, HUE if self.recolor else 0.0)
+        return (color, Hole((HOLE / 5, HOLE)), *((Recolor(),) if self.recolor else ()))
+
+    def views(self) -> dict[str, Any]:
+        """How the pictures of a step are seen: unlabeled ones by who labels and by who learns, labeled ones, and in
+        finetuning; ``crop`` draws the box that is cut out of a file before."""
+        if self.crop:
+            changed: View = Chain(self._colored())
+            crop = ResizedCrop(self.input.size, flip=self.mirror)
+            return {"weak": Identity(), "strong": changed, "labeled": changed, "finetuned": changed, "crop": crop}
+        strong = self.strong()
+        finetuned = Sometimes(strong, FINETUNED_ON_CHANGED)
+        return {"weak": self.weak(), "strong": strong, "labeled": strong, "finetuned": finetuned, "crop": None}
+
+    def images(self, paths: Iterable[str], log: Path | None) -> FileImages:
+        """Each file is read when it is first drawn, and kept where all fit: training starts at once."""
+        side = self.input.size
+        images = FileImages([*paths], size=(side, side), mode="L" if self.grey else "RGB", log=log)
+        fits = len(images) * side * side * images.shape[0] <= IN_MEMORY
+        return images.cached() if fits and not self.crop else images
+
+    # ---------------------------------------------------------------------------------------------------- the networks
+
+    def architecture(self, classes: int) -> networks.Architecture:
+        return networks.Architecture(
+            name=self.network or "",
+            num_classes=classes,
+            dropout=self.dropout,
+            stochastic_depth=self.stochastic_depth,
+            in_channels=1 if self.grey else 3,
+            image_size=self.image_size,
+        )
+
+    def build(self, classes: int) -> nn.Module:
+        """The network with fresh or pretrained weights, normalizing pictures in [0, 1]."""
+        assert self.mean is not None  # settled
+        assert self.std is not None
+        network = networks.normalized(self.architecture(classes).create(self.weights), self.mean, self.std)
+        return network.to(memory_format=torch.channels_last)
+
+    def card(self, title: str, classes: int) -> NetworkCard:
+        normalization: Any = {"mean": self.mean, "std": self.std}
+        made: Any = {"input": self.input, "architecture": self.architecture(classes), "channels_last": True}
+        return NetworkCard(title=title, **made, **normalization)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate with which such a network trains."""
+        if self.weights:
+            return PRETRAINED_RATE
+        return next((rate for stem, rate in RATES.items() if str(self.network).startswith(stem)), OTHER_RATE)
+
+    @property
+    def clip_norm(self) -> float | None:
+        """Some of the deeper networks diverge at first without it."""
+        return None if str(self.network).endswith("_cnn") else CLIPPED
+
+    def optimizer(self, fitting: Fitting, role: Role, module: nn.Module) -> torch.optim.Optimizer:
+        groups = networks.parameter_groups(module, WEIGHT_DECAY, on_norms=False)
+        return torch.optim.AdamW(groups, lr=(fitting.lr if role == "teacher" else fitting.student_lr) or self.rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """Train on pictures: a few of them in one folder a class, many without labels.
+
+    What is not given is chosen by looking at the pictures, and by how many steps fit into the minutes.
+
+    Args:
+        labeled: labeled pictures, in a folder a class.
+        unlabeled: a folder, or a .txt of paths.
+        val: to select on, like --labeled.
+        test: to report on, like --labeled.
+        minutes: for as many steps as fit; by default 5.
+    """
+
+    name: ClassVar[str] = "images"
+    places: ClassVar[tuple[str, ...]] = ("labeled", "unlabeled", "val", "test")  # fields that are folders
+    batch_of_few: ClassVar[str] = "labeled_batch"
+
+    labeled: Folder
+    unlabeled: Folder
+    val: OtherFolder = None
+    test: OtherFolder = None
+    minutes: Minutes = None
+    pictures: Flat[Pictures] = field(default_factory=Pictures)
+    fitting: Flat[Fitting] = field(default_factory=lambda: Fitting(ema_decay=0.99))
+    val_fraction: Hidden[float | None] = None  # of each class, set aside for validation
+    classes: Hidden[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def input(self) -> Input:
+        return self.pictures.input
+
+    def few_and_many(self) -> tuple[LabeledFiles, Files]:
+        """The pictures whose labels are right, and the others."""
+        return scan_labeled(self.labeled), scan_unlabeled(self.unlabeled)
+
+    def check_first(self) -> None:
+        """Refuse what can be seen of the folders at once, before anything is measured."""
+        labeled, unlabeled = self.few_and_many()
+        held_out = {name: Path(folder) for name, folder in (("validation", self.val), ("test", self.test)) if folder}
+        refuse_errors([*find_nested(labeled, {"unlabeled": unlabeled.root} | held_out).values()])
+        for name, folder in held_out.items():
+            refuse_errors([*find_other_classes(labeled, scan_labeled(folder), name)])
+        if not verify_files(labeled).skipped:  # else the files that are left out are listed first
+            refuse_errors(check_folders(labeled))
+
+    def data(self, say: Say, progress: bool, log: Path | None) -> Data:
+        # 1. The files: listed, looked at, and compared; what would be learned from and measured on is refused.
+        found, skipped = sound_files(self, say, progress)
+        few, many = found["labeled"], found["unlabeled"]
+        val, test = found.get("val"), found.get("test")
+        compare_files(few, many, val, test, say, progress)
+        hashes = {name: hash_files(files) for name, files in found.items()}
+        # 2. Some are set aside to select on; nothing may be learned from copies of those.
+        if val is None and self.val_fraction:
+            train, aside = stratified_split(few.targets(), self.val_fraction, self.fitting.seed)
+            few, val = few.keep(train.tolist()), few.keep(aside.tolist())
+            with counting("comparing files", progress):
+                many = apart(many, val, say)
+        of = f"{len(few):,} labeled pictures of {spoken_classes(self.classes)}, {len(many):,} unlabeled"
+        say(f"{of}, {len(val) if val else 'none'} for validation, {f'{len(test):,}' if test else 'none'} to test on")
+        # 3. Their batches.
+        listed = {"labeled": few, "validation": val, "test": test}
+        names = {name: list(files.names) if files else [] for name, files in listed.items()}
+        images = self.pictures.images
+        return Data(
+            **self.batches(images(few.paths(), log), few.targets(self.classes), images(many.paths(), log)),
+            validation=held_out(self, val, log),
+            test=held_out(self, test, log),
+            classes=self.classes,
+            test_names=test.names if test else None,
+            skipped=skipped,
+            record={**names, "unlabeled": len(many), "hash": hashes},
+        )
+
+    def batches(self, few: Stored, labels: Tensor, many: Stored) -> dict[str, Any]:
+        """The sources of batches: the pictures of step t, and how they are seen, follow from the seed and t."""
+        fitting, views, crop = self.fitting, self.pictures.views(), self.pictures.views()["crop"]
+        seed = fitting.seed
+        samplers = [
+            StepSampler(len(images), size, seed=seed, stream=stream)
+            for stream, (images, size) in enumerate(
+                [(few, fitting.labeled_batch), (many, fitting.unlabeled_batch), (few, fitting.labeled_batch)]
+            )
+        ]
+        return {
+            "labeled": LabeledBatches(few, labels, samplers[0], views["labeled"], seed, crop=crop),
+            "unlabeled": UnlabeledBatches(many, samplers[1], views["weak"], views["strong"], seed, crop=crop),
+            "finetuning": LabeledBatches(few, labels, samplers[2], views["finetuned"], seed + 1, crop=crop),
+        }
+
+    def network(self) -> nn.Module:
+        return self.pictures.build(len(self.classes))
+
+    def card(self, title: str) -> NetworkCard:
+        return self.pictures.card(title, len(self.classes))
+
+    def optimizer(self, role: Role, module: nn.Module) -> torch.optim.Optimizer:
+        return self.pictures.optimizer(self.fitting, role, module)
+
+    def finetuner(self, module: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(networks.parameter_groups(module, 0.0, on_norms=True), lr=FINETUNED_AT)
+
+    def trainer_options(self) -> dict[str, Any]:
+        return trainer_options(self)
+
+    def finetuning(self) -> dict[str, Any]:
+        """A rate that stays: section 2.3 of the paper."""
+        return self.fitting.finetuning(schedule="constant")
+
+    def with_network(self, name: str) -> Images:
+        """With another network of the same pictures; a file of weights is of one network."""
+        found: Images = replaced(self, network=name, weights=None)
+        return self if name == self.pictures.network else found
+
+    def at_size(self, size: int) -> Images:
+        found: Images = at_size(self, size)
+        return found
+
+
+def trainer_options(config: Any) -> dict[str, Any]:
+    fitting = config.fitting
+    own = {"clip_norm": config.pictures.clip_norm}
+    return {**own, "accumulate": fitting.accumulate, "precision": fitting.precision}
+
+
+def at_size(config: Any, size: int) -> Any:
+    """The settings with larger pictures, where the network takes those."""
+    if size <= (config.pictures.image_size or 0):
+        raise MetaplError(
+            f"--finetune-size {size}: expected more pixels than the {config.pictures.image_size} of --image-size, "
+            "which the student is trained on."
+        )
+    if config.fitting.finetune_steps < 1:
+        raise MetaplError(f"--finetune-size {size} was given with --finetune-steps 0; expected 1 step or more.")
+    larger = replaced(config, image_size=size)
+    with torch.device("meta"):
+        own, other = (
+            {name: value.shape for name, value in replaced(sized, weights=None).network().state_dict().items()}
+            for sized in (config, larger)
+        )
+    if own != other:
+        raise MetaplError(
+            f"--finetune-size {size}: {config.pictures.network} is built for pictures of one size; expected a network "
+            "that takes any, such as small_cnn, a resnet or an efficientnet."
+        )
+    return larger
+
+
+# -------------------------------------------------------------------------------------------------------- the files
+
+
+def sound_files(config: Any, say: Say, progress: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """The files of each folder that can be read, by the names of their flags; and the others, each with the reason."""
+    found, skipped = dict[str, Any](), dict[str, str]()
+    for name in config.places:
+        if (folder := getattr(config, name)) is not None:
+            scan: Any = scan_unlabeled if name == "unlabeled" else scan_labeled
+            found[name] = _listed(scan, folder, name, say, progress)
+    for name, files in found.items():
+        with counting(f"looking at {_word(name)} files", progress, len(files)) as count:
+            verified = verify_files(files, progress=count)
+        if verified.skipped:
+            say(f"{name}: {len(verified.skipped):,} of {len(files):,} files are left out\n{verified.summary()}")
+        if not verified.sound:
+            raise MetaplError(f"none of the {len(files)} pictures in {files.root} can be read.")
+        skipped.update({str(files.root / one): reason for one, reason in verified.skipped.items()})
+        found[name] = files.keep(verified.sound) if verified.skipped else files
+    return found, skipped
+
+
+def _listed(scan: Callable[[str, Progress], FilesT], folder: str, name: str, say: Say, progress: bool) -> FilesT:
+    with counting(f"listing {_word(name)} files", progress) as count:
+        files = scan(folder, count)
+    if files.passed_over:
+        others = ", ".join(f"{count:,} with {suffix}" for suffix, count in sorted(files.passed_over.items()))
+        say(f"{name}: files without the name of a picture are passed over: {others}")
+    return files
+
+
+def compare_files(few: Any, many: Any, val: Any, test: Any, say: Say, progress: bool) -> None:
+    """Refuse pictures that are learned from and measured on; say what else there is to be said of the folders."""
+    with counting("comparing files", progress) as count:
+        findings = check_folders(few, many, val, test, count)
+    refuse_errors(findings)
+    for finding in findings:
+        say(f"note: {finding.message}")
+
+
+def apart(unlabeled: Files, val: Files, say: Say) -> Files:
+    """The unlabeled pictures that are not set aside for validation too; nothing may be learned from those."""
+    others = without_copies(unlabeled, val)
+    if not others:
+        raise MetaplError(
+            f"all {len(unlabeled):,} unlabeled pictures in {unlabeled.root} are copies of labeled ones that are set "
+            "aside for validation; expected others, or pictures to select on with --val."
+        )
+    if len(others) < len(unlabeled):
+        say(
+            f"note: {len(unlabeled) - len(others):,} unlabeled pictures are left out: they are copies of labeled ones "
+            "that are set aside for validation"
+        )
+    return others
+
+
+def held_out(config: Any, files: LabeledFiles | None, log: Path | None) -> EvaluationBatches | None:
+    if files is None:
+        return None
+    labels = files.targets(config.classes)
+    return EvaluationBatches(config.pictures.images(files.paths(), log), labels, EVALUATED_AT_ONCE)
+
+
+def _word(folder: str) -> str:
+    return "validation" if folder == "val" else folder
+
+
+def spoken_classes(classes: Sequence[str]) -> str:
+    """How many classes there are, and what the first few are called.
+
+    >>> spoken_classes(["cat", "dog"])
+    '2 classes (cat, dog)'
+    """
+    return f"{len(classes)} classes ({some(classes, most=6, longest=24)})"
+
+
+def refuse_errors(findings: Sequence[Finding]) -> None:
+    """Stop where the folders would spoil the training."""
+    errors = [finding.message for finding in findings if finding.level == "error"]
+    if errors:
+        raise MetaplError("\n".join(errors))

@@ -1,0 +1,133 @@
+"""Processes that ``torchrun`` has started, as the command joins them: all train, and the first one shows and writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from metapl.apps.fitting import Share
+from metapl.distributed.mesh import Mesh, shard
+from metapl.errors import MetaplError
+from metapl.execution.ranks import ALONE, Ranks
+from metapl.problems.stored import model_noise
+
+PATIENCE = timedelta(minutes=10)  # for which a process waits for another one before it gives up
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that train together, as one of them sees them."""
+
+    mesh: Mesh = field(default_factory=Mesh)
+
+    @property
+    def size(self) -> int:
+        return self.mesh.size
+
+    @property
+    def first(self) -> bool:
+        return self.size == 1 or dist.get_rank() == 0
+
+    def share(self, source: Any) -> Any:
+        """The rows of this process."""
+        alone = self.size == 1 or source is None
+        return source if alone else Share(source, self.mesh.share, self.mesh.shares)
+
+    def laid_out(self, *networks: nn.Module, seed: int) -> list[nn.Module]:
+        """Networks over the processes."""
+        found = [shard(network, self.mesh) for network in networks]
+        if any(map(model_noise, networks)):
+            self.seed(networks[-1], seed)
+        return found
+
+    def another(self, network: nn.Module, place: torch.device, seed: int, small: bool = False) -> nn.Module:
+        """A further network on a device; of a ``small`` one that reads no inputs each process has all."""
+        network = network.to(place)
+        if self.size == 1:
+            return network
+        for t in [*network.parameters(), *network.buffers()]:  # each share may have drawn its own
+            first = t.detach().contiguous()
+            dist.broadcast(first, 0)
+            t.data.copy_(first)
+        return shard(network, Mesh(replicate=self.size)) if small else self.laid_out(network, seed=seed)[0]
+
+    def seed(self, network: nn.Module, seed: int) -> None:
+        """Seed the default generators; where the network drops rows of a batch, each share has its masks."""
+        torch.manual_seed(seed)
+        if self.size > 1 and model_noise(network):
+            torch.manual_seed(seed + 2**32 * (1 + self.mesh.share))
+
+    def ranks(self, place: torch.device) -> Ranks:
+        if self.size == 1:
+            return ALONE
+        world: Any = dist.group.WORLD
+        return Ranks([world], self.mesh.share, place, self.mesh.tensor, first=self.first)
+
+    def shared(self, folder: Path) -> Path:
+        """The folder of the first process, where the stores are."""
+        return Path(from_first(str(folder.absolute())))
+
+
+def program() -> str:
+    """What this command was started with, for a line that starts it again."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count == "1":
+        return "metapl"
+    here = os.environ.get("LOCAL_WORLD_SIZE") == count
+    return f"torchrun {f'--nproc-per-node={count}' if here else '...'} -m metapl.apps"
+
+
+def from_first(value: Any) -> Any:
+    """What the first process has, in every process."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def check_started(mesh: Mesh) -> None:
+    """Refuse a mesh that is not of the processes that were started."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if mesh.size == count:
+        return
+    if mesh.size == 1:
+        raise MetaplError(
+            f"{count} processes were started, and no mesh says what each of them does; give --mesh.replicate {count}, "
+            f"which shares the batches among them, or --mesh.shard {count}, which shares the weights too."
+        )
+    raise MetaplError(
+        f"the mesh is of {mesh.size} processes and {count} {'was' if count == 1 else 'were'} started; expected as "
+        f"many. Start them with: torchrun --nproc-per-node={mesh.size} -m metapl.apps ..."
+    )
+
+
+@contextmanager
+def joined(mesh: Mesh, place: torch.device) -> Iterator[Processes]:
+    """Join the processes of a mesh for this block."""
+    if mesh.size == 1:
+        yield Processes()
+        return
+    if place.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    untyped: Any = dist
+    store, rank, size = next(untyped.rendezvous("env://", timeout=PATIENCE))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+        # The store of torchrun outlives a restart, and a process might find there where a killed one was. On several
+        # machines each has restarts of its own to count.
+        store = untyped.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    try:
+        yield Processes(mesh)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,394 @@
+"""What the pictures show decides most settings that were left open, and how many steps fit into a time the rest."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from metapl.apps.methods import Data, Training
+from metapl.apps.networks.weights import fetch_imagenet_weights
+from metapl.apps.pictures.reader import LUMA, UnreadableImage, read_image
+from metapl.apps.pictures.store import FileImages, Images, MemoryImages
+from metapl.apps.settings import filled, flat, replaced
+from metapl.apps.train import SELECTED_ON, device
+from metapl.data.feed import feed
+from metapl.errors import MetaplError
+from metapl.problems.losses import UDA
+from metapl.training import FitResult, Say, Trainer
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation that pretrained weights expect
+
+SET_ASIDE = 0.2  # part of the labeled pictures to select on, where that is enough of them to tell anything
+SMALLEST_SIDE, GREATEST_SIDE, PRETRAINED_SIDE = 16, 48, 128  # pixels; the first two where a network starts from nothing
+PRETRAINED_NETWORK, IMAGENET_WEIGHTS = "resnet18", "imagenet"
+PHOTOGRAPHS = 128  # side in pixels from which on color pictures are taken for photographs
+MINUTES = 5.0  # for training, where neither minutes nor steps are given
+REHEARSED = 1000  # steps of the training that is measured, of which a few are taken
+AGAIN = 2  # how often the number of steps is measured again where parts of it were asked for
+FEW_STEPS = 300  # below which a network that starts from nothing has hardly learned
+MANY_COPIES = 10  # how often a picture may be in one batch before that is told
+
+WARMUP = 0.05  # share of the steps over which learning rates grow
+
+
+def settled(config: Any, method: Any, say: Say, before: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
+    """The settings and the method with whole paths, the classes that are found, and a value for all that was left open.
+
+    What was chosen ``before``, by the names of the settings, in the run that is resumed, is not chosen anew.
+    """
+    labeled, unlabeled = config.few_and_many()
+    places: dict[str, Any] = {name: whole(getattr(config, name)) for name in config.places}
+    weights = config.pictures.weights
+    if weights == IMAGENET_WEIGHTS:
+        weights = str(fetch_imagenet_weights(config.pictures.network or PRETRAINED_NETWORK))
+    config = replaced(config, **places, weights=whole(weights), classes=labeled.classes)
+    if before is not None:
+        try:
+            config = filled(config, {name: value for name, value in before.items() if name not in GIVEN})
+            return config, filled(method, before)
+        except (MetaplError, TypeError) as error:
+            raise MetaplError(f"the run's settings are damaged or of another version: {error}") from error
+    config.check_first()
+    of_few = config.batch_of_few
+    size, count = getattr(config, of_few, None) or config.fitting.labeled_batch, len(labeled)
+    if size > MANY_COPIES * count:
+        say(
+            f"note: --{of_few.replace('_', '-')} {size:,} is {size // count:,} times the {count:,} pictures that it is "
+            "drawn from: each is in every batch so often, and each copy costs the time of a picture"
+        )
+    seen = look([*map(Path, labeled.paths())], labeled.targets(), [*map(Path, unlabeled.paths())])
+    aside = round(SET_ASIDE * count) if not config.val else 0
+    # Too few to select on train better.
+    config = fitted(config, seen, val_fraction=SET_ASIDE if aside >= SELECTED_ON else 0.0)
+    method = filled(method, {"uda_prior": seen.shares})
+    steps = config.fitting.steps
+    config, method = with_steps(config, method)
+    say(chosen(config, method, seen))
+    if steps is None and config.fitting.steps < FEW_STEPS:
+        few = config.fitting.steps
+        say(f"note: {few} steps are few, for this machine is slow or busy: give more --minutes, or --steps")
+    pictures = config.pictures
+    if seen.colors.may_tell and pictures.recolor and not pictures.grey:
+        say(
+            f"note: by their colors alone {seen.colors.right:.0%} of the labeled pictures are told apart, and by "
+            f"chance {seen.colors.chance:.0%}, so colors may matter, and are exchanged: if they do, give "
+            "--recolor False"
+        )
+    if pictures.weights is None and not pictures.grey and seen.side >= PHOTOGRAPHS:
+        say("for photographs a network that was trained on photographs is better: --weights imagenet")
+    return config, method
+
+
+# What a run that is resumed is given anew, with what it was started with, or does not need.
+GIVEN = ("labeled", "unlabeled", "clean", "val", "test", "weights", "feedback_ratio")
+
+
+def whole(path: str | None) -> str | None:
+    """A path as it can be stored; None stays None."""
+    return None if path is None else str(Path(path).expanduser().resolve())
+
+
+def fitted(config: Any, seen: Look, val_fraction: float) -> Any:
+    """The settings for such pictures, but for what depends on the number of steps."""
+    given = config.pictures
+    grey = seen.grey and given.weights is None if given.grey is None else given.grey
+    mean, std = (part * 3 if seen.grey else part for part in (seen.mean, seen.std))
+    if grey:
+        mean, std = seen.level[:1], seen.level[1:]
+    elif given.weights is not None:
+        mean, std = IMAGENET
+    side = PRETRAINED_SIDE if given.weights else min(max(seen.side, SMALLEST_SIDE), GREATEST_SIDE)
+    part = given.architecture(classes=2).family.patch or 4 if given.network else 4
+    choices = {
+        "grey": grey,
+        "image_size": part * max(1, round(side / part)),
+        "network": PRETRAINED_NETWORK if given.weights else "pooled_cnn",
+        "val_fraction": val_fraction,
+        "recolor": seen.exchangeable,
+        "mean": mean,
+        "std": std,
+    }
+    config = filled(config, choices)
+    return filled(config, {"lr": config.pictures.rate, "student_lr": config.pictures.rate})
+
+
+def with_steps(config: Any, method: Any) -> tuple[Any, Any]:
+    """The settings and the method with a number of steps, as many as fit into the minutes where it is open."""
+
+    def of(steps: int) -> tuple[Any, Any]:
+        shares = {"warmup": round(WARMUP * steps), "validate_every": max(1, round(steps / 20))}
+        return filled(replaced(config, steps=steps), shares), method.scheduled(steps)
+
+    if config.fitting.steps is not None:
+        return of(config.fitting.steps)
+    # Phases that were given in steps do not grow with the number of steps: it is measured again with what fits.
+    asked = max(flat(method).get(name) or 0 for name in ("wait", "uda_start"))
+    minutes = config.minutes or MINUTES
+    steps = steps_within(*of(2 * asked or REHEARSED), minutes)
+    for _ in range(AGAIN if asked else 0):
+        steps = steps_within(*of(max(steps, asked + 1)), minutes)
+    config = replaced(config, minutes=minutes)
+    return of(steps)
+
+
+def chosen(config: Any, method: Any, seen: Look) -> str:
+    """What was chosen, in a line, and what pictures that were looked at lose by it; each has a flag."""
+    pictures, fitting = config.pictures, config.fitting
+    cut = [] if seen.square else ["cut to squares"]
+    cut += [f"shrunk from about {seen.side}"] if seen.side > pictures.image_size else []
+    lost = f" ({', '.join(cut)})" if cut else ""
+    size, kind = f"{pictures.image_size}x{pictures.image_size}", "grey" if pictures.grey else "color"
+    colors = f"{'light and dark' if pictures.grey else 'colors'} {'exchanged' if pictures.recolor else 'kept'}"
+    changed = f"{colors}, {'mirrored' if pictures.mirror else 'not mirrored'}"
+    networks = ", then ".join(flat(method).get("networks") or (pictures.network,))
+    return (
+        f"chosen: {networks} on {size} {kind} pictures{lost}, {changed}; adamw at {fitting.lr:g}, {fitting.precision}, "
+        f"{fitting.steps:,} steps"
+    )
+
+
+# ------------------------------------------------------------------------------------------- what the pictures show
+
+# How many pictures are read at most, of the labeled ones, and again of the unlabeled ones; pixels that a picture is
+# brought to for a look at its colors; rows and columns where the object of most pictures is, not the background.
+LOOKED_AT, SIDE = 256, 32
+MIDDLE = slice(SIDE // 4, -(SIDE // 4))
+
+# Greatest difference between the channels of a pixel, in levels of 256, in a picture that counts as grey; standard
+# deviation in [0, 1] that blank pictures are given.
+ALIKE, SMALLEST_STD = 8, 0.05
+
+# Shuffles of the labels that colors are compared with; of these and the labels as they are, the most that find the
+# classes as well where color tells them apart, and where it may: by chance it does so in one set of a hundred, and may
+# in one of ten. Colors that are exchanged for nothing cost the only thing that tells such classes apart, and colors
+# that are kept for nothing a kind of augmentation.
+SHUFFLES, CHANCES, DOUBTS = 199, 2, 20
+
+# Pixels, of SIDE, of the square that a pixel is compared with; share of pictures, at least, with marks of the rarer
+# kind where both light and dark marks are usual.
+AROUND, BOTH = 9, 0.2
+
+
+@dataclass(frozen=True)
+class Colors:
+    """Whether the mean color of the middle, or its mean level of grey, tells the labeled pictures' classes apart."""
+
+    right: float  # share of pictures that are nearest to the mean of the others of their class, averaged over classes
+    chance: float  # the same share expected of guessing evenly among the classes
+    tell: bool  # whether it is more than chance explains
+    may_tell: bool = False  # whether it is rather more, and the pictures are too few to say
+
+
+@dataclass(frozen=True)
+class Look:
+    """A data set as a few of its pictures show it."""
+
+    side: int  # median of the shorter sides, in pixels
+    grey: bool  # none of the pictures has colors
+    mean: tuple[float, ...]  # of each channel (one where grey), in [0, 1]
+    std: tuple[float, ...]
+    level: tuple[float, float]  # mean and standard deviation of the pictures without their colors
+    colors: Colors
+    light: float  # share of the pictures whose marks are lighter than what is around them, not darker
+    shares: tuple[float, ...]  # of the classes among all labeled pictures, as if each had one more: no share is 0
+    square: bool = True  # all of the pictures are as high as wide
+
+    @property
+    def exchangeable(self) -> bool:
+        """Whether colors may be exchanged, or light and dark; not where all marks are light, as in an X-ray."""
+        return not self.colors.tell and (not self.grey or BOTH <= self.light <= 1 - BOTH)
+
+
+def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> Look:
+    """What at most ``LOOKED_AT`` pictures of each kind show, evenly spread; labels are int64 (len(labeled),)."""
+    sides, pictures, classes, square = [], [], [], True
+    few, many = (
+        list(zip(files, each, strict=True))[:: max(1, -(-len(files) // LOOKED_AT))]
+        for files, each in ((labeled, labels.tolist()), (unlabeled, [-1] * len(unlabeled)))
+    )
+    for path, label in (*few, *many):
+        try:
+            picture = read_image(path)
+        except UnreadableImage:
+            continue  # is listed, with the reason, when the folders are checked
+        sides.append(min(picture.shape[1:]))
+        square &= picture.shape[1] == picture.shape[2]
+        pictures.append(torch.nn.functional.interpolate(picture[None].float(), (SIDE, SIDE), mode="area")[0])
+        classes.append(label)
+    if not any(label >= 0 for label in classes):
+        raise MetaplError(f"none of the {len(few)} labeled pictures that were looked at can be read.")
+    levels_N3HW, label_N = torch.stack(pictures), torch.tensor(classes)
+    grey = bool((levels_N3HW.amax(1) - levels_N3HW.amin(1)).max() <= ALIKE)
+    unit = (levels_N3HW[:, :1] if grey else levels_N3HW) / 255
+    level_NHW = (levels_N3HW / 255 * torch.tensor(LUMA)[:, None, None]).sum(1)
+    # The marks of a picture are lighter than what is around them where the skewness of the differences is above 0.
+    padded = torch.nn.functional.pad(level_NHW[:, None], (AROUND // 2,) * 4, mode="reflect")
+    marks_NHW = level_NHW - torch.nn.functional.avg_pool2d(padded, AROUND, stride=1)[:, 0]
+    counts = (torch.bincount(labels) + 1).tolist()
+
+    def spread(std: float) -> float:
+        """A standard deviation that can be divided by: blank pictures have 0."""
+        return round(max(std, SMALLEST_STD), 3)
+
+    return Look(
+        side=int(statistics.median(sides)),
+        grey=grey,
+        mean=tuple(round(value, 3) for value in unit.mean((0, 2, 3)).tolist()),
+        std=tuple(spread(value) for value in unit.std((0, 2, 3)).tolist()),
+        level=(round(float(level_NHW.mean()), 3), spread(float(level_NHW.std()))),
+        colors=colors_tell(unit[label_N >= 0][..., MIDDLE, MIDDLE].mean((2, 3)), label_N[label_N >= 0]),
+        light=float((marks_NHW.pow(3).mean((1, 2)) > 0).double().mean()),
+        shares=tuple(count / sum(counts) for count in counts),
+        square=square,
+    )
+
+
+def colors_tell(colors_NC: Tensor, labels_N: Tensor) -> Colors:
+    """Whether the nearest class mean, with each example left out of its own, finds the classes.
+
+    ``colors_NC`` are the mean colors of each picture's middle. The share found, averaged over classes, is compared with
+    that of ``SHUFFLES`` shuffles of the labels: whatever the sizes of the classes, colors that have nothing to do with
+    them tell them apart in one of a hundred sets. They do not where no class has two examples.
+
+    >>> reds = torch.tensor([[0.9], [0.8], [0.85], [0.1], [0.2], [0.15]]).repeat(3, 1)
+    >>> colors_tell(reds, torch.tensor([0, 0, 0, 1, 1, 1]).repeat(3)).tell
+    True
+    >>> colors_tell(reds, torch.tensor([0, 1, 0, 1, 0, 1]).repeat(3)).tell
+    False
+    """
+    classes, labels = labels_N.unique(return_inverse=True)
+    chance = 1 / len(classes)
+    if len(classes) < 2 or int(labels.bincount().max()) < 2:
+        return Colors(chance, chance, False)
+    scaled = (colors_NC - colors_NC.mean(0)) / colors_NC.std(0).clamp_min(1e-6)
+    generator = torch.Generator().manual_seed(0)
+    shuffled = (labels[torch.randperm(len(labels), generator=generator)] for _ in range(SHUFFLES))
+    right = _found(scaled, labels)
+    as_well = 1 + sum(_found(scaled, order) >= right for order in shuffled)
+    return Colors(right, chance, tell=as_well <= CHANCES, may_tell=CHANCES < as_well <= DOUBTS)
+
+
+def _found(colors_NC: Tensor, labels: Tensor) -> float:
+    """The share of each class that is nearest to its own mean, of classes that have two examples, averaged."""
+    counts_K = labels.bincount()
+    member_NK = torch.nn.functional.one_hot(labels, len(counts_K)).to(colors_NC.dtype)
+    sums_KC = member_NK.T @ colors_NC
+    # Each picture is taken out of the mean of its own class.
+    left_NKC = sums_KC[None] - member_NK[:, :, None] * colors_NC[:, None]
+    means_NKC = left_NKC / (counts_K[None, :, None] - member_NK[:, :, None]).clamp_min(1)
+    nearest_N = (colors_NC[:, None] - means_NKC).square().sum(-1).argmin(1)
+    right_K = labels.bincount(weights=(nearest_N == labels).double(), minlength=len(counts_K)) / counts_K
+    return float(right_K[counts_K >= 2].mean())
+
+
+# ------------------------------------------------------------------------------------ how many steps fit into a time
+
+SHARE = 0.85  # part of the time that steps get; the rest is for reading, validation, finetuning and the report
+WARM, TIMED, SECONDS = 2, 20, 4.0  # steps before the timing, the most timed steps, and the most time that they take
+PICTURES, LARGER = 128, 1.25  # pictures of noise that steps are taken on; how much larger in files than seen
+
+Clock = Callable[[], float]  # seconds from some moment on
+
+
+def steps_within(config: Any, method: Any, minutes: float, clock: Clock = time.monotonic) -> int:
+    """The number of steps that fit into a time, rounded to two digits."""
+    fits = SHARE * 60 * minutes / seconds_per_step(config, method, clock)
+    return max(1, int(float(f"{fits:.2g}")))
+
+
+def kinds_of_steps(trainer: Any, steps: int, wait: int) -> list[tuple[int, int, Any]]:
+    """First and last step of each kind, and what does it: they differ while a student waits, and before UDA begins."""
+    waits = min(wait, steps) if trainer.teacher is not None else 0
+    losses: Any = getattr(trainer, "teacher_losses", None) or getattr(trainer, "losses", ())
+    ends = sorted({0, waits, steps, *(min(loss.start, steps) for loss in losses if isinstance(loss, UDA))})
+    return [(a, b, trainer.teacher_step if a < waits else trainer.step) for a, b in pairwise(ends)]
+
+
+def seconds_per_step(config: Any, method: Any, clock: Clock = time.monotonic) -> float:
+    """What a step of a method takes on this machine, on pictures of noise.
+
+    Each kind of step is timed, and counts as often as it comes. Where views are cut out of the files themselves, these
+    are files too, and reading them is a part of the step. Cost: some seconds; the default generator is put back.
+    """
+    seconds, fitting, place = 0.0, config.fitting, device(config.fitting.device)
+
+    def timed(trainer: Trainer, labeled: Any, unlabeled: Any, **options: Any) -> FitResult:
+        nonlocal seconds
+        sources = [source for source in (labeled, unlabeled) if source is not None]
+        share: float = options.get("steps", fitting.steps) / fitting.steps  # of a phase that is shorter than the run
+        with ExitStack() as opened:
+            feeds = []
+            for number, source in enumerate(sources):
+                fed = feed(source, name=str(number), stop=2**31, num_workers=fitting.num_workers, device=trainer.device)
+                opened.callback(fed.close)
+                feeds.append(fed)
+            for first, last, step in kinds_of_steps(trainer, fitting.steps, options.get("wait", 0)):
+                trainer.steps_done = first
+                each = _seconds(lambda step=step: step(*(fed.next() for fed in feeds)), clock)  # type: ignore[misc]
+                seconds += share * (last - first) / fitting.steps * each
+        return FitResult(None, 0, {name: value.clone() for name, value in trainer.student.state_dict().items()})
+
+    def even(network: Any) -> dict[str, Tensor]:
+        return {
+            name: torch.full((PICTURES, len(config.classes)), 1 / len(config.classes))
+            for name in ("unlabeled", "labeled")
+        }
+
+    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        images, labels = _noise(config, Path(folder)), torch.arange(PICTURES) % len(config.classes)
+        data = Data(**config.batches(images, labels, images), classes=config.classes, record={})
+        teacher, student = (config.network().to(place) for _ in range(2))
+        training = Training(
+            config=config,
+            data=data,
+            teacher=teacher,
+            student=student,
+            optimizer=config.optimizer,
+            options=config.trainer_options(),
+            fit=timed,
+            label=even,
+            laid_out=lambda network, small=False: network.to(place),
+            seed=lambda seed: None,
+        )
+        method.train(training)
+    return seconds
+
+
+def _seconds(step: Callable[[], Any], clock: Clock) -> float:
+    """The median of a step, the making of its batches included."""
+    times: list[float] = []
+    begun = time.monotonic()
+    while len(times) < WARM + TIMED and (len(times) <= WARM or time.monotonic() - begun < SECONDS):
+        since = clock()
+        step().as_dict()  # waits for the device
+        times.append(clock() - since)
+    return statistics.median(times[WARM:])
+
+
+def _noise(config: Any, folder: Path) -> Images:
+    """Pictures as the own ones are kept: in memory, or in files of ``folder`` where views are cut out of these."""
+    generator = torch.Generator().manual_seed(0)
+    pictures = config.pictures
+    channels = 1 if pictures.grey else 3
+
+    def levels(side: int) -> Tensor:
+        return torch.randint(0, 256, (PICTURES, channels, side, side), dtype=torch.uint8, generator=generator)
+
+    if not pictures.crop:
+        return MemoryImages(levels(pictures.image_size))
+    paths = [folder / f"{number}.png" for number in range(PICTURES)]
+    for path, picture in zip(paths, levels(round(LARGER * pictures.image_size)), strict=True):
+        Image.fromarray(picture.squeeze(0).numpy() if pictures.grey else picture.permute(1, 2, 0).numpy()).save(path)
+    return FileImages(paths, size=(pictures.image_size,) * 2, mode="L" if pictures.grey else "RGB")

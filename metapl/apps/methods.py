@@ -1,0 +1,528 @@
+"""The methods by which a network is trained: each is a frozen type with its settings, and one function, ``train``.
+
+To add one, write its type, and enter it by its name in the METHODS of what it is to train: metapl.apps.images, say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from metapl import feedback, problems
+from metapl.ablation import Altered
+from metapl.apps.pictures import LabeledBatches, UnlabeledBatches
+from metapl.apps.settings import Flat, Hidden, Role, Share, SomeSteps, Weight, flat, replaced, unset
+from metapl.errors import MetaplError
+from metapl.execution import checks
+from metapl.execution.batch import views
+from metapl.execution.numerics import wide
+from metapl.models import label_adjuster
+from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
+from metapl.runs.fields import Range, check_fields
+from metapl.training import FitResult, Trainer
+from metapl.training.loss_trainer import LossTrainer
+from metapl.training.trainer import BilevelTrainer
+
+FIXMATCH_THRESHOLD = 0.85  # published is 0.95 (arXiv:2001.07685); with few steps this reached more (docs/pictures.md)
+
+# Shares of the steps: before the student of a teacher begins, before UDA begins, and of its ramp.
+WAIT, START, RAMP = 0.75, 0.4, 0.1
+
+Losses = tuple[TeacherLoss, ...]
+FeedbackKind = Literal["whole", "none", "permuted", "class_means", "random_sign"]
+
+if TYPE_CHECKING:
+    Mode = str
+else:
+    Mode = Literal[feedback.MODES]  # what the command line offers
+
+
+# ------------------------------------------------------------------------------------------- what a method trains with
+
+
+@dataclass(frozen=True, eq=False)
+class Doubtful:
+    """Examples whose given labels may be wrong."""
+
+    examples: Any  # EvaluationBatches of all of them, with their positions as labels
+    given: Tensor  # int64 (n,), their labels
+    names: tuple[str, ...]  # such as their files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is trained on. Examples to look at are (inputs, labels), or batches of these."""
+
+    labeled: Any  # sources of batches, for fit
+    unlabeled: Any
+    finetuning: Any
+    classes: tuple[str, ...]  # names
+    record: Mapping[str, Any]  # for the run's data.json; a run is resumed on data of the same "hash" only
+    validation: Any = None
+    test: Any = None
+    everything: Any = None  # labeled batches of all examples with their true, or given, labels
+    truth: Any = None  # unlabeled examples whose labels are known, for looking at pseudo-labels only
+    test_names: tuple[str, ...] | None = None  # such as files
+    doubtful: Doubtful | None = None  # for the list of suspects
+    skipped: Mapping[str, str] = field(default_factory=dict)  # files that are left out, each with the reason
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What a method ended with."""
+
+    trainer: Trainer  # of the network that is kept
+    result: FitResult
+    teacher: tuple[nn.Module, Mapping[str, Tensor]] | None = None  # a network that is kept beside it, with its weights
+    finetunes: bool | Callable[[], Any] = True  # whether the student is finetuned as usual; or how it is
+    rounds: list[dict[str, Any]] | None = None  # of Noisy Student, for result.json
+    configs: Mapping[str, Any] = field(default_factory=dict)  # of kept networks that are not those of the training
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Training:
+    """What a method trains, on what, and how a phase of it is run."""
+
+    config: Any  # the settings of the training
+    data: Data
+    teacher: nn.Module  # both with fresh weights, on their device, over the processes that train together
+    student: nn.Module
+    optimizer: Callable[[Role, nn.Module], torch.optim.Optimizer]
+    options: Mapping[str, Any]  # of every trainer
+    # fit(trainer, labeled, unlabeled, **options): one phase, which goes on where it was stopped.
+    fit: Callable[..., FitResult]
+    # Stored class distributions of the unlabeled examples and perhaps the labeled ones, by a network, or by what a
+    # method's settings name.
+    label: Callable[[nn.Module | None], dict[str, Tensor]]
+    laid_out: Callable[..., nn.Module]  # a further network over the processes; small=True: each has all of it
+    seed: Callable[[int], None]  # seeds the default generators, each process's as it has to be
+    run: Any = None  # the folder, for what stores more: see metapl.apps.noisy_student
+
+    def alone(self, network: nn.Module, losses: Losses, **options: Any) -> Trained:
+        """Train a network by itself, on labeled examples and, where a loss reads them, unlabeled ones."""
+        trainer = LossTrainer(network, losses, optimizer=self.optimizer("teacher", network), **self.options)
+        unlabeled = self.data.unlabeled if len(losses) > 1 else None
+        labeled = options.pop("labeled", self.data.labeled)
+        return Trained(trainer, self.fit(trainer, labeled, unlabeled, **options))
+
+    def bilevel(self, teacher: nn.Module, mode: Any, problem: Any, **options: Any) -> BilevelTrainer:
+        """The trainer of the student beside a teacher. It is not verified: the tests verify these problems."""
+        optimizers = {
+            "inner_optimizer": self.optimizer("student", self.student),
+            "outer_optimizer": options.pop("outer_optimizer", None) or self.optimizer("teacher", teacher),
+        }
+        options = {"verify": False, "problem": problem, **optimizers, **self.options, **options}
+        return BilevelTrainer(teacher, self.student, mode, **options)
+
+
+class Method(Protocol):
+    """A frozen dataclass whose fields are flags."""
+
+    @property
+    def name(self) -> str:
+        """In commands and files."""
+
+    @property
+    def title(self) -> str:
+        """In words."""
+
+    def scheduled(self, steps: int) -> Self:
+        """With a value for every field that is a share of the steps; refused where it does not go with them."""
+
+    def train(self, t: Training) -> Trained:
+        """Go through its phases."""
+
+
+# --------------------------------------------------------------------------------------------------------- one network
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervised:
+    """The labeled examples alone.
+
+    Args:
+        label_smoothing: label smoothing of the loss.
+        everything: train on the true labels of all examples, where they are known: the headroom.
+    """
+
+    label_smoothing: Share = 0.0
+    everything: Hidden[bool] = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def name(self) -> str:
+        return (
+            "supervised_everything" if self.everything else "label_smoothing" if self.label_smoothing else "supervised"
+        )
+
+    @property
+    def title(self) -> str:
+        if self.everything:
+            return "supervised with all true labels (headroom)"
+        return "supervised with label smoothing" if self.label_smoothing else "supervised, labeled data only"
+
+    def scheduled(self, steps: int) -> Self:
+        return self
+
+    def train(self, t: Training) -> Trained:
+        labeled = t.data.everything if self.everything else t.data.labeled
+        return t.alone(t.teacher, (CrossEntropy(self.label_smoothing),), labeled=labeled)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consistency:
+    """Consistency of the predictions on two views of unlabeled examples.
+
+    Args:
+        label_smoothing: of the supervised loss.
+        uda_weight: of the loss; 0 leaves it out.
+        uda_temperature: of its targets; 0: hard.
+        uda_threshold: leave out what is less sure.
+        uda_align: class shares to the labeled ones.
+        uda_start: steps without it first; 40 %.
+        uda_ramp: steps of growing weight; 10 %.
+        uda_prior: shares of the classes that uda_align moves to; None: equal ones.
+    """
+
+    label_smoothing: Share = 0.0
+    uda_weight: Weight = 1.0
+    uda_temperature: Weight = 0.5
+    uda_threshold: Share = 0.85
+    uda_align: Annotated[float, Range(0, most=1)] = 0.5
+    uda_start: Annotated[SomeSteps | None, unset()] = None
+    uda_ramp: Annotated[SomeSteps | None, unset()] = None
+    uda_prior: Hidden[tuple[float, ...] | None] = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        self.losses()
+
+    def losses(self) -> Losses:
+        """The supervised loss, and UDA's where it has a weight."""
+        return (CrossEntropy(self.label_smoothing), *([self._uda()] if self.uda_weight else []))
+
+    def _uda(self) -> UDA:
+        named = {
+            name: getattr(self, f"uda_{name}") for name in ("weight", "temperature", "threshold", "align", "prior")
+        }
+        return UDA(ramp=self.uda_ramp or 0, start=self.uda_start or 0, **named)
+
+    def scheduled(self, steps: int) -> Self:
+        shares = {"uda_start": round(START * steps), "uda_ramp": round(RAMP * steps)}
+        missing: Any = {name: value for name, value in shares.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **missing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uda:
+    """One network, on the labeled examples and on its own labels of examples that it is sure of."""
+
+    uda: Flat[Consistency] = field(default_factory=Consistency)
+
+    name: ClassVar[str] = "uda"
+    title: ClassVar[str] = "UDA alone"
+
+    def scheduled(self, steps: int) -> Self:
+        return dataclasses.replace(self, uda=self.uda.scheduled(steps))
+
+    def train(self, t: Training) -> Trained:
+        return t.alone(t.teacher, self.uda.losses())
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixMatch:
+    """UDA with the most probable class as the label where the network is sure of it."""
+
+    uda: Flat[Consistency] = field(
+        default_factory=lambda: Consistency(uda_temperature=0.0, uda_threshold=FIXMATCH_THRESHOLD, uda_align=0.0)
+    )
+
+    name: ClassVar[str] = "fixmatch"
+    title: ClassVar[str] = "FixMatch alone"
+
+    def scheduled(self, steps: int) -> Self:
+        return dataclasses.replace(self, uda=self.uda.scheduled(steps))
+
+    def train(self, t: Training) -> Trained:
+        return t.alone(t.teacher, self.uda.losses())
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntMin:
+    """Entropy minimization: one network, on the labeled examples and towards predictions that are sure.
+
+    Args:
+        entropy_weight: of the mean entropy of predictions.
+
+    Source: Grandvalet and Bengio (2004), eq. (7).
+    """
+
+    entropy_weight: Weight = 0.1
+
+    name: ClassVar[str] = "ent_min"
+    title: ClassVar[str] = "entropy minimization"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def scheduled(self, steps: int) -> Self:
+        return self
+
+    def train(self, t: Training) -> Trained:
+        return t.alone(t.teacher, (CrossEntropy(), Entropy(self.entropy_weight)))
+
+
+@dataclass(frozen=True)
+class Entropy:
+    r"""weight · (1/B) Σ_i H(softmax T(x_i)), of the weak view of unlabeled examples."""
+
+    weight: float
+
+    name: ClassVar[str] = "entropy"
+
+    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: int) -> Tensor:
+        log_p = wide(checks.logits(teacher(views(unlabeled)[0]), "network")).log_softmax(-1)
+        return -self.weight * (log_p.exp() * log_p).sum(-1).mean()
+
+
+# --------------------------------------------------------------------------------------------- a teacher and a student
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feedback:
+    """How a teacher labels, and what it learns from the student.
+
+    Args:
+        mode: one of metapl.MODES; see metapl ablate.
+        pseudo_labels: soft or hard; as the mode needs.
+        temperature: of the pseudo-labels' softmax.
+        student_smoothing: label smoothing of its loss.
+        feedback: whole, none, or an altered control.
+        feedback_weight: beside the teacher's own losses.
+        feedback_ratio: its norm by theirs, instead.
+        normalization: gradient, learning_rate or cosine.
+        baseline: decay of an average to subtract.
+    """
+
+    mode: Annotated[Mode, tyro.conf.arg(metavar="MODE")] = "forward"
+    pseudo_labels: Annotated[Literal["soft", "hard"] | None, unset("KIND")] = None
+    temperature: float = 1.0
+    student_smoothing: Share = 0.0
+    feedback: Annotated[FeedbackKind, tyro.conf.arg(metavar="KIND")] = "whole"
+    feedback_weight: float = 1.0
+    feedback_ratio: Annotated[Weight | None, unset()] = None
+    normalization: Annotated[Literal["gradient", "learning_rate", "cosine"] | None, unset("NAME")] = None
+    baseline: Annotated[float | None, unset()] = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        self.estimator(seed=0)
+        self.problem()
+
+    def estimator(self, seed: int) -> Any:
+        """The mode, altered as it may be; "none" where nothing is fed back."""
+        plain: Any = feedback.estimator(self.mode)
+        cosine = self.normalization == "cosine" and isinstance(plain, feedback.Reinforce)
+        fields = {"baseline": self.baseline, "similarity" if cosine else "normalization": self.normalization}
+        given = {name: value for name, value in fields.items() if value is not None}
+        for name in given.keys() - {each.name for each in dataclasses.fields(plain)}:
+            raise MetaplError(f"mode '{self.mode}' has no {name}; leave {name} out, or take a mode that has it.")
+        if self.feedback == "none":
+            return "none"
+        made = dataclasses.replace(plain, **given)
+        return made if self.feedback == "whole" else Altered(made, self.feedback, seed=seed)
+
+    def problem(self) -> problems.PseudoLabels:
+        """The labels that the student learns, also without feedback those that the mode takes."""
+        smoothing = self.student_smoothing
+        asked = problems.PseudoLabels(kind=self.pseudo_labels, temperature=self.temperature, label_smoothing=smoothing)
+        taken = asked.for_modes(feedback.estimator(self.mode).labels, self.mode)
+        return taken if self.feedback == "none" else asked
+
+    def size(self, ratio: bool = True) -> dict[str, Any]:
+        """How large the feedback is, as :class:`metapl.BilevelTrainer` takes it."""
+        if self.feedback == "none":
+            return {}
+        if self.feedback_ratio is None or not ratio:
+            return {"feedback_weight": self.feedback_weight}
+        return {"feedback_ratio": self.feedback_ratio}
+
+
+ALTERED = {
+    "permuted": "feedback permuted over the batch",
+    "class_means": "class means of the feedback only",
+    "random_sign": "feedback with random signs",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mpl:
+    """Meta Pseudo Labels: a teacher learns from how the student does that learns its labels.
+
+    Args:
+        wait: steps of the teacher alone first; 75 %.
+        warm_start: begin with its weights then.
+    """
+
+    feedback: Flat[Feedback] = field(default_factory=Feedback)
+    uda: Flat[Consistency] = field(default_factory=Consistency)
+    wait: Annotated[SomeSteps | None, unset()] = None
+    warm_start: tyro.conf.FlagConversionOff[bool] = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def name(self) -> str:
+        return "mpl" if self.feedback.feedback == "whole" else self.feedback.feedback
+
+    @property
+    def title(self) -> str:
+        names = {"whole": "Meta Pseudo Labels", "none": "same loop, no feedback"}
+        return names.get(self.feedback.feedback) or f"MPL, {ALTERED[self.feedback.feedback]}"
+
+    def scheduled(self, steps: int) -> Self:
+        wait = min(round(WAIT * steps), steps - 1) if self.wait is None else self.wait
+        if wait >= steps:
+            raise MetaplError(f"--wait {wait:,}: expected fewer steps than the {steps:,} of the training.")
+        return dataclasses.replace(self, wait=wait, uda=self.uda.scheduled(steps))
+
+    def trainer(self, t: Training) -> BilevelTrainer:
+        mode = self.feedback.estimator(t.config.fitting.seed)
+        own = {"teacher_losses": self.uda.losses(), **self.feedback.size()}
+        return t.bilevel(t.teacher, mode, self.feedback.problem(), **own)
+
+    def train(self, t: Training) -> Trained:
+        trainer = self.trainer(t)
+        wait, steps = self.wait or 0, t.config.fitting.steps
+        # A student that waits has fewer steps, and warms up over the same share of them.
+        warmup = round((steps - wait) / steps * (t.config.fitting.warmup or 0))
+        options = {"wait": wait, "warm_start": self.warm_start and wait > 0, "warmup": warmup}
+        result = t.fit(trainer, t.data.labeled, t.data.unlabeled, **options)
+        return Trained(trainer, result, (t.teacher, result.teacher_weights or {}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PseudoLabels:
+    """A student on the labels of a teacher that learned from the labeled examples alone: eq. (1) of the paper.
+
+    Args:
+        pseudo_labels: soft or hard.
+        temperature: of the softmax that makes them.
+        student_smoothing: label smoothing of its loss.
+        label_smoothing: of the teacher's loss.
+    """
+
+    pseudo_labels: Annotated[Literal["soft", "hard"], tyro.conf.arg(metavar="KIND")] = "soft"
+    temperature: float = 1.0
+    student_smoothing: float = 0.0
+    label_smoothing: Share = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        self.problem()
+
+    @property
+    def name(self) -> str:
+        return "pseudo_labels" if self.pseudo_labels == "soft" else "pseudo_labels_hard"
+
+    @property
+    def title(self) -> str:
+        return f"pseudo labels of a fixed teacher, {self.pseudo_labels}"
+
+    def scheduled(self, steps: int) -> Self:
+        return self
+
+    def problem(self) -> problems.PseudoLabels:
+        smoothing = self.student_smoothing
+        return problems.PseudoLabels(kind=self.pseudo_labels, temperature=self.temperature, label_smoothing=smoothing)
+
+    def train(self, t: Training) -> Trained:
+        t.alone(t.teacher, (CrossEntropy(self.label_smoothing),), phase="teacher")
+        # Without a loss and without feedback the teacher stays as it is.
+        trainer = t.bilevel(t.teacher, "none", self.problem(), teacher_losses=())
+        return Trained(trainer, t.fit(trainer, t.data.labeled, t.data.unlabeled))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReducedMpl:
+    """Reduced Meta Pseudo Labels: a student on stored labels, which a small network adjusts by its feedback.
+
+    Args:
+        teacher_run: its network labels, none is trained.
+        label_store: of --unlabeled, by metapl label.
+        labeled_label_store: with --labels, of --labeled.
+    """
+
+    feedback: Flat[Feedback] = field(default_factory=Feedback)
+    uda: Flat[Consistency] = field(default_factory=Consistency)
+    teacher_run: Annotated[str | None, unset("RUN", name="teacher")] = None
+    label_store: Annotated[str | None, unset("STORE", name="labels")] = None
+    labeled_label_store: Annotated[str | None, unset("STORE", name="labeled-labels")] = None
+
+    def __post_init__(self) -> None:
+        given = [name for name, place in self.labels_from.items() if place is not None]
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        if given not in ([], ["teacher"], ["labels"], ["labels", "labeled_labels"]):
+            raise MetaplError(f"{flags}: expected --teacher, or --labels and perhaps --labeled-labels beside it.")
+
+    @property
+    def labels_from(self) -> dict[str, str | None]:
+        return {"teacher": self.teacher_run, "labels": self.label_store, "labeled_labels": self.labeled_label_store}
+
+    @property
+    def name(self) -> str:
+        return "reduced_none" if self.feedback.feedback == "none" else "reduced_mpl"
+
+    @property
+    def title(self) -> str:
+        if self.feedback.feedback == "none":
+            return "stored labels, adjusted without feedback"
+        return "Reduced MPL (stored labels, adjusted)"
+
+    def scheduled(self, steps: int) -> Self:
+        return dataclasses.replace(self, uda=self.uda.scheduled(steps))
+
+    def train(self, t: Training) -> Trained:
+        if any(self.labels_from.values()):
+            stored = t.label(None)
+        else:
+            t.alone(t.teacher, self.uda.losses(), phase="teacher")
+            stored = t.label(t.teacher)
+        labeled, unlabeled = t.data.labeled, t.data.unlabeled
+        assert isinstance(labeled, LabeledBatches)
+        assert isinstance(unlabeled, UnlabeledBatches)
+        t.seed(t.config.fitting.seed)  # wherever the labels came from, and whatever was drawn for them
+        adjuster = t.laid_out(label_adjuster(len(t.data.classes)), small=True)
+        own: tuple[problems.StoredCrossEntropy, ...] = ()
+        if "labeled" in stored:
+            own = (problems.StoredCrossEntropy(self.uda.label_smoothing),)
+            labeled = dataclasses.replace(labeled, stored=stored["labeled"])
+        labels = self.feedback.problem()
+        problem = problems.ReducedLabels(labels.kind, labels.temperature, labels.label_smoothing)
+        mode = self.feedback.estimator(t.config.fitting.seed)
+        trainer = t.bilevel(adjuster, mode, problem, teacher_losses=own, **self.feedback.size(ratio=bool(own)))
+        seen = unlabeled.weak if unlabeled.strong is None else unlabeled.strong
+        pairs = dataclasses.replace(unlabeled, weak=seen, strong=None, stored=stored["unlabeled"])
+        # The small network has no opinion on examples, of which some could be right.
+        return Trained(trainer, t.fit(trainer, labeled, pairs, truth=None))
+
+
+def beside(method: Any, own: Any, usual: Any) -> Any:
+    """Another method in a comparison: with the settings in which the first one, ``own``, differs from its usual ones.
+
+    >>> beside(Uda(), Mpl(uda=Consistency(uda_threshold=0.9)), Mpl()).uda.uda_threshold
+    0.9
+    """
+    asked, have = flat(own), flat(usual)
+    changed = {name: value for name, value in asked.items() if value != have[name] and name in flat(method)}
+    made = replaced(method, **changed)
+    return made if made.name == method.name else method

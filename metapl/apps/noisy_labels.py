@@ -1,0 +1,320 @@
+"""A folder of pictures whose labels may be wrong, and one with a few whose labels are right: ``metapl train noisy``."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from metapl import feedback
+from metapl.ablation import Altered
+from metapl.apps import networks
+from metapl.apps.images import (
+    EVALUATED_AT_ONCE,
+    FINETUNED_AT,
+    Folder,
+    Minutes,
+    OtherFolder,
+    Pictures,
+    compare_files,
+    held_out,
+    refuse_errors,
+    sound_files,
+    spoken_classes,
+    trainer_options,
+)
+from metapl.apps.methods import Data, Doubtful, Trained, Training
+from metapl.apps.pictures.batches import EvaluationBatches, LabeledBatches
+from metapl.apps.pictures.card import NetworkCard
+from metapl.apps.pictures.check import check_folders, same_pictures
+from metapl.apps.pictures.folders import Files, LabeledFiles, hash_files, scan_labeled
+from metapl.apps.pictures.input import Input
+from metapl.apps.pictures.store import Images
+from metapl.apps.settings import Batch, Fitting, Flat, Hidden, Role, SomeSteps, unset
+from metapl.data.sampler import StepSampler
+from metapl.errors import MetaplError, few
+from metapl.models import Corrector
+from metapl.problems import ExampleWeights, LabelCorrection, MetaWeightNet, NoiseTransition, Table, WeightNet
+from metapl.problems.losses import CrossEntropy
+from metapl.runs.fields import AboveZero, check_fields
+from metapl.training import Say
+
+TRUSTED = 4.0  # logit of "no noise" in a matrix of label noise, and of the given label in a corrector, at first
+WARM = 0.2  # share of the steps on labels as they are given, before anything is learned about them
+PLAIN = (CrossEntropy(),)
+
+# The learning rates of what is learned about labels, by AdamW, and what it is called.
+RATES = {"example_weights": 0.1, "meta_weight_net": 1e-3, "label_correction": 1e-3, "noise_transition": 0.05}
+TITLES = {
+    "example_weights": "learned weights of examples",
+    "meta_weight_net": "weights learned from losses",
+    "label_correction": "learned corrections of labels",
+    "noise_transition": "a learned matrix of label noise",
+}
+ALTERED = {"permuted": "feedback permuted", "random_sign": "feedback with random signs"}
+LearnedKind = Literal["example_weights", "meta_weight_net", "label_correction", "noise_transition"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain:
+    """All labels as they are, or the clean ones alone."""
+
+    clean: Hidden[bool] = False
+
+    @property
+    def name(self) -> str:
+        return "clean" if self.clean else "plain"
+
+    @property
+    def title(self) -> str:
+        return "plain, clean labels alone" if self.clean else "plain, given and clean labels"
+
+    def scheduled(self, steps: int) -> Self:
+        return self
+
+    def train(self, t: Training) -> Trained:
+        return _plainly(t, t.data.labeled if self.clean else t.data.everything)
+
+
+def _plainly(t: Training, labeled: Any, **options: Any) -> Trained:
+    # As the student that it is: the other network may be what is learned about labels.
+    return dataclasses.replace(t, optimizer=lambda role, module: t.optimizer("student", module)).alone(
+        t.student, PLAIN, labeled=labeled, **options
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """Something about labels is learned from what helps on the clean ones.
+
+    A weight for each picture (example_weights), a weight as a function of its loss (meta_weight_net), another network
+    that corrects labels (label_correction), or how often each class is taken for each other (noise_transition).
+
+    Args:
+        mode: forward or difference.
+        warm_steps: on all labels as they are; 20 %.
+        label_lr: rate of what is learned about labels.
+        feedback: whole, or an altered control.
+
+    Source: the papers that :mod:`metapl.problems` names beside each problem.
+    """
+
+    kind: Hidden[LearnedKind] = "example_weights"
+    mode: Annotated[Literal["forward", "difference"], tyro.conf.arg(metavar="MODE")] = "forward"
+    warm_steps: Annotated[SomeSteps | None, unset()] = None
+    label_lr: Annotated[AboveZero | None, unset()] = None
+    feedback: Annotated[Literal["whole", "permuted", "random_sign"], tyro.conf.arg(metavar="KIND")] = "whole"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.feedback == "whole" else f"{self.kind}_{self.feedback}"
+
+    @property
+    def title(self) -> str:
+        how = "" if self.feedback == "whole" else f", {ALTERED[self.feedback]}"
+        return f"{TITLES[self.kind]}{how}"
+
+    def scheduled(self, steps: int) -> Self:
+        warm = round(WARM * steps) if self.warm_steps is None else self.warm_steps
+        if warm >= steps:
+            raise MetaplError(f"--warm-steps {warm:,}: expected fewer steps than the {steps:,} of the training.")
+        return dataclasses.replace(self, warm_steps=warm)
+
+    def train(self, t: Training) -> Trained:
+        fitting, classes, warm = t.config.fitting, len(t.data.classes), self.warm_steps or 0
+        problem: Any
+        learned: nn.Module
+        noisy = t.data.unlabeled
+        if self.kind == "example_weights":
+            problem, learned = ExampleWeights(), Table(torch.zeros(len(noisy.images)))
+            noisy = IndexedBatches(**{each.name: getattr(noisy, each.name) for each in dataclasses.fields(noisy)})
+        elif self.kind == "meta_weight_net":
+            problem, learned = MetaWeightNet(), WeightNet()
+        elif self.kind == "label_correction":
+            problem, learned = LabelCorrection(), Corrector(t.config.network(), classes, TRUSTED)
+        else:
+            problem, learned = NoiseTransition(), Table(TRUSTED * torch.eye(classes))
+        teacher = t.laid_out(learned, small=not problem.teacher_reads_inputs)
+        if warm:
+            # While the network knows nothing yet, whatever it learns from helps it, and all weights would grow.
+            first = {"steps": warm, "schedule": "constant", "select": False, "warmup": min(fitting.warmup, warm)}
+            _plainly(t, t.data.everything, phase="warm", **first)
+        mode: Any = feedback.estimator(self.mode)
+        if self.feedback != "whole":
+            mode = Altered(mode, self.feedback, seed=fitting.seed)
+        groups = networks.parameter_groups(teacher, 0.0, on_norms=False)
+        own = torch.optim.AdamW(groups, lr=self.label_lr or RATES[self.kind])
+        trainer = t.bilevel(teacher, mode, problem, outer_optimizer=own, teacher_losses=())
+        rest = {"steps": fitting.steps - warm, "warmup": 0 if warm else fitting.warmup}
+        return Trained(trainer, t.fit(trainer, t.data.labeled, noisy, **rest))
+
+
+METHODS: dict[str, Any] = {
+    **{kind: Learned(kind=kind) for kind in RATES},  # type: ignore[arg-type]  # the same words
+    "plain": Plain(),
+    "clean": Plain(clean=True),
+    **{
+        f"{kind}_{how}": Learned(kind=kind, feedback=how)  # type: ignore[arg-type]
+        for kind in RATES
+        for how in ALTERED
+    },
+}
+COMPARED = ("plain", "clean")
+
+
+@dataclass(frozen=True, eq=False)
+class IndexedBatches(LabeledBatches):
+    """Item t is (x, y, i): images, their labels, and their positions in the data set."""
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        return {"labels": self.labels, "indices": torch.arange(len(self.labels))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noisy:
+    """Train on pictures some of which are in the folder of a wrong class, and a few whose labels are right.
+
+    What is not given is chosen by looking at the pictures, and by how many steps fit into the minutes.
+
+    Args:
+        labeled: with doubtful labels, in a folder a class.
+        clean: a few with right labels, likewise.
+        val: more with right labels, to select on.
+        test: more with right labels, to report on.
+        clean_batch: pictures of --clean in a batch.
+        minutes: for as many steps as fit; by default 5.
+    """
+
+    name: ClassVar[str] = "noisy"
+    places: ClassVar[tuple[str, ...]] = ("labeled", "clean", "val", "test")
+    batch_of_few: ClassVar[str] = "clean_batch"
+
+    labeled: Folder
+    clean: Folder
+    val: OtherFolder = None
+    test: OtherFolder = None
+    clean_batch: Batch = 32
+    minutes: Minutes = None
+    pictures: Flat[Pictures] = field(default_factory=Pictures)
+    fitting: Flat[Fitting] = field(default_factory=lambda: Fitting(ema_decay=0.99, labeled_batch=64))
+    val_fraction: Hidden[float | None] = 0.0  # nothing is set aside of the few
+    classes: Hidden[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def input(self) -> Input:
+        return self.pictures.input
+
+    def few_and_many(self) -> tuple[LabeledFiles, Files]:
+        """The pictures whose labels are right, and the others."""
+        return scan_labeled(self.clean), scan_labeled(self.labeled)
+
+    def check_first(self) -> None:
+        first, second = (Path(folder).expanduser().resolve() for folder in (self.labeled, self.clean))
+        if first == second or first in second.parents or second in first.parents:
+            how = "the same folder" if first == second else "one inside the other"
+            raise MetaplError(
+                f"--labeled {self.labeled} and --clean {self.clean} are {how}; expected two folders, so that the clean "
+                "labels are told from those that may be wrong."
+            )
+        clean, noisy = scan_labeled(self.clean), scan_labeled(self.labeled)
+        refuse_errors(check_folders(clean))
+        without = [
+            f"{few(missing)} in {one.root} alone"
+            for one, other in ((noisy, clean), (clean, noisy))
+            if (missing := [name for name in one.classes if name not in other.classes])
+        ]
+        if without:
+            raise MetaplError(f"classes differ: {'; '.join(without)}; expected subfolders of the same names in both.")
+        if empty := [name for name, count in noisy.counts().items() if not count]:
+            raise MetaplError(
+                f"no picture of {few(empty)} in {noisy.root}; put some there, or remove it from {clean.root} too."
+            )
+        if pairs := [f"{same[0]} is {copies[0]}" for copies, same in same_pictures(noisy, clean)]:
+            raise MetaplError(
+                f"{len(pairs)} clean pictures are among the labeled ones too: {few(pairs)}; remove them from "
+                f"{noisy.root}: labels are judged on clean pictures that the network was not trained on."
+            )
+
+    def data(self, say: Say, progress: bool, log: Path | None) -> Data:
+        self.check_first()
+        found, skipped = sound_files(self, say, progress)
+        noisy, clean = found["labeled"], found["clean"]
+        val, test = found.get("val"), found.get("test")
+        compare_files(clean, noisy, val, test, say, progress)
+        hashes = {name: hash_files(files) for name, files in found.items()}
+        of = f"pictures of {spoken_classes(self.classes)} with labels that may be wrong, {len(clean):,} with clean ones"
+        say(
+            f"{len(noisy):,} {of}, {len(val) if val else 'none'} for validation, "
+            f"{f'{len(test):,}' if test else 'none'} to test on"
+        )
+        # Noisy and clean pictures are together in one list of files.
+        both, count = self.pictures.images([*noisy.paths(), *clean.paths()], log), len(noisy)
+        labels = torch.cat([noisy.targets(self.classes), clean.targets(self.classes)])
+        parts = both.select(torch.arange(count, len(both))), labels[count:], both.select(torch.arange(count))
+        listed = {"clean": clean, "validation": val, "test": test}
+        names = {name: list(files.names) if files else [] for name, files in listed.items()}
+        examples = EvaluationBatches(parts[2], torch.arange(count), EVALUATED_AT_ONCE)
+        return Data(
+            **self.batches(*parts, given=labels[:count], both=(both, labels)),
+            validation=held_out(self, val, log),
+            test=held_out(self, test, log),
+            classes=self.classes,
+            test_names=test.names if test else None,
+            skipped=skipped,
+            record={**names, "labeled": count, "hash": hashes},
+            doubtful=Doubtful(examples, labels[:count], tuple(noisy.paths())),
+        )
+
+    def batches(
+        self,
+        few: Images,
+        labels: Tensor,
+        many: Images,
+        given: Tensor | None = None,
+        both: tuple[Images, Tensor] | None = None,
+    ) -> dict[str, Any]:
+        """The sources of batches: clean ones as "labeled", the others with their labels as "unlabeled", and both."""
+        fitting, views, crop = self.fitting, self.pictures.views(), self.pictures.views()["crop"]
+        seed, size = fitting.seed, fitting.labeled_batch
+        given = torch.zeros(len(many), dtype=torch.int64) if given is None else given
+
+        def of(images: Images, labels: Tensor, size: int, stream: int, seed: int, view: str) -> LabeledBatches:
+            sampler = StepSampler(len(images), size, seed=fitting.seed, stream=stream)
+            return LabeledBatches(images, labels, sampler, views[view], seed, crop=crop)
+
+        return {
+            "labeled": of(few, labels, self.clean_batch, 0, seed, "labeled"),
+            "unlabeled": of(many, given, size, 1, seed + 2, "labeled"),
+            "finetuning": of(few, labels, self.clean_batch, 2, seed + 1, "finetuned"),
+            "everything": of(*(both or (few, labels)), size, 0, seed, "labeled"),
+        }
+
+    def network(self) -> nn.Module:
+        return self.pictures.build(len(self.classes))
+
+    def card(self, title: str) -> NetworkCard:
+        return self.pictures.card(title, len(self.classes))
+
+    def optimizer(self, role: Role, module: nn.Module) -> torch.optim.Optimizer:
+        return self.pictures.optimizer(self.fitting, role, module)
+
+    def finetuner(self, module: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(networks.parameter_groups(module, 0.0, on_norms=True), lr=FINETUNED_AT)
+
+    def trainer_options(self) -> dict[str, Any]:
+        return trainer_options(self)
+
+    def finetuning(self) -> dict[str, Any]:
+        return self.fitting.finetuning(schedule="constant")

@@ -1,0 +1,529 @@
+"""Noisy Student: a teacher labels, students learn from its labels with noise, and each labels for the next one.
+
+The phases are fits of their own, ``round-0``, ``round-1``, ..., and between them the run stores labels and selects.
+Each is a function of what was before it and of the seed, and each goes on where it was stopped, so a run that is
+resumed goes through them from the first one and ends bit for bit as one that was not stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metapl.apps.digits import Digits
+from metapl.apps.digits import fitting as of_digits
+from metapl.apps.labeling import Labeled, Read, SourcePictures, provenance, store_labels
+from metapl.apps.labels import LabelStore
+from metapl.apps.labels.queries import Selection, select, statistics
+from metapl.apps.methods import Data, Trained, Training
+from metapl.apps.pictures import LabeledBatches, UnlabeledBatches
+from metapl.apps.pictures.batches import Fetched
+from metapl.apps.pictures.views.base import Identity, View
+from metapl.apps.settings import Share, Steps, Switch, replaced, require, unset
+from metapl.apps.train import evaluated, measured
+from metapl.data.draws import fold_in
+from metapl.data.sampler import StepSampler
+from metapl.errors import MetaplError, few
+from metapl.execution.numerics import wide
+from metapl.execution.ranks import ALONE, Ranks
+from metapl.problems.losses import CrossEntropy
+from metapl.problems.stored import NoisyStudentLoss, check_stored, stored_pair, with_model_noise
+from metapl.runs.fields import Range, check_fields
+from metapl.training import FitResult, Say
+from metapl.training.loss_trainer import LossTrainer
+from metapl.training.options import DECAY, DECAY_EPOCHS, EPOCHS
+from metapl.training.resuming import digest
+from metapl.training.selection import weights_of
+
+# The phase of the first teacher, the end of the name of one that finetunes a student, and the phase that finetunes the
+# last student on larger pictures.
+FIRST, FINETUNED, LARGER = "round-0", "-finetune", "resolution"
+
+FOLDER = "rounds"  # where a run keeps the stores of its rounds: of all unlabeled examples, and of the selected ones
+LABELS, SELECTED = "labels", "selected"
+MOST_ROUNDS, MOST_RATIO = 1000, 2**12
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisyStudent:
+    """Noisy Student: a teacher labels, a student learns its labels with noise, and becomes the teacher.
+
+    Args:
+        networks: one a round; the last serves on.
+        rounds: students, each on the last one's labels.
+        allow_smaller: let students be smaller.
+        labels: soft, or hard: the likeliest class.
+        threshold: keep what the teacher is surer of.
+        balance: repeat examples of smaller classes.
+        per_class: the most examples of a class.
+        ratio: unlabeled examples for each labeled one.
+        loss: mean over the batch, or two_means added.
+        training: joint, pretrain_finetune or pretrain.
+        warm_start: begin with the teacher's weights.
+        warm_steps: steps of a student that does.
+        noisy_teacher: label augmented, with dropout.
+        unlabeled_noise: all, model or none.
+        finetune_size: larger side, at the end (FixRes).
+        frozen: share of the layers that are then.
+        label_smoothing: on labeled examples.
+    """
+
+    name: ClassVar[str] = "noisy_student"
+    title: ClassVar[str] = "Noisy Student"
+
+    networks: Annotated[tuple[str, ...], unset("NAME ...")] = ()
+    rounds: Annotated[int, Range(1, most=MOST_ROUNDS)] = 3
+    allow_smaller: Switch = False
+    labels: Annotated[Literal["soft", "hard"], tyro.conf.arg(metavar="KIND")] = "soft"
+    threshold: Share = 0.3
+    balance: tyro.conf.FlagConversionOff[bool] = True
+    per_class: Annotated[Steps | None, unset()] = None
+    ratio: Annotated[int, Range(1, most=MOST_RATIO)] = 3
+    loss: Annotated[Literal["mean", "two_means"], tyro.conf.arg(metavar="KIND")] = "mean"
+    training: Annotated[Literal["joint", "pretrain_finetune", "pretrain"], tyro.conf.arg(metavar="HOW")] = "joint"
+    warm_start: Switch = False
+    warm_steps: Annotated[Steps | None, unset()] = None
+    noisy_teacher: Switch = False
+    unlabeled_noise: Annotated[Literal["all", "model", "none"], tyro.conf.arg(metavar="KIND")] = "all"
+    finetune_size: Annotated[Steps | None, unset("PIXELS")] = None
+    frozen: Share = 0.5
+    label_smoothing: Share = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(self, self.warm_steps is None or self.warm_start, "warm_steps", "None without warm_start")
+        means = self.training == "joint" or self.loss == "mean"
+        require(self, means, "loss", f"mean with training={self.training}, which has no sum")
+        require(self, self.finetune_size is not None or self.frozen == 0.5, "frozen", "a finetune_size beside it")
+        most = f"{self.rounds + 1} names at most: the first teacher's, then one a round"
+        require(self, len(self.networks) <= self.rounds + 1, "networks", most)
+
+    def network(self, number: int) -> str | None:
+        """The network of a round by its name, of -1 that of the last; None is the usual one.
+
+        >>> [NoisyStudent(networks=("a", "b")).network(number) for number in range(-1, 3)]
+        ['b', 'a', 'b', 'b']
+        """
+        return self.networks[min(number, len(self.networks) - 1)] if self.networks else None
+
+    def scheduled(self, steps: int) -> Self:
+        if self.warm_steps is not None and self.warm_steps > steps:
+            raise MetaplError(
+                f"--warm-steps {self.warm_steps:,}: a student that begins with the weights of its teacher takes at "
+                f"most as many steps as one from scratch; expected 1 to {steps:,}, or more --steps."
+            )
+        return self
+
+    def train(self, t: Training) -> Trained:
+        config, data, seed = t.config, t.data, t.config.fitting.seed
+        first, *others = configs_of(config, self)
+        hard, model_noise = self.labels == "hard", self.unlabeled_noise != "none"
+        rounds = None if t.run is None else Rounds.of(self, t)
+        place = next(t.student.parameters()).device
+
+        # Round 0, on labeled examples alone, with noise.
+        torch.manual_seed(fold_in(seed, 0))
+        teacher = t.laid_out(first.network())
+        losses: Any = (CrossEntropy(self.label_smoothing),)
+        trainer = LossTrainer(teacher, losses, optimizer=optimizer(first, teacher), **t.options)
+        usual = config.fitting.steps
+        options = {"steps": usual, "warmup": min(config.fitting.warmup or 0, usual), **_decay(config, usual)}
+        result = t.fit(trainer, _with_noise(config, data, 0), None, phase=FIRST, **options)
+        teacher = trainer.student
+        for number, sized in enumerate(others, 1):
+            chosen = Chosen.all_of(data) if rounds is None else rounds.choose(number, teacher)
+            torch.manual_seed(fold_in(seed, number))  # whatever was drawn before
+            network, steps, rate = sized.network().to(place), usual, 1.0
+            if self.warm_start:
+                network.load_state_dict(weights_of(teacher))
+                steps = self.warm_steps or usual
+                rate = end_matched(steps, usual)
+            labeled, pairs = _with_noise(config, data, number), _pseudo_labeled(self, config, data, number, chosen)
+            losses = (NoisyStudentLoss(self.loss, hard, model_noise, self.label_smoothing),)
+            sources: tuple[Any, Any] = (labeled, pairs)
+            if self.training != "joint":
+                losses, sources = (StoredLabelLoss(hard, model_noise),), (pairs, None)
+            given = t.laid_out(network)
+            trainer = LossTrainer(given, losses, optimizer=optimizer(sized, given, rate), **t.options)
+            options = {"steps": steps, "warmup": min(config.fitting.warmup or 0, steps), **_decay(config, usual)}
+            result = t.fit(trainer, *sources, phase=f"round-{number}", **options)
+            if self.training == "pretrain_finetune":
+                trainer, result = _finetuned(t, sized, given, number)
+            if rounds is not None:
+                rounds.trained(number, network, result)
+            last, teacher = teacher, network
+        weights = weights_of(last)
+        kept = {"student": others[-1], "teacher": first if len(others) == 1 else others[-2]}
+        if self.finetune_size is None:
+            records = None if rounds is None else rounds.records
+            return Trained(trainer, result, (last, weights), finetunes=False, rounds=records, configs=kept)
+
+        larger = others[-1].at_size(self.finetune_size)
+        student, before = trainer.as_given, result
+
+        def finetunes() -> Any:
+            run = t.run
+            seen = larger.data(lambda text: None, run.progress, run.folder.path / "skipped.jsonl")
+            tuned = finetuned_larger(t, larger, self, student, seen)
+            return measured(seen, trainer.student, tuned.validation_accuracy, tuned.weights)
+
+        kept["finetuned"] = larger
+        return Trained(trainer, before, (last, weights), finetunes, rounds.records if rounds else [], kept)
+
+
+METHODS = {"noisy_student": NoisyStudent()}
+DIGITS = Digits(hidden=(64, 64), fitting=of_digits(steps=1000, schedule="exponential", lr=0.2))
+
+
+@dataclass(frozen=True)
+class StoredLabelLoss:
+    """Cross-entropy on pseudo-labeled examples alone, (1/B) Σ_i CE(stored_i, S(x_i)), of labeled batches (x, stored);
+    ``hard`` and ``model_noise`` as for :class:`NoisyStudentLoss`."""
+
+    hard: bool = False
+    model_noise: bool = True
+
+    name: ClassVar[str] = "pseudo_labeled"
+    of_classes: ClassVar[bool] = True
+
+    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: int) -> Tensor:
+        inputs, stored = stored_pair(labeled)
+        with nullcontext() if self.model_noise else with_model_noise(teacher, on=False):
+            logits = wide(teacher(inputs))
+        check_stored(stored, logits, "unlabeled")
+        return F.cross_entropy(logits, stored.argmax(1) if self.hard else wide(stored))
+
+
+# ----------------------------------------------------------------------------------------------- networks and phases
+
+
+def configs_of(config: Any, settings: NoisyStudent) -> list[Any]:
+    """The settings with the network of each round, the first teacher's first; refused if they do not go on."""
+    names = [settings.network(number) for number in range(settings.rounds + 1)]
+    configs = [config if name is None else config.with_network(name) for name in names]
+    with torch.device("meta"):
+        sizes = {
+            name: sum(p.numel() for p in replaced(sized, weights=None).network().parameters())
+            for name, sized in dict(zip(names, configs, strict=True)).items()
+        }
+    for number, (teacher, student) in enumerate(pairwise(names), 1):
+        if sizes[student] < sizes[teacher] and not settings.allow_smaller:
+            raise MetaplError(
+                f"the student of round {number} is {student} with {sizes[student]:,} parameters, and its teacher "
+                f"{teacher} has {sizes[teacher]:,}: Noisy Student's students are equal or larger. Give --networks in "
+                "the order of their sizes, or --allow-smaller to distill into a smaller one."
+            )
+    if settings.warm_start and len(set(names)) > 1:
+        raise MetaplError(
+            f"--warm-start begins with the weights of the teacher, and --networks {' '.join(settings.networks)} are "
+            "not the same; expected one network, or students from scratch."
+        )
+    if settings.warm_start and config.fitting.schedule != "exponential":
+        raise MetaplError(
+            f"--warm-start ends at the learning rate where a student from scratch ends, and --schedule "
+            f"{config.fitting.schedule} has the same end whatever it begins with; expected --schedule exponential."
+        )
+    if settings.finetune_size is not None:
+        configs[-1].at_size(settings.finetune_size)
+    return configs
+
+
+def optimizer(config: Any, network: nn.Module, rate: float = 1.0) -> torch.optim.Optimizer:
+    """Of a network of a round, with ``rate`` times the usual learning rate."""
+    found: torch.optim.Optimizer = config.optimizer("teacher", network)
+    for group in found.param_groups:
+        group["lr"] *= rate
+    return found
+
+
+def _decay(config: Any, steps: int) -> dict[str, float]:
+    """The interval of the exponential schedule of so many steps, where the training has this schedule."""
+    return {"decay_every": decay_interval(steps)} if config.fitting.schedule == "exponential" else {}
+
+
+def end_matched(steps: int, usual: int) -> float:
+    """The factor of the first learning rate with which ``steps`` end at the rate where ``usual`` steps end.
+
+    Both follow the exponential schedule of the usual number.
+
+    >>> [f"{0.128 * end_matched(epochs, 350):.3g}" for epochs in (35, 70, 140, 280, 350)]  # study 8
+    ['0.00235', '0.00366', '0.00891', '0.0526', '0.128']
+    """
+    return float(DECAY ** ((usual - steps) / decay_interval(usual)))
+
+
+def decay_interval(steps: int) -> float:
+    """Steps after which the exponential schedule multiplies the rate by 0.97, where that is not given.
+
+    >>> decay_interval(700)
+    4.8
+    """
+    return steps * DECAY_EPOCHS / EPOCHS
+
+
+def _finetuned(t: Training, config: Any, network: nn.Module, number: int) -> tuple[LossTrainer, FitResult]:
+    """A student that learned from pseudo-labels alone, finetuned on labeled examples; each round draws its own."""
+    torch.manual_seed(fold_in(config.fitting.seed + 1, number))  # whatever was drawn before
+    labeled: LabeledBatches = t.data.finetuning
+    sampler = dataclasses.replace(labeled.sampler, seed=fold_in(labeled.sampler.seed, number))
+    labeled = dataclasses.replace(labeled, sampler=sampler, seed=fold_in(labeled.seed, number))
+    return _finetuning(t, config, network, labeled, f"round-{number}{FINETUNED}")
+
+
+def finetuned_larger(t: Training, config: Any, settings: NoisyStudent, student: nn.Module, data: Data) -> FitResult:
+    """The last student finetuned where it is, by the settings at a larger size and the data of that.
+
+    The first layers are frozen, with the statistics of their norms, and pictures are as they are.
+    Source: Noisy Student, "Fixing the train-test resolution discrepancy"; it does not tell which layers are frozen.
+    """
+    torch.manual_seed(fold_in(config.fitting.seed, settings.rounds + 1))
+    layers = [part for part in student.modules() if any(True for _ in part.parameters(recurse=False))]
+    for layer in layers[: int(settings.frozen * len(layers))]:
+        layer.eval()
+        for p in layer.parameters(recurse=False):
+            p.requires_grad_(False)
+    labeled = dataclasses.replace(data.finetuning, view=Identity(), crop=None)
+    looked_at = {"validation": data.validation, "truth": data.truth}
+    return _finetuning(t, config, student, labeled, LARGER, **looked_at)[1]
+
+
+def _finetuning(
+    t: Training, config: Any, network: nn.Module, labeled: Any, name: str, **options: Any
+) -> tuple[LossTrainer, FitResult]:
+    trainer = LossTrainer(network, optimizer=config.finetuner(network), **t.options)
+    return trainer, t.fit(
+        trainer, labeled, None, phase=name, **{**config.finetuning(), "schedule": "cosine", **options}
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ batches
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """Unlabeled examples that were selected, with their labels."""
+
+    positions: Tensor  # int64 (n,), their numbers among all unlabeled examples, each as often as it counts
+    rows: Tensor  # int64 (n,), the row of each in the store
+    labels: Callable[[Tensor], Tensor]  # the distributions of rows of the store, float32 (B, C)
+
+    @classmethod
+    def all_of(cls, data: Data) -> Chosen:
+        """All examples, with even labels: to measure a step."""
+        every, classes = torch.arange(len(data.unlabeled.images)), len(data.classes)
+        return cls(every, every, lambda rows: torch.full((len(rows), classes), 1 / classes))
+
+    def of(self, images: Any) -> Any:
+        return images[self.positions] if isinstance(images, Tensor) else images.select(self.positions)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PseudoLabeledBatches(UnlabeledBatches):
+    """Batches (x, stored) of chosen examples; the stored distributions are read from the store as they are needed."""
+
+    chosen: Chosen
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        return {"rows": self.chosen.rows}
+
+    def fetch(self, step: int) -> Fetched:
+        *images, rows = super().fetch(step)
+        return (*images, self.chosen.labels(rows))
+
+
+def noisy_view(data: Data) -> View:
+    view: View = data.unlabeled.weak if data.unlabeled.strong is None else data.unlabeled.strong
+    return view
+
+
+def _with_noise(config: Any, data: Data, number: int) -> LabeledBatches:
+    labeled, seed = data.labeled, fold_in(config.fitting.seed, number)
+    sampler = dataclasses.replace(labeled.sampler, seed=seed)
+    noisy: LabeledBatches = dataclasses.replace(labeled, view=noisy_view(data), sampler=sampler, seed=seed)
+    return noisy
+
+
+def _pseudo_labeled(
+    settings: NoisyStudent, config: Any, data: Data, number: int, chosen: Chosen
+) -> PseudoLabeledBatches:
+    """Batches (x, stored) of selected examples as the student meets them."""
+    source, seed, augmented = data.unlabeled, fold_in(config.fitting.seed, number), settings.unlabeled_noise == "all"
+    images, view = chosen.of(source.images), noisy_view(data) if augmented else Identity()
+    size = settings.ratio * config.fitting.labeled_batch
+    sampler = StepSampler(len(chosen.positions), size, seed=seed, stream=1)
+    crop = source.crop if augmented else None
+    return PseudoLabeledBatches(images, sampler, view, None, seed, crop=crop, chosen=chosen)
+
+
+# ------------------------------------------------------------------------------------------------- labels of a round
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Augmented(SourcePictures):
+    """The examples of a source, in order and augmented by a view, whose draws have a seed."""
+
+    view: View
+    seed: int
+
+    def batch(self, step: int) -> Read:
+        x, numbers, digests, skipped = super().batch(step)
+        return self.view(x, seed=self.seed, step=self.number(step), examples=numbers), numbers, digests, skipped
+
+
+class Noised(nn.Module):
+    """A network with dropout and stochastic depth even in eval mode; each batch has masks of its own.
+
+    The masks follow from the batch, so labels are the same when they are gone on with.
+    """
+
+    def __init__(self, network: nn.Module, seed: int) -> None:
+        super().__init__()
+        self.network, self.seed = network, seed
+
+    def forward(self, x: Tensor) -> Tensor:
+        content = hashlib.sha256(x.detach().cpu().contiguous().numpy().tobytes()).digest()
+        devices = [x.device] if x.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), with_model_noise(self.network, on=True):
+            torch.manual_seed(fold_in(self.seed, int.from_bytes(content[:8], "little")))
+            logits: Tensor = self.network(x)
+            return logits
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """The rounds of a run: they label, select, and keep what was found."""
+
+    settings: NoisyStudent  # how labels are made and selected
+    config: Any
+    data: Data
+    folder: Path
+    say: Say
+    ranks: Ranks = ALONE  # the processes that train together; the first of them writes
+    records: list[dict[str, Any]] = field(default_factory=list)  # of each round for result.json, from the first student
+    reached: dict[int, dict[str, float]] = field(default_factory=dict)  # by the network of each round, by its number
+
+    @classmethod
+    def of(cls, settings: NoisyStudent, t: Training) -> Rounds:
+        run, place = t.run, next(t.student.parameters()).device
+        folder, ranks = run.processes.shared(run.folder.path), run.processes.ranks(place)
+        return cls(settings, t.config, t.data, folder, run.say, ranks)
+
+    def choose(self, number: int, teacher: nn.Module) -> Chosen:
+        """Store the labels by the network of the round before, and select from them for round ``number``, from 1."""
+        settings, names, place = self.settings, self.data.classes, self._place(number, SELECTED)
+        labels = self._labeled(number, teacher)
+        threshold = self.threshold(labels)
+        how: Any = {"per_class": settings.per_class, "threshold": threshold, "balance": settings.balance}
+        selected = select(labels, place, resume=place.exists(), **how) if self.ranks.first else None
+        selection: Selection = self.ranks.gathered(selected)[0]
+        chosen = LabelStore(place)
+        before, after = statistics(labels), statistics(chosen)
+        reached = self._measured(number - 1, teacher)
+        weights = digest(weights_of(teacher))
+        record: dict[str, Any] = {
+            "round": number,
+            "teacher": {"round": number - 1, "weights_fingerprint": weights, **reached},
+            "store": labels.folder.relative_to(self.folder).as_posix(),
+            "store_sha256": labels.sha256,
+            "threshold": threshold,
+            "unlabeled": selection.rows,
+            "unsure": selection.unsure,
+            "kept": selection.kept,
+            "copies": selection.copies,
+            "labeled_per_class": dict(zip(names, before.class_copies, strict=True)),
+            "kept_per_class": dict(zip(names, after.counts, strict=True)),
+            "copies_per_class": dict(zip(names, after.class_copies, strict=True)),
+            "changed_labels": None if number == 1 else self.changed(number),
+        }
+        self.records.append(record)
+        self._tell(record, selection.missing)
+        rows = torch.from_numpy(chosen.rows_with_copies())
+        ids = torch.from_numpy(np.fromiter(chosen, dtype=np.int64, count=len(chosen)))
+        return Chosen(ids[rows], rows, chosen.at)
+
+    def trained(self, number: int, network: nn.Module, result: FitResult) -> None:
+        self.records[number - 1] |= {
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "best_step": result.step,
+            "weights_fingerprint": digest(weights_of(network)),
+            **self._measured(number, network),
+        }
+
+    def changed(self, number: int) -> int:
+        """Of how many examples the label is another than in the round before."""
+        before, after = (_stored_labels(LabelStore(self._place(each, LABELS))) for each in (number - 1, number))
+        # A file that became unreadable is in one of them alone.
+        _, old, new = np.intersect1d(before[0], after[0], assume_unique=True, return_indices=True)
+        return int((before[1][old] != after[1][new]).sum())
+
+    def threshold(self, labels: LabelStore) -> float:
+        """The confidence above which examples are kept; 0 where no example reaches the one in the settings."""
+        # Compared in float32, as confidences are stored and select compares them: there, 0.1 is more than in float64.
+        confidences = _stored_labels(labels)[2]
+        above = confidences > torch.tensor(self.settings.threshold, dtype=confidences.dtype)
+        return self.settings.threshold if bool(above.any()) else 0.0
+
+    def _place(self, number: int, store: str) -> Path:
+        return self.folder / FOLDER / str(number) / store
+
+    def _measured(self, number: int, network: nn.Module) -> dict[str, float]:
+        if number not in self.reached:
+            parts = {"validation_accuracy": self.data.validation, "test_accuracy": self.data.test}
+            self.reached[number] = {
+                name: evaluated(network, data).accuracy for name, data in parts.items() if data is not None
+            }
+        return self.reached[number]
+
+    def _labeled(self, number: int, teacher: nn.Module) -> LabelStore:
+        images, view = self.data.unlabeled.images, noisy_view(self.data)
+        seed, noisy = fold_in(self.config.fitting.seed, number), self.settings.noisy_teacher
+        pictures = Augmented(images, view=view, seed=seed) if noisy else SourcePictures(images)
+        labeled = Labeled(pictures, range(len(images)), "unlabeled")
+        about = provenance(teacher, labeled, self.config.input)
+        if noisy:
+            about["views"] = f"augmented by {view!r}, seed {seed}, with dropout and stochastic depth"
+        labeler = Noised(teacher, seed) if noisy else teacher
+        place = self._place(number, LABELS)
+        return store_labels(labeler, labeled, place, self.data.classes, about, self.say, self.ranks)
+
+    def _tell(self, record: dict[str, Any], missing: Sequence[str]) -> None:
+        copies = f", {record['copies']:,} with copies" if record["copies"] != record["kept"] else ""
+        reached = record["teacher"].get("test_accuracy")
+        tested = "" if reached is None else f", whose test accuracy is {reached:.1%}"
+        self.say(
+            f"round {record['round']}: {record['kept']:,} of {record['unlabeled']:,} unlabeled examples are learned "
+            f"from{copies}, by labels of the network of round {record['round'] - 1}{tested}"
+        )
+        if record["threshold"] != self.settings.threshold:
+            self.say(
+                f"note: of no example is that network more confident than {self.settings.threshold:g}, so all are "
+                "kept; it may need more --steps"
+            )
+        if missing:
+            self.say(
+                f"note: of these classes no unlabeled example is kept: {few(missing)}. The student sees them in "
+                "labeled examples alone; more --steps make a better teacher, and a lower --threshold keeps more"
+            )
+
+
+def _stored_labels(store: LabelStore) -> tuple[Tensor, Tensor, Tensor]:
+    """The ids, the most probable classes and the confidences of all rows, (n,) each."""
+    names = ["id", "label", "confidence"]
+    parts = [store.table(number, names) for number in range(len(store.parts))]
+    ids, labels, confidences = (
+        torch.from_numpy(np.concatenate([np.asarray(part.column(name).to_numpy()) for part in parts])) for name in names
+    )
+    return ids, labels, confidences

@@ -1,0 +1,117 @@
+"""``metapl predict RUN FILE_OR_FOLDER...``"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from torch import nn
+
+from metapl.apps.inputs import Factory, File, Network, Run, Switch, check_file, counted, unset
+from metapl.apps.labeling import refuse_infinite
+from metapl.apps.pictures.csv_files import CsvRows, written_csv
+from metapl.apps.pictures.input import Inputs
+from metapl.apps.run import EndedRun
+from metapl.apps.words import tell
+from metapl.errors import MetaplError
+from metapl.metrics.predictions import logits_of
+from metapl.words import shown
+
+HEADER = ("file", "class", "probability")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict:
+    """Say what a run's network takes pictures for: as CSV, with the columns file, class and probability.
+
+    With --top 3 it adds class_2, probability_2, class_3 and probability_3: the classes that come next. A column for
+    each class, called p(cat) say, is added by --probabilities; these sum to 1.
+
+    A picture is read like the training data of the run: turned as the camera noted, transparent as white, the largest
+    centered square of it brought to the network's size, in colors or grey; of runs that were trained on crops, the
+    middle of that square.
+
+    digits: the digit is to fill the picture, which is averaged over an 8x8 grid, and inverted where it is more bright
+    than dark. CSV files are read too: an example a row, 64 numbers from 0 to 16 as in scikit-learn's digits, below a
+    header or none; file then says FILE:LINE.
+
+    Folders are searched, with all that is in them, for files by their suffixes. A file that cannot be read is left out,
+    with the reason on standard error; the exit code is then 1.
+
+    Args:
+        folder: the run folder; of a comparison, the run that it delivers.
+        files: pictures, or folders of them.
+        out: write here rather than to standard output, and only when all is predicted.
+        top: how many classes to give of each picture, the most probable first.
+        probabilities: give the probability of every class.
+    """
+
+    folder: Run
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional, unset("FILE_OR_FOLDER...")]
+    out: File = None
+    top: int = 1
+    probabilities: Switch = False
+    network: Network = "delivered"
+    factory: Factory = None
+
+    def run(self) -> int:
+        run = EndedRun.load(self.folder)
+        classes, name = run.classes, run.name(self.network)
+        reads = run.cards[name].input
+        if not 1 <= self.top <= len(classes):
+            raise MetaplError(f"--top {self.top} was given; expected 1 to {len(classes)}, the number of classes.")
+        for path in self.files:
+            if not os.path.lexists(path):  # a link that leads nowhere is left out, as other files that cannot be read
+                raise MetaplError(f"there is no file or folder {shown(path)}.")
+        check_file("--out", self.out)
+        if self.out is not None:
+            self._refuse_loss(self.out, reads.suffixes)
+        network = run.network(name, self.factory).to(run.device)
+        inputs = Inputs(reads, self.files, leave=[] if self.out is None else [self.out])
+        count = 0
+        more = [f"{column}_{rank}" for rank in range(2, self.top + 1) for column in HEADER[1:]]
+        with nullcontext(CsvRows(sys.stdout)) if self.out is None else written_csv(self.out) as writer:
+            writer.writerow([*HEADER, *more, *(f"p({label})" for label in classes if self.probabilities)])
+            escape = shown if self.out is None and sys.stdout.isatty() else str  # a terminal obeys control characters
+            for example, p in predictions(network, inputs):
+                ranked = sorted(range(len(p)), key=lambda index: -p[index])[: self.top]
+                best = [cell for index in ranked for cell in (classes[index], f"{p[index]:.6f}")]
+                shares = [f"{share:.6f}" for share in p if self.probabilities]
+                writer.writerow([*map(escape, (example, *best, *shares))])
+                count += 1
+        if self.out is not None:
+            tell(f"{counted(count, 'prediction')} in {self.out}")
+        if inputs.skipped:
+            tell(f"metapl: {inputs.skipped} of {inputs.seen} files left out", file=sys.stderr)
+        return 1 if inputs.skipped else 0
+
+    def _refuse_loss(self, file: Path, suffixes: Sequence[str]) -> None:
+        """Refuse a file whose content would be lost; one that an earlier call wrote may be replaced."""
+        where = file.resolve()
+        if where.is_relative_to(self.folder.resolve()):
+            raise MetaplError(f"--out {file} lies in the run folder {self.folder}; expected a file elsewhere.")
+        for path in self.files:
+            source = path.resolve()
+            within = where.is_relative_to(source) and where.suffix.lower() in suffixes and where.is_file()
+            if where == source or (path.is_dir() and within and not _is_ours(where)):
+                raise MetaplError(f"--out {file} is one of the files to be read, and would be lost; expected another.")
+
+
+def _is_ours(file: Path) -> bool:
+    with file.open("rb") as content:
+        return content.read(1000).startswith(",".join(HEADER).encode())
+
+
+def predictions(network: nn.Module, inputs: Inputs) -> Iterator[tuple[str, list[float]]]:
+    """Of each example: where it stands, and its probabilities; never what is not finite."""
+    for batch in inputs.batches():
+        logits_BC = logits_of(network, [torch.stack([x for _, x in batch])])
+        refuse_infinite(logits_BC, [name for name, _ in batch])
+        yield from zip([name for name, _ in batch], logits_BC.softmax(dim=1).tolist(), strict=True)

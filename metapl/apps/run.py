@@ -1,0 +1,439 @@
+"""A run on disk: what was run, what it measured, and what it ended with.
+
+recipe.json           what was trained, by which settings, with versions and hardware
+data.json             on which data, by their hashes
+metrics.jsonl         a row per logged step, each with its ``phase`` and ``step``
+tensorboard/<phase>/  the same for TensorBoard
+checkpoints/<phase>/  whole checkpoints only
+student.safetensors   the student; finetuned_student.safetensors and teacher.safetensors likewise
+report.html           all there is to see of it, as one page
+report.png            curves and confusion matrix
+skipped.jsonl         the files that could not be read, where there are any
+network.json          what the networks are, and how a file becomes their input
+result.json           the end: accuracies
+
+Whoever leaves network.json, the weights and result.json leaves a run that ``metapl predict``, ``label`` and ``export``
+read: :func:`save` does, for a script of one's own. Nothing in the folder is code, and nothing of it is run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from metapl.apps.machine.cores import default_threads
+from metapl.apps.machine.environment import environment
+from metapl.apps.machine.misfit import from_dict
+from metapl.apps.machine.ownership import LOCK, owned
+from metapl.apps.machine.sealed import is_there, read_json, read_sealed, remove_temporary, sha256_of, write_whole
+from metapl.apps.pictures.card import NetworkCard
+from metapl.errors import MetaplError, few
+from metapl.metrics import Evaluation
+from metapl.runs.folder import Folder
+
+FORMAT = 4  # the layout of run folders that this version writes and reads
+
+# Settings in which the parts of a run may differ, for they change nothing but speed; and those that say where the data
+# lie, which may have moved: what they hold is compared by its hashes.
+SPEED_ALONE = ("num_workers",)
+PLACES = ("labeled", "unlabeled", "clean", "val", "test")
+
+NETWORK = "network.json"
+WEIGHTS = {
+    "student": "student.safetensors",
+    "finetuned": "finetuned_student.safetensors",
+    "teacher": "teacher.safetensors",
+}
+# What is compared: the network that a run delivers, the student, and the student finetuned.
+READOUTS = ("test_accuracy", "student_test_accuracy", "finetuned_test_accuracy")
+
+ANOTHER = "Put the file back from a copy, or train again with another --out."
+_MEND = "what was there before is whole. Mend that (is the disk full?), then go on with --resume."
+
+NetworkName = Literal["delivered", "student", "finetuned", "teacher"]  # the one that a run delivers, or one of its own
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    """The SHA-256 of what recipe.json or result.json holds."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class RunFolder(Folder):
+    """The files of one run of a recipe."""
+
+    # Files that are written before anything was trained.
+    undone = ("recipe.json", LOCK, "data.json", "skipped.jsonl")
+    command: str | None = None  # what starts the run, for the record
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """:func:`owned`; within it, this value may be held again, which changes nothing."""
+        if self._lock is not None:
+            yield
+            return
+        with owned(self.path, self.undone):
+            self._lock = True
+            try:
+                yield
+            finally:
+                self._lock = None
+
+    @property
+    def exists(self) -> bool:
+        return is_there(self.path / "recipe.json")
+
+    @property
+    def ended(self) -> bool:
+        return is_there(self.path / "result.json")
+
+    @contextmanager
+    def claimed(self, recipe: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
+        """:meth:`held`, by a run of this recipe: a new one, or with ``resume`` the one that is there, of the same."""
+        with self.held():
+            self.check(resume)
+            if not self.exists:
+                content = {"format": FORMAT, "recipe": dict(recipe), "made_with": environment()}
+                self.write_json("recipe.json", content | ({"command": self.command} if self.command else {}))
+                yield
+                return
+            before, now = (
+                {**content, **content.get("fields", {}), "fields": None}
+                for content in (self.recipe(), json.loads(json.dumps(dict(recipe))))
+            )
+            moved = {name for name in PLACES if isinstance(before.get(name), str) and isinstance(now.get(name), str)}
+            known = sorted({*before, *now} - {*SPEED_ALONE, *moved})
+            changed = [f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in known if before.get(k) != now.get(k)]
+            if changed:
+                what = ", ".join(changed[:4])
+                raise MetaplError(f"{self.path} holds a run of another recipe ({what}); resume it as it was started.")
+            remove_temporary(self.path)
+            yield
+
+    def check(self, resume: bool) -> None:
+        """Stop where a run is here and ``resume`` is not asked for, or where there are files that are not a run's."""
+        if self.exists and not resume:
+            raise MetaplError(f"{self.path} holds a run already; give --resume to go on with it, or another --out.")
+        if not self.exists and self.path.is_dir():
+            # Hidden files are a file manager's; the other kind is what a killed start left.
+            left = re.compile(r"\..*|recipe\.json\.[0-9a-f]{8}\.tmp")
+            if others := sorted(name for name in os.listdir(self.path) if not left.fullmatch(name)):
+                raise MetaplError(
+                    f"{self.path} holds files that are not a run's ({few(others)}), and no recipe.json; expected an "
+                    "empty folder, or a new one: give another --out."
+                )
+
+    def threads(self) -> int:
+        """Threads of the linear algebra, on whose number rounding depends: those that the run here was started with."""
+        begun = self.description().get("made_with", {}) if self.exists else {}
+        return int(begun.get("threads") or default_threads())
+
+    def recipe(self) -> dict[str, Any]:
+        """The recipe of the run in the folder."""
+        recipe: dict[str, Any] = self.description()["recipe"]
+        return recipe
+
+    def description(self) -> dict[str, Any]:
+        """What ``recipe.json`` holds: the recipe, with what it was made, and the command where one did it."""
+        content = self.read_json("recipe.json", {"recipe": dict[str, Any]}, ("recipe",))
+        if content.get("format") != FORMAT:
+            made = content.get("made_with", {}).get("metapl", "?")
+            raise MetaplError(
+                f"{self.path} was written in run format {content.get('format')!r}; this metapl {version('metapl')} "
+                f"reads format {FORMAT}. Train again, or use the version that wrote it: {made}."
+            )
+        return self.unsealed("recipe.json", content)
+
+    def unsealed(self, name: str, content: dict[str, Any]) -> dict[str, Any]:
+        """What a file holds, without the SHA-256 of itself; refused where that is another."""
+        noted = content.get("sha256")
+        if not isinstance(noted, dict) or noted.pop(name, None) != _seal(content):
+            fault = "its SHA-256 is not the one that was noted"
+            raise MetaplError(f"{self.path / name} is damaged or was edited: {fault}. {ANOTHER}")
+        return content
+
+    def read_json(
+        self, name: str, hints: Mapping[str, Any] | None = None, needed: Iterable[str] = ()
+    ) -> dict[str, Any]:
+        """One of the folder's JSON files, an object, as :func:`~metapl.apps.machine.sealed.read_json` reads it."""
+        if not is_there(self.path / name):
+            raise MetaplError(
+                f"{name} is missing in {self.path}: this is not a run folder, or its run has not come so far."
+            )
+        return read_json(self.path / name, hints, needed)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        if name in ("recipe.json", "result.json"):
+            plain = json.loads(json.dumps({"sha256": {}, **content}))
+            content = {**plain, "sha256": {**plain["sha256"], name: _seal(plain)}}
+        write_whole(self.path / name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode(), _MEND)
+
+    def write_weights(self, name: str, state: Mapping[str, Tensor]) -> str:
+        """Weights as safetensors, the same weights as the same bytes; their SHA-256."""
+        from safetensors.torch import save
+
+        content = save({key: t.detach().cpu().contiguous().clone() for key, t in sorted(state.items())})
+        write_whole(self.path / name, content, _MEND)
+        return hashlib.sha256(content).hexdigest()
+
+    def read_weights(self, name: str, sha256: str | None = None) -> dict[str, Tensor]:
+        """The weights in a safetensors file of the folder, of this SHA-256 where that is known."""
+        from safetensors.torch import load
+
+        file = self.path / name
+        if not file.is_file():
+            if not (self.path / "result.json").is_file():
+                raise MetaplError(f"{file} is missing. The run has not come so far: finish it with --resume.")
+            left = [network for network, other in WEIGHTS.items() if (self.path / other).is_file()]
+            instead = f" What is left: --network {' or '.join(left)}." if left else ""
+            raise MetaplError(
+                f"{file} is missing. The run was finished, so --resume does not mend it: train again with another "
+                f"--out.{instead}"
+            )
+        content = read_sealed(file, sha256, mend=ANOTHER)
+        try:
+            weights: dict[str, Tensor] = load(content)
+        except Exception as error:  # safetensors raises its own types
+            raise MetaplError(f"{file} cannot be read: {error}.") from error
+        return weights
+
+
+def described(folder: RunFolder) -> dict[str, Any]:
+    """What ``recipe.json`` says of how a run was made, as plain values: its name, its method and its settings."""
+    description = folder.recipe()
+    kinds = {"name": str, "method": str, "fields": dict}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(description.get(name), kind)]:
+        raise MetaplError(f"{folder.path / 'recipe.json'} is damaged: it does not say {', '.join(wrong)}.")
+    return description
+
+
+def stored_result(folder: RunFolder) -> dict[str, Any]:
+    """What the ``result.json`` of a run folder holds, where it is whole and of the run in ``recipe.json``."""
+    file, result, of = folder.path / "result.json", folder.read_json("result.json"), folder.recipe()
+    result = folder.unsealed("result.json", result)
+    # Both have the same name in every folder.
+    own = ("methods", "compare") if "compare" in of else ("method", "method")
+    if sorted(result.get(own[0], ())) != sorted(of.get(own[1], ())) or (
+        "compare" not in of and result.get("seed") != of.get("fields", {}).get("seed")
+    ):
+        raise MetaplError(f"{file} is damaged or of another run: its {own[0]} or its seed is not that of recipe.json.")
+    return result
+
+
+def results_within(path: Path, compared: Mapping[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
+    """What the runs of a comparison ended with, by method and seed; ``compared`` is its own ``result.json``."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for method, accuracies in compared["methods"].items():
+        for seed, accuracy in zip(compared["seeds"], accuracies[READOUTS[1]], strict=True):
+            folder = RunFolder(path / method / f"seed-{seed}")
+            result = found[method, seed] = stored_result(folder)
+            if (result["method"], result["seed"], result.get(READOUTS[1])) != (method, seed, accuracy):
+                raise MetaplError(f"{folder.path} holds another run than the one that was compared. {ANOTHER}")
+    return found
+
+
+def describe_networks(
+    folder: RunFolder, title: str, classes: Sequence[str], cards: Mapping[str, NetworkCard]
+) -> dict[str, str]:
+    """Write ``network.json``; its SHA-256 by its name, for ``result.json``."""
+    networks = {name: dataclasses.asdict(card) for name, card in cards.items()}
+    folder.write_json(NETWORK, {"title": title, "classes": list(classes), "networks": networks})
+    return {NETWORK: sha256_of(folder.path / NETWORK)}
+
+
+def refuse_changed(file: Path, result: Mapping[str, Any]) -> None:
+    """Stop where a file of a run is not as its ``result.json`` notes it; what was never noted may be gone."""
+    sha256 = result.get("sha256", {}).get(file.name)
+    if sha256 is not None or file.exists():
+        read_sealed(file, sha256, mend=ANOTHER)
+
+
+def stored_data(folder: RunFolder) -> dict[str, Any]:
+    """What ``data.json`` holds, where it is of the run that ``result.json`` is of."""
+    if folder.ended:
+        refuse_changed(folder.path / "data.json", stored_result(folder))
+    return folder.read_json("data.json", {"hash": dict[str, str]}, ("hash",))
+
+
+def counts_of(data: Mapping[str, Any]) -> dict[str, int]:
+    """How many examples each part of the data has, of what :func:`stored_data` gives."""
+    found = {part: data[part] for part in ("labeled", "unlabeled", "clean", "validation", "test") if part in data}
+    return {part: len(of) if isinstance(of, list) else of for part, of in found.items()}
+
+
+def begun(path: Path) -> RunFolder:
+    """The folder of a run, whether that has ended or not."""
+    if not path.is_dir():
+        state = f"{path} is a file" if path.exists() else f"there is no folder {path}"
+        raise MetaplError(f"{state}; expected the folder of a run that metapl train wrote, such as runs/digits-001.")
+    folder = RunFolder(path)
+    if not folder.exists:
+        raise MetaplError(f"{path} is not a run folder: there is no recipe.json in it.")
+    return folder
+
+
+@dataclass(frozen=True)
+class EndedRun:
+    """A run that has ended, read from its folder alone; of a comparison, the run whose networks it delivers."""
+
+    folder: RunFolder
+    title: str
+    classes: tuple[str, ...]
+    cards: Mapping[str, NetworkCard]  # by the names of networks: student, teacher, finetuned
+    description: Mapping[str, Any]  # what recipe.json says of how it was made
+    result: Mapping[str, Any]  # what result.json holds
+
+    @classmethod
+    def load(cls, path: Path) -> EndedRun:
+        """The run in a folder, where it is finished, whole and of this version."""
+        folder = begun(path)
+        if not folder.ended:
+            command = folder.description().get("command", f"the command that started it, with --out {path}")
+            more = "" if "--resume" in command.split() else " --resume"
+            raise MetaplError(f"the run in {path} is not finished; go on with it by {command}{more}")
+        file = path / NETWORK
+        description, result = described(folder), stored_result(folder)
+        refuse_changed(file, result)
+        said = folder.read_json(NETWORK, {"title": str, "classes": list[str], "networks": dict[str, Any]}, TOLD)
+        try:
+            cards = {name: from_dict(NetworkCard, card) for name, card in said["networks"].items()}
+        except (MetaplError, TypeError) as error:  # TypeError: a field without a default is missing
+            raise MetaplError(f"{file} is damaged or of another version: {error}") from error
+        if unknown := cards.keys() - WEIGHTS.keys():
+            raise MetaplError(f"{file} describes {', '.join(sorted(unknown))}; expected some of {', '.join(WEIGHTS)}.")
+        return cls(folder, said["title"], tuple(said["classes"]), cards, description, result)
+
+    @property
+    def is_comparison(self) -> bool:
+        return "compare" in self.description
+
+    @property
+    def source(self) -> RunFolder:
+        """Where its data are described; of a comparison, in the run that it delivers."""
+        own = f"{self.result['method']}/seed-{self.result['seed']}" if self.is_comparison else ""
+        return RunFolder(self.folder.path / own)
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Those whose weights are there."""
+        return tuple(
+            name for name, file in WEIGHTS.items() if name in self.cards and (self.folder.path / file).is_file()
+        )
+
+    @property
+    def device(self) -> torch.device:
+        there = torch.cuda.is_available() and self.description["fields"].get("device") != "cpu"
+        return torch.device("cuda" if there else "cpu")
+
+    @property
+    def threads(self) -> int:
+        """Those of its training, on whose number rounding depends."""
+        return int(self.description["fields"].get("threads") or self.folder.threads())
+
+    def name(self, asked: NetworkName) -> str:
+        """Which network is meant; refused where the run has no such network."""
+        if asked == "delivered":
+            return str(self.result["delivered"])
+        if asked not in self.networks:
+            has = f"{self.folder.path} has no {WEIGHTS[asked]}"
+            raise MetaplError(f"--network {asked}: {has}; expected one of its networks: {', '.join(self.networks)}.")
+        return asked
+
+    def network(self, name: str, factory: str | None = None) -> nn.Module:
+        """One of the run's networks with its weights; ``factory`` is FILE.py:FUNCTION for one of its own."""
+        torch.set_num_threads(self.threads)
+        file = self.folder.path / WEIGHTS[name]
+        weights = self.folder.read_weights(file.name, self.result.get("sha256", {}).get(file.name))
+        network = self.cards[name].create(None if factory is None else function_in(factory))
+        given, expected = (
+            {key: tuple(value.shape) for key, value in tensors.items()} for tensors in (weights, network.state_dict())
+        )
+        for key in sorted(given.keys() | expected.keys()):
+            if given.get(key) != expected.get(key):
+                raise MetaplError(
+                    f"{file} does not fit its network: {key} is {given.get(key, 'missing')} in the file and "
+                    f"{expected.get(key, 'missing')} in the network."
+                )
+        network.load_state_dict(weights)
+        return network
+
+    def heading(self, name: str) -> str:
+        which = f", delivered by {self.result['delivered_by']}" if name == self.result["delivered"] else ""
+        return f"{self.folder.path}: {self.title}, {self.cards[name].title} ({WEIGHTS[name]}{which})"
+
+
+TOLD = ("title", "classes", "networks")
+
+
+def function_in(place: str) -> Callable[..., nn.Module]:
+    """The function that FILE.py:FUNCTION names; its file is run."""
+    file, _, name = place.rpartition(":")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file) if Path(file).is_file() else None
+    if spec is None or spec.loader is None:
+        raise MetaplError(f"--factory {place}: there is no file {file or place}; expected FILE.py:FUNCTION.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function: Callable[..., nn.Module] | None = getattr(module, name, None)
+    if function is None:
+        raise MetaplError(f"--factory {place}: {file} has no function {name!r}.")
+    return function
+
+
+def save(
+    path: Path,
+    network: nn.Module,
+    card: NetworkCard,
+    *,
+    classes: Sequence[str],
+    name: str,
+    config: Mapping[str, Any],
+    evaluation: Evaluation | None = None,
+) -> None:
+    """Leave a trained network as a run that ``metapl predict``, ``evaluate``, ``label``, ``export`` and ``runs`` read.
+
+    Args:
+        path: the folder; made if need be, and refused where it holds anything.
+        network: from (B, C, H, W) as the card's input says to logits (B, K), built as the card says: by
+            :func:`metapl.apps.networks.create`, then :func:`metapl.apps.networks.normalized`, say; or any other.
+        classes: names of the K outputs.
+        name: what trained it, such as the name of the script.
+        config: with what settings, as plain values: ``seed`` and ``steps`` among them; and ``labeled``, ``unlabeled``
+            and ``test``, the folders of its pictures, where there are any.
+        evaluation: what it reached on test examples; see :func:`metapl.metrics.evaluate_logits`.
+    """
+    folder = RunFolder(path)
+    fields = {"seed": 0, "steps": 0, **config}
+    about = {"name": name, "method": name, "fields": fields}
+    with folder.claimed(about, resume=False):
+        sha256 = describe_networks(folder, name, classes, {"student": card})
+        sha256 |= {WEIGHTS["student"]: folder.write_weights(WEIGHTS["student"], network.state_dict())}
+        result: dict[str, Any] = {
+            "recipe": name,
+            "method": name,
+            "title": name,
+            "networks": {"student": card.title},
+            "seed": fields["seed"],
+            "steps": fields["steps"],
+            "best_step": fields["steps"],
+            "validation_size": 0,
+            "delivered": "student",
+            "delivered_by": "rule",
+            "sha256": sha256,
+        }
+        if evaluation is not None:
+            reached = {"test_accuracy": evaluation.accuracy, "student_test_accuracy": evaluation.accuracy}
+            result |= {"evaluation": evaluation.to_json(), **reached}
+        folder.write_json("data.json", {"hash": {}})
+        folder.write_json("result.json", result)

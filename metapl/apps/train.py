@@ -1,0 +1,329 @@
+"""A training from its settings to its run folder, whatever is trained on and by which method."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from metapl.apps import suspects
+from metapl.apps.fitting import fit
+from metapl.apps.labeling import label_by, labels_given
+from metapl.apps.labels.files import DESCRIPTION
+from metapl.apps.launch import Processes
+from metapl.apps.machine.sealed import read_plain, sha256_of
+from metapl.apps.methods import Data, ReducedMpl, Trained, Training
+from metapl.apps.pictures.card import NetworkCard
+from metapl.apps.pictures.input import Input
+from metapl.apps.pictures.store import record_files, replaced_files
+from metapl.apps.report import Mistakes, draw_report, last_fit, mistakes, write_page
+from metapl.apps.run import WEIGHTS, EndedRun, RunFolder, describe_networks
+from metapl.apps.settings import Fitting, Role, flat
+from metapl.distributed.mesh import Mesh
+from metapl.errors import MetaplError
+from metapl.execution.shards import load_whole
+from metapl.metrics import Evaluation, chance_level, evaluate_logits, predict_logits
+from metapl.metrics.predictions import batches_of
+from metapl.training import FitResult, Say, Trainer
+from metapl.training.loss_trainer import LossTrainer
+
+TOLD = ("data.json", "metrics.jsonl")  # what a run says of itself beside its result, which has their SHA-256
+SELECTED_ON = 50  # the fewest validation examples to choose a student by: one standard error is 7 points then
+
+
+class Config(Protocol):
+    """What is trained on and how long: a frozen dataclass whose fields, and those of dataclasses in it, are flags."""
+
+    name: ClassVar[str]
+
+    @property
+    def fitting(self) -> Fitting: ...
+    @property
+    def input(self) -> Input:
+        """How a file becomes the network's input."""
+
+    def data(self, say: Say, progress: bool, log: Path | None) -> Data:
+        """What is trained on, checked; ``log`` lists files that turn out to be unreadable later."""
+
+    def network(self) -> nn.Module:
+        """A teacher or a student with fresh weights, from the default generator."""
+
+    def card(self, title: str) -> NetworkCard:
+        """What network.json says of it, and what messages call it."""
+
+    def optimizer(self, role: Role, module: nn.Module) -> torch.optim.Optimizer: ...
+    def finetuner(self, module: nn.Module) -> torch.optim.Optimizer: ...
+    def trainer_options(self) -> dict[str, Any]:
+        """Of every trainer, finetuning included."""
+
+    def finetuning(self) -> dict[str, Any]:
+        """Options of the fit that finetunes."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A network that is kept, and what it reaches."""
+
+    weights: Mapping[str, Tensor]  # on the host
+    validation_accuracy: float | None  # a fraction
+    evaluation: Evaluation | None  # on the test examples
+    mistakes: Mistakes | None  # there, for the page
+
+    def accuracies(self, prefix: str = "") -> dict[str, float]:
+        tested = None if self.evaluation is None else self.evaluation.accuracy
+        found = {"validation_accuracy": self.validation_accuracy, "test_accuracy": tested}
+        return {prefix + key: value for key, value in found.items() if value is not None}
+
+
+def describe(config: Any, method: Any, **run_by: Any) -> dict[str, Any]:
+    """What recipe.json says of a training."""
+    return {"name": config.name, "method": method.name, **run_by, "fields": {**flat(config), **flat(method)}}
+
+
+def train(
+    config: Any,
+    method: Any,
+    folder: RunFolder,
+    *,
+    resume: bool = False,
+    progress: bool = False,
+    say: Say = lambda text: None,
+    processes: Processes | None = None,
+) -> dict[str, Any]:
+    """Train by a method, finetune, test once, and write the run folder, which the caller holds.
+
+    Args:
+        config: a :class:`Config`, every field of which has a value.
+        method: one of :mod:`metapl.apps.methods`, or of what is trained on; with a value for every field.
+        resume: go on with what the folder has; it ends bit for bit as without the interruption.
+        processes: those that train together; None: one.
+
+    Returns: what ``result.json`` holds.
+    """
+    fitting, processes = config.fitting, processes or Processes()
+
+    # 1. The data: listed, checked and noted. A run goes on with the same data only.
+    torch.manual_seed(fitting.seed)
+    skipped = folder.path / "skipped.jsonl"
+    data = config.data(say, progress, skipped)
+    note(folder, data, hashes_of_labels(method.labels_from) if isinstance(method, ReducedMpl) else {})
+    select = len(validation_labels(data)) >= SELECTED_ON
+
+    # 2. Both networks from the seed, the teacher first.
+    place = device(fitting.device)
+    teacher, student = (config.network().to(place) for _ in range(2))
+    if processes.size > 1:
+        teacher, student = processes.laid_out(teacher, student, seed=fitting.seed)
+
+    # 3. The method.
+    options = {"validation": data.validation, "out": folder, "resume": resume, "progress": progress, "say": say}
+    options |= {"truth": data.truth, "steps": fitting.steps, **fitting.options(), "select": select}
+
+    def phase(trainer: Trainer, labeled: Any, unlabeled: Any, *, phase: str = "fit", **own: Any) -> FitResult:
+        shares = map(processes.share, (labeled, unlabeled))
+        return fit(trainer, *shares, phase=phase, **options | own)
+
+    def label(network: nn.Module | None) -> dict[str, Tensor]:
+        ranks, shared = processes.ranks(place), processes.shared(folder.path)
+        if network is None:
+            return labels_given(config, method, data, shared, say, ranks)
+        return label_by(inside(network), config.input, shared, data, say, ranks)
+
+    training = Training(
+        config=config,
+        data=data,
+        teacher=teacher,
+        student=student,
+        optimizer=config.optimizer,
+        options=config.trainer_options(),
+        fit=phase,
+        label=label,
+        laid_out=partial(processes.another, place=place, seed=fitting.seed),
+        seed=partial(processes.seed, student),
+        run=Run(folder, resume, progress, say, processes, phase),
+    )
+    trained = method.train(training)
+
+    # 4. What is kept: the student as it is, its teacher, and the student finetuned; each is tested once.
+    result, kept = trained.result, dict[str, Measured]()
+    kept["student"] = measured(data, trained.trainer.student, result.validation_accuracy, result.weights)
+    if trained.teacher is not None:
+        network, weights = trained.teacher
+        validated = None if data.validation is None else evaluated(network, data.validation).accuracy
+        kept["teacher"] = measured(data, network, validated, weights)
+    if callable(trained.finetunes):
+        kept["finetuned"] = trained.finetunes()
+    elif trained.finetunes:
+        network = trained.trainer.as_given
+        processes.seed(network, fitting.seed)  # whatever was drawn before, so that it can be repeated on its own
+        if fitting.finetune_steps:
+            trainer = LossTrainer(network, optimizer=config.finetuner(network), **training.options)
+            result = phase(trainer, data.finetuning, None, phase="finetune", truth=None, **config.finetuning())
+            if select and (result.validation_accuracy or 0) < (trained.result.validation_accuracy or 0):
+                load_whole(inside(network), trained.result.weights)
+                result = trained.result
+        kept["finetuned"] = measured(data, inside(network), result.validation_accuracy, result.weights)
+
+    # 5. The run folder.
+    return deliver(config, method, folder, data, trained, kept, say=say, select=select, first=processes.first)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a training stores more than its phases."""
+
+    folder: RunFolder
+    resume: bool
+    progress: bool
+    say: Say
+    processes: Processes
+    fit: Callable[..., FitResult]
+
+
+def note(folder: RunFolder, data: Data, hashes: Mapping[str, str]) -> None:
+    """Leave behind on which data this runs, and their hashes; refuse to go on with a run on other data."""
+    path, record = folder.path / "data.json", {**data.record, "hash": {**data.record["hash"], **hashes}}
+    record = json.loads(json.dumps(record))
+    if path.exists() and folder.read_json("data.json") != record:
+        since = f"since the run in {folder.path} was started (see its data.json)"
+        raise MetaplError(f"the data have changed {since}; put them back, or start another run with another --out.")
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.write_json("data.json", record)
+    record_files(folder.path / "skipped.jsonl", data.skipped)
+
+
+def deliver(
+    config: Any,
+    method: Any,
+    folder: RunFolder,
+    data: Data,
+    trained: Trained,
+    kept: Mapping[str, Measured],
+    *,
+    say: Say,
+    select: bool,
+    first: bool,
+) -> dict[str, Any]:
+    """Write what a training ended with: the networks, what they are and reach, and the page of the run."""
+    if data.doubtful is not None:
+        found = suspects.find_suspects(data.doubtful, trained.trainer)
+        suspects.write_suspects(folder.path, found, data.classes)
+        text = suspects.what_they_are(found)
+        say(f"labels that may be wrong: {folder.path / suspects.SUSPECTS}, the most suspicious first; {text}")
+    one = trained.trainer.teacher is None and trained.rounds is None  # no student of a teacher
+    words = {"student": "network" if one else "student", "teacher": "teacher"}
+    words = {name: words.get(name, f"finetuned {words['student']}") for name in kept}
+    chosen, by = delivered(kept, select, trained.rounds is not None), "validation" if select else "rule"
+    cards = {name: trained.configs.get(name, config).card(words[name]) for name in kept}
+    called = f"{config.name}, {method.name}, seed {config.fitting.seed}"
+    sealed = describe_networks(folder, called, data.classes, cards)
+    sealed |= {WEIGHTS[name]: folder.write_weights(WEIGHTS[name], one.weights) for name, one in kept.items()}
+    sealed |= {name: sha256_of(folder.path / name) for name in TOLD if (folder.path / name).is_file()}
+    evaluation, labels = kept[chosen].evaluation, validation_labels(data)
+    content: dict[str, Any] = {
+        "recipe": config.name,
+        "method": method.name,
+        "title": method.title,
+        "networks": words,
+        "seed": config.fitting.seed,
+        "steps": config.fitting.steps,
+        "best_step": trained.result.step,
+        "validation_size": len(labels),
+        "validation_chance": chance_of(labels, len(data.classes)),
+        "delivered": chosen,
+        "delivered_by": by,
+        "sha256": sealed,
+        **({} if trained.rounds is None else {"rounds": trained.rounds}),
+        **kept[chosen].accuracies(),
+        **({} if evaluation is None else {"evaluation": evaluation.to_json()}),
+    }
+    for name, network in kept.items():
+        content |= network.accuracies(f"{name}_")
+    draw_report(
+        folder.path / "report.png",
+        title=f"{config.name}: {method.title}, seed {config.fitting.seed}",
+        curves={method.title: last_fit(folder.path, content)},
+        evaluation=evaluation,
+        network=words["student"],
+    )
+    folder.write_json("result.json", content)
+    if first:  # what the others leave is not kept
+        run = EndedRun(folder, called, data.classes, cards, describe(config, method), content)
+        write_page(run, kept[chosen].mistakes)
+    if unread := replaced_files(folder.path / "skipped.jsonl"):
+        say(f"files that could not be read: {len(unread):,}, listed in {folder.path / 'skipped.jsonl'}")
+    return content
+
+
+def delivered(kept: Mapping[str, Measured], select: bool, rounds: bool) -> str:
+    """The network that a run delivers: by validation, the first of equals, where that can tell networks apart.
+
+    Where it cannot, the finetuned student, which did better on the seen half of benchmarks/pictures. Of Noisy Student
+    it is the last student, of equals the finetuned one, and never its teacher.
+    """
+    names = [name for name in reversed([*kept]) if name != "teacher"] if rounds else [*kept]
+    if select:
+        return max(names, key=lambda name: kept[name].validation_accuracy or 0.0)
+    return "finetuned" if "finetuned" in kept else "student"
+
+
+def hashes_of_labels(labels_from: Mapping[str, str | None]) -> dict[str, str]:
+    """What describes stored labels has the hashes of their parts, or of the weights of a run."""
+    found = {}
+    for name, place in labels_from.items():
+        if place is not None:
+            content = read_plain(Path(place) / ("result.json" if name == "teacher" else DESCRIPTION))
+            found[name] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def validation_labels(data: Data) -> Any:
+    return getattr(data.validation, "labels", data.validation[1] if isinstance(data.validation, tuple) else ())
+
+
+def chance_of(labels: Any, classes: int) -> float | None:
+    """What guessing reaches, see :func:`metapl.metrics.chance_level`; None without examples."""
+    return chance_level(torch.bincount(labels, minlength=classes).tolist()) if len(labels) else None
+
+
+def measured(data: Data, network: nn.Module, validated: float | None, weights: Mapping[str, Tensor]) -> Measured:
+    """A network that has these weights and this validation accuracy, with what it reaches on the test examples."""
+    if data.test is None:
+        return Measured(dict(weights), validated, None, None)
+    found = mistakes(network, data.test, data.classes, data.test_names)
+    return Measured(dict(weights), validated, evaluate_logits(found.logits, found.labels, list(data.classes)), found)
+
+
+def evaluated(network: nn.Module, data: Any) -> Evaluation:
+    device = next(network.parameters()).device
+    return evaluate_logits(*predict_logits(network, batches_of(data, device)))
+
+
+def inside(network: nn.Module) -> nn.Module:
+    return network.module if isinstance(network, DistributedDataParallel) else network
+
+
+def device(asked: str) -> torch.device:
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise MetaplError("--device cuda was asked for, and PyTorch sees no GPU; use --device auto or cpu.")
+    return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def check_shares(config: Any, mesh: Mesh) -> None:
+    """Refuse batches that the processes do not share equally."""
+    for name, size in {**flat(config)}.items():
+        parts = mesh.shares * config.fitting.accumulate
+        if name.endswith("_batch") and size is not None and size % parts:
+            raise MetaplError(
+                f"--{name.replace('_', '-')} {size:,}: {mesh.shares:,} ranks do not share it equally"
+                f"{f' in {config.fitting.accumulate} parts' if config.fitting.accumulate > 1 else ''}; expected a "
+                f"multiple of {parts:,}, or another mesh."
+            )

@@ -1,0 +1,273 @@
+"""What pictures show decides settings that were left open, and how many steps fit into a time the rest."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_runs import color_folders
+
+from metapl import MetaplError
+from metapl.apps import images, look, methods
+from metapl.apps.images import HUE, OTHER_RATE, PRETRAINED_RATE, RATES, Images, Pictures
+from metapl.apps.look import Colors, Look, colors_tell, fitted, settled, steps_within, with_steps
+from metapl.apps.settings import Fitting, filled, flat, replaced
+from metapl.problems.losses import UDA
+
+LEVELS = np.random.default_rng(0)
+
+
+def config(**fields: Any) -> Any:
+    return replaced(Images(labeled="few", unlabeled="many"), **fields)
+
+
+# ---------------------------------------------------------------------------------------------- a look at the pictures
+
+
+def write(folder: Path, kind: str, count: int, side: tuple[int, int] = (12, 10)) -> list[Path]:
+    """Noise in colors or grey; light or dark spots on an even ground; or one level of red."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        levels = LEVELS.integers(0, 256, (*side, 3))
+        if kind == "grey":
+            levels[...] = levels[..., :1]
+        if kind in ("light", "dark"):
+            levels[...] = 128
+            levels[5, 5] = 255 if kind == "light" else 0
+        if kind == "red":
+            levels[...] = 40
+            levels[..., 0] = 100 + 100 * (number % 2)
+        Image.fromarray(levels.astype("uint8")).save(folder / f"{kind}-{number}.png")
+    return sorted(folder.glob(f"{kind}-*.png"))
+
+
+def test_grey_pictures_sides_and_means_are_seen(tmp_path: Path) -> None:
+    color, grey = (write(tmp_path, kind, 6) for kind in ("color", "grey"))
+    seen = look.look(color, torch.arange(6) % 2, grey)
+    assert (seen.grey, len(seen.mean), seen.side, seen.square) == (False, 3, 10, False)
+    assert all(0.4 < value < 0.6 for value in (*seen.mean, seen.level[0]))
+    seen = look.look(grey, torch.arange(6) % 2, [])
+    assert (seen.grey, len(seen.mean), len(seen.std)) == (True, 1, 1)
+    assert look.look(write(tmp_path, "wide", 3, (8, 8)), torch.tensor([0, 1, 1]), []).square
+    blank = look.look(write(tmp_path, "red", 4), torch.tensor([0, 1, 0, 1]), [])
+    assert min(blank.std) >= look.SMALLEST_STD
+    assert blank.colors == Colors(1.0, 0.5, tell=blank.colors.tell, may_tell=blank.colors.may_tell)
+
+
+@pytest.mark.parametrize(("kinds", "share"), [(("light",), 1.0), (("dark",), 0.0), (("light", "dark"), 0.5)])
+def test_how_many_pictures_have_light_marks(kinds: tuple[str, ...], share: float, tmp_path: Path) -> None:
+    files = [file for kind in kinds for file in write(tmp_path, kind, 4)]
+    seen = look.look(files, torch.arange(len(files)) % 2, [])
+    assert seen.light == share
+    assert seen.exchangeable == (0 < share < 1)
+
+
+def test_a_class_without_a_picture_has_a_share_and_broken_files_are_passed_over(tmp_path: Path) -> None:
+    few = write(tmp_path, "color", 4)
+    few[0].write_bytes(b"no picture")
+    assert look.look(few, torch.tensor([0, 0, 0, 2]), few).shares == (4 / 7, 1 / 7, 2 / 7)
+    with pytest.raises(MetaplError, match="none"):
+        look.look(few[:1], torch.tensor([0]), few)
+
+
+@pytest.mark.parametrize("sizes", [(10, 10), (40, 4), (6, 6, 6, 6)])
+def test_colors_tell_classes_apart_where_each_has_its_own_and_else_hardly_ever(sizes: tuple[int, ...]) -> None:
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    generator = torch.Generator().manual_seed(0)
+    own = torch.nn.functional.one_hot(labels, 4)[:, :3].float() + 0.1 * torch.randn(len(labels), 3, generator=generator)
+    found = colors_tell(own, labels)
+    assert (found.tell, found.chance) == (True, 1 / len(sizes))
+    assert found.right > 0.9
+    told = [colors_tell(torch.rand(len(labels), 3, generator=generator), labels) for _ in range(5)]
+    assert sum(one.tell for one in told) <= 1
+    assert not any(one.tell and one.may_tell for one in told)
+
+
+def test_colors_of_single_examples_tell_nothing() -> None:
+    assert colors_tell(torch.rand(3, 3), torch.arange(3)) == Colors(1 / 3, 1 / 3, tell=False)
+
+
+# ---------------------------------------------------------------------------------------------- what is chosen by that
+
+
+def seen(side: int = 28, grey: bool = False, tell: bool = False, light: float = 0.5, **more: Any) -> Look:
+    mean, std = ((0.3,), (0.2,)) if grey else ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    colors = Colors(0.5, 0.5, tell)
+    given: Any = {"mean": mean, "std": std, "level": (0.35, 0.15), "colors": colors, "shares": (0.25, 0.75)}
+    return Look(side=side, grey=grey, light=light, **{**given, **more})
+
+
+def chosen(of: Look, **fields: Any) -> Pictures:
+    found: Pictures = fitted(config(**fields), of, 0.0).pictures
+    return found
+
+
+@pytest.mark.parametrize(
+    ("side", "brought_to"), [(8, 16), (16, 16), (25, 24), (27, 28), (48, 48), (96, 48), (4000, 48)]
+)
+def test_pictures_are_brought_to_a_side_that_a_processor_can_train_on(side: int, brought_to: int) -> None:
+    found = chosen(seen(side))
+    assert (found.image_size, found.network) == (brought_to, "pooled_cnn")
+
+
+def test_grey_pictures_are_read_as_such_and_colors_where_they_are() -> None:
+    for of, given, channels, mean, std in (
+        (seen(grey=True), None, 1, (0.35,), (0.15,)),
+        (seen(), None, 3, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
+        (seen(grey=True), False, 3, (0.3,) * 3, (0.2,) * 3),
+        (seen(), True, 1, (0.35,), (0.15,)),
+    ):
+        found = chosen(of, grey=given)
+        assert (found.input.channels, found.mean, found.std) == (channels, mean, std)
+
+
+@pytest.mark.parametrize("tell", [True, False])
+def test_colors_are_exchanged_where_they_tell_nothing_and_what_was_given_stays(tell: bool) -> None:
+    assert chosen(seen(tell=tell)).recolor == (not tell)
+    assert chosen(seen(grey=True, light=0.05)).recolor is False
+    for asked in (True, False):
+        found = chosen(seen(tell=tell), recolor=asked)
+        assert found.recolor == asked
+        assert (f"hue={HUE}" in repr(found.strong())) == asked
+
+
+def test_pretrained_weights_bring_their_own_network_size_and_normalization() -> None:
+    assert [chosen(seen(28), network=f"vit_{name}").image_size for name in ("b_16", "b_32", "h_14")] == [32, 32, 28]
+    found = fitted(config(weights="file.pt"), seen(grey=True), 0.0)
+    assert (found.pictures.network, found.pictures.image_size, found.pictures.grey) == ("resnet18", 128, False)
+    assert (found.pictures.mean, found.pictures.std) == look.IMAGENET
+    assert found.fitting.lr == found.fitting.student_lr == PRETRAINED_RATE
+
+
+@pytest.mark.parametrize(
+    ("network", "rate", "clipped"),
+    [
+        *(("pooled_cnn", RATES["pooled_cnn"], False), ("small_cnn", RATES["small_cnn"], False)),
+        *(("resnet18", RATES["resnet"], True), ("wide_resnet28_2", RATES["wide_resnet"], True)),
+        *(("vit_b_16", RATES["vit"], True), ("timm:resnet18", OTHER_RATE, True)),
+    ],
+)
+def test_the_rates_are_those_of_the_networks_family_or_as_given(network: str, rate: float, clipped: bool) -> None:
+    found = fitted(config(network=network), seen(), 0.0)
+    assert (found.fitting.lr, found.fitting.student_lr) == (rate, rate)
+    assert (found.trainer_options()["clip_norm"] == 1.0) == clipped
+    own = fitted(config(network=network, lr=0.5), seen(), 0.0)
+    assert (own.fitting.lr, own.fitting.student_lr) == (0.5, rate)
+    module = torch.nn.Linear(2, 2)
+    assert [own.optimizer(role, module).param_groups[0]["lr"] for role in ("teacher", "student")] == [0.5, rate]
+
+
+def test_what_is_settled_is_settled_once_more_as_it_is() -> None:
+    once = fitted(config(network="vit_b_16"), seen(), 0.0)
+    assert fitted(once, seen(side=64, grey=True, tell=True), 0.2) == once
+
+
+# --------------------------------------------------------------------------------------------------------- the steps
+
+
+def test_steps_are_as_many_as_fit_into_the_minutes_by_the_clock() -> None:
+    """Each look at the clock moves it on by so much; a step is timed by two looks."""
+    settings = replaced(config(), classes=("a", "b"), network="small_cnn", labeled_batch=2, unlabeled_batch=2)
+    settings = fitted(replaced(settings, image_size=8, device="cpu", steps=1000), seen(), 0.0)
+    state = torch.get_rng_state()
+    for method, seconds, minutes, steps in (
+        (images.METHODS["uda"], 0.3, 1.0, 170),  # 0.85 · 60 / 0.3
+        (images.METHODS["supervised"], 0.01, 0.1, 510),
+        (images.METHODS["pseudo_labels"], 0.3, 1.0, 85),  # of two phases
+        (images.METHODS["mpl"], 60.0, 0.1, 1),
+    ):
+        ticks = itertools.count()
+        found = steps_within(settings, method.scheduled(1000), minutes, lambda s=seconds, t=ticks: s * next(t))
+        assert found == steps
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_steps_of_each_kind_count_as_often_as_they_come() -> None:
+    class Trainer:
+        teacher, teacher_losses = "teacher", (UDA(start=400),)
+        step, teacher_step = "both", "teacher alone"
+
+    kinds = [(0, 400, "teacher alone"), (400, 750, "teacher alone"), (750, 1000, "both")]
+    assert look.kinds_of_steps(Trainer, 1000, wait=750) == kinds
+    Trainer.teacher = None  # type: ignore[assignment]  # one network
+    assert look.kinds_of_steps(Trainer, 1000, wait=750) == [(0, 400, "both"), (400, 1000, "both")]
+
+
+def test_shares_follow_the_steps_and_steps_that_were_given_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(look, "seconds_per_step", lambda *given: pytest.fail("measured"))
+    found, method = with_steps(config(steps=1000), images.METHODS["mpl"])
+    assert (found.fitting.warmup, found.fitting.validate_every, found.minutes) == (50, 50, None)
+    assert (method.wait, method.uda.uda_start) == (750, 400)
+    own, method = with_steps(config(steps=1000, warmup=0, validate_every=9), replaced(images.METHODS["mpl"], wait=7))
+    assert (own.fitting.warmup, own.fitting.validate_every, method.wait) == (0, 9, 7)
+
+
+def test_phases_given_in_steps_are_measured_again_with_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def second(config: Any, method: Any, clock: Any = None) -> float:
+        asked.append(config.fitting.steps)
+        assert method.wait == 200
+        return 0.0981
+
+    monkeypatch.setattr(look, "seconds_per_step", second)
+    found, _ = with_steps(config(), replaced(images.METHODS["mpl"], wait=200))
+    assert asked == [400, 2600, 2600]
+    assert (found.fitting.steps, found.minutes) == (2600, look.MINUTES)
+
+
+# ----------------------------------------------------------------------------------------------------- all of it, once
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return color_folders(tmp_path_factory.mktemp("colors"), side=130)
+
+
+def given(root: Path, **fields: Any) -> Any:
+    return config(labeled=str(root / "labeled"), unlabeled=str(root / "unlabeled"), steps=40, **fields)
+
+
+def test_a_look_gives_every_setting_a_value_says_it_and_a_run_that_is_resumed_takes_it(root: Path) -> None:
+    said: list[str] = []
+    found, method = settled(given(root), images.METHODS["mpl"], said.append)
+    open_ = ("val", "test", "minutes", "weights", "ema_decay")
+    assert [name for name, value in flat(found).items() if value is None and name not in open_] == []
+    assert None not in [value for name, value in flat(method).items() if name.startswith("uda_")]
+    assert (found.classes, method.uda.uda_prior) == (("blue", "red"), (0.5, 0.5))
+    assert (found.pictures.recolor, found.pictures.image_size, found.val_fraction) == (False, 48, 0.0)
+    words = " ".join(said)
+    for word in ("pooled_cnn", "48x48", "shrunk", "colors kept", "0.01", "40 steps", "--weights imagenet"):
+        assert word in words, word
+    # Whatever the pictures show now, and however long a step takes.
+    stored = {name: list(v) if isinstance(v, tuple) else v for name, v in {**flat(found), **flat(method)}.items()}
+    stored |= {"mean": [0.1, 0.2, 0.3], "lr": 0.123, "steps": 41, "wait": 5}
+    again, method = settled(replaced(given(root), steps=None), images.METHODS["mpl"], pytest.fail, stored)
+    assert (again.pictures.mean, again.fitting.lr, again.fitting.steps) == ((0.1, 0.2, 0.3), 0.123, 41)
+    assert (method.wait, method.uda.uda_start) == (5, 16)
+    assert settled(given(root, lr=0.5), images.METHODS["mpl"], print, stored)[0].fitting.lr == 0.5
+
+
+def test_batches_of_many_copies_are_told_and_enough_labels_are_set_aside(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for size in (120, 132):
+        said: list[str] = []
+        settled(given(root, labeled_batch=size), images.METHODS["uda"], said.append)
+        assert any("--labeled-batch 132 is 11 times" in line for line in said) == (size == 132)
+    monkeypatch.setattr(look, "SELECTED_ON", 2)
+    assert settled(given(root), images.METHODS["uda"], print)[0].val_fraction == look.SET_ASIDE
+    given_some = given(root, val=str(root / "test"))
+    assert settled(given_some, images.METHODS["uda"], print)[0].val_fraction == 0.0
+
+
+def test_stored_settings_that_cannot_be_are_refused(root: Path) -> None:
+    assert filled(Fitting(), {"steps": 7, "lr": None, "seed": 9}) == Fitting(steps=7)
+    assert filled(methods.Consistency(), {"uda_prior": [0.5, 0.5]}).uda_prior == (0.5, 0.5)
+    with pytest.raises(MetaplError, match="damaged"):
+        settled(given(root), images.METHODS["uda"], print, {"warmup": -1})

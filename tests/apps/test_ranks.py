@@ -1,0 +1,164 @@
+"""``torchrun -m metapl.apps``: two processes end on the numbers of one, go on when killed, are refused in a line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import metapl
+from ranks import Ranks
+from safetensors.torch import load_file
+from tiny_runs import NOISY_STUDENT, REDUCED, TINY, color_folders, images_command
+
+from metapl.apps.main import main
+from metapl.apps.run import WEIGHTS
+
+SECONDS = 240.0
+
+
+def command(arguments: list[str]) -> tuple[int, str, str]:
+    """The exit code of the command on this rank, and what it showed."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main(arguments)
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    ranks = Ranks(2, "test_ranks", joined=False)
+    yield ranks
+    ranks.close()
+
+
+def trained(ranks: Ranks, words: list[str], out: Path) -> str:
+    """What the first of the processes shows; the others show nothing."""
+    said = ranks.run("command", arguments=[*words, "--out", str(out)])
+    assert [code for code, _, _ in said] == [0, 0], said
+    assert said[1][1:] == ("", "")
+    return str(said[0][1])
+
+
+def same_numbers(run: Path, other: Path, limit: float) -> None:
+    """The rows of every phase, and all weights, but for rounding."""
+    rows, expected = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (run, other)
+    )
+    assert len(rows) == len(expected) > 0
+    for row, wanted in zip(rows, expected, strict=True):
+        assert (row.pop("phase"), row.pop("step")) == (wanted.pop("phase"), wanted.pop("step"))
+        found = {name: value for name, value in row.items() if value is not None}
+        assert found == pytest.approx({k: v for k, v in wanted.items() if v is not None}, rel=10 * limit, abs=limit)
+    for name in WEIGHTS.values():
+        assert (run / name).exists() == (other / name).exists()
+        if (run / name).exists():
+            wanted = load_file(other / name)
+            for key, value in load_file(run / name).items():
+                assert float((value - wanted[key]).abs().max()) <= limit, (name, key)
+
+
+def left_at(run: Path, copy: Path, step: int) -> Path:
+    """A finished run as it was after so many steps."""
+    shutil.copytree(run, copy)
+    for path in [*copy.glob("*.safetensors"), *copy.glob("report.*"), copy / "network.json", copy / "result.json"]:
+        path.unlink()
+    shutil.rmtree(copy / "checkpoints" / "finetune")
+    for path in (copy / "checkpoints" / "fit").iterdir():
+        if f"{step:08}" not in path.name:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert [path.stem for path in (copy / "checkpoints" / "fit").iterdir()] == [f"step-{step:08}"]
+    return copy
+
+
+@pytest.mark.parametrize("mesh", ["replicate", "shard"])
+def test_digits_in_two_processes(mesh: str, two: Ranks, tiny: Path, tmp_path: Path) -> None:
+    words = [*TINY, f"--mesh.{mesh}", "2"]
+    assert "Test accuracy" in trained(two, words, tmp_path / "run")
+    same_numbers(tmp_path / "run", tiny, 1e-5)
+    left = left_at(tmp_path / "run", tmp_path / "again", step=4)
+    trained(two, [*words, "--resume"], left)
+    for name in (*WEIGHTS.values(), "metrics.jsonl", "result.json"):
+        assert (left / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
+    assert "is finished already" in trained(two, [*words, "--resume"], left)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["noisy student", "reduced", "images"])
+def test_other_trainings_in_two_processes(kind: str, two: Ranks, tmp_path: Path) -> None:
+    """Batch norms see a share of the rows, as where one process takes each batch in two parts."""
+    pictures = images_command(color_folders(tmp_path / "pictures"), "--method", "mpl", "--uda-align", "0")
+    words: dict[str, list[str]] = {"noisy student": [*NOISY_STUDENT], "reduced": [*REDUCED], "images": pictures}
+    parts = ["--accumulate", "2"] if kind == "images" else []
+    metapl(*words[kind], *parts, "--out", tmp_path / "one")
+    trained(two, [*words[kind], "--mesh.replicate", "2"], tmp_path / "two")
+    same_numbers(tmp_path / "two", tmp_path / "one", 2e-3 if kind == "images" else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("started", "flags", "word"),
+    [
+        ("2", (), "2 processes were started"),
+        ("1", ("--mesh.shard", "2"), "1 was started"),
+        ("2", ("--mesh.replicate", "3"), "2 were started"),
+        ("2", ("--mesh.shard", "2", "--labeled-batch", "9"), "--labeled-batch 9"),
+        ("2", ("--mesh.replicate", "2", "--accumulate", "8", "--labeled-batch", "24"), "--labeled-batch 24"),
+        ("2", ("--mesh.replicate", "2", "--compare"), "--compare"),
+        ("2", ("--mesh.tensor", "2"), "--mesh.tensor"),
+        ("2", ("--mesh.replicate", "0"), "replicate"),
+    ],
+)
+def test_a_mesh_that_does_not_go_is_refused_before_anything_is_written(
+    started: str, flags: tuple[str, ...], word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", started)
+    said = metapl(*TINY, *flags, "--out", tmp_path / "run", code=2).stderr
+    assert word in " ".join(said.split())
+    assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refusal_of_one_process_ends_both(two: Ranks, tiny: Path, tmp_path: Path) -> None:
+    mesh = ["--mesh.shard", "2"]
+    for words, word in (
+        (["--out", str(tiny)], "holds a run already"),
+        (["--steps", "7", "--resume", "--out", str(tiny)], "another recipe"),
+        (["--mode", "unrolled", "--out", str(tmp_path / "run")], "unrolled"),
+    ):
+        said = two.run("command", arguments=[*TINY, *mesh, *words])
+        assert [code for code, _, _ in said] == [2, 2], said
+        assert word in " ".join(said[0][2].split())
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="kills as Linux has them")
+def test_torchrun_starts_a_killed_process_again(two: Ranks, tmp_path: Path) -> None:
+    words = [*TINY, "--mesh.shard", "2", "--save-every", "1", "--resume", "--dropout", "0.1"]
+    trained(two, words, tmp_path / "whole")
+    run = tmp_path / "run"
+    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
+    started += ["-m", "metapl.apps", *words, "--out", str(run)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    launcher = subprocess.Popen(started, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + SECONDS
+    while not list(run.glob("checkpoints/fit/*.parts")) and time.monotonic() < until:
+        time.sleep(0.01)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    workers = [pid for pid in children if b"metapl" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    _, err = launcher.communicate(timeout=SECONDS)
+    assert launcher.returncode == 0, err
+    for name in WEIGHTS.values():
+        assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    found: dict[str, Any] = json.loads((run / "result.json").read_text())
+    assert found["seed"] == 0
