@@ -64,21 +64,21 @@ LearnedKind = Literal["example_weights", "meta_weight_net", "label_correction", 
 class Plain:
     """All labels as they are, or the clean ones alone."""
 
-    clean: Hidden[bool] = False
+    clean_alone: Hidden[bool] = False
 
     @property
     def name(self) -> str:
-        return "clean" if self.clean else "plain"
+        return "clean" if self.clean_alone else "plain"
 
     @property
     def title(self) -> str:
-        return "plain, clean labels alone" if self.clean else "plain, given and clean labels"
+        return "plain, clean labels alone" if self.clean_alone else "plain, given and clean labels"
 
     def scheduled(self, steps: int) -> Self:
         return self
 
     def train(self, t: Training) -> Trained:
-        return _plainly(t, t.data.labeled if self.clean else t.data.everything)
+        return _plainly(t, t.data.labeled if self.clean_alone else t.data.everything)
 
 
 def _plainly(t: Training, labeled: Any, **options: Any) -> Trained:
@@ -160,7 +160,7 @@ class Learned:
 METHODS: dict[str, Any] = {
     **{kind: Learned(kind=kind) for kind in RATES},  # type: ignore[arg-type]  # the same words
     "plain": Plain(),
-    "clean": Plain(clean=True),
+    "clean": Plain(clean_alone=True),
     **{
         f"{kind}_{how}": Learned(kind=kind, feedback=how)  # type: ignore[arg-type]
         for kind in RATES
