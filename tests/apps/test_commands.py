@@ -1,0 +1,505 @@
+"""The command line: what is typed in the pages parses, what is refused leaves every file as it was, and what each
+command that reads a run says and writes."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import tyro
+from command import edited, metapl, reseal, result, rows, said
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
+from tiny_runs import TINY, color_folders, color_run
+
+from metapl.apps import look
+from metapl.apps.digits import Digits
+from metapl.apps.labels import LabelStore
+from metapl.apps.main import COMMANDS, CONFIG, GONE, _method_first, _named, found, main
+from metapl.apps.run import RunFolder
+from metapl.errors import MetaplError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten digits as pictures and as a table, and a file that is neither."""
+    folder = tmp_path_factory.mktemp("pictures")
+    digits = load_digits()
+    (folder / "more").mkdir()
+    for index, image in enumerate(digits.images[:10]):
+        Image.fromarray((image * 255 / 16).round().astype("uint8")).save(folder / "more" / f"{index}.png")
+    with (folder / "a, b.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([[f"pixel {i}" for i in range(64)], *digits.data[:10].tolist()])
+    (folder / "notes.txt").write_text("not to be read")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return color_run(tmp_path_factory)
+
+
+# ----------------------------------------------------------------------------------------------------------- the words
+
+
+def typed() -> list[str]:
+    """The command lines of the pages, as one types them."""
+    lines: list[str] = []
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            for line in block.replace("\\\n", " ").splitlines():
+                line = re.sub(r"^(\$ )?(torchrun|python) .*-m metapl\.apps ", "metapl ", line.strip())
+                if re.match(r"(\$ )?metapl (?!--)[a-z]", line):
+                    lines.append(line.removeprefix("$ "))
+    return sorted({*lines})
+
+
+@pytest.mark.parametrize("line", typed())
+def test_a_command_line_of_a_page_parses(line: str) -> None:
+    name, words = _named(shlex.split(line, comments=True)[1:])
+    command = tyro.cli(found(name), args=_method_first(words), config=CONFIG)
+    assert callable(command.run)
+
+
+def test_the_pages_show_every_command() -> None:
+    shown = {_named(shlex.split(line, comments=True)[1:])[0] for line in typed()}
+    assert {*COMMANDS} - shown <= {"ablate images", "ablate own"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_whose_flags_are_explained_in_lines_that_fit(name: str) -> None:
+    command = [*name.split(), "--help"] if name != "ablate own" else ["ablate", "--factory", "a:b", "--help"]
+    text = metapl(*command).stdout
+    assert f"metapl {name}" in text
+    assert max(map(len, text.splitlines())) <= 80
+    flags = re.findall(r"^[│ ]{1,3}(--[a-z][\w.-]*)([^\n]*\n[^\n]*)", text, re.MULTILINE)
+    assert flags
+    for flag, words in flags:
+        assert len(re.sub(r"\(.*?\)|[│ ]", "", words)) > 8, flag
+
+
+def test_the_help_of_training_on_pictures_is_two_screens() -> None:
+    assert len(metapl("train", "images", "--help").stdout.splitlines()) <= 80
+
+
+def test_help_and_version() -> None:
+    text = metapl().stdout
+    assert text == metapl("--help").stdout == metapl("help").stdout
+    assert {*re.findall(r"^  metapl ([\w-]+)", text, re.MULTILINE)} == {name.split()[0] for name in COMMANDS}
+    assert max(map(len, text.splitlines())) <= 80
+    assert re.fullmatch(r"metapl \d+\.\d+\S*\n", metapl("--version").stdout)
+    assert "images|digits|noisy" in metapl("train", code=2).stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "parsed"),
+    [
+        ("--method uda --steps 3", ("uda", {"steps": 3})),
+        ("--steps 3 --method uda", ("uda", {"steps": 3})),
+        ("--steps 3 --method=uda --uda-weight 2", ("uda", {"uda_weight": 2.0})),
+        ("--uda-weight 2 --method mpl", ("mpl", {"uda_weight": 2.0})),
+        ("", ("mpl", {"steps": 6000})),
+        ("--compare --methods mpl none --seeds 0-1", ("mpl", {"methods": "mpl,none", "seeds": "0-1"})),
+        ("--methods mpl none --compare --method none", ("none", {"methods": "mpl,none", "compare": True})),
+        ("--hidden 4 8 --lr 0.1", ("mpl", {"hidden": (4, 8), "lr": 0.1})),
+    ],
+)
+def test_a_method_is_named_before_or_behind_the_flags(words: str, parsed: tuple[str, dict[str, Any]]) -> None:
+    from metapl.apps.settings import flat
+
+    command = tyro.cli(found("train digits"), args=_method_first(words.split()), config=CONFIG)
+    assert command.method.name == parsed[0]
+    assert flat(command).items() >= parsed[1].items()
+
+
+def test_bash_completes_commands_and_flags(tmp_path: Path) -> None:
+    script = metapl("--print-completion", "bash").stdout
+    (tmp_path / "metapl.sh").write_text(script)
+    subprocess.run(["bash", "-n", tmp_path / "metapl.sh"], check=True)
+    for word in ("train-images", "--feedback-weight", "--each-class", "reinforce", "ent_min"):
+        assert word in script, word
+
+
+# --------------------------------------------------------------------------------------------------------- refused
+
+IMAGES = "train images --labeled {few} --unlabeled {few} --test {few} --out {new}"
+DIGITS = "train digits --steps 6 --finetune-steps 4 --out {new}"
+NOISY = "train noisy --labeled {few} --clean {few} --out {new}"
+REFUSED = {
+    "trian": "train?",
+    "train dgits": "digits?",
+    **{name: words.partition(" ")[0] for name, words in GONE.items()},
+    "train images": "--unlabeled",
+    "train digits --stepz 3": "--stepz",
+    f"{DIGITS} --method fixmach": "fixmatch",
+    f"{DIGITS} --mode forwad": "forward",
+    f"{DIGITS} --hidden 3 x": "--hidden",
+    f"{DIGITS} --hidden 0": "--hidden",
+    f"{DIGITS} --lr 0": "--lr",
+    f"{DIGITS} --uda-threshold 3": "--uda-threshold",
+    f"{DIGITS} --wait 6": "--wait",
+    f"{DIGITS} --warmup 7": "warmup",
+    f"{DIGITS} --mode none --baseline 0.9": "baseline",
+    f"{DIGITS} --mode reinforce --pseudo-labels soft": "labels",
+    f"{DIGITS} --mesh.replicate 2": "torchrun",
+    f"{DIGITS} --device cuda": "GPU",
+    f"{DIGITS} --compare --methods plain": "plain",
+    f"{DIGITS} --seeds 0-1": "--compare",
+    **{f"{DIGITS} --compare --seeds {wrong}": "seeds" for wrong in ("²", "٣", "0-²", "4-2", "3-5,4", "-")},
+    f"{DIGITS} --method uda --mode forward": "--mode",
+    "train digits --out {run}": "--resume",
+    "train digits --out {few}": "recipe.json",
+    "train digits --steps 7 --out {run} --resume": "steps",
+    f"{IMAGES} --minutes inf": "--minutes",
+    f"{IMAGES} --minutes 0": "--minutes",
+    f"{IMAGES} --network effnet_b0": "efficientnet_b0",
+    f"{IMAGES} --weights {{new}}/none.pt": "none.pt",
+    f"{IMAGES} --val {{few}}/blue": "subfolder",
+    f"{IMAGES} --method reduced_mpl --teacher {{run}} --labels x": "--labels",
+    IMAGES: "test",  # pictures of which are those that are learned from
+    IMAGES.replace("--out {new}", "--out {few}/out"): "would be read",
+    IMAGES.replace("--test {few}", "--compare"): "--test",
+    IMAGES.replace("{few}", "{new}"): "new",
+    NOISY: "same folder",
+    f"{NOISY} --clean-batch 0": "--clean-batch",
+    "noisy-student digits --out {new} --networks 16x16 8": "smaller",
+    "noisy-student digits --out {new} --networks 8y8": "8y8",
+    "noisy-student digits --out {new} --networks 8 16 --warm-start": "--warm-start",
+    "noisy-student digits --out {new} --schedule cosine --warm-start": "exponential",
+    "noisy-student digits --out {new} --rounds 1 --networks 8 16 32": "2",
+    "noisy-student digits --out {new} --rounds 0": "--rounds",
+    "noisy-student digits --out {new} --training pretrain --loss two_means": "--loss",
+    "noisy-student digits --out {new} --frozen 0.2": "--frozen",
+    "noisy-student digits --out {new} --finetune-size 9": "--finetune-size",
+    "noisy-student digits --out {new} --warm-start --warm-steps 5000": "--warm-steps",
+    "predict": "RUN",
+    "predict {run}": "FILE_OR_FOLDER",
+    "predict {run} {new}": "new",
+    "predict {run} {few}/blue/blue-0.png --top 11": "--top",
+    "predict {run} {few}/blue/blue-0.png --out {few}": "folder",
+    "predict {run} {few}/blue/blue-0.png --out {few}/blue/blue-0.png": "lost",
+    "predict {run} {few} --out {few}/blue/blue-0.png": "lost",
+    "predict {run} {few} --out {run}/student.safetensors": "run folder",
+    "predict {run} {few} --out {new}/out.csv": "new",
+    "predict {run} {few} --network techer": "teacher",
+    "evaluate": "RUN",
+    "evaluate {new}": "new",
+    "evaluate {few}": "recipe.json",
+    "evaluate {run} --test {new}": "new",
+    "evaluate {run} --test {few}": "does not know",
+    "evaluate {run} --eps 2": "--attack",
+    "evaluate {run} --out {run}/recipe.json": "folder",
+    "runs {new}": "new",
+    "runs {few}": "no run",
+    "runs {run}/recipe.json": "file",
+    "report {new}": "new",
+    "report {run} --out page.png": ".html",
+    "report {run} --out {new}/page.html": "new",
+    "compare": "RUN",
+    "compare {run} {run}": "twice",
+    "compare {run} {colors}": "different",
+    "export {run}": "--out",
+    "export {run} --out {run}/recipe.json": "folder",
+    "label {run} {new} --out {new}": "new",
+    "label {run} {few} --out {few}": "few",
+    "label {run} {few} --out {new} --top-k 11": "--top-k",
+    "labels stats {run}": "store",
+    "labels select {run} --out {new}": "store",
+    "ablate --factory x": "module:function",
+    "ablate --factory os:getcwd": "BilevelTrainer",
+    "ablate digits --modes forwad": "forward",
+    "attribute {run}": "--out",
+}
+
+
+def content(*folders: Path) -> dict[str, str]:
+    """Every file by its hash."""
+    files = sorted(file for folder in folders for file in folder.rglob("*"))
+    return {str(f): hashlib.sha256(f.read_bytes()).hexdigest() if f.is_file() else "folder" for f in files}
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return color_folders(tmp_path_factory.mktemp("refused"), few=2, many=2, side=8) / "labeled"
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_what_is_refused_leaves_every_file_as_it_was(
+    line: str, tiny: Path, colors: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(look, "seconds_per_step", lambda *given: pytest.fail("measured"))
+    monkeypatch.chdir(tmp_path)
+    if "cuda" in line and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    before = content(tmp_path, tiny, few.parent, colors / "run")
+    places = {"run": tiny, "colors": colors / "run", "few": few, "new": tmp_path / "new"}
+    words = [word.format(**places) for word in shlex.split(line)]
+    told = metapl(*words, code=2)
+    assert REFUSED[line] in " ".join(told.stderr.split()), told.stderr
+    assert "Traceback" not in told.stderr
+    assert content(tmp_path, tiny, few.parent, colors / "run") == before
+
+
+def damage(run: Path, kind: str) -> None:
+    weights = run / "finetuned_student.safetensors"
+    edited(run / "result.json", delivered="finetuned")
+    if kind == "no weights":
+        weights.unlink()
+    elif kind == "torn weights":
+        weights.write_bytes(b"torn")
+    elif kind == "no result":
+        (run / "result.json").unlink()
+    elif kind == "a result of nothing":
+        (run / "result.json").write_text("{}")
+    elif kind == "a torn recipe":
+        (run / "recipe.json").write_text("{")
+    elif kind == "a recipe of another format":
+        edited(run / "recipe.json", format=99)
+    elif kind == "another network":
+        text = (run / "network.json").read_text()
+        (run / "network.json").write_text(re.sub(r'"widths": \[\s*64,\s*4', '"widths": [64, 5', text))
+    else:
+        edited(run / "result.json", "evaluation", accuracy=7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [
+        *(("no weights", "missing"), ("torn weights", "damaged"), ("no result", "not finished")),
+        *(("a result of nothing", "damaged"), ("a torn recipe", "recipe.json"), ("a recipe of another format", "99")),
+        *(("another network", "fit"), ("an accuracy above 1", "accuracy")),
+    ],
+)
+def test_a_damaged_run_is_refused_in_a_line(kind: str, word: str, run: Path, pictures: Path) -> None:
+    damage(run, kind)
+    before = content(run)
+    for command in (("evaluate", run), ("predict", run, pictures)):
+        told = metapl(*command, code=2)
+        assert (told.stdout, len(told.stderr.splitlines())) == ("", 1)
+        assert word in told.stderr
+    assert content(run) == before
+
+
+# ------------------------------------------------------------------------------------------------- what reads a run
+
+
+def test_predict_says_what_the_network_says_of_pictures_and_tables(
+    tiny: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = Digits(hidden=(4,)).network()
+    network.load_state_dict(load_file(tiny / "student.safetensors"))
+    probability, index = network(torch.tensor(load_digits().images[:10]).float()[:, None] / 16).softmax(1).max(1)
+    found = rows(said(capsys, "predict", tiny, pictures, "--network", "student"))
+    assert list(found[0]) == ["file", "class", "probability"]
+    table, images = found[:10], found[10:]
+    assert [row["file"] for row in table] == [f"{pictures}/a, b.csv:{line}" for line in range(2, 12)]
+    assert [row["file"] for row in images] == [f"{pictures}/more/{number}.png" for number in range(10)]
+    assert [int(row["class"]) for row in table] == index.tolist()
+    assert [float(row["probability"]) for row in table] == pytest.approx(probability.tolist(), abs=2e-6)
+    assert [float(row["probability"]) for row in images] == pytest.approx(probability.tolist(), abs=0.01)
+
+
+def test_predict_gives_more_classes_and_all_probabilities(
+    tiny: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (row, *_) = rows(said(capsys, "predict", tiny, pictures / "a, b.csv", "--top", "3", "--probabilities"))
+    shares = {str(digit): float(row[f"p({digit})"]) for digit in range(10)}
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
+    for suffix, share in zip(("", "_2", "_3"), sorted(shares.values(), reverse=True), strict=False):
+        assert shares[row[f"class{suffix}"]] == float(row[f"probability{suffix}"]) == share
+
+
+def test_predict_leaves_out_what_it_cannot_read_and_replaces_what_it_wrote(
+    tiny: Path, pictures: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(pictures / "more", tmp_path / "inputs"))
+    (folder / "torn.png").write_bytes((folder / "0.png").read_bytes()[:60])
+    for _ in range(2):
+        told = metapl("predict", tiny, folder, "--out", folder / "out.csv", code=1)
+        assert len(rows((folder / "out.csv").read_text())) == 10
+        assert "torn.png" in told.stderr
+        assert "1 of 11" in told.stderr
+    assert sorted(path.suffix for path in folder.iterdir()) == [".csv", *[".png"] * 11]
+
+
+def test_a_diverged_network_predicts_nothing(run: Path, pictures: Path, tmp_path: Path) -> None:
+    name = {"finetuned": "finetuned_student"}.get(result(run)["delivered"], result(run)["delivered"])
+    weights = load_file(run / f"{name}.safetensors")
+    save_file({key: torch.full_like(value, torch.nan) for key, value in weights.items()}, run / f"{name}.safetensors")
+    reseal(run)
+    for command in (("predict", pictures / "more", "--out", tmp_path / "out.csv"), ("evaluate",)):
+        assert "not finite" in metapl(command[0], run, *command[1:], code=2).stderr
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_evaluate_gives_the_number_on_record_again_and_those_of_damaged_pictures(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told, text = result(tiny), said(capsys, "evaluate", tiny)
+    assert f"{told['test_accuracy']:.2%} of 400, as in result.json" in text
+    assert max(map(len, text.splitlines()[1:])) <= 80
+    found = json.loads(said(capsys, "evaluate", tiny, "--json", "--attack", "fgsm", "--eps", "2", "--out", tmp_path))
+    assert found["confusion"] == told["evaluation"]["confusion"]
+    assert found["accuracy"] == found["recorded_accuracy"] == told["test_accuracy"]
+    assert found == json.loads((tmp_path / "evaluation.json").read_text())
+    assert found["attacks"]["fgsm"]["2"] <= found["accuracy"]
+
+
+def test_evaluate_measures_on_other_pictures_and_under_corruptions(
+    colors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other" / "red").mkdir(parents=True)
+    for file in (colors / "test" / "red").iterdir():
+        shutil.copy(file, tmp_path / "other" / "red")
+    (tmp_path / "other" / "red" / "torn.png").write_bytes(b"")
+    command = ("evaluate", colors / "run", "--test", tmp_path / "other", "--corruptions", "--json")
+    told = metapl(*command, code=1)
+    found = json.loads(told.stdout)
+    assert (found["n"], found["missing_classes"], found["per_class"][0]) == (6, ["blue"], None)
+    assert len(found["corruptions"]) == 15
+    assert "torn.png" in told.stderr
+    assert "blue" in told.stderr
+    main(["evaluate", str(colors / "run"), "--test", str(colors / "labeled")])
+    assert "are among the" in " ".join(capsys.readouterr().err.split())
+
+
+def test_runs_of_every_state_are_listed(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("mine", "stopped", "held", "deep/er/broken"):
+        shutil.copytree(tiny, tmp_path / name)
+    for name in ("stopped", "held"):
+        (tmp_path / name / "result.json").unlink()
+    (tmp_path / "deep/er/broken/result.json").write_text("{")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "link").symlink_to(tiny)
+    (tmp_path / "loop").symlink_to(tmp_path)
+    with RunFolder(tmp_path / "held").held():
+        entries = {entry["run"]: entry for entry in json.loads(said(capsys, "runs", tmp_path, "--json"))}
+        table = said(capsys, "runs", tmp_path)
+    states = {"mine": "finished", "stopped": "interrupted", "held": "running", "deep/er/broken": "damaged"}
+    assert {name: entry["state"] for name, entry in entries.items()} == states | {"link": "finished"}
+    mine, told = entries["mine"], result(tiny)
+    assert (mine["accuracy"], mine["on"], mine["n"], mine["steps"]) == (told["test_accuracy"], "test", 400, 6)
+    assert mine["interval"][0] < mine["accuracy"] < mine["interval"][1]
+    assert max(map(len, table.splitlines())) <= 80
+    for words in ("running", "interrupted", "result.json", f"{100 * mine['accuracy']:.1f} ("):
+        assert words in table, words
+
+
+@pytest.mark.usefixtures("blank_programs")
+def test_export_writes_program_weights_and_a_card(tiny: Path, tmp_path: Path) -> None:
+    text = metapl("export", tiny, "--out", tmp_path / "deep" / "out", "--network", "finetuned").stdout
+    out = tmp_path / "deep" / "out"
+    assert {file.name for file in out.iterdir()} == {"model.pt2", "model.safetensors", "MODEL_CARD.md"}
+    assert hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest() in text
+    card = (out / "MODEL_CARD.md").read_text()
+    assert f"{result(tiny)['finetuned_test_accuracy']:.6g}" in card
+    assert str(tiny) not in card, "no place on this machine"
+
+
+def test_labels_are_what_predict_says_and_a_selection_is_trained_on(
+    tiny: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, some = tmp_path / "store", tmp_path / "some"
+    said(capsys, "label", tiny, pictures / "more", "--out", store)
+    predicted = rows(said(capsys, "predict", tiny, pictures / "more", "--probabilities"))
+    for row in predicted:
+        expected = torch.tensor([float(row[f"p({digit})"]) for digit in range(10)])
+        torch.testing.assert_close(LabelStore(store)[Path(row["file"]).name], expected, atol=2e-3, rtol=0)
+    stats = json.loads(said(capsys, "labels", "stats", store, "--json"))
+    assert sum(stats["counts"]) == 10
+    assert "confidence" in said(capsys, "labels", "stats", store)
+    said(capsys, "labels", "select", store, "--out", some, "--per-class", "1")
+    kept = (some / "list.txt").read_text().splitlines()
+    assert len(kept) == len({row["class"] for row in predicted})
+    assert all(Path(some, name).is_file() for name in kept)
+
+
+def test_ablate_measures_the_modes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = "ablate digits --hidden 4 --steps 2 --draws 2 --rounds 1 --modes forward difference --out"
+    text = said(capsys, *command.split(), tmp_path / "there")
+    found = json.loads((tmp_path / "there" / "ablation.json").read_text())
+    assert [*found["modes"]] == ["forward", "difference"]
+    assert found["recommendation"] in " ".join(text.split())
+
+
+def test_ablate_looks_at_networks_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own_networks.py").write_text(
+        "import torch, metapl\ndef build():\n    a, b = (torch.nn.Linear(6, 3) for _ in range(2))\n"
+        "    x = torch.randn(12, 6)\n"
+        "    return metapl.BilevelTrainer(a, b, 'forward'), (x, torch.arange(12) % 3), torch.randn(9, 6)\n"
+        "def fails():\n    return {}['students']\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_networks", raising=False)
+    fast = ("--modes", "forward", "--draws", "2", "--rounds", "1")
+    assert "forward" in said(capsys, "ablate", "--factory", "own_networks:build", *fast)
+    assert "own_networks.py, line 7" in metapl("ablate", "--factory", "own_networks:fails", code=2).stderr
+
+
+# ----------------------------------------------------------------------------------------------- how a command ends
+
+
+def test_a_run_is_resumed_as_finished_and_says_what_it_reached(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = content(run)
+    text = " ".join(said(capsys, *TINY, "--out", run, "--resume").split())
+    assert "finished already" in text
+    assert f"{100 * result(run)['test_accuracy']:.1f} %" in text
+    assert content(run) == before
+
+
+def test_a_reader_that_goes_away_ends_the_command_quietly(tiny: Path, pictures: Path) -> None:
+    command = [sys.executable, "-m", "metapl.apps", "predict", str(tiny), str(pictures)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "word"),
+    [
+        (MemoryError(), 2, "of this machine"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "of the GPU"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory"), 2, "--accumulate"),
+        (MetaplError("so it is"), 2, "metapl: so it is"),
+        (PermissionError(13, "Permission denied", "file"), 1, "file: Permission denied"),
+        (KeyboardInterrupt(), 130, "stopped"),
+    ],
+)
+def test_what_goes_wrong_is_a_line_and_an_exit_code(
+    error: BaseException, code: int, word: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Any) -> int:
+        raise error
+
+    monkeypatch.setattr("metapl.apps.evaluate.Evaluate.run", fail)
+    told = metapl("evaluate", tiny, code=code)
+    assert word in " ".join(told.stderr.split())
+    monkeypatch.setattr("metapl.apps.evaluate.Evaluate.run", lambda self: 1 // 0)
+    with pytest.raises(ZeroDivisionError):  # a fault of the program is shown whole
+        metapl("evaluate", tiny)
+
+
+def test_defaults_of_the_folder_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        metapl(*TINY[:2], "--steps", "2", "--finetune-steps", "0", "--hidden", "2")
+    assert sorted(os.listdir("runs")) == ["digits-001", "digits-002"]
+    assert metapl("runs").stdout.count("digits-00") == 2

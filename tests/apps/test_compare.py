@@ -1,0 +1,234 @@
+"""Methods and runs side by side: what a comparison says of its numbers, and that its runs are those of one alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import edited, metapl, reseal, result, said
+from tiny_runs import TINY, built_once, trained
+
+from metapl import MetaplError
+from metapl.apps.comparison import READOUTS, Comparison, parse_seeds
+
+NONE = [0.5, 0.52, 0.51, 0.52, 0.53]
+TITLES = {"mpl": "Meta Pseudo Labels", "none": "same loop, no feedback", "uda": "UDA alone", "plain": "plain"}
+SHORT = (*TINY, "--compare", "--methods", "mpl", "none", "--seeds", "0-1")
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison of two methods and two seeds, which tests leave as it is."""
+    command = (*SHORT, "--jobs", "1")
+    return built_once(tmp_path_factory, "tiny-compared", lambda out: trained(*command, "--out", str(out)))
+
+
+def comparison(test: dict[str, list[float]], validation: dict[str, list[float]] | None = None) -> Comparison:
+    """Students with these accuracies, and finetuned ones that are worse."""
+    methods = {
+        name: {"test_accuracy": ones, "student_test_accuracy": ones, "finetuned_test_accuracy": [0.1] * len(ones)}
+        for name, ones in test.items()
+    }
+    for name, ones in (validation or {}).items():
+        methods[name]["validation_accuracy"] = ones
+    titles = {name: TITLES.get(name, name) for name in methods}
+    seeds = tuple(range(len(next(iter(test.values())))))
+    return Comparison(seeds, methods, titles, examples=400, chance=0.125)
+
+
+# ------------------------------------------------------------------------------------------------------- what it says
+
+
+@pytest.mark.parametrize(
+    ("mpl", "words"),
+    [
+        ([0.9, 0.91, 0.92, 0.93], "+40.2 points over 4 seeds; at least 5"),
+        ([0.9, 0.91, 0.92, 0.93, 0.93], "feedback helped."),
+        ([0.2, 0.21, 0.22, 0.23, 0.23], "feedback hurt; the best on the test set is same loop"),
+        ([0.5, 0.53, 0.5, 0.53, 0.53], "do not show"),
+        (NONE, "every seed the same"),
+    ],
+)
+def test_the_sentence_claims_what_a_paired_test_of_five_seeds_shows(mpl: list[float], words: str) -> None:
+    found = comparison({"mpl": mpl, "none": NONE[: len(mpl)]})
+    assert words in found.sentence()
+    assert "n = 400, chance 12.5%" in found.sentence()
+    assert ("p =" in found.sentence()) == (len(mpl) == 5 and mpl != NONE)
+    tested = found.to_json()["mpl_against_none"]
+    assert tested["n"] == len(mpl)
+    assert tested["mean"] == pytest.approx(sum(a - b for a, b in zip(mpl, NONE, strict=False)) / len(mpl))
+
+
+def test_the_control_is_taken_at_the_better_of_its_read_outs() -> None:
+    found = comparison({"mpl": [0.9], "none": [0.05]})
+    test, readout = found.against_control() or (None, None)
+    assert readout == "finetuned_test_accuracy"
+    assert test is not None
+    assert test.mean == pytest.approx(0.8)
+
+
+def test_the_best_method_is_named_where_it_is_another_but_not_the_headroom() -> None:
+    two = {"mpl": [0.8, 0.8], "none": [0.7, 0.8], "uda": [0.85, 0.86], "supervised_everything": [0.99] * 2}
+    assert comparison(two).sentence().endswith("is UDA alone with 85.5% of 400 (chance 12.5%).")
+    assert "the best" not in comparison({"mpl": [0.9], "none": [0.7]}).sentence()
+    assert comparison({"uda": [0.9], "none": [0.7]}).pair() is None
+
+
+@pytest.mark.parametrize(("better", "word"), [("noise_transition", "helped"), ("plain", "hurt")])
+def test_what_is_learned_about_labels_is_compared_with_plain_training(better: str, word: str) -> None:
+    high, low = [0.9, 0.91, 0.92, 0.93, 0.95], [0.8, 0.82, 0.81, 0.84, 0.83]
+    methods = {name: dict.fromkeys(READOUTS, high if name == better else low) for name in ("noise_transition", "plain")}
+    found = Comparison((0, 1, 2, 3, 4), methods, {"noise_transition": "a matrix", "plain": "plain"}, 400, 0.1)
+    assert f"labels {word}" in found.sentence()
+    assert "noise_transition_against_plain" in found.to_json()
+
+
+def test_the_delivered_student_is_the_best_methods_by_validation_alone() -> None:
+    test = {"mpl": [0.9, 0.9], "uda": [0.1, 0.1], "supervised": [0.2, 0.2], "supervised_everything": [0.99, 0.99]}
+    validation = {"mpl": [0.5, 0.6], "uda": [0.4, 0.9], "supervised": [0.65, 0.65], "supervised_everything": [1.0, 1.0]}
+    assert comparison(test, validation).delivered() == ("uda", 1)  # ties go to the earlier one: 0.65 on the mean
+    assert comparison(test).delivered() == ("mpl", 0)
+    assert comparison({"supervised_everything": [0.9]}).delivered() == ("supervised_everything", 0)
+
+
+def test_the_table_has_means_and_deviations_of_every_read_out_and_the_chance() -> None:
+    lines = comparison({"mpl": [0.8, 0.9], "uda": [0.5, 0.5]}).table().splitlines()
+    assert re.split(r"  +", lines[1].strip()) == ["Meta Pseudo Labels", "85.0 ± 7.1", "85.0 ± 7.1", "10.0 ± 0.0"]
+    assert [line.split("  ")[0] for line in lines] == ["method", "Meta Pseudo Labels", "UDA alone", "chance"]
+    with pytest.raises(MetaplError, match="one accuracy for each"):
+        Comparison((0, 1), {"mpl": {key: [0.5] for key in READOUTS}}, TITLES, 400, 0.1)
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("0-2,7", (0, 1, 2, 7)), (" 3 , 1", (3, 1)), ("4294967295", (2**32 - 1,))])
+def test_seeds_are_numbers_and_ranges(text: str, seeds: tuple[int, ...]) -> None:
+    assert parse_seeds(text) == seeds
+
+
+# ----------------------------------------------------------------------------------------------------------- its runs
+
+
+def bytes_of(folder: Path) -> dict[str, str]:
+    """What two comparisons must have in common."""
+    files = (
+        file for file in folder.rglob("*") if file.suffix in (".safetensors", ".jsonl") or file.name == "result.json"
+    )
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(files)}
+
+
+@pytest.mark.long
+def test_runs_at_a_time_are_those_of_one_after_another(compared: Path, tmp_path: Path) -> None:
+    told = metapl(*SHORT, "--jobs", "2", "--out", tmp_path / "pool").stdout
+    assert "2 at a time" in told
+    assert bytes_of(tmp_path / "pool") == bytes_of(compared)
+
+
+def test_a_run_of_a_comparison_is_the_run_alone(compared: Path, tiny: Path) -> None:
+    alone, within = bytes_of(tiny), bytes_of(compared / "mpl" / "seed-0")
+    assert within == alone
+
+
+def test_a_comparison_delivers_the_networks_of_one_of_its_runs(
+    compared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = result(compared)
+    source = compared / told["method"] / f"seed-{told['seed']}"
+    assert {file.name for file in source.glob("*.safetensors")} == {f.name for f in compared.glob("*.safetensors")}
+    for file in source.glob("*.safetensors"):
+        assert (compared / file.name).read_bytes() == file.read_bytes()
+    for name, of in told["methods"].items():
+        for index, seed in enumerate(told["seeds"]):
+            own = result(compared / name / f"seed-{seed}")
+            assert [of[readout][index] for readout in READOUTS] == [own[readout] for readout in READOUTS]
+    validated = {name: sum(of["validation_accuracy"]) for name, of in told["methods"].items()}
+    assert validated[told["method"]] == max(validated.values())
+    found = json.loads(said(capsys, "evaluate", compared, "--json"))
+    assert found["accuracy"] == found["recorded_accuracy"] == result(source)["test_accuracy"]
+    page = (compared / "report.html").read_text()
+    for title in told["titles"].values():
+        assert title in page
+    assert (compared / "report.png").is_file()
+
+
+def test_a_comparison_that_was_stopped_goes_on_with_what_has_ended(compared: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(compared, tmp_path / "copy"))
+    for name in ("result.json", "none/seed-1/result.json"):
+        (copy / name).unlink()
+    (entry,) = json.loads(metapl("runs", copy, "--json").stdout)
+    assert entry["compared"] == {"mpl": {"finished": 2}, "none": {"finished": 1}}
+    assert "interrupted" in metapl("report", copy).stdout + (copy / "report.html").read_text()
+    told = metapl(*SHORT, "--jobs", "1", "--out", copy, "--resume").stdout
+    assert bytes_of(copy) == bytes_of(compared)
+    assert result(compared)["sentence"] in " ".join(told.split())
+    # What has ended is no job any more, and it must be whole.
+    (copy / "result.json").unlink()
+    (copy / "mpl" / "seed-0" / "student.safetensors").write_bytes(b"torn")
+    assert "damaged" in metapl(*SHORT, "--jobs", "1", "--out", copy, "--resume", code=2).stderr
+
+
+# --------------------------------------------------------------------------------------------- metapl compare RUN RUN
+
+
+def test_compare_pairs_the_runs_of_a_comparison_and_single_ones(
+    compared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sentence = result(compared)["sentence"]
+    assert sentence in " ".join(said(capsys, "compare", compared).split())
+    singles = said(capsys, "compare", *(compared / m / f"seed-{s}" for m in ("mpl", "none") for s in (0, 1)))
+    assert sentence in " ".join(singles.split())
+    accuracy = result(compared / "none" / "seed-1")["test_accuracy"]
+    assert re.search(rf"none +1 +{100 * accuracy:.2f}", singles)
+
+
+def with_fields(run: Path, **fields: Any) -> Path:
+    edited(run / "recipe.json", "recipe", "fields", **fields)
+    return run
+
+
+def test_compare_says_why_it_does_not_pair(
+    compared: Path, tiny: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, other = compared / "mpl" / "seed-0", compared / "none" / "seed-1"
+    assert "Not paired: mpl has seeds 0, none has 1." in said(capsys, "compare", first, other)
+    assert "is there twice" in said(capsys, "compare", compared, first)
+    assert "Nothing to pair" in said(capsys, "compare", tiny)
+    with_fields(run, lr=0.5)
+    assert "points  mpl, lr 0.5" in said(capsys, "compare", tiny, run)
+    with_fields(run, labels_per_class=4)
+    assert "numbers of labels" in said(capsys, "compare", tiny, run)
+
+
+def test_runs_of_the_same_minutes_are_paired_whatever_the_number_of_their_steps(
+    tiny: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(tiny, tmp_path / "other"))
+    for one, steps in ((run, 6), (other, 9)):
+        with_fields(one, minutes=5.0, steps=steps, wait=steps // 2)
+        edited(one / "result.json", steps=steps)
+    edited(other / "recipe.json", "recipe", method="none")
+    edited(other / "result.json", method="none", title="no feedback")
+    text = said(capsys, "compare", run, other)
+    assert "steps" in text.splitlines()[2]
+    assert "MPL's student reaches" in text
+
+
+def test_compare_refuses_runs_on_other_data_or_of_other_classes(
+    tiny: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = result(run)
+    content["evaluation"]["classes"][3] = "three"
+    del content["sha256"]
+    (run / "result.json").write_text(json.dumps(content))
+    assert "three" in metapl("compare", tiny, run, code=2).stderr
+    shutil.copy(tiny / "result.json", run)
+    edited(run / "data.json", "hash", test="0")
+    assert "damaged" in metapl("compare", tiny, run, code=2).stderr
+    reseal(run)
+    assert "different data: test" in " ".join(metapl("compare", tiny, run, code=2).stderr.split())
+    with_fields(run, seed=1)  # another seed has another split of the same data
+    edited(run / "result.json", seed=1)
+    said(capsys, "compare", tiny, run)

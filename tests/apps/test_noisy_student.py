@@ -1,0 +1,329 @@
+"""Noisy Student: its losses and noise, its rounds of labeling and selecting, and the ways to train a student."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from command import metapl, result, said
+from tiny_runs import NOISY_STUDENT, built_once, color_folders, trained
+from torch import nn
+from torch.nn import functional as F
+from torchvision.ops import StochasticDepth
+
+from metapl import MetaplError
+from metapl.apps import digits
+from metapl.apps.digits import Digits
+from metapl.apps.images import Images
+from metapl.apps.labels import LabelStore, LabelWriter
+from metapl.apps.labels.queries import select
+from metapl.apps.methods import Training
+from metapl.apps.networks import Architecture
+from metapl.apps.noisy_student import (
+    Noised,
+    NoisyStudent,
+    Rounds,
+    StoredLabelLoss,
+    _finetuned,
+    configs_of,
+    end_matched,
+    optimizer,
+)
+from metapl.apps.report import better_before
+from metapl.apps.settings import replaced
+from metapl.problems.base import Signal
+from metapl.problems.stored import NoisyStudentLoss, model_noise
+from metapl.training import FitOptions, FitResult
+
+NOTHING = Signal(torch.zeros(0))
+DIGITS = Digits(hidden=(4,), fitting=digits.fitting(steps=4, schedule="exponential", lr=0.2, labeled_batch=8))
+
+
+# ------------------------------------------------------------------------------------------------- losses and noise
+
+
+def batches(labeled: int = 2, ratio: int = 3) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    x_l, x_u = (torch.randn(n, 4, generator=generator) for n in (labeled, ratio * labeled))
+    stored = torch.rand(ratio * labeled, 3, generator=generator).softmax(1)
+    return {"labeled": (x_l, torch.arange(labeled) % 3), "unlabeled": (x_u, stored)}
+
+
+@pytest.mark.parametrize("ratio", [1, 3, 14])
+@pytest.mark.parametrize("hard", [False, True])
+def test_the_loss_weighs_the_two_parts_as_the_paper_does(ratio: int, hard: bool) -> None:
+    """1/(1+r) and r/(1+r) over the concatenated batch; 1 and 1 as Algorithm 1 is written."""
+    network, data = nn.Linear(4, 3), batches(ratio=ratio)
+    (x_l, y), (x_u, stored) = data["labeled"], data["unlabeled"]
+    labeled = F.cross_entropy(network(x_l), y)
+    unlabeled = F.cross_entropy(network(x_u), stored.argmax(1) if hard else stored)
+    mean, two = (
+        NoisyStudentLoss(form, hard)(network, **data, signal=NOTHING, step=0) for form in ("mean", "two_means")
+    )  # type: ignore[arg-type]  # both forms
+    torch.testing.assert_close(mean, labeled / (1 + ratio) + unlabeled * ratio / (1 + ratio))
+    torch.testing.assert_close(two, labeled + unlabeled)
+    alone = StoredLabelLoss(hard)(network, labeled=data["unlabeled"], unlabeled=None, signal=NOTHING, step=0)
+    torch.testing.assert_close(alone, unlabeled)
+
+
+def test_without_noise_on_unlabeled_examples_dropout_acts_on_labeled_ones_alone() -> None:
+    seen: dict[int, bool] = {}
+
+    class Watched(nn.Dropout):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen[len(x)] = self.training
+            return super().forward(x)
+
+    network, data = nn.Sequential(Watched(0.5), nn.Linear(4, 3)), batches()
+    NoisyStudentLoss(model_noise=False)(network, **data, signal=NOTHING, step=0)
+    assert seen == {2: True, 6: False}
+    assert network[0].training
+    seen.clear()
+    NoisyStudentLoss()(network, **data, signal=NOTHING, step=0)
+    assert seen == {8: True}
+
+
+def test_dropout_that_is_called_as_a_function_is_noise_too() -> None:
+    pytest.importorskip("timm")
+    network = Architecture(name="timm:resnet18", num_classes=3, dropout=0.5).create().train()
+    labeled = (torch.rand(6, 3, 32, 32), torch.full((6, 3), 1 / 3))
+    batch: Any = {"labeled": labeled, "unlabeled": None, "signal": NOTHING, "step": 0}
+    with torch.no_grad():
+        still = {float(StoredLabelLoss(model_noise=False)(network, **batch)) for _ in range(3)}
+        moving = {float(StoredLabelLoss()(network, **batch)) for _ in range(3)}
+    assert (len(still), len(moving)) == (1, 3)
+
+
+def test_a_noisy_teacher_draws_the_same_masks_for_the_same_batch_and_leaves_the_generator() -> None:
+    network = nn.Sequential(StochasticDepth(0.5, "row"), nn.Dropout(0.5), nn.Linear(4, 3)).eval()
+    assert len(model_noise(network)) == 2
+    x, state = torch.randn(64, 4), torch.get_rng_state()
+    first, again, other = Noised(network, 0)(x), Noised(network, 0)(x), Noised(network, 1)(x)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, network(x))
+    torch.randn(64, 4, generator=torch.Generator().set_state(state))
+    assert not any(part.training for part in network.modules())
+
+
+# ----------------------------------------------------------------------------------------- networks, rates, settings
+
+
+def test_the_exponential_schedule_ends_where_the_papers_does() -> None:
+    """0.128, times 0.97 every 2.4 of 350 epochs or every 4.8 of 700; a warm start of fewer epochs ends there too."""
+    for epochs in (350, 700):
+        options = FitOptions(steps=epochs, schedule="exponential")
+        assert 0.128 * options.rate(epochs) == pytest.approx(0.001507, rel=1e-3)
+    for epochs, start in ((35, 0.00235), (70, 0.00366), (140, 0.00891), (280, 0.0526)):
+        assert 0.128 * end_matched(epochs, 350) == pytest.approx(start, rel=2e-3)
+        options = FitOptions(steps=epochs, schedule="exponential", decay_every=2.4)
+        assert start * options.rate(epochs) == pytest.approx(0.001507, rel=3e-3)
+
+
+def test_each_round_has_a_network_of_its_own_and_the_rate_that_is_settled() -> None:
+    whole: dict[str, Any] = {"network": "pooled_cnn", "image_size": 32, "grey": False, "mean": (0.5,) * 3}
+    config = replaced(Images(labeled="few", unlabeled="many"), classes=("a", "b"), std=(0.2,) * 3, **whole)
+    found = configs_of(config, NoisyStudent(rounds=2, networks=("pooled_cnn", "resnet18")))
+    assert [one.pictures.network for one in found] == ["pooled_cnn", "resnet18", "resnet18"]
+    assert [one.pictures.clip_norm for one in found] == [None, 1.0, 1.0]
+    rates = [optimizer(one, nn.Linear(2, 2), 0.5).param_groups[0]["lr"] for one in found]
+    assert rates == [0.5 * 0.01, 0.5 * 0.001, 0.5 * 0.001]
+    given = configs_of(replaced(config, lr=0.02), NoisyStudent(rounds=1, networks=("pooled_cnn", "resnet18")))
+    assert [optimizer(one, nn.Linear(2, 2)).param_groups[0]["lr"] for one in given] == [0.02, 0.02]
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        *(({"rounds": 0}, "rounds"), ({"threshold": 1.0}, "threshold"), ({"ratio": 0}, "ratio")),
+        *(({"per_class": 0}, "per_class"), ({"warm_steps": 5}, "warm_start"), ({"frozen": 0.1}, "finetune_size")),
+        ({"rounds": 1, "networks": ("a", "b", "c")}, "2 names"),
+        ({"training": "pretrain", "loss": "two_means"}, "mean"),
+        ({"networks": ("16x16", "8")}, "smaller"),
+        ({"networks": ("8", "16"), "warm_start": True}, "not the same"),
+        ({"networks": ("8y8",)}, "8y8"),
+        ({"finetune_size": 16}, "one size"),
+        ({"warm_start": True, "warm_steps": 7}, "warm-steps"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(fields: dict[str, Any], word: str) -> None:
+    with pytest.raises(MetaplError, match=word):
+        configs_of(DIGITS, NoisyStudent(**fields).scheduled(4))
+
+
+def test_smaller_students_are_allowed_and_a_warm_start_needs_its_schedule() -> None:
+    assert len(configs_of(DIGITS, NoisyStudent(networks=("16x16", "8"), allow_smaller=True))) == 4
+    with pytest.raises(MetaplError, match="exponential"):
+        configs_of(replaced(DIGITS, schedule="cosine"), NoisyStudent(warm_start=True))
+
+
+# -------------------------------------------------------------------------------------------------------- the rounds
+
+
+def phases(settings: NoisyStudent, config: Any = DIGITS) -> list[dict[str, Any]]:
+    """What is fitted in each phase, where the networks move by themselves."""
+    found: list[dict[str, Any]] = []
+    data = config.data(lambda text: None, False, None)
+
+    def fit(trainer: Any, labeled: Any, unlabeled: Any, **options: Any) -> FitResult:
+        before = [p.detach().clone() for p in trainer.student.parameters()]
+        with torch.no_grad():
+            for p in trainer.student.parameters():  # as if it had been trained
+                p.add_(0.01)
+        rates = {group["lr"] for group in trainer.optimizer.param_groups}
+        of: dict[str, Any] = {"trainer": trainer, "labeled": labeled, "unlabeled": unlabeled, "before": before}
+        found.append({**of, "rates": rates, **options})
+        return FitResult(None, 4, {})
+
+    own: Any = {"laid_out": lambda network, small=False: network, "seed": torch.manual_seed, "label": None, "fit": fit}
+    networks: Any = {"teacher": config.network(), "student": config.network()}
+    settings.train(Training(config=config, data=data, **networks, optimizer=config.optimizer, options={}, **own))
+    return found
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_student_begins_with_weights_of_its_own_or_with_its_teachers(warm: bool) -> None:
+    found = phases(NoisyStudent(rounds=2, warm_start=warm, warm_steps=2 if warm else None))
+    assert [phase["phase"] for phase in found] == ["round-0", "round-1", "round-2"]
+    assert [phase["steps"] for phase in found] == [4, *([2, 2] if warm else [4, 4])]
+    for before, after in itertools.pairwise(found):
+        begun = [
+            torch.equal(p, q) for p, q in zip(after["before"], before["trainer"].student.parameters(), strict=True)
+        ]
+        assert begun == [warm] * len(begun)
+    assert found[0]["rates"] == {0.2}
+    assert found[1]["rates"] == {0.2 * end_matched(2, 4) if warm else 0.2}
+    assert {phase["decay_every"] for phase in found} == {4 * 2.4 / 350}
+
+
+def test_a_student_learns_from_labeled_and_from_more_unlabeled_examples_with_noise() -> None:
+    first, second = phases(NoisyStudent(rounds=1, ratio=5, labels="hard", unlabeled_noise="model"))
+    assert first["unlabeled"] is None
+    assert second["trainer"].losses == (NoisyStudentLoss("mean", True, True, 0.0),)
+    assert (len(second["labeled"][0][0]), len(second["unlabeled"][0][0])) == (8, 40)
+    assert first["labeled"].view == second["labeled"].view != second["unlabeled"].weak
+    assert not torch.equal(first["labeled"][0][0], second["labeled"][0][0]), "each round draws its own"
+    assert phases(NoisyStudent(rounds=1))[1]["unlabeled"].weak == first["labeled"].view
+
+
+def test_pseudo_labels_alone_come_first_and_labeled_examples_after_them() -> None:
+    _, alone, tuned = phases(NoisyStudent(rounds=1, training="pretrain_finetune", unlabeled_noise="none"))
+    assert alone["trainer"].losses == (StoredLabelLoss(False, False),)
+    assert alone["unlabeled"] is None
+    assert (tuned["phase"], tuned["schedule"], tuned["steps"]) == ("round-1-finetune", "cosine", 200)
+    assert tuned["trainer"].student is alone["trainer"].student
+    assert len(phases(NoisyStudent(rounds=1, training="pretrain"))) == 2
+
+
+def test_each_round_draws_its_own_batches_of_finetuning() -> None:
+    data, drawn = DIGITS.data(lambda text: None, False, None), []
+    own: Any = {"teacher": None, "student": None, "label": None, "laid_out": None, "seed": None, "options": {}}
+    fit: Any = lambda trainer, labeled, unlabeled, **options: drawn.append(labeled[0][0])  # noqa: E731  # as above
+    t = Training(config=DIGITS, data=data, optimizer=DIGITS.optimizer, fit=fit, **own)
+    for number in (1, 2, 1):
+        _finetuned(t, DIGITS, DIGITS.network(), number)
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_a_threshold_and_a_selection_compare_confidences_alike(tmp_path: Path) -> None:
+    """In float32, 0.1 is more than it is in float64, and not above itself."""
+    with LabelWriter(tmp_path / "all", tuple("0123456789")) as writer:
+        writer.add(list(range(4)), torch.full((4, 10), 0.1))
+    store = LabelStore(tmp_path / "all")
+    rounds = Rounds(NoisyStudent(threshold=0.1), DIGITS, DIGITS.data(print, False, None), tmp_path, print)
+    assert rounds.threshold(store) == 0
+    assert select(store, tmp_path / "some", threshold=rounds.threshold(store)).kept == 4
+
+
+@pytest.mark.parametrize(("first", "second", "better"), [(0.9, 0.8, True), (0.6, 0.8, False)])
+def test_a_run_says_where_an_earlier_round_did_better_on_test(first: float, second: float, better: bool) -> None:
+    rounds = [{"test_accuracy": 0.8, "teacher": {"test_accuracy": first}}, {"test_accuracy": second, "teacher": {}}]
+    assert ["Round 0" in line for line in better_before(rounds, second)] == [True] * better
+    assert better_before([{"teacher": {}}, {"teacher": {}}], 0.5) == []
+
+
+# ---------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def rounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built_once(tmp_path_factory, "tiny-rounds", lambda out: trained(*NOISY_STUDENT, "--out", str(out)))
+
+
+def test_a_run_keeps_the_labels_of_each_round_and_what_was_selected_of_them(
+    rounds: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = result(rounds)
+    assert [each["round"] for each in told["rounds"]] == [1, 2]
+    for each in told["rounds"]:
+        labels, chosen = (LabelStore(rounds / "rounds" / str(each["round"]) / n) for n in ("labels", "selected"))
+        assert each["store"] == f"rounds/{each['round']}/labels"
+        assert (len(labels), len(chosen)) == (each["unlabeled"], each["kept"]) == (1180, each["kept"])
+        confidence = labels.at(range(1180)).max(1)
+        sure = confidence.values > each["threshold"]
+        assert int(sure.sum()) == each["kept"] + 0
+        assert [int((confidence.indices[sure] == c).sum()) for c in range(10)] == [*each["kept_per_class"].values()]
+        counts = {*each["copies_per_class"].values()} - {0}
+        assert len(counts) == 1, "balanced"
+        assert sum(each["copies_per_class"].values()) == each["copies"] == len(chosen.rows_with_copies())
+        assert each["store_sha256"] == labels.sha256
+    first, second = told["rounds"]
+    assert first["changed_labels"] is None
+    before, after = (LabelStore(rounds / "rounds" / n / "labels").at(range(1180)).argmax(1) for n in "12")
+    assert second["changed_labels"] == int((before != after).sum())
+    assert first["weights_fingerprint"] == second["teacher"]["weights_fingerprint"]
+    assert second["test_accuracy"] == told["student_test_accuracy"] == told["test_accuracy"]
+    assert second["teacher"]["test_accuracy"] == told["teacher_test_accuracy"]
+    assert sorted(told["networks"]) == ["student", "teacher"]
+    assert "Rounds" in (rounds / "report.html").read_text()
+    found = json.loads(said(capsys, "evaluate", rounds, "--json"))
+    assert found["accuracy"] == found["recorded_accuracy"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--training pretrain_finetune --finetune-steps 3 --unlabeled-noise none",
+        "--noisy-teacher --dropout 0.2 --labels hard --balance False --warm-start --warm-steps 2",
+        "--networks 4 8x8 --per-class 9 --loss two_means",
+    ],
+)
+def test_each_way_of_training_leaves_a_run(flags: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, tiny = tmp_path / "run", "--steps 4 --hidden 4 --labeled-batch 8 --threshold 0.12 --log-every 1"
+    metapl("noisy-student", "digits", *tiny.split(), "--rounds", "1", *flags.split(), "--out", run)
+    (only,) = result(run)["rounds"]
+    assert 0 < only["kept"] <= only["unlabeled"] == 1180
+    named = {row["phase"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+    assert named == {"round-0", "round-1", *(["round-1-finetune"] * ("finetune" in flags))}
+    store = LabelStore(run / "rounds" / "1" / "labels")
+    assert ("augmented" in store.provenance["views"].replace("not augmented", "")) == ("noisy" in flags)
+    if "--per-class" in flags:
+        assert {*only["copies_per_class"].values()} <= {0, 9}
+        assert only["parameters"] == sum(p.numel() for p in Digits(hidden=(8, 8)).network().parameters())
+    assert (only["copies"] == only["kept"]) or "False" not in flags
+    assert 0 < json.loads(said(capsys, "evaluate", run, "--json", "--network", "teacher"))["accuracy"] <= 1
+
+
+def test_pictures_end_at_a_larger_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = color_folders(tmp_path, few=3, many=8)
+    folders = [f"--{part}={root / part}" for part in ("labeled", "unlabeled", "test")]
+    tiny = "--steps 4 --rounds 1 --network small_cnn --image-size 8 --labeled-batch 4 --finetune-steps 2 --device cpu"
+    own = ("--ratio", "2", "--threshold", "0", "--save-every", "2")
+    command = ["noisy-student", "images", *folders, *tiny.split(), *own, "--finetune-size"]
+    for size in ("8", "4"):
+        assert "--finetune-size" in metapl(*command, size, "--out", tmp_path / "run", code=2).stderr
+    assert not (tmp_path / "run" / "recipe.json").exists()
+    metapl(*command, "12", "--out", tmp_path / "run")
+    told = result(tmp_path / "run")
+    assert told["delivered"] in ("student", "finetuned")
+    network = json.loads((tmp_path / "run" / "network.json").read_text())["networks"]
+    assert [network[name]["input"]["size"] for name in ("student", "finetuned")] == [8, 12]
+    found = json.loads(said(capsys, "evaluate", tmp_path / "run", "--network", "finetuned", "--json"))
+    assert found["accuracy"] == told["finetuned_test_accuracy"]
+    assert np.isfinite(found["negative_log_likelihood"])

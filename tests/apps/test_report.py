@@ -1,0 +1,212 @@
+"""The page of a run, ``report.html``, and its picture, ``report.png``."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from blank import DRAWN
+from command import edited, metapl, reseal, result
+from PIL import Image
+from tiny_runs import TINY, color_folders, images_command
+
+from metapl import MetaplError
+from metapl.apps.report import spoken
+from metapl.metrics import Evaluation
+
+HOSTILE = "<script>alert('x')<&\"<img src=x>"
+
+
+class Page(HTMLParser):
+    """The headings of a page, which loads nothing, has no script, and whose tags are closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.headings, self.words = list[str](), list[str](), list[str]()
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "iframe", "object", "embed", "base")
+        for name, value in attrs:
+            assert not name.startswith("on"), name
+            assert name not in ("href", "action", "srcset")
+            assert name != "src" or str(value).startswith("data:image/png;base64,")
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+        if self.open and self.open[-1] in ("h1", "h2", "summary"):
+            self.headings.append(data)
+
+
+def page(run: Path) -> Page:
+    return Page((run / "report.html").read_text())
+
+
+SECTIONS = ["Curves", "Confusion on the test set", "Classes", "Surest mistakes", "Command", "Data", "Settings"]
+
+
+def test_a_run_leaves_its_page(tiny: Path) -> None:
+    found, told = page(tiny), result(tiny)
+    assert found.headings == [f"digits: {told['title']}, seed 0", *SECTIONS, "Versions and hardware"]
+    text = " ".join(found.words)
+    wrong = 400 - round(400 * told["test_accuracy"])
+    for words in (f"{100 * told['test_accuracy']:.1f} %", "n = 400", f"{wrong} of 400", "--hidden", "SHA-256"):
+        assert words in text, words
+    assert (tiny / "report.html").read_text().count("data:image/png") == 12
+    assert len(re.findall(r'<svg[^>]*role="img"|<svg viewBox', (tiny / "report.html").read_text())) >= 3
+
+
+def test_the_page_is_written_anew_from_the_run_as_it_was_or_elsewhere(run: Path, tmp_path: Path) -> None:
+    before = (run / "report.html").read_bytes()
+    (run / "report.html").unlink()
+    metapl("report", run)
+    shown = [re.sub(rb'<p class="quiet">[^<]*</p>', b"", each) for each in (before, (run / "report.html").read_bytes())]
+    assert len(shown[0]) == len(shown[1])
+    metapl("report", run, "--out", tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_bytes() == (run / "report.html").read_bytes()
+
+
+def test_names_and_texts_are_escaped(run: Path) -> None:
+    classes = [HOSTILE, *map(str, range(1, 10))]
+    edited(run / "result.json", "evaluation", classes=classes)
+    edited(run / "result.json", title=HOSTILE)
+    edited(run / "network.json", classes=classes)
+    edited(run / "recipe.json", command=f"metapl train {HOSTILE}")
+    edited(run / "recipe.json", "recipe", "fields", name=HOSTILE)
+    metapl("report", run)
+    assert HOSTILE in " ".join(page(run).words)
+    assert HOSTILE not in (run / "report.html").read_text()
+
+
+def test_a_run_whose_pictures_are_gone_has_a_page_without_them(tmp_path: Path) -> None:
+    root = color_folders(tmp_path, few=3, many=4)
+    metapl(*images_command(root), "--out", root / "run")
+    assert "Surest mistakes" in page(root / "run").headings
+    shutil.rmtree(root / "test")
+    told = metapl("report", root / "run")
+    assert "left out" in told.stderr
+    found = page(root / "run")
+    assert {"Curves", "Confusion on the test set", "Settings"} <= {*found.headings}
+    assert "left out" in " ".join(found.words)
+    assert "data:image/png" not in (root / "run" / "report.html").read_text()
+
+
+def test_a_run_without_a_test_set_has_its_validation_accuracy(run: Path) -> None:
+    content = result(run)
+    edited(run / "result.json", delivered="student")
+    text = (run / "result.json").read_text()
+    assert text.count('"evaluation"') == 1
+    kept = {name: value for name, value in content.items() if name != "evaluation" and "test_accuracy" not in name}
+    (run / "result.json").write_text("{}")
+    edited(run / "result.json", **{name: value for name, value in kept.items() if name != "sha256"})
+    metapl("report", run)
+    found = page(run)
+    assert "Confusion on the test set" not in found.headings
+    assert f"{100 * kept['validation_accuracy']:.1f} %" in " ".join(found.words)
+
+
+def test_a_run_that_was_stopped_has_a_page_of_what_there_is(run: Path) -> None:
+    (run / "result.json").unlink()
+    metapl("report", run)
+    found = page(run)
+    assert "interrupted" in " ".join(found.words)
+    assert {"Curves", "Settings"} <= {*found.headings}
+
+
+def test_what_was_changed_since_is_refused(run: Path) -> None:
+    before = (run / "report.html").read_bytes()
+    (run / "metrics.jsonl").write_text("{}\n")
+    assert "metrics.jsonl" in metapl("report", run, code=2).stderr
+    reseal(run)
+    edited(run / "result.json", "evaluation", accuracy=0.99)
+    assert "accuracy" in metapl("report", run, code=2).stderr
+    assert (run / "report.html").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "n", "chance", "words"),
+    [
+        (0.25, 12_000, 1 / 4, "25.0 % (n = 12,000, 95 % interval 24.2-25.8, chance 25.0 %)"),
+        (1.0, 4, 1 / 3, "100.0 % (n = 4, 95 % interval 51.0-100.0, chance 33.3 %)"),
+        (0.25, 12_000, None, "25.0 % (n = 12,000, 95 % interval 24.2-25.8)"),
+        *((bad, 3, chance, None) for bad, chance in ((1.5, 0.5), (float("nan"), 0.5), (0.5, 2.0))),
+    ],
+)
+def test_an_accuracy_is_told_with_its_interval(
+    accuracy: float, n: int, chance: float | None, words: str | None
+) -> None:
+    if words is None:
+        with pytest.raises(MetaplError):
+            spoken(accuracy, n, chance)
+    else:
+        assert spoken(accuracy, n, chance) == words
+
+
+# ---------------------------------------------------------------------------------------------------------- report.png
+
+
+@pytest.mark.usefixtures("drawn")
+def test_a_run_leaves_its_picture(tmp_path: Path) -> None:
+    metapl(*TINY, "--out", tmp_path / "run")
+    with Image.open(tmp_path / "run" / "report.png") as picture:
+        assert min(picture.size) > 500
+        assert len(picture.convert("RGB").getcolors(10**7) or ()) > 50
+
+
+def rows(count: int) -> list[dict[str, float]]:
+    keys = ("inner_loss", "outer_loss", "feedback_std", "agreement", "student_validation_accuracy")
+    return [{"step": step, **dict.fromkeys(keys, 1 / (step + 1))} for step in range(count)]
+
+
+def evaluated(counts: Any, classes: Any = None) -> Evaluation:
+    counts = np.asarray(counts)
+    share = float(np.trace(counts) / max(counts.sum(), 1))
+    confusion = tuple(map(tuple, counts.tolist()))
+    return Evaluation(int(counts.sum()), share, None, 0.1, 0.1, (1.0,) * len(counts), confusion, classes=classes)
+
+
+@pytest.mark.parametrize(
+    ("curves", "evaluation"),
+    [
+        ({}, None),
+        ({"mpl": [{"step": 1, "feedback_std": 0.0}]}, evaluated([[0, 0], [0, 0]])),
+        (
+            {"mpl": rows(90), "none": rows(40)},
+            evaluated(np.eye(3, dtype=int) * 7, ("$\\frac{$", "猫\n\udcff", "c" * 90)),
+        ),
+        ({"uda": rows(1)}, evaluated(np.eye(70, dtype=int))),
+    ],
+    ids=("nothing", "zeros", "names", "many"),
+)
+def test_curves_and_confusion_of_any_size_and_name_are_drawn(
+    curves: Any, evaluation: Evaluation | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "report.png"
+    DRAWN(path, title="costs $5 or $6_ 猫", curves=curves, evaluation=evaluation, network="student")
+    with Image.open(path) as image:
+        assert min(image.size) > 300
+        assert len(image.convert("L").getcolors() or "white alone") > 1
+    assert [found.name for found in tmp_path.iterdir()] == ["report.png"]
+
+
+def test_the_curve_goes_where_the_figures_are(tmp_path: Path) -> None:
+    pictures = []
+    for value in (0.2, 0.9):
+        curves = {"mpl": [{"step": 0, "agreement": 0.0}, {"step": 1, "agreement": value}]}
+        DRAWN(tmp_path / f"{value}.png", title="", curves=curves, evaluation=None, network="student")
+        pictures.append((tmp_path / f"{value}.png").read_bytes())
+    assert pictures[0] != pictures[1]
