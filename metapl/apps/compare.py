@@ -234,10 +234,10 @@ def _end_with_parent(parent: int) -> None:
 
 # ---------------------------------------------------------------------------------------- metapl compare RUN RUN...
 
-# Fields in which runs may differ: the seed, the method, which is looked at apart, and what changes no number. Those
-# that decide which examples a recipe draws from its data set. And what stands for a field that follows from how many
-# steps fitted into a run's minutes.
-IRRELEVANT = ("seed", "log_every", "save_every", "num_workers")
+# Fields in which runs may differ: the seed, what a method is called by, which is looked at apart, and what changes no
+# number. Those that decide which examples a recipe draws from its data set. And what stands for a field that follows
+# from how many steps fitted into a run's minutes.
+IRRELEVANT = ("seed", "feedback", "everything", "kind", "clean_alone", "log_every", "save_every", "num_workers")
 DRAWN_BY = ("seed", "labels_per_class")
 MEASURED = "by the minutes"
 BY_STEPS = ("steps", "warmup", "validate_every", "wait", "uda_start", "uda_ramp", "warm_steps")
@@ -274,6 +274,7 @@ class Entry:
     """One method with one seed, and how it did on the test set; those that are drawn alike have the same data."""
 
     method: str
+    title: str
     seed: int
     steps: int
     fields: dict[str, Any]
@@ -333,6 +334,7 @@ def _entries(run: EndedRun) -> Iterator[Entry]:
             raise MetaplError(f"{folder.path / 'result.json'} is damaged: it does not say {STUDENT}.")
         yield Entry(
             numbers["method"],
+            result["title"],
             numbers["seed"],
             result["steps"],
             fields,
@@ -419,7 +421,8 @@ def _verdict(entries: Sequence[Entry]) -> str:
         name: {readout: [by_seed[seed].accuracies[readout] for seed in seeds] for readout in READOUTS}
         for name, by_seed in variants.items()
     }
-    titles = {name: name for name in methods}
+    whose = {name: variants[name][seeds[0]] for name in methods}
+    titles = {name: f"{one.title}{name.removeprefix(one.method)}" for name, one in whose.items()}
     comparison = Comparison(seeds, methods, titles, entries[0].evaluation.n, _chance(entries))
     if comparison.against_control() is not None:
         return wrapped(comparison.sentence())

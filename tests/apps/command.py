@@ -18,6 +18,7 @@ import pytest
 from forked import Forked
 
 from metapl.apps.main import main
+from metapl.apps.run import RunFolder
 from metapl.apps.words import wrapped
 
 
@@ -86,14 +87,18 @@ def result(run: Path) -> dict[str, Any]:
 
 
 def edited(file: Path, *keys: str, **values: Any) -> None:
-    """Update what a JSON file holds, or what it holds under these keys."""
+    """Update what a JSON file holds, or what it holds under these keys; of a run, as if the run had written it so."""
     content = json.loads(file.read_text())
-    content.pop("sha256", None)  # as of an earlier version: its values are looked at
+    sealed = content.pop("sha256", {})
     part = content
     for key in keys:
         part = part[key]
     part.update(values)
-    file.write_text(json.dumps(content))
+    if file.name in ("recipe.json", "result.json"):
+        sealed.pop(file.name, None)
+        RunFolder(file.parent).write_json(file.name, {**content, "sha256": sealed})
+    else:
+        file.write_text(json.dumps(content))
 
 
 def unsealed(run: Path) -> dict[str, Any]:
@@ -108,7 +113,7 @@ def reseal(run: Path) -> None:
     content = result(run)
     files = content["sha256"].keys() - {"result.json"}
     content["sha256"] = {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in files}
-    (run / "result.json").write_text(json.dumps(content))
+    RunFolder(run).write_json("result.json", content)
 
 
 def rows(text: str) -> list[dict[str, str]]:
