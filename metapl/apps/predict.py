@@ -67,6 +67,8 @@ class Predict:
         reads = run.cards[name].input
         if not 1 <= self.top <= len(classes):
             raise MetaplError(f"--top {self.top} was given; expected 1 to {len(classes)}, the number of classes.")
+        if not self.files:
+            raise MetaplError("no picture was named; expected metapl predict RUN FILE_OR_FOLDER...")
         for path in self.files:
             if not os.path.lexists(path):  # a link that leads nowhere is left out, as other files that cannot be read
                 raise MetaplError(f"there is no file or folder {shown(path)}.")

@@ -87,7 +87,7 @@ def test_every_command_has_help_whose_flags_are_explained_in_lines_that_fit(name
     assert f"metapl {name}" in text
     assert max(len(line) for line in text.splitlines() if line[:1] in "╭│╰") <= 80
     flags = re.findall(r"^[│ ]{1,3}(--[a-z][\w.-]*)([^\n]*\n[^\n]*)", text, re.MULTILINE)
-    assert flags
+    assert flags or name == "compare"
     for flag, words in flags:
         assert len(re.sub(r"\(.*?\)|[│ ]", "", words)) > 8, flag
 
@@ -167,10 +167,10 @@ REFUSED = {
     f"{IMAGES} --minutes inf": "--minutes",
     f"{IMAGES} --minutes 0": "--minutes",
     f"{IMAGES} --network effnet_b0": "efficientnet_b0",
-    f"{IMAGES} --weights {{new}}/none.pt": "none.pt",
+    f"{IMAGES.replace('--test {few} ', '')} --steps 4 --weights {{new}}/none.pt": "none.pt",
     f"{IMAGES} --val {{few}}/blue": "subfolder",
     f"{IMAGES} --method reduced_mpl --teacher {{run}} --labels x": "--labels",
-    IMAGES: "test",  # pictures of which are those that are learned from
+    f"{IMAGES} --steps 4": "test",  # pictures of which are those that are learned from
     IMAGES.replace("--out {new}", "--out {few}/out"): "would be read",
     IMAGES.replace("--test {few}", "--compare"): "--test",
     IMAGES.replace("{few}", "{new}"): "new",
@@ -215,7 +215,7 @@ REFUSED = {
     "export {run}": "--out",
     "export {run} --out {run}/recipe.json": "folder",
     "label {run} {new} --out {new}": "new",
-    "label {run} {few} --out {few}": "few",
+    "label {run} {few} --out {few}": "store",
     "label {run} {few} --out {new} --top-k 11": "--top-k",
     "labels stats {run}": "store",
     "labels select {run} --out {new}": "store",
