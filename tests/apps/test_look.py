@@ -30,7 +30,7 @@ def config(**fields: Any) -> Any:
 
 
 def write(folder: Path, kind: str, count: int, side: tuple[int, int] = (12, 10)) -> list[Path]:
-    """Noise in colors or grey; light or dark spots on an even ground; or one level of red."""
+    """Noise in colors or grey, or light or dark spots on an even ground."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         levels = LEVELS.integers(0, 256, (*side, 3))
@@ -39,9 +39,6 @@ def write(folder: Path, kind: str, count: int, side: tuple[int, int] = (12, 10))
         if kind in ("light", "dark"):
             levels[...] = 128
             levels[5, 5] = 255 if kind == "light" else 0
-        if kind == "red":
-            levels[...] = 40
-            levels[..., 0] = 100 + 100 * (number % 2)
         Image.fromarray(levels.astype("uint8")).save(folder / f"{kind}-{number}.png")
     return sorted(folder.glob(f"{kind}-*.png"))
 
@@ -54,9 +51,6 @@ def test_grey_pictures_sides_and_means_are_seen(tmp_path: Path) -> None:
     seen = look.look(grey, torch.arange(6) % 2, [])
     assert (seen.grey, len(seen.mean), len(seen.std)) == (True, 1, 1)
     assert look.look(write(tmp_path, "wide", 3, (8, 8)), torch.tensor([0, 1, 1]), []).square
-    blank = look.look(write(tmp_path, "red", 4), torch.tensor([0, 1, 0, 1]), [])
-    assert min(blank.std) >= look.SMALLEST_STD
-    assert blank.colors == Colors(1.0, 0.5, tell=blank.colors.tell, may_tell=blank.colors.may_tell)
 
 
 @pytest.mark.parametrize(("kinds", "share"), [(("light",), 1.0), (("dark",), 0.0), (("light", "dark"), 0.5)])
@@ -86,10 +80,6 @@ def test_colors_tell_classes_apart_where_each_has_its_own_and_else_hardly_ever(s
     told = [colors_tell(torch.rand(len(labels), 3, generator=generator), labels) for _ in range(5)]
     assert sum(one.tell for one in told) <= 1
     assert not any(one.tell and one.may_tell for one in told)
-
-
-def test_colors_of_single_examples_tell_nothing() -> None:
-    assert colors_tell(torch.rand(3, 3), torch.arange(3)) == Colors(1 / 3, 1 / 3, tell=False)
 
 
 # ---------------------------------------------------------------------------------------------- what is chosen by that
@@ -160,11 +150,6 @@ def test_the_rates_are_those_of_the_networks_family_or_as_given(network: str, ra
     assert (own.fitting.lr, own.fitting.student_lr) == (0.5, rate)
     module = torch.nn.Linear(2, 2)
     assert [own.optimizer(role, module).param_groups[0]["lr"] for role in ("teacher", "student")] == [0.5, rate]
-
-
-def test_what_is_settled_is_settled_once_more_as_it_is() -> None:
-    once = fitted(config(network="vit_b_16"), seen(), 0.0)
-    assert fitted(once, seen(side=64, grey=True, tell=True), 0.2) == once
 
 
 # --------------------------------------------------------------------------------------------------------- the steps

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from metapl import UDA, BilevelTrainer, CrossEntropy, LossTrainer, MetaplError, problems
 from metapl.ablation import Altered
 from metapl.apps import digits, images, noisy_labels
-from metapl.apps.methods import RAMP, START, WAIT, Consistency, EntMin, Entropy, Feedback, Mpl, Training, Uda, beside
+from metapl.apps.methods import Consistency, EntMin, Entropy, Feedback, Mpl, Training, Uda, beside
 from metapl.apps.settings import flat, replaced
-from metapl.feedback import Forward, ReinforcePerExample
+from metapl.feedback import Forward
 from metapl.training import FitResult
 
 FITTING = digits.fitting(steps=8, labeled_batch=10, unlabeled_batch=12, seed=3)
@@ -104,14 +104,6 @@ def test_every_method_fits_into_any_number_of_steps_with_a_value_for_each_settin
         assert have.get("uda_start", 0) + have.get("uda_ramp", 0) <= steps
 
 
-def test_what_is_open_is_a_share_of_the_steps_and_what_was_given_stays() -> None:
-    found = flat(Mpl().scheduled(1000))
-    assert [found[name] / 1000 for name in ("wait", "uda_start", "uda_ramp")] == [WAIT, START, RAMP]
-    given = replaced(Mpl(), wait=7, uda_start=3, uda_ramp=0)
-    assert given.scheduled(1000) == given
-    assert noisy_labels.Learned().scheduled(1000).warm_steps == 1000 * noisy_labels.WARM
-
-
 @pytest.mark.parametrize(
     ("make", "word"),
     [
@@ -171,11 +163,6 @@ def test_one_network_learns_as_a_loss_trainer_with_these_losses_does(name: str) 
         plain.step(phase.labeled[t], None if phase.unlabeled is None else phase.unlabeled[t])
     assert same(weights(phase.trainer.student), weights(network))
     assert not same(weights(network), phase.before[0])
-
-
-def test_the_headroom_is_trained_on_the_true_labels_of_all() -> None:
-    assert len(DATA.everything.images) == 1200
-    assert DATA.everything.labels.bincount().min() > 5 * DIGITS.labels_per_class
 
 
 def test_pictures_begin_their_consistency_late_and_align_it_with_the_class_shares() -> None:
@@ -272,14 +259,6 @@ def test_a_control_alters_the_feedback_of_the_first_step_and_nothing_else_in_it(
         torch.testing.assert_close(changed.sort(0).values, h.sort(0).values)
     else:
         assert all(torch.equal(b, a) or torch.equal(b, -a) for a, b in zip(h, changed, strict=True))
-
-
-def test_class_means_are_over_examples_of_one_hard_label() -> None:
-    (phase,) = trained(replaced(digits.METHODS["class_means"], mode="reinforce_per_example"))
-    assert isinstance(phase.trainer.mode.base, ReinforcePerExample)
-    report = phase.reports[0]
-    for label in report.signal.value.unique():
-        assert len(report.feedback[report.signal.value == label].unique()) == 1
 
 
 @pytest.mark.parametrize(("name", "hard"), [("pseudo_labels", False), ("pseudo_labels_hard", True)])

@@ -16,13 +16,9 @@ from command import metapl, result, rows, said
 from shapes import FLAGS, given, write
 from tiny_runs import built_once, trained
 
-from metapl import MetaplError
 from metapl.apps.methods import Data, Training
-from metapl.apps.noisy_labels import METHODS, RATES, Learned, Noisy
-from metapl.apps.settings import flat, replaced
-from metapl.apps.suspects import Suspect, what_they_are
-from metapl.apps.train import check_shares
-from metapl.distributed.mesh import Mesh
+from metapl.apps.noisy_labels import METHODS, RATES, Noisy
+from metapl.apps.settings import replaced
 from metapl.problems import ExampleWeights, LabelCorrection, MetaWeightNet, NoiseTransition
 from metapl.training import FitResult
 
@@ -99,14 +95,6 @@ def test_plain_training_lists_suspects_without_weights(method: str, root: Path, 
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"fit", "finetune"}
 
 
-@pytest.mark.parametrize("others", [0, 5, 6, 10])
-def test_a_network_that_agrees_with_few_labels_has_learned_too_little(others: int) -> None:
-    listed = [Suspect(f"{i}.png", i, 0, int(i < others), 0.4, 0.6) for i in range(10)]
-    text = what_they_are(listed)
-    assert f"{others} of 10" in text
-    assert ("longer" in text) == (others > 5)
-
-
 # -------------------------------------------------------------------------------------------- what each method trains
 
 
@@ -176,19 +164,6 @@ def test_a_control_alters_the_feedback_and_a_rate_that_is_given_is_taken(root: P
 def test_plain_methods_train_on_all_labels_or_on_the_clean_ones(name: str, count: int, root: Path) -> None:
     _, ((trainer, labeled, unlabeled, _),) = phases(METHODS[name], root)
     assert (len(labeled.images), unlabeled, len(trainer.losses)) == (count, None, 1)
-
-
-def test_nothing_is_set_aside_of_the_few_and_settings_are_flags_of_one_name(root: Path) -> None:
-    assert settings(root).val_fraction == 0.0
-    for method in METHODS.values():
-        assert flat(method).keys() & flat(settings(root)).keys() == set()
-    assert Learned(warm_steps=4).scheduled(8).warm_steps == 4
-
-
-def test_several_processes_share_its_own_batches(root: Path) -> None:
-    check_shares(settings(root, unlabeled_batch=12), Mesh(replicate=2))
-    with pytest.raises(MetaplError, match="clean-batch"):
-        check_shares(settings(root, unlabeled_batch=12), Mesh(replicate=4))
 
 
 # ------------------------------------------------------------------------------------------------------------- refused
