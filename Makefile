@@ -45,7 +45,7 @@ bench: $(STAMP) ## Measure what each mode costs (more arguments: BENCH_ARGS).
 gpu: $(STAMP) ## On a GPU, nine minutes of tests and measurements, which the next call goes on from (more arguments: BENCH_ARGS).
 	$(BIN)/python benchmarks/gpu.py --out runs/gpu $(BENCH_ARGS)
 
-endurance: $(STAMP) ## Try kills, full disks, malicious and damaged files, and more, by the hundred (more arguments: BENCH_ARGS).
+endurance: $(STAMP) ## Try kills, damaged files and damaged pictures by the hundred (more arguments: BENCH_ARGS).
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/endurance.py $(BENCH_ARGS)
 
 clean: ## Remove the environment, caches, site/ and runs/demo; other runs stay.

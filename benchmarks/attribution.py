@@ -15,14 +15,14 @@ trainings say is the linear datamodeling score. Rows that are there are not repe
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from machine import append, arguments, parsed, read, show
+from harness import RESULTS, Row, append, arguments, parsed, read, show
 from scipy.sparse.linalg import LinearOperator, cg
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor, nn
@@ -32,11 +32,10 @@ from torch.nn import functional as F
 import metapl
 from metapl.feedback import Forward
 
-RAW = Path(__file__).parent / "results" / "attribution.jsonl"
+RAW = RESULTS / "attribution.jsonl"
 EXAMPLES, BATCH, SHARES, REMOVALS = 1000, 100, (0.01, 0.02, 0.05, 0.1), 25
 TUNING_SEEDS, SEEDS = (100, 101, 102), (0, 1, 2, 3, 4)
 CHECKPOINTS, DAMPING = 10, 1e-3
-Row = dict[str, Any]
 
 
 class Convolutional(nn.Module):
@@ -448,7 +447,7 @@ def smooth(rows: list[Row]) -> list[str]:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RAW, page=True)
+    parser = arguments(__doc__, RAW)
     parser.add_argument("--tune", action="store_true", help="the settings of the training")
     parser.add_argument("--metasmooth", action="store_true", help="metasmoothness beside what it should predict")
     parser.add_argument("--smooth", action="store_true", help="what makes a convolutional network predictable")
@@ -456,19 +455,13 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = read(given.out)
     there = {(r["setting"], r["steps"], r["seed"], "scores" in r) for r in rows}
-    for job in () if given.write else asked(given.tune, given.smooth, given.metasmooth, given.miniature):
-        if (*job[:3], len(job) > 3) in there:
-            continue
-        half = SETTINGS.get(job[0], {}).get("half") == "autocast"
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            row = one(*job) if len(job) > 3 else smoothness(*job)
-        append(given.out, row)
-        rows.append(row)
-        if "scores" not in row:
-            print(*job, row, flush=True)
-            continue
-        found = {method: [round(rho, 2) for rho, _ in of.values()] for method, of in row["scores"].items()}
-        print(*job[:3], f"loss {row['loss']:.3f}", found, flush=True)
+    for job in asked(given.tune, given.smooth, given.metasmooth, given.miniature) if given.runs else ():
+        if (*job[:3], len(job) > 3) not in there:
+            half = SETTINGS.get(job[0], {}).get("half") == "autocast"
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                rows.append(one(*job) if len(job) > 3 else smoothness(*job))
+            append(given.out, rows[-1])
+            print(*job[:3], rows[-1].get("loss", rows[-1]), file=sys.stderr, flush=True)
     show(given.write, "attribution", tables(rows))
 
 

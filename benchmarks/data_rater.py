@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import append, arguments, parsed, read, show
+from harness import RESULTS, Row, append, arguments, go_on, parsed, read, show
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -36,7 +36,7 @@ from metapl.ablation.cost import peak_bytes
 from metapl.metrics import paired_test
 from metapl.problems import DataRater
 
-RAW = Path(__file__).parent / "results" / "data_rater.jsonl"
+RAW = RESULTS / "data_rater.jsonl"
 SEEDS, OTHER_SEEDS, STEPS, ROUNDS = (10, 11, 12, 13, 14), (10, 11, 12), 100, 5
 AHEAD, WIDTH, RATE = 5, 128, 1e-3
 BY_HAND, FORWARD, UNROLLED, TORCHOPT = "double backward by hand", "metapl, forward", "metapl, unrolled", "TorchOpt"
@@ -44,7 +44,6 @@ EVERYTHING, CLEAN = "everything", "documentation alone"
 RATED = "the half of each batch that is rated best"
 OUTER = "the half that is likeliest by counts in the outer text"
 BOTH = "the half that is likeliest beside counts in the mixture"
-Row = dict[str, Any]
 
 
 # ------------------------------------------------------------------------------------------------------------- the gain
@@ -273,26 +272,17 @@ def tables(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RAW, page=True)
-    given = parsed(parser)
+    given = parsed(arguments(__doc__, RAW))
     torch.set_num_threads(1)
-    rows = read(given.out)
-
-    def add(row: Row) -> None:
-        append(given.out, row)
-        rows.append(row)
-        print({name: value for name, value in row.items() if name != "torch"}, flush=True)
-
-    jobs = [("pairs", seed) for seed in SEEDS] + [("transformer", seed) for seed in OTHER_SEEDS]
-    there = {(r["rater"], r["seed"]) for r in rows if r["kind"] == "gain"}
-    example = problem()
-    for rater, seed in () if given.write else jobs[:: len(SEEDS)] if given.miniature else jobs:
-        if (rater, seed) not in there:
-            add(gain(example, rater, seed, 4 if given.miniature else STEPS))
-    if not given.write and not any(r["kind"] == "cost" for r in rows):
-        for row in costs(example, 1 if given.miniature else ROUNDS, 16 if given.miniature else WIDTH):
-            add(row)
-    show(given.write, "data_rater", tables(rows))
+    small = given.miniature
+    if given.runs:
+        example, jobs = problem(), [("pairs", seed) for seed in SEEDS] + [("transformer", seed) for seed in OTHER_SEEDS]
+        run = partial(gain, example, steps=4 if small else STEPS)
+        named = ({"kind": "gain", "rater": rater, "seed": seed} for rater, seed in jobs[:: len(SEEDS) if small else 1])
+        rows = go_on(given.out, named, lambda kind, rater, seed: run(rater, seed))
+        if not any(row["kind"] == "cost" for row in rows):
+            append(given.out, *costs(example, 1 if small else ROUNDS, 16 if small else WIDTH))
+    show(given.write, "data_rater", tables(read(given.out)))
 
 
 if __name__ == "__main__":

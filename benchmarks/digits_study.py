@@ -17,33 +17,30 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import arguments, parsed, results
+from harness import NONE, RESULTS, Row, arguments, difference, environment, go_on, grid, parsed, read, show, spread
 
 from metapl.apps.digits import METHODS, Digits, fitting
 from metapl.apps.fitting import fit
-from metapl.apps.machine.environment import environment
 from metapl.apps.methods import Data, Training
 from metapl.apps.settings import flat, replaced
-from metapl.training import FitResult, Trainer
+from metapl.training import FitResult
 from metapl.training.loss_trainer import LossTrainer
 
-HERE = Path(__file__).parent
-RAW = HERE / "results" / "digits_study.jsonl"
+RAW = RESULTS / "digits_study.jsonl"
 EMA_DECAY = 0.995
 """Of the averaged student in the final runs; the tuning runs select a checkpoint and have no average."""
 
+STUDENT, FINETUNED = "test_accuracy", "finetuned_test_accuracy"
 Config = dict[str, Any]
-Key = tuple[str, str, int, int, bool]
 
 
 @dataclass(frozen=True)
@@ -104,39 +101,27 @@ ENTRIES: dict[str, Entry] = {
     "class_means": Entry("control: class means of the feedback only", "class_means", EXACT),
     "random_sign": Entry("control: feedback with random signs", "random_sign", EXACT),
 }
-AT_FOUR = ("mpl", "none", "supervised", "pseudo_labels", "pseudo_labels_hard", "uda")
+COMPARED = {2: (*ENTRIES,), 4: ("mpl", "none", "supervised", "pseudo_labels", "pseudo_labels_hard", "uda")}
+"""By the labels of a class."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One run."""
-
-    method: str
-    config: Config
-    seed: int
-    labels_per_class: int
-    final: bool
-
-    @property
-    def key(self) -> Key:
-        return self.method, json.dumps(self.config, sort_keys=True), self.seed, self.labels_per_class, self.final
-
-
-def settings_of(job: Job, size: Size) -> tuple[Digits, Any]:
+def settings_of(
+    method: str, config: Config, seed: int, labels_per_class: int, final: bool, size: Size
+) -> tuple[Digits, Any]:
     """The digits, and the method, with a configuration of the grid."""
-    entry, config = ENTRIES[job.method], job.config
-    kept = {"ema_decay": EMA_DECAY if job.final else None, "finetune_steps": size.finetune_steps}
+    entry = ENTRIES[method]
+    kept = {"ema_decay": EMA_DECAY if final else None, "finetune_steps": size.finetune_steps}
     rates = {"student_lr": config.get("student_lr", 0.5), "lr": config.get("teacher_lr", 0.06)}
-    of = fitting(seed=job.seed, steps=size.steps, log_every=size.steps, **kept, **rates)
-    method: Any = METHODS[entry.method]
+    of = fitting(seed=seed, steps=size.steps, log_every=size.steps, **kept, **rates)
+    named: Any = METHODS[entry.method]
     asked = {
         "mode": entry.mode,
         "feedback_weight": config.get("weight", 1.0),
         **{name: config[name] for name in ("temperature", "label_smoothing", "uda_weight") if name in config},
         **({} if entry.labels is None else {"pseudo_labels": entry.labels}),
     }
-    method = replaced(method, **{name: value for name, value in asked.items() if name in flat(method)})
-    return Digits(labels_per_class=job.labels_per_class, fitting=of), method
+    named = replaced(named, **{name: value for name, value in asked.items() if name in flat(named)})
+    return Digits(labels_per_class=labels_per_class, fitting=of), named
 
 
 @lru_cache(maxsize=3)
@@ -170,111 +155,134 @@ def training(config: Digits, data: Data, fit: Callable[..., FitResult]) -> Train
     )
 
 
-def one_run(job: Job, size: Size) -> dict[str, Any]:
+def one_run(method: str, config: Config, seed: int, labels_per_class: int, final: bool, size: Size) -> Row:
     """Train one method once: tuning runs read the validation images, final runs the test images."""
     torch.set_num_threads(1)
     since = time.perf_counter()
-    config, method = settings_of(job, size)
-    data = drawn(job.seed, job.labels_per_class, size)
-    data = dataclasses.replace(data, **{"validation" if job.final else "test": None})
-    looked_at = {"validation": data.validation, "select": not job.final, "progress": False}
+    digits, named = settings_of(method, config, seed, labels_per_class, final, size)
+    data = dataclasses.replace(drawn(seed, labels_per_class, size), **{"validation" if final else "test": None})
+    looked_at = {"validation": data.validation, "select": not final, "progress": False}
 
     def phase(*sources: Any, **own: Any) -> FitResult:
-        return fit(*sources, **{"steps": size.steps, **config.fitting.options(), **looked_at, **own})
+        return fit(*sources, **{"steps": size.steps, **digits.fitting.options(), **looked_at, **own})
 
-    trained = method.train(training(config, data, phase))
-    found = (
-        _tested(trained.trainer, data, config)
-        if job.final
-        else {"validation_accuracy": trained.result.validation_accuracy}
-    )
-    return dataclasses.asdict(job) | found | {"seconds": round(time.perf_counter() - since, 2)}
-
-
-def _tested(trained: Trainer, data: Data, config: Digits) -> dict[str, Any]:
-    """The test accuracy of the student, and of the same student after finetuning to the last step."""
-    tested = {"selected": False, "test_accuracy": trained.evaluate(data.test).accuracy}
-    tuner = LossTrainer(trained.student, optimizer=config.finetuner(trained.student))
-    steps = config.fitting.finetune_steps
-    tuner.fit(data.finetuning, steps=steps, validation=None, log_every=steps, progress=False)
-    return tested | {"finetuned_test_accuracy": tuner.evaluate(data.test).accuracy}
+    trained = named.train(training(digits, data, phase))
+    found: Row = {"validation_accuracy": trained.result.validation_accuracy}
+    if final:
+        found = {"selected": False, STUDENT: trained.trainer.evaluate(data.test).accuracy}
+        student, steps = trained.trainer.student, digits.fitting.finetune_steps
+        tuner = LossTrainer(student, optimizer=digits.finetuner(student))
+        tuner.fit(data.finetuning, steps=steps, validation=None, log_every=steps, progress=False)
+        found[FINETUNED] = tuner.evaluate(data.test).accuracy
+    return found | {"seconds": round(time.perf_counter() - since, 2)}
 
 
 # ------------------------------------------------------------------------------------------------------ running it all
 
 
-def read(raw: Path = RAW) -> list[dict[str, Any]]:
-    """What has been run so far; final runs that select a checkpoint are of an earlier study, and do not mix."""
-    if not raw.exists():
-        return []
-    rows = [row for line in raw.read_text().splitlines() if "method" in (row := json.loads(line))]
-    if len({row.get("selected", True) for row in rows if row["final"]}) > 1:
-        raise SystemExit(f"{raw} has final runs that select a checkpoint beside runs that do not; remove the former")
-    return rows
-
-
-def run_missing(jobs: list[Job], size: Size, raw: Path, workers: int) -> None:
-    """Run what the raw file does not hold yet, a row each."""
-    fields = [field.name for field in dataclasses.fields(Job)]
-    done = {Job(**{name: row[name] for name in fields}).key for row in read(raw)}
-    missing = [job for job in jobs if job.key not in done]
-    if not missing:
-        return
-    raw.parent.mkdir(parents=True, exist_ok=True)
-    since = time.monotonic()
-    with raw.open("a") as file:
-        made_with = {"made_with": environment(), "steps": size.steps, "final_ema_decay": EMA_DECAY}
-        file.write(json.dumps(made_with) + "\n")
-        for number, row in enumerate(results(one_run, [(job, size) for job in missing], workers), 1):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            if number % 20 == 0 or number == len(missing):
-                print(f"{number}/{len(missing)} runs, {time.monotonic() - since:.0f} s", flush=True)
-
-
-def chosen(found: list[dict[str, Any]], size: Size = FULL) -> dict[str, Config]:
+def chosen(rows: Sequence[Row], size: Size = FULL) -> dict[str, Config]:
     """For each method the configuration with the best mean validation accuracy over the tuning seeds."""
     best: dict[str, Config] = {}
     for name, entry in ENTRIES.items():
+        own = [row for row in rows if row["method"] == name and not row["final"]]
+
+        def reached(config: Config, own: Sequence[Row] = own) -> float:
+            return statistics.fmean(row["validation_accuracy"] for row in own if row["config"] == config)
+
         if entry.grid:
-            tuning = [r for r in found if r["method"] == name and not r["final"]]
-            best[name] = max(
-                entry.grid[: size.configurations],
-                key=lambda c: statistics.fmean(r["validation_accuracy"] for r in tuning if r["config"] == c),
-            )
+            best[name] = max(entry.grid[: size.configurations], key=reached)
     return best | {name: best[e.tuned_as] for name, e in ENTRIES.items() if e.tuned_as is not None}
 
 
 def study(size: Size, raw: Path, workers: int) -> None:
     """Tune every method, then run each on the seeds that nobody has looked at."""
-    tuning = [
-        Job(name, config, seed, 2, final=False)
+    run = partial(one_run, size=size)
+    tuning = (
+        {"method": name, "config": config, "seed": seed, "labels_per_class": 2, "final": False}
         for seed in size.tuning_seeds
         for name, entry in ENTRIES.items()
         for config in entry.grid[: size.configurations]
-    ]
-    print(f"tuning: {len(tuning)} runs", flush=True)
-    run_missing(tuning, size, raw, workers)
-    best = chosen(read(raw), size)
-    for name, config in best.items():
-        print(f"  {name}: {config}")
-    final = [Job(name, best[name], seed, 2, final=True) for seed in size.seeds for name in ENTRIES]
-    final += [Job(name, best[name], seed, 4, final=True) for seed in size.seeds for name in AT_FOUR]
-    print(f"final: {len(final)} runs", flush=True)
-    run_missing(final, size, raw, workers)
+    )
+    made_with: Row = {"made_with": environment(), "steps": size.steps, "final_ema_decay": EMA_DECAY}
+    best = chosen([row for row in go_on(raw, tuning, run, workers, **made_with) if "method" in row], size)
+    final = (
+        {"method": name, "config": best[name], "seed": seed, "labels_per_class": labels, "final": True}
+        for labels, names in COMPARED.items()
+        for seed in size.seeds
+        for name in names
+    )
+    go_on(raw, final, run, workers, **made_with)
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def column(rows: Sequence[Row], method: str, labels: int, read_out: str) -> list[float]:
+    """A method's test accuracies in the order of the seeds."""
+    of = [row for row in rows if row["final"] and (row["method"], row["labels_per_class"]) == (method, labels)]
+    return [row[read_out] for row in sorted(of, key=lambda row: int(row["seed"]))]
+
+
+PAIRS = (
+    (2, "none", STUDENT),
+    (4, "none", STUDENT),
+    *((2, other, STUDENT) for other in ("permuted", "class_means", "random_sign", "difference")),
+    (2, "pseudo_labels", FINETUNED),
+    (4, "pseudo_labels", FINETUNED),
+)
+"""What MPL is compared with beside the tables of the methods: labels a class, method, read-out."""
+
+
+def block(rows: Sequence[Row]) -> str:
+    """What stands in the documentation: the tables, and how they came about."""
+    parts = []
+    for labels, names in COMPARED.items():
+        controls = {name: column(rows, "none", labels, name) for name in (STUDENT, FINETUNED)}
+        better = max(controls, key=lambda name: statistics.fmean(controls[name]))
+        lines = []
+        for name in names:
+            student, finetuned = (column(rows, name, labels, read_out) for read_out in (STUDENT, FINETUNED))
+            beside = (NONE, NONE) if name == "none" else difference(student, controls[better])
+            lines.append([ENTRIES[name].title, spread(student), spread(finetuned), *beside])
+        which = "student" if better == STUDENT else "finetuned student"
+        parts += [
+            f"**{labels} labels a class** (difference: the method's student against the control's {which}, its better "
+            "read-out)",
+            grid(["method", "student", "finetuned", "difference", "p"], lines),
+        ]
+    lines = []
+    for labels, other, read_out in PAIRS:
+        gain, p = difference(*(column(rows, name, labels, read_out) for name in ("mpl", other)))
+        which = "student" if read_out == STUDENT else "finetuned"
+        lines.append([f"{ENTRIES['mpl'].title} − {ENTRIES[other].title}", which, str(labels), gain, p])
+    parts.append(grid(["student against student", "read-out", "labels a class", "difference", "p"], lines, names=2))
+    tuning = [row for row in rows if not row["final"]]
+    selection = (
+        f"In these runs nothing is selected: the student is the average of its weights (decay {EMA_DECAY}) after the "
+        "last step, `finetuned` the same after 200 more steps on the labeled images."
+    )
+    if any(row.get("selected", True) for row in rows if row["final"]):  # the committed rows, of an earlier study
+        selection = "In every run 197 labeled validation images select the checkpoint, of the finetuned student too."
+    parts.append(
+        f"Test accuracy in %, mean ± standard deviation over {len({row['seed'] for row in rows if row['final']})} "
+        "seeds (400 test images each, drawn anew per seed from the same 1,797); differences are of the means as shown, "
+        "p is from a paired t-test over draws of these images, not corrected for the number of rows. "
+        f"{selection} Before, "
+        f"{len(tuning)} runs on {len({row['seed'] for row in tuning})} other seeds "
+        "chose one of 12 configurations of each method, by the best checkpoint's accuracy on 197 labeled validation "
+        "images; `unrolled` and `difference` take those of `forward`, whose gradient they compute. "
+        "`python benchmarks/digits_study.py`; raw rows: `benchmarks/results/digits_study.jsonl`."
+    )
+    return "\n\n".join(parts)
 
 
 def main() -> None:
     parser = arguments(__doc__, RAW)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the tables there; draw the picture")
     given = parsed(parser)
-    if given.write is not None:
-        from digits_tables import write
-
-        write(given.write, given.out)
-    else:
+    if given.runs:
         study(MINIATURE if given.miniature else FULL, given.out, given.workers)
+    show(given.write, "digits", block(read(given.out, "method")))
 
 
 if __name__ == "__main__":

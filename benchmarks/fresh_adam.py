@@ -1,27 +1,23 @@
 """How far gradients are from double backward in float64 while the inner AdamW is young, on a small BERT.
 
-``python benchmarks/fresh_adam.py --write FILE`` measures it, in a few minutes, and puts the table there;
-it needs transformers.
+``python benchmarks/fresh_adam.py`` measures it, in a few minutes; it needs transformers.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 from typing import Any
 
-import machine
 import torch
+from harness import RESULTS, arguments, described, grid, loaded, parsed, show, write_json
 from torch import Tensor, nn
 
 import metapl
 
-RESULT = Path(__file__).parent / "results" / "fresh_adam.json"
+RESULT = RESULTS / "fresh_adam.json"
 STEPS, MINIATURE_STEPS = (0, 1, 2, 5, 10, 40), (0, 1)
-HEAD = """\
-| steps of AdamW | double backward, float32 | `forward`, float32 | `difference`, float32 | `difference`, float64 |
-|---:|---:|---:|---:|---:|"""
+DOUBLE = ("double backward, float32", "`forward`, float32", "`difference`, float32", "`difference`, float64")
+HEAD = ("steps of AdamW", *DOUBLE)
 
 
 class Classifier(nn.Module):
@@ -78,21 +74,15 @@ def measure(steps: tuple[int, ...], layers: int) -> list[dict[str, Any]]:
 
 
 def table(result: dict[str, Any]) -> str:
-    rows = (f"| {row['steps']} | {' | '.join(f'{e:.1e}' for e in row['errors'])} |" for row in result["rows"])
-    return "\n".join([HEAD, *rows])
+    return grid(HEAD, ([row["steps"], *(f"{e:.1e}" for e in row["errors"])] for row in result["rows"]), names=0)
 
 
 def main() -> None:
-    parser = machine.arguments(__doc__, RESULT)
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="the page that gets the table")
-    given = machine.parsed(parser)
-    rows = measure(MINIATURE_STEPS, 1) if given.miniature else measure(STEPS, 2)
-    setup = machine.described("cpu") | {"command": "python benchmarks/fresh_adam.py"}
-    machine.write_json(given.out, {"setup": setup, "rows": rows})
-    result = json.loads(given.out.read_text())
-    if given.write is not None:
-        machine.write_between_marks(given.write, "fresh_adam", table(result))
-    print(table(result))
+    given = parsed(arguments(__doc__, RESULT))
+    if given.runs:
+        rows = measure(MINIATURE_STEPS, 1) if given.miniature else measure(STEPS, 2)
+        write_json(given.out, {"setup": described() | {"command": "python benchmarks/fresh_adam.py"}, "rows": rows})
+    show(given.write, "fresh_adam", table(loaded(given.out)))
 
 
 if __name__ == "__main__":

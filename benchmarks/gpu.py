@@ -35,10 +35,9 @@ from typing import Any
 
 import torch
 import torchvision
-from machine import described, write_json
+from harness import Row, described, write_json
 from modes import Place
 from peers import Tokens
-from throughput import timed
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
@@ -52,7 +51,6 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 RATE = 0.01
 
-Row = dict[str, Any]
 Told = tuple[str, str, str]  # what, the result, the goal
 
 
@@ -80,12 +78,12 @@ class Part:
 # ------------------------------------------------------------------------------------------------ tests, studies
 
 
-def command(*given: Any) -> str:
-    """What a Python command prints, from the project's root."""
-    done = subprocess.run([sys.executable, *map(str, given)], cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, given))}\n{done.stdout}\n{done.stderr}")
-    return done.stdout
+def timed(run: Callable[[], Any], place: Place) -> float:
+    place.wait()
+    start = time.perf_counter()
+    run()
+    place.wait()
+    return time.perf_counter() - start
 
 
 def tests(setting: Setting) -> Row:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from machine import append, arguments, parsed, read, show
+from harness import RESULTS, Row, append, arguments, parsed, read, show
 from torch.nn import functional as F
 
 import metapl
@@ -36,13 +36,12 @@ import learned_hyperparameters
 import learned_schedule
 from learned_hyperparameters import Hyperparameters
 
-RAW = Path(__file__).parent / "results" / "hyperparameters.jsonl"
+RAW = RESULTS / "hyperparameters.jsonl"
 STUDIES: dict[str, Any] = {"hyperparameters": learned_hyperparameters, "schedule": learned_schedule}
 TUNING_SEEDS = {"hyperparameters": (100, 101), "schedule": (100,)}
 SEEDS, ROUNDS = {"hyperparameters": range(10, 18), "schedule": range(10, 15)}, 8
 SETTINGS = {"metagradients": (0.1, 0.3, 1.0, 3.0), "random search": (0.5, 1.0, 2.0, 4.0)}
 UNTUNED = "the start of both"
-Row = dict[str, Any]
 Logs = dict[str, torch.Tensor]
 Found = tuple[float, Logs, Any]
 """Validation loss, logarithms, and network."""
@@ -188,11 +187,11 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RAW, page=True)
+    parser = arguments(__doc__, RAW)
     given = parsed(parser)
     torch.set_num_threads(1)
     for study in STUDIES:
-        if not given.write:
+        if given.runs:
             run_study(study, given.out, given.miniature)
         show(given.write, study, table(of_study(read(given.out), study)))
 

@@ -16,20 +16,19 @@ the eager way, with all states kept too, that would have paid for them.
 from __future__ import annotations
 
 import gc
-import json
 import math
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import groupby, pairwise
-from pathlib import Path
 from typing import Any
 
-import machine
 import torch
+from harness import RESULTS, Row, arguments, described, loaded, parsed, show, write_json
 from peers import LENGTH, TOKENS, CausalLM
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -43,9 +42,8 @@ from metapl.feedback import Forward
 from metapl.feedback.keeping import keeping
 from metapl.problems import EqualWeights
 
-RESULT = Path(__file__).parent / "results" / "long_paths.json"
+RESULT = RESULTS / "long_paths.json"
 CPU = torch.device("cpu")
-Row = dict[str, Any]
 WAYS: dict[str, Forward | None] = {
     "compiled, all kept": Forward(keep_every=1),
     "all kept": Forward(keep_every=1),
@@ -258,7 +256,7 @@ def measured(miniature: bool, again: tuple[str, int] | None, there: set[tuple[st
             before = seconds(partial(plain, name, steps))
             took = seconds(run)
             base = (before + seconds(partial(plain, name, steps))) / 2
-            row = {"network": name, "steps": steps, "way": way, "cpu": machine.described("cpu")["cpu"]}
+            row = {"network": name, "steps": steps, "way": way, "cpu": described()["cpu"]}
             row |= {"time": took / base, "plain_seconds": base}
             if way == COMPILED:
                 row["compile_seconds"] = cold - took
@@ -306,19 +304,19 @@ def table(result: Row) -> str:
 
 
 def main() -> None:
-    parser = machine.arguments(__doc__, RESULT, page=True)
+    parser = arguments(__doc__, RESULT)
     parser.add_argument("--again", nargs=2, metavar=("NETWORK", "K"), help="time the rows of this network and K again")
-    given = machine.parsed(parser)
+    given = parsed(parser)
     torch.set_num_threads(1)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()  # a first call compiles, whatever ran before
-    rows = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+    rows = loaded(given.out)["rows"] if given.out.exists() else []
     again = given.again and (given.again[0], int(given.again[1]))
     known = {(row["network"], row["steps"], row["way"]) for row in rows}
-    for row in () if given.write else measured(given.miniature, again, known):
+    for row in measured(given.miniature, again, known) if given.runs else ():
         rows.append(row)
-        print(row, flush=True)
-        machine.write_json(given.out, {"machine": machine.described("cpu"), "rows": rows})
-    machine.show(given.write, "long_paths", table(json.loads(given.out.read_text())))
+        print(row, file=sys.stderr, flush=True)
+        write_json(given.out, {"machine": described(), "rows": rows})
+    show(given.write, "long_paths", table(loaded(given.out)))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import json
 import os
 import statistics
 import time
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import arguments, described, parsed, write_between_marks, write_json
+from harness import RESULTS, arguments, described, figure_of, loaded, parsed, show, write_json
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -43,7 +42,7 @@ from metapl.feedback import Difference, Estimator
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 LEARNING_RATE = 0.05  # η of the step whose gradient is judged
-RESULT = Path(__file__).parent / "results" / "modes.json"
+RESULT = RESULTS / "modes.json"
 
 
 @dataclass(frozen=True)
@@ -79,29 +78,13 @@ class Mode:
 
 MODES = [
     Mode("none", "no feedback, the control", "–", "none", "soft"),
-    Mode(
-        "loss_difference",
-        "sampled labels, L(θ) − L(θ′)",
-        "up to O(η), on average",
-        "loss_difference",
-        "hard",
-        noisy=True,
-    ),
-    Mode(
-        "reinforce",
-        "Algorithm 1: sampled labels, one scalar",
-        "up to O(η), on average",
-        "reinforce",
-        "hard",
-        noisy=True,
-    ),
-    Mode(
-        "reinforce_per_example",
-        "sampled labels, one number each",
-        "up to O(η), on average",
-        "reinforce_per_example",
-        "hard",
-        noisy=True,
+    *(
+        Mode(name, what, "up to O(η), on average", name, "hard", noisy=True)
+        for name, what in (
+            ("loss_difference", "sampled labels, L(θ) − L(θ′)"),
+            ("reinforce", "Algorithm 1: sampled labels, one scalar"),
+            ("reinforce_per_example", "sampled labels, one number each"),
+        )
     ),
     Mode("difference, one-sided", "outputs' difference, soft labels", "up to O(δ)", Difference(one_sided=True), "soft"),
     Mode("difference", "central difference, soft labels", "up to O(δ²)", "difference", "soft"),
@@ -112,8 +95,6 @@ MODES = [
     Mode("forward, recompute_teacher", "the same, teacher run twice", "yes", "forward", "soft", recompute_teacher=True),
     Mode("unrolled", "double backward, soft labels", "yes", "unrolled", "soft"),
 ]
-
-
 NOT_MEASURED = (
     "| `implicit` | through an optimum of the student's loss, soft labels | at that optimum | 15 + 6 n "
     "| – | – | – | – |"
@@ -511,41 +492,25 @@ def main() -> None:
     parser.add_argument("--memory-batch", type=int, help="the same for memory; default 32, on CUDA 128")
     parser.add_argument("--draws", type=int, help="draws of labels on the small classifier; default 2000")
     parser.add_argument("--draws-wrn", type=int, help="draws of labels on WRN-28-2; default 24")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="print the Markdown table of a result and stop")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put table and picture of --out there and stop")
     given = parsed(parser)
-    if given.table:
-        print(table(json.loads(given.table.read_text())))
-    elif given.write:
-        result = json.loads(given.out.read_text())
-        write_between_marks(given.write, "modes", table(result))
-        draw(result, given.write.with_name(f"{given.out.stem}.png"))
-    else:
-        run(given)
-
-
-def run(given: argparse.Namespace) -> None:
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit\._script")
-    where = places()
-    sizes = default_sizes(where[0].device, given.miniature)
-    sizes |= {name: getattr(given, name) for name in sizes if getattr(given, name) is not None}
-    options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in sizes.items())
-    given = argparse.Namespace(**sizes, network=MINIATURE_NETWORK if given.miniature else NETWORK, out=given.out)
-    setup = {**described(where[0].device), "command": f"python benchmarks/modes.py{options}", **sizes}
-    start = time.perf_counter()
-    result = {"setup": setup, "runs": [measured(place, given) for place in where]}
-    setup["minutes"] = (time.perf_counter() - start) / 60
-    write_json(given.out, result)
-    print(table(json.loads(given.out.read_text())))
-
-
-def default_sizes(device: str, miniature: bool) -> dict[str, int]:
-    """The numbers that were not given."""
-    if miniature:
-        return {"batch": 2, "rounds": 1, "memory_batch": 2, "draws": 2, "draws_wrn": 2}
-    on_cuda = device == "cuda"
-    batches = {"batch": 128 if on_cuda else 8, "rounds": 21, "memory_batch": 128 if on_cuda else 32}
-    return {**batches, "draws": 2000, "draws_wrn": 24}
+    if given.runs:
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit\._script")
+        where, start = places(), time.perf_counter()
+        cuda = where[0].device == "cuda"
+        sizes = {"batch": 128 if cuda else 8, "rounds": 21, "memory_batch": 128 if cuda else 32}
+        sizes |= {"draws": 2000, "draws_wrn": 24}
+        if given.miniature:
+            sizes = {"batch": 2, "rounds": 1, "memory_batch": 2, "draws": 2, "draws_wrn": 2}
+        sizes |= {name: getattr(given, name) for name in sizes if getattr(given, name) is not None}
+        options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in sizes.items())
+        small = argparse.Namespace(**sizes, network=MINIATURE_NETWORK if given.miniature else NETWORK)
+        result = {"runs": [measured(place, small) for place in where]}
+        setup = {**described(where[0].device), "command": f"python benchmarks/modes.py{options}", **sizes}
+        write_json(given.out, {"setup": setup | {"minutes": (time.perf_counter() - start) / 60}, **result})
+    result = loaded(given.out)
+    show(given.write, "modes", table(result))
+    if given.write:
+        draw(result, figure_of(given.write, f"{given.out.stem}.png"))
 
 
 if __name__ == "__main__":

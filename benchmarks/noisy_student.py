@@ -24,6 +24,7 @@ import itertools
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,17 +32,33 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from machine import arguments, parsed
+from harness import (
+    NONE,
+    RESULTS,
+    Bar,
+    Row,
+    arguments,
+    bars,
+    between,
+    difference,
+    environment,
+    figure_of,
+    go_on,
+    parsed,
+    read,
+    show,
+    spread,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from when import CLASSES, drawn, views
 
-from metapl.apps.machine.environment import environment
 from metapl.apps.noisy_student import decay_interval
+from metapl.metrics import paired_test
 from metapl.models import mlp
 from metapl.training.options import DECAY
 
-RAW = Path(__file__).parent / "results" / "noisy_student.jsonl"
+RAW = RESULTS / "noisy_student.jsonl"
 LABELS, LABELED_BATCH, STEPS, MOMENTUM, FINETUNE_LR = 4, 32, 1500, 0.9, 0.02
 THRESHOLD = 0.3
 """Confidence above which unlabeled examples are kept: Noisy Student's."""
@@ -53,7 +70,6 @@ RATES, DROPOUTS = (0.1, 0.2), (0.05, 0.1)
 FINETUNINGS = (50, 150, 500)
 """Lengths of study 6's finetuning, of which the best by validation is taken."""
 
-Row = dict[str, Any]
 Weights = list[Tensor]  # (S, in, out) and (S, 1, out) of the first layer, of the second, ...
 
 
@@ -483,18 +499,15 @@ def right(weights: Weights, part: Literal["validation", "test", "unlabeled"], se
 # ----------------------------------------------------------------------------------------------------------- the study
 
 
-def tune(size: Size, done: Sequence[Row]) -> Iterator[Row]:
-    """The validation accuracy of every configuration that has no row yet."""
-    known = {(row["lr"], row["dropout"]) for row in done if not row["final"]}
-    for lr, dropout in itertools.product(RATES, DROPOUTS):
-        if (lr, dropout) not in known:
-            began = time.perf_counter()
-            setting = Setting(lr, dropout, size.tuning_seeds, size)
-            accuracy = right(trained(_same(32), setting), "validation", setting)
-            yield {"final": False, "seeds": list(size.tuning_seeds), "lr": lr, "dropout": dropout} | {
-                "validation": accuracy,
-                "seconds": round(time.perf_counter() - began, 1),
-            }
+def tune(lr: float, dropout: float, size: Size) -> Row:
+    setting = Setting(lr, dropout, size.tuning_seeds, size)
+    return {"validation": right(trained(_same(32), setting), "validation", setting)}
+
+
+def final(arm: Row, lr: float, dropout: float, size: Size) -> Row:
+    setting = Setting(lr, dropout, size.seeds, size)
+    weights = trained(Arm(**arm), setting)
+    return {part: right(weights, part, setting) for part in ("test", "unlabeled")}  # type: ignore[arg-type]
 
 
 def tuned(rows: Sequence[Row]) -> tuple[float, float]:
@@ -503,68 +516,247 @@ def tuned(rows: Sequence[Row]) -> tuple[float, float]:
     return best["lr"], best["dropout"]
 
 
-def run_arms(size: Size, rows: Sequence[Row]) -> Iterator[Row]:
-    """Every arm that has no row yet."""
-    lr, dropout = tuned(rows)
-    setting = Setting(lr, dropout, size.seeds, size)
-    known = {json.dumps(row["arm"], sort_keys=True) for row in rows if row["final"]}
-    for arm in ARMS:
-        fields = dataclasses.asdict(arm)
-        if json.dumps(fields, sort_keys=True) not in known:
-            began = time.perf_counter()
-            weights = trained(arm, setting)
-            yield {"final": True, "arm": fields, "seeds": list(size.seeds), "lr": lr, "dropout": dropout} | {
-                "test": right(weights, "test", setting),
-                "unlabeled": right(weights, "unlabeled", setting),
-                "seconds": round(time.perf_counter() - began, 1),
-            }
-
-
 def study(size: Size, out: Path) -> None:
     """Tune and run what has no row yet; each row is written when it is there."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if not out.exists():
-        out.write_text(json.dumps({"about": environment()}) + "\n")
-    for what in (tune, run_arms):
-        for row in what(size, read(out)):
-            with out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            if row["final"]:
-                names = [
-                    f"{number}: {name}" for number, arms in STUDIES.items() for name in arms if _is(arms[name], row)
-                ]
-                print(f"{100 * statistics.fmean(row['test']):5.1f}  {'; '.join(names)}", flush=True)
-            else:
-                mean = 100 * statistics.fmean(row["validation"])
-                print(f"{mean:5.1f}  rate {row['lr']}, dropout {row['dropout']} (validation)", flush=True)
+
+    def run(seeds: Sequence[int], **job: Any) -> Row:
+        began = time.perf_counter()
+        found = (final if job.pop("final") else tune)(**job, size=size)
+        return {**found, "seconds": round(time.perf_counter() - began, 1)}
+
+    grid = itertools.product(RATES, DROPOUTS)
+    tuning = ({"final": False, "seeds": size.tuning_seeds, "lr": lr, "dropout": dropout} for lr, dropout in grid)
+    lr, dropout = tuned([row for row in go_on(out, tuning, run, about=environment()) if "final" in row])
+    chosen = {"seeds": size.seeds, "lr": lr, "dropout": dropout}
+    go_on(out, ({"final": True, "arm": dataclasses.asdict(arm), **chosen} for arm in ARMS), run)
 
 
-def _is(arm: Arm, row: Row) -> bool:
-    return dataclasses.asdict(arm) == row["arm"]
+# --------------------------------------------------------------------------------------------------- beside the paper
+
+SURE = 0.05
+"""p below which a difference counts as shown."""
+
+HEADINGS = {
+    "noise": "Noise (Table 6; B5, with 1.3M and with 130M unlabeled images)",
+    "1": "Study 1, teacher capacity (Table 9; widths for B0, B2, B4, B6, B7, best teacher for L2)",
+    "2": "Study 2, unlabeled size (Table 10; B4)",
+    "3": "Study 3, hard and soft labels by the teacher's confidence (Figure 5; B0; its values are not printed)",
+    "4": "Study 4, student capacity (Table 11; widths 8, 16, 32, 64 for teachers B0, B2, B4, B7)",
+    "5": "Study 5, balancing (Table 12; widths for B0 to B3)",
+    "6": "Study 6, joint training (Table 13; widths for B0 to B3)",
+    "7": "Study 7, batch ratio (Table 14; widths for B4 and for L2 with the teacher of 87.0)",
+    "8": "Study 8, warm start (Table 15; B0)",
+}
 
 
-def read(raw: Path = RAW) -> list[Row]:
-    """The rows of runs so far."""
-    if not raw.exists():
-        return []
-    return [row for line in raw.read_text().splitlines() if "final" in (row := json.loads(line))]
+def by_width(names: Sequence[str], widths: Sequence[int], values: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Figures of a table of the paper, a row for each network."""
+    return {
+        f"width {width}: {name}": value
+        for width, row in zip(widths, values, strict=True)
+        for name, value in zip(names, row, strict=True)
+    }
+
+
+PAPER: dict[str, dict[str, float]] = {
+    "noise": {
+        f"{name}, {spoken} of the unlabeled": value
+        for spoken, values in (("a sixteenth", (83.3, 83.9, 83.6, 83.2, 83.7)), ("all", (84.0, 85.1, 84.6, 84.3, 84.4)))
+        for name, value in zip(
+            (
+                "supervised",
+                "Noisy Student",
+                "student without augmentation",
+                "student without augmentation and dropout",
+                "teacher with augmentation and dropout",
+            ),
+            values,
+            strict=True,
+        )
+    },
+    "1": by_width(
+        ("supervised", "same teacher", "best teacher"),
+        (*SMALL, 128),
+        ((77.3, 78.1, 78.8), (80.0, 81.1, 82.4), (83.2, 84.4, 85.3), (84.5, 85.9, 86.4), (85.0, 86.4, 86.9)),
+    ),
+    "2": {"supervised": 83.2, "1/128": 83.4, "1/64": 83.3, "1/32": 83.7, "1/16": 83.9, "1/4": 83.8, "1/1": 84.0},
+    "3": {},
+    "4": {
+        name: value
+        for teacher, values in zip(
+            SMALL, ((77.3, 77.9, 79.5), (80.0, 80.7, 82.0), (83.2, 84.0, 84.7), (86.9, 86.9, 87.2)), strict=True
+        )
+        for name, value in zip(
+            (
+                f"teacher {teacher}",
+                f"teacher {teacher}, student {teacher}",
+                f"teacher {teacher}, student {2 * teacher}",
+            ),
+            values,
+            strict=True,
+        )
+    },
+    "5": by_width(
+        ("supervised", "Noisy Student", "without balancing"),
+        SMALL,
+        ((77.3, 77.9, 77.6), (79.2, 79.9, 79.6), (80.0, 80.7, 80.6), (81.7, 82.1, 82.1)),
+    ),
+    "6": by_width(
+        ("supervised", "pretraining only", "pretraining + finetuning", "joint"),
+        SMALL,
+        ((77.3, 72.6, 77.5, 77.9), (79.2, 75.1, 79.4, 79.9), (80.0, 75.9, 80.3, 80.7), (81.7, 76.5, 81.7, 82.1)),
+    ),
+    "7": {"width 16: 1:1": 84.0, "width 16: 3:1": 84.0, "width 128: 1:1": 86.7, "width 128: 3:1": 87.4},
+    "8": {
+        "supervised": 77.3,
+        "10 %, warm": 77.4,
+        "20 %, warm": 77.5,
+        "40 %, warm": 77.7,
+        "80 %, warm": 77.8,
+        "100 %, no warm start": 77.9,
+    },
+}
+"""Top-1 accuracy on ImageNet in % as the paper prints it, by study and arm."""
+
+
+def reference(study: str, name: str) -> str | None:
+    """The arm that an arm is compared with; None: it is what the others are compared with."""
+    width, first = name.partition(":")[0], name.partition(",")[0]
+    other = {
+        "noise": f"Noisy Student, {name.partition(', ')[2]}",
+        "1": f"{width}: supervised",
+        "5": f"{width}: {'Noisy Student' if name.endswith('balancing') else 'supervised'}",
+        "6": f"{width}: joint",
+        "7": f"{width}: 1:1",
+        "8": "100 %, no warm start",
+    }.get(study, "supervised")
+    if study == "4":  # a student with its teacher, and a teacher with one of half its width
+        other = first if first.startswith("teacher") else f"teacher {int(first.split()[-1]) // 2}"
+    return None if other == name else other
+
+
+@dataclass(frozen=True)
+class Compared:
+    """An arm of a study against another one: accuracies by seed, and the paper's difference in points, if any."""
+
+    study: str
+    name: str
+    other: str
+    first: list[float]
+    second: list[float]
+    paper: float | None
+
+    @property
+    def beside(self) -> str:
+        """What it is compared with, without what both have."""
+        short = self.other.partition(": ")[2] or self.other.partition(", ")[0]
+        return "no warm start" if self.study == "8" else short
+
+    @property
+    def verdict(self) -> str:
+        """Whether the paper's difference is seen here."""
+        test = paired_test(self.first, self.second)
+        if self.paper is None:
+            return NONE
+        if test.p is None or test.p >= SURE:
+            return "not shown"
+        if self.paper == 0:
+            return "the paper has no difference"
+        return "yes" if (test.mean > 0) == (self.paper > 0) else "the reverse"
+
+
+def comparisons(rows: Sequence[Row]) -> dict[str, dict[str, tuple[list[float], Compared | None]]]:
+    """By study and arm, its accuracies and the comparison with another one; of the arms that have a row."""
+    known = {json.dumps(row["arm"], sort_keys=True): row["test"] for row in rows if row["final"]}
+    found: dict[str, dict[str, tuple[list[float], Compared | None]]] = {}
+    for study, arms in STUDIES.items():
+        keys = {name: json.dumps(dataclasses.asdict(arm), sort_keys=True) for name, arm in arms.items()}
+        own = {name: known[key] for name, key in keys.items() if key in known}
+        printed = PAPER[study]
+        for name, values in own.items():
+            other, compared = reference(study, name), None
+            if other in own:
+                paper = round(printed[name] - printed[other], 1) if {name, other} <= printed.keys() else None
+                compared = Compared(study, name, other, values, own[other], paper)
+            found.setdefault(study, {})[name] = values, compared
+    return found
+
+
+def verdicts(rows: Sequence[Row]) -> Counter[str]:
+    """How often each verdict is given, of the paper's differences that are not zero."""
+    every = [each for arms in comparisons(rows).values() for _, each in arms.values() if each]
+    return Counter(each.verdict for each in every if each.paper not in (None, 0))
+
+
+def block(rows: Sequence[Row]) -> str:
+    """All tables, and what they were made with."""
+    counts = verdicts(rows)
+    parts = [
+        f"Of the {sum(counts.values())} differences that the paper prints and these tables have (some rows share their "
+        f"arms), {counts['yes']} are seen here with the same sign (p < {SURE}), {counts['the reverse']} with the other "
+        f"sign, and {counts['not shown']} are not shown."
+    ]
+    head = ["arm", "here", "against", "difference", "95 %", "p", "paper", "its difference", "seen here"]
+    rule = "|---|---:|---|---:|---:|---:|---:|---:|---|"
+    for study, arms in comparisons(rows).items():
+        lines = [f"**{HEADINGS[study]}**", "", f"| {' | '.join(head)} |", rule]
+        for name, (values, each) in arms.items():
+            cells = [name, spread(values), *[NONE] * 4]
+            if each:
+                gain, p = difference(values, each.second)
+                cells[2:] = [each.beside, gain, between(values, each.second), p]
+            cells.append(f"{PAPER[study][name]:.1f}" if name in PAPER[study] else NONE)
+            cells.append(f"{each.paper:+.1f}" if each and each.paper is not None else NONE)
+            lines.append(f"| {' | '.join([*cells, each.verdict if each else NONE])} |")
+        parts.append("\n".join(lines))
+    seeds = "/".join(str(len(each)) for each in {tuple(row["seeds"]) for row in rows if row["final"]})
+    lr, dropout = tuned(rows)
+    minutes = sum(row["seconds"] for row in rows) / 60
+    arms_run = len({str(row["arm"]) for row in rows if row["final"]})
+    parts.append(
+        f"Test accuracy in %, mean ± standard deviation over {seeds} seeds (400 test images each, drawn anew per seed "
+        "from the same 1,797); differences in points, with the paired t-test's interval and p "
+        "over draws of these images, not corrected for the "
+        f"number of rows. Paper: top-1 on ImageNet. {arms_run} arms, {STEPS:,} steps each, learning rate {lr:g} and "
+        f"dropout {dropout:g} by validation on other seeds; {minutes:.0f} minutes, on a machine with other work. "
+        "`python benchmarks/noisy_student.py`; raw rows: `benchmarks/results/noisy_student.jsonl`."
+    )
+    return "\n\n".join(parts)
+
+
+def draw(path: Path, rows: Sequence[Row]) -> None:
+    """Each difference with its interval, beside the paper's, a panel a study."""
+    panels = {
+        HEADINGS[study].partition(" (")[0]: [
+            Bar(
+                f"{name.replace('augmentation', 'aug.').replace(' of the unlabeled', '')} − {each.beside}",
+                *(values, each.second),
+                other=each.paper,
+            )
+            for name, (values, each) in arms.items()
+            if each
+        ]
+        for study, arms in comparisons(rows).items()
+    }
+    counts = verdicts(rows)
+    heading = (
+        f"Of the paper's {sum(counts.values())} differences {counts['yes']} are seen on digits, "
+        f"{counts['the reverse']} the other way round, and {counts['not shown']} are not shown"
+    )
+    axis = "points: digits with 95 % intervals; diamonds: the paper, on ImageNet"
+    bars(path, panels, heading, axis, columns=2)
 
 
 def main() -> None:
-    parser = arguments(__doc__, RAW)
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables there, draw the figure, and stop")
-    parser.add_argument("--table", action="store_true", help="print the tables of the file's rows, and run nothing")
-    given = parsed(parser)
+    given = parsed(arguments(__doc__, RAW))
     torch.set_num_threads(1)
-    if not given.table and given.write is None:
+    if given.runs:
         study(MINIATURE if given.miniature else FULL, given.out)
         return
-    from noisy_student_tables import block, write
-
-    if given.write is not None:
-        write(given.write, given.out)
-    else:
-        print(block(read(given.out)))
+    rows = read(given.out, "final")
+    show(given.write, "noisy-student-studies", block(rows))
+    if given.write:
+        draw(figure_of(given.write, f"{given.out.stem}.png"), rows)
 
 
 if __name__ == "__main__":

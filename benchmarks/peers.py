@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import arguments, described, parsed, write_between_marks, write_json
+from harness import RESULTS, Row, arguments, described, loaded, parsed, show, write_json
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
@@ -41,7 +41,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 HERE = Path(__file__).parent
-RESULT = HERE / "results" / "peers.json"
+RESULT = RESULTS / "peers.json"
 LEARNING_RATE = 0.1
 CAUSAL = "causal LM, default attention"
 NETWORKS = ("MLP", "transformer", CAUSAL, "WRN-28-2")
@@ -52,7 +52,6 @@ RECOMPUTED = f"{FORWARD}, teacher recomputed"
 COMPILED = f"{FORWARD}, compiled"
 OWN = (FORWARD, RECOMPUTED, UNROLLED, COMPILED)
 
-Row = dict[str, Any]
 Gradient = Sequence[Tensor]
 Case = tuple[nn.Module, nn.Module, tuple[Tensor, Tensor], Tensor]
 
@@ -514,26 +513,21 @@ def _order(case: tuple[str, int]) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RESULT, page=True)
+    parser = arguments(__doc__, RESULT)
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=NETWORKS, help="the rows of the others stay")
     parser.add_argument("--steps", nargs="+", type=int, default=(1, 10), help="K; the rows of others stay")
-    parser.add_argument(
-        "--libraries", nargs="+", choices=(*OWN, *PEERS), default=(*OWN, *PEERS), help="the rows of others stay"
-    )
+    every = (*OWN, *PEERS)
+    parser.add_argument("--libraries", nargs="+", choices=every, default=every, help="the rows of others stay")
     parser.add_argument("--note", default="", help="about the machine, such as who else used it")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each case")
     parser.add_argument("--beside", action="store_true", help="one step, in turns in one process; to peers_beside.json")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result and stop")
     given = parsed(parser)
     if given.beside:
         write_json(RESULT.with_name("peers_beside.json"), beside(given.only, given.rounds))
-    elif given.table:
-        print(table(json.loads(given.table.read_text())))
-    elif given.write:
-        write_between_marks(given.write, "peers", table(json.loads(given.out.read_text())))
-    else:
+        return
+    if given.runs:
         write_json(given.out, run(given))
-        print(table(json.loads(given.out.read_text())))
+    show(given.write, "peers", table(loaded(given.out)))
 
 
 if __name__ == "__main__":

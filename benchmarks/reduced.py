@@ -29,13 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from figures import difference, spread
-from machine import arguments, described, parsed, write_between_marks, write_json
+from harness import RESULTS, Row, arguments, described, difference, loaded, parsed, show, spread, write_json
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 HERE = Path(__file__).parent
-RESULT = HERE / "results" / "reduced.json"
+RESULT = RESULTS / "reduced.json"
 PLAIN = "plain training on stored labels"
 BOTH = "plain training on stored and on given labels"
 STEPS: dict[str, tuple[str, str]] = {  # method and mode
@@ -57,8 +56,6 @@ TUNING = (100, 101, 102)
 SEEDS = tuple(range(20))
 WEIGHTS = (1.0, 3.0, 10.0, 30.0, 100.0)
 READOUTS = ("student", "finetuned")
-
-Row = dict[str, Any]
 
 
 # ---------------------------------------------------------------------------------------------------------------- steps
@@ -239,19 +236,17 @@ def _accuracies(digits: Row) -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RESULT, page=True)
+    parser = arguments(__doc__, RESULT)
     parser.add_argument("--only", choices=("steps", "digits"), help="this part alone; the other stays as it was")
     given = parsed(parser)
-    if given.write:
-        write_between_marks(given.write, "reduced", table(json.loads(given.out.read_text())))
-        return
-    result: Row = json.loads(given.out.read_text()) if given.only and given.out.is_file() else {}
-    if given.only != "digits":
-        result |= {"measured_on": described("cpu"), "steps": steps_measured(given.miniature)}
-    if given.only != "steps":
-        result["digits"] = digits_measured(given.miniature)
-    write_json(given.out, result)
-    print(table(json.loads(given.out.read_text())))
+    if given.runs:
+        result: Row = loaded(given.out) if given.only and given.out.is_file() else {}
+        if given.only != "digits":
+            result |= {"measured_on": described(), "steps": steps_measured(given.miniature)}
+        if given.only != "steps":
+            result["digits"] = digits_measured(given.miniature)
+        write_json(given.out, result)
+    show(given.write, "reduced", table(loaded(given.out)))
 
 
 if __name__ == "__main__":

@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import attribution
-import machine
 import text_corpus
 import torch
 from attribution import BASE, factor, losses_of
+from harness import RESULTS, Row, arguments, described, loaded, parsed, show, write_json
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -44,14 +44,13 @@ from metapl.ablation.cost import peak_bytes
 from metapl.feedback import Forward
 
 HERE = Path(__file__).parent
-RESULT = HERE / "results" / "rival_attribution.json"
+RESULT = RESULTS / "rival_attribution.json"
 VOCABULARY, SHARES, REMOVALS, SEEDS = 256, (0.01, 0.05, 0.1), 30, (0, 1, 2)
 NARROW = "sqrt, default type float32"
 LIBRARIES = {
     "metapl": ("compiled, all kept", "all kept", "every √K-th", "tree"),
     "bergson": ("all", "sqrt", "log", NARROW),
 }
-Row = dict[str, Any]
 FALLS: Row = {**BASE, "width": 64, "falls": True, "batch": 100}
 WORDS = FALLS | {"network": "words", "width": 32, "batch": 10, "rule": "adam", "lr": 1e-3, "eps": 1e-8, "decay": 0.01}
 SETTINGS = {"perceptron, SGD": FALLS, "causal transformer, AdamW": WORDS}
@@ -314,28 +313,28 @@ def table(result: Row) -> str:
 
 
 def main() -> None:
-    parser = machine.arguments(__doc__, RESULT, page=True)
+    parser = arguments(__doc__, RESULT)
     parser.add_argument("--rival-python", type=Path, metavar="FILE", help="an interpreter that has bergson")
-    given = machine.parsed(parser)
+    given = parsed(parser)
     torch.set_num_threads(1)
-    rows: list[Row] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+    rows: list[Row] = loaded(given.out)["rows"] if given.out.exists() else []
 
     def keep(*new: Row) -> None:
         rows.extend(new)
         for row in new:
-            print({name: value for name, value in row.items() if name != "changes"}, flush=True)
-        machine.write_json(given.out, {"machine": machine.described("cpu"), "rows": rows})
+            print({name: value for name, value in row.items() if name != "changes"}, file=sys.stderr, flush=True)
+        write_json(given.out, {"machine": described(), "rows": rows})
 
     there = {(row["kind"], row["case"], row["steps"], row.get("seed")) for row in rows}
-    for name, (steps, rounds) in () if given.write else COSTS.items():
+    for name, (steps, rounds) in COSTS.items() if given.runs else ():
         steps, rounds = (3, 1) if given.miniature else (steps, rounds)
         if ("cost", name, steps, None) not in there:
             keep(*costs(name, steps, rounds, given.rival_python, given.miniature))
-    jobs = [(name, steps, seed) for name, steps in SCORED for seed in SEEDS]
-    for name, steps, seed in () if given.write else [(n, 3, 0) for n in COSTS] if given.miniature else jobs:
+    jobs = [(n, 3, 0) for n in COSTS] if given.miniature else [(*case, seed) for case in SCORED for seed in SEEDS]
+    for name, steps, seed in jobs if given.runs else ():
         if ("lds", name, steps, seed) not in there:
             keep(lds(name, steps, seed, 4 if given.miniature else REMOVALS, given.miniature))
-    machine.show(given.write, "rival_attribution", table(json.loads(given.out.read_text())))
+    show(given.write, "rival_attribution", table(loaded(given.out)))
 
 
 if __name__ == "__main__":

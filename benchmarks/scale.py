@@ -13,7 +13,6 @@ what the allocator adds.
 from __future__ import annotations
 
 import gc
-import json
 import multiprocessing
 import os
 import runpy
@@ -27,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import arguments, described, parsed, write_between_marks, write_json
+from harness import RESULTS, Row, arguments, described, loaded, parsed, show, write_json
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 HERE = Path(__file__).parent
-RESULT = HERE / "results" / "scale.json"
+RESULT = RESULTS / "scale.json"
 
 MODES = ("none", "loss_difference", "reinforce", "reinforce_per_example", "difference", "forward")
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -44,8 +43,6 @@ LAYOUTS: dict[str, dict[str, int]] = {
 }
 ALONE = "one process"
 WIDTHS, ROWS = (128, 512, 512, 512, 10), 64
-
-Row = dict[str, Any]
 
 
 # ------------------------------------------------------------------------------------------------------------- measured
@@ -174,7 +171,7 @@ def measured(miniature: bool) -> Row:
         most = {key: max(rank[key] for rank in by_turn[0]) for key in ("flops", "sent", "bytes")}
         times = {"seconds": statistics.median(seconds), "turns": seconds}
         rows.append({"mode": mode, "layout": name, **times, **most})
-    return {"rows": rows, "widths": widths, "batch": ROWS, "load": load, "measured_on": described("cpu")}
+    return {"rows": rows, "widths": widths, "batch": ROWS, "load": load, "measured_on": described()}
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -215,14 +212,10 @@ def _lines(cells: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RESULT, page=True)
-    given = parsed(parser)
-    if given.write:
-        write_between_marks(given.write, "scale", table(json.loads(given.out.read_text())))
-        return
-    result = measured(given.miniature)
-    write_json(given.out, result)
-    print(table(result))
+    given = parsed(arguments(__doc__, RESULT))
+    if given.runs:
+        write_json(given.out, measured(given.miniature))
+    show(given.write, "scale", table(loaded(given.out)))
 
 
 if __name__ == "__main__":

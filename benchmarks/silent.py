@@ -36,7 +36,7 @@ from typing import Any
 import numpy
 import peers
 import torch
-from machine import arguments, described, parsed, show, write_json
+from harness import RESULTS, Row, arguments, described, loaded, parsed, show, write_json
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -45,10 +45,10 @@ sys.path.append(str((HERE := Path(__file__).parent).parent / "tests" / "library"
 from kinds import KINDS as TESTED
 from kinds import C, Own, embedded, plain, put
 
-RESULT = HERE / "results" / "silent.json"
+RESULT = RESULTS / "silent.json"
 STEPS, TOLERANCE, IN_BFLOAT16, STAR = 3, 1e-3, 5e-2, "\\*"
 RATE = peers.LEARNING_RATE = 1.0
-Row, Gradient = dict[str, Any], Sequence[Tensor]
+Gradient = Sequence[Tensor]
 
 
 class Swish(torch.autograd.Function):
@@ -330,7 +330,7 @@ def run(given: Any) -> None:
     torch.set_num_threads(1)
     kinds = ("two layers", "weights clamped in forward", "rounding, straight-through") if given.miniature else (*KINDS,)
     result = json.loads(given.out.read_text()) if given.out.exists() else {"rows": [], "not_installed": {}}
-    result["measured_on"], exact = described("cpu"), dict[tuple[str, str], Tensor]()
+    result["measured_on"], exact = described(), dict[tuple[str, str], Tensor]()
     paths = {"PYTHONPATH": f"{HERE.parent}:{HERE}", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         truths = Path(folder) / "truths.pt"
@@ -388,12 +388,12 @@ def table(result: Row) -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RESULT, page=True)
+    parser = arguments(__doc__, RESULT)
     parser.add_argument("--only", nargs="+", choices=WAYS, metavar="WAY", help="the rows of the others stay")
     given = parsed(parser)
-    if not given.write:
+    if given.runs:
         run(given)
-    show(given.write, "silent", table(json.loads(given.out.read_text())))
+    show(given.write, "silent", table(loaded(given.out)))
 
 
 if __name__ == "__main__":

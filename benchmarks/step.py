@@ -18,7 +18,6 @@ far it has gone, after three steps. Counted are the files and functions of metap
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import arguments, described, parsed, show, write_json
+from harness import RESULTS, Row, arguments, described, loaded, parsed, show, write_json
 from peers import CAUSAL, case
 from torch import Tensor, nn
 from torch._inductor.utils import clear_caches
@@ -42,7 +41,7 @@ import metapl
 from metapl.ablation.cost import peak_bytes
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # of the profiler, which would write into the terminal
-RESULT = Path(__file__).parent / "results" / "step.json"
+RESULT = RESULTS / "step.json"
 ROOT = str(Path(metapl.__file__).parent)
 RATE, MOMENTUM, DECAY = 0.01, 0.9, 5e-4
 SEEDS = 32
@@ -57,7 +56,6 @@ NETWORKS = {  # name in a table, and steps of each way in a round
     "wrn": ("WRN-28-2, batch 8", 1),
 }
 
-Row = dict[str, Any]
 Step = Callable[[], Any]
 Pair = tuple[nn.Module, nn.Module]
 Data = tuple[tuple[Tensor, Tensor], Tensor]
@@ -308,7 +306,7 @@ def table(result: Row) -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RESULT, page=True)
+    parser = arguments(__doc__, RESULT)
     parser.add_argument("--networks", default=",".join(NETWORKS), help="the rows of other networks stay")
     parser.add_argument("--modes", default=",".join(MODES), help="the rows of other modes stay")
     parser.add_argument("--memory", action="store_true", help="print what accumulate=4 holds, and stop")
@@ -318,30 +316,29 @@ def main() -> None:
     parser.add_argument("--note", default="", help="about the machine, such as who else used it")
     parser.add_argument("--functions", choices=MODES, help="print the functions of a step by file, and stop")
     given = parsed(parser)
+    torch.set_num_threads(1)
     if given.functions:
         step, _, _ = warmed(EAGER, given.functions, "tiny")
         for file, names in entered(step).items():
             print(f"{file} ({len(names)}): {', '.join(names)}")
         return
     if given.memory:
-        torch.set_num_threads(1)
         for mode in ("forward", "reinforce"):
             print(f"{mode}: " + "; ".join(f"{way} {size:.2f}" for way, size in memory(mode).items()))
         return
-    if given.write is None:
+    if given.runs:
         names, parts = given.networks.split(","), given.parts.split(",")
-        names, rounds = (["tiny"], 1) if given.miniature else (names, given.rounds)
-        ways = [way for part, own in PARTS.items() if part in parts for way in own]
         if {*names} - {*NETWORKS} or {*parts} - {*PARTS}:
             parser.error(f"expected networks of {', '.join(NETWORKS)} and parts of {', '.join(PARTS)}")
-        torch.set_num_threads(1)
-        modes = given.modes.split(",")
-        rows = [row for name in names for mode in modes for row in measure(name, mode, ways, rounds, given.label)]
-        rows = [row | {"note": given.note, "measured_on": described("cpu")} for row in rows]
-        old = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+        names, rounds = (["tiny"], 1) if given.miniature else (names, given.rounds)
+        ways = [way for part, own in PARTS.items() if part in parts for way in own]
+        cases = [(name, mode) for name in names for mode in given.modes.split(",")]
+        rows = [row for case in cases for row in measure(*case, ways, rounds, given.label)]
+        rows = [row | {"note": given.note, "measured_on": described()} for row in rows]
+        old = loaded(given.out)["rows"] if given.out.exists() else []
         known = {tuple(row[key] for key in ("label", "network", "mode", "way")): row for row in [*old, *rows]}
         write_json(given.out, {"rows": [known[key] for key in sorted(known, key=place)]})
-    show(given.write, "step", table(json.loads(given.out.read_text())))
+    show(given.write, "step", table(loaded(given.out)))
 
 
 def place(key: tuple[str, str, str, str]) -> tuple[Any, ...]:

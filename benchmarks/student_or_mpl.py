@@ -25,14 +25,12 @@ from typing import Any
 
 import torch
 from digits_study import training
-from figures import difference, points
-from machine import append, arguments, parsed, write_between_marks
+from harness import RESULTS, Row, append, arguments, difference, environment, parsed, points, read, show
 
 from metapl.ablation.cost import flops
 from metapl.apps.compare import Job
 from metapl.apps.digits import METHODS, Digits, fitting
 from metapl.apps.look import kinds_of_steps
-from metapl.apps.machine.environment import environment
 from metapl.apps.methods import Data, Mpl, Trained, Training
 from metapl.apps.noisy_student import FINETUNED, FIRST, NoisyStudent, decay_interval, noisy_view, optimizer
 from metapl.apps.settings import replaced
@@ -45,15 +43,13 @@ from metapl.training.loss_trainer import LossTrainer
 from metapl.training.resuming import digest
 from metapl.training.selection import weights_of
 
-RAW = Path(__file__).parent / "results" / "student_or_mpl.jsonl"
+RAW = RESULTS / "student_or_mpl.jsonl"
 COMMIT = "d3aeafaa"  # the last one whose metapl noisy-student --compare makes the committed rows
 SEEDS, MINIATURE_SEEDS = range(10), range(2)
 SIZES: dict[str, Any] = {"steps": 600, "labeled_batch": 20}
 MINIATURE: dict[str, Any] = {"steps": 4, "labeled_batch": 4, "finetune_steps": 1, "validate_every": 2}
 HIDDEN, TINY = (64, 64), (4,)
 TAUGHT = "first_teacher.json"
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,11 +186,6 @@ def train(method: str, config: Digits, named: Any) -> Row:
     return row | {name: result[name] for name in names}
 
 
-def read(path: Path = RAW) -> list[Row]:
-    """The rows of the runs."""
-    return [row for row in map(json.loads, path.read_text().splitlines()) if "method" in row]
-
-
 def accuracies(rows: Sequence[Row], name: str = "test_accuracy") -> dict[str, list[float]]:
     """Accuracies by method, in the order of the seeds."""
     found: dict[str, list[float]] = {}
@@ -253,20 +244,16 @@ def block(rows: Sequence[Row], about: Row) -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RAW, page=True)
-    given = parsed(parser)
-    if given.write is not None:
-        about = json.loads(given.out.read_text().splitlines()[0])
-        write_between_marks(given.write, "student-or-mpl", block(read(given.out), about))
-        return
-    if not given.out.exists():
-        append(given.out, {"about": environment()})
-    there = {(row["method"], row["seed"]) for row in read(given.out)}
-    for seed in MINIATURE_SEEDS if given.miniature else SEEDS:
-        settings = sized(COMPARED, MINIATURE if given.miniature else SIZES, seed)
-        for method, (config, named) in settings.items():
-            if (method, seed) not in there:
-                append(given.out, train(method, config, named))
+    given = parsed(arguments(__doc__, RAW))
+    if given.runs:
+        if not given.out.exists():
+            append(given.out, {"about": environment()})
+        there = {(row["method"], row["seed"]) for row in read(given.out, "method")}
+        for seed in MINIATURE_SEEDS if given.miniature else SEEDS:
+            for method, settings in sized(COMPARED, MINIATURE if given.miniature else SIZES, seed).items():
+                if (method, seed) not in there:
+                    append(given.out, train(method, *settings))
+    show(given.write, "student-or-mpl", block(read(given.out, "method"), read(given.out, "about")[0]))
 
 
 if __name__ == "__main__":

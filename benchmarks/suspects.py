@@ -1,14 +1,19 @@
-"""How many of the suspects are mislabeled? `metapl train noisy` on digits in folders, 10 % of them in a wrong one.
+"""Wrong labels among pictures in folders: how many of the suspects are mislabeled, and by which list they are found.
 
-    python benchmarks/suspects.py            # goes on where it was stopped
-    python benchmarks/suspects.py --table    # the table of the file's rows
+    python benchmarks/suspects.py            # the list of `metapl train noisy`; goes on where it was stopped
     python benchmarks/suspects.py --write docs/images.md
     python benchmarks/suspects.py --pictures DIR --seed 0    # write the folders of a seed alone, to try the command
+    python benchmarks/suspects.py --harmful --tune           # beside `metapl attribute`: its rates, on other seeds
+    python benchmarks/suspects.py --harmful                  # seeds 0 to 4
+    python benchmarks/suspects.py --harmful --write benchmarks/results/harmful_pictures.md
 
-scikit-learn's digits are written out as grey PNG files of 16x16 pixels, anew for each seed: about 1,100 in folders, of
-which one in ten lies in that of another class, drawn evenly; 10 clean ones a class; and 400 to test on. The command is
-run with its defaults but for the number of steps and the precision. Of suspects.csv, which has all of the 1,100, the
-share of mislabeled pictures is counted among the first tenth.
+scikit-learn's digits are written out as grey PNG files of 16x16 pixels, anew for each seed: in folders, of which some
+lie in that of another class, drawn evenly (symmetric) or the next one (asymmetric); 10 clean ones a class; and 400 to
+test on. The first study has about 1,100, of which one in ten is wrong, and counts the share of mislabeled pictures in
+the first tenth of suspects.csv. With ``--harmful`` there are 600, of which 20 or 40 % are wrong, and of each list the
+AUC is taken too: of `metapl train noisy`, of `metapl attribute` on its folder, and of a perceptron that learns from the
+clean pictures alone, untuned, which was added when the others were known. Commands are run with their defaults but for
+the number of steps and the precision.
 """
 
 from __future__ import annotations
@@ -20,58 +25,61 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from figures import spread
-from machine import append, arguments, parsed, read, show
+from harness import RESULTS, Row, arguments, environment, go_on, grid, loaded, parsed, read, show, spread
 from PIL import Image
-from torch import Tensor
+from scipy.stats import rankdata, t
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from metapl.apps.machine.environment import environment
 from metapl.apps.pictures import load_digits_split
 
-RAW = Path(__file__).parent / "results" / "suspects.jsonl"
-CLEAN, WRONG, FIRST, SIDE = 10, 0.1, 0.1, 16
+RAW = RESULTS / "suspects.jsonl"
+CLEAN, FIRST, SIDE = 10, 0.1, 16
 METHODS = {
     "example_weights": "example_weights (the default)",
-    "meta_weight_net": "meta_weight_net",
-    "label_correction": "label_correction",
     "noise_transition": "noise_transition",
     "plain": "plain, given and clean labels",
-    "clean": "plain, clean labels alone",
 }
-Row = dict[str, Any]
+FLAGS = ("--steps", "150", "--precision", "float32")
+FEW = ("--steps", "3", "--finetune-steps", "1")
+
+PICTURES = 600
+CONDITIONS = {
+    "symmetric, 20 %": (0.2, False),
+    "symmetric, 40 %": (0.4, False),
+    "asymmetric, 20 %": (0.2, True),
+    "asymmetric, 40 %": (0.4, True),
+}
+TUNED_ON, RATES, TUNING_SEEDS, SEEDS = "asymmetric, 40 %", (0.01, 0.03, 0.1), (100, 101), (0, 1, 2, 3, 4)
+CHECKED = (*TUNING_SEEDS, 0)  # of the others the predictions are not checked, which costs more than the scores
+# Of each list: its file, its column, and whether what is high there is wrong.
+LISTS = {
+    "`metapl attribute`, score": ("attribution.csv", "score", -1),
+    "`metapl attribute`, loss after training": ("attribution.csv", "loss", 1),
+    "`metapl train noisy`, its list": ("suspects.csv", "p_given", -1),
+    "`metapl train noisy`, learned weight": ("suspects.csv", "weight", -1),
+    "a perceptron of the clean ones alone, loss": ("clean.csv", "loss", 1),
+}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How much is run; ``images`` are of each folder, None for all that there are."""
-
-    methods: tuple[str, ...]
-    seeds: tuple[int, ...]
-    flags: tuple[str, ...]
-    images: int | None = None
-
-
-FULL = Plan(("example_weights", "plain", "noise_transition"), (0, 1, 2), ("--steps", "150", "--precision", "float32"))
-MINIATURE = Plan(("example_weights", "plain"), (0,), ("--steps", "3", "--finetune-steps", "1"), images=60)
-
-
-def write_pictures(root: Path, seed: int, at_most: int | None = None) -> set[str]:
+def write_pictures(
+    root: Path, seed: int, share: float = 0.1, next_one: bool = False, most: int | None = None
+) -> set[str]:
     """The folders noisy, clean and test of a seed; the paths of the mislabeled pictures."""
-    split = load_digits_split(CLEAN, seed)
-    generator = torch.Generator().manual_seed(seed)
-    truth = split.unlabeled_truth[:at_most]
+    split, draw = load_digits_split(CLEAN, seed), torch.Generator().manual_seed(seed)
+    truth = split.unlabeled_truth[:most]
     wrong = torch.zeros(len(truth), dtype=torch.bool)
-    wrong[torch.randperm(len(truth), generator=generator)[: round(WRONG * len(truth))]] = True
-    given = torch.where(wrong, (truth + torch.randint(1, 10, truth.shape, generator=generator)) % 10, truth)
-    noisy = write_folders(root / "noisy", split.unlabeled[:at_most], given)
+    wrong[torch.randperm(len(truth), generator=draw)[: round(share * len(truth))]] = True
+    away = torch.ones_like(truth) if next_one else torch.randint(1, 10, truth.shape, generator=draw)
+    noisy = write_folders(root / "noisy", split.unlabeled[:most], torch.where(wrong, (truth + away) % 10, truth))
     write_folders(root / "clean", *split.labeled)
-    write_folders(root / "test", split.test[0][:at_most], split.test[1][:at_most])
+    write_folders(root / "test", split.test[0][:most], split.test[1][:most])
     return {path for path, planted in zip(noisy, wrong.tolist(), strict=True) if planted}
 
 
@@ -87,96 +95,170 @@ def write_folders(root: Path, images: Tensor, labels: Tensor) -> list[str]:
     return paths
 
 
-def run(plan: Plan, method: str, seed: int) -> Row:
-    """One run of the command."""
+def by_clean(root: Path, seed: int, out: Path) -> None:
+    """Write the loss of each noisy picture, by a perceptron of 100 steps on all of the clean ones."""
+
+    def read_folders(name: str) -> tuple[list[Path], torch.Tensor, torch.Tensor]:
+        files = sorted((root / name).resolve().glob("*/*.png"))
+        pixels = np.stack([np.asarray(Image.open(file), np.float32) / 255 for file in files])
+        return files, torch.from_numpy(pixels), torch.tensor([int(file.parent.name) for file in files])
+
+    (_, x, y), (files, noisy, given) = read_folders("clean"), read_folders("noisy")
+    torch.manual_seed(seed)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 64), nn.ReLU(), nn.Linear(64, 10))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(100):
+        optimizer.zero_grad()
+        F.cross_entropy(network(x), y).backward()
+        optimizer.step()
+    losses = F.cross_entropy(network(noisy), given, reduction="none").tolist()
+    with out.open("w", newline="") as table:
+        csv.writer(table).writerows([("file", "loss"), *zip(files, losses, strict=True)])
+
+
+def metapl(*words: Any) -> str:
+    command = [sys.executable, "-m", "metapl.apps", *map(str, words)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def column(file: Path, name: str) -> dict[str, str]:
+    """Of a list, by the pictures' files in its order."""
+    with file.open(newline="") as lines:
+        return {line["file"]: line[name] for line in csv.DictReader(lines)}
+
+
+def suspected(method: str, seed: int, miniature: bool) -> Row:
+    """What the list of one run of the command has in its first tenth."""
+    flags = FEW if miniature else FLAGS
     with tempfile.TemporaryDirectory(prefix="metapl-") as scratch:
         root = Path(scratch)
-        wrong = write_pictures(root, seed, plan.images)
-        folders = [part for name in ("labeled", "clean", "test") for part in (f"--{name}", str(root / NAMES[name]))]
-        command = [
-            sys.executable,
-            "-m",
-            "metapl.apps",
-            "train",
-            "noisy",
-            *folders,
-            "--method",
-            method,
-            "--seed",
-            str(seed),
+        wrong = write_pictures(root, seed, most=60 if miniature else None)
+        parts = [
+            word
+            for name in ("labeled", "clean", "test")
+            for word in (f"--{name}", root / name.replace("labeled", "noisy"))
         ]
-        subprocess.run([*command, *plan.flags, "--out", str(root / "out")], check=True, stdout=subprocess.DEVNULL)
-        result = json.loads((root / "out" / "result.json").read_text())
-        with (root / "out" / "suspects.csv").open(newline="") as file:
-            suspects = [line["file"] for line in csv.DictReader(file)]
-    first = suspects[: round(FIRST * len(suspects))]
+        metapl("train", "noisy", *parts, "--method", method, "--seed", seed, *flags, "--out", root / "out")
+        result, files = loaded(root / "out" / "result.json"), [*column(root / "out" / "suspects.csv", "file")]
     return {
-        "method": method,
-        "seed": seed,
-        "precision": round(statistics.fmean(path in wrong for path in first), 4),
-        "student_test_accuracy": result["student_test_accuracy"],
-        "finetuned_test_accuracy": result["finetuned_test_accuracy"],
-        "listed": len(suspects),
+        "precision": round(statistics.fmean(path in wrong for path in files[: round(FIRST * len(files))]), 4),
+        **{name: result[name] for name in ("student_test_accuracy", "finetuned_test_accuracy")},
+        "listed": len(files),
         "wrong": len(wrong),
-        "flags": list(plan.flags),
+        "flags": flags,
         "made_with": environment(),
     }
 
 
-NAMES = {"labeled": "noisy", "clean": "clean", "test": "test"}
+def listed(condition: str, seed: int, tuned: bool, miniature: bool, lr: float | None = None) -> Row:
+    """The quality of each list; with a rate, of that of `metapl attribute` after a run of a few steps."""
+    with tempfile.TemporaryDirectory(prefix="metapl-") as scratch:
+        root = Path(scratch)
+        wrong, out = write_pictures(root, seed, *CONDITIONS[condition], 120 if miniature else PICTURES), root / "run"
+        few = ["--finetune-steps", "1", "--image-size", "8", "--network", "small_cnn"] if miniature else []
+        few += ["--steps", 3 if miniature or tuned else 150, "--precision", "float32", "--seed", seed]
+        metapl("train", "noisy", "--labeled", root / "noisy", "--clean", root / "clean", "--out", out, *few)
+        given = ["--lr", lr] if tuned else []
+        given += ["--steps", "4", "--removals", "8"] if miniature else ["--removals", "0"] * (seed not in CHECKED)
+        found = json.loads(metapl("attribute", out, "--out", out, "--json", *given))
+        by_clean(root, seed, out / "clean.csv")
+        row: Row = {name: found[name] for name in ("lr", "steps", "loss", "spearman", "seconds")} | {"lists": {}}
+        for name, (file, key, sign) in LISTS.items():
+            if not tuned or file == "attribution.csv":
+                values = {path: sign * float(value) for path, value in column(out / file, key).items()}
+                row["lists"][name] = quality(values, wrong)
+    return row
 
 
-def study(plan: Plan, raw: Path) -> None:
-    """Whatever is not in the raw file yet."""
-    done = {(row["method"], row["seed"]) for row in read(raw)}
-    for seed in plan.seeds:
-        for method in plan.methods:
-            if (method, seed) not in done:
-                row = run(plan, method, seed)
-                append(raw, row)
-                print(f"{method}, seed {seed}: {row['precision']:.3f}", file=sys.stderr, flush=True)
+def quality(values: dict[str, float], wrong: set[str]) -> tuple[float, float]:
+    """The AUC, and the share of wrong ones among the first tenth."""
+    ranks = dict(zip(values, rankdata([*values.values()]), strict=True))
+    n, m = len(wrong), len(values) - len(wrong)
+    first = sorted(values, key=lambda file: -values[file])[: max(1, round(FIRST * len(values)))]
+    area = (sum(ranks[file] for file in wrong) - n * (n + 1) / 2) / (n * m)
+    return round(float(area), 4), round(statistics.fmean(file in wrong for file in first), 4)
+
+
+def with_interval(values: Sequence[float], sign: str = "") -> str:
+    """Mean and 95 % interval over the seeds, by Student's t."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:{sign}.2f}"
+    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:{sign}.2f} ± {half:.2f}"
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The table of the documentation, of the seeds that every method has."""
-    methods = [name for name in METHODS if any(row["method"] == name for row in rows)]
-    by_method = {name: {row["seed"]: row for row in rows if row["method"] == name} for name in methods}
-    seeds = sorted(set.intersection(*(set(found) for found in by_method.values())))
-    lines = [
-        "| method | mislabeled among the first tenth, % | test accuracy, student, % | finetuned, % |",
-        "|---|---:|---:|---:|",
+    """What is among the first tenth, of the seeds that every method has."""
+    by = {name: {row["seed"]: row for row in rows if row["method"] == name} for name in METHODS}
+    by = {name: own for name, own in by.items() if own}
+    seeds = sorted(set.intersection(*(set(own) for own in by.values())))
+    columns = ("precision", "student_test_accuracy", "finetuned_test_accuracy")
+    lines = [[METHODS[name], *(spread([own[s][key] for s in seeds]) for key in columns)] for name, own in by.items()]
+    head = ["method", "mislabeled among the first tenth, %", "test accuracy, student, %", "finetuned, %"]
+    return (
+        f"{grid(head, lines)}\n\n"
+        f"Mean ± standard deviation over {len(seeds)} seeds; {rows[0]['listed']:,} pictures with given labels, of "
+        f"which {rows[0]['wrong']:,} are wrong, 100 clean ones; `metapl train noisy` with "
+        f"{' '.join(rows[0]['flags'])}. "
+        "`python benchmarks/suspects.py`; raw rows: `benchmarks/results/suspects.jsonl`."
+    )
+
+
+def harmful_table(rows: Sequence[Row]) -> str:
+    """How well each list finds the wrong ones, and what was tuned and checked."""
+    score, lines = next(iter(LISTS)), []
+    for condition in CONDITIONS:
+        mine = [row["lists"] for row in rows if row["condition"] == condition and not row["tuned"]]
+        for name in LISTS if mine else ():
+            area, first = (with_interval([lists[name][which] for lists in mine]) for which in (0, 1))
+            lead = "" if name == score else with_interval([lists[score][0] - lists[name][0] for lists in mine], "+")
+            lines.append(f"| {condition} | {len(mine)} | {name} | {area} | {lead} | {first} |")
+    checked = sorted((row for row in rows if row["seed"] in CHECKED), key=lambda row: (not row["tuned"], row["lr"]))
+    tuning = [
+        f"| {row['condition']} | {row['lr']:g} | {row['seed']} | {row['lists'][score][0]:.2f} | {row['spearman']:.2f} |"
+        for row in checked
     ]
-    for name in methods:
-        columns = [
-            spread([by_method[name][seed][column] for seed in seeds])
-            for column in ("precision", "student_test_accuracy", "finetuned_test_accuracy")
-        ]
-        lines.append("| " + " | ".join([METHODS[name], *columns]) + " |")
-    steps = " ".join(rows[0]["flags"])
     return "\n".join(
         [
-            *lines,
-            "",
-            f"Mean ± standard deviation over {len(seeds)} seeds; {rows[0]['listed']:,} pictures with given labels, of "
-            f"which {rows[0]['wrong']:,} are wrong, 100 clean ones; `metapl train noisy` with {steps}. "
-            "`python benchmarks/suspects.py`; raw rows: `benchmarks/results/suspects.jsonl`.",
+            "| wrong labels | seeds | list | AUC | the score's lead | wrong in the first tenth |",
+            *("|---|---:|---|---:|---:|---:|", *lines, ""),
+            "| wrong labels | rate | seed | AUC, score | the check, Spearman |",
+            *("|---|---:|---:|---:|---:|", *tuning, ""),
+            f"Mean ± 95 % interval over the seeds, {PICTURES} pictures; the lead in AUC is paired by seed. `python "
+            "benchmarks/suspects.py --harmful`; raw rows: `benchmarks/results/harmful_pictures.jsonl`.",
         ]
     )
 
 
 def main() -> None:
-    parser = arguments(__doc__, RAW, page=True)
-    parser.add_argument("--table", action="store_true", help="print the table of the file's rows and stop")
+    parser = arguments(__doc__, RAW)
+    parser.add_argument("--harmful", action="store_true", help="beside the lists of `metapl attribute`")
+    parser.add_argument("--tune", action="store_true", help="with --harmful, the rates")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="write the folders of a seed there and stop")
     parser.add_argument("--seed", type=int, default=0, help="with --pictures")
-    options = parsed(parser)
-    if options.pictures is not None:
-        wrong = write_pictures(options.pictures, options.seed)
-        print(f"{options.pictures} has noisy, clean and test; {len(wrong)} pictures of noisy are in a wrong folder")
+    given = parsed(parser)
+    if given.pictures is not None:
+        wrong = write_pictures(given.pictures, given.seed)
+        print(f"{given.pictures} has noisy, clean and test; {len(wrong)} pictures of noisy are in a wrong folder")
         return
-    if not (options.table or options.write):
-        study(MINIATURE if options.miniature else FULL, options.out)
-    show(options.write, "suspects", table(read(options.out)))
+    small = given.miniature
+    if given.harmful:
+        out = RAW.with_name("harmful_pictures.jsonl") if given.out == RAW else given.out
+        jobs: list[Row] = [{"condition": c, "seed": s, "tuned": False} for s in SEEDS for c in CONDITIONS][
+            : 1 if small else None
+        ]
+        if given.tune:
+            jobs = [{"condition": TUNED_ON, "seed": s, "tuned": True, "lr": lr} for s in TUNING_SEEDS for lr in RATES]
+        if given.runs:
+            go_on(out, jobs, partial(listed, miniature=small))
+        show(given.write, "harmful_pictures", harmful_table(read(out)))
+        return
+    if given.runs:
+        methods, seeds = (("example_weights", "plain"), 1) if small else ([*METHODS], 3)
+        pairs = ({"method": method, "seed": seed} for seed in range(seeds) for method in methods)
+        go_on(given.out, pairs, partial(suspected, miniature=small))
+    show(given.write, "suspects", table(read(given.out)))
 
 
 if __name__ == "__main__":

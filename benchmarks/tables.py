@@ -12,15 +12,15 @@ was tuned on these three problems: the settings were looked at on moons, wine, b
 
 from __future__ import annotations
 
-import sys
+import itertools
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
-from machine import append, arguments, parsed, read, show
+from harness import RESULTS, Row, arguments, environment, go_on, parsed, read, show
 from sklearn.datasets import load_digits, load_iris, make_gaussian_quantiles
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.exceptions import ConvergenceWarning
@@ -30,11 +30,10 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
 from sklearn.semi_supervised import LabelSpreading, SelfTrainingClassifier
 
-from metapl.apps.machine.environment import environment
 from metapl.metrics import paired_test
 from metapl.sklearn import MetaPseudoLabelsClassifier, MetaReweightedClassifier
 
-RAW = Path(__file__).parent / "results" / "tables.jsonl"
+RAW = RESULTS / "tables.jsonl"
 PROBLEMS = ("digits", "iris", "quantiles")
 FEW, WRONG, TRUSTED = 5, 0.3, 0.1  # labels of a class, the share of wrong labels, that of trusted ones
 OWN = {"few labels": "Meta Pseudo Labels", "any wrong class": "reweighted", "the next class": "reweighted"}
@@ -43,8 +42,6 @@ BESIDE = {
     "any wrong class": f"{WRONG:.0%} of the labels replaced by any other class, {TRUSTED:.0%} of each class trusted",
     "the next class": f"{WRONG:.0%} of the labels replaced by the next class, {TRUSTED:.0%} of each class trusted",
 }
-
-Row = dict[str, Any]
 
 
 def drawn(problem: str, seed: int) -> list[np.ndarray]:
@@ -99,22 +96,13 @@ def wrong_labels(X: np.ndarray, y: np.ndarray, seed: int, kind: str, **own: Any)
     yield from plain(X, given, seed)
 
 
-def study(problems: Sequence[str], seeds: Sequence[int], raw: Path, **own: Any) -> None:
-    """Whatever is not in the raw file yet, seed by seed."""
-    done = {(row["labels"], row["problem"], row["seed"]) for row in read(raw)}
-    for seed in seeds:
-        for labels in OWN:
-            for problem in problems:
-                if (labels, problem, seed) in done:
-                    continue
-                X, y, test, truth = drawn(problem, seed)
-                few, begun = labels == "few labels", time.process_time()
-                arms = few_labels(X, y, seed, **own) if few else wrong_labels(X, y, seed, labels, **own)
-                accuracies = {name: round(100 * one.score(test, truth), 2) for name, one in arms}
-                row = {"labels": labels, "problem": problem, "seed": seed, "accuracy": accuracies}
-                row |= {"seconds": round(time.process_time() - begun, 1), "made_with": environment()}
-                append(raw, row)
-                print(f"{labels}, {problem}, seed {seed}: {row['seconds']} s", file=sys.stderr, flush=True)
+def one(seed: int, labels: str, problem: str, **own: Any) -> Row:
+    """The accuracy of each arm."""
+    X, y, test, truth = drawn(problem, seed)
+    few, begun = labels == "few labels", time.process_time()
+    arms = few_labels(X, y, seed, **own) if few else wrong_labels(X, y, seed, labels, **own)
+    accuracies = {name: round(100 * each.score(test, truth), 2) for name, each in arms}
+    return {"accuracy": accuracies, "seconds": round(time.process_time() - begun, 1), "made_with": environment()}
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -151,21 +139,17 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RAW, page=True)
-    parser.add_argument("--table", action="store_true", help="print the tables of the file's rows and stop")
+    parser = arguments(__doc__, RAW)
     parser.add_argument("--seeds", type=int, default=5, help="how many")
-    options = parsed(parser)
-    if not (options.table or options.write):
-        small: dict[str, Any] = {"steps": 2} if options.miniature else {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            study(
-                PROBLEMS[1:2] if options.miniature else PROBLEMS,
-                range(2 if options.miniature else options.seeds),
-                options.out,
-                **small,
-            )
-    show(options.write, "tables", table(read(options.out)))
+    given = parsed(parser)
+    problems, seeds = (PROBLEMS[1:2], 2) if given.miniature else (PROBLEMS, given.seeds)
+    names = ("seed", "labels", "problem")
+    jobs = (dict(zip(names, job, strict=True)) for job in itertools.product(range(seeds), OWN, problems))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        if given.runs:
+            go_on(given.out, jobs, partial(one, **{"steps": 2} if given.miniature else {}))
+    show(given.write, "tables", table(read(given.out)))
 
 
 if __name__ == "__main__":

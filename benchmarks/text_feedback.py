@@ -25,20 +25,17 @@ from typing import Any
 
 import text_corpus as texts
 import torch
-from figures import difference, spread
-from machine import append, arguments, parsed, read, show
+from harness import RESULTS, Row, arguments, between, difference, environment, go_on, parsed, read, show, spread
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import metapl
 from metapl.apps.fitting import fit
-from metapl.apps.machine.environment import environment
 from metapl.feedback import Forward
-from metapl.metrics import paired_test, predict_logits
+from metapl.metrics import predict_logits
 
-RAW = Path(__file__).parent / "results" / "text_feedback.jsonl"
+RAW = RESULTS / "text_feedback.jsonl"
 MASKED, BATCH = 0.15, 32
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -224,14 +221,6 @@ def scores(rows: Sequence[Row]) -> list[float]:
     return max(([row[f"{name}_{part}"] for row in rows] for name in READ_OUTS), key=sum)
 
 
-def study(raw: Path, miniature: bool) -> None:
-    """Whatever is not in the raw file yet."""
-    for job in jobs(raw, miniature):
-        if not any(job.items() <= row.items() for row in read(raw)):
-            row = job | one_run(job, miniature) | {"made_with": environment()}
-            append(raw, row)
-
-
 def table(rows: Sequence[Row]) -> str:
     """What the feedback is like along a run, and what it does when one thing is changed, and after tuning."""
     head = "the feedback | size | at ¾ | signal to noise | at ¾ | cosine with held-out | at ¾"
@@ -248,8 +237,18 @@ def table(rows: Sequence[Row]) -> str:
         none, forward = paired(rows, part, arm)
         if none:
             a, b = scores(none), scores(forward)
+            gained, p = difference(b, a)
             right = " → ".join(f"{100 * mean(side, 'labels_right'):.1f}" for side in (none, forward))
-            cells = [str(len(a)), spread(a), spread(b), *gain(b, a), f"{mean(forward, 'feedback_ratio'):.3f}", right]
+            cells = [
+                str(len(a)),
+                spread(a),
+                spread(b),
+                gained,
+                between(b, a),
+                p,
+                f"{mean(forward, 'feedback_ratio'):.3f}",
+                right,
+            ]
             lines.append(f"| {'*test texts:* ' * (part == 'final')}{arm} | {' | '.join(cells)} |")
     command = "`python benchmarks/text_feedback.py`; raw rows: `benchmarks/results/text_feedback.jsonl`."
     made = ", ".join(f"{sum(row['part'] == part for row in rows)} {part}" for part in SEEDS)
@@ -268,23 +267,15 @@ def paired(rows: Sequence[Row], part: str, arm: str) -> list[list[Row]]:
     return [[side[seed] for seed in sorted(sides[0].keys() & sides[1].keys())] for side in sides]
 
 
-def gain(first: Sequence[float], second: Sequence[float]) -> list[str]:
-    """The difference in points, its 95 % interval and p."""
-    points, p = difference(first, second)
-    ends = paired_test(first, second).interval
-    return [points, "–" if ends is None else f"{100 * ends[0]:+.1f} to {100 * ends[1]:+.1f}", p]
-
-
 def mean(rows: Sequence[Row], name: str) -> float:
     return statistics.fmean(row[name] for row in rows)
 
 
 def main() -> None:
-    parser = arguments(__doc__, RAW, page=True)
-    parser.add_argument("--table", action="store_true", help="print the tables of the file's rows and stop")
-    given = parsed(parser)
-    if not (given.table or given.write):
-        study(given.out, given.miniature)
+    given = parsed(arguments(__doc__, RAW))
+    if given.runs:
+        small = given.miniature
+        go_on(given.out, jobs(given.out, small), lambda **job: one_run(job, small) | {"made_with": environment()})
     show(given.write, "text", table(read(given.out)))
 
 

@@ -42,22 +42,21 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from machine import append, arguments, parsed
-from machine import read as lines_of
+from harness import RESULTS, Row, append, arguments, environment, parsed
+from harness import read as lines_of
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import metapl
-from metapl.apps.machine.environment import environment
 from metapl.apps.pictures import load_digits_split
 from metapl.apps.pictures.views import base
 from metapl.functional import State, stack
 from metapl.models import mlp
 from metapl.problems import EqualWeights
 
-RAW = Path(__file__).parent / "results" / "when.jsonl"
+RAW = RESULTS / "when.jsonl"
 CLASSES, SIZES, BATCH, EMA_DECAY, MOMENTUM = 10, [64, 32, 32, 10], 64, 0.995, 0.9
 BESIDE = 9
 """Arms that are trained side by side at most; what is stopped before it has rows begins again."""
@@ -68,7 +67,6 @@ COMPILED = 3000
 LABELED, UNLABELED, FINETUNING, BEFORE = range(4)
 """Streams of batches."""
 
-Row = dict[str, Any]
 Weights = dict[str, Tensor]  # by name, of all seeds: (S, ...)
 
 # ------------------------------------------------------------------------------------------------------------ the arms
@@ -760,7 +758,7 @@ def found(arm: Arm, rule: Rule, stack: Stack, seeds: tuple[int, ...], size: Size
 def read(raw: Path = RAW) -> list[Row]:
     """The rows of runs so far, with the defaults of what older ones do not name."""
     defaults = {"uneven": 1, "begins": 0.0}
-    return [{**defaults, **row} for row in lines_of(raw) if "method" in row]
+    return [{**defaults, **row} for row in lines_of(raw, "method")]
 
 
 def _key(final: bool, steps_run: int, arm: Arm, rule: Rule) -> str:
@@ -776,7 +774,6 @@ def run_missing(jobs: Sequence[tuple[Arm, Rule]], size: Size, raw: Path, final: 
     done = {_key(row["final"], row["steps_run"], arm_of(row), Rule(**row["rule"])) for row in read(raw)}
     missing = [job for job in jobs if _key(final, size.steps(job[0].steps), *job) not in done]
     if missing:
-        raw.parent.mkdir(parents=True, exist_ok=True)
         append(raw, {"made_with": environment(), "seeds": SEEDS, "finetuned": FINETUNED, "taught": TAUGHT})
     same = [[*jobs] for _, jobs in itertools.groupby(missing, key=lambda job: (job[0].of_worth, job[0].group))]
     groups = [jobs[first : first + BESIDE] for jobs in same for first in range(0, len(jobs), BESIDE)]
@@ -814,12 +811,11 @@ def study(size: Size, raw: Path, arms: Sequence[Arm] = ARMS) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RAW, page=True)
-    parser.add_argument("--table", action="store_true", help="print the tables of the file's rows, and run nothing")
+    parser = arguments(__doc__, RAW)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="the questions whose arms are run")
     given = parsed(parser)
     torch.set_num_threads(1)
-    if not given.table and given.write is None:
+    if given.runs:
         study(Size(given.miniature), given.out, [arm for arm in ARMS if arm.part in given.parts])
         return
     import when_tables

@@ -6,12 +6,26 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from figures import difference, points, spread
-from machine import figure_of, show
-from when import ARMS, CONDITIONS, GRIDS, PARTS, Arm, Row, arm_of, chosen, read
+from harness import (
+    BLUE,
+    GREEN,
+    GREY,
+    NONE,
+    ORANGE,
+    Bar,
+    Row,
+    bars,
+    between,
+    difference,
+    figure_of,
+    grid,
+    points,
+    show,
+    spread,
+)
+from when import ARMS, CONDITIONS, GRIDS, Arm, arm_of, chosen, read
 
 from metapl.metrics import paired_test
 
@@ -108,15 +122,9 @@ def control(found: Study, arm: Arm) -> Found | None:
 def against(first: Found, second: Found | None) -> tuple[str, str, str]:
     """The difference in points, its 95 % interval, and p."""
     if second is None or first is second:
-        return "–", "–", "–"
+        return NONE, NONE, NONE
     gain, p = difference(first.accuracy, second.accuracy)
-    return gain, between(first.accuracy, second.accuracy) or "–", p
-
-
-def between(first: Sequence[float], second: Sequence[float]) -> str:
-    """The 95 % interval of their difference, in points; empty where there is none."""
-    interval = paired_test(first, second).interval
-    return "" if interval is None else "{:+.1f} to {:+.1f}".format(*(100 * end for end in interval))
+    return gain, between(first.accuracy, second.accuracy), p
 
 
 def title(arm: Arm) -> str:
@@ -135,11 +143,6 @@ def where(arm: Arm) -> str:
         "outer": f"{arm.outer} examples",
         "ahead": f"K = {arm.lookahead}, {arm.steps:,} teacher steps",
     }.get(arm.part, "")
-
-
-def drawn(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = "|---|" + "---:|" * (len(head) - 1)
-    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def table(found: Study, part: str) -> str:
@@ -176,7 +179,7 @@ def table(found: Study, part: str) -> str:
             true = beside(found, arm, arm.method.split()[0]) if arm.alteration else None
             cells += against(found[arm], true)[::2]
         lines.append(cells)
-    return f"**{HEADINGS[part]}**\n\n{drawn(head, lines)}".replace("|  |", "| |").replace("|  |", "| |")
+    return f"**{HEADINGS[part]}**\n\n{grid(head, lines)}".replace("|  |", "| |").replace("|  |", "| |")
 
 
 def settings(rows: Sequence[Row]) -> str:
@@ -261,7 +264,7 @@ def gap(first: Found, second: Found) -> tuple[str, str, str]:
     """The mean difference in points, its 95 % interval, and p of sign flips."""
     one, other = first.accuracy, second.accuracy
     p = f"{sign_flip(one, other):.2g}"
-    return f"{100 * paired_test(one, other).mean:+.1f}", between(one, other) or "–", p
+    return f"{100 * paired_test(one, other).mean:+.1f}", between(one, other), p
 
 
 def primary(arms: dict[str, Found]) -> str:
@@ -303,7 +306,7 @@ def place_table(rows: Sequence[Row], arms: dict[str, Found]) -> str:
     added = f"Added when the others' tuning runs had been seen, and run after them: {TITLES['mpl_aligned']}, is"
     place, chose = next(iter(arms)), "; ".join(choices)
     return (
-        f"**{arms[place].arm.place}**\n\n{drawn(head, lines)}\n\n{added} {' and '.join(said)}.\n\n"
+        f"**{arms[place].arm.place}**\n\n{grid(head, lines)}\n\n{added} {' and '.join(said)}.\n\n"
         f"Chosen on the tuning seeds: {chose}."
     )
 
@@ -328,43 +331,7 @@ def worth_block(rows: Sequence[Row]) -> str:
 
 # --------------------------------------------------------------------------------------------------------- the figures
 
-COLORS = {"gradient": "#0072B2", "learning_rate": "#009E73", "ratio": "#D55E00", "alone": "#0072B2", "worth": "#0072B2"}
-LEAST = -14
-"""Of the axis, in points; what is below is written there."""
-
-Bar = tuple[str, Found, Found, str]  # what stands beside it, the two that are compared, and its color
-
-
-def panels(path: Path, by: dict[str, list[Bar]], heading: str, axis: str) -> None:
-    """The differences with their intervals, a panel a question."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    heights = [len(bars) + 2 for bars in by.values()]
-    figure = Figure(figsize=(9.5, 0.6 + 0.25 * sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid: Any = figure.subplots(len(by), 1, squeeze=False, height_ratios=heights, sharex=True)[:, 0]
-    for axes, (name, bars) in zip(grid, by.items(), strict=True):
-        for y, (_, first, second, color) in enumerate(bars[::-1]):
-            test = paired_test(first.accuracy, second.accuracy)
-            if 100 * test.mean < LEAST:
-                gain, _ = difference(first.accuracy, second.accuracy)
-                axes.annotate(f"\u2190 {gain}", (LEAST, y), fontsize=8, va="center", color=color)
-                continue
-            if test.interval is not None:
-                axes.plot([100 * end for end in test.interval], [y, y], color=color, linewidth=1.6)
-            axes.plot(100 * test.mean, y, "o", color=color, markersize=5)
-        axes.set_yticks(range(len(bars)), [bar[0] for bar in bars[::-1]], fontsize=8)
-        axes.axvline(0, color="0.6", linewidth=1)
-        axes.set(xlim=(LEAST, -LEAST), ylim=(-0.7, len(bars) - 0.3))
-        axes.set_title(name, fontsize=9.5)
-        axes.grid(axis="x", color="0.92")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(left=False)
-    figure.suptitle(heading, fontsize=11)
-    grid[-1].set_xlabel(axis)
-    figure.savefig(path, dpi=120)
+COLORS = {"gradient": BLUE, "learning_rate": GREEN, "ratio": ORANGE, "alone": BLUE}
 
 
 def draw(path: Path, found: Study) -> None:
@@ -374,32 +341,32 @@ def draw(path: Path, found: Study) -> None:
         other = control(found, arm)
         if arm.part != "worth" and other is not None and other is not one:
             place = arm.condition if arm.part == "wrong" else where(arm)
-            color = COLORS.get(arm.method.split()[0], "#555555")
-            bar = f"{place}: {title(arm)}".removeprefix(": "), one, other, color
-            by.setdefault(arm.part, []).append(bar)
+            label = f"{place}: {title(arm)}".removeprefix(": ")
+            color = COLORS.get(arm.method.split()[0], GREY)
+            by.setdefault(HEADINGS[arm.part], []).append(Bar(label, one.accuracy, other.accuracy, color))
     told = [
         f"{against(one, control(found, arm))[0]} after {arm.steps:,}"
         for arm, one in found.items()
         if (arm.method, arm.condition, arm.labels, arm.part) == ("gradient", "right", 2, "length")
     ]
     heading = f"What feedback adds, in points, by steps (2 labels a class): {', '.join(told)}"
-    ordered = {HEADINGS[part]: by[part] for part in PARTS if part in by}
-    panels(path, ordered, heading, "points against the loop without feedback, 95 %")
+    bars(path, by, heading, "points against the loop without feedback, 95 %", least=-14)
 
 
 def draw_worth(path: Path, found: Study) -> None:
     """Meta Pseudo Labels minus each other arm, a panel a place."""
     by: dict[str, list[Bar]] = {}
     for place, arms in places(found).items():
+        mpl = arms["mpl"].accuracy
         for name, one in arms.items():
             if name not in ("mpl", *AFTER):
-                ahead = np.mean(arms["mpl"].accuracy) > np.mean(one.accuracy)
-                by.setdefault(place, []).append((TITLES[name], arms["mpl"], one, "#0072B2" if ahead else "#D55E00"))
+                color = BLUE if np.mean(mpl) > np.mean(one.accuracy) else ORANGE
+                by.setdefault(place, []).append(Bar(TITLES[name], mpl, one.accuracy, color))
     first, arms = next(iter(places(found).items()))
     above = [gap(arms["mpl"], arms[name])[0] for name in ("uda", "uda_aligned")]
     heading = f"At equal time MPL is {above[0]} points against UDA and {above[1]} against aligned UDA ({first})"
-    seeds = len(arms["mpl"].accuracy)
-    panels(path, by, heading, f"points of test accuracy, {seeds} seeds, 95 %; right of 0 Meta Pseudo Labels is ahead")
+    axis = f"points of test accuracy, {len(arms['mpl'].accuracy)} seeds, 95 %; right of 0 Meta Pseudo Labels is ahead"
+    bars(path, by, heading, axis, least=-14)
 
 
 def write(page: Path | None, raw: Path) -> None:

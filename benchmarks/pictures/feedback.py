@@ -39,10 +39,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.machine import write_between_marks
-from benchmarks.pictures.problem import Problem
+from benchmarks.harness import RESULTS, Row, read, show
+from benchmarks.pictures.drawing import Problem
 from benchmarks.pictures.problems import half, make, named
-from benchmarks.pictures.run import RESULTS, Row, configured, quiet, read, run
+from benchmarks.pictures.run import configured, quiet, run
 from benchmarks.pictures.tables import TITLES
 from metapl.apps.look import REHEARSED, seconds_per_step, settled
 from metapl.metrics import paired_test
@@ -316,7 +316,7 @@ def main() -> None:
         _append(given.out, {"costs": costs(*where)})
         return
     if given.write:
-        write_between_marks(given.write, "picture-feedback", block(rows))
+        show(given.write, "picture-feedback", block(rows))
         return
     if not given.table:
         seconds = costs_in(rows)

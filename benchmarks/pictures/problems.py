@@ -2,7 +2,7 @@
 
     python -m benchmarks.pictures.problems                      # a table of the seen half
     python -m benchmarks.pictures.problems --show sheets        # a contact sheet of each problem of the seen half
-    python -m benchmarks.pictures.problems --write icons data/icons --seed 3
+    python -m benchmarks.pictures.problems --write arrows data/arrows --seed 3
 
 README.md in this folder says what the two halves are for.
 """
@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from benchmarks.pictures import seen, unseen
-from benchmarks.pictures.drawing import Bytes
-from benchmarks.pictures.problem import Problem
+from benchmarks.pictures.drawing import Bytes, Problem
 
 PROBLEMS: tuple[Problem, ...] = (*seen.PROBLEMS, *unseen.PROBLEMS)
 FOREIGN = -1  # in place of the label of an unlabeled picture that belongs to no class

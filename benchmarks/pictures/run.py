@@ -29,22 +29,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.pictures.problem import Problem
+from benchmarks.harness import RESULTS, Row, environment, read
+from benchmarks.pictures.drawing import Problem
 from benchmarks.pictures.problems import arrays, half, make, named
 from metapl.apps.compare import Job
 from metapl.apps.images import METHODS, Images
 from metapl.apps.look import REHEARSED, settled, steps_within
-from metapl.apps.machine.environment import environment
 from metapl.apps.networks import parameter_groups
 from metapl.apps.pictures import EvaluationBatches
 from metapl.apps.run import EndedRun
 from metapl.apps.settings import Role, flat, replaced
 from metapl.apps.train import evaluated
-
-HERE = Path(__file__).parent
-RESULTS = HERE.parent / "results"
-
-Row = dict[str, Any]
 
 
 def run(problem: Problem, method: str, seed: int, minutes: float, settings: Row) -> Row:
@@ -136,11 +131,6 @@ def configured(pictures: Path, name: str, settings: Row) -> tuple[Any, Any]:
 def _key(row: Row) -> str:
     names = ("problem", "method", "seed", "minutes", "settings")
     return json.dumps([row[name] for name in names], sort_keys=True)
-
-
-def read(file: Path) -> list[Row]:
-    """The rows of a raw file."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def missing(given: argparse.Namespace, rows: list[Row]) -> Iterator[tuple[str, str, int]]:

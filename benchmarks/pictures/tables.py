@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
-from benchmarks.machine import write_between_marks
-from benchmarks.pictures.problem import Problem
+from benchmarks.harness import RESULTS, Row, read, show
+from benchmarks.pictures.drawing import Problem
 from benchmarks.pictures.problems import class_counts, half
-from benchmarks.pictures.run import RESULTS, Row, read
 from metapl.metrics import chance_level
 
 TITLES = {
@@ -189,7 +188,7 @@ def main() -> None:
     text = table(rows, given.half)
     print(text)
     if given.write is not None:
-        write_between_marks(given.write, given.half, text)
+        show(given.write, given.half, text)
     if given.figure is not None:
         draw(rows, given.half, given.figure)
 

@@ -14,6 +14,7 @@ from benchmarks.pictures.drawing import (
     Bytes,
     Color,
     Floats,
+    Problem,
     Sprite,
     color,
     finish,
@@ -25,7 +26,6 @@ from benchmarks.pictures.drawing import (
     tones,
     view,
 )
-from benchmarks.pictures.problem import Problem
 
 Generator = np.random.Generator
 

@@ -1,150 +1,79 @@
-"""The generated picture problems: the same pictures again, the promised counts, and halves that do not meet."""
+"""The generated picture problems, the runs on them, and the tables that are made from their rows."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
 import doctest
-import os
-import subprocess
+import io
+import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.pictures import problems
-from benchmarks.pictures.problem import Problem
-from benchmarks.pictures.problems import FOREIGN, PROBLEMS, Pictures, arrays, class_counts, half, make, smaller, table
+from benchmarks.pictures import feedback, problems, run, tables
+from benchmarks.pictures.drawing import Problem
+from benchmarks.pictures.problems import FOREIGN, PROBLEMS, Pictures, arrays, class_counts, half, make, smaller
+from metapl.metrics import chance_level
 
 pytestmark = pytest.mark.docs
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "pictures.md"
 PARTS = ("labeled", "unlabeled", "test")
+TINY = ("--problems", "arrows", "--methods", "supervised", "--minutes", "0.1", "--jobs", "1")
+SETTINGS = ("--set", "steps=3", "precision=float32", "finetune_steps=1", "image_size=8", "label_smoothing=0.2")
+
+
+def command(module: ModuleType, *words: str | Path) -> str:
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(sys, "argv", [module.__name__, *map(str, words)])
+        module.main()
+    return printed.getvalue()
+
+
 # By number: whoever tunes reads test names, and those of the unseen half say what is in it.
-every_problem = pytest.mark.parametrize(
-    "problem", [pytest.param(p, id=f"{name}{i}") for name in ("seen", "unseen") for i, p in enumerate(half(name))]
-)
+@pytest.mark.parametrize("problem", [pytest.param(p, id=f"{p.half}{i}") for i, p in enumerate(PROBLEMS)])
+def test_pictures_are_of_the_promised_kind_never_twice_and_a_function_of_the_seed(problem: Problem) -> None:
+    def parts(pictures: Pictures) -> dict[str, tuple[Any, Any]]:
+        return {part: (getattr(pictures, part), getattr(pictures, f"{part}_labels")) for part in PARTS}
 
-
-def miniature(problem: Problem) -> Problem:
-    few = dataclasses.replace(problem, labels_per_class=min(problem.labels_per_class, 3))
-    return smaller(few, unlabeled=3 * len(problem.classes), test=2 * len(problem.classes))
-
-
-def parts(pictures: Pictures) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    return {part: (getattr(pictures, part), getattr(pictures, f"{part}_labels")) for part in PARTS}
-
-
-@every_problem
-def test_pictures_of_the_promised_kind_and_never_twice(problem: Problem) -> None:
-    small = miniature(problem)
-    found = parts(arrays(small, seed=0))
-    sizes = {"labeled": small.labels_per_class * len(small.classes), "unlabeled": small.unlabeled, "test": small.test}
-    for part, (pictures, labels) in found.items():
-        assert pictures.dtype == np.uint8
-        assert pictures.shape == (sizes[part], problem.size, problem.size, problem.channels)
-        assert labels.shape == (sizes[part],)
-        assert pictures.std(axis=(1, 2, 3)).min() > 1  # none is blank
-    assert all(set(found[part][1]) == set(range(len(small.classes))) for part in ("labeled", "test"))
-    assert np.count_nonzero(found["unlabeled"][1] == FOREIGN) == round(small.foreign * small.unlabeled)
-    everything = [picture.tobytes() for pictures, _ in found.values() for picture in pictures]
-    assert len(set(everything)) == len(everything)
-
-
-@every_problem
-def test_a_seed_gives_the_same_pictures_and_another_seed_others(problem: Problem) -> None:
-    small = smaller(dataclasses.replace(problem, labels_per_class=1), len(problem.classes) + 2, len(problem.classes))
-    first, again, other = (parts(arrays(small, seed)) for seed in (0, 0, 1))
-    for part in PARTS:
-        for one, two in zip(first[part], again[part], strict=True):
+    classes, few = len(problem.classes), min(problem.labels_per_class, 3)
+    small = smaller(dataclasses.replace(problem, labels_per_class=few), 3 * classes, 2 * classes)
+    found, again, other = (parts(arrays(small, seed)) for seed in (0, 0, 1))
+    for part, count in zip(PARTS, (few * classes, 3 * classes, 2 * classes), strict=True):
+        pictures, labels = found[part]
+        assert pictures.shape == (count, problem.size, problem.size, problem.channels)
+        assert (pictures.dtype, pictures.std(axis=(1, 2, 3)).min() > 1) == (np.uint8, True)  # none is blank
+        for one, two in zip(found[part], again[part], strict=True):
             np.testing.assert_array_equal(one, two)
-        pictures = {picture.tobytes() for picture in first[part][0]}
-        assert pictures.isdisjoint(picture.tobytes() for picture in other[part][0])
+        if part != "labeled":
+            own = Counter(labels[labels != FOREIGN].tolist())
+            counts = class_counts(classes, sum(own.values()), problem.imbalance)
+            assert [own[k] for k in range(classes)] == counts
+    foreign = int((found["unlabeled"][1] == FOREIGN).sum())
+    assert foreign == round(problem.foreign * small.unlabeled)
+    everything = [picture.tobytes() for pictures, _ in (*found.values(), *other.values()) for picture in pictures]
+    assert len(set(everything)) == len(everything)
+    # A picture depends on its number, and not on how many there are.
+    more = arrays(dataclasses.replace(small, test=2 * classes, unlabeled=4 * classes), 0)
+    np.testing.assert_array_equal(more.test, found["test"][0])
 
 
-def test_the_examples_in_the_docstrings() -> None:
-    assert doctest.testmod(problems).failed == 0
-    assert doctest.testmod(problems).attempted > 0
-
-
-def test_a_picture_does_not_depend_on_how_many_there_are() -> None:
-    problem = half("seen")[0]
-    few, more = (arrays(smaller(problem, count, 12), seed=4) for count in (24, 36))
-    np.testing.assert_array_equal(few.labeled, more.labeled)
-    np.testing.assert_array_equal(few.test, more.test)
-
-
-@pytest.mark.parametrize("which", ["seen", "unseen"])
-def test_imbalance_is_in_the_unlabeled_and_the_test_pictures(which: str) -> None:
-    uneven = [problem for problem in half(which) if problem.imbalance > 1]
-    assert any(p.labels_as_found for p in uneven)
-    assert not all(p.labels_as_found for p in uneven)
-    for problem in uneven:
-        classes = len(problem.classes)
-        for total in (problem.unlabeled, problem.test):
-            counts = class_counts(classes, total, problem.imbalance)
-            assert sum(counts) == total
-            assert counts == sorted(counts, reverse=True)
-            assert counts[0] / counts[-1] == pytest.approx(problem.imbalance, rel=0.25)
-        small = smaller(problem, 8 * classes, 6 * classes)
-        pictures = arrays(small, seed=0)
-        for labels in (pictures.unlabeled_labels, pictures.test_labels):
-            found = Counter(labels.tolist())
-            assert [found[k] for k in range(classes)] == class_counts(classes, len(labels), problem.imbalance)
-        labeled = Counter(pictures.labeled_labels.tolist())
-        assert min(labeled.values()) >= 1
-        assert (len(set(labeled.values())) > 1) == problem.labels_as_found
-
-
-def test_the_order_of_the_unlabeled_pictures_does_not_give_their_classes_away() -> None:
-    problem = half("seen")[-1]
-    labels = arrays(smaller(problem, 60, 6), seed=0).unlabeled_labels
-    assert not np.array_equal(labels, np.sort(labels))
-
-
-def test_the_halves_are_alike_in_numbers_and_share_no_generator() -> None:
-    seen, unseen = half("seen"), half("unseen")
-    assert seen + unseen == PROBLEMS
-    assert len(seen) == len(unseen) >= 8
-    assert {p.draw for p in seen}.isdisjoint(p.draw for p in unseen)
+def test_the_halves_share_no_generator_and_foreign_pictures_are_of_the_same_half(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert {p.draw for p in half("seen")}.isdisjoint(p.draw for p in half("unseen"))
     assert len({p.name for p in PROBLEMS}) == len({p.draw for p in PROBLEMS}) == len(PROBLEMS)
-    for problems_of_half in (seen, unseen):
-        assert {p.channels for p in problems_of_half} == {1, 3}
-        assert sum(p.foreign > 0 for p in problems_of_half) == 3
-        assert sum(p.imbalance > 1 for p in problems_of_half) == 3
-        for values, low, high in (
-            ([p.size for p in problems_of_half], 16, 96),
-            ([len(p.classes) for p in problems_of_half], 3, 20),
-            ([p.labels_per_class for p in problems_of_half], 1, 25),
-            ([p.unlabeled for p in problems_of_half], 300, 2000),
-            ([p.test for p in problems_of_half], 500, 1000),
-        ):
-            assert (min(values), max(values)) == (low, high)
-
-
-def test_folders_hold_the_arrays_as_a_user_would_have_them(tmp_path: Path) -> None:
-    for problem in (next(p for p in half("seen") if p.channels == c and p.foreign) for c in (1, 3)):
-        small, folder = miniature(problem), tmp_path / problem.name
-        make(small, seed=2, folder=folder)
-        pictures = arrays(small, seed=2)
-        assert sorted(path.name for path in folder.iterdir()) == sorted(PARTS)
-        unlabeled = sorted((folder / "unlabeled").iterdir())
-        assert [path.name for path in unlabeled] == [f"{i:05}.png" for i in range(small.unlabeled)]
-        read = np.stack([np.asarray(Image.open(path)) for path in unlabeled])
-        np.testing.assert_array_equal(
-            read, pictures.unlabeled.squeeze(-1) if small.channels == 1 else pictures.unlabeled
-        )
-        for part, labels in (("labeled", pictures.labeled_labels), ("test", pictures.test_labels)):
-            counts = {path.name: len(list(path.glob("*.png"))) for path in (folder / part).iterdir()}
-            assert counts == {name: int((labels == i).sum()) for i, name in enumerate(small.classes)}
-        with pytest.raises(SystemExit, match="is not empty"):
-            make(small, seed=2, folder=folder)
-
-
-def test_foreign_pictures_come_from_the_same_half(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the seen half would show what is in the unseen one."""
+    assert tuple(sorted(p.name for p in half("seen"))) == feedback.PROBLEMS
     drawn = set[str]()
 
     def noting(rng: np.random.Generator, others: tuple[Problem, ...], problem: Problem) -> np.ndarray:
@@ -153,15 +82,98 @@ def test_foreign_pictures_come_from_the_same_half(monkeypatch: pytest.MonkeyPatc
         return np.zeros((problem.size, problem.size, problem.channels), dtype=np.uint8)
 
     monkeypatch.setattr(problems, "_foreign", noting)
-    arrays(miniature(next(p for p in half("seen") if p.foreign)), seed=0)
+    arrays(smaller(next(p for p in half("seen") if p.foreign), 30, 20), seed=0)
     assert drawn == {"seen"}
 
 
+def test_folders_hold_the_arrays_as_a_user_would_have_them(tmp_path: Path) -> None:
+    for problem in (smaller(p, 30, 20) for p in (problems.named("digits"), problems.named("arrows"))):
+        folder, pictures = tmp_path / problem.name, arrays(problem, seed=2)
+        make(problem, seed=2, folder=folder)
+        read = np.stack([np.asarray(Image.open(path)) for path in sorted((folder / "unlabeled").iterdir())])
+        np.testing.assert_array_equal(read.reshape(pictures.unlabeled.shape), pictures.unlabeled)
+        for part, labels in (("labeled", pictures.labeled_labels), ("test", pictures.test_labels)):
+            counts = {path.name: len(list(path.glob("*.png"))) for path in (folder / part).iterdir()}
+            assert counts == {name: int((labels == i).sum()) for i, name in enumerate(problem.classes)}
+        with pytest.raises(SystemExit, match="empty"):
+            make(problem, seed=2, folder=folder)
+
+
 def test_the_command_shows_the_seen_half_and_the_readme_has_its_table() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.pictures.problems"],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout.strip() == table(half("seen"))
-    assert done.stdout.strip() in (ROOT / "benchmarks" / "pictures" / "README.md").read_text()
-    assert not any(problem.name in done.stdout for problem in half("unseen"))
+    assert doctest.testmod(problems).failed == 0
+    shown = command(problems).strip()
+    assert shown in (ROOT / "benchmarks" / "pictures" / "README.md").read_text()
+    assert not any(problem.name in shown for problem in half("unseen"))
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.mark.long
+def test_a_run_leaves_a_row_and_is_not_repeated(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    assert command(run, *TINY, *SETTINGS, "--out", file).startswith("[1/1] arrows supervised 3 steps: ")
+    (row,) = run.read(file)
+    assert [row[key] for key in ("half", "problem", "method", "steps", "image_size")] == ["seen", *TINY[1:4:2], 3, 8]
+    assert row["test_accuracy"] == row[f"{row['delivered']}_test_accuracy"]
+    before = file.read_text()
+    assert command(run, *TINY, *SETTINGS, "--out", file) == ""
+    assert file.read_text() == before
+
+
+def test_what_is_missing_is_what_no_row_has() -> None:
+    def given(**fields: Any) -> Any:
+        plain = {"half": "seen", "problems": [], "methods": ["uda"], "seeds": [0], "minutes": 1.5, "set": []}
+        return argparse.Namespace(**plain | fields)
+
+    names = [problem.name for problem in half("seen")]
+    assert list(run.missing(given(seeds=[0, 1]), [])) == [(name, "uda", seed) for seed in (0, 1) for name in names]
+    there = {"problem": names[0], "method": "uda", "seed": 0, "minutes": 1.5, "settings": {"a": 1, "b": [2, 3]}}
+    one = given(problems=names[:1], set=[("b", (2, 3)), ("a", 1)])
+    assert list(run.missing(one, [there])) == []
+    for other in ({"minutes": 2.0}, {"set": []}, {"seeds": [1]}, {"methods": ["mpl"]}):
+        assert len(list(run.missing(given(**vars(one) | other), [there]))) == 1
+
+
+def test_the_table_and_the_figure_are_of_the_means_over_seeds(tmp_path: Path) -> None:
+    """And rows of other settings or minutes are not averaged: each is a line of its own."""
+    rows, names = list[dict[str, Any]](), [problem.name for problem in half("unseen")]
+    for (number, name), seed in ((one, seed) for one in enumerate(names) for seed in (0, 1)):
+        for method, more in (("supervised", 0.0), ("uda", 0.02 * number)):
+            reached = 0.5 + 0.03 * number + more + 0.01 * seed
+            row = {"problem": name, "method": method, "test_accuracy": reached, "seconds": 60 + seed, "minutes": 1.5}
+            rows.append(row | {"settings": {}})
+    better = [row | {"settings": {"wait": 3}, "test_accuracy": 0.9} for row in rows if row["method"] == "uda"]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in tables.table([*rows, *better], "unseen").splitlines()
+    ]
+    by = {row[0]: row[1:] for row in cells[2:]}
+    supervised = [*(f"{50.5 + 3 * number:.1f}" for number in range(9)), "62.5", "–", "–", "60", "2"]
+    assert by["supervised, the same views"] == supervised
+    assert by["UDA (the default)"][-5:] == ["70.5", "+8.0", "+0.0", "60", "2"]
+    assert by["UDA (the default), wait 3"][-5:-2] == ["90.0", "+27.5", "+15.5"]
+    for problem, chance in zip(half("unseen"), by["chance"], strict=False):
+        counts = class_counts(len(problem.classes), problem.test, problem.imbalance)
+        assert chance == f"{100 * chance_level(counts):.1f}"
+    assert names[2] not in tables.table([r for r in rows if (r["method"], r["problem"]) != ("uda", names[2])], "unseen")
+    with pytest.raises(SystemExit, match="every one of"):
+        tables.table([r for r in rows if (r["problem"] == names[0]) == (r["method"] == "uda")], "unseen")
+    raw, page, figure = tmp_path / "rows.jsonl", tmp_path / "page.md", tmp_path / "figure.png"
+    raw.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page.write_text("before\n<!-- unseen:begin -->\nold\n<!-- unseen:end -->\nafter\n")
+    printed = command(tables, "--half", "unseen", "--rows", raw, "--write", page, "--figure", figure)
+    assert page.read_text() == f"before\n<!-- unseen:begin -->\n{printed}<!-- unseen:end -->\nafter\n"
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_pages_have_the_tables_of_the_committed_rows() -> None:
+    (shown,) = re.findall(r"<!-- unseen:begin -->\n(.*?)\n<!-- unseen:end -->", PAGE.read_text(), re.DOTALL)
+    assert shown == tables.table(run.read(run.RESULTS / "pictures_unseen.jsonl"), "unseen")
+    rows, page = run.read(feedback.RAW), (run.RESULTS / "pictures_feedback.md").read_text()
+    (shown,) = re.findall(r"<!-- picture-feedback:begin -->\n(.*?)\n<!-- picture-feedback:end -->", page, re.DOTALL)
+    assert shown == feedback.block(rows)
+    costs = feedback.costs_in(rows)
+    for row in (row for row in rows if "problem" in row):
+        asked = row["problem"], row["method"], row["configuration"]
+        assert row["steps"] == feedback.steps_of(costs, *asked, row["minutes"])

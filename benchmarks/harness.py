@@ -1,0 +1,282 @@
+"""What every benchmark shares: its arguments, its rows, how figures are shown, and a page's tables.
+
+A benchmark measures and writes rows; ``--table`` and ``--write PAGE`` make its tables of the rows that are there and
+run nothing. A study goes on with the rows that are there. ``--miniature`` runs all of it in seconds, to see it run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metapl.apps.machine.cores import available_cores
+from metapl.apps.machine.environment import environment as environment
+from metapl.metrics import paired_test
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+NONE = "–"
+
+Row = dict[str, Any]
+
+# ------------------------------------------------------------------------------------------------------------ arguments
+
+
+def arguments(description: str | None, result: Path) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=result, metavar="FILE", help="the file of the result")
+    parser.add_argument(
+        "--miniature", action="store_true", help="everything in seconds, to see that it runs; its figures mean nothing"
+    )
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables of --out there; runs nothing")
+    parser.add_argument("--table", action="store_true", help="print the tables of --out; runs nothing")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, with ``runs``: whether anything is measured. A miniature does not take the place of the committed
+    result."""
+    given = parser.parse_args()
+    given.runs = given.write is None and not given.table
+    if given.miniature and given.out.resolve() == parser.get_default("out").resolve():
+        parser.error(f"--miniature would write its figures to {given.out}; give it another file by --out FILE")
+    return given
+
+
+def described(device: str = "cpu") -> Row:
+    """Hardware and versions, without the names of hosts or folders."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = [f"model name:{platform.processor()}"]
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        "cpu": f"{names[0] if names else 'unknown'} ({platform.machine()})",
+        "cores": available_cores(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------- rows
+
+
+def read(file: Path, having: str = "") -> list[Row]:
+    """The rows of a file of JSON lines, as far as there are any; those that have a column, where one is named."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [row for row in rows if not having or having in row]
+
+
+def append(file: Path, *rows: Row) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as raw:
+        raw.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def go_on(file: Path, jobs: Iterable[Row], run: Callable[..., Row], workers: int = 1, **about: Any) -> list[Row]:
+    """Run the jobs that no row of the file has, each a row of its own columns and what ``run(**job)`` finds.
+
+    Args:
+        jobs: one at a time, so that later ones may be chosen by earlier rows; with several ``workers``, all at first.
+        about: a line of its own before the first new row, such as what it was made with.
+
+    Returns: all rows.
+    """
+    rows, said = read(file), False
+
+    def missing() -> Iterator[Row]:
+        for job in jobs:
+            stored = json.loads(json.dumps(job))
+            if not any(stored.items() <= row.items() for row in rows):
+                yield job
+
+    def keep(row: Row) -> None:
+        nonlocal said
+        append(file, *[about] * (bool(about) and not said), row)
+        said = True
+        rows.append(json.loads(json.dumps(row)))
+        print({name: value for name, value in row.items() if name != "made_with"}, file=sys.stderr, flush=True)
+
+    if workers == 1:
+        for job in missing():
+            keep({**job, **run(**job)})
+        return rows
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        for job, running in [(job, pool.submit(run, **job)) for job in missing()]:
+            keep({**job, **running.result()})
+    return rows
+
+
+def loaded(file: Path) -> Any:
+    return json.loads(file.read_text())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Floats to four figures, which is more than any of them is known to."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_rounded(value), indent=1, ensure_ascii=False) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: _rounded(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(v) for v in value]
+    return value
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+# A difference is that of the two means as they are shown, to a tenth of a point: who subtracts two cells of a table
+# gets the third. p and the interval are those of the pairs as they are.
+
+
+def points(values: Sequence[float]) -> float:
+    """The mean in %, as it is shown.
+
+    >>> points([0.8, 0.8125])
+    80.6
+    """
+    return float(f"{100 * statistics.fmean(values):.1f}")
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation in %; of a single value, the value.
+
+    >>> spread([0.8, 0.9])
+    '85.0 ± 7.1'
+    """
+    mean = f"{points(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> tuple[str, str]:
+    """Of the means, in points, and p of the paired t-test.
+
+    >>> difference([0.7996, 0.9001, 0.8501], [0.7504, 0.8304, 0.8102])
+    ('+5.3', '0.027')
+    """
+    p = paired_test(first, second).p
+    return f"{points(first) - points(second):+.1f}", NONE if p is None else f"{p:.2g}"
+
+
+def between(first: Sequence[float], second: Sequence[float]) -> str:
+    """The 95 % interval of their difference, in points.
+
+    >>> between([0.7996, 0.9001, 0.8501], [0.7504, 0.8304, 0.8102])
+    '+1.5 to +9.1'
+    """
+    ends = paired_test(first, second).interval
+    return NONE if ends is None else f"{100 * ends[0]:+.1f} to {100 * ends[1]:+.1f}"
+
+
+# --------------------------------------------------------------------------------------------------- tables and figures
+
+
+def grid(head: Sequence[str], lines: Iterable[Sequence[Any]], names: int = 1) -> str:
+    """A table in Markdown; behind the first columns, of ``names``, stand numbers.
+
+    >>> print(grid(["arm", "p"], [["a", 0.5]]))
+    | arm | p |
+    |---|---:|
+    | a | 0.5 |
+    """
+    rule = "|---" * names + "|---:" * (len(head) - names) + "|"
+    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(map(str, line))} |" for line in lines)])
+
+
+def show(page: Path | None, name: str, tables: str) -> None:
+    """Put tables between the marks of a name in a page, <!-- name:begin --> and <!-- name:end -->; or print them."""
+    if page is None:
+        print(tables)
+        return
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    text = page.read_text()
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise SystemExit(f"{page} must contain {begin} and {end} once each, in this order")
+    before, rest = text.split(begin)
+    page.write_text(f"{before}{begin}\n{tables}\n{end}{rest.split(end)[1]}")
+
+
+def figure_of(page: Path, name: str) -> Path:
+    """Where the figure of a page's tables goes: beside it; of tables that lie among the raw rows, into docs/."""
+    return (HERE.parent / "docs" if page.resolve().parent == RESULTS else page.parent) / name
+
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
+"""Of Okabe and Ito's colors, which the color-blind can tell apart."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A paired difference of two methods' accuracies in a figure, and another value of it, such as a paper's."""
+
+    label: str
+    first: Sequence[float]
+    second: Sequence[float]
+    color: str = BLUE
+    other: float | None = None
+
+
+def bars(
+    path: Path, panels: dict[str, list[Bar]], heading: str, axis: str, columns: int = 1, least: float | None = None
+) -> None:
+    """Differences in points with their 95 % intervals, a panel a question; a value below ``least`` is written there."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    heights = {name: len(own) + 2.5 for name, own in panels.items()}
+    shares: list[list[str]] = [[] for _ in range(columns)]
+    for number, height in zip(heights, itertools.accumulate(heights.values()), strict=True):
+        shares[min(columns - 1, int(columns * (height - 1) / sum(heights.values())))].append(number)
+    tallest = max(sum(heights[name] for name in own) for own in shares)
+    figure = Figure(figsize=(9.5 if columns == 1 else 6.5 * columns, 0.8 + 0.22 * tallest), layout="constrained")
+    FigureCanvasAgg(figure)
+    parts = figure.subfigures(1, columns, squeeze=False)[0]
+    for part, names in zip(parts, shares, strict=True):
+        of_column = part.subplots(
+            len(names), 1, squeeze=False, height_ratios=[heights[name] for name in names], sharex=least is not None
+        )[:, 0]
+        for axes, name in zip(of_column, names, strict=True):
+            for y, bar in enumerate(panels[name][::-1]):
+                test = paired_test(bar.first, bar.second)
+                if least is not None and 100 * test.mean < least:
+                    text = f"\u2190 {100 * test.mean:+.1f}"
+                    axes.annotate(text, (least, y), fontsize=8, va="center", color=bar.color)
+                    continue
+                if test.interval is not None:
+                    axes.plot([100 * end for end in test.interval], [y, y], color=bar.color, linewidth=1.6)
+                axes.plot(100 * test.mean, y, "o", color=bar.color, markersize=5)
+                if bar.other is not None:
+                    axes.plot(bar.other, y, "D", color=ORANGE, markersize=4)
+            axes.set_yticks(range(len(panels[name])), [bar.label for bar in panels[name][::-1]], fontsize=7.5)
+            axes.axvline(0, color="0.6", linewidth=1)
+            axes.set_ylim(-0.7, len(panels[name]) - 0.3)
+            axes.set_title(name, fontsize=9.5, loc="left")
+            axes.grid(axis="x", color="0.92")
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right", "left"]].set_visible(False)
+            axes.tick_params(left=False, labelsize=8)
+            if least is not None:
+                axes.set_xlim(least, -least)
+        of_column[-1].set_xlabel(axis, fontsize=9)
+    figure.suptitle(heading, fontsize=11)
+    figure.savefig(path, dpi=120)

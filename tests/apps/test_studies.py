@@ -1,0 +1,296 @@
+"""The stacked steps of the studies are those of the library: a seed of a stack is a trainer of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import metapl
+from metapl.ablation import Altered
+from metapl.apps.labels import LabelStore, LabelWriter
+from metapl.apps.labels.queries import select
+from metapl.apps.pictures.views import base
+from metapl.feedback import Forward
+from metapl.models import mlp
+from metapl.problems.base import Signal
+from metapl.problems.losses import UDA, CrossEntropy
+from metapl.problems.stored import NoisyStudentLoss
+from metapl.training.loss_trainer import LossTrainer
+
+pytestmark = pytest.mark.docs
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SEEDS, STEPS, BATCH = (3, 4), 3, 6
+PRIOR = tuple((torch.linspace(5, 1, 10, dtype=torch.float64) / 30).tolist())
+
+
+@pytest.fixture(autouse=True)
+def _as_scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield
+    for path in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+# --------------------------------------------------------------------------------------------- when feedback helps
+
+
+def networks(count: int) -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [mlp([64, 7, 5, 10]).double() for _ in range(count)]
+
+
+def batches(lookahead: int = 1) -> list[tuple[Any, list[Any]]]:
+    """For two seeds at once, each step's labeled batch and pairs of unlabeled ones."""
+    g = torch.Generator().manual_seed(1)
+
+    def x() -> Tensor:
+        return torch.rand(len(SEEDS), BATCH, 64, generator=g, dtype=torch.float64)
+
+    return [
+        ((x(), torch.randint(10, (len(SEEDS), BATCH), generator=g)), [(x(), x()) for _ in range(lookahead)])
+        for _ in range(STEPS)
+    ]
+
+
+def of_seed(s: int, batch: Any) -> Any:
+    return tuple(part[s] for part in batch)
+
+
+def difference(network: nn.Module, weights: dict[str, Tensor], seed: int) -> float:
+    own = dict(network.named_parameters())
+    return max(float((own[name] - t[seed]).detach().abs().max()) for name, t in weights.items())
+
+
+# The rule of a stack; the mode and the arguments of a trainer.
+CASES: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
+    "weight": ({"size": 3.0}, Forward(), {"feedback_weight": 3.0}),
+    "learning rate": (
+        {"feedback": "learning_rate", "size": 2.0},
+        Forward(normalization="learning_rate"),
+        {"feedback_weight": 2.0},
+    ),
+    "ratio": ({"feedback": "ratio", "size": 0.5}, Forward(), {"feedback_ratio": 0.5}),
+    "none": ({"feedback": "none"}, "none", {}),
+    "feedback alone": ({"own_loss": False, "size": 3.0}, Forward(), {"teacher_losses": (), "feedback_weight": 3.0}),
+    "lookahead": ({"lookahead": 3, "size": 3.0}, Forward(), {"feedback_weight": 3.0}),
+    "uda, sharpened and aligned": (
+        {"uda": 2.0, "temperature": 0.5, "align": 0.5, "feedback": "ratio", "size": 0.5},
+        Forward(),
+        {"teacher_losses": (CrossEntropy(), UDA(0.5, weight=2.0, align=0.5, prior=PRIOR)), "feedback_ratio": 0.5},
+    ),
+    "fixmatch": (
+        {"uda": 1.0, "temperature": 0.0, "threshold": 0.1, "feedback": "none"},
+        "none",
+        {"teacher_losses": (CrossEntropy(), UDA(0.0, 0.1))},
+    ),
+    **{
+        how: ({"alteration": how, "size": 3.0}, Altered(Forward(), how), {"feedback_weight": 3.0})  # type: ignore[arg-type]
+        for how in ("permuted", "class_means", "random_sign")
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_seed_of_a_stack_takes_the_steps_of_a_trainer(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import when
+
+    monkeypatch.setattr(when, "BATCH", BATCH)
+    fields, mode, options = CASES[case]
+    rule, first = when.Rule(student_lr=0.7, teacher_lr=0.3, **fields), networks(4)
+    stack = when.Stack(rule, first[:2], first[2:], PRIOR)
+    with torch.no_grad():
+        for t, (labeled, pairs) in enumerate(batches(rule.lookahead)):
+            extra = when.drawn_to_alter(rule.alteration, SEEDS, t)
+            inner = tuple((*pair, *extra) for pair in pairs)
+            stack.step(labeled, inner if len(inner) > 1 else inner[0], when.cosine(t, STEPS))
+    for s in (0, 1):
+        given, first = batches(rule.lookahead), networks(4)
+        teacher, student = first[s], first[2 + s]
+        trainer = metapl.BilevelTrainer(
+            *(teacher, student, dataclasses.replace(mode, seed=SEEDS[s]) if isinstance(mode, Altered) else mode),
+            inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.7),
+            outer_optimizer=torch.optim.SGD(teacher.parameters(), lr=0.3, momentum=0.9),
+            lookahead=rule.lookahead,
+            **{"teacher_losses": (CrossEntropy(),), **options},
+        )
+        labeled, unlabeled = (
+            [of_seed(s, x) for x, _ in given],
+            [of_seed(s, pair) for _, pairs in given for pair in pairs],
+        )
+        trainer.fit(labeled, unlabeled, steps=STEPS, log_every=STEPS, progress=False)
+        assert difference(trainer.student, stack.state.student.params, s) < 1e-12
+        assert difference(trainer.teacher, stack.state.teacher.params, s) < 1e-12
+        assert difference(trainer.teacher, stack.state.teacher.params, 1 - s) > 1e-3
+
+
+@pytest.mark.parametrize("settings", [{"threshold": 0.1, "align": 1.0}, {"threshold": 0.1, "temperature": 0.0}])
+def test_networks_without_teachers_are_those_of_a_loss_trainer(settings: dict[str, float]) -> None:
+    import when
+
+    rule = when.Rule(teacher_lr=0.3, feedback="none", uda=1.0, **settings)
+    uda, plain = (when.Stack(rule, None, networks(2), PRIOR) for _ in "ab")
+    with torch.no_grad():
+        for t, (labeled, [views]) in enumerate(batches()):
+            uda.step(labeled, (*labeled, *views), when.cosine(t, STEPS))
+            plain.step(labeled, labeled, when.cosine(t, STEPS))
+    both = (CrossEntropy(), UDA(**settings, prior=PRIOR))
+    for stack, losses in ((plain, both[:1]), (uda, both)):
+        for s, model in enumerate(networks(2)):
+            labeled, pairs = (
+                [of_seed(s, x) for x in each] for each in zip(*((x, p) for x, [p] in batches()), strict=True)
+            )
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+            LossTrainer(model, losses, optimizer=optimizer).fit(
+                *(labeled, pairs if len(losses) == 2 else None), steps=STEPS, log_every=STEPS, progress=False
+            )
+            assert difference(model, stack.state.student.params, s) < 1e-12
+
+
+def test_altered_feedback_is_what_it_is_called() -> None:
+    import when
+
+    g = torch.Generator().manual_seed(0)
+    h, q = torch.randn(9, 10, generator=g).double(), torch.randn(9, 10, generator=g).double().softmax(-1)
+    of = {how: when.altered(h, q, how) for how in when.ALTERATIONS if how not in ("permuted", "random_sign")}
+    assert torch.allclose(of["class_means"] + of["rest"], h)
+    assert torch.allclose(of["own_class_means"] + of["within_class"], h)
+    assert torch.allclose(of["sign"].abs(), h.abs().mean().expand_as(h))
+    own = q.argmax(1)
+    for i in range(9):
+        assert torch.allclose(of["own_class_means"][i], h[own == own[i]].mean(0))
+        assert (of["one_number"][i, own[i]], int(of["one_number"][i].count_nonzero())) == (h[i, own[i]], 1)
+    leaf = q.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(-(leaf.mean(0).log() / 10).sum(), leaf)
+    assert torch.allclose(when.altered(h, q, "balance"), gradient)
+
+
+def test_the_views_are_those_of_the_library_and_a_seed_s_batches_its_own() -> None:
+    import when
+
+    pictures = torch.rand(2, 20, 64, generator=torch.Generator().manual_seed(0))
+    which, seen = map(torch.stack, zip(*when.views(pictures, SEEDS, 0, 50, 60), strict=True))
+    for s in range(2):  # every epoch of 20 pictures has each of them once
+        epochs = which[:, s].flatten().unflatten(0, (-1, 20)).sort(1).values
+        assert torch.equal(epochs, torch.arange(20).expand_as(epochs))
+    assert torch.equal((seen != 0).sum(-1), torch.full(seen.shape[:-1], 60))  # the square takes 4 of the 64 values
+    images, moves = pictures[0].unflatten(-1, (1, 8, 8)), torch.tensor([[-1, 0]]).expand(20, 2)  # the second of nine
+    assert torch.equal(when.shifted(pictures[0])[1], base.crop_flip(images, moves, None, 0.0).flatten(1))
+    alone, views = map(torch.stack, zip(*when.views(pictures[1:], SEEDS[1:], 0, 50, 30), strict=True))
+    assert torch.equal(alone[:, 0], which[:30, 1])
+    assert torch.equal(views[:, 0], seen[:30, 1])
+
+
+def test_uneven_classes_have_their_shares_and_wrong_labels_are_as_wrong_as_they_are_called() -> None:
+    import when
+
+    data, few = when.drawn(4, (300, 301), 5), torch.tensor(when.apportioned(torch.linspace(5, 1, 10).tolist(), 40))
+    assert when.prior_of(when.Arm("worth", "uda", "", labels=4, uneven=5)) == pytest.approx((few / 40).tolist())
+    for s in range(2):
+        assert torch.equal(data.labeled[1][s].bincount(minlength=10), few)
+        counts = data.unlabeled[1][s].bincount(minlength=10).double()
+        assert torch.allclose(counts / counts[0], torch.linspace(5, 1, 10).double() / 5, atol=0.01)
+    always = torch.zeros_like(data.test[1])  # the most frequent class: 5 / 30
+    assert when.accuracies(always, data.test[1], 5) == pytest.approx([5 / 30] * 2, abs=1e-5)
+    x, y = (part[0] for part in when.drawn(4, (100,)).unlabeled)
+    for condition in ("asymmetric", "style"):
+        _, given = when.wrongly_labeled(condition, x, y, 100)
+        assert all(abs(float((given[y == c] == (c + 1) % 10).double().mean()) - 0.3) < 0.01 for c in range(10))
+    pictures, given = when.wrongly_labeled("half", x, y, 100)
+    assert given.bincount().tolist() == [50] * 10
+    assert float(pictures[given == 3].var(0).sum()) < 0.95 * float(x[y == 3].var(0).sum())  # from one end
+
+
+# ----------------------------------------------------------------------------------------------------- wrong labels
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        *("plain", "early_stopping", "meta_weight_net", "learning_to_reweight", "label_correction_permuted"),
+        *("noise_transition", "metagradient_descent"),
+    ],
+)
+def test_a_seed_of_the_study_of_label_noise_ends_beside_others_as_it_does_alone(method: str) -> None:
+    import label_noise as study
+
+    size = dataclasses.replace(study.MINIATURE, steps=30, warm=10)
+    entry = study.ENTRIES[method]
+    config = (entry.grid or study.ENTRIES[entry.problem].grid)[0]
+    runs = [study.Run(study.Job(method, config, ("symmetric_40",), seeds, True), size) for seeds in ((3, 4), (4,))]
+    for each in runs:
+        each.train()
+    for both, alone in zip(*(each.student.parameters() for each in runs), strict=True):
+        assert torch.allclose(both[1], alone[0], atol=1e-5)
+        assert not torch.allclose(both[0], alone[0], atol=1e-3)
+
+
+def test_the_planted_noise_is_as_it_is_called() -> None:
+    import label_noise as study
+
+    for condition in study.CONDITIONS:
+        data, (kind, percent) = study.drawn(condition, 7), condition.split("_")
+        counts = data.given.bincount(minlength=10).sort().values.tolist()
+        if kind == "imbalance":
+            assert (counts[0], counts[-1], bool(data.wrong.any())) == (5, 100, False)
+        else:
+            assert abs(float(data.wrong.double().mean()) - int(percent) / 100) < 0.05
+
+
+# ---------------------------------------------------------------------------------------------------- Noisy Student
+
+
+def test_steps_are_those_of_the_librarys_loss_by_sgd() -> None:
+    """Three steps on the mean over labeled and pseudo-labeled examples, for two seeds at once and one by one."""
+    import noisy_student as study
+
+    def plain(weights: list[Tensor], seed: int) -> nn.Sequential:
+        network = mlp([weights[0].shape[1], *(w.shape[2] for w in weights[::2])])
+        layers = [m for m in network if isinstance(m, nn.Linear)]
+        with torch.no_grad():
+            for layer, weight, bias in zip(layers, weights[::2], weights[1::2], strict=True):
+                layer.weight.copy_(weight[seed].T)
+                layer.bias.copy_(bias[seed, 0])
+        return network
+
+    torch.manual_seed(0)
+    weights = study.first_weights(8, (1, 2), 0)
+    both, learner = [plain(weights, seed) for seed in range(2)], study.Learner(weights, lr=0.3)
+    optimizers = [torch.optim.SGD(n.parameters(), lr=0.3, momentum=study.MOMENTUM) for n in both]
+    for step in range(3):
+        x_l, y, x_u = torch.rand(2, 4, 64), torch.randint(10, (2, 4)), torch.rand(2, 12, 64)
+        q, one_hot = torch.rand(2, 12, 10).softmax(-1), nn.functional.one_hot(y, 10).float()
+        learner.step(torch.cat([x_l, x_u], 1), torch.cat([one_hot, q], 1), [None, None], 0.5**step)
+        for seed, (network, optimizer) in enumerate(zip(both, optimizers, strict=True)):
+            optimizer.param_groups[0]["lr"] = 0.3 * 0.5**step
+            given = {"labeled": (x_l[seed], y[seed]), "unlabeled": (x_u[seed], q[seed])}
+            optimizer.zero_grad()
+            NoisyStudentLoss()(network, **given, signal=Signal(torch.zeros(0)), step=step).backward()
+            optimizer.step()
+    for seed, network in enumerate(both):
+        for ours, theirs in zip(plain(learner.weights, seed).parameters(), network.parameters(), strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize(("per_class", "balanced"), [(None, False), (7, True), (None, True), (9, False)])
+def test_what_is_kept_is_what_the_librarys_selection_keeps(
+    tmp_path: Path, per_class: int | None, balanced: bool
+) -> None:
+    import noisy_student as study
+
+    q = (3 * torch.randn(60, 4, generator=torch.Generator().manual_seed(0))).softmax(1)
+    with LabelWriter(tmp_path / "all", tuple("abcd"), provenance={}, rows_per_part=25) as writer:
+        writer.add(list(range(60)), q)
+    select(LabelStore(tmp_path / "all"), tmp_path / "some", threshold=0.6, per_class=per_class, balance=balanced)
+    store = LabelStore(tmp_path / "some")
+    expected = sorted(np.fromiter(store, dtype=np.int64, count=len(store))[store.rows_with_copies()].tolist())
+    assert study.selected(q, threshold=0.6, per_class=per_class, balanced=balanced).tolist() == expected
+    assert 0 < len(set(expected)) < 60
