@@ -43,29 +43,6 @@ def test_draws_ignore_the_rest_of_the_batch(dtype: torch.dtype) -> None:
     assert torch.equal(draw(3, 5, examples, 11, dtype=dtype)[:, :7], whole)
 
 
-@pytest.mark.parametrize("neighbour", ["seed", "step", "stream", "example", "draw"])
-def test_neighbours_are_uncorrelated(neighbour: str) -> None:
-    where = {"seed": 4, "step": 9, "stream": 0}
-    shift = dict(where)
-    if neighbour in shift:
-        shift[neighbour] += 1
-    a = draws.uniform(examples=torch.arange(1000), n=400, **where)
-    b = draws.uniform(examples=torch.arange(1000), n=400, **shift)
-    if neighbour == "example":
-        a, b = a[:-1], a[1:]
-    elif neighbour == "draw":
-        a, b = a[:, :-1], a[:, 1:]
-    for x, y in ((a, b), ((a - 0.5) ** 2, (b - 0.5) ** 2)):
-        correlation = torch.corrcoef(torch.stack([x.flatten(), y.flatten()]).double())[0, 1].item()
-        assert abs(correlation) < 4 / math.sqrt(a.numel())
-
-
-def test_each_bit_is_fair() -> None:
-    b = draws.bits(2, 0, torch.arange(1000), 100).flatten()
-    ones = torch.stack([((b >> place) & 1).double().mean() for place in range(64)])
-    assert (ones - 0.5).abs().max().item() < 4.5 * 0.5 / math.sqrt(len(b))
-
-
 # --- samplers ---------------------------------------------------------------------------------------------------------
 
 
