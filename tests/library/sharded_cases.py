@@ -116,8 +116,6 @@ def laid_out(network: nn.Module, layout: str | None) -> nn.Module:
         return _parallel(network, layout)
     if layout.startswith("shard"):
         return shard(network, Mesh(shard=world), checkpoint=layout == "shard_checkpoint")
-    if layout == "narrow":
-        return shard(network, Mesh(shard=world), precision="bfloat16")
     if layout == "hsdp":
         mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
     else:

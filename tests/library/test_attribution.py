@@ -239,7 +239,7 @@ def test_metasmoothness_is_its_definition_and_falls_with_the_rate() -> None:
         agreements[rate] = smooth.agreement
     assert agreements[0.02] > 0.99
     assert agreements[2.0] < 0.6
-    with pytest.raises(MetaplError, match="moves the student's weights by 0"):
+    with pytest.raises(MetaplError):
         metasmoothness(network, TRAIN, OUTER, optimizer=inner, **{**given, "direction": 0 * v})
 
 

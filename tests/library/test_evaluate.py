@@ -62,7 +62,7 @@ def test_predicting_restores_every_flag_and_touches_nothing(fail: bool) -> None:
     x, y = torch.randn(10, 3), torch.arange(10)
     if fail:
         model.fail = True
-        with pytest.raises(RuntimeError, match="out of memory"):
+        with pytest.raises(RuntimeError, match="memory"):
             predict_logits(model, [(x, y)])
     else:
         logits_NC, labels_N = predict_logits(model, zip(x.split(4), y.split(4), strict=True))
@@ -72,7 +72,7 @@ def test_predicting_restores_every_flag_and_touches_nothing(fail: bool) -> None:
         model.body[1].eval()
     assert [m.training for m in model.modules()] == before
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    with pytest.raises(MetaplError, match="no batches"):
+    with pytest.raises(MetaplError):
         predict_logits(nn.Linear(1, 1), [])
 
 

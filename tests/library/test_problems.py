@@ -295,44 +295,32 @@ def test_the_supervised_term_reads_the_stored_labels_of_labeled_examples() -> No
     assert report.teacher_cross_entropy == pytest.approx(expected.item(), rel=1e-6)
 
 
-def Averaged() -> Problem:
-    return type(
-        "Averaged",
-        (LearnedDecay,),
-        {"inner_loss": lambda self, outputs, signal, *_: signal.value.mean() * outputs.sum()},
-    )()
+class Averaged(LearnedDecay):
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        return signal.value.mean() * outputs.sum()
 
 
-WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
-    "no labels": ("example_weights", {"unlabeled": X}, "inner batch of ExampleWeights"),
-    "an index too large": ("example_weights", {"unlabeled": (X, Y, INDEX + 9)}, "rows"),
-    "weights of another shape": ("meta_weight_net", {"teacher": nn.Linear(5, 3).double()}, "size"),
-    "logits for distributions": ("reduced_labels", {"unlabeled": (X, STORED.log())}, "distributions"),
-    "a teacher where there is none": ("noise_transition", {"problem": LearningToReweight()}, "teacher"),
-    "a mode without feedback on examples": (
-        "label_correction",
-        {"teacher": None, "problem": LearningToReweight(), "mode": "reinforce"},
-        "reinforce",
-    ),
-    "a loss that is averaged already": ("learned_decay", {"problem": Averaged()}, "one loss per example"),
-    "an object that is no problem": ("learned_decay", {"problem": object()}, "BilevelProblem"),
+REWEIGHT = LearningToReweight()
+WRONG: dict[str, tuple[str, dict[str, Any]]] = {
+    "no labels": ("example_weights", {"unlabeled": X}),
+    "an index too large": ("example_weights", {"unlabeled": (X, Y, INDEX + 9)}),
+    "weights of another shape": ("meta_weight_net", {"teacher": nn.Linear(5, 3).double()}),
+    "logits for distributions": ("reduced_labels", {"unlabeled": (X, STORED.log())}),
+    "a teacher where there is none": ("noise_transition", {"problem": REWEIGHT}),
+    "no feedback on examples": ("label_correction", {"teacher": None, "problem": REWEIGHT, "mode": "reinforce"}),
+    "a loss that is averaged already": ("learned_decay", {"problem": Averaged()}),
+    "an object that is no problem": ("learned_decay", {"problem": object()}),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_does_not_fit_is_refused_and_nothing_moves(name: str) -> None:
-    method, change, word = WRONG[name]
-    case = toy("batch_norm")
-    given = {"teacher": teacher_of(method), "problem": METHODS[method].problem, "unlabeled": METHODS[method].batch}
-    given |= {"mode": "forward", **change}
-    before = everything(case)
-
-    def step() -> None:
-        unlabeled = given.pop("unlabeled")
-        metapl.BilevelTrainer(given.pop("teacher"), case.student, **given).step((X, Y), unlabeled)
-
-    with pytest.raises((MetaplError, IndexError, RuntimeError), match=word):
-        step()
+    method, change = WRONG[name]
+    case, known = toy("batch_norm"), METHODS[method]
+    given = {"teacher": teacher_of(method), "problem": known.problem, "mode": "forward", **change}
+    unlabeled, before = given.pop("unlabeled", known.batch), everything(case)
+    with pytest.raises((MetaplError, IndexError, RuntimeError)):
+        metapl.BilevelTrainer(student=case.student, **given).step((X, Y), unlabeled)
     assert same(before, everything(case))
 
 

@@ -225,3 +225,46 @@ def test_cross_entropy_of_hard_labels_is_smoothed_for_the_student_alone() -> Non
 def trainer_bias(before: dict[str, Tensor], case: Toy) -> Tensor:
     """How far the teacher's last bias moved: minus the sum over the batch of the gradient at its outputs."""
     return moved(before, case.teacher)["3.bias"]
+
+
+class Table(nn.Module):
+    """A teacher that is a table of labels."""
+
+    def __init__(self, rows: int, classes: int) -> None:
+        super().__init__()
+        self.labels = nn.Parameter(torch.full((rows, classes), 1 / classes))
+
+
+class OfTable(metapl.problems.Problem):
+    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> metapl.Signal:
+        return metapl.Signal(teacher.labels[: len(batch)])
+
+    def inner_loss(self, outputs: Any, signal: metapl.Signal, batch: Any, params: Any = None) -> Any:
+        return F.cross_entropy(outputs, signal.value, reduction="none")
+
+    def outer_loss(self, outputs: Any, batch: Any) -> Any:
+        return F.cross_entropy(outputs, batch[1])
+
+
+def test_the_report_is_of_the_step_where_the_signal_is_a_weight() -> None:
+    table, student = Table(8, 4), nn.Linear(6, 4)
+    trainer = metapl.BilevelTrainer(
+        table, student, "forward", problem=OfTable(), outer_optimizer=torch.optim.SGD(table.parameters(), lr=100.0)
+    )
+    report = trainer.step((torch.randn(8, 6), torch.arange(8) % 4), torch.randn(8, 6))
+    assert table.labels.amax() > 0.3
+    assert report.signal.value.amax() == 0.25
+
+
+def test_a_gradient_left_by_the_caller_does_not_enter_the_step() -> None:
+    runs = []
+    for stale in (False, True):
+        case = toy("mlp")
+        if stale:
+            for net in case.networks().values():
+                for p in net.parameters():
+                    p.grad = torch.ones_like(p)
+        torch.manual_seed(0)
+        trainer_for(case, "reinforce").step(**case.data())
+        runs.append([*values(case.student).values(), *values(case.teacher).values()])
+    assert same(*runs)

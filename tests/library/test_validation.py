@@ -1,4 +1,4 @@
-"""Validation by any metric: of language models, regressions and classes, through kills, and what is refused."""
+"""Validation by any metric: losses over tokens, regressions and classes, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fits import bilevel, single
+from test_own_problems import Language, words
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -16,105 +17,24 @@ import metapl
 from metapl import MetaplError
 from metapl.metrics import Measured
 
-VOCABULARY, LENGTH = 7, 6
-
 
 def drawn(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# ------------------------------------------------------------------------------------------------ a language model
-
-
-class SmallGPT(nn.Module):
-    """A decoder of one layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens, self.places = nn.Embedding(VOCABULARY, 8), nn.Embedding(LENGTH, 8)
-        self.query, self.out = nn.Linear(8, 24), nn.Linear(8, VOCABULARY)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        h = self.tokens(ids) + self.places(torch.arange(ids.shape[1]))
-        q, k, v = self.query(h).chunk(3, -1)
-        future = torch.ones(ids.shape[1], ids.shape[1]).triu(1).bool()
-        weights = (q @ k.mT / 8**0.5).masked_fill(future, -torch.inf).softmax(-1)
-        logits: Tensor = self.out(h + weights @ v)
-        return logits
-
-
-class NextToken(metapl.BilevelProblem):
-    """A weight for each text; the loss is a mean over the tokens that are not padding."""
-
-    def outer_batch(self, batch: Any) -> Any:
-        return batch
-
-    def outer_input(self, batch: Any) -> Tensor:
-        ids: Tensor = batch["ids"]
-        return ids[:, :-1]
-
-    student_input = outer_input
-
-    def losses(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        mask = batch["mask"][:, 1:]
-        return F.cross_entropy(outputs.mT, batch["ids"][:, 1:], reduction="none") * mask, mask
-
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> metapl.Signal:
-        return metapl.Signal(teacher(batch["index"])[:, 0].sigmoid())
-
-    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
-        losses, mask = self.losses(outputs, batch)
-        return signal.value * losses.sum(1) / mask.sum(1)
-
-    def outer_loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        losses, mask = self.losses(outputs, batch)
-        return losses.sum(), mask.sum()
-
-
-def texts(count: int, seed: int) -> dict[str, Tensor]:
-    """Tokens that count up, of different lengths."""
-    draw = drawn(seed)
-    ids = (torch.randint(VOCABULARY, (count, 1), generator=draw) + torch.arange(LENGTH)) % VOCABULARY
-    mask = (torch.arange(LENGTH) < torch.randint(2, LENGTH + 1, (count, 1), generator=draw)).float()
-    return {"ids": ids, "mask": mask, "index": torch.arange(count)}
-
-
-def parts(batch: dict[str, Tensor], *sizes: int) -> list[dict[str, Tensor]]:
-    columns = {name: t.split(sizes) for name, t in batch.items()}
-    return [{name: column[i] for name, column in columns.items()} for i in range(len(sizes))]
-
-
-def language_model(seed: int = 0) -> metapl.BilevelTrainer:
-    torch.manual_seed(seed)
-    weights, student = nn.Embedding(16, 1), SmallGPT()
-    return metapl.BilevelTrainer(
-        weights,
-        student,
-        "forward",
-        problem=NextToken(),
-        teacher_losses=(),
-        inner_optimizer=torch.optim.Adam(student.parameters(), lr=0.02),
-        outer_optimizer=torch.optim.Adam(weights.parameters(), lr=0.1),
-    )
-
-
-HELD = texts(20, 1)
-
-
-def test_a_language_model_is_validated_by_its_loss_over_all_tokens() -> None:
-    trainer = language_model()
-    found = trainer.fit(
-        outer=[texts(8, 2)], inner=[texts(16, 3)], steps=12, validation=parts(HELD, 3, 16, 1), validate_every=4
-    )
-    with torch.no_grad():
-        losses, mask = NextToken().losses(trainer.student(HELD["ids"][:, :-1]), HELD)
+def test_a_loss_of_a_sum_and_a_weight_is_over_all_tokens() -> None:
+    """Not a mean over batches."""
+    case, held = words(), [words().labeled[0], words().labeled[1]]
+    trainer = metapl.BilevelTrainer(**case.networks(), mode="forward", problem=Language(), teacher_losses=())
+    parts = [tuple(t[rows] for t in held) for rows in (slice(0, 1), slice(1, 5), slice(5, 8))]
+    how = {"validation": parts, "validate_every": 2, "progress": False}
+    found = trainer.fit(outer=[case.labeled], inner=[case.unlabeled], steps=6, **how)
+    total, weight = Language().outer_loss(trainer.student(held[0]).detach(), held)
     assert (found.metric, found.validation_accuracy) == ("loss", None)
-    assert found.value == pytest.approx(float(losses.sum() / mask.sum()), rel=1e-5)
-    means = [float(losses[rows].sum() / mask[rows].sum()) for rows in (slice(3), slice(3, 19), slice(19, 20))]
-    assert found.value != pytest.approx(sum(means) / 3, rel=1e-3), "which a mean over batches would be"
+    assert found.value == pytest.approx(float(total / weight), rel=1e-6)
     values = {row["step"]: row["student_validation_loss"] for row in found.history if "student_validation_loss" in row}
     assert found.value == min(values.values()) == values[found.step]
-    assert trainer.evaluate(HELD) == Measured("loss", pytest.approx(found.value, rel=1e-5), 20)  # type: ignore[arg-type]
+    assert trainer.evaluate(parts) == Measured("loss", pytest.approx(found.value, rel=1e-6), 8)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------------ a regression
