@@ -247,21 +247,6 @@ def several_steps(
     return FoundAhead(dict(zip(phi, grads, strict=True)), list(signal_grads), _constant(theta), outer.detach())
 
 
-def soft_end_to_end(
-    teacher: nn.Module, student: nn.Module, labeled: tuple[Tensor, Tensor], unlabeled: Tensor, rule: Rule, state: Any
-) -> Tree:
-    """The soft gradient with one graph from the teacher's weights to the labelled loss, nothing cut in between."""
-    theta, phi = weights(student), weights(teacher)
-    z = at(student, theta, unlabeled)
-    after_inner = torch.get_rng_state()
-    q = torch.softmax(at(teacher, phi, unlabeled), -1)
-    g = torch.autograd.grad(cross_entropy(q, z).mean(), list(theta.values()), create_graph=True)
-    moved, _ = rule(theta, dict(zip(theta, g, strict=True)), state)
-    torch.set_rng_state(own_stream(after_inner))
-    outer = F.cross_entropy(at(student, moved, labeled[0]), labeled[1])
-    return dict(zip(phi, torch.autograd.grad(outer, list(phi.values())), strict=True))
-
-
 # ------------------------------------------------------------------------------------------------ comparing trees
 
 

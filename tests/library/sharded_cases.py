@@ -23,7 +23,7 @@ from metapl.execution.layout import Layout
 from metapl.execution.ranks import Ranks, rows_of_all
 from metapl.execution.shards import ShardedSpace
 from metapl.execution.state import swapped
-from metapl.feedback import credit, keeping
+from metapl.feedback import credit
 from metapl.feedback.inner_step import InnerStep
 from metapl.problems import LearningToReweight
 
@@ -116,8 +116,6 @@ def laid_out(network: nn.Module, layout: str | None) -> nn.Module:
         return _parallel(network, layout)
     if layout.startswith("shard"):
         return shard(network, Mesh(shard=world), checkpoint=layout == "shard_checkpoint")
-    if layout == "narrow":
-        return shard(network, Mesh(shard=world), precision="bfloat16")
     if layout == "hsdp":
         mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
     else:
@@ -286,13 +284,6 @@ def _unequal() -> None:
         trainer.step(labeled, unlabeled[: 4 - dist.get_rank()])
     finally:
         assert all(torch.equal(a, whole(p)) for a, p in zip(before, trainer.student.parameters(), strict=True))
-
-
-def kept_of_many(free: tuple[int, int]) -> str:
-    """What is kept of a path of sixty steps, where the ranks have so many bytes free."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keeping, "free_bytes", lambda _: free[dist.get_rank()])
-        return _ahead(lambda _, u: u, steps=60).kept
 
 
 def _ahead(batch_of: Callable[[int, Tensor], Tensor], mode: Any = "forward", *, steps: int = 3) -> metapl.Hypergradient:
@@ -464,12 +455,6 @@ def _mean_over_own_rows(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(InnerStep, "in_signal", in_signal)
 
 
-def _casts_kept(patch: pytest.MonkeyPatch) -> None:
-    """Autocast's casts of the weights stay while these are moved."""
-    patch.setattr(torch, "clear_autocast_cache", lambda: None)
-    patch.setattr(metapl.BilevelTrainer, "_autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
-
-
 def _rows_of_others_forgotten(patch: pytest.MonkeyPatch) -> None:
     """Each rank learns by what it alone has found for its rows."""
     patch.setattr(ranks_module._AllRows, "backward", lambda ctx, *g: (ctx.ranks.own_rows(g[0]), None))
@@ -480,7 +465,6 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "weights_swapped": _weights_swapped,
     "direction_not_gathered": _direction_not_gathered,
     "gradient_not_averaged": _gradient_not_averaged,
-    "casts_kept": _casts_kept,
     "products_of_parts": _products_of_parts,
     "mean_over_own_rows": _mean_over_own_rows,
     "rows_of_others_forgotten": _rows_of_others_forgotten,

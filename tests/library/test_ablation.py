@@ -9,11 +9,8 @@ from typing import Any
 import pytest
 import torch
 from problems_zoo import everything, same, toy
-from torch import nn
-from trainers import OnceDifferentiable
 
 import metapl
-from metapl import MetaplError
 from metapl.ablation import Ablation, Altered, ModeCost, ablate, recommendation
 from metapl.ablation.study import _seconds
 from metapl.feedback import Difference, Forward
@@ -61,22 +58,6 @@ def test_nothing_moves_though_it_trains_in_between() -> None:
         assert torch.equal(now["inner"]["state"][name]["momentum_buffer"], moments["momentum_buffer"])
 
 
-def test_an_exact_mode_of_drawn_labels_is_not_called_exact() -> None:
-    torch.manual_seed(0)
-    teacher, student = nn.Linear(4, 3).double(), nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-    sgd = torch.optim.SGD(student.parameters(), lr=0.1)
-    problem = metapl.PseudoLabels(kind="hard")
-    trainer = metapl.BilevelTrainer(
-        teacher, student, "forward", problem=problem, inner_optimizer=sgd, teacher_losses=()
-    )
-    labeled = torch.randn(6, 4).double(), torch.arange(6) % 3
-    result = ablate(trainer, labeled, torch.randn(64, 4).double(), ["forward", "none"], rounds=1, altered=False)
-    forward = result.modes["forward"]
-    assert isinstance(forward, ModeCost)
-    assert 0 < forward.of_one_draw < 0.1  # near enough to be taken for exact
-    assert "no mode is exact" in result.recommendation
-
-
 def test_the_feedback_of_the_first_mode_that_runs_is_altered() -> None:
     own = found("mlp", ["none", "difference", "unrolled"], draws=20)
     assert [*own.altered] == ["difference_permuted", "difference_class_means", "difference_random_sign"]
@@ -111,13 +92,6 @@ def test_a_mode_that_cannot_run_has_its_reason_below_the_table() -> None:
     assert lines["implicit"].endswith("[2]")
     assert lines["unrolled"].split()[1] == "1.000"
     assert isinstance(result.altered["unrolled_permuted"], ModeCost)
-
-
-def test_a_student_without_derivatives_is_refused() -> None:
-    problem = toy("mlp")
-    trainer = metapl.BilevelTrainer(problem.teacher, OnceDifferentiable(16, 3).double(), "reinforce")
-    with pytest.raises(MetaplError, match="no exact gradient"):
-        ablate(trainer, problem.labeled, problem.unlabeled)
 
 
 def test_a_call_that_waits_for_a_core_is_timed_by_what_it_computes() -> None:

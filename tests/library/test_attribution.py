@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from reference import error
@@ -177,13 +176,6 @@ def test_the_scores_of_tokens_are_the_derivatives(each: bool, compile: bool) -> 
     assert smooth[0].agreement == pytest.approx(smooth[1].agreement)
 
 
-def test_a_batch_may_hold_an_example_twice() -> None:
-    network = student()
-    attribution = found(network, batch_size=N + 8, steps=3)
-    exact, _ = by_hand(copy.deepcopy(network), attribution.order, "sgd", lambda _: 1.0)
-    assert error(attribution.scores, exact.mean(0)) < 1e-7
-
-
 def test_every_example_is_drawn_once_a_pass_and_the_order_is_the_generators() -> None:
     order = found(student()).order
     assert order.shape == (STEPS, 8)
@@ -221,17 +213,6 @@ def test_trainings_without_examples_are_those_of_a_plain_loop(kind: str, clip: f
     assert error(agreement.predicted, torch.stack([attribution.predict(chosen) for chosen in sets])) < 1e-12
 
 
-def test_what_small_removals_do_is_predicted() -> None:
-    """Of 12 examples, removed one by one from a training at a small rate."""
-    network = student()
-    inner = torch.optim.SGD(network.parameters(), lr=0.02)
-    attribution = attribute(network, TRAIN, OUTER, optimizer=inner, steps=30, batch_size=8)
-    agreement = attribution.validate([[number] for number in range(12)])
-    assert agreement.spearman > 0.95
-    assert agreement.pearson > 0.98
-    assert error(agreement.predicted, agreement.retrained) < 0.3
-
-
 def test_metasmoothness_is_its_definition_and_falls_with_the_rate() -> None:
     v, agreements = torch.linspace(-1, 1, N, dtype=torch.float64), dict[float, float]()
     order = found(student(), steps=30).order
@@ -258,7 +239,7 @@ def test_metasmoothness_is_its_definition_and_falls_with_the_rate() -> None:
         agreements[rate] = smooth.agreement
     assert agreements[0.02] > 0.99
     assert agreements[2.0] < 0.6
-    with pytest.raises(MetaplError, match="moves the student's weights by 0"):
+    with pytest.raises(MetaplError):
         metasmoothness(network, TRAIN, OUTER, optimizer=inner, **{**given, "direction": 0 * v})
 
 
@@ -359,9 +340,3 @@ REFUSED: dict[str, dict[str, Any]] = {
 def test_wrong_data_are_refused(case: str) -> None:
     with pytest.raises(MetaplError):
         found(student(), "sgd", **REFUSED[case])
-
-
-@pytest.mark.parametrize("wrong", [[N], [0.5], np.ones(3, dtype=bool)])
-def test_wrong_removals_are_refused(wrong: Any) -> None:
-    with pytest.raises(IndexError):
-        found(student()).predict(wrong)

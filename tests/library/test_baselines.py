@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +15,6 @@ from metapl.ablation import Altered
 from metapl.execution.ranks import ALONE
 from metapl.feedback import Estimator
 from metapl.training.loss_trainer import LossTrainer
-
-
-def copied(module: nn.Module) -> dict[str, Tensor]:
-    return {name: t.detach().clone() for name, t in module.state_dict().items()}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -56,23 +51,6 @@ def test_a_step_is_torchs_own_on_the_sum_of_the_losses() -> None:
         assert report["loss_uda"] == pytest.approx(consistency.item(), rel=1e-6)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-
-
-def test_finetune_is_the_baseline_on_the_trainers_own_student(tmp_path: Path) -> None:
-    labeled = [(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])) for _ in range(3)]
-    ends = []
-    for own in (True, False):
-        torch.manual_seed(0)
-        teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
-        trainer = metapl.BilevelTrainer(teacher, student)
-        if own:
-            trainer.finetune(labeled, steps=4, out=tmp_path)
-        else:
-            optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
-            LossTrainer(student, (CrossEntropy(),), optimizer=optimizer).fit(labeled, steps=4)
-        ends.append(copied(student))
-    assert same(*ends)
-    assert (tmp_path / "checkpoints/finetune").is_dir()
 
 
 # --------------------------------------------------------------------------------------------------- altered feedback

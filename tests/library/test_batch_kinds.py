@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems_zoo import ANYWHERE
+from problems_zoo import ANYWHERE, product
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -89,9 +89,10 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("views", [False, True])
-@pytest.mark.parametrize("kind", ["dict", "tokenizer", "tuple", "list"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "kind", "views"),
+    product(MODES, ("dict", "tokenizer", "tuple", "list"), (False, True), usual=["forward", "dict", True]),
+)
 def test_the_kind_of_a_batch_changes_no_number(mode: Any, kind: str, views: bool) -> None:
     """Bit for bit those of one tensor, dropout masks included."""
     found = []
@@ -103,19 +104,6 @@ def test_the_kind_of_a_batch_changes_no_number(mode: Any, kind: str, views: bool
         found.append([*result.grads.values(), result.feedback, result.outer_loss, *result.student_params.values()])
     assert same(*found)
     assert mode == "none" or any(t.any() for t in found[0][:3])
-
-
-@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"recompute_teacher": True}])
-@pytest.mark.parametrize("kind", ["dict", "tokenizer", "tuple"])
-def test_a_step_takes_every_kind(kind: str, options: dict[str, Any]) -> None:
-    ends = []
-    for one in ("tensor", kind):
-        bilevel = trainer(one, **options)
-        torch.manual_seed(2)
-        reports = [bilevel.step(**data(one, views=True)) for _ in range(3)]
-        bilevel.teacher_step(**data(one, views=True))
-        ends.append([*weights(bilevel.teacher, bilevel.student), *(r.feedback for r in reports)])
-    assert same(*ends)
 
 
 @pytest.mark.parametrize("key", ["labels", "label"])

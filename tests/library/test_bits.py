@@ -23,10 +23,9 @@ import pytest
 import torch
 import torchopt
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import metapl
-from metapl import UDA, CrossEntropy, Lookahead, Signal
+from metapl import UDA, CrossEntropy, Lookahead
 
 STORED = Path(__file__).with_name("bits.json")
 STEPS, ROWS, LABELED, WIDTH, CLASSES = 20, 12, 8, 16, 4
@@ -34,37 +33,19 @@ STEPS, ROWS, LABELED, WIDTH, CLASSES = 20, 12, 8, 16, 4
 # ---------------------------------------------------------------------------------------------------------- trainings
 
 
-class Image(nn.Module):
-    """A vector of 16 numbers as an image of 4 x 4."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (1, 4, 4))
-
-
 def network(kind: str, scale: float = 1.0) -> nn.Module:
     """Smooth everywhere, so that other rounding ends near the same weights."""
     if kind == "conv":
-        layers: list[nn.Module] = [Image(), nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.SiLU()]
+        layers: list[nn.Module] = [
+            nn.Unflatten(1, (1, 4, 4)),
+            nn.Conv2d(1, 6, 3, padding=1),
+            nn.BatchNorm2d(6),
+            nn.SiLU(),
+        ]
         return nn.Sequential(*layers, nn.Conv2d(6, 6, 3, stride=2), nn.SiLU(), nn.Flatten(), nn.Linear(6, CLASSES))
     norm = [nn.BatchNorm1d(10)] if "norm" in kind else [nn.LayerNorm(10)]
     drop = [nn.Dropout(0.2 * scale)] if "dropout" in kind else []
     return nn.Sequential(nn.Linear(WIDTH, 10), *norm, nn.GELU(), *drop, nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 4))
-
-
-class Shown(metapl.problems.Problem):
-    """The teacher's signal is added to the student's input, and enters its loss too."""
-
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
-        return Signal(teacher(batch).tanh())
-
-    def student_input(self, batch: Any, signal: Signal) -> Tensor:
-        return batch + F.pad(signal.value, (0, WIDTH - CLASSES))
-
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
-        return outputs.logsumexp(1) - (signal.value.softmax(1) * outputs).sum(1)
-
-    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        return F.cross_entropy(outputs, batch[1])
 
 
 Optimizer = Callable[[nn.Module], Any]
@@ -98,10 +79,6 @@ def torchopt_sgd(module: nn.Module) -> Any:
     return torchopt.sgd(0.1, momentum=0.9)
 
 
-def torchopt_adam(module: nn.Module) -> Any:
-    return torchopt.adam(0.02, eps=1e-3)
-
-
 Row = dict[str, Any]
 
 
@@ -122,16 +99,10 @@ TABLE: dict[str, Row] = {
     "forward nesterov K=3 norm dropout": row(TANGENT, NESTEROV, ADAM, "norm dropout", ahead=3),
     "forward nesterov bfloat16": row(TANGENT, NESTEROV, net="norm", precision="bfloat16", within=5e-2),
     "forward nesterov UDA": row(TANGENT, NESTEROV, net="norm dropout", views=True),
-    "forward groups signal in input": row(
-        TANGENT, two_groups(torch.optim.SGD, momentum=0.9), problem=Shown(), teacher_losses=()
-    ),
     "forward by graph adamw groups conv": row(GRAPH, two_groups(torch.optim.AdamW, eps=1e-3), ADAM, "conv"),
     "reinforce nesterov UDA norm dropout": row("reinforce", NESTEROV, net="norm dropout", views=True),
     "reinforce plain frozen groups": row(
         "reinforce", two_groups(torch.optim.SGD), two_groups(torch.optim.SGD), frozen=True
-    ),
-    "reinforce torchopt cosine baseline": row(
-        FEEDBACK.Reinforce(similarity="cosine", baseline=0.9), torchopt_adam, net="norm"
     ),
     # Not with one number for all examples: that of a step of clipped length is 0.
     "per example adam ratio": row("reinforce_per_example", ADAM, net="norm dropout", feedback_ratio=0.5, within=1e-4),

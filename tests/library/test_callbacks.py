@@ -61,25 +61,6 @@ def test_each_callback_sees_every_recorded_row_in_turn(trainer: Callable[[], Any
     assert "loss_cross_entropy" in found.history[0] or "outer_loss" in found.history[0]
 
 
-def test_a_callback_sees_the_student_of_its_step_and_disturbs_nothing() -> None:
-    """Not by what it draws, nor by writing to its row or predicting."""
-    ends, losses = [], []
-
-    def look(step: int, row: dict[str, float], trainer: Any) -> None:
-        losses.append((step, trainer.predict(VALIDATION[0])))
-        torch.rand(step)
-        row.clear()
-
-    for calls in ([look], []):
-        trainer = bilevel("reinforce")
-        torch.manual_seed(1)
-        found = trainer.fit(*batches(4), steps=6, callbacks=calls, **QUIET)
-        ends.append((trainer.state_dict(), torch.get_rng_state(), found.history))
-    assert same(*ends)
-    assert torch.equal(losses[-1][1], trainer.predict(VALIDATION[0]))
-    assert not torch.equal(losses[0][1], losses[-1][1])
-
-
 @pytest.mark.parametrize("ema", [None, 0.9])
 def test_a_fit_that_is_stopped_is_one_of_so_many_steps(ema: float | None, tmp_path: Path) -> None:
     """The steps that were done are kept, and saved; the other callbacks see the last row too."""
@@ -96,20 +77,6 @@ def test_a_fit_that_is_stopped_is_one_of_so_many_steps(ema: float | None, tmp_pa
         ends.append((trainer.state_dict(), found.weights, last.state["trainer"]))
     assert same(*ends)
     assert (seen, said) == ([2, 4, 6], ["stopped after step 6 by a callback: enough"])
-
-
-@pytest.mark.parametrize("select", [True, False])
-def test_the_step_at_which_a_fit_is_stopped_is_validated(select: bool, tmp_path: Path) -> None:
-    """Between two validations too: the accuracy is that of the weights that are kept."""
-    trainer = bilevel()
-    how = QUIET | {"validation": VALIDATION, "validate_every": 50, "select": select, "out": tmp_path}
-    found = trainer.fit(*batches(4), steps=60, callbacks=[stop_at(6)], **how)
-    assert (found.step, found.validation_accuracy) == (6, trainer.evaluate(VALIDATION).accuracy)
-    accuracies = [row["student_validation_accuracy"] for row in found.history if "student_validation_accuracy" in row]
-    assert accuracies == [found.validation_accuracy]
-    assert [{"phase": "fit", **row} for row in found.history] == rows(tmp_path)
-    assert [row["step"] for row in found.history] == [2, 4, 6], "each step once"
-    assert found.history[-1].keys() > found.history[0].keys()
 
 
 def test_a_callback_with_a_state_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -29,8 +29,9 @@ ESTIMATORS: dict[str, tuple[Any, str, str, float | None]] = {
     "reinforce_per_example_by_difference": (ReinforcePerExample(tangent="difference"), "hard", "score", DIFFERENCE),
 }
 
-EACH_KIND = ("torch_sgd_nesterov", "torch_adamw", "torchopt_sgd_nesterov", "torchopt_clip")
-EVERY = product(ESTIMATORS, STUDENTS, OPTIMISERS, usual=[*ESTIMATORS, "mlp", *EACH_KIND])
+COMMON = ("unrolled", "forward", "reinforce_per_example")
+EVERY = product(ESTIMATORS, STUDENTS, OPTIMISERS, usual=[*COMMON, "mlp", "torch_sgd_nesterov", "torch_adamw"])
+WARMED = product(ESTIMATORS, STUDENTS, OPTIMISERS, usual=[*COMMON, "mlp", "torch_sgd_nesterov"])
 
 
 def check_against_reference(
@@ -82,7 +83,7 @@ def test_fresh_optimiser(estimator: str, student: str, optimiser: str) -> None:
         check_against_reference(estimator, problem, rule, inner, None, None)
 
 
-@pytest.mark.parametrize(("estimator", "student", "optimiser"), EVERY)
+@pytest.mark.parametrize(("estimator", "student", "optimiser"), WARMED)
 def test_warmed_optimiser(estimator: str, student: str, optimiser: str) -> None:
     problem, rule = toy(student), OPTIMISERS[optimiser]
     inner, inner_state, rule_state = warm(problem, rule)
@@ -90,9 +91,15 @@ def test_warmed_optimiser(estimator: str, student: str, optimiser: str) -> None:
         check_against_reference(estimator, problem, rule, inner, inner_state, rule_state)
 
 
-@pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torch_adamw", "torchopt_clip"])
-@pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize("estimator", ["forward", "forward_hard", "reinforce_per_example"])
+@pytest.mark.parametrize(
+    ("estimator", "student", "optimiser"),
+    product(
+        ("forward", "forward_hard", "reinforce_per_example"),
+        STUDENTS,
+        ("torch_sgd_nesterov", "torch_adamw", "torchopt_clip"),
+        usual=["forward", "reinforce_per_example", "mlp", "torch_adamw"],
+    ),
+)
 def test_large_students_go_along_a_tangent(
     estimator: str, student: str, optimiser: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,18 +131,6 @@ def test_three_steps_chained_by_inner_state(estimator: str, student: str, optimi
         found, expected = check_against_reference(estimator, problem, rule, transform, inner_state, rule_state)
         inner_state, rule_state = found.inner_state, expected.state
         problem.student.load_state_dict(expected.student_params, strict=False)
-
-
-@pytest.mark.parametrize("student", STUDENTS)
-def test_the_reference_is_one_graph_from_teacher_to_labelled_loss(student: str) -> None:
-    """−Σ h·signal, with h cut out of the graph, has the gradient of the uncut computation."""
-    problem, rule = toy(student), OPTIMISERS["torch_adam"]
-    _, _, state = warm(problem, rule)
-    problem.draw_from_start()
-    cut = reference.pseudo_labels(**problem.networks(), **problem.data(), rule=rule.rule, state=state)
-    problem.draw_from_start()
-    whole = reference.soft_end_to_end(**problem.networks(), **problem.data(), rule=rule.rule, state=state)
-    assert error(cut.grads, whole) < 1e-12
 
 
 @pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torch_adam", "torchopt_clip"])
@@ -179,7 +174,7 @@ def test_two_views_temperature_and_smoothing(estimator: str, smoothing: float) -
     check_against_reference(estimator, problem, rule, inner, None, None, **labels)
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", ["batch_norm", "dropout"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_eval_mode_is_left_and_used(estimator: str, student: str) -> None:
     problem, rule = toy(student), OPTIMISERS["torch_sgd_momentum"]
@@ -189,7 +184,7 @@ def test_eval_mode_is_left_and_used(estimator: str, student: str) -> None:
     assert not any(m.training for net in problem.networks().values() for m in net.modules())
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", ["batch_norm", "dropout"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_teacher_with_dropout_and_batch_norm(estimator: str, student: str) -> None:
     """The teacher's masks are drawn after the student's inner pass, and its labels after them."""

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fits import (
-    INNER,
     OPTIONS,
-    VALIDATION,
     Counting,
     _one_thread,  # noqa: F401  # used by every test
     batches,
@@ -23,7 +19,6 @@ from fits import (
     single,
 )
 
-from metapl import MetaplError
 from metapl.execution.ranks import ALONE
 from metapl.training.figures import figures
 
@@ -73,14 +68,6 @@ def test_damaged_lines_are_left_out_and_a_torn_one_is_written_anew(tmp_path: Pat
     assert [row["step"] for row in rows(tmp_path)] == [row["step"] for row in found.history] == [2, 3, 4, 5, 6]
 
 
-def test_the_rates_are_named_after_their_networks(tmp_path: Path) -> None:
-    """A TorchOpt transform has its own schedule, and only the teacher's rate is known."""
-    bilevel(inner=INNER["torchopt_momentum"]).fit(*batches(2), steps=1, out=tmp_path / "a")
-    single().fit(batches(2)[0], steps=1, out=tmp_path / "b")
-    names = [{k for k in rows(tmp_path / run)[0] if k.endswith("_lr")} for run in "ab"]
-    assert names == [{"teacher_lr"}, {"student_lr"}]
-
-
 @pytest.mark.parametrize("mode", ["forward", "reinforce_per_example", "reinforce"])
 def test_figures_of_the_feedback_are_those_of_a_loop_by_hand(mode: str) -> None:
     labeled, unlabeled = (one[0] for one in batches(1))
@@ -104,28 +91,3 @@ def test_figures_of_the_feedback_are_those_of_a_loop_by_hand(mode: str) -> None:
     expected = float((count * mean - square) / (square - mean))
     assert math.isfinite(found["feedback_snr"])
     assert found["feedback_snr"] == pytest.approx(expected, rel=1e-4)
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_terminal_shows_a_bar_and_anything_else_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    how: dict[str, Any] = {"steps": 6, "log_every": 1, "validation": VALIDATION, "validate_every": 1}
-    single().fit(batches(3)[0], **how)
-    assert capsys.readouterr().err == ""
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    single().fit(batches(3)[0], **how)
-    assert "fit: " in terminal.getvalue()
-    assert "left" in terminal.getvalue()
-
-
-def test_somebody_elses_rows_are_not_cut(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
-    with pytest.raises(MetaplError, match="another"):
-        single().fit(batches(5)[0], steps=2, out=tmp_path)
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1}\n'

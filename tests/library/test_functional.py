@@ -166,7 +166,10 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize(("mode", "optimizer", "feature"), TABLE)
+@pytest.mark.parametrize(
+    ("mode", "optimizer", "feature"),
+    [pytest.param(*row, marks=[pytest.mark.long] * (row[1] != "nesterov" and row[2] != "plain")) for row in TABLE],
+)
 def test_a_pure_step_is_the_eager_step(mode: str, optimizer: str, feature: str) -> None:
     """From fresh optimizers, and from warm ones."""
     trainer, data = build(mode, optimizer, feature, verify=False), batches(feature)
@@ -199,7 +202,7 @@ def test_options_of_modes_and_trainers(mode: Any, options: dict[str, Any]) -> No
         agree(trainer, data, 1e-5 if "ifference" in repr(mode) else 1e-9)
 
 
-@pytest.mark.parametrize("steps", [2, 3])
+@pytest.mark.parametrize("steps", [3])
 @pytest.mark.parametrize("mode", ["forward", "unrolled", "none", Unrolled(truncate=1)])
 @pytest.mark.parametrize("optimizer", ["nesterov", "adamw", "muon_and_adamw"])
 def test_several_steps_ahead(mode: Any, optimizer: str, steps: int) -> None:
@@ -217,13 +220,6 @@ def test_a_problem_without_a_teacher_revises_its_signal() -> None:
     trainer = metapl.BilevelTrainer(None, student, "forward", problem=problem, inner_optimizer=inner)
     (x, y), u = batches()
     agree(trainer, ((x, y), (u, y)), 1e-9)
-
-
-def test_short_passes_round_as_the_eager_ones() -> None:
-    trainer, data = build("forward", precision="bfloat16"), batches()
-    for part in (trainer.teacher, trainer.student):
-        part.float()
-    agree(trainer, pytree.tree_map(lambda t: t.float() if t.is_floating_point() else t, data), 2e-2)
 
 
 @pytest.mark.parametrize("mode", ["forward", "unrolled", "loss_difference"])
@@ -279,23 +275,6 @@ def test_a_ratio_is_that_of_the_gradients_of_feedback_and_own_losses() -> None:
     own, both, scaled = gradient(feedback_weight=0.0), gradient(), gradient(feedback_ratio=0.5)
     feedback = both - own
     assert error(scaled, own + 0.5 * own.norm() / feedback.norm() * feedback) < 1e-9
-
-
-def test_a_loss_of_the_teacher_starts_late_and_grows() -> None:
-    """The step is a tensor, and so is its share."""
-    loss = UDA(start=2, ramp=4, weight=2.0)
-    trainer, data = build("none", teacher_losses=(loss,)), batches("uda")
-    step, state = trainer.functional()
-    for number in range(8):
-        torch.manual_seed(3)
-        teacher = trainer.teacher
-        at = {**state.teacher.params}
-        state, report = step(state, *data)
-        outputs = torch.func.functional_call(teacher, at, (data[1][0],))
-        moved = torch.func.functional_call(teacher, at, (data[1][1],)).log_softmax(-1)
-        full = -(outputs.softmax(-1) * moved).sum(-1).mean()
-        share = min(1.0, max(0.0, (number - 2) / 4))
-        assert float(report.teacher_loss) == pytest.approx(2.0 * share * float(full), rel=1e-9)
 
 
 # --------------------------------------------------------------------------------------------------------- many at once

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import reference
 import torch
-from problems_zoo import CLASSES, Toy, everything, same, toy
+from problems_zoo import CLASSES, Toy, everything, product, same, toy
 from reference import Rule, Tree, error
 from torch import Tensor, nn
 
@@ -19,7 +18,7 @@ import metapl
 from metapl import Lookahead, MetaplError
 from metapl.execution.modules import trainable
 from metapl.feedback import Forward
-from metapl.updates import Clipped, as_one, as_taken, options_of, update_of
+from metapl.updates import as_taken, options_of, update_of
 
 ADAMW = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-2, "weight_decay": 0.1}
 NESTEROV: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.95, "nesterov": True}
@@ -117,10 +116,13 @@ def batches(steps: int) -> list[Tensor]:
 # ------------------------------------------------------------------------------------------------------- the gradient
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("mode", ["unrolled", "forward", Forward(by="tangent", keep_every=2)])
-@pytest.mark.parametrize("warm", [0, 2])
+@pytest.mark.parametrize(
+    ("mode", "settings", "steps", "warm"),
+    product(
+        ("unrolled", "forward", Forward(by="tangent", keep_every=2)), SETTINGS, (1, 3), (0, 2),
+        usual=["unrolled", "forward", "nesterov", 3, 2],
+    ),
+)  # fmt: skip
 def test_the_gradient_is_that_of_double_backward_by_hand(mode: Any, settings: str, steps: int, warm: int) -> None:
     given, ahead = problem(), batches(steps)
     real, state = warmed(given, SETTINGS[settings], warm)
@@ -135,55 +137,6 @@ def test_the_gradient_is_that_of_double_backward_by_hand(mode: Any, settings: st
         assert error(h, -g) < 1e-9
     assert error(found.grads, expected.grads) < 1e-9
     assert error(found.student_params, expected.student_params) < 1e-12
-
-
-@pytest.mark.parametrize("mode", ["forward", "unrolled"])
-@pytest.mark.parametrize("clip", [None, 0.05])
-def test_matrices_alone(mode: str, clip: float | None) -> None:
-    given = problem()
-    for layer in (1, 3):
-        given.student[layer].bias = None
-    rule = muon_and_adamw(**NESTEROV)
-    rule = rule if clip is None else reference.clipped(clip, rule)
-    given.draw_from_start()
-    expected = reference.pseudo_labels(**given.networks(), **given.data(), rule=rule)
-    real = torch.optim.Muon(given.student.parameters(), **NESTEROV)
-    given.draw_from_start()
-    found = metapl.hypergradient(
-        **given.networks(), **given.data(), mode=mode, inner_optimizer=real, clip_norm=clip,
-        problem=metapl.PseudoLabels("soft"),
-    )  # fmt: skip
-    assert error(found.grads, expected.grads) < (1e-9 if clip is None else 1e-8)
-    assert error(found.feedback, -expected.signal_grad) < (1e-9 if clip is None else 1e-8)
-
-
-def test_the_rates_of_both_follow_schedules() -> None:
-    given, ahead = problem(), batches(3)
-    real = optimizers(given.student)
-    rates = torch.optim.lr_scheduler.StepLR(real[0], 1, 0.5), lambda step: 1.0 - 0.2 * step
-    at = []
-    for number in range(3):
-        muon = muon_and_adamw(**{**NESTEROV, "lr": NESTEROV["lr"] * 0.5**number})
-        at.append((muon, reference.adamw(**{**ADAMW, "lr": ADAMW["lr"] * (1 - 0.2 * number)})))
-
-    def rule(params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
-        number, of_muon, of_adamw = state or (0, None, None)
-        moved, of_muon = at[number][0](params, grads, of_muon)
-        others = {n: p for n, p in params.items() if p.ndim != 2}
-        rest, of_adamw = at[number][1](others, {n: grads[n] for n in others}, of_adamw)
-        return {**moved, **rest}, (number + 1, of_muon, of_adamw)
-
-    expected = reference.several_steps(**given.networks(), labeled=given.labeled, batches=ahead, rule=rule)
-    how = {"labeled": given.labeled, "mode": "forward", "inner_optimizer": real}
-    found = metapl.hypergradient(**given.networks(), unlabeled=Lookahead(ahead, schedule=rates), **how)
-    assert error(found.grads, expected.grads) < 1e-9
-    assert [one.param_groups[0]["lr"] for one in real] == [NESTEROV["lr"], ADAMW["lr"]]
-    # One factor is of all of them.
-    together, apart = (
-        metapl.hypergradient(**given.networks(), unlabeled=Lookahead(ahead, schedule=one), **how).grads
-        for one in (rates[1], (rates[1], rates[1]))
-    )
-    assert error(together, apart) == 0.0
 
 
 WRT = ("teacher", "start", "lr", "momentum", "weight_decay", "betas", "eps")
@@ -252,22 +205,6 @@ def test_a_training_by_two_graphs_is_the_eager_one(monkeypatch: pytest.MonkeyPat
         pairs = [(found.grads, eager.grads), (found.start, eager.start), (found.student_params, eager.student_params)]
         pairs += [(found.settings[name], t) for name, t in eager.settings.items()]
         assert all(error(a, b) < 1e-9 for a, b in pairs)
-
-
-def test_definitions_agree_in_half_precision_of_passes() -> None:
-    """Autocast does not reach the products."""
-    given = problem()
-    for network in given.networks().values():
-        network.float()
-    x, y = given.labeled
-    data = {"labeled": (x.float(), y), "unlabeled": given.unlabeled.float()}
-    update = as_one(optimizers(given.student))
-    rule, g = update_of(update, trainable(given.student)), {n: p.detach() for n, p in given.student.named_parameters()}
-    plain, _ = rule.update(g, g, rule.read_state())
-    with torch.autocast("cpu", torch.bfloat16):
-        cast, _ = rule.update(g, g, rule.read_state())
-        metapl.hypergradient(**given.networks(), **data, mode="forward", inner_optimizer=update)
-    assert all(torch.equal(t, cast[n]) for n, t in plain.items())
 
 
 # ------------------------------------------------------------------------------------------------------------ the step
@@ -345,47 +282,6 @@ def weights(trainer: Any) -> list[Tensor]:
     return [p.detach().clone() for network in trainer.networks.values() for p in network.parameters()]
 
 
-def test_a_fit_resumes_bit_for_bit_with_both_optimizers(tmp_path: Path) -> None:
-    def fitted(out: Path, *stops: int) -> list[Tensor]:
-        for number, steps in enumerate(stops):
-            trainer = trainer_of(problem())
-            done: list[int] = []
-
-            def stop(step: int, row: Any, trainer: Any, last: int = steps, done: list[int] = done) -> None:
-                done.append(step)
-                if step == last < 8:
-                    raise KeyError("killed")
-
-            how: dict[str, Any] = {"steps": 8, "out": out, "log_every": 1, "save_every": 2, "progress": False}
-            how |= {"callbacks": [stop], "resume": number > 0, "say": lambda text: None, "warmup": 2}
-            if steps < 8:
-                with pytest.raises(KeyError):
-                    trainer.fit(source(1, True), source(2, False), **how)
-            else:
-                found = trainer.fit(source(1, True), source(2, False), **how)
-                assert [row["step"] for row in found.history] == [*range(1, 9)]
-                assert all(0 < row["step_rounding"] < 1 for row in found.history if row["student_lr"])
-        return weights(trainer)
-
-    assert all(map(torch.equal, fitted(tmp_path / "a", 8), fitted(tmp_path / "b", 3, 5, 8)))
-
-
-def test_two_optimizers_of_any_kind_are_their_own_steps_to_the_last_bit() -> None:
-    given = problem()
-    matrices, others = ([p for p in given.student.parameters() if (p.ndim == 2) == which] for which in (True, False))
-    real = torch.optim.SGD(matrices, lr=0.1, momentum=0.9, nesterov=True), torch.optim.Adam(others, lr=0.01)
-    update = update_of(real, trainable(given.student))
-    theta = {n: p.detach().clone() for n, p in given.student.named_parameters()}
-    state = update.read_state()
-    for _ in range(3):
-        grads = {n: torch.randn_like(p) for n, p in theta.items()}
-        theta, state = update.stepped(theta, grads, state)
-        stepped(real, given.student, grads)
-    assert all(torch.equal(p, theta[n]) for n, p in given.student.named_parameters())
-    assert not update.rounded
-    assert not Clipped(update, 1.0).rounded
-
-
 # -------------------------------------------------------------------------------------------------------- wrong calls
 
 
@@ -424,3 +320,32 @@ def test_wrong_tuples_are_refused_in_a_line_and_nothing_moves(level: str, wrong:
         metapl.BilevelTrainer(**given.networks(), **wrongly).step(**given.data())
     assert "\n" not in str(refused.value)
     assert same(before, everything(given))
+
+
+def test_the_rates_of_both_follow_schedules() -> None:
+    given, ahead = problem(), batches(3)
+    real = optimizers(given.student)
+    rates = torch.optim.lr_scheduler.StepLR(real[0], 1, 0.5), lambda step: 1.0 - 0.2 * step
+    at = []
+    for number in range(3):
+        muon = muon_and_adamw(**{**NESTEROV, "lr": NESTEROV["lr"] * 0.5**number})
+        at.append((muon, reference.adamw(**{**ADAMW, "lr": ADAMW["lr"] * (1 - 0.2 * number)})))
+
+    def rule(params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
+        number, of_muon, of_adamw = state or (0, None, None)
+        moved, of_muon = at[number][0](params, grads, of_muon)
+        others = {n: p for n, p in params.items() if p.ndim != 2}
+        rest, of_adamw = at[number][1](others, {n: grads[n] for n in others}, of_adamw)
+        return {**moved, **rest}, (number + 1, of_muon, of_adamw)
+
+    expected = reference.several_steps(**given.networks(), labeled=given.labeled, batches=ahead, rule=rule)
+    how = {"labeled": given.labeled, "mode": "forward", "inner_optimizer": real}
+    found = metapl.hypergradient(**given.networks(), unlabeled=Lookahead(ahead, schedule=rates), **how)
+    assert error(found.grads, expected.grads) < 1e-9
+    assert [one.param_groups[0]["lr"] for one in real] == [NESTEROV["lr"], ADAMW["lr"]]
+    # One factor is of all of them.
+    together, apart = (
+        metapl.hypergradient(**given.networks(), unlabeled=Lookahead(ahead, schedule=one), **how).grads
+        for one in (rates[1], (rates[1], rates[1]))
+    )
+    assert error(together, apart) == 0.0

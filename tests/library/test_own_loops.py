@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import runpy
 import sys
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import pages
 import pytest
 import torch
-from torch.optim.lr_scheduler import StepLR
 
 import metapl
 
@@ -70,47 +68,6 @@ def test_a_loop_goes_on_from_the_middle_of_an_epoch(tmp_path: Path, killed_at: A
     killed_at(7, lambda: own.train(tmp_path / "cut", 9, 4, 0))
     assert same(weights(whole), weights(own.train(tmp_path / "cut", 9, 4, 0)))
     assert list(tmp_path.glob("cut/events*"))
-
-
-def test_autocast_around_a_step_is_the_precision_of_the_trainer() -> None:
-    found = []
-    for ambient in (True, False):
-        torch.manual_seed(0)
-        networks = [metapl.models.mlp([4, 16, 3]) for _ in range(2)]
-        x, y = torch.randn(12, 4), torch.arange(12) % 3
-        trainer = metapl.BilevelTrainer(*networks, "difference", precision="float32" if ambient else "bfloat16")
-        for _ in range(2):
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=ambient):
-                trainer.step((x, y), x)
-        found.append(weights(trainer))
-    assert same(*found)
-
-
-@pytest.mark.parametrize("batches", [1, 3])
-@pytest.mark.parametrize("over", ["its own", "another", "one that was not given"])
-def test_a_scheduler_over_another_optimizer_than_the_trainers_is_told_of_by_pytorch(over: str, batches: int) -> None:
-    """By the optimizer's step, which metapl calls however it moves the student; else there would be false alarms."""
-    networks = [metapl.models.mlp([4, 8, 3]) for _ in range(2)]
-    outer, inner = (torch.optim.SGD(network.parameters(), lr=0.1) for network in networks)
-    given = {} if over == "one that was not given" else {"inner_optimizer": inner, "outer_optimizer": outer}
-    trainer = metapl.BilevelTrainer(*networks, "forward", **given)
-    others = (
-        [torch.optim.SGD(network.parameters(), lr=0.1) for network in networks] if over == "another" else [inner, outer]
-    )
-    x, rates = (
-        torch.randn(6, 4),
-        [StepLR(one, 1, 0.5) for one in (trainer.schedulable if over == "its own" else others)],
-    )
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            trainer.step((x, torch.arange(6) % 3), metapl.Lookahead([x] * batches) if batches > 1 else x)
-            for rate in rates:
-                rate.step()
-    found = ["before `optimizer.step()`" in str(warning.message) for warning in told]
-    assert found == [] if over == "its own" else any(found)
-    if over == "its own":
-        assert [one.param_groups[0]["lr"] for one in trainer.schedulable] == [0.025, 0.025]
 
 
 # ---------------------------------------------------------------------------------------------------------- accelerate
@@ -186,12 +143,7 @@ def test_the_example_on_text_prints_each_way_to_train(monkeypatch: pytest.Monkey
     assert weight is not None
     assert float(weight[1]) > 0
     found = dict(re.findall(r"^(\S.*?) {2,}([\d.]+) %$", printed, re.MULTILINE))
-    assert list(found) == [
-        "labels alone",
-        "no feedback",
-        "feedback as it is",
-        "feedback 0.1 of the teacher's losses",
-    ]
+    assert list(found) == ["labels alone", "no feedback", "feedback as it is", "feedback 0.1 of the teacher's losses"]
     assert all(5 < float(value) < 100 for value in found.values())
 
 

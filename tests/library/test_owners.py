@@ -28,7 +28,7 @@ def test_a_folder_that_another_process_writes_to_is_refused_until_that_ends(
     other = context().Process(target=held, args=(tmp_path, begun))
     other.start()
     begun.wait(60)
-    with pytest.raises(MetaplError, match="another process"):
+    with pytest.raises(MetaplError, match="process"):
         single().fit(batches(3)[0], steps=3, out=tmp_path)
     other.kill()
     other.join()

@@ -6,15 +6,20 @@ leaves everything bit for bit as it was, and the next step is the one that would
 
 from __future__ import annotations
 
+import random
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from problems_zoo import ANYWHERE
 from test_bits import GRAPH, TANGENT
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,8 +29,6 @@ import metapl
 from metapl import UDA, CrossEntropy, Lookahead, MetaplError, Signal
 
 ROWS, LABELED, WIDTH, CLASSES = 6, 4, 5, 3
-NAN = float("nan")
-
 # ------------------------------------------------------------------------------------------------------------- the case
 
 
@@ -69,12 +72,16 @@ class Case:
 
     def everything(self) -> dict[str, Any]:
         """What an error leaves as it was."""
-        found: dict[str, Any] = {"default generator": torch.get_rng_state()}
+        found: dict[str, Any] = {"default generator": torch.get_rng_state(), "python's": random.getstate()}
+        found["numpy's"] = np.random.get_state()[1].tolist()  # noqa: NPY002 - a draw from the old one is looked for
         for name, module in (("teacher", self.teacher), ("student", self.student)):
             for key, p in module.named_parameters():
                 found |= {f"{name}.{key}": p, f"{name}.{key}.grad": p.grad, f"{name}.{key} asks": p.requires_grad}
             found |= {f"{name}.{key}": b for key, b in module.named_buffers()}
-            found |= {f"{name}.{key} trains": m.training for key, m in module.named_modules()}
+            found |= {
+                f"{name}.{key} is": (m.training, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m)))
+                for key, m in module.named_modules()
+            }
         for name, optimizer in (("inner", self.inner), ("outer", self.outer)):
             leaves, _ = pytree.tree_flatten(optimizer.state_dict())
             found |= {f"{name} {number}": leaf for number, leaf in enumerate(leaves)}
@@ -336,6 +343,150 @@ VALUES: dict[str, Callable[[], Any]] = {
 def test_a_wrong_value_is_refused_where_it_is_made(name: str) -> None:
     with pytest.raises(MetaplError):
         VALUES[name]()
+
+
+# --------------------------------------------------------------------------------------------------- calls by the draw
+
+NAN, INF = float("nan"), float("inf")
+NETWORKS_OWN = "one pixel too many"
+"""Of what the user's own network says that it cannot take it, the words are the network's."""
+
+NOT_INPUTS: dict[str, Callable[[Tensor], Any]] = {
+    "nan": lambda x: x.index_fill(0, torch.tensor(1), NAN),
+    "infinite": lambda x: x.index_fill(0, torch.tensor(0), -INF),
+    "no rows": lambda x: x[:0],
+    "elsewhere": lambda x: x.to("meta"),
+    "text": lambda x: "pictures",
+    "number": lambda x: 3,
+    "object": lambda x: object(),
+    "three views": lambda x: (x, x, x),
+    "two lengths": lambda x: (x, x[:2]),
+    "texts": lambda x: ["a", "b"],
+    "a scalar": lambda x: x.sum(),
+    NETWORKS_OWN: lambda x: torch.cat([x, x[..., :1]], -1),
+    "other floats": lambda x: x.half(),
+    "whole numbers": lambda x: x.long(),
+}
+NOT_LABELS: dict[str, Callable[[Tensor], Any]] = {
+    "too large": lambda y: y + 3,
+    "negative": lambda y: y - 3,
+    "floats": lambda y: y.double(),
+    "bools": lambda y: y > 0,
+    "int32": lambda y: y.int(),
+    "one-hot": lambda y: nn.functional.one_hot(y, 3),
+    "too few": lambda y: y[:2],
+    "none": lambda y: None,
+    "a list": lambda y: y.tolist(),
+    "a column": lambda y: y[:, None],
+}
+NOT_OPTIONS: dict[str, list[Any]] = {
+    "steps": [0, -1, 2.5, "6", True, None],
+    "schedule": ["linear", 3, None],
+    "warmup": [-1, 99, "2"],
+    "wait": [-1, 99],
+    "ema_decay": [1.5, -0.1, NAN, "x"],
+    "validate_every": [0, 1.5],
+    "log_every": [0, -3],
+    "save_every": [0, "all"],
+    "keep": [0, -1],
+    "phase": ["a/b", "..", "", 3],
+    "num_workers": [-1, 257, 1.5],
+    "validation": ["x", 5, [], (torch.zeros(0, 1, 4, 4), torch.zeros(0).long())],
+}
+NOT_TRAINERS: dict[str, list[Any]] = {
+    "mode": ["foward", "", 3, None, object()],
+    "problem": ["labels", 3, object()],
+    "inner_optimizer": ["sgd", 0.1, object()],
+    "outer_optimizer": ["sgd", 0.1],
+    "teacher_losses": ["uda", 3, [3], (None,)],
+    "feedback_weight": [NAN, INF, "1", None],
+    "feedback_ratio": [-1.0, NAN, "1"],
+    "clip_norm": [0, -1.0, NAN, "1"],
+    "precision": ["float64", "fp16", 16, None],
+    "accumulate": [0, -1, 1.5, "2"],
+    "lookahead": [0, -1, 1.5],
+    "student": [None, "net", 3, nn.Identity()],
+    "teacher": ["net", 3],
+}
+
+
+def bad_data(draw: st.DrawFn, case: Case) -> dict[str, Any]:
+    """Both batches, of which one cannot be meant."""
+    kind = draw(st.sampled_from(["labels", "labeled inputs", "unlabeled", "no pair"]))
+    table = NOT_LABELS if kind == "labels" else NOT_INPUTS
+    views = {"three views", "two lengths"} if kind == "labeled inputs" else set()  # a tuple of tensors is an input too
+    change = table[draw(st.sampled_from(sorted(table.keys() - views)))]
+    return {
+        "labels": lambda: {"labeled": (case.x, change(case.y)), "unlabeled": case.u},
+        "labeled inputs": lambda: {"labeled": (change(case.x), case.y), "unlabeled": case.u},
+        "unlabeled": lambda: {"labeled": (case.x, case.y), "unlabeled": change(case.u)},
+        "no pair": lambda: {"labeled": change(case.x), "unlabeled": case.u},
+    }[kind]()
+
+
+def bad_call(draw: st.DrawFn, case: Case, folder: Path) -> tuple[str, Callable[[], Any]]:
+    """A call that cannot be meant, and its name."""
+    kinds = ["step", "hypergradient", "fit", "fit data", "trainer", "evaluate", "load", "state", "save"]
+    kind, trainer = draw(st.sampled_from(kinds)), case.trainer
+    fit = partial(trainer.fit, steps=2, progress=False, out=folder / "run")
+    source = {"labeled": [(case.x, case.y)], "unlabeled": [case.u]}
+    if kind == "step":
+        return kind, partial(trainer.step, **bad_data(draw, case))
+    if kind == "hypergradient":
+        return kind, hypergradient(case, mode=draw(st.sampled_from(ANYWHERE)), **bad_data(draw, case))
+    if kind in ("fit", "trainer"):
+        table = NOT_OPTIONS if kind == "fit" else NOT_TRAINERS
+        name = draw(st.sampled_from(sorted(table)))
+        option = {name: draw(st.sampled_from(table[name]))}
+        return f"{kind} {option}", partial(fit, **source, **option) if kind == "fit" else partial(case.built, **option)
+    if kind == "fit data":
+        data = draw(st.sampled_from([5, "x", object(), [5], [None], [(1, 2)]]))
+        return kind, partial(fit, **{**source, draw(st.sampled_from(["labeled", "unlabeled", "validation"])): data})
+    if kind == "evaluate":
+        x = NOT_INPUTS[draw(st.sampled_from(["text", "number", "object", NETWORKS_OWN]))](case.x)
+        return kind, draw(st.sampled_from([partial(trainer.evaluate, (x, case.y)), partial(trainer.predict, x)]))
+    if kind == "load":
+        path = folder / draw(st.sampled_from(["nothing", "garbage", "empty", "cut", "flipped", "."]))
+        return f"load {path.name}", partial(trainer.load, path)
+    if kind == "state":
+        state = trainer.state_dict()
+        name = draw(st.sampled_from(sorted(state)))
+        state = draw(st.sampled_from([{}, {n: v for n, v in state.items() if n != name}]))
+        return f"state without {name}", partial(trainer.load_state_dict, state)
+    return kind, partial(trainer.save, folder / draw(st.sampled_from(["garbage/under", "."])))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_what_is_refused_leaves_everything_as_it_was(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Networks, generators, states and files."""
+    torch.manual_seed(0)
+    case, folder = Case(), tmp_path_factory.mktemp("here")
+    case.generator = data.draw(st.sampled_from([None, torch.Generator().manual_seed(1)]))
+    mode = data.draw(st.sampled_from(ANYWHERE))
+    parts = 1 if mode == "unrolled" else data.draw(st.sampled_from([1, 2]))
+    options = {"recompute_teacher": data.draw(st.booleans()), "clip_norm": data.draw(st.sampled_from([None, 1.0]))}
+    with warnings.catch_warnings(action="ignore"):
+        case.trainer = case.built(mode, accumulate=parts, generator=case.generator, **options)
+        for _ in range(data.draw(st.integers(0, 2))):
+            case.trainer.step((case.x, case.y), case.u)
+        case.trainer.save(folder / "saved")
+        saved = (folder / "saved").read_bytes()
+        (folder / "garbage").write_bytes(b"\x80\x04nothing that was saved")
+        (folder / "empty").write_bytes(b"")
+        (folder / "cut").write_bytes(saved[: len(saved) // 2])
+        (folder / "flipped").write_bytes(saved[:-7] + bytes([saved[-7] ^ 1]) + saved[-6:])
+        name, call = data.draw(st.composite(bad_call)(case, folder), label="call")
+
+        def all_there_is() -> dict[str, Any]:  # but for the folder of a fit, which is refused at its first step
+            return case.everything() | {str(p): p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+        before = all_there_is()
+        with pytest.raises((ValueError, RuntimeError, TypeError, LookupError, AttributeError)) as caught:
+            call()
+    assert moved(before, all_there_is()) == [], f"{name}: {caught.value}"
 
 
 # ----------------------------------------------------------------------------------------------- an error within a step

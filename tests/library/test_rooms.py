@@ -42,9 +42,6 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 DOORS = ("metapl", "metapl.sklearn", "metapl.apps", "metapl.apps.__main__")
 """They give names of other rooms."""
 
-ROOMS, ENTRIES = 12, 20
-"""How many the library may have, and how many files and folders beside each other."""
-
 
 def modules() -> dict[str, Path]:
     """The files of the package by module name."""
@@ -123,22 +120,3 @@ def test_the_library_imports_nothing_of_the_application() -> None:
     library = {name: used for name, used in graph().items() if not name.startswith("metapl.apps")}
     library.pop("metapl.sklearn")  # a name that has always been there
     assert [(name, one) for name, used in library.items() for one in used if one.startswith("metapl.apps")] == []
-
-
-def test_the_top_can_be_seen_at_a_glance() -> None:
-    entries = [path for path in PACKAGE.iterdir() if path.name != "__pycache__"]
-    rooms = [path.name for path in entries if path.is_dir() and path.name != "apps"]
-    assert len(entries) <= ENTRIES
-    assert len(rooms) <= ROOMS
-
-
-def test_an_import_inside_a_function_is_seen() -> None:
-    source = "def late():\n    from metapl.training import loop\nif TYPE_CHECKING:\n    import metapl.ablation\n"
-    found = imports(source, {*modules()})
-    assert found == {"metapl.training.loop", "metapl.ablation"}
-    assert upward({"metapl.feedback.base": found}) == [
-        "metapl.feedback.base -> metapl.ablation",
-        "metapl.feedback.base -> metapl.training.loop",
-    ]
-    assert upward({"metapl.training.trainer": {"metapl.data.feed"}}) == []
-    assert circle({"a": {"b"}, "b": {"a"}}) != []

@@ -162,8 +162,7 @@ def test_bias_under_adam_stays_as_the_learning_rate_falls(mode: str, gap: float,
 
 @pytest.mark.parametrize("eta", [0.1, 0.001])
 @pytest.mark.parametrize(
-    ("mode", "gap", "length"),
-    [("reinforce", 1.0, 0.0), ("reinforce_per_example", 0.86, 0.16), ("forward", 0.82, 0.23)],
+    ("mode", "gap", "length"), [("reinforce", 1.0, 0.0), ("reinforce_per_example", 0.86, 0.16), ("forward", 0.82, 0.23)]
 )
 def test_bias_under_an_active_clip_stays_as_the_learning_rate_falls(
     mode: str, gap: float, length: float, eta: float

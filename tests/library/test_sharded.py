@@ -118,20 +118,6 @@ def test_every_mode_is_as_in_one_process(two: Ranks, layout: str, optimizer: str
             check_against_double_backward(found, mode, optimizer)
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
-def test_signals_of_several_tensors(two: Ranks, layout: str) -> None:
-    case: dict[str, Any] = {"layout": layout, "problem": sharded_cases.SEVERAL}
-    modes = [{"mode": mode} for mode in ("forward", "difference")]
-    check(two, [{**case, **given} for given in (*modes, {"mode": "forward", "accumulate": 2})])
-
-
-@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
-def test_a_signal_of_the_batch_as_a_whole(two: Ranks, layout: str) -> None:
-    """Its weights sum to one over the rows of all ranks, and the teacher learns by those of every rank."""
-    case: dict[str, Any] = {"layout": layout, "problem": sharded_cases.OF_ALL_ROWS}
-    check(two, [{**case, "mode": mode, "accumulate": parts} for mode, parts in (("forward", 1), ("forward", 2))])
-
-
 def check_against_double_backward(found: list[dict[str, Any]], mode: str, optimizer: str) -> None:
     teacher, student = sharded_cases.networks()
     labeled, unlabeled = sharded_cases.batches(1)[0]
@@ -145,103 +131,90 @@ def check_against_double_backward(found: list[dict[str, Any]], mode: str, optimi
         assert error(own["moved"][0], expected.student_params) < tolerance(mode)
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "modes"),
-    [
-        ("sgd", ("reinforce", "difference")),
-        ("adamw", ("forward",)),
-        pytest.param("sgd", ("none", "reinforce_per_example", "loss_difference", "forward"), marks=ELSEWHERE),
-        pytest.param("adamw", MODES[:-1], marks=ELSEWHERE),
-    ],
-)
-def test_hybrid_sharding_of_two_by_two(four: Ranks, optimizer: str, modes: tuple[str, ...]) -> None:
-    check(four, [{"mode": mode, "layout": "hsdp", "optimizer": optimizer} for mode in modes])
+def each(modes: tuple[Any, ...] | list[Any], **case: Any) -> list[dict[str, Any]]:
+    return [{"mode": mode, **case} for mode in modes]
 
 
-def test_uneven_shards(four: Ranks) -> None:
-    """Widths of 3, 5 and 9 over four processes: some hold nothing of a bias."""
-    case: dict[str, Any] = {"layout": "fsdp", "optimizer": "sgd", "gradients": False}
-    check(four, [{**case, "mode": mode} for mode in ("forward", "reinforce")])
-
-
-@pytest.mark.parametrize("alteration", ["permuted", "class_means", "random_sign"])
-def test_altered_feedback_is_that_of_all_rows(two: Ranks, alteration: Any) -> None:
-    modes = Altered(alteration=alteration), Altered(ReinforcePerExample(), alteration)
-    check(two, [{"mode": mode, "layout": "ddp", "optimizer": "sgd"} for mode in modes])
-
-
+FORWARD: dict[str, Any] = {"mode": "forward", "gradients": False}
 PLAIN_PASSES = ("none", "reinforce", "loss_difference", "difference", ReinforcePerExample(tangent="difference"))
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "modes"),
-    [
-        ("sgd", PLAIN_PASSES),
-        ("adamw", ("reinforce",)),
-        pytest.param("adamw", ("none", *PLAIN_PASSES[2:]), marks=ELSEWHERE),
+CUT: dict[str, Any] = {"layout": "tensor", "hidden": 8}
+OF_TWO: dict[str, list[dict[str, Any]]] = {
+    "signals of several tensors": each(["forward", "difference"], problem=sharded_cases.SEVERAL),
+    "micro-batches of them": each(["forward"], problem=sharded_cases.SEVERAL, accumulate=2),
+    # Its weights sum to one over the rows of all ranks, and the teacher learns by those of every rank.
+    "a signal of the batch as a whole": [
+        {"mode": "forward", "problem": sharded_cases.OF_ALL_ROWS, "accumulate": parts} for parts in (1, 2)
     ],
-)
-def test_tensor_parallelism(two: Ranks, optimizer: str, modes: tuple[Any, ...]) -> None:
-    case: dict[str, Any] = {"layout": "tensor", "optimizer": optimizer, "hidden": 8}
-    check(two, [*({**case, "mode": mode} for mode in modes), {**case, "mode": "none", "clip_norm": 0.05}], alike=2)
-    check(two, [{**case, "mode": modes[0], "teacher_layout": "ddp"}], alike=2)  # which has nothing to cut
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("layout", ["tensor_by_shard", "tensor_by_replicate"])
-def test_products_by_a_mesh(four: Ranks, layout: str) -> None:
-    case: dict[str, Any] = {"layout": layout, "hidden": 8}
-    pairs = (("reinforce", "sgd"), ("difference", "adamw"))
-    check(four, [{**case, "mode": mode, "optimizer": optimizer} for mode, optimizer in pairs], alike=2)
-
-
-@pytest.mark.parametrize(
-    ("mode", "optimizer", "options"),
-    [
-        ("reinforce", "adamw", {}),
-        ("difference", "sgd", {"clip_norm": 0.05}),
-        pytest.param("reinforce", "sgd", {}, marks=ELSEWHERE),
-        pytest.param("difference", "adamw", {}, marks=ELSEWHERE),
+    "an outer loss of a sum and a weight": [
+        *each(["reinforce", "loss_difference", "forward"], problem=sharded_cases.Weighted()),  # slope, value, gradient
+        {**FORWARD, "problem": sharded_cases.Weighted(), "accumulate": 2},
     ],
-)
-def test_tensor_parallelism_and_shards(four: Ranks, mode: str, optimizer: str, options: dict[str, Any]) -> None:
-    check(four, [{"layout": "tensor_shard", "hidden": 8, "mode": mode, "optimizer": optimizer, **options}], alike=2)
+    "options": [
+        {"mode": "forward", "clip_norm": 0.05},
+        {**FORWARD, "clip_norm": 0.05, "optimizer": "adamw", "mode": "reinforce_per_example"},
+        {**FORWARD, "views": True, "steps": 1},  # UDA
+        {**FORWARD, "recompute_teacher": True, "steps": 1},
+        {**FORWARD, "accumulate": 2},
+        {**FORWARD, "feedback_ratio": 0.5, "steps": 1},
+        {**FORWARD, "mode": Reinforce(similarity="cosine", baseline=0.9)},
+    ],
+}
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
-def test_options_of_the_trainer(two: Ranks, layout: str) -> None:
-    case: dict[str, Any] = {"mode": "forward", "layout": layout, "optimizer": "sgd", "gradients": False}
-    cosine = Reinforce(similarity="cosine", baseline=0.9)
-    check(
-        two,
-        [
-            {**case, "clip_norm": 0.05, "gradients": True},
-            {**case, "clip_norm": 0.05, "optimizer": "adamw", "mode": "reinforce_per_example"},
-            {**case, "views": True, "steps": 1},  # UDA
-            {**case, "recompute_teacher": True, "steps": 1},
-            {**case, "accumulate": 2},
-            {**case, "feedback_ratio": 0.5, "steps": 1},
-            {**case, "mode": cosine},
-        ],
-    )
+@pytest.mark.parametrize("what", OF_TWO)
+def test_two_processes_are_as_one(two: Ranks, what: str, layout: str) -> None:
+    check(two, [{**case, "layout": layout} for case in OF_TWO[what]])
 
 
-SPACED = Forward(keep_every=2)
-TWO_OF_THREE = Forward(truncate=2)
+OTHERS: dict[str, tuple[int, int, list[dict[str, Any]]]] = {  # ranks, how many of them have the same rows, cases
+    "altered feedback": (2, 1, each([Altered(), Altered(ReinforcePerExample(), "random_sign")], layout="ddp")),
+    "a replicated teacher": (2, 1, each(["forward"], layout="fsdp", teacher_layout="ddp", optimizer="adamw")),
+    "metapl's own function": (2, 1, each(["forward", "difference"], layout="shard")),
+    "its checkpoints": (2, 1, each(["forward", "difference"], layout="shard_checkpoint")),
+    "products": (2, 2, each(PLAIN_PASSES, **CUT) + each(["none"], clip_norm=0.05, **CUT)),
+    "products, AdamW": (2, 2, each(["reinforce"], optimizer="adamw", **CUT)),
+    "products of the student": (2, 2, each(["none"], teacher_layout="ddp", **CUT)),  # and nothing to cut
+    "shards and products": (4, 2, each(["reinforce"], layout="tensor_shard", optimizer="adamw", hidden=8)),
+    "shards, products, a clip": (4, 2, each(["difference"], layout="tensor_shard", hidden=8, clip_norm=0.05)),
+    "replicas of shards": (4, 1, each(["reinforce", "difference"], layout="hsdp")),
+    "replicas of shards, AdamW": (4, 1, each(["forward"], layout="hsdp", optimizer="adamw")),
+    "replicas, several steps": (4, 1, each([Forward(keep_every=2)], layout="hsdp", lookahead=3)),
+    # Widths of 3, 5 and 9 over four processes: some hold nothing of a bias.
+    "uneven shards": (4, 1, each(["forward", "reinforce"], layout="fsdp", gradients=False)),
+}
+LATER: dict[str, tuple[int, int, list[dict[str, Any]]]] = {
+    "products, AdamW, all": (2, 2, each(("none", *PLAIN_PASSES[2:]), optimizer="adamw", **CUT)),
+    "by a mesh, shards": (4, 2, each(["reinforce"], layout="tensor_by_shard", hidden=8)),
+    "by a mesh, replicas": (4, 2, each(["difference"], layout="tensor_by_replicate", hidden=8, optimizer="adamw")),
+    "replicas of shards, all": (4, 1, each(["none", "reinforce_per_example", "loss_difference"], layout="hsdp")),
+}
+
+
+@pytest.mark.parametrize("what", [*OTHERS, *(pytest.param(name, marks=ELSEWHERE) for name in LATER)])
+def test_other_layouts_are_as_one_process(two: Ranks, four: Ranks, what: str) -> None:
+    number, alike, cases = {**OTHERS, **LATER}[what]
+    check(two if number == 2 else four, cases, alike)
 
 
 @pytest.mark.parametrize(
     ("layout", "cases"),
     [
-        ("ddp", [{"mode": "forward"}, {"mode": SPACED, "accumulate": 2}]),
-        ("fsdp", [{"mode": "forward"}, {"mode": SPACED, "optimizer": "adamw"}, {"mode": TWO_OF_THREE}]),
+        ("ddp", [{"mode": "forward"}, {"mode": Forward(keep_every=2), "accumulate": 2}]),
+        ("fsdp", [{"mode": "forward"}, {"mode": Forward(keep_every=2), "optimizer": "adamw"}]),
+        ("fsdp", [{"mode": Forward()}, {"mode": Forward(truncate=2)}]),
         ("shard_checkpoint", [{"mode": "forward", "recompute_teacher": True}]),
     ],
 )
 def test_several_steps_ahead(two: Ranks, layout: str, cases: list[dict[str, Any]]) -> None:
     """Weights after two steps of the teacher, the feedback on each of three steps of the student, and the gradient."""
     found = check(two, [{"layout": layout, "lookahead": 3, **case} for case in cases])
-    check_path_against_double_backward([own["gradients"][0] for own in found[0]])
+    teacher, student = sharded_cases.networks()
+    (labeled, _), *_ = drawn = sharded_cases.batches(6)
+    ahead = [unlabeled for _, unlabeled in drawn[:3]]
+    expected = reference.several_steps(teacher, student, labeled=labeled, batches=ahead, rule=RULES["sgd"]).grads
+    for own in found[0]:
+        assert error(own["gradients"][0], expected) < 1e-10
 
 
 @pytest.mark.parametrize(
@@ -284,49 +257,11 @@ def test_no_process_gathers_more_than_a_block_and_the_root(two: Ranks) -> None:
         assert found["most"] == found["block"] + found["root"]
 
 
-def check_path_against_double_backward(found: list[dict[str, Any]]) -> None:
-    """The gradient through three steps of SGD with momentum, by a loop that uses nothing of metapl."""
-    teacher, student = sharded_cases.networks()
-    (labeled, _), *_ = drawn = sharded_cases.batches(6)
-    at: dict[str, Any] = dict(student.named_parameters())
-    pace = {name: torch.zeros_like(p) for name, p in at.items()}
-    for _, u in drawn[:3]:
-        outputs = torch.func.functional_call(student, at, (u,))
-        loss = nn.functional.cross_entropy(outputs, teacher(u).softmax(-1))
-        grads = torch.autograd.grad(loss, list(at.values()), create_graph=True)
-        for (name, p), g in zip(list(at.items()), grads, strict=True):
-            g = g + 0.01 * p
-            pace[name] = 0.9 * pace[name] + g
-            at[name] = p - 0.2 * (g + 0.9 * pace[name])
-    outer = nn.functional.cross_entropy(torch.func.functional_call(student, at, (labeled[0],)), labeled[1])
-    learned = dict(teacher.named_parameters())
-    expected = dict(zip(learned, torch.autograd.grad(outer, [*learned.values()]), strict=True))
-    for own in found:
-        assert error(own, expected) < 1e-10
-
-
-@pytest.mark.parametrize("short", [0, pytest.param(1, marks=pytest.mark.long)])
-def test_processes_with_other_memory_keep_the_same_steps(two: Ranks, short: int) -> None:
-    free = tuple(700_000 if rank == short else 10**9 for rank in range(2))
-    here, there = two.run("kept_of_many", free=free)
-    assert here == there
-    assert here.startswith("one step in")
-
-
 @pytest.mark.parametrize("layout", ["fsdp", "shard_checkpoint"])
 def test_a_path_that_failed_leaves_the_student_as_it_was(two: Ranks, layout: str) -> None:
     """In a forward pass, and where a block is run again in the backward pass, at weights of a later step."""
     for at in (2, 3, 4, 5):
         assert max(two.run("interrupted", layout=layout, at=at)) < 1e-12, at
-
-
-def test_a_replicated_teacher_of_a_sharded_student(two: Ranks) -> None:
-    check(two, [{"mode": "forward", "layout": "fsdp", "teacher_layout": "ddp", "optimizer": "adamw"}])
-
-
-@pytest.mark.parametrize("layout", ["shard", "shard_checkpoint"])
-def test_metapls_own_function(two: Ranks, layout: str) -> None:
-    check(two, [{"mode": mode, "layout": layout, "optimizer": "sgd"} for mode in ("forward", "difference")])
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
@@ -392,15 +327,6 @@ def test_planted_faults_are_caught(two: Ranks, fault: str, layout: str, mode: st
         compare(found, alone(**plain), 1e-3)
 
 
-def test_casts_that_autocast_keeps_are_caught(two: Ranks) -> None:
-    """By the loss after the step, which test_bfloat16_by_autocast compares to 2e-3."""
-    case: dict[str, Any] = {"mode": "loss_difference", "optimizer": "sgd", "steps": 1, "gradients": False}
-    case |= {"dtype": torch.float32, "precision": "bfloat16"}
-    expected = alone(**case)["scalars"][0]["outer_loss"]
-    for own in two.run("faulty", fault="casts_kept", case={**case, "layout": "fsdp"}):
-        assert own["scalars"][0]["outer_loss"] != pytest.approx(expected, rel=1e-2)
-
-
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -410,13 +336,6 @@ def test_what_does_not_run_is_refused_on_every_rank(two: Ranks, how: str) -> Non
     said = two.run("refused", how=how)
     assert said[0] != "not refused"
     assert said[0] == said[1]
-
-
-@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
-def test_an_outer_loss_of_a_sum_and_a_weight_is_as_in_one_process(two: Ranks, layout: str) -> None:
-    modes = ("reinforce", "loss_difference", "forward")  # its slope, its value, and its gradient
-    cases = [{"mode": mode, "layout": layout, "problem": sharded_cases.Weighted()} for mode in modes]
-    check(two, [*cases, {**cases[-1], "accumulate": 2, "gradients": False}])
 
 
 @pytest.mark.parametrize(
@@ -521,17 +440,6 @@ def test_a_fit_is_as_in_one_process_and_the_first_rank_writes(two: Ranks, layout
             assert row == pytest.approx(other, rel=1e-9, abs=1e-12, nan_ok=True)
     written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in written if row["phase"] == "fit"] == [row["step"] for row in expected["history"]]
-
-
-@pytest.mark.parametrize(
-    "layout", ["tensor", *(pytest.param(f"tensor_{others}", marks=ELSEWHERE) for others in ("shard", "by_replicate"))]
-)
-def test_a_fit_of_parallel_products(two: Ranks, four: Ranks, layout: str) -> None:
-    case: dict[str, Any] = {"mode": "difference", "hidden": 8, "ema_decay": 0.7}
-    expected = sharded_cases.fitted(None, **case)
-    for own in (two if layout == "tensor" else four).run("fitted", layout=layout, **case):
-        assert error(own["weights"], expected["weights"]) < 1e-6
-        assert error(own["tuned"], expected["tuned"]) < 1e-6
 
 
 @pytest.mark.parametrize(("layout", "inside"), [("ddp", "dropout"), ("fsdp", "dropout")])

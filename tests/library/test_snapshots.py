@@ -37,40 +37,6 @@ def test_a_state_dict_is_a_snapshot(inner: str) -> None:
     assert same(*runs)
 
 
-class Merged(nn.Linear):
-    """Low-rank additions that evaluation adds to the weight, as adapters of language models do."""
-
-    def __init__(self) -> None:
-        super().__init__(5, 3)
-        self.down, self.up = nn.Parameter(torch.randn(2, 5)), nn.Parameter(torch.randn(3, 2))
-        self.weight.requires_grad_(False)
-        self.merged = False
-
-    def train(self, mode: bool = True) -> Merged:
-        if mode == self.merged:
-            self.weight.data += (-1 if mode else 1) * (self.up @ self.down).detach()
-            self.merged = not mode
-        return super().train(mode)
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = super().forward(x)
-        return z if self.merged else z + x @ self.down.T @ self.up.T
-
-
-@pytest.mark.parametrize("part_in_eval", [False, True])
-def test_weights_that_evaluation_merges_are_as_they_were(part_in_eval: bool) -> None:
-    """Whichever part of the network was in evaluation mode before."""
-    layer = Merged()
-    model = nn.Sequential(layer, nn.Linear(3, 3))
-    (layer if part_in_eval else model[1]).eval()
-    before, modes = layer.weight.clone(), [part.training for part in model.modules()]
-    trainer = metapl.LossTrainer(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
-    trainer.predict(torch.randn(4, 5))
-    assert layer.merged == part_in_eval
-    torch.testing.assert_close(layer.weight, before)
-    assert [part.training for part in model.modules()] == modes
-
-
 class Caches(nn.Module):
     """A table that the first pass makes, and later ones read."""
 

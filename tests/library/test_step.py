@@ -181,17 +181,6 @@ def test_the_teachers_own_losses_are_added_to_the_feedback(
         assert report.teacher_loss == pytest.approx((supervised + consistency).item(), rel=1e-12)
 
 
-@pytest.mark.parametrize(("views", "names"), [(False, {"cross_entropy"}), (True, {"cross_entropy", "uda"})])
-def test_the_default_losses_are_smoothed_cross_entropy_and_uda_for_two_views(views: bool, names: set[str]) -> None:
-    case = toy("mlp", views=views)
-    report = metapl.BilevelTrainer(**case.networks(), mode="none").step(**case.data())
-    assert {n.removeprefix("teacher_") for n in report.as_dict() if n.startswith("teacher_")} == {"loss", *names}
-    case = toy("mlp", views=views)
-    assert report.teacher_cross_entropy == pytest.approx(
-        smoothed_cross_entropy(case.teacher, case.labeled, 0.1).item(), rel=1e-12
-    )
-
-
 # ------------------------------------------------------------------------------------------------------ the report
 
 
@@ -236,29 +225,6 @@ def test_cross_entropy_of_hard_labels_is_smoothed_for_the_student_alone() -> Non
 def trainer_bias(before: dict[str, Tensor], case: Toy) -> Tensor:
     """How far the teacher's last bias moved: minus the sum over the batch of the gradient at its outputs."""
     return moved(before, case.teacher)["3.bias"]
-
-
-@pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torch_adamw", "torchopt_clip"])
-@pytest.mark.parametrize("student", ["mlp", "group_norm", "attention"])
-@pytest.mark.parametrize("mode", ["forward", "difference", "none"])
-def test_micro_batches_give_the_numbers_of_the_whole(mode: str, student: str, optimiser: str) -> None:
-    """Two steps on two micro-batches each, with the teacher's own losses, where no layer mixes examples."""
-    runs = []
-    for accumulate in (1, 2):
-        case, rule = toy(student, views=True), OPTIMISERS[optimiser]
-        case = replace(case, labeled=tuple(t[:4] for t in case.labeled))
-        trainer = trainer_for(
-            case,
-            mode,
-            inner_optimizer=rule.build(case.student),
-            teacher_losses=(CrossEntropy(0.1), UDA(0.5)),
-            accumulate=accumulate,
-        )
-        reports = [trainer.step(**case.data()) for _ in range(2)]
-        runs.append({**values(case.student), **{f"teacher.{n}": p for n, p in values(case.teacher).items()}})
-        runs[-1] |= {f"h{i}": r.feedback for i, r in enumerate(reports)}
-    bound = 1e-4 if mode == "difference" else 1e-10
-    assert all(error(runs[1][n], runs[0][n]) < bound for n in runs[0] if runs[0][n].abs().max() > 1e-12)
 
 
 class Table(nn.Module):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metapl import UDA, MetaplError
+from metapl import UDA
 from metapl.problems.base import Signal
 
 NOTHING = Signal(torch.empty(0))
@@ -89,12 +89,6 @@ def test_the_labels_are_spread_like_the_prior(align: float) -> None:
     even = UDA(0.5, 0.4, align=align).target(given)
     assert torch.equal(uda.target(given), even) == (align == 0)
     torch.testing.assert_close(UDA(0.5, 0.4, align=align, prior=(0.2,) * 5).target(given), even)
-
-
-@pytest.mark.parametrize("prior", [(0.5, 0.4), (1.0, 0.0), (1.5, -0.5), ()])
-def test_a_prior_that_is_none_is_refused(prior: tuple[float, ...]) -> None:
-    with pytest.raises(MetaplError, match="prior"):
-        UDA(align=0.5, prior=prior)
 
 
 # -------------------------------------------------------------------------------------------------- improbable classes

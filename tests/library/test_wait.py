@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import metapl
-from metapl import UDA, CrossEntropy, MetaplError
+from metapl import UDA, CrossEntropy
 from metapl.feedback import LossDifference, Reinforce
 from metapl.runs.checkpoint import CheckpointFolder
 from metapl.training.loss_trainer import LossTrainer
@@ -66,11 +66,6 @@ def test_the_teacher_learns_as_it_would_without_a_student(options: dict[str, Any
     assert same(moving(trainer), before)
     assert all(p.grad is None for module in (trainer.teacher, trainer.student) for p in module.parameters())
     assert trainer.steps_done == 8
-
-
-def everything(trainer: metapl.BilevelTrainer) -> Any:
-    state = pytree.tree_map_only(Tensor, torch.clone, trainer.state_dict())
-    return state, torch.get_rng_state()
 
 
 # ---------------------------------------------------------------------------------------------------- the loop's wait
@@ -159,13 +154,3 @@ def test_while_it_waits_the_student_is_neither_validated_nor_kept_nor_averaged(t
 
 
 # ------------------------------------------------------------------------------------------------------- what cannot be
-
-
-def test_a_teacher_without_losses_cannot_train_alone() -> None:
-    trainer = bilevel(teacher_losses=())
-    before = everything(trainer)
-    with pytest.raises(MetaplError, match=r"teacher_losses=\(\)\), so it cannot train without feedback"):
-        trainer.teacher_step(*pairs(1)[0])
-    with pytest.raises(MetaplError, match=r"step 1: the teacher has no losses of its own"):
-        trainer.fit(*sources(3), steps=5, wait=2)
-    assert same(everything(trainer), before)

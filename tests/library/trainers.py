@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from problems_zoo import Toy
 from torch import Tensor, nn
 
@@ -18,19 +17,3 @@ def trainer_for(case: Toy, mode: Any = "forward", **options: Any) -> metapl.Bile
 
 def values(module: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters()}
-
-
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.tanh()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
-
-
-class OnceDifferentiable(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return _Once.apply(super().forward(x.flatten(1)))
