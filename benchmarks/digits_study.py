@@ -111,11 +111,11 @@ def settings_of(
     """The digits, and the method, with a configuration of the grid."""
     entry = ENTRIES[method]
     kept = {"ema_decay": EMA_DECAY if final else None, "finetune_steps": size.finetune_steps}
-    rates = {"student_lr": config.get("student_lr", 0.5), "lr": config.get("teacher_lr", 0.06)}
-    of = fitting(seed=seed, steps=size.steps, log_every=size.steps, **kept, **rates)
+    of = fitting(seed=seed, steps=size.steps, log_every=size.steps, lr=config.get("teacher_lr", 0.06), **kept)
     named: Any = METHODS[entry.method]
     asked = {
         "mode": entry.mode,
+        "student_lr": config.get("student_lr", 0.5),
         "feedback_weight": config.get("weight", 1.0),
         **{name: config[name] for name in ("temperature", "label_smoothing", "uda_weight") if name in config},
         **({} if entry.labels is None else {"pseudo_labels": entry.labels}),

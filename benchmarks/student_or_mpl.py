@@ -131,7 +131,7 @@ def settings_of(method: str, sizes: dict[str, Any], seed: int) -> tuple[Digits, 
         named = OnSelected(**{each.name: getattr(usual, each.name) for each in dataclasses.fields(usual)}, first=first)
     else:
         named = METHODS[method]
-    rates = {"schedule": "exponential", "lr": 0.2, "student_lr": 1.0}
+    rates = {"schedule": "exponential", "lr": 0.2}
     hidden = TINY if sizes is MINIATURE else HIDDEN
     return Digits(hidden=hidden, fitting=fitting(**sizes, **rates, seed=seed)), named
 

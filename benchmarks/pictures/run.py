@@ -113,7 +113,7 @@ def quiet(text: str) -> None:
 class BySgd(Images):
     """The pictures with SGD for both networks."""
 
-    def optimizer(self, role: Role, module: nn.Module) -> torch.optim.Optimizer:
+    def optimizer(self, role: Role, module: nn.Module, lr: float | None = None) -> torch.optim.Optimizer:
         groups = parameter_groups(module, 5e-4, on_norms=False)
         return torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
 

@@ -25,11 +25,11 @@ from metapl.apps.look import settled
 from metapl.apps.machine.cores import default_threads
 from metapl.apps.methods import ReducedMpl, beside
 from metapl.apps.noisy_labels import Noisy
-from metapl.apps.noisy_student import NoisyStudent
+from metapl.apps.noisy_student import DigitsOfRounds, ImagesOfRounds, NoisyStudent
 from metapl.apps.process import exit_code
 from metapl.apps.report import summary
 from metapl.apps.run import RunFolder, stored_result
-from metapl.apps.settings import Fitting, Flat, Switch, unset
+from metapl.apps.settings import Flat, Switch, unset
 from metapl.apps.train import check_shares, describe, device, train
 from metapl.apps.words import tell, wrapped
 from metapl.distributed.mesh import Mesh
@@ -124,13 +124,6 @@ class TrainNoisy:
         return go(self.config, self.method, self.place, self.comparing, noisy_labels.METHODS, noisy_labels.COMPARED)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImagesOfRounds(Images):
-    """Pictures, with the schedule of the paper."""
-
-    fitting: Flat[Fitting] = field(default_factory=lambda: Fitting(ema_decay=0.99, schedule="exponential"))
-
-
 ROUNDS = """Train by Noisy Student: a teacher labels, a student learns its labels with noise, and becomes the teacher.
 
 Round 0 trains the first teacher on the labeled examples. In each later round the last network labels the unlabeled
@@ -156,7 +149,7 @@ class RoundsOfImages:
 class RoundsOfDigits:
     __doc__ = ROUNDS
 
-    config: Flat[Digits] = noisy_student.DIGITS
+    config: Flat[DigitsOfRounds] = noisy_student.DIGITS
     place: Flat[Place] = field(default_factory=Place)
     method: Flat[NoisyStudent] = field(default_factory=NoisyStudent)
 
@@ -180,8 +173,7 @@ def go(
         check_out(where.out or Path("runs"), {name: getattr(config, name) for name in config.places})
     compares = comparing is not None and comparing.compare
     names = () if comparing is None else _compared(config, method, mesh, comparing, methods or {}, usual)
-    if mesh.size > 1:
-        check_shares(config, mesh)
+    check_shares(config, method, mesh)
     if isinstance(method, ReducedMpl):
         check_labels_given(config, method)
     with joined(mesh, place) as processes:
@@ -190,10 +182,11 @@ def go(
         others: int | None = 2  # what the other processes leave with, unless they are told to train
         try:
             with run_folder(where.out, config.name, where.resume) as folder:
-                folder.command = f"{program()} {shlex.join(sys.argv[1:])}"
+                if sys.argv[1:2] in (["train"], ["noisy-student"]):  # else another program calls this
+                    folder.command = f"{program()} {shlex.join(sys.argv[1:])}"
                 try:
                     before = folder.recipe()["fields"] if where.resume and folder.exists else None
-                    torch.set_num_threads(getattr(config, "threads", default_threads()))
+                    torch.set_num_threads(config.threads or default_threads())
                     if config.places:
                         config, method = settled(config, method, aloud, before)
                     else:
@@ -218,7 +211,7 @@ def go(
 
 def _train(config: Any, method: Any, resume: bool, folder: RunFolder, processes: Processes) -> None:
     out = folder.path
-    torch.set_num_threads(getattr(config, "threads", folder.threads()))
+    torch.set_num_threads(config.threads or folder.threads())
     with folder.claimed(describe(config, method), resume=resume):
         if folder.ended:
             tell(f"{out} is finished already.")
@@ -240,7 +233,7 @@ def _beside(processes: Processes) -> int:
     if isinstance(given, int):
         return given
     config, method, threads = given
-    torch.set_num_threads(getattr(config, "threads", threads))
+    torch.set_num_threads(config.threads or threads)
     with tempfile.TemporaryDirectory() as place:
         folder = RunFolder(Path(place) / "run")
         try:

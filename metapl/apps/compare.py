@@ -72,7 +72,7 @@ class Job:
     def run(self) -> dict[str, Any]:
         """Run it here, in silence. One that is finished only gives its result, if its networks are those it was of."""
         folder = RunFolder(self.folder)
-        torch.set_num_threads(getattr(self.config, "threads", self.threads))
+        torch.set_num_threads(self.config.threads or self.threads)
         with folder.claimed(describe(self.config, self.method), resume=self.resume):
             if not folder.ended:
                 return train(self.config, self.method, folder, resume=self.resume and folder.exists)

@@ -26,7 +26,7 @@ from metapl.apps.pictures import Identity, LabeledBatches, ShiftNoiseCutout, Unl
 from metapl.apps.pictures.card import NetworkCard
 from metapl.apps.pictures.folders import hashes
 from metapl.apps.pictures.input import Input
-from metapl.apps.settings import Fitting, Flat, Role, Share, replaced, require
+from metapl.apps.settings import Batch, Fitting, Flat, Role, Share, replaced, require
 from metapl.data import StepSampler
 from metapl.errors import MetaplError
 from metapl.models import mlp
@@ -65,7 +65,7 @@ COMPARED = ("mpl", "none", "supervised", "pseudo_labels", "uda")
 
 
 def fitting(**fields: Any) -> Fitting:
-    usual: dict[str, Any] = {"steps": 6000, "labeled_batch": 64, "unlabeled_batch": 64, "validate_every": 100}
+    usual: dict[str, Any] = {"steps": 6000, "labeled_batch": 64, "validate_every": 100}
     return Fitting(**{**usual, "warmup": 0, "device": "cpu", **fields})
 
 
@@ -78,6 +78,7 @@ class Digits:
 
     Args:
         labels_per_class: labeled images of each class.
+        unlabeled_batch: unlabeled images in a batch.
         hidden: widths of the hidden layers.
         dropout: dropout rate of the networks.
         threads: of the linear algebra; rounding depends on it.
@@ -89,6 +90,7 @@ class Digits:
     places: ClassVar[tuple[str, ...]] = ()
 
     labels_per_class: Annotated[int, Range(1)] = 2
+    unlabeled_batch: Batch = 64
     hidden: tuple[int, ...] = (32, 32)
     dropout: Share = 0.0
     threads: Annotated[int, Range(1, most=MOST_THREADS)] = 1
@@ -110,7 +112,7 @@ class Digits:
             sampler = StepSampler(len(images), fitting.labeled_batch, seed=seed, stream=stream)
             return LabeledBatches(images, labels, sampler, VIEW, own)
 
-        many = StepSampler(len(split.unlabeled), fitting.unlabeled_batch, seed=seed, stream=1)
+        many = StepSampler(len(split.unlabeled), self.unlabeled_batch, seed=seed, stream=1)
         return Data(
             labeled=labeled(images, labels, 0, seed),
             unlabeled=UnlabeledBatches(split.unlabeled, many, Identity(), VIEW, seed),
@@ -129,10 +131,10 @@ class Digits:
     def card(self, title: str) -> NetworkCard:
         return NetworkCard(title=title, input=self.input, widths=(64, *self.hidden, 10), dropout=self.dropout)
 
-    def optimizer(self, role: Role, module: nn.Module) -> torch.optim.Optimizer:
+    def optimizer(self, role: Role, module: nn.Module, lr: float | None = None) -> torch.optim.Optimizer:
         groups = parameter_groups(module, 0.0, on_norms=True)
         if role == "student":
-            return torch.optim.SGD(groups, lr=self.fitting.student_lr or STUDENT_RATE)
+            return torch.optim.SGD(groups, lr=lr or STUDENT_RATE)
         return torch.optim.SGD(groups, lr=self.fitting.lr or TEACHER_RATE, momentum=MOMENTUM)
 
     def finetuner(self, module: nn.Module) -> torch.optim.Optimizer:

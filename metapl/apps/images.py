@@ -33,7 +33,7 @@ from metapl.apps.pictures.store import FileImages
 from metapl.apps.pictures.store import Images as Stored
 from metapl.apps.pictures.views.base import Chain, Identity, View
 from metapl.apps.pictures.views.transforms import Affine, Color, Flip, Hole, Recolor, ResizedCrop, Sometimes
-from metapl.apps.settings import Fitting, Flat, Hidden, Role, Share, Switch, replaced, unset
+from metapl.apps.settings import Batch, Fitting, Flat, Hidden, Role, Share, Switch, replaced, unset
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError
 from metapl.errors import few as some
@@ -191,9 +191,15 @@ class Pictures:
         """Some of the deeper networks diverge at first without it."""
         return None if str(self.network).endswith("_cnn") else CLIPPED
 
-    def optimizer(self, fitting: Fitting, role: Role, module: nn.Module) -> torch.optim.Optimizer:
+    def optimizer(self, module: nn.Module, lr: float | None) -> torch.optim.Optimizer:
         groups = networks.parameter_groups(module, WEIGHT_DECAY, on_norms=False)
-        return torch.optim.AdamW(groups, lr=(fitting.lr if role == "teacher" else fitting.student_lr) or self.rate)
+        return torch.optim.AdamW(groups, lr=lr or self.rate)
+
+    def finetuner(self, module: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(networks.parameter_groups(module, 0.0, on_norms=True), lr=FINETUNED_AT)
+
+    def trainer_options(self, fitting: Fitting) -> dict[str, Any]:
+        return {"clip_norm": self.clip_norm, "accumulate": fitting.accumulate, "precision": fitting.precision}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,17 +213,20 @@ class Images:
         unlabeled: a folder, or a .txt of paths.
         val: to select on, like --labeled.
         test: to report on, like --labeled.
+        unlabeled_batch: unlabeled pictures in a batch.
         minutes: for as many steps as fit; by default 5.
     """
 
     name: ClassVar[str] = "images"
     places: ClassVar[tuple[str, ...]] = ("labeled", "unlabeled", "val", "test")  # fields that are folders
     batch_of_few: ClassVar[str] = "labeled_batch"
+    threads: ClassVar[int | None] = None  # those of the process
 
     labeled: Folder
     unlabeled: Folder
     val: OtherFolder = None
     test: OtherFolder = None
+    unlabeled_batch: Batch = 32
     minutes: Minutes = None
     pictures: Flat[Pictures] = field(default_factory=Pictures)
     fitting: Flat[Fitting] = field(default_factory=lambda: Fitting(ema_decay=0.99))
@@ -281,7 +290,7 @@ class Images:
         samplers = [
             StepSampler(len(images), size, seed=seed, stream=stream)
             for stream, (images, size) in enumerate(
-                [(few, fitting.labeled_batch), (many, fitting.unlabeled_batch), (few, fitting.labeled_batch)]
+                [(few, fitting.labeled_batch), (many, self.unlabeled_batch), (few, fitting.labeled_batch)]
             )
         ]
         return {
@@ -296,33 +305,30 @@ class Images:
     def card(self, title: str) -> NetworkCard:
         return self.pictures.card(title, len(self.classes))
 
-    def optimizer(self, role: Role, module: nn.Module) -> torch.optim.Optimizer:
-        return self.pictures.optimizer(self.fitting, role, module)
+    def optimizer(self, role: Role, module: nn.Module, lr: float | None = None) -> torch.optim.Optimizer:
+        return self.pictures.optimizer(module, self.fitting.lr if role == "teacher" else lr)
 
     def finetuner(self, module: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(networks.parameter_groups(module, 0.0, on_norms=True), lr=FINETUNED_AT)
+        return self.pictures.finetuner(module)
 
     def trainer_options(self) -> dict[str, Any]:
-        return trainer_options(self)
+        return self.pictures.trainer_options(self.fitting)
 
     def finetuning(self) -> dict[str, Any]:
         """A rate that stays: section 2.3 of the paper."""
         return self.fitting.finetuning(schedule="constant")
 
     def with_network(self, name: str) -> Images:
-        """With another network of the same pictures; a file of weights is of one network."""
+        """With another network of the same pictures, and its rate where none was given; weights are of one network."""
+        if name == self.pictures.network:
+            return self
         found: Images = replaced(self, network=name, weights=None)
-        return self if name == self.pictures.network else found
+        usual = self.fitting.lr == self.pictures.rate
+        return replaced(found, lr=found.pictures.rate) if usual else found
 
     def at_size(self, size: int) -> Images:
         found: Images = at_size(self, size)
         return found
-
-
-def trainer_options(config: Any) -> dict[str, Any]:
-    fitting = config.fitting
-    own = {"clip_norm": config.pictures.clip_norm}
-    return {**own, "accumulate": fitting.accumulate, "precision": fitting.precision}
 
 
 def at_size(config: Any, size: int) -> Any:

@@ -71,7 +71,7 @@ def settled(config: Any, method: Any, say: Say, before: Mapping[str, Any] | None
     aside = round(SET_ASIDE * count) if not config.val else 0
     # Too few to select on train better.
     config = fitted(config, seen, val_fraction=SET_ASIDE if aside >= SELECTED_ON else 0.0)
-    method = filled(method, {"uda_prior": seen.shares})
+    method = filled(method, {"uda_prior": seen.shares, "student_lr": config.pictures.rate})
     steps = config.fitting.steps
     config, method = with_steps(config, method)
     say(chosen(config, method, seen))
@@ -120,7 +120,7 @@ def fitted(config: Any, seen: Look, val_fraction: float) -> Any:
         "std": std,
     }
     config = filled(config, choices)
-    return filled(config, {"lr": config.pictures.rate, "student_lr": config.pictures.rate})
+    return filled(config, {"lr": config.pictures.rate})
 
 
 def with_steps(config: Any, method: Any) -> tuple[Any, Any]:

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from metapl import feedback, problems
 from metapl.ablation import Altered
 from metapl.apps.pictures import LabeledBatches, UnlabeledBatches
-from metapl.apps.settings import Flat, Hidden, Role, Share, SomeSteps, Weight, flat, replaced, unset
+from metapl.apps.settings import Flat, Hidden, Share, SomeSteps, Weight, flat, replaced, unset
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import views
 from metapl.execution.numerics import wide
 from metapl.models import label_adjuster
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
-from metapl.runs.fields import Range, check_fields
+from metapl.runs.fields import AboveZero, Range, check_fields
 from metapl.training import FitResult, Trainer
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
@@ -93,7 +93,7 @@ class Training:
     data: Data
     teacher: nn.Module  # both with fresh weights, on their device, over the processes that train together
     student: nn.Module
-    optimizer: Callable[[Role, nn.Module], torch.optim.Optimizer]
+    optimizer: Callable[..., torch.optim.Optimizer]  # optimizer(role, network, lr)
     options: Mapping[str, Any]  # of every trainer
     # fit(trainer, labeled, unlabeled, **options): one phase, which goes on where it was stopped.
     fit: Callable[..., FitResult]
@@ -114,7 +114,7 @@ class Training:
     def bilevel(self, teacher: nn.Module, mode: Any, problem: Any, **options: Any) -> BilevelTrainer:
         """The trainer of the student beside a teacher. It is not verified: the tests verify these problems."""
         optimizers = {
-            "inner_optimizer": self.optimizer("student", self.student),
+            "inner_optimizer": self.optimizer("student", self.student, options.pop("student_lr", None)),
             "outer_optimizer": options.pop("outer_optimizer", None) or self.optimizer("teacher", teacher),
         }
         options = {"verify": False, "problem": problem, **optimizers, **self.options, **options}
@@ -305,6 +305,7 @@ class Feedback:
         pseudo_labels: soft or hard; as the mode needs.
         temperature: of the pseudo-labels' softmax.
         student_smoothing: label smoothing of its loss.
+        student_lr: its learning rate.
         feedback: whole, none, or an altered control.
         feedback_weight: beside the teacher's own losses.
         feedback_ratio: its norm by theirs, instead.
@@ -316,6 +317,7 @@ class Feedback:
     pseudo_labels: Annotated[Literal["soft", "hard"] | None, unset("KIND")] = None
     temperature: float = 1.0
     student_smoothing: Share = 0.0
+    student_lr: Annotated[AboveZero | None, unset()] = None
     feedback: Annotated[FeedbackKind, tyro.conf.arg(metavar="KIND")] = "whole"
     feedback_weight: float = 1.0
     feedback_ratio: Annotated[Weight | None, unset()] = None
@@ -398,7 +400,7 @@ class Mpl:
     def trainer(self, t: Training) -> BilevelTrainer:
         mode = self.feedback.estimator(t.config.fitting.seed)
         own = {"teacher_losses": self.uda.losses(), **self.feedback.size()}
-        return t.bilevel(t.teacher, mode, self.feedback.problem(), **own)
+        return t.bilevel(t.teacher, mode, self.feedback.problem(), student_lr=self.feedback.student_lr, **own)
 
     def train(self, t: Training) -> Trained:
         trainer = self.trainer(t)
@@ -418,12 +420,14 @@ class PseudoLabels:
         pseudo_labels: soft or hard.
         temperature: of the softmax that makes them.
         student_smoothing: label smoothing of its loss.
+        student_lr: its learning rate.
         label_smoothing: of the teacher's loss.
     """
 
     pseudo_labels: Annotated[Literal["soft", "hard"], tyro.conf.arg(metavar="KIND")] = "soft"
     temperature: float = 1.0
-    student_smoothing: float = 0.0
+    student_smoothing: Share = 0.0
+    student_lr: Annotated[AboveZero | None, unset()] = None
     label_smoothing: Share = 0.0
 
     def __post_init__(self) -> None:
@@ -448,7 +452,7 @@ class PseudoLabels:
     def train(self, t: Training) -> Trained:
         t.alone(t.teacher, (CrossEntropy(self.label_smoothing),), phase="teacher")
         # Without a loss and without feedback the teacher stays as it is.
-        trainer = t.bilevel(t.teacher, "none", self.problem(), teacher_losses=())
+        trainer = t.bilevel(t.teacher, "none", self.problem(), teacher_losses=(), student_lr=self.student_lr)
         return Trained(trainer, t.fit(trainer, t.data.labeled, t.data.unlabeled))
 
 
@@ -509,7 +513,8 @@ class ReducedMpl:
         labels = self.feedback.problem()
         problem = problems.ReducedLabels(labels.kind, labels.temperature, labels.label_smoothing)
         mode = self.feedback.estimator(t.config.fitting.seed)
-        trainer = t.bilevel(adjuster, mode, problem, teacher_losses=own, **self.feedback.size(ratio=bool(own)))
+        size = {**self.feedback.size(ratio=bool(own)), "student_lr": self.feedback.student_lr}
+        trainer = t.bilevel(adjuster, mode, problem, teacher_losses=own, **size)
         seen = unlabeled.weak if unlabeled.strong is None else unlabeled.strong
         pairs = dataclasses.replace(unlabeled, weak=seen, strong=None, stored=stored["unlabeled"])
         # The small network has no opinion on examples, of which some could be right.

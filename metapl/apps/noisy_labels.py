@@ -16,7 +16,6 @@ from metapl.ablation import Altered
 from metapl.apps import networks
 from metapl.apps.images import (
     EVALUATED_AT_ONCE,
-    FINETUNED_AT,
     Folder,
     Minutes,
     OtherFolder,
@@ -26,7 +25,6 @@ from metapl.apps.images import (
     refuse_errors,
     sound_files,
     spoken_classes,
-    trainer_options,
 )
 from metapl.apps.methods import Data, Doubtful, Trained, Training
 from metapl.apps.pictures.batches import EvaluationBatches, LabeledBatches
@@ -78,14 +76,7 @@ class Plain:
         return self
 
     def train(self, t: Training) -> Trained:
-        return _plainly(t, t.data.labeled if self.clean_alone else t.data.everything)
-
-
-def _plainly(t: Training, labeled: Any, **options: Any) -> Trained:
-    # As the student that it is: the other network may be what is learned about labels.
-    return dataclasses.replace(t, optimizer=lambda role, module: t.optimizer("student", module)).alone(
-        t.student, PLAIN, labeled=labeled, **options
-    )
+        return t.alone(t.student, PLAIN, labeled=t.data.labeled if self.clean_alone else t.data.everything)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +137,7 @@ class Learned:
         if warm:
             # While the network knows nothing yet, whatever it learns from helps it, and all weights would grow.
             first = {"steps": warm, "schedule": "constant", "select": False, "warmup": min(fitting.warmup, warm)}
-            _plainly(t, t.data.everything, phase="warm", **first)
+            t.alone(t.student, PLAIN, labeled=t.data.everything, phase="warm", **first)
         mode: Any = feedback.estimator(self.mode)
         if self.feedback != "whole":
             mode = Altered(mode, self.feedback, seed=fitting.seed)
@@ -197,6 +188,7 @@ class Noisy:
     name: ClassVar[str] = "noisy"
     places: ClassVar[tuple[str, ...]] = ("labeled", "clean", "val", "test")
     batch_of_few: ClassVar[str] = "clean_batch"
+    threads: ClassVar[int | None] = None  # those of the process
 
     labeled: Folder
     clean: Folder
@@ -307,14 +299,14 @@ class Noisy:
     def card(self, title: str) -> NetworkCard:
         return self.pictures.card(title, len(self.classes))
 
-    def optimizer(self, role: Role, module: nn.Module) -> torch.optim.Optimizer:
-        return self.pictures.optimizer(self.fitting, role, module)
+    def optimizer(self, role: Role, module: nn.Module, lr: float | None = None) -> torch.optim.Optimizer:
+        return self.pictures.optimizer(module, self.fitting.lr)
 
     def finetuner(self, module: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(networks.parameter_groups(module, 0.0, on_norms=True), lr=FINETUNED_AT)
+        return self.pictures.finetuner(module)
 
     def trainer_options(self) -> dict[str, Any]:
-        return trainer_options(self)
+        return self.pictures.trainer_options(self.fitting)
 
     def finetuning(self) -> dict[str, Any]:
         return self.fitting.finetuning(schedule="constant")

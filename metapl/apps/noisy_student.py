@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from metapl.apps.digits import Digits
 from metapl.apps.digits import fitting as of_digits
+from metapl.apps.images import Images
 from metapl.apps.labeling import Labeled, Read, SourcePictures, provenance, store_labels
 from metapl.apps.labels import LabelStore
 from metapl.apps.labels.queries import Selection, select, statistics
@@ -31,7 +32,7 @@ from metapl.apps.methods import Data, Trained, Training
 from metapl.apps.pictures import LabeledBatches, UnlabeledBatches
 from metapl.apps.pictures.batches import Fetched
 from metapl.apps.pictures.views.base import Identity, View
-from metapl.apps.settings import Share, Steps, Switch, replaced, require, unset
+from metapl.apps.settings import Batch, Fitting, Flat, Hidden, Share, Steps, Switch, replaced, require, unset
 from metapl.apps.train import evaluated, measured
 from metapl.data.draws import fold_in
 from metapl.data.sampler import StepSampler
@@ -184,7 +185,26 @@ class NoisyStudent:
 
 
 METHODS = {"noisy_student": NoisyStudent()}
-DIGITS = Digits(hidden=(64, 64), fitting=of_digits(steps=1000, schedule="exponential", lr=0.2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsOfRounds(Digits):
+    """The digits, with the schedule of the paper; a batch has --ratio unlabeled ones for each labeled one."""
+
+    unlabeled_batch: Hidden[Batch] = 64
+    hidden: tuple[int, ...] = (64, 64)
+    fitting: Flat[Fitting] = field(default_factory=lambda: of_digits(steps=1000, schedule="exponential", lr=0.2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesOfRounds(Images):
+    """Pictures, likewise."""
+
+    unlabeled_batch: Hidden[Batch] = 32
+    fitting: Flat[Fitting] = field(default_factory=lambda: Fitting(ema_decay=0.99, schedule="exponential"))
+
+
+DIGITS = DigitsOfRounds()
 
 
 @dataclass(frozen=True)

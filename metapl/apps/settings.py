@@ -53,9 +53,7 @@ class Fitting:
         steps: training steps.
         seed: of all that is drawn.
         labeled_batch: labeled examples in a batch.
-        unlabeled_batch: unlabeled ones.
         lr: rate of the teacher, or the one network.
-        student_lr: rate of the student.
         schedule: cosine, constant or exponential.
         warmup: steps of growing rates.
         ema_decay: of the average that is kept.
@@ -72,9 +70,7 @@ class Fitting:
     steps: Annotated[Steps | None, unset()] = None
     seed: Annotated[int, Range(0, most=2**32 - 1)] = 0
     labeled_batch: Batch = 32
-    unlabeled_batch: Batch = 32
     lr: Annotated[AboveZero | None, unset()] = None
-    student_lr: Annotated[AboveZero | None, unset()] = None
     schedule: Annotated[Literal["cosine", "constant", "exponential"], tyro.conf.arg(metavar="NAME")] = "cosine"
     warmup: Annotated[SomeSteps | None, unset()] = None
     ema_decay: Annotated[Share | None, unset()] = None
@@ -106,7 +102,7 @@ class Fitting:
 
 
 def replaced(value: Any, **fields: Any) -> Any:
-    """A dataclass with other values of these fields, be they its own or those of a dataclass in it.
+    """A dataclass with other values of these fields, as far as it has them, or a dataclass in it has.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Whole:

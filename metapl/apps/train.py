@@ -59,7 +59,9 @@ class Config(Protocol):
     def card(self, title: str) -> NetworkCard:
         """What network.json says of it, and what messages call it."""
 
-    def optimizer(self, role: Role, module: nn.Module) -> torch.optim.Optimizer: ...
+    def optimizer(self, role: Role, module: nn.Module, lr: float | None = None) -> torch.optim.Optimizer:
+        """``lr`` is that of a student; None: the usual one."""
+
     def finetuner(self, module: nn.Module) -> torch.optim.Optimizer: ...
     def trainer_options(self) -> dict[str, Any]:
         """Of every trainer, finetuning included."""
@@ -317,13 +319,13 @@ def device(asked: str) -> torch.device:
     return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def check_shares(config: Any, mesh: Mesh) -> None:
-    """Refuse batches that the processes do not share equally."""
-    for name, size in {**flat(config)}.items():
-        parts = mesh.shares * config.fitting.accumulate
-        if name.endswith("_batch") and size is not None and size % parts:
+def check_shares(config: Any, method: Any, mesh: Mesh) -> None:
+    """Refuse batches that do not fall into equal parts for the processes, and for --accumulate in each."""
+    parts = mesh.shares * config.fitting.accumulate
+    for name, size in flat(config).items():
+        drawn = name.endswith("_batch") and not (name == "unlabeled_batch" and method.name == "noisy_student")
+        if drawn and size % parts:
             raise MetaplError(
-                f"--{name.replace('_', '-')} {size:,}: {mesh.shares:,} ranks do not share it equally"
-                f"{f' in {config.fitting.accumulate} parts' if config.fitting.accumulate > 1 else ''}; expected a "
-                f"multiple of {parts:,}, or another mesh."
+                f"--{name.replace('_', '-')} {size:,}: expected a multiple of {parts:,}, for {mesh.shares:,} processes "
+                f"and --accumulate {config.fitting.accumulate:,}."
             )

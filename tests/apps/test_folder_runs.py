@@ -65,7 +65,7 @@ def test_training_on_many_files_starts_at_once(many: Path) -> None:
     assert 0 < len(before) <= 3 * 48
     with opened(many) as during:
         task.unlabeled[0]
-    assert len(during) == len({*during}) == config.fitting.unlabeled_batch
+    assert len(during) == len({*during}) == config.unlabeled_batch
 
 
 @pytest.mark.long

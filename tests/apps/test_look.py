@@ -16,6 +16,7 @@ from metapl import MetaplError
 from metapl.apps import images, look, methods
 from metapl.apps.images import HUE, OTHER_RATE, PRETRAINED_RATE, RATES, Images, Pictures
 from metapl.apps.look import Colors, Look, colors_tell, fitted, settled, steps_within, with_steps
+from metapl.apps.noisy_labels import Noisy
 from metapl.apps.settings import Fitting, filled, flat, replaced
 from metapl.problems.losses import UDA
 
@@ -131,7 +132,7 @@ def test_pretrained_weights_bring_their_own_network_size_and_normalization() -> 
     found = fitted(config(weights="file.pt"), seen(grey=True), 0.0)
     assert (found.pictures.network, found.pictures.image_size, found.pictures.grey) == ("resnet18", 128, False)
     assert (found.pictures.mean, found.pictures.std) == look.IMAGENET
-    assert found.fitting.lr == found.fitting.student_lr == PRETRAINED_RATE
+    assert found.fitting.lr == PRETRAINED_RATE
 
 
 @pytest.mark.parametrize(
@@ -144,12 +145,16 @@ def test_pretrained_weights_bring_their_own_network_size_and_normalization() -> 
 )
 def test_the_rates_are_those_of_the_networks_family_or_as_given(network: str, rate: float, clipped: bool) -> None:
     found = fitted(config(network=network), seen(), 0.0)
-    assert (found.fitting.lr, found.fitting.student_lr) == (rate, rate)
+    assert found.fitting.lr == rate
     assert (found.trainer_options()["clip_norm"] == 1.0) == clipped
     own = fitted(config(network=network, lr=0.5), seen(), 0.0)
-    assert (own.fitting.lr, own.fitting.student_lr) == (0.5, rate)
+    assert own.fitting.lr == 0.5
     module = torch.nn.Linear(2, 2)
     assert [own.optimizer(role, module).param_groups[0]["lr"] for role in ("teacher", "student")] == [0.5, rate]
+    noisy = Noisy(
+        labeled="a", clean="b", pictures=own.pictures, fitting=own.fitting
+    )
+    assert noisy.optimizer("student", module).param_groups[0]["lr"] == 0.5
 
 
 # --------------------------------------------------------------------------------------------------------- the steps

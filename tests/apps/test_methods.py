@@ -22,8 +22,8 @@ from metapl.apps.settings import flat, replaced
 from metapl.feedback import Forward
 from metapl.training import FitResult
 
-FITTING = digits.fitting(steps=8, labeled_batch=10, unlabeled_batch=12, seed=3)
-DIGITS = digits.Digits(hidden=(8,), fitting=FITTING)
+FITTING = digits.fitting(steps=8, labeled_batch=10, seed=3)
+DIGITS = digits.Digits(hidden=(8,), unlabeled_batch=12, fitting=FITTING)
 DATA = DIGITS.data(lambda text: None, False, None)
 STEPS = 2  # that are taken of each phase
 

@@ -127,7 +127,8 @@ def test_the_exponential_schedule_ends_where_the_papers_does() -> None:
 def test_each_round_has_a_network_of_its_own_and_the_rate_that_is_settled() -> None:
     whole: dict[str, Any] = {"network": "pooled_cnn", "image_size": 32, "grey": False, "mean": (0.5,) * 3}
     config = replaced(Images(labeled="few", unlabeled="many"), classes=("a", "b"), std=(0.2,) * 3, **whole)
-    found = configs_of(config, NoisyStudent(rounds=2, networks=("pooled_cnn", "resnet18")))
+    settled = replaced(config, lr=config.pictures.rate)  # as where none was given
+    found = configs_of(settled, NoisyStudent(rounds=2, networks=("pooled_cnn", "resnet18")))
     assert [one.pictures.network for one in found] == ["pooled_cnn", "resnet18", "resnet18"]
     assert [one.pictures.clip_norm for one in found] == [None, 1.0, 1.0]
     rates = [optimizer(one, nn.Linear(2, 2), 0.5).param_groups[0]["lr"] for one in found]
