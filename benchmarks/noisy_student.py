@@ -743,7 +743,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
         f"Of the paper's {sum(counts.values())} differences {counts['yes']} are seen on digits, "
         f"{counts['the reverse']} the other way round, and {counts['not shown']} are not shown"
     )
-    axis = "points: digits with 95 % intervals; diamonds: the paper, on ImageNet"
+    axis = "points, digits, 95 %; diamonds: the paper, ImageNet"
     bars(path, panels, heading, axis, columns=2)
 
 
