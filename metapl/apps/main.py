@@ -182,12 +182,14 @@ def _method_first(words: list[str]) -> list[str]:
         first = words.index("--methods") + 1
         last = next((i for i in range(first, len(words)) if words[i].startswith("--")), len(words))
         words = [*words[:first], ",".join(words[first:last]), *words[last:]]
-    for number, word in enumerate(words):
-        if word == "--method" and number + 1 < len(words):
-            return [words[number + 1], *_method_first(words[:number] + words[number + 2 :])]
-        if word.startswith("--method="):
-            return [word.removeprefix("--method="), *_method_first(words[:number] + words[number + 1 :])]
-    return words
+    each, method, others = iter(words), list[str](), list[str]()
+    for word in each:
+        flag, _, name = word.partition("=")
+        if flag == "--method" and (name := name or next(each, "")):
+            method = [name]  # the last one, as of other flags
+        else:
+            others.append(word)
+    return [*method, *others]
 
 
 def found(name: str) -> Any:

@@ -106,6 +106,7 @@ def test_help_and_version() -> None:
         ("--method uda --steps 3", ("uda", {"steps": 3})),
         ("--steps 3 --method uda", ("uda", {"steps": 3})),
         ("--steps 3 --method=uda --uda-weight 2", ("uda", {"uda_weight": 2.0})),
+        ("--method mpl --method uda", ("uda", {})),
         ("--uda-weight 2 --method mpl", ("mpl", {"uda_weight": 2.0})),
         ("", ("mpl", {"steps": 6000})),
         ("--compare --methods mpl none --seeds 0-1", ("mpl", {"methods": "mpl,none", "seeds": "0-1"})),
