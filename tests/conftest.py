@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +12,10 @@ from pathlib import Path
 import pytest
 
 collect_ignore = ["conftest.py", "apps/conftest.py"]  # which hold no test, and share a name
+
+# A job in the background is born ignoring Ctrl-C and hangups, which tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 LONGEST = [
     *("test_sharded", "test_plan", "test_command_processes", "test_stopped", "test_mesh_command", "test_compile"),

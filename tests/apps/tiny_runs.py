@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,9 +58,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(*command: str) -> None:
-    """Run the command, whose words belong to no test."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        assert main([*command]) == 0
+    """Run the command as it is typed; its words belong to no test."""
+    with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["metapl", *command])
+        assert main() == 0
 
 
 @pytest.fixture
