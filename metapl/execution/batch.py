@@ -52,8 +52,7 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
 
 
 def labeled_pair(batch: Any, name: str = "labeled", mend: str = "") -> Any:
-    """A labeled batch as (inputs, labels), or a longer tuple that begins with them; errors begin with ``name`` and end
-    with ``mend``."""
+    """A labeled batch as (inputs, labels), or a longer tuple that begins with them."""
     batch = plain(batch)
     keys = [key for key in LABEL_KEYS if key in batch] if isinstance(batch, dict) else []
     if len(keys) == 1 and holds_tensors(inputs_of(batch)):
@@ -72,10 +71,7 @@ def first_input(batch: Any) -> Any:
         return batch
     if isinstance(batch, tuple | list) and batch:
         return batch[0]
-    raise MetaplError(
-        f"the batch is {described(batch)}; expected a tensor, a dict or a tuple (input, ...), or a problem with a "
-        "method student_input(batch)."
-    )
+    raise MetaplError(f"the batch is {described(batch)}; expected a tensor, a dict, or a tuple (input, ...).")
 
 
 def inputs_of(batch: Any) -> Any:
@@ -88,9 +84,8 @@ def inputs_of(batch: Any) -> Any:
 
 def is_whole(data: Any) -> bool:
     """Whether labeled data is a single pair (inputs, labels) or dict, not an iterable of such batches."""
-    return isinstance(data, Mapping) or (
-        isinstance(data, tuple | list) and len(data) > 1 and isinstance(data[1], Tensor)
-    )
+    pair = isinstance(data, tuple | list) and len(data) > 1 and isinstance(data[1], Tensor)
+    return pair or isinstance(data, Mapping)
 
 
 def is_array(data: Any) -> bool:
@@ -98,9 +93,8 @@ def is_array(data: Any) -> bool:
 
 
 def as_tensors(data: Any, dtype: torch.dtype, what: str = "") -> Any:
-    """Data whose arrays, of numpy or of what becomes one, are tensors: of floating point of type ``dtype``, and of
-    whole numbers, one for each example, int64. Tensors stay as they are, and so does what is no array, which is refused
-    where the error is given that begins with ``what``, such as "the inputs are"."""
+    """Data whose arrays are tensors: those of floating point of type ``dtype``, and one whole number an example int64.
+    What is no array stays as it is, or is refused in a text that begins with ``what``."""
     if type(data) is dict:
         return {name: as_tensors(value, dtype, what) for name, value in data.items()}
     if type(data) in (tuple, list):
@@ -126,8 +120,8 @@ def length(batch: Any) -> int:
 
 
 def digest(batch: Any) -> Tensor:
-    """A whole number by which a batch is known: its structure, plain values, shapes and types, and tensors bit for bit;
-    the same in every process, and of two batches with a chance of about 2^-60. It is computed where the tensors are."""
+    """A whole number by which a batch is known, bit for bit; the same in every process, computed where the tensors
+    are."""
     leaves, structure = pytree.tree_flatten(batch)
     leaves = [torch.as_tensor(t) if isinstance(t, np.ndarray) and t.dtype.kind in "biuf" else t for t in leaves]
     known = [(t.shape, t.dtype) if isinstance(t, Tensor) else repr(t) if type(t) in _PLAIN else type(t) for t in leaves]
@@ -171,8 +165,7 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def views(unlabeled: Any) -> tuple[Any, ...]:
-    """(x,) or (weak, strong): a tensor, or a dict without labels; or two of one structure, of the same types and
-    dimensions. A pair of inputs and labels, one integer per example, is refused."""
+    """(x,) or (weak, strong): a tensor, a dict without labels, or two of one structure; no (inputs, labels)."""
     if isinstance(unlabeled, Tensor) or (isinstance(unlabeled, Mapping) and not {*unlabeled} & {*LABEL_KEYS}):
         return (unlabeled,)
     if isinstance(unlabeled, tuple | list) and len(unlabeled) == 1:
@@ -184,9 +177,8 @@ def views(unlabeled: Any) -> tuple[Any, ...]:
         if one == other and next(kinds) == next(kinds) and not labels:
             return tuple(unlabeled)
     raise MetaplError(
-        f"unlabeled is {described(unlabeled)}; expected one tensor (or dict of tensors), or a pair (weak, strong) of "
-        "one type, and no labels (metapl.data.without_labels leaves them out); a tuple of inputs is written (inputs,), "
-        "and the batches of several student steps are a metapl.Lookahead([...])."
+        f"unlabeled is {described(unlabeled)}; expected a tensor or a dict of tensors, (inputs,), or a pair (weak, "
+        "strong) of one type, without labels (metapl.data.without_labels), or a metapl.Lookahead([...]) of these."
     )
 
 

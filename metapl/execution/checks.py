@@ -26,17 +26,14 @@ class Fault:
     @property
     def flag(self) -> Tensor:
         """Whether any check has failed, a boolean scalar that is still on the device."""
-        return (
-            torch.stack([bad for bad, _ in self.findings]).any() if self.findings else torch.zeros((), dtype=torch.bool)
-        )
+        found = [bad for bad, _ in self.findings]
+        return torch.stack(found).any() if found else torch.zeros((), dtype=torch.bool)
 
     def raise_if_found(self, where: str = "") -> None:
         """Wait for the device and raise the first error, with ``where`` before its text."""
         for bad, text in self.findings:
             if bool(bad):
-                raise MetaplError(
-                    f"{where}{text} (found after the step was taken: go on from the last good checkpoint)"
-                )
+                raise MetaplError(f"{where}{text} (found after the step: go on from the last good checkpoint)")
 
 
 _interpreters = torch._C._functorch.peek_interpreter_stack
@@ -89,29 +86,21 @@ def described(value: Any) -> str:
 
 def logits(outputs: Any, who: str) -> Tensor:
     """The outputs of a network, refused if they are not a plain tensor of real numbers."""
-    if type(outputs) is Tensor and not outputs.is_complex():  # the usual ones, in every pass
-        return outputs
-    if isinstance(outputs, Tensor) and not outputs.is_complex() and not hasattr(outputs, "device_mesh"):
+    sharded = type(outputs) is not Tensor and hasattr(outputs, "device_mesh")
+    if isinstance(outputs, Tensor) and not outputs.is_complex() and not sharded:
         return outputs
     raise MetaplError(
-        f"the {who} returned {type(outputs).__name__}, {described(outputs)}; expected a plain tensor of real numbers: "
-        f"metapl.models.Logits({who}) takes the logits out of what Hugging Face's networks return, use_local_output="
-        "True makes them plain where they are DTensors."
+        f"the {who} returned {type(outputs).__name__}, {described(outputs)}; expected a plain tensor of real numbers "
+        f"(metapl.models.Logits({who}), or use_local_output=True where it is a DTensor)."
     )
 
 
 def class_outputs(outputs: Tensor, who: str) -> None:
     if outputs.ndim != 2 or outputs.shape[1] < 2:
         raise MetaplError(
-            f"the {who}'s outputs are {described(outputs)}; expected logits (batch, classes), of two classes or more; "
-            "for others, write a problem of your own (metapl.BilevelProblem)."
+            f"the {who}'s outputs are {described(outputs)}; expected logits (batch, classes), of two classes or more, "
+            "or a metapl.BilevelProblem of your own."
         )
-
-
-def same_classes(teacher_outputs: Tensor, student_outputs: Tensor) -> None:
-    """Refuse a teacher whose outputs do not match the student's."""
-    if (shape := tuple(teacher_outputs.shape)) != (own := tuple(student_outputs.shape)):
-        raise MetaplError(f"the teacher's outputs have shape {shape}; expected that of the student's, {own}.")
 
 
 def finite(logits_NC: Tensor) -> None:
@@ -120,8 +109,7 @@ def finite(logits_NC: Tensor) -> None:
 
 
 def class_labels(labels: Any, classes: int, what: str = "the labels", why: str = "") -> Tensor:
-    """Labels, refused if they are not integers in [0, classes), as :func:`safe_labels`; ``what`` and ``why`` are the
-    error's words."""
+    """Labels, refused if they are not integers in [0, classes), as :func:`safe_labels`."""
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
         raise MetaplError(f"{what} are {described(labels)}; expected int64, one class index per example, (batch,).")
     if not transformed() and len(labels):

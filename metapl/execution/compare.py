@@ -8,15 +8,13 @@ For every student that is the same differentiable function in all passes:
 .. math:: \Big\langle \frac{\partial\ell}{\partial z}, \dot z \Big\rangle
           + \Big\langle \frac{\partial\ell}{\partial\theta}, w \Big\rangle = \langle g, w \rangle
 
-The first fails for other random numbers and for state that has moved. The second also fails where the outputs agree and
-the derivatives do not, such as for a hook that changes gradients. Both go into the step's flag: on a CPU it is read
-before anything moves, on a device with the report.
+The first fails for other random numbers and for state that has moved, the second also for a hook on gradients. Both go into the step's flag: on a CPU it is read before anything moves, on a device with the report.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,16 +71,10 @@ def coarsest(dtypes: Iterable[torch.dtype], device: torch.device) -> torch.dtype
 
 
 def same_outputs(
-    again: Tensor,
-    first: Tensor,
-    tolerance: float,
-    who: str = "student",
-    ranks: Ranks = ALONE,
-    moved: Tensor | None = None,
+    again: Tensor, first: Tensor, tolerance: float, who: str = "student", ranks: Ranks = ALONE, moved: Any = None
 ) -> None:
-    """Flag, on all ranks, a replay whose outputs (or labels) are not those of the pass that it replays. Of a mean over
-    passes at other weights, ``moved`` are the outputs of one of them, which have a size where those of the pass are
-    zero."""
+    """Flag, on all ranks, a replay whose outputs (or labels) are not those of the pass that it replays; of a mean over
+    passes at other weights, ``moved`` are the outputs of one of them."""
     if ranks.alone and not checks.waits(first) and torch.equal(again, first):
         return
     if not first.is_floating_point():
@@ -92,8 +84,8 @@ def same_outputs(
     checks.refuse(gap.isnan(), f"the {who}'s outputs are NaN or infinite: its inputs are, or it has diverged.")
     checks.refuse(
         ~(gap <= tolerance * (size + other)),  # so that NaN is flagged
-        f"the {who} does not return the same outputs when its pass is repeated with the same batch, weights, buffers "
-        f"and random numbers, so the feedback would be wrong. Likely causes: {CAUSES}.",
+        f"the {who} returns other outputs when its pass is repeated with the same batch, weights, buffers and random "
+        f"numbers, so the feedback would be wrong. Likely causes: {CAUSES}.",
     )
 
 
@@ -104,7 +96,6 @@ def same_slopes(forward: Tensor, backward: Tensor, spread: Tensor, tolerance: fl
     """
     checks.refuse(
         ~((forward - backward).abs() <= tolerance * (spread + backward.abs()) + rounding),
-        "the student's forward and backward passes are not of one function: along the direction of the feedback, the "
-        "inner loss has one derivative by the outputs and another by the gradient, so the feedback would be wrong. "
-        f"Likely causes: {CAUSES}.",
+        "the student's forward and backward passes are not of one function: the slopes of the inner loss by outputs "
+        f"and by its gradient differ, so the feedback would be wrong. Likely causes: {CAUSES}.",
     )

@@ -8,10 +8,9 @@ sharded     by ``fully_shard``: every rank holds a part of each weight, and gath
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -74,8 +73,7 @@ class Layout:
         return trainable(self.network)
 
     def reshard(self) -> None:
-        """Let every block give up its gathered weights: the root keeps them after a pass without a backward pass, and
-        after one that failed, and reads them again in the next one, whatever became of this rank's parts."""
+        """Let every block give up its gathered weights, which the root keeps after a pass without a backward pass."""
         states, groups = [block._get_fsdp_state() for block in self.blocks], _param_groups(self.blocks)
         if any(part._training_state.name != "IDLE" for part in (*states, *groups)):
             # A pass that failed: the next one would go on with its gathered weights and its gradients.
@@ -103,18 +101,9 @@ class Layout:
                         raise MetaplError(f"{call} was called, so gradients would not be means over the ranks.")
         self.reshard()
 
-    def mean_gradients(self) -> None:
-        """Average ``.grad`` over the ranks; a sharded network's backward pass has done so."""
-        if self.kind == "replicated":
-            parameters = self.parameters()
-            grads = {n: p.grad for n, p in parameters.items() if p.grad is not None}
-            for name, mean in self.ranks.mean_tree(grads, {n: p.detach() for n, p in parameters.items()}).items():
-                parameters[name].grad = mean
-
     def agree_on_buffers(self) -> None:
-        """Give the buffers the same values on all ranks, each of which has seen its own rows: running statistics are
-        averaged (variances without the spread of the ranks' means), others the first rank's, as in
-        ``DistributedDataParallel``."""
+        """Give the buffers the same values on all ranks: the mean of running statistics (of variances without the
+        spread of the ranks' means), others the first rank's, as in ``DistributedDataParallel``."""
         if self.ranks.alone:
             return
         norms = [part for _, part in named_parts(self.network) if part.training and isinstance(part, _NormBase)]
@@ -131,11 +120,18 @@ class Layout:
         """A tree of this rank's parts in the layout of the parameters: DTensors where these are."""
         return {name: as_sharded(part, self.sharded.get(name)) for name, part in tree.items()}
 
-    def clip_gradients(self, most: float) -> None:
-        """Clip ``.grad`` to a global norm, as ``torch.nn.utils.clip_grad_norm_``, which takes one mesh only."""
+    def mean_gradients(self, most: float | None) -> None:
+        """Average ``.grad`` over the ranks, which a sharded network's backward pass has done, and clip its norm."""
+        parameters = self.parameters()
+        grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        if self.kind == "replicated":
+            for name, mean in self.ranks.mean_tree(grads, {n: p.detach() for n, p in parameters.items()}).items():
+                parameters[name].grad = mean
+        if most is None:
+            return
         if not self.is_sharded:
             nn.utils.clip_grad_norm_(self.network.parameters(), most)
-        elif parts := {name: local(p.grad) for name, p in self.parameters().items() if p.grad is not None}:
+        elif parts := {name: local(g) for name, g in grads.items()}:  # the same, which torch has for one mesh only
             scale = (most / (self.space.norm(parts) + 1e-6)).clamp(max=1.0)
             for part in parts.values():
                 part.mul_(scale.to(part.dtype))
@@ -224,13 +220,14 @@ def is_block(part: nn.Module) -> bool:
     return "FSDPModule" in _of_torch(type(part))
 
 
-def _names_of_torch(kind: type) -> frozenset[str]:
-    """The names of a class and of its bases, of those that are PyTorch's: by name, for the classes that spread weights
-    take seconds to import, and one process has none of them."""
-    return frozenset(base.__name__ for base in kind.__mro__ if base.__module__.startswith("torch."))
+_NAMES: dict[type, frozenset[str]] = {}
 
 
-_of_torch: Callable[[type], frozenset[str]] = cache(_names_of_torch)
+def _of_torch(kind: type) -> frozenset[str]:
+    """The names of a class and its bases that are PyTorch's: the classes that spread weights take seconds to import."""
+    if kind not in _NAMES:
+        _NAMES[kind] = frozenset(base.__name__ for base in kind.__mro__ if base.__module__.startswith("torch."))
+    return _NAMES[kind]
 
 
 def reshard(network: nn.Module) -> tuple[Any, ...]:
@@ -243,8 +240,7 @@ def reshard(network: nn.Module) -> tuple[Any, ...]:
 
 @contextmanager
 def without_gradients(network: nn.Module) -> Iterator[None]:
-    """Passes without gradients in this block. By ``no_grad``: a later pass with gradients cannot use the tensors of
-    inference mode, such as what a module makes in its first pass and keeps, or gathered weights."""
+    """Passes without gradients in this block, by ``no_grad``: what a module keeps of inference mode has no gradient."""
     try:
         with torch.no_grad():
             yield

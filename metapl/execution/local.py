@@ -19,24 +19,12 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, coarsest, same_outputs
 from metapl.execution.kernels import forward_mode, no_fast_path
-from metapl.execution.numerics import (
-    DTYPE,
-    HALF,
-    WHOLE,
-    Space,
-    Tree,
-    full_float32,
-    mean_tree,
-    reduced_float32,
-    wide,
-    wide_tree,
-)
+from metapl.execution.numerics import DTYPE, HALF, WHOLE, Space, Tree, full_float32, mean_tree, wide, wide_tree
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.execution.rng import RandomState
 from metapl.execution.state import Slot, Slots, State, replay, stand_in, swapped
 
 NOTHING: AbstractContextManager[Any] = nullcontext()
-
 
 # A scalar of outputs and of the weights that they were computed at.
 Loss = Callable[[Tensor, Tree], Tensor]
@@ -78,8 +66,7 @@ class LocalStudent:
         self.half = not HALF.isdisjoint(self.formats)
 
     def loss(self, params: Tree, batches: Sequence[Any], losses: Sequence[WeightedLoss], start: RandomState) -> Tensor:
-        """Σ sum / Σ weight of losses on batches, of all ranks, at ``params``, without a graph: on the buffers as they
-        are now, and draws from ``start`` on."""
+        """Σ sum / Σ weight of losses on batches, of all ranks, at ``params``, on the buffers as they are now."""
         # The weights require a gradient, as in the pass that learns: a forward may ask.
         with no_fast_path(), self.at(self.as_leaves(params), start, self.slots):
             values = [loss(self.forward(x)) for x, loss in zip(batches, losses, strict=True)]
@@ -98,10 +85,7 @@ class LocalStudent:
                 gradients.append(self.gradient(value, at)[1] if value.requires_grad else {})
                 values.append((value.detach(), weight))
         if not any(gradients):
-            raise MetaplError(
-                "the outer loss has no gradient in any weight of the student, so there is no feedback to learn from: "
-                "expected an outer_loss that uses the student's outputs without detaching them."
-            )
+            raise MetaplError("the outer loss has no gradient in the student; expected one of its undetached outputs.")
         mean, weight = self.mean_of_all(values)
         v = gradients[0] if len(gradients) == 1 else mean_tree(gradients)
         if len(v) < len(at):
@@ -118,11 +102,10 @@ class LocalStudent:
             weight = weight if isinstance(weight, Tensor) else total.new_full((), weight)
             total, weight = self.ranks.mean(torch.stack([total, weight.to(total)])).unbind()
         if isinstance(weight, Tensor):
-            checks.refuse(
-                ~((weight > 0) & weight.isfinite()),
-                "the weights of the problem's outer_loss sum to zero or less over the whole outer batch; expected "
-                "(sum, weight) with a weight above zero in all: are all of its labels left out?",
+            text = (
+                "the weights of the problem's outer_loss sum to zero or less; expected more: are all labels left out?"
             )
+            checks.refuse(~((weight > 0) & weight.isfinite()), text)
         return total / weight, weight
 
     def gradient(self, value: Tensor, at: Tree, *, create_graph: bool = False) -> tuple[Tree, Tree]:
@@ -147,8 +130,7 @@ class LocalStudent:
         return leaves
 
     def over_ranks(self, tree: Tree) -> Tree:
-        """The mean over the ranks of second derivatives, which each has of its own rows; those of a sharded student are
-        sums over the ranks already."""
+        """The mean over the ranks of second derivatives, which each has of its own rows."""
         return self.ranks.mean_tree(tree, self.params)
 
     def held_at(self, params: Tree) -> list[Slot]:
@@ -164,7 +146,7 @@ class LocalStudent:
         self, params: Tree, random: RandomState, state: State | Slots, *, upcast: bool = False
     ) -> AbstractContextManager[None]:
         """The student at other weights, on copies of a state (``upcast``: in float32 or wider), with draws from
-        ``random`` on; the caller's generators and the student's own state stay as they are."""
+        ``random`` on."""
         return replay(random, state, self.held_at(params), upcast=upcast)
 
     def along(self, params: Tree, w: Tree, random: RandomState, state: State) -> AbstractContextManager[None]:
@@ -176,9 +158,8 @@ class LocalStudent:
 class Pass:
     """One inner pass, z = S(x; θ), and its replays: on its draws, and from copies of the state that it began with.
 
-    Buffers and generators move as in training. At the student's own weights the module itself runs; others are swapped
-    in. Its ``outputs`` are z, (B, ...), float32 or wider, without a graph; ``graph`` has it until :meth:`gradient` has
-    used it.
+    Buffers and generators move as in training. ``outputs`` are z, (B, ...), float32 or wider, without a graph;
+    ``graph`` has it until :meth:`gradient` has used it.
     """
 
     def __init__(self, student: LocalStudent, params: Tree, inputs: Any) -> None:
@@ -210,8 +191,7 @@ class Pass:
         return swapped(self._held) if self._held else NOTHING
 
     def gradient(self, loss: Loss, leaves: Sequence[Tensor] = ()) -> tuple[Tensor, Tree]:
-        """A loss of this pass and its gradient g, of the weights that it reaches; the graph is gone afterwards, or kept
-        for :meth:`in_leaves`, where there are leaves of the loss to derive g in."""
+        """A loss of this pass and its gradient g; the graph is kept for :meth:`in_leaves` where it has leaves."""
         assert self.graph is not None, "a pass learns once"
         student, ranks = self.student, self.student.ranks
         value = loss(self.graph, self._at)
@@ -272,8 +252,7 @@ class Pass:
 
     @contextmanager
     def _replay(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
-        """θ as leaves, and the outputs there, which are compared with this pass's; its backward pass belongs into the
-        block, for checkpoints run the student again in it."""
+        """θ as leaves, and the outputs there, compared with this pass's; a backward pass belongs into the block."""
         at = self.student.as_leaves(self.params)
         with self.student.at(at, self._before, self._state):
             yield at, self._same_outputs(self.student.forward(inputs))
@@ -286,9 +265,7 @@ class Pass:
         same_outputs(again, first, EXACTLY[self.rounded_to].outputs, ranks=self.student.ranks)
         return outputs
 
-    def _replay_twice(self, inputs: Any) -> AbstractContextManager[tuple[Tree, Tensor]]:
-        """:meth:`_replay` that can be differentiated twice; of a sharded student, in this process's parts."""
-        return self._replay(inputs)
+    _replay_twice = _replay  # one that can be differentiated twice
 
     def tangent(self, w: Tree) -> Tensor:
         """ż = d/dε S(x; θ + εw) by forward-mode AD: exact, one pass of about three plain ones, no graph."""
@@ -328,12 +305,8 @@ class Pass:
 
     @contextmanager
     def hessian(self, loss: Loss, leaves: Sequence[Tensor] = (), inputs: Any = None) -> Iterator[Product]:
-        """The derivatives of ⟨g, w⟩, g being the gradient of a loss of this pass, on this rank's rows, as a function of
-        w: (∂²ℓ/∂θ²) w, and that in leaves of the loss and of the ``inputs``, None for one that neither depends on.
-
-        By double backward: a forward pass and a backward pass with a graph, which stays for the block, and one through
-        both for every w, the last of which may ``free`` it.
-        """
+        """The derivatives of ⟨g, w⟩ as a function of w, on this rank's rows, by double backward: (∂²ℓ/∂θ²) w, and those
+        in leaves of the loss and of the ``inputs``. The last call may ``free`` the graph."""
         replayed = self._replay_twice(self.inputs if inputs is None else inputs)
         with no_fast_path(math=True), replayed as (at, outputs):
             tensors = torch.autograd.grad(loss(outputs, at), [*at.values()], create_graph=True, allow_unused=True)
@@ -346,12 +319,6 @@ class Pass:
         """Of :meth:`hessian`, for one w. Not ``curved``: in the leaves alone."""
         with self.hessian(loss, leaves, inputs) as product:
             return product(w, free=True, curved=curved)
-
-    def ran_in_full_precision(self) -> bool:
-        """Whether it computed in float32 or wider throughout, as far as weights and settings tell."""
-        formats, device = self.student.formats, self.student.device
-        rounded = torch.float32 in formats and reduced_float32(device)
-        return not (rounded or self.student.half or torch.is_autocast_enabled(device.type))
 
 
 LocalStudent.pass_type = Pass

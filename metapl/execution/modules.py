@@ -6,8 +6,7 @@ from torch import nn
 
 
 def named_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The module itself and its submodules, once each, with the prefix of the names of their tensors: the order and
-    names of ``named_modules``, in a fraction of its time."""
+    """``named_modules`` with prefixes of the names of tensors, in a fraction of its time."""
     found: dict[nn.Module, str] = {}
     waiting = [("", module)]
     while waiting:
@@ -26,8 +25,7 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def drop_rate(layer: nn.Module) -> float:
-    """How much a layer drops at random in training: dropout and stochastic depth of torch, torchvision and timm, by the
-    names of their classes, and attention, which has a rate of its own; 0 for any other layer."""
+    """How much a layer drops at random in training, by the name of its class: dropout, stochastic depth, attention."""
     if isinstance(layer, nn.MultiheadAttention):
         return float(layer.dropout)
     kinds = " ".join(kind.__name__.lower() for kind in type(layer).__mro__)  # of subclasses too

@@ -91,8 +91,7 @@ _SWITCHES: dict[str, list[Any]] = {
 
 
 def reduced_float32(device: torch.device) -> bool:
-    """Whether PyTorch may round the factors of float32 products on ``device`` (TF32 on CUDA, bf16 on CPU); for
-    convolutions on CUDA it does so unless told otherwise."""
+    """Whether PyTorch may round the factors of float32 products on ``device`` (TF32 on CUDA, bf16 on CPU)."""
     return any(switch.fp32_precision not in ("none", "ieee") for switch in _SWITCHES.get(device.type, ()))
 
 

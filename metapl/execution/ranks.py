@@ -23,10 +23,6 @@ from metapl.execution import checks
 from metapl.execution.numerics import Tree
 
 
-class Agreed(MetaplError):
-    """An error that every rank raises, with one message."""
-
-
 @dataclass(frozen=True, eq=False)
 class Ranks:
     """The ranks that share a batch."""
@@ -144,7 +140,7 @@ class Ranks:
         if failed is not None and not isinstance(failed, MetaplError):
             raise failed
         rank, text = next((i, text) for i, text in enumerate(texts) if text is not None)
-        raise Agreed(text if len({*texts}) == 1 else f"rank {rank}: {text}") from failed
+        raise MetaplError(text if len({*texts}) == 1 else f"rank {rank}: {text}") from failed
 
 
 ALONE = Ranks()  # this process alone
@@ -162,15 +158,13 @@ def rows_shared(ranks: Ranks) -> Iterator[None]:
 
 
 def uniform(rows: int, classes: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Uniform noise, (rows, classes), of which :func:`draw_classes` makes labels; in float32 or wider."""
-    # In float32, whatever the type: a seed draws the same labels in float64 and under autocast.
+    """Uniform noise, (rows, classes): drawn in float32 whatever the type, so that a seed draws the same labels."""
     u = torch.rand(rows, classes, generator=generator, dtype=torch.float32, device=like.device)
     return u.double() if like.dtype == torch.float64 else u
 
 
 def gumbel(rows: int, classes: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard Gumbel noise, (rows, classes): log p plus it is greatest at a class drawn from p. Unlike
-    ``torch.multinomial`` it is compiled and stacked as any operation, and can be made beforehand."""
+    """Standard Gumbel noise, (rows, classes): log p plus it is greatest at a class drawn from p."""
     return -(-uniform(rows, classes, like, generator).log()).log()
 
 
@@ -199,16 +193,9 @@ class _AllRows(torch.autograd.Function):
 
 
 def rows_of_all(t: Tensor) -> tuple[Tensor, slice]:
-    """In a problem's ``signal``, the rows of all ranks that share the batch, differentiably, and where this rank's
-    are."""
+    """In a problem's ``signal``: the rows of all ranks, differentiably, and where this rank's are."""
     ranks = _sharing.get()
     if ranks.alone:
         return t, slice(None)
     every: Tensor = _AllRows.apply(t, ranks)
     return every, slice(ranks.rank * len(t), (ranks.rank + 1) * len(t))
-
-
-def log_mean_of_rows(log_p: Tensor) -> Tensor:
-    """The logarithms of the means of probabilities, (B, C), over the rows of all ranks that share a batch."""
-    every, _ = rows_of_all(log_p)
-    return every.logsumexp(0) - math.log(max(1, len(every)))

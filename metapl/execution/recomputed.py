@@ -67,14 +67,8 @@ def _pulled(again: Run, count: int, given: list[Tensor], *, create_graph: bool) 
 def recomputed(
     part: nn.Module, forward: Callable[..., Any], device: torch.device, weights: list[Tensor], using: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """The forward of a part that runs again in each backward pass: on its first draws, from its state of the first run,
-    and in that run's precision.
-
-    Args:
-        part, forward: the module, and its own forward.
-        weights: what the gradient is in, besides the tensors among the arguments.
-        using: a context in which the part has weights, given as ``weights`` are.
-    """
+    """The ``forward`` of a part that runs again in each backward pass, on the draws, state and precision of its first
+    run. The gradient is also in ``weights``, which the part has in a context ``using(weights)``."""
 
     def run_part(*args: Any, **kwargs: Any) -> Any:
         values, given_as = pytree.tree_flatten((args, kwargs))
@@ -88,7 +82,8 @@ def recomputed(
             own_args, own_kwargs = pytree.tree_unflatten([*replaced.values()], given_as)
             with using(tensors[len(entering) :]):
                 results, returned_as = pytree.tree_flatten(forward(*own_args, **own_kwargs))
-            return results, returned_as, [i for i, t in enumerate(results) if _is_floating(t)]
+            places = [i for i, t in enumerate(results) if isinstance(t, Tensor) and t.is_floating_point()]
+            return results, returned_as, places
 
         def first(*tensors: Tensor) -> list[Tensor]:
             returned[:] = run(*tensors)
@@ -107,7 +102,3 @@ def recomputed(
         return pytree.tree_unflatten(results, returned_as)
 
     return run_part
-
-
-def _is_floating(t: Any) -> bool:
-    return isinstance(t, Tensor) and t.is_floating_point()

@@ -22,7 +22,7 @@ class RandomState(NamedTuple):
 
     @staticmethod
     def now(device: torch.device) -> RandomState:
-        """The current state; on CUDA it is kept on the host, so this does not wait for the device."""
+        """The current state; it is kept on the host."""
         accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
         return RandomState(device, torch.default_generator.get_state(), accelerator)
 
@@ -34,10 +34,6 @@ class RandomState(NamedTuple):
         torch.default_generator.set_state(self.cpu)
         if self.accelerator is not None:
             torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
-
-    def same(self, other: RandomState) -> bool:
-        pairs = zip(self.values().values(), other.values().values(), strict=True)
-        return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
     def branch(self) -> RandomState:
         """The start of a stream that is independent of the one that continues from here; a function of this state."""

@@ -40,8 +40,7 @@ from metapl.execution.state import Slot, Slots, State, replay, stand_in, swapped
 def student_of(
     network: nn.Module | Layout, *, double_backward: bool = False, slots: Slots | None = None
 ) -> LocalStudent:
-    """A student as it is laid out, a module of this process alone or any other; for the arguments see
-    :class:`metapl.execution.local.LocalStudent`."""
+    """A student as it is laid out."""
     layout = network if isinstance(network, Layout) else Layout(network)
     if layout.is_sharded:
         return ShardedStudent(layout)
@@ -105,8 +104,8 @@ class ShardedStudent(LocalStudent):
 
     @contextmanager
     def in_blocks(self, params: Tree) -> Iterator[None]:
-        """In this block of code, the network has these parts of its weights, in a graph: a block gathers its own while
-        it runs, and again in each backward pass; the root's stay gathered."""
+        """In this block of code, the network has these parts of its weights, in a graph: a block gathers its own in
+        each of its passes; the root's stay gathered."""
         self.layout.reshard()
         names = {id(p): name for name, p in self.parameters.items()}
         around: dict[int, Any] = {}  # the outermost block that holds a table of parameters
@@ -240,8 +239,7 @@ ShardedStudent.pass_type = ShardedPass
 
 
 def by_backward(value: Tensor, parameters: Mapping[str, nn.Parameter], *, retain: bool = False) -> dict[str, Any]:
-    """The gradient of a scalar by ``.backward()``, whose hooks average over the ranks, laid out as the parameters are;
-    ``.grad`` stays as it is."""
+    """The gradient of a scalar by ``.backward()``, whose hooks average over the ranks; ``.grad`` stays as it is."""
     kept = {name: p.grad for name, p in parameters.items()}
     try:
         for p in parameters.values():

@@ -43,8 +43,8 @@ def whole(t: Any) -> Any:
 
 
 def whole_together(parts: Sequence[Tensor], likes: Sequence[Any]) -> list[Tensor]:
-    """The whole tensors of which these are this process's parts, laid out like ``likes`` over one mesh: in one exchange
-    for each type of number, which can be differentiated twice. A cotangent is the sum of those of all processes."""
+    """The whole tensors of which these are this process's parts, laid out like ``likes``, in one exchange for each
+    type, which can be differentiated twice. A cotangent is the sum of those of all processes."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     found: dict[int, Tensor] = {}

@@ -7,13 +7,12 @@ keeps elsewhere, in attributes or in Python objects, is not carried (docs/contra
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from itertools import chain
 from operator import attrgetter
 from threading import RLock
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +36,7 @@ class Slots:
         learned: the parameters that require a gradient, once each, by their first name.
         frozen: the places of the others.
         buffers: the tables of buffers.
-        mark: what verification holds for, as one number: the modules' modes and numbers of hooks, and which parameters
-            are learned; the same in every process.
+        mark: what verification holds for, as one number: modes, numbers of hooks, and which parameters are learned.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -81,8 +79,7 @@ _TRAINING, _LEARNS = attrgetter("training"), attrgetter("requires_grad")
 
 
 class State:
-    """A snapshot of a network's state: the tensors that its tables hold, and copies of their values, or these tensors
-    themselves, to be copied from before the network runs again."""
+    """A snapshot of a network's state: the tensors that its tables hold, and their values, copied or not."""
 
     def __init__(self, slots: Slots, *, copies: bool = True) -> None:
         # A pass may register buffers: tables that hold none yet are read again wherever this is used.
@@ -150,8 +147,8 @@ def replay(
 
 
 def stand_in(t: Tensor, own: Tensor) -> Tensor:
-    """A tensor to stand in for a network's own: of its type, with its attributes, and as a leaf, which needs a gradient
-    if that does. A forward that asks, such as ``isinstance(weight, nn.Parameter)``, goes the same way."""
+    """A tensor in the place of a network's own: of its type, with its attributes, and a gradient if that needs one, for
+    a forward that asks."""
     if type(t) is type(own) and t.requires_grad == own.requires_grad and not own.__dict__:
         return t
     if issubclass(type(own), nn.Parameter):  # not that of a sharded one, whose type tells how it is held
@@ -163,11 +160,7 @@ def stand_in(t: Tensor, own: Tensor) -> Tensor:
 
 @contextmanager
 def swapped(held: Sequence[Slot]) -> Iterator[None]:
-    """Put these tensors into their places in this block; afterwards the tables hold the same tensors as before.
-
-    ``torch.func.functional_call`` does so for a forward pass alone, and a checkpoint runs the module in the backward
-    pass too: a backward pass belongs into the block.
-    """
+    """Put these tensors into their places in this block, a backward pass included: checkpoints run the module in it."""
     before = [(table, name, table[name]) for table, name, _ in held]
     for table, name, t in held:
         table[name] = t
@@ -178,20 +171,14 @@ def swapped(held: Sequence[Slot]) -> Iterator[None]:
             table[name] = t
 
 
-# Held while a step runs: replays set PyTorch's default generators, so other threads wait.
-step_lock = RLock()
-Function = TypeVar("Function", bound=Callable[..., Any])
+_LOCK = RLock()
 
 
-def one_at_a_time(step: Function) -> Function:
-    """A step for which those of other threads wait."""
-
-    @wraps(step)
-    def locked(*args: Any, **options: Any) -> Any:
-        with step_lock:
-            return step(*args, **options)
-
-    return cast(Function, locked)
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """A step for which those of other threads wait: replays set PyTorch's default generators."""
+    with _LOCK:
+        yield
 
 
 @contextmanager
@@ -203,13 +190,10 @@ def restored(
     always: bool = False,
 ) -> Iterator[checks.Fault]:
     """Run a step in this block. If it fails (or ``always``), buffers, frozen parameters, gradients and generators are
-    bit for bit as they were before.
-
-    The gradients of an ``optimizer``'s parameters are cleared before and after. Yields the fault of the step's report,
-    in which checks on a device wait for whoever reads it; with ``always`` they are read at once.
-    """
+    bit for bit as they were. The gradients of an ``optimizer``'s parameters are cleared before and after. Yields the
+    fault of the report, in which checks on a device wait; with ``always`` they are read at once."""
     fault = checks.Fault()
-    with step_lock, torch.enable_grad():
+    with _LOCK, torch.enable_grad():
         saved = [State(slots) for slots in networks]
         for slots, state in zip(networks, saved, strict=True):
             slots.state = state

@@ -34,7 +34,7 @@ from metapl.execution import checks
 from metapl.execution.batch import joined, micro_batches
 from metapl.execution.compare import EXACTLY, ROUNDINGS, same_slopes
 from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, mean_of
-from metapl.execution.numerics import Space, Tree, mean_tree, wide
+from metapl.execution.numerics import Space, Tree, mean_tree, reduced_float32, wide
 from metapl.problems.base import Problem, Signal, has_rows
 from metapl.updates import Cotangents, Options, Update
 
@@ -218,7 +218,9 @@ class InnerStep:
     @property
     def in_full_precision(self) -> bool:
         """Whether the pass computed in float32 or wider throughout, by its weights and PyTorch's settings."""
-        return all(part.ran_in_full_precision() for part in self.passes)
+        device = self.student.device
+        rounded = torch.float32 in self.student.formats and reduced_float32(device)
+        return not (rounded or self.student.half or torch.is_autocast_enabled(device.type))
 
     def pullback(self, v: Tree) -> Tree:
         """w = (∂U/∂g)ᵀ v, computed as :meth:`vjp` is."""

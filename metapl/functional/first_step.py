@@ -34,7 +34,9 @@ def eager_step(trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) 
     twin, report = taken()
     end = RandomState.now(trainer.device)
     start.restore()
-    if not end.same(start):  # L(θ′) draws on where the teacher's passes end; on the eager road, from its own stream
+    # L(θ′) draws on where the teacher's passes end; on the eager road, from its own stream.
+    ends = zip(end.values().values(), start.values().values(), strict=True)
+    if any(a is not None and b is not None and not a.equal(b) for a, b in ends):
         with branching_to(end):
             twin, report = taken()
         start.restore()

@@ -16,7 +16,7 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import views
 from metapl.execution.numerics import wide
-from metapl.execution.ranks import log_mean_of_rows
+from metapl.execution.ranks import rows_of_all
 from metapl.problems.base import Signal
 from metapl.runs.fields import Range, check_fields
 
@@ -122,7 +122,8 @@ class UDA:
                 raise MetaplError(f"UDA(prior=...) has {len(self.prior)} shares; expected {classes}, one a class.")
             # In logarithms, because the mean of an improbable class would be rounded to 0. The mean of an impossible
             # class is 0; such a class is not aligned.
-            log_mean_C = log_mean_of_rows(log_p)
+            every, _ = rows_of_all(log_p)  # of all ranks
+            log_mean_C = every.logsumexp(0) - math.log(max(1, len(every)))
             log_prior_C = 0 if self.prior is None else _log(self.prior, log_p.dtype, log_p.device)
             log_ratio_C = log_prior_C - log_mean_C.masked_fill(log_mean_C == -math.inf, 0)
             log_p = F.log_softmax(log_p + self.align * log_ratio_C, -1)

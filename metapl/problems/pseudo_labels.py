@@ -92,8 +92,9 @@ class PseudoLabels(Problem):
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
         """q, or ŷ ~ q with its log-probability: Algorithm 1, line 2."""
         logits = checks.logits(teacher(self.teacher_input(batch)), "teacher")
-        if student_outputs is not None:  # not so of a problem whose signal enters the student's input
-            checks.same_classes(logits, student_outputs)
+        if student_outputs is not None and logits.shape != student_outputs.shape:  # None where it enters the input
+            shape, own = tuple(logits.shape), tuple(student_outputs.shape)
+            raise MetaplError(f"the teacher's outputs have shape {shape}; expected that of the student's, {own}.")
         log_q = F.log_softmax(wide(logits) / self.temperature, -1)
         q = log_q.exp()
         if self.kind != "hard":

@@ -114,17 +114,11 @@ class LossTrainer(Trainer):
             means = mean_scalars(parts)
             means = self.ranks.mean_tree(means, means)
             checks.refuse_not_finite(means[self.total], NOT_FINITE)
-            self.clip()
+            self.layout.mean_gradients(self.clip_norm)
             self.optimizer.step()
             self.layout.agree_on_buffers()
             self.steps_done += 1
             return Report(self.steps_done - 1, means, fault)
-
-    def clip(self) -> None:
-        """Average the gradient in ``.grad`` over the ranks, clip it, and refuse one that the optimizer cannot use."""
-        self.layout.mean_gradients()
-        if self.clip_norm is not None:
-            self.layout.clip_gradients(self.clip_norm)
 
     def losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
         return self.losses

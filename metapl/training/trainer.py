@@ -169,7 +169,7 @@ class BilevelTrainer(Trainer):
         self.mode_state = self.mode.init()
         self.steps_done, self.compiled_step = 0, CompiledStep()
 
-    @one_at_a_time
+    @one_at_a_time()
     def step(self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None) -> StepReport:
         """One step of Algorithm 1 on a labeled batch and an unlabeled one.
 
@@ -229,8 +229,8 @@ class BilevelTrainer(Trainer):
                     signal=step.signal.detached() if mode.keep_graph else step.signal,
                     student_outputs=step.outputs.clone(),  # they may be weights, which the step moves
                 )
-            if self._teacher_trainer is not None and (self.clip_norm is not None or not self.ranks.alone):
-                self._teacher_trainer.clip()
+            if self.teacher_layout is not None and (self.clip_norm is not None or not self.ranks.alone):
+                self.teacher_layout.mean_gradients(self.clip_norm)
             # Nothing has moved before. The teacher's optimizer may be any, and may fail; so the student moves last.
             if outer_optimizer is not None:
                 outer_optimizer.step()  # line 8: θ_T′
