@@ -8,7 +8,8 @@ For every student that is the same differentiable function in all passes:
 .. math:: \Big\langle \frac{\partial\ell}{\partial z}, \dot z \Big\rangle
           + \Big\langle \frac{\partial\ell}{\partial\theta}, w \Big\rangle = \langle g, w \rangle
 
-The first fails for other random numbers and for state that has moved, the second also for a hook on gradients. Both go into the step's flag: on a CPU it is read before anything moves, on a device with the report.
+The first fails for other random numbers and for state that has moved, the second also for a hook on gradients.
+Both go into the step's flag: on a CPU it is read before anything moves, on a device with the report.
 """
 
 from __future__ import annotations

@@ -70,8 +70,7 @@ class Estimator(ABC):
         return False
 
     def keeping(self, steps: int, size: int, student: LocalStudent) -> Keeping:
-        """Which of so many steps of a look-ahead, of so many bytes each, keep their states; others are computed
-        again."""
+        """Which of so many steps of a look-ahead, of so many bytes each, keep their states."""
         return ALL
 
     @property
@@ -97,9 +96,8 @@ class Estimator(ABC):
         with NOTHING if path.student.ranks.alone else path.student.ranks.agreed():
             if not any(of_step.used for of_step in feedback):
                 raise MetaplError(
-                    f"the inner loss of {kind_of(path.problem)} does not depend on its signal, so there is no feedback "
-                    "on it; expected an inner_loss in which the signal acts on the student's outputs, without "
-                    '.detach() or argmax; to train without feedback, mode="none".'
+                    f"the inner loss of {kind_of(path.problem)} does not depend on its signal, so there is none; "
+                    'expected one that does, without .detach() or argmax, or mode="none".'
                 )
             total = path.inner_loss  # a sum of all is finite where all are
             for of_step in feedback:
@@ -107,8 +105,8 @@ class Estimator(ABC):
                     total = total + h.sum()
             checks.refuse_not_finite(
                 total,
-                "the inner loss or the feedback is NaN or infinite: the student has diverged, or some example's loss "
-                "has no finite value or derivative; lower the student's learning rate, or look for extreme values.",
+                "the inner loss or the feedback is NaN or infinite: it has diverged, or an example is extreme; "
+                "lower the student's learning rate, or look for it.",
             )
         return feedback, state
 
@@ -127,22 +125,16 @@ def padded(feedback: Sequence[Feedback], path: Path) -> list[Feedback]:
 def divisor(normalization: str, step: InnerStep, w: Tree | None = None) -> Tensor | float:
     """The divisor of h, by the name of the normalization.
 
-    ``"gradient"``: 1. This is the true gradient; it is proportional to η and so decays with the schedule.
-    ``"learning_rate"``: η, so that the size depends on the labeled gradient only; for SGD, because over an η as small
-    as Adam's h drowns the teacher's own losses (docs/no-help.md). ``"cosine"``: ‖w‖·‖g‖. The sum of h over the batch
-    (of sampled labels) is then the cosine between the student's step and the labeled gradient, in [−1, 1]; within a
-    step the teacher's gradient keeps its direction, but its sizes in different steps change.
+    ``"gradient"``: 1, the true gradient, which decays with η. ``"learning_rate"``: η, so that the size depends on the
+    labeled gradient only; for SGD, because over an η as small as Adam's h drowns the teacher's own losses
+    (docs/no-help.md). ``"cosine"``: ‖w‖·‖g‖; the sum of h over the batch is then the cosine between the student's step
+    and the labeled gradient.
     """
     if normalization == "learning_rate":
         eta = step.update.learning_rate
         if eta is None:
-            raise MetaplError(
-                'normalization="learning_rate" was given, but a TorchOpt transform does not expose its learning rate; '
-                'use a torch.optim inner optimizer, or normalization="gradient".'
-            )
+            raise MetaplError('a TorchOpt transform shows no learning rate; expected normalization="gradient".')
         return eta if eta > 0 else 1.0
-    if normalization == "gradient":
+    if normalization == "gradient" or w is None:
         return 1.0
-    if w is None:
-        raise MetaplError(f"normalization={normalization!r} needs a direction w, which this mode does not compute.")
     return (step.space.norm(w) * step.space.norm(step.gradient)).clamp_min(1e-30)

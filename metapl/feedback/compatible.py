@@ -40,8 +40,7 @@ def both_batches(labeled: Any, unlabeled: Any, outer: Any, inner: Any) -> tuple[
 
 
 def check_teacher(teacher: nn.Module | None, problem: Problem, **given: bool) -> None:
-    """Refuse a problem without the teacher that makes its signal, one that is not used, and options that are ``given``
-    for a teacher where there is none."""
+    """Refuse a missing teacher, one that is not used, and options that are ``given`` for one where there is none."""
     if (teacher is not None) != problem.has_teacher:
         expected = "a torch.nn.Module, which makes its signal" if problem.has_teacher else "teacher=None"
         raise MetaplError(f"teacher is of type {type(teacher).__name__}; {kind_of(problem)} expects {expected}.")
@@ -77,9 +76,8 @@ def check_kind(signal: Signal, mode: Estimator, problem: Problem, steps: int) ->
     """Refuse a signal of a kind that the mode cannot differentiate; ``steps`` of the student are taken."""
     if signal.sampled and mode.credits in ("signal", "example") and enters_input(problem):
         raise MetaplError(
-            f"mode {mode.name!r} credits each label apart, and those of {kind_of(problem)} enter the student's input, "
-            "where they act on others too; expected 'reinforce', 'loss_difference' or 'none', or a differentiable "
-            "signal."
+            f"mode {mode.name!r} credits each label apart, and those of {kind_of(problem)} enter the student's input; "
+            "expected 'reinforce', 'loss_difference' or 'none', or a differentiable signal."
         )
     kind: Kind = "hard" if signal.sampled else "soft"
     constant = kind == "soft" and not signal.differentiable() and mode.credits != "nothing"

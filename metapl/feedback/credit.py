@@ -33,14 +33,11 @@ Credited = Literal["signal", "example"]
 
 @dataclass(frozen=True)
 class Tangent:
-    """ż, (B, ...), and for a difference of outputs a bound on the norm of its rounding error.
+    """The derivative of the outputs along w."""
 
-    Where the signal enters the student's input, a difference also has the derivatives of ⟨g, w⟩ in the signal's fields.
-    """
-
-    z_dot: Tensor
-    rounding: Tensor | None = None
-    in_signal: Mapping[str, Tensor | None] | None = None
+    z_dot: Tensor  # ż, (B, ...)
+    rounding: Tensor | None = None  # of a difference of outputs: a bound on the norm of its error
+    in_signal: Mapping[str, Tensor | None] | None = None  # of ⟨g, w⟩, where the signal enters the student's input
 
 
 @dataclass(frozen=True)
@@ -73,9 +70,8 @@ class Feedback:
         terms = [(-h * fields[name]).sum() for name, h in parts.items()]
         if torch.is_grad_enabled() and not any(term.requires_grad for term in terms):
             raise MetaplError(
-                f"the teacher's signal ({self.part}) carries no gradient to the teacher's weights, so the feedback "
-                "would be lost: it was detached, or computed under torch.no_grad(). Keep its graph, or use "
-                'mode="none", which gives no feedback.'
+                f"the teacher's signal ({self.part}) carries no gradient to its weights: it was detached, or computed "
+                'under torch.no_grad(); expected one with its graph, or mode="none".'
             )
         return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
 
@@ -107,9 +103,8 @@ class Feedback:
 
 
 def exact_feedback(step: InnerStep, w: Tree, of: Credited = "signal") -> Feedback:
-    """The feedback along w by exact derivatives, on the signal or on each example: from the graph of g where the pass
-    has kept it; else by ż; and by double backward where the signal enters the student's input, for ⟨∂ℓ/∂z, ż⟩ then
-    depends on it through the whole network."""
+    """The feedback along w by exact derivatives: from the graph of g where the pass has kept it; else by ż; and by
+    double backward where the signal enters the student's input, and ⟨∂ℓ/∂z, ż⟩ through the whole network."""
     by_graph = [part.in_leaves(w) for part in step.passes]
     if by_graph[0] is not None:
         return feedback_from(step, step.in_signal(credited(step.signal, of), by_graph), of)  # type: ignore[arg-type]
@@ -137,8 +132,8 @@ def head_feedback(step: InnerStep, w: Tree, tangent: Tangent, of: Credited = "si
 
 
 def credited(signal: Signal, of: Credited = "signal") -> dict[str, Tensor]:
-    """What gets the feedback, with the values at which it is computed: the differentiable fields of the signal; for
-    sampled labels their one-hot rows, in place of the distribution; or a factor of each example's loss."""
+    """What gets the feedback, with its values: the differentiable fields of the signal, the one-hot rows of sampled
+    labels in place of their distribution, or a factor of each example's loss."""
     if of == "example":
         assert signal.log_prob is not None  # the mode takes sampled labels
         return {"factors": torch.ones_like(signal.log_prob)}
@@ -146,15 +141,14 @@ def credited(signal: Signal, of: Credited = "signal") -> dict[str, Tensor]:
         return signal.differentiable()
     if signal.probs is None:
         raise MetaplError(
-            "the problem's signal is sampled and has no probs, over which this mode takes the expectation; expected "
-            'Signal(value, log_prob, probs=...), or mode="reinforce_per_example" with one student step.'
+            "the problem's signal is sampled and has no probs; expected Signal(value, log_prob, probs=...), or "
+            'mode="reinforce_per_example".'
         )
     return {"value": F.one_hot(signal.value, signal.probs.shape[-1]).to(signal.probs.dtype)}
 
 
 def feedback_from(step: InnerStep, gradients: Mapping[str, Tensor | None], of: Credited = "signal") -> Feedback:
-    """h = −dL(θ′)/d(field), from the gradients in what is :func:`credited`; None in a field that the inner loss does
-    not depend on."""
+    """h = −dL(θ′)/d(field), from the gradients in what is :func:`credited`; None: no dependence."""
     signal = step.signal
     if of == "example":
         h_B = gradients["factors"]
@@ -174,8 +168,7 @@ def feedback_from(step: InnerStep, gradients: Mapping[str, Tensor | None], of: C
 
 
 def _slope(step: InnerStep, leaves: Tree, w: Tree, tangent: Tangent) -> Tensor:
-    """d/dε (1/B) Σ_i factor_i ℓ_i(z + εż, signal, θ + εw), this rank's share, with a graph to the leaves; flagged where
-    it is not ⟨w, g⟩."""
+    """d/dε (1/B) Σ_i factor_i ℓ_i(z + εż, signal, θ + εw), this rank's share; flagged where it is not ⟨w, g⟩."""
     ranks, parts = step.student.ranks, len(step.passes)
     z = step.outputs.detach().requires_grad_()
     theta = as_leaves(step.params) if step.student.readable else {}

@@ -31,8 +31,7 @@ SMALL = 2**15  # weights of a student, up to which the graph is kept: measured i
 
 
 def by_graph(by: Literal["graph", "tangent"] | None, student: LocalStudent) -> bool:
-    """Whether g keeps its graph: what was asked for, or by the student's size; a sharded student, whose backward pass
-    is ``.backward()``, has no such graph."""
+    """Whether g keeps its graph: as asked, or by the student's size; never of a sharded one, of ``.backward()``."""
     if not student.readable:
         return False
     return by == "graph" if by else sum(p.numel() for p in student.params.values()) <= SMALL

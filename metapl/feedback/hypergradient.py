@@ -92,14 +92,8 @@ def check_wrt(
     return settings
 
 
-def as_leaf(number: Any) -> Any:
-    """A setting as a float64 leaf; betas as two."""
-    return pytree.tree_map(lambda x: torch.tensor(float(x), dtype=torch.float64, requires_grad=True), number)
-
-
 def stacked_settings(found: Sequence[Any], names: Sequence[str]) -> dict[str, Tensor]:
-    """Gradients in settings by name, (K, groups, ...), of those of each step and param group; 0 where a group has no
-    such setting."""
+    """Gradients in settings by name, (K, groups, ...); 0 where a group has no such setting."""
 
     def of_groups(groups: Sequence[Mapping[str, Any]], name: str) -> Tensor:
         held = [group.get(name) for group in groups]
@@ -233,8 +227,10 @@ def hypergradient(
     shown = partial(counted, progress and ranks.first, len(batches))
     if settings and estimate.keep_graph:  # double backward ends in leaves
         for number, groups in enumerate(options := options or [options_of(inner_optimizer)] * len(batches)):
-            leaves = [{n: as_leaf(group[n]) for n in settings if n in group} for group in groups]
+            held = [{n: group[n] for n in settings if n in group} for group in groups]  # betas are two
+            leaves = pytree.tree_map(lambda x: torch.tensor(float(x), dtype=torch.float64, requires_grad=True), held)
             options[number] = [{**group, **own} for group, own in zip(groups, leaves, strict=True)]
+    how: dict[str, Any]
     going_on: Any = NOTHING
     if folder is not None:
         asked = of_student.network, teach.network, problem, estimate, update, inner_optimizer, generator
@@ -244,22 +240,11 @@ def hypergradient(
 
     with as_it_was, kernels, going_on as states:
         with shown("steps", 0 if states is None else states.done) as tell:
-            path = take_steps(  # θ′ = U(θ, g), g = ∇ (1/B) Σ ℓ_i(S(x_u; θ), signal)
-                local_student,
-                update,
-                problem,
-                labeled=labeled,
-                batches=batches,
-                teach=teach,
-                parts=accumulate,
-                keep_graph=estimate.keep_graph,
-                graph_of=graph_of,
-                keep=estimate.keeping,
-                states=states,
-                updates=[update.at(of_step) for of_step in options],
-                wrt=[name for name in wrt if name != "teacher"],
-                progress=tell,
-            )
+            how = {"parts": accumulate, "keep_graph": estimate.keep_graph, "graph_of": graph_of, "progress": tell}
+            how |= {"keep": estimate.keeping, "states": states, "updates": [update.at(of_step) for of_step in options]}
+            how |= {"wrt": [name for name in wrt if name != "teacher"]}
+            # θ′ = U(θ, g), g = ∇ (1/B) Σ ℓ_i(S(x_u; θ), signal)
+            path = take_steps(local_student, update, problem, labeled, batches, teach, **how)
         with shown("steps back", len(path.feedback)) as path.progress:
             feedback, _ = estimate.checked_feedback(path, estimate.init())  # h = −dL(θ′)/d(signal)
         grads = teach.gradient(path, feedback) if "teacher" in wrt else {}  # of −Σ h·signal(θ_T)

@@ -90,11 +90,7 @@ class Implicit(Estimator):
 
 
 def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: float) -> Tree:
-    """Conjugate gradients: exact to rounding after as many iterations as a positive H has distinct eigenvalues.
-
-    They end where the residual is within rounding of zero, or where a direction has no curvature beyond rounding; the
-    host reads three numbers an iteration.
-    """
+    """Conjugate gradients: exact to rounding after as many iterations as a positive H has distinct eigenvalues."""
     rounding = 10 * max(torch.finfo(t.dtype).eps for t in v.values())
     x, r, p = scaled(v, 0.0), v, v
     rr = first = float(dot(r, r))
@@ -108,8 +104,8 @@ def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: floa
         if curvature <= rounding * p_norm * q_norm:
             if number == 0 or curvature < -rounding * largest * p_norm**2:  # v itself must be curved
                 raise MetaplError(
-                    "the inner loss curves downwards along a conjugate gradient, so the student is not near its "
-                    'optimum; expected a larger damping, or solver="neumann" or "identity".'
+                    "the inner loss curves downwards along a conjugate gradient: the student is not near its optimum; "
+                    'expected a larger damping, or solver="neumann" or "identity".'
                 )
             break
         alpha = rr / curvature

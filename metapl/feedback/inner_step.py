@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -42,12 +42,9 @@ Credits = Literal["signal", "example", "batch", "nothing"]
 
 
 class SignalInput:
-    """The student's input in a micro-batch where the signal enters it, and the graph from the signal to the input.
-
-    Feedback passes take the derivative in the input itself, and the graph takes it on to the signal. So the input is
-    computed once, and ``student_input`` may draw noise. ``in_graph``: it is computed from the signal's own tensors, in
-    their graph; else from leaves in their places.
-    """
+    """The student's input in a micro-batch where the signal enters it, and the graph from the signal to the input, by
+    which a derivative in the input goes on to the signal; so the input is computed once, and may draw noise.
+    ``in_graph``: it is computed from the signal's own tensors; else from leaves in their places."""
 
     def __init__(self, problem: Problem, batch: Any, signal: Signal, in_graph: bool) -> None:
         floating = {n: t for n, t in signal.fields().items() if t.is_floating_point()}
@@ -57,8 +54,7 @@ class SignalInput:
         self.inputs = self.graph if in_graph else pytree.tree_map_only(Tensor, Tensor.detach, self.graph)
 
     def as_leaves(self, widened: bool) -> tuple[list[Tensor], Any]:
-        """The tensors of the input that depend on the signal, as leaves (``widened``: in float32 or wider), and the
-        input with these in their places."""
+        """The tensors of the input that depend on the signal, as leaves, and the input with these in their places."""
         leaves = [(wide(t) if widened else t).detach().requires_grad_() for t in self._entering]
         places = {id(t): leaf for t, leaf in zip(self._entering, leaves, strict=True)}
         return leaves, pytree.tree_map_only(Tensor, lambda t: places.get(id(t), t), self.graph)
@@ -75,54 +71,38 @@ class SignalInput:
 
 @dataclass
 class InnerLoss:
-    """The mean of factor_i ℓ_i, (B,), as a function of outputs and weights; ``readable``: whether this process holds
-    the weights whole, so that a loss may read them."""
+    """The mean of factor_i ℓ_i, (B,), as a function of outputs and weights."""
 
     problem: Problem
     signal: Signal
     batch: Any
-    readable: bool
+    readable: bool  # whether this process holds the weights whole, so that a loss may read them
     factors: Tensor | None = None
 
     def __call__(self, outputs: Tensor, params: Tree) -> Tensor:
         losses = self.problem.inner_loss(outputs, self.signal, self.batch, params if self.readable else None)
         if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
             raise MetaplError(
-                f"what inner_loss returned is {checks.described(losses)}, for a batch of {len(outputs)}; expected one "
-                f"loss per example, ({len(outputs)},): leave the mean to metapl."
+                f"inner_loss returned {checks.described(losses)}; expected one loss per example, ({len(outputs)},)."
             )
         return losses.mean() if self.factors is None else (self.factors * losses).mean()
 
 
 @dataclass(eq=False)
 class InnerStep:
-    """One step of the student, with the operations that estimators need.
-
-    Args:
-        problem, update: the losses, and U.
-        passes: S(x; θ) on each micro-batch; one pass if the batch is not split.
-        batch: x, or (weak, strong), ...
-        signal: the teacher's signal, without its graph.
-        inner_loss: the mean of ℓ_i, a scalar.
-        grads: g, with a graph if the path keeps it; empty if the step was forgotten.
-        state: the optimizer's state before the step.
-        signal_inputs: the student's input of each micro-batch, where the signal enters it; empty where it does not.
-        by_optimizer: whether θ′ is to be that of the optimizer's own step to the last bit, since the roundings of
-            several steps grow.
-        digest: of the batch, where it may be dropped and read again.
-    """
+    """One step of the student, with the operations that estimators need."""
 
     problem: Problem
-    update: Update
-    passes: Sequence[Pass]
-    batch: Any
-    signal: Signal
-    inner_loss: Tensor
-    grads: Tree
-    state: Any
-    signal_inputs: Sequence[SignalInput] = ()
-    by_optimizer: bool = False
-    digest: Tensor | None = None
+    update: Update  # U
+    passes: Sequence[Pass]  # S(x; θ) on each micro-batch
+    batch: Any  # x, or (weak, strong), ...
+    signal: Signal  # the teacher's, without its graph
+    inner_loss: Tensor  # the mean of ℓ_i, a scalar
+    grads: Tree  # g, with a graph if the path keeps it; empty if the step was forgotten
+    state: Any  # the optimizer's, before the step
+    signal_inputs: Sequence[SignalInput] = ()  # of each micro-batch, where the signal enters the student's input
+    by_optimizer: bool = False  # whether θ′ is that of the optimizer's own step: the roundings of several steps grow
+    digest: Tensor | None = None  # of the batch, where it may be dropped and read again
     student: LocalStudent = field(init=False)
     params: Tree = field(init=False)
     space: Space = field(init=False)
@@ -132,16 +112,14 @@ class InnerStep:
         self.space = self.student.space  # products and norms over all processes that hold parts of the weights
 
     def forgotten(self, batch_too: bool = False) -> InnerStep:
-        """The step without θ, g and the optimizer's state, and without its batch, unless the signal enters the input;
-        :meth:`recomputed` has them again."""
+        """The step without what :meth:`recomputed` has again: θ, g, s and, unless the signal enters it, the batch."""
         batch_too = batch_too and not self.signal_inputs
         for part in self.passes:
             part.forget(batch_too)
         return replace(self, grads={}, state=None, batch=None if batch_too else self.batch)
 
     def recomputed(self, params: Tree, state: Any, batch: Any = None) -> InnerStep:
-        """A forgotten step with θ, g and the optimizer's state, and its batch if that was dropped; cost: a forward and
-        a backward pass of the student."""
+        """A forgotten step with θ, g, s and its batch; cost: a forward and a backward pass of the student."""
         step = self if batch is None else replace(self, batch=batch)
         for part, x in zip(step.passes, step.batches, strict=True) if self.batch is None else ():
             part.inputs = step.problem.student_input(x)
@@ -160,8 +138,7 @@ class InnerStep:
         return self.passes[0].outputs if len(self.passes) == 1 else joined([part.outputs for part in self.passes])
 
     def has_rows(self, name: str) -> bool:
-        """Whether a field of the signal has a row for each example of the batch; what goes with the value, such as its
-        log_prob, has rows where all of the value has."""
+        """Whether a field of the signal has a row for each example; log_prob has where all of the value has."""
         by_field = has_rows(self.problem, self.signal, sum(len(part.outputs) for part in self.passes))
         return by_field.get(name, all(by_field.values()))
 
@@ -192,8 +169,7 @@ class InnerStep:
 
     @cached_property
     def new_params(self) -> Tree:
-        """θ′, without a graph. Unlike :attr:`updated`, it does not keep s′, which one step of the student never
-        reads."""
+        """θ′, without a graph, and without s′, which one step of the student never reads."""
         graph = self.student.double_backward
         if self.by_optimizer or graph:
             params, _ = self.updated
@@ -230,10 +206,8 @@ class InnerStep:
         return self._as_params(self.update.pullback(*_double(given)))
 
     def vjp(self, v: Tree, state_cotangent: Any = None) -> Cotangents:
-        """The adjoint of U at this step, from the cotangents of θ′ and s′; of weights in half precision, in float64.
-
-        Where its terms nearly cancel, as in the first steps of Adam, it would be rounding alone in half precision.
-        """
+        """The adjoint of U at this step, from the cotangents of θ′ and s′; of weights in half precision in float64,
+        for its terms nearly cancel in the first steps of Adam."""
         given = self.params, self.gradient, self.state, v, state_cotangent
         if not self.student.half:
             return self.update.vjp(*given)
@@ -262,8 +236,8 @@ class InnerStep:
     def with_leaves(
         self, fields: Mapping[str, Tensor], *, widened: bool = False
     ) -> Iterator[tuple[Pass, Loss, list[Tensor], Any]]:
-        """The micro-batches, each as its pass, its loss, leaves, and the input: the loss depends on leaves at these
-        values of the fields, and the input on those of the signal that enters it (``widened``: in float32 or wider)."""
+        """The micro-batches, each as its pass, its loss, leaves at these values of the fields, which the loss depends
+        on, and the input, which may depend on them too (``widened``: in float32 or wider)."""
         parts = len(self.passes)
         for i, (part, signal, x) in enumerate(self.parts()):
             values = {name: t if parts == 1 else t.chunk(parts)[i] for name, t in fields.items()}
@@ -274,8 +248,7 @@ class InnerStep:
     def second_derivatives(
         self, w: Tree, fields: Mapping[str, Tensor], *, curved: bool = True
     ) -> tuple[Tree, dict[str, Tensor | None]]:
-        """The derivatives of ⟨g, w⟩: (∂²ℓ/∂θ²) w, if ``curved``, and that in fields of the signal, at the given values;
-        None of a field that the inner loss does not depend on."""
+        """The derivatives of ⟨g, w⟩: (∂²ℓ/∂θ²) w, if ``curved``, and in fields of the signal; None: no dependence."""
         found, slopes = list[tuple[Tree, list[Tensor | None]]](), list[Tensor]()
         for part, loss, leaves, inputs in self.with_leaves(fields):
             if self.student.readable:
@@ -284,7 +257,10 @@ class InnerStep:
             # Blocks of a sharded student are run apart: ⟨g, w⟩, the derivative in a factor of the loss, tells whether
             # anything reaches them past their arguments.
             factor = torch.ones_like(self.inner_loss, requires_grad=True)
-            scaled = partial(_times, factor, loss)
+
+            def scaled(outputs: Tensor, params: Tree, factor: Tensor = factor, loss: Loss = loss) -> Tensor:
+                return factor * loss(outputs, params)
+
             product, (*in_leaves, slope) = part.second_derivatives(w, scaled, [*leaves, factor], inputs, curved=curved)
             found.append((product, in_leaves))
             slopes += [] if slope is None else [slope]
@@ -300,8 +276,7 @@ class InnerStep:
     def in_signal(
         self, fields: Mapping[str, Tensor], in_leaves: Sequence[Sequence[Tensor | None]]
     ) -> dict[str, Tensor | None]:
-        """Derivatives of this rank's losses in the leaves of each micro-batch, as derivatives of the mean over the
-        ranks in the whole signal's fields."""
+        """Derivatives in the leaves of each micro-batch, as those of the ranks' mean in the signal's fields."""
         parts = len(self.passes) * self.student.ranks.size
         if len(self.passes) == 1 and parts == 1 and not self.signal_inputs:
             return dict(zip(fields, in_leaves[0], strict=True))
@@ -319,10 +294,6 @@ class InnerStep:
     @property
     def batches(self) -> list[Any]:
         return micro_batches(self.batch, len(self.passes), "unlabeled")
-
-
-def _times(factor: Tensor, loss: Loss, outputs: Tensor, params: Tree) -> Tensor:
-    return factor * loss(outputs, params)
 
 
 def _double(trees: Any) -> Any:

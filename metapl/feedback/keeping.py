@@ -30,11 +30,10 @@ SHARE = 0.5  # of the memory that is free, for states; activations need some too
 
 @dataclass(frozen=True)
 class Keeping:
-    """``spacings`` as at the head of this file, none where all steps are held; ``on``: None where the student is,
-    ``"cpu"`` on the host, else a folder."""
+    """Which steps keep their state, and where."""
 
-    spacings: tuple[int, ...] = ()
-    on: str | None = None
+    spacings: tuple[int, ...] = ()  # as at the head of this file; none: all steps are held
+    on: str | None = None  # None: where the student is; "cpu": on the host; else a folder
 
     def states(self, steps: int) -> int:
         """The most states that are held at once."""
@@ -59,13 +58,8 @@ def keeping(
     on: str | None,
     ranks: Ranks = ALONE,
 ) -> Keeping:
-    """Of a path of so many steps, whose states have so many bytes: every so many steps, a tree, or None for the
-    cheapest of all, every √steps-th and a tree that fits into half of the memory that is free, of up to 50 steps into
-    all of it; in a folder, and where the system does not say what is free, every √steps-th.
-
-    Raises: :class:`metapl.MetaplError` for a way that this memory, or the folder's disk, does not hold, and for a
-    folder that is none.
-    """
+    """Of a path of so many steps, whose states have so many bytes: every so many steps, a tree, or None, as
+    :class:`metapl.feedback.Forward` says. A way that memory, or the folder's disk, does not hold is refused."""
     folder, place = folder_of(on), torch.device("cpu") if on == "cpu" else device
     levels = math.ceil(math.log(steps, BRANCHING) - 1e-9) - 1
     all_held, root = Keeping((), on), Keeping((math.isqrt(steps - 1) + 1,), on)
@@ -114,7 +108,7 @@ def said(size: float) -> str:
 
 def folder_of(on: str | None) -> FilePath | None:
     """The folder that states are kept in; None where it is none."""
-    if on in (None, "cpu"):
+    if on is None or on == "cpu":
         return None
     if not FilePath(on).is_dir():
         raise MetaplError(f'keep_on={on!r} is no folder; expected "cpu", or a folder that exists.')

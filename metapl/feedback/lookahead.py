@@ -72,8 +72,7 @@ class Lookahead(Sequence[Any]):
 
 
 def inner_batches(unlabeled: Any, asked: int = 1) -> list[Any]:
-    """The batches of a look-ahead, with their dict-like parts as dicts; any other batch is a look-ahead of one step,
-    and refused where more were ``asked`` for."""
+    """The batches of a look-ahead; any other batch is one of one step, refused where more were ``asked`` for."""
     if not isinstance(unlabeled, Lookahead):
         if asked > 1:
             raise MetaplError(f"the trainer has lookahead={asked}; expected a metapl.Lookahead of {asked} batches.")

@@ -27,44 +27,29 @@ from metapl.problems.base import Problem, Signal, enters_input, joined_signals, 
 from metapl.updates import Options, Update
 
 OTHER_BATCH = (
-    "the function of Lookahead returned another batch for step {} when it was called again; expected the same batch "
-    "for the same number: torch.Generator().manual_seed(number)."
+    "the function of Lookahead returned another batch for step {} when it was called again; expected the same."
 )
 LOSS_NOT_FINITE = (
     "the inner loss is NaN or infinite in step {} of the look-ahead: its batch has such values, or the student has "
     "diverged; lower its learning rate, or look for extreme values."
 )
 NOT_FINITE = (
-    "the derivative of the outer loss is NaN or infinite before step {} of the look-ahead: the steps from there on "
-    "amplify it without bound. Lower the student's learning rate, or differentiate fewer of the last steps, "
-    "Forward(truncate=...)."
+    "the derivative of the outer loss is NaN or infinite before step {} of the look-ahead; lower the student's "
+    "learning rate, or differentiate fewer of the last steps, Forward(truncate=...)."
 )
-
-Keep = Callable[[int, int, LocalStudent], Keeping]
-"""Which of K steps keep their states, by K and the bytes that one of them holds."""
-
-Teach = Callable[[Any, Tensor | None], Signal]
-"""The teacher's signal about a batch, given the student's outputs on it; None where the signal enters its input."""
 
 
 @dataclass
 class Path:
-    """The student's steps from θ to θ′, where the outer loss is taken; no weight moves before :meth:`commit`.
-
-    Args:
-        problem, student, update: the losses, the network, and U.
-        labeled: the outer batch, in micro-batches.
-        batches: the inner ones; a look-ahead whose batches a function returns is asked again by the adjoint.
-        keeping: which steps keep their weights and optimizer state; the adjoint computes the others again.
-    """
+    """The student's steps from θ to θ′, where the outer loss is taken; no weight moves before :meth:`commit`."""
 
     problem: Problem
     student: LocalStudent
-    update: Update
-    labeled: Sequence[Any]
-    batches: Sequence[Any] = ()
+    update: Update  # U
+    labeled: Sequence[Any]  # the outer batch, in micro-batches
+    batches: Sequence[Any] = ()  # the inner ones; a look-ahead whose batches a function returns is asked again
     steps: list[InnerStep] = field(default_factory=list)
-    keeping: Keeping = ALL
+    keeping: Keeping = ALL  # which steps keep their states; the adjoint computes the others again
     states: States = field(init=False)  # of several steps, where some are computed again
     feedback: list[Any] = field(default_factory=list, init=False)  # on the last steps so far, as plain values
     progress: Callable[[Any], None] | None = None  # called with the batch of each step of the adjoint
@@ -129,15 +114,9 @@ class Path:
     def adjoints(
         self, fields: Callable[[Signal], Mapping[str, Tensor]], truncate: int | None = None
     ) -> Iterator[tuple[InnerStep, Tree, dict[str, Tensor | None] | None]]:
-        """The steps from the last to the first, each with its w and the derivatives of ⟨g, w⟩ in fields of the signal.
-
-        The derivatives are computed together with the step's Hessian product. The first step needs no Hessian product;
-        its derivatives are None. Steps whose states were not kept are computed again.
-
-        Args:
-            fields: returns the fields of a step's signal, with the values at which the derivatives are taken.
-            truncate: the number of last steps; None: all.
-        """
+        """The steps from the last to the first, of the last ``truncate``, each with its w and the derivatives of ⟨g, w⟩
+        in ``fields(signal)``, which are computed together with the step's Hessian product; None of the first step,
+        which needs none."""
         end, spacings = len(self.steps), self.keeping.spacings
         first = 0 if truncate is None else max(0, end - truncate)
         resumed = self.states.adjoint if end > 1 else None
@@ -165,11 +144,8 @@ class Path:
                 self.states.passed(self, number, v, state_bar)
 
     def _backwards(self, first: int, begin: int, end: int, *spacings: int) -> Iterator[tuple[int, InnerStep]]:
-        """The steps from ``end`` back to ``begin``, none before ``first``, each with its θ, g and s.
-
-        Of these the multiples of ``spacings[0]`` have kept their states. Each block between two of them is computed
-        again: it keeps its multiples of ``spacings[1]``, or all of its steps where no finer spacing is left.
-        """
+        """The steps from ``end`` back to ``begin``, none before ``first``, each with its θ, g and s. Each block between
+        two multiples of ``spacings[0]``, which were kept, is computed again and keeps its multiples of the next."""
         if not spacings:
             for number in reversed(range(begin, end)):
                 if number >= first:
@@ -203,8 +179,7 @@ class Path:
             self.steps[number] = self.steps[number].forgotten(self.rereads)
 
     def batch(self, number: int, held: Any = None) -> Any:
-        """An inner batch once more, read again where it is not ``held``; refused where it is not the one that the
-        student learned from."""
+        """An inner batch once more, read again where it is not ``held``; another one is refused."""
         with self.student.ranks.agreed():
             if held is None:
                 with replayed(RandomState.now(self.student.device)):  # a function may seed the default generator
@@ -215,8 +190,7 @@ class Path:
         return held
 
     def gradients_in_signals(self, truncate: int | None = None) -> list[tuple[InnerStep, dict[str, Tensor | None]]]:
-        """The last ``truncate`` steps (None: all), each with dL(θ′)/d(field) for the fields of its signal, by double
-        backward through the path; None for a field that the inner loss does not depend on."""
+        """The last ``truncate`` steps, each with dL(θ′)/d(field) for the fields of its signal, by double backward."""
         counted, v = self.steps[-(truncate or 0) :], self.outer_gradient()
         leaves = [t for step in counted for t in step.signal.differentiable().values()]
         start: Tree = self.steps[0].params if "start" in self.wrt else {}
@@ -241,18 +215,14 @@ class Path:
         return in_signals
 
     def revised(self, h: Tensor | dict[str, Tensor]) -> Path:
-        """The path of the real step, on the signal that the problem makes of the feedback on its last one; this path
-        where it makes none."""
+        """The path of the real step, on the signal that the problem makes of the feedback, or this one."""
         step = self.steps[-1]
         signal = self.problem.revised_signal(step.signal, h)
         return self if signal is None else replace(self, steps=[step.with_signal(signal.detached())])
 
     def commit(self) -> dict[str, Tensor]:
-        """Move the student to θ′, with its optimizer.
-
-        Returns: ``step_rounding``, where the optimizer's own steps are rounded otherwise than U: the distance of the
-        weights that they lead to from θ′, relative to that of θ from θ′.
-        """
+        """Move the student to θ′, with its optimizer. Where its own steps are rounded otherwise than U, returns
+        ``step_rounding``, the distance of the weights that they lead to from θ′, relative to that of θ from θ′."""
         theta, norm = self.student.params, self.student.space.norm  # the student's own tensors, which will have moved
         exact = self.params if self.update.rounded else {}
         length = norm({name: t - theta[name] for name, t in exact.items()}) if exact else None
@@ -270,10 +240,7 @@ class Path:
         return self.student.loss(params, *self._outer_pass())
 
     def _outer_pass(self) -> tuple[list[Any], list[WeightedLoss], RandomState]:
-        """The student's inputs, their losses, and the start of a random stream.
-
-        The stream is independent of the default one, from whose state after the inner pass the teacher draws.
-        """
+        """The student's inputs, their losses, and the start of a random stream, apart from the teacher's."""
         problem = self.problem
 
         def loss(part: Any, outputs: Tensor) -> tuple[Tensor, Tensor | float]:
@@ -287,37 +254,21 @@ def take_steps(
     student: nn.Module | Layout | LocalStudent,
     update: Update,
     problem: Problem,
-    labeled: Any,
-    batches: Sequence[Any],
-    teach: Teach,
+    labeled: Any,  # the outer batch
+    batches: Sequence[Any],  # the inner ones; those of a look-ahead are read as they are taken
+    teach: Callable[[Any, Tensor | None], Signal],  # of a batch and the student's outputs; before these, if it has to
     *,
-    parts: int = 1,
-    keep_graph: bool = False,
-    graph_of: Credited | None = None,
-    keep: Keep | None = None,
-    states: States | None = None,
-    updates: Sequence[Update] = (),
-    wrt: Sequence[str] = (),
-    progress: Callable[[Any], None] | None = None,
+    parts: int = 1,  # micro-batches
+    keep_graph: bool = False,  # keep the path differentiable in the signals, for ``gradients_in_signals``
+    graph_of: Credited | None = None,  # of one step, what g keeps a graph in
+    keep: Callable[[int, int, LocalStudent], Keeping] | None = None,  # by the number of steps and the size of one
+    states: States | None = None,  # where these lie, with the steps that a killed process has taken
+    updates: Sequence[Update] = (),  # of each step, where they differ by a schedule, or have settings that are leaves
+    wrt: Sequence[str] = (),  # what the gradient is in besides the signals
+    progress: Callable[[Any], None] | None = None,  # called with the batch of each step that has been taken
 ) -> Path:
-    """The student's steps on the inner batches: Algorithm 1, lines 2 and 3.
-
-    Buffers and generators advance as in training; the weights do not move.
-
-    Args:
-        student: a module, its layout, or a student of this step (:func:`metapl.execution.sharded.student_of`).
-        labeled, batches: the outer batch, and the inner ones, one for each step; those of a look-ahead are read as they
-            are taken.
-        teach: called for each of the ``parts`` micro-batches of a batch, after the student's pass on it; before all of
-            them where the signal enters its input, and once for all where it is of the whole batch.
-        keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
-        graph_of: of one step, what g keeps a graph in, for :meth:`Pass.in_leaves`.
-        keep: chooses, by the number of steps and the size of one, which of them keep their states.
-        states: where these lie, with the steps that a process which was killed has taken; None: as ``keep`` says.
-        updates: of each step, where they differ by a schedule, or have settings that are leaves.
-        wrt: what the gradient is in besides the signals, as for :class:`Path`.
-        progress: called with the batch of each step that has been taken.
-    """
+    """The student's steps on the inner batches: Algorithm 1, lines 2 and 3. Buffers and generators advance as in
+    training; the weights do not move."""
     student = student if isinstance(student, LocalStudent) else student_of(student, double_backward=keep_graph)
     local, ranks, several, rereads = student, student.ranks, len(batches) > 1, isinstance(batches, Lookahead)
     path = Path(problem, local, update, micro_batches(labeled, parts, "labeled"), batches, wrt=wrt)
@@ -331,14 +282,11 @@ def take_steps(
         """One step from θ and s on a batch, in micro-batches; no weight moves."""
 
         def asked(x: Any, outputs: Tensor | None) -> Signal:
-            """Line 2: ŷ ~ T(x), or the soft label; of a problem that reads the student itself, as it is in this
-            step."""
+            """Line 2: ŷ ~ T(x), or the soft label; a problem may read the student as it is in this step."""
             if ranks.alone and params is local.params:
-                signal = teach(x, outputs).detached()
-            else:
-                with NOTHING if params is local.params else local.holding(params), ranks.agreed():
-                    signal = teach(x, outputs).detached()
-            return signal
+                return teach(x, outputs).detached()
+            with NOTHING if params is local.params else local.holding(params), ranks.agreed():
+                return teach(x, outputs).detached()
 
         def learned(i: int) -> tuple[Tensor, Tree]:
             """Line 3: g = ∇ (1/B) Σ ℓ_i(z, signal), of a micro-batch, and the value of the loss."""
@@ -374,19 +322,8 @@ def take_steps(
             signals = whole.chunks(parts)
             results = [learned(i) for i in range(parts)]
         losses, gradients = zip(*results, strict=True)
-        return InnerStep(
-            problem,
-            rule,
-            passes,
-            batch,
-            whole,
-            mean_of(losses),
-            mean_tree(gradients),
-            state,
-            signal_inputs,
-            by_optimizer=several,
-            digest=digest(batch) if rereads else None,
-        )
+        given = problem, rule, passes, batch, whole, mean_of(losses), mean_tree(gradients), state, signal_inputs
+        return InnerStep(*given, by_optimizer=several, digest=digest(batch) if rereads else None)
 
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
     params = as_leaves(local.params) if (several or "start" in wrt) and keep_graph else local.params

@@ -49,8 +49,7 @@ def known_by(
     generator: torch.Generator | None,
     *given: Any,
 ) -> int:
-    """A number by which a path is known: the modules with the state that they begin with, what is asked of them, U and
-    what it was made of, and what else was ``given``, such as batches, the options of each step and numbers."""
+    """A number by which a path is known: by networks, losses, U, mode, generators, and what else was ``given``."""
 
     def network(module: nn.Module) -> Any:
         modes = [part.training for part in module.modules()]
@@ -76,8 +75,7 @@ def generators_at_start(folder: str | None) -> RandomState | None:
 
 
 class Folder(States):
-    """Kept states in a folder, each a plain tree of tensors, and what else a path of so many ``steps`` needs to be gone
-    on with; ``of`` is the number by which it is known."""
+    """Kept states in a folder, and what else a path of so many ``steps``, known by the number ``of``, goes on with."""
 
     def __init__(self, folder: FilePath, of: int, steps: int, device: torch.device) -> None:
         super().__init__("cpu")  # nothing is held
@@ -95,8 +93,7 @@ class Folder(States):
             if self._read(_PATH)["of"] != self.of:
                 raise MetaplError(
                     f"keep_on={str(self.folder)!r} holds the states of a path of other networks, batches or options; "
-                    "expected the call that was killed, or another folder. To begin anew in this one, remove "
-                    f"{self.folder / _PATH}."
+                    f"expected the call that was killed, another folder, or that {self.folder / _PATH} is removed."
                 )
             self.done = max(_numbers(self.folder, "steps"), default=0)
             self.adjoint = self._read(_ADJOINT) if (self.folder / _ADJOINT).exists() else None
@@ -104,8 +101,7 @@ class Folder(States):
             self.finish()
 
     def came_to(self, number: int, **known: Any) -> None:
-        """The run forward has kept the state before step ``number``; ``known``: what is known of the steps since the
-        last such call."""
+        """The run forward has kept the state before step ``number``; ``known``: of the steps since the last call."""
         self._write(f"steps-{number:08d}.ckpt", **known)
         self.done = number
 
@@ -157,14 +153,10 @@ class PathFolder(Folder):
         super().__init__(folder, of, teach.steps, student.device)
         self.student, self.teach, self.update = student, teach, update
         if enters_input(teach.problem):
-            raise MetaplError(
-                f"keep_on={str(folder)!r}: no file holds the graph of a signal that enters the student's input; "
-                'expected keep_on="cpu", or None.'
-            )
+            raise MetaplError(f"keep_on={str(folder)!r}: of a signal in the student's input; expected 'cpu' or None.")
 
     def resume(self, path: Path, updates: Sequence[Update]) -> Any:
-        """Give a path the steps that were taken before, and the networks and generators what they had come to; θ and s
-        after them."""
+        """Give path, networks and generators what they had come to; θ and s after these steps."""
         student, teach = self.student, self.teach
         begun = [slots.state or State(slots) for slots in (student.slots, teach.slots)]
         for found in self.known():

@@ -36,48 +36,32 @@ NOT_FINITE = (
 
 @dataclass
 class TeacherPass:
-    """The teacher's pass on one inner batch, at θ_T from before the step.
-
-    Where passes are recomputed, the signal has no graph, and the pass is known by what it began with: the default
-    generators, the network's state, and the generator of labels.
-    """
+    """The teacher's pass on one inner batch, at θ_T from before the step."""
 
     batch: Any
     student_outputs: Tensor | None
     signal: Signal
-    random: RandomState | None = None
-    state: State | None = None
-    drawn: Tensor | None = None
+    random: RandomState | None = None  # what a pass that is computed again began with: the default generators,
+    state: State | None = None  # the network's state,
+    drawn: Tensor | None = None  # and the generator of labels
 
 
 class Teaching:
     """The teacher's passes on the inner batches of a path, in their order: one for each micro-batch, or one for the
-    whole batch where the problem says so (``signal_of_batch``).
-
-    Args:
-        layout: of the teacher; None: the problem has none, and is given an empty module.
-        problem, mode: the signal, and the mode that takes it.
-        generator: of labels that are drawn.
-        ranks, device: the processes that share the batches, and where the networks are.
-        batches: the inner ones; those of a look-ahead are read as they are taken, and not held.
-        parts: micro-batches of each of them.
-        recompute: compute the signals without a graph, and once more with one in :meth:`with_graph`: one more forward
-            pass, and no graph in memory between the two. True wherever batches are not held, or come in parts.
-        slots: the network's tables where they have been read in this step already.
-    """
+    whole batch where the problem says so (``signal_of_batch``)."""
 
     def __init__(
         self,
-        layout: Layout | None,
+        layout: Layout | None,  # of the teacher; None: the problem has none, and is given an empty module
         problem: Problem,
         mode: Estimator,
-        generator: torch.Generator | None,
+        generator: torch.Generator | None,  # of labels that are drawn
         ranks: Ranks,
         device: torch.device,
-        batches: Sequence[Any],
-        parts: int,
-        recompute: bool,
-        slots: Slots | None = None,
+        batches: Sequence[Any],  # those of a look-ahead are read as they are taken, and not held
+        parts: int,  # micro-batches of each of them
+        recompute: bool,  # signals without a graph first, and once more with one in ``with_graph``
+        slots: Slots | None = None,  # the network's tables where they have been read in this step already
     ) -> None:
         self.layout, self.problem, self.mode, self.generator = layout, problem, mode, generator
         self.ranks, self.device, self.steps = ranks, device, len(batches)
@@ -128,8 +112,7 @@ class Teaching:
         return check_signal(signal, self.problem)
 
     def gradient(self, path: Path, feedback: Sequence[Feedback]) -> dict[str, Tensor]:
-        """The gradient of −Σ h·signal in the teacher's weights, over the passes on all micro-batches, one after
-        another; empty without a teacher."""
+        """The gradient of −Σ h·signal in the teacher's weights, over all passes; empty without a teacher."""
         grads: dict[str, Tensor] = {}
         if self.layout is None:
             return grads
@@ -154,14 +137,9 @@ class Teaching:
         weight: float,
         ratio: float | None,
     ) -> dict[str, Tensor]:
-        r"""Algorithm 1, lines 5-7: leave the gradient of λ·(−Σ h·signal) + Σ_k L_k in ``.grad``, micro-batch by
-        micro-batch; the own losses L_k read the last batch.
-
-        With a ``ratio``, λ is the number at which this is the ratio of the norms of the two gradients in the teacher's
-        parameters. Cost: one more backward pass.
-
-        Returns: ``teacher_loss``, the sum of the own losses, and a ``teacher_<name>`` for each of them.
-        """
+        """Algorithm 1, lines 5-7: leave the gradient of λ·(−Σ h·signal) + Σ_k L_k in ``.grad``; the own losses L_k read
+        the last batch. With a ``ratio``, λ makes it the ratio of the norms of the two gradients, by one more backward
+        pass. Returns the report's scalars."""
         layout, parts, alone = self.layout, self.parts, self.ranks.alone
         if layout is None:
             return {}
@@ -176,15 +154,8 @@ class Teaching:
                 from_feedback = self.ranks.size * from_feedback
             if i >= first:
                 with NOTHING if alone else rows_shared(self.ranks):
-                    terms = sum_of_terms(
-                        self.network,
-                        losses,
-                        kind="teacher loss",
-                        labeled=labeled_parts[i - first],
-                        unlabeled=taken.batch,
-                        signal=signal,
-                        step=step,
-                    )
+                    given = {"labeled": labeled_parts[i - first], "unlabeled": taken.batch, "signal": signal}
+                    terms = sum_of_terms(self.network, losses, kind="teacher loss", step=step, **given)
                 values = [*terms.values()] or [from_feedback.new_zeros(())]
                 own = values[0] if len(values) == 1 else torch.stack(values).sum()
                 checks.learns(own, "teacher")
@@ -224,8 +195,8 @@ class Teaching:
 
 
 def gradient_of(layout: Layout, loss: Tensor, retain: bool = False) -> dict[str, Tensor]:
-    """The gradient of a loss in a network's weights: of this rank's rows, or the mean over the ranks of a sharded
-    network, whose own backward pass averages; zeros where the loss does not reach."""
+    """The gradient of a loss in a network's weights, zeros where it does not reach: of this rank's rows, or the mean
+    over the ranks of a sharded network, whose own backward pass averages."""
     parameters = layout.parameters()
     if not loss.requires_grad:
         return {name: torch.zeros_like(p) for name, p in parameters.items()}
