@@ -31,10 +31,10 @@ from metapl.apps.run import EndedRun
 from metapl.data.feed import feed
 from metapl.data.steps import StepBatches
 from metapl.errors import MetaplError, few
+from metapl.execution.batch import digest as digest_of
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.metrics.predictions import logits_of
 from metapl.training import Say
-from metapl.training.resuming import digest as digest_of
 from metapl.training.selection import weights_of
 from metapl.words import shown
 
@@ -181,7 +181,7 @@ def provenance(network: nn.Module, labeled: Labeled, given: Input, *, temperatur
         "examples": len(labeled.ids),
         "ids_sha256": labeled.hash(),
         "pictures_sha256": labeled.pictures.content(),
-        "weights_fingerprint": digest_of(weights_of(network)),
+        "weights_fingerprint": int(digest_of(weights_of(network))),
         "temperature": temperature,
         "views": f"as they are, not augmented. {given.note}",
         "batch": labeled.pictures.batch_size,

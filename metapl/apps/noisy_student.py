@@ -37,6 +37,7 @@ from metapl.apps.train import evaluated, measured
 from metapl.data.draws import fold_in
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError, few
+from metapl.execution.batch import digest
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.problems.losses import CrossEntropy
@@ -45,7 +46,6 @@ from metapl.runs.fields import Range, check_fields
 from metapl.training import FitResult, Say
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.options import DECAY, DECAY_EPOCHS, EPOCHS
-from metapl.training.resuming import digest
 from metapl.training.selection import weights_of
 
 # The phase of the first teacher, the end of the name of one that finetunes a student, and the phase that finetunes the
@@ -452,7 +452,7 @@ class Rounds:
         chosen = LabelStore(place)
         before, after = statistics(labels), statistics(chosen)
         reached = self._measured(number - 1, teacher)
-        weights = digest(weights_of(teacher))
+        weights = int(digest(weights_of(teacher)))
         record: dict[str, Any] = {
             "round": number,
             "teacher": {"round": number - 1, "weights_fingerprint": weights, **reached},
@@ -478,7 +478,7 @@ class Rounds:
         self.records[number - 1] |= {
             "parameters": sum(p.numel() for p in network.parameters()),
             "best_step": result.step,
-            "weights_fingerprint": digest(weights_of(network)),
+            "weights_fingerprint": int(digest(weights_of(network))),
             **self._measured(number, network),
         }
 

@@ -28,8 +28,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
 from metapl.errors import MetaplError
-from metapl.execution import checks
-from metapl.execution.batch import as_tensors, length
+from metapl.execution.batch import as_tensors, labeled_pair, length
 from metapl.execution.layout import layouts
 from metapl.execution.modules import trainable
 from metapl.execution.numerics import wide
@@ -97,7 +96,6 @@ class Attribution:
                 booleans, which remove these tokens.
 
         Returns: a scalar, or (M,), in units of the outer loss.
-
         """
         return self.scores[..., self._removed(removed)].sum(-1)
 
@@ -129,8 +127,7 @@ class Attribution:
         return DatamodelingScore(spearman, pearson, predicted, retrained)
 
     def top(self, count: int = 10) -> tuple[Tensor, Tensor]:
-        """The numbers of the most helpful examples and of the most harmful ones, by the mean over outer losses, and by
-        the sum over their tokens."""
+        """The numbers of the most helpful examples and of the most harmful ones, by means over outer losses."""
         examples = self.scores.shape[self.outer_loss.ndim]
         mean = self.scores.reshape(self.outer_loss.numel(), examples, -1).sum(2).mean(0)
         ranked = mean.argsort(descending=True)
@@ -144,7 +141,7 @@ class Attribution:
             torch.save(gathered({name: getattr(self, name) for name in names}), out)
 
     def _removed(self, removed: Any) -> Tensor:
-        """Which weights are removed, (N,) or (N, T) booleans; numbers as torch takes them for an index."""
+        """Which weights are removed, (N,) or (N, T) booleans."""
         shape = self.scores.shape[self.outer_loss.ndim :]
         found = torch.zeros(shape, dtype=torch.bool, device=self.scores.device)
         found[torch.as_tensor(removed, device=found.device)] = True
@@ -200,16 +197,14 @@ def attribute(
 
     Returns: an :class:`Attribution`.
 
-    Cost: in plain trainings, as docs/whole-trainings.md has them (``benchmarks/long_paths.py``): 4 to 5 on WRN-28-2;
-    on small networks 5 to 7 with all states kept, 6 to 9 with one in √K, 7 to 12 with a tree; with ``each``, M times:
-    a module's passes take one cotangent at a time, and only ``compile=True`` takes them together. From 100 steps on,
-    three times the first tenth of the steps, 50 at most, for the warning below.
+    Cost: in plain trainings (docs/whole-trainings.md): 4 to 5 on WRN-28-2; on small networks 5 to 7 with all states
+    kept, 6 to 9 with one in √K, 7 to 12 with a tree; with ``each``, M times, unless compiled. From 100 steps on, three
+    times the first tenth of the steps, 50 at most, for the warning below.
     Memory: one plain step, the kept states, and of each step its masks' generator states and buffers.
 
     Bias: none, as a derivative. As a prediction of what a removal does it is of first order: it fails for large
-    removals and for trainings that are not smooth in the weights, such as those with large rates or many steps, and of
-    a small convolutional network at a large rate (docs/whole-trainings.md has measurements). A removed example stays in
-    its batch, with the weight 0: it counts in B and in the statistics of a batch norm.
+    removals and for trainings that are not smooth in the weights, such as those with large rates or many steps. A
+    removed example stays in its batch, with the weight 0: it counts in B and in the statistics of a batch norm.
 
     Warns: ``UserWarning`` where the metasmoothness of the first steps is below 0.95, as with weights in bfloat16,
     Adam's usual eps, or ten times a good learning rate.
@@ -309,10 +304,9 @@ def metasmoothness(
               \mathrm{sign}(\theta_h - \theta_0)_j\, \mathrm{sign}(\theta_{2h} - \theta_h)_j,
               \qquad \theta_h = \theta_K(w = 1 + h v)
 
-    θ_h − θ_0 and θ_2h − θ_h are, times h, the derivatives of the trained weights along v at two places h apart, by
-    differences. Each weight says whether both have the same sign, and counts by how far it moves in all. A training
-    whose result is linear in the weights of its examples has 1; where the two derivatives have nothing to do with each
-    other it is near 0, and a derivative at w = 1 says nothing of weights that are h away.
+    θ_h − θ_0 and θ_2h − θ_h are, times h, the derivatives of the trained weights along v at two places h apart: 1 where
+    all have the same sign, as of a training that is linear in the weights of its examples, and near 0 where a
+    derivative at w = 1 says nothing of weights that are h away.
 
     Args:
         student, train, outer, optimizer, steps, batch_size, schedule, generator, problem, clip_norm, progress: as for
@@ -344,10 +338,7 @@ def metasmoothness(
     with counted(progress, 3, "trainings", 0) as tell:
         found, moved = training.smoothness(step, direction, steps, tell)
     if not 0 < moved < math.inf:
-        raise MetaplError(
-            f"the direction moves the student's weights by {moved:g} in all; expected a training that ends in numbers, "
-            "and a direction of some examples that it takes."
-        )
+        raise MetaplError(f"the direction moves the student's weights by {moved:g} in all; expected a finite number.")
     return found
 
 
@@ -375,9 +366,7 @@ class _Training:
         problem, self.whole, self.clip_norm = problem or EQUAL_WEIGHTS, as_one(optimizer, "optimizer"), clip_norm
         # A score is a derivative in weights that are 1.
         if not isinstance(problem, EqualWeights) or type(problem).signal is not EqualWeights.signal:
-            raise MetaplError(
-                f"problem is {type(problem).__name__}; expected a subclass of EqualWeights with its signal."
-            )
+            raise MetaplError(f"problem is {type(problem).__name__}; expected an EqualWeights with its signal.")
         self.problem = problem
         # (K, B) examples, in shuffled passes.
         draw, rows = generator or torch.Generator().manual_seed(0), len(self.data)
@@ -423,10 +412,10 @@ class _Training:
         self, weights: Tensor, judging: Sequence[Problem], steps: int | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The training, or its first ``steps``, with weights of the examples, (N,) or as the problem's, by a plain
-        loop: its weights by name, and its outer losses. As there, each rank takes its rows of a batch."""
+        loop: the trained weights by name, and the outer losses."""
         if self.begun is None:
             raise MetaplError(
-                "the student is sharded, and its training is repeated on a copy; expected one that is not."
+                "the student is sharded, and cannot be copied to be trained again; expected one that is not."
             )
         network, again = copy.deepcopy(self.begun)
         weights_of, problem, ranks = trainable(network), self.problem, self.layout.ranks
@@ -478,14 +467,11 @@ class _Rows:
         if self.held is not None:
             return pytree.tree_map_only(Tensor, lambda t: t[chosen.to(t.device)].to(self.device), self.held)
         batch = default_collate([self.source[i] for i in chosen.tolist()])
-        if not isinstance(batch, tuple | list):
-            raise MetaplError(f"{self.name} gives batches that are {checks.described(batch)}; expected pairs.")
-        return pytree.tree_map_only(Tensor, lambda t: t.to(self.device), tuple(batch))
+        return pytree.tree_map_only(Tensor, lambda t: t.to(self.device), tuple(labeled_pair(batch, self.name)))
 
 
 def _of_example(problem: Problem, number: int, ranks: Ranks) -> Problem:
-    """The problem as it is judged by one outer example; the network sees them all, so that a batch norm has the
-    statistics and dropout the masks of the whole outer loss."""
+    """The problem as it is judged by one outer example; the network sees them all, as for the whole outer loss."""
     own = copy.copy(problem)
 
     def outer_loss(outputs: Tensor, batch: Any) -> Any:

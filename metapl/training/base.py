@@ -35,28 +35,17 @@ from metapl.training.stopping import Callback
 
 
 class Trainer(ABC):
-    """A trainer that goes step by step, whose state can be saved between any two.
+    """A trainer that goes step by step, whose state can be saved between any two."""
 
-    Attributes:
-        student: the network that is trained, evaluated and kept.
-        teacher: the network that makes the labels, where there is one.
-        as_given: the student as it was handed over, perhaps in ``DistributedDataParallel``.
-        device: where the networks are.
-        ranks: the processes that share its batches.
-        lookahead: unlabeled batches that the loop draws for a step; several are given as a :class:`metapl.Lookahead`.
-        classifies: whether the losses are known to be of classes, without being asked.
-        teacher_classifies: whether the teacher gives class logits, so that its accuracy can be measured.
-    """
-
-    student: nn.Module
-    teacher: nn.Module | None = None
-    as_given: nn.Module
+    student: nn.Module  # the network that is trained, evaluated and kept
+    teacher: nn.Module | None = None  # that makes the labels, where there is one
+    as_given: nn.Module  # the student as it was handed over, perhaps in ``DistributedDataParallel``
     device: torch.device
-    ranks: Ranks = ALONE
+    ranks: Ranks = ALONE  # the processes that share its batches
     layouts: list[Layout]
-    lookahead: int = 1
-    classifies: bool = False
-    teacher_classifies: bool = False
+    lookahead: int = 1  # unlabeled batches that the loop draws for a step; several are a :class:`metapl.Lookahead`
+    classifies: bool = False  # whether the losses are known to be of classes
+    teacher_classifies: bool = False  # whether the teacher gives class logits, so that its accuracy can be measured
     precision: Literal["float32", "bfloat16"] = "float32"
     steps_done: int = 0
 
@@ -71,7 +60,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]:
-        """The student's inputs in a labeled batch, which errors call ``name``, and the batch as its loss reads it."""
+        """The student's inputs in a labeled batch, called ``name``, and the batch as its loss reads it."""
 
     @abstractmethod
     def outer_terms(self) -> Sequence[Term]:
@@ -127,44 +116,37 @@ class Trainer(ABC):
         """Train for ``steps`` steps, and leave the best student by validation in place.
 
         Args:
-            labeled, unlabeled: endless or re-iterable sources of batches: a DataLoader, a list of batches, metapl's
-                own step batches, anything :func:`metapl.data.feed.feed` takes; ``unlabeled=None`` where nothing reads
-                it. The batches are as :meth:`step` takes them; of a loader that gives labels too,
-                :func:`metapl.data.without_labels` leaves them out. With ``batch_size``, also examples in memory: a
-                tensor or an array, or a tuple or dict of these, with a row for each example.
+            labeled, unlabeled: sources of batches as :meth:`step` takes them: a DataLoader, a list of batches, anything
+                :func:`metapl.data.feed.feed` takes; ``unlabeled=None`` where nothing reads it. Of a loader that gives
+                labels too, :func:`metapl.data.without_labels` leaves them out. With ``batch_size``, also examples in
+                memory: a tensor or an array, or a tuple or dict of these, with a row for each example.
             inner, outer: other names of ``unlabeled`` and ``labeled``, as of a bilevel problem.
             steps: in all, including the steps of an earlier part of the run; always given.
-            batch_size: of sources in memory, which are served in shuffled epochs. A source of fewer rows is served
-                whole. Arrays of floating point become the type of the student's weights.
+            batch_size: of sources in memory, which are served in shuffled epochs; one of fewer rows is served whole.
+                Arrays of floating point become the type of the student's weights.
             validation: a labeled batch, of any size, or an iterable of such; without it the last student is kept.
-            metric: what the networks are measured by on it. By default their accuracy, where the loss shows that the
-                labels are classes (:func:`metapl.metrics.metric.of_classes`), and else the problem's ``outer_loss``
-                (of a :class:`metapl.LossTrainer` the sum of its losses), as one mean over all batches: Σ sum / Σ weight
-                where it returns (sum, weight), and a scalar counts with the rows of its batch. Or
+            metric: what the networks are measured by on it, in eval mode. By default their accuracy, where the labels
+                are classes (:func:`metapl.metrics.metric.of_classes`), and else the problem's ``outer_loss`` (of a
+                :class:`metapl.LossTrainer` the sum of its losses), as one mean over all batches. Or
 
                 - ``"accuracy"`` or ``"loss"``, these two by name;
                 - a function ``(outputs, batch) -> number``, with the batch as the problem's ``outer_batch`` reads it,
                   such as (inputs, labels); of several batches the mean counts, each weighed by its rows;
-                - an object with ``update``, ``compute`` and ``reset``, such as those of torchmetrics, for what is no
-                  mean over rows. It is updated by ``update(outputs, labels)``, the second element of a batch, or what a
-                  dict has under ``labels``; or by ``update(outputs, batch)`` where its second parameter has that name.
+                - an object with ``update``, ``compute`` and ``reset``, such as those of torchmetrics: updated by
+                  ``update(outputs, labels)``, or ``update(outputs, batch)`` where its second parameter has that name.
 
-                Rows and results call it by its attribute ``name``, else by the name of the function or the class:
-                ``student_validation_f1``. It is given the network's outputs in eval mode.
+                Rows call it by its ``name``, else by that of the function or class: ``student_validation_f1``.
             mode: whether the smallest (``"min"``) or the greatest (``"max"``) value of the metric is the best; for
                 functions, and objects without ``higher_is_better``. Not the trainer's mode.
             out: a folder for metrics, TensorBoard events and checkpoints.
             resume: go on from the newest whole checkpoint in ``out``; without it, a folder with checkpoints of this
-                phase is refused. So is, by name, what is known to differ from the fit that is gone on with: options,
-                losses, settings of the optimizers, and data of another size or with another first batch.
-                ``"anyway"`` compares nothing: networks, optimizers and generators go on with what the checkpoint has.
+                phase is refused. So are, by name, other options, losses, settings of the optimizers, and data of
+                another size or with another first batch; ``"anyway"`` compares nothing.
             progress: show on standard error how far it is, where that is a terminal.
             say: where messages go; default: standard error.
-            callbacks: each is called as ``callback(step, row, trainer)`` after every row that is recorded, with the
-                number of steps done and the numbers of the row; numbers that it returns by their names join the row. It
-                may raise :class:`metapl.StopFit`, which ends the fit and keeps what was done; what it draws from
-                torch's default generators is undone. One that has ``state_dict`` and ``load_state_dict`` is saved and
-                restored with the run.
+            callbacks: each is called as ``callback(step, row, trainer)`` after every row that is recorded; numbers that
+                it returns by their names join the row. It may raise :class:`metapl.StopFit`; what it draws from torch's
+                default generators is undone. One that has ``state_dict`` and ``load_state_dict`` is saved with the run.
             options: the other fields of :class:`FitOptions`.
 
         Returns: a :class:`FitResult`.
@@ -238,16 +220,14 @@ class Trainer(ABC):
 
         Args:
             data: inputs, a tensor or a numpy array (B, ...) or a dict of these, or an iterable of batches of them, such
-                as a DataLoader. Where a tuple is given or served, its first element is the inputs, so labels beside
-                them are left out; a problem with an ``outer_input`` of its own reads tuples and dicts by that.
+                as a DataLoader. Of a tuple the first element counts, unless the problem has an ``outer_input``.
                 Floating-point arrays of numpy are cast to the type of the student's weights.
 
         Returns: probabilities (N, C), or the outputs (N, ...) as they are, such as the logits (N, T, V) of a language
         model; float32 or wider, on the CPU, in the order of the examples. Every module is in the mode (train or eval)
         that it had.
 
-        Cost: one forward pass per example, on at most 1,024 at a time where the inputs come as a whole, and the outputs
-        of all examples in memory: where these are large, predict batch by batch.
+        Cost: one forward pass per example, on at most 1,024 at a time, and the outputs of all in memory.
 
         Raises: :class:`metapl.MetaplError` for data of another kind, and batches whose outputs differ in shape.
 
@@ -269,8 +249,7 @@ class Trainer(ABC):
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the next step, except the data and the default generators.
 
-        A snapshot: later steps do not change it, unlike the ``state_dict`` of a PyTorch module or optimizer, which
-        shares its tensors. Cost: a copy of the weights and of the optimizers' states on their device.
+        A snapshot, which later steps do not change. Cost: a copy of weights and optimizers' states on their device.
         """
         return copy.deepcopy(self.live_state())
 
@@ -287,8 +266,7 @@ class Trainer(ABC):
             raise MetaplError(f"this is no state for this trainer ({type(error).__name__}: {error})") from error
 
     def save(self, path: str | Path) -> None:
-        """Write :meth:`state_dict` and the default generators to a file, whole or not at all. Of whole networks: write
-        sharded ones with ``torch.distributed.checkpoint``."""
+        """Write :meth:`state_dict` and the default generators to a file, whole or not at all. Not of sharded ones."""
         checkpoint.save(path, {"trainer": self.live_state(), "rng": rng_state()})
 
     def load(self, path: str | Path) -> None:

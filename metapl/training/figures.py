@@ -18,9 +18,8 @@ from metapl.problems.base import Problem, field_of, has_rows
 def figures(report: Any, problem: Problem, labeled: Any, ranks: Ranks) -> Mapping[str, Tensor]:
     r"""Scalars of a :class:`metapl.StepReport`, means over the ranks.
 
-    ``feedback_mean`` and ``feedback_std`` of h over its entries. Where the signal has a row for each example,
-    ``feedback_snr``, the signal to noise of the step's gradient :math:`\sum_i g_i` in the teacher's outputs, by the
-    spread of its B examples:
+    ``feedback_mean`` and ``feedback_std`` of h over its entries; where the signal has a row for each example,
+    ``feedback_snr``, the signal to noise of the gradient :math:`\sum_i g_i` in the teacher's outputs:
 
     .. math:: \frac{\lVert E \sum_i g_i \rVert^2}{\mathrm{tr}\,\mathrm{Var} \sum_i g_i} \approx
               \frac{B \lVert m \rVert^2 - s}{s - \lVert m \rVert^2}, \quad

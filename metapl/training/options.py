@@ -68,8 +68,7 @@ class FitOptions:
             raise MetaplError(f"phase={self.phase!r}: expected a plain name, for it names a folder.")
 
     def rate(self, step: int, wait: int = 0) -> float:
-        """The factor of a base learning rate at ``step``: the teacher's; with ``wait`` the student's, which is 0 for so
-        long and then as of a run that begins.
+        """The factor of a base learning rate at ``step``; with ``wait`` the student's, which is 0 for so long.
 
         >>> [round(FitOptions(steps=4, warmup=1).rate(t), 2) for t in range(5)]
         [1.0, 1.0, 0.75, 0.25, 0.0]
@@ -94,8 +93,7 @@ class FitOptions:
 
 
 class Rates:
-    """The base rates as the optimizers of a trainer came with them, and what the schedule makes of them; a TorchOpt
-    transform brings its own schedule."""
+    """The base rates as the optimizers of a trainer came with them, and what the schedule makes of them."""
 
     def __init__(self, trainer: Any, options: FitOptions) -> None:
         optimizers = trainer.schedulable

@@ -117,9 +117,9 @@ class Step:
         held: list[Tree] | None = None,  # buffers and frozen parameters with which passes begin
         steps: bool = True,  # False: for L(θ), with the graph of the inner loss
     ) -> Run:
-        """Take the steps on fresh copies, with something ``moved`` by ``side`` times ``by``: the ``"teacher"`` with the
-        problem's parameters, fields of the ``"signal"``, the student's weights at the first ``"inner"`` loss or at the
-        ``"outer"`` one, or the ``"weights"`` 1 + ε of the inner losses."""
+        """Take the steps on fresh copies, with something ``moved`` by ``side`` times ``by``: the ``"teacher"`` and the
+        problem's parameters, fields of the ``"signal"``, the student's weights at the ``"inner"`` or the ``"outer"``
+        loss, or the ``"weights"`` 1 + ε of the inner losses."""
         case, by = self.copied(), by or {}
         problem, student, update, theta = case.problem, case.student, case.update, trainable(case.student)
         enters, run = enters_input(problem), Run(case)
@@ -216,8 +216,7 @@ def functions_in(t: Tensor) -> list[str]:
 
 
 def rounding_of(run: Run) -> float:
-    """The rounding of the coarsest type in the graphs of a run on copies in float64, such as that of a norm which is
-    taken in float32; 0 where all are in float64."""
+    """The rounding of the coarsest type in the graphs of a run on copies in float64; 0 where all are in float64."""
     ends = run.inner, run.outputs[-1], *(t for signal in run.signals for t in signal.fields().values())
     dtypes = {result.dtype for node in nodes_of(*ends) for result in getattr(node, "_input_metadata", ())}
     return max((torch.finfo(t).eps for t in dtypes - {torch.float64} if t.is_floating_point), default=0.0)

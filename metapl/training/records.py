@@ -25,10 +25,7 @@ class Records:
     """The rows of one phase, in ``metrics.jsonl`` and a copy for TensorBoard where there is a folder ``out``.
 
     Rows and events after step ``start`` belong to work that was lost, and are removed. A copy that fails is said once
-    and ends: ``metrics.jsonl`` is the record.
-
-    Attributes:
-        history: the rows so far.
+    and ends. ``history`` has the rows so far.
     """
 
     @_writing()

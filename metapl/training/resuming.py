@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from metapl.errors import MetaplError
+from metapl.execution.batch import digest
 from metapl.execution.ranks import Ranks
 from metapl.execution.shards import is_sharded
 from metapl.metrics.metric import Metric
@@ -60,31 +59,12 @@ def about(source: Any, batch: Any) -> dict[str, Any]:
     examples, held = getattr(source, "examples", None), getattr(source, "dataset", source)
     if examples is None and hasattr(held, "__len__") and not isinstance(held, StepBatches):  # which count steps
         examples = len(held)
-    return {"examples": examples, "batch_size": getattr(source, "batch_size", None), "first_batch": digest(batch)}
-
-
-def digest(batch: Any) -> str:
-    """A SHA-256 over the tensors, numbers and texts of a batch."""
-    found = hashlib.sha256()
-    for leaf in pytree.tree_leaves(batch):
-        if isinstance(leaf, Tensor):
-            found.update(f"{leaf.dtype} {list(leaf.shape)}".encode())
-            numbers: Any = leaf.detach().cpu().contiguous().reshape(-1)
-            found.update(numbers.view(torch.uint8).numpy() if leaf.numel() else b"")
-        else:
-            found.update(repr(leaf).encode())
-    return found.hexdigest()
+    return {"examples": examples, "batch_size": getattr(source, "batch_size", None), "first_batch": int(digest(batch))}
 
 
 def own_state(every: list[dict[str, Any]], trainer: Any, file: Path, sources: Sequence[Any]) -> dict[str, Any]:
-    """Of the states of each process of a fit, the one that this process goes on with.
-
-    On another number of processes, each takes the generators of the first one; where the networks have dropout, each
-    share seeds the default one anew, from that state and its number.
-
-    Raises: :class:`metapl.MetaplError` where the processes are as many as before no longer, and a source serves the
-    batches of one process, and not its share of a ``whole`` source.
-    """
+    """Of the states of each process of a fit, the one that this process goes on with: on another number of processes
+    that of the first one, and where the networks have dropout, a default generator seeded anew for each share."""
     ranks: Ranks = trainer.ranks
     if len(every) == ranks.processes:
         return every[ranks.number]

@@ -25,14 +25,8 @@ class Average:
     .. math:: d_t = \min\big(\mathrm{decay}, \tfrac{1 + t}{10 + t}\big), \quad t = 0, 1, \dots
 
     so early in training the average is over the last few steps only. Buffers (running statistics) are copied.
-    ``torch.optim.swa_utils.AveragedModel`` would do the same, but counts on the device, so that each step would wait
-    for it, and copies the module, which a sharded one does not allow.
-
-    Args:
-        network: whose weights take turns with their average.
-        decay: in [0, 1).
-
-    Cost: a copy of the weights, of sharded ones of this process's parts; one fused pass over them an update.
+    ``torch.optim.swa_utils.AveragedModel`` counts on the device, so that each step would wait for it, and copies the
+    module, which a sharded one does not allow. Cost: a copy of the weights; one fused pass over them an update.
 
     >>> network = nn.Linear(1, 1, bias=False)
     >>> _ = nn.init.zeros_(network.weight)
@@ -47,8 +41,7 @@ class Average:
     def __init__(self, network: nn.Module, decay: float) -> None:
         if any(p.dtype in (torch.bfloat16, torch.float16) for p in network.parameters()):
             raise MetaplError(
-                "the average of 16-bit weights does not move: its steps are below their resolution; expected "
-                "ema_decay=None, or 32-bit weights with precision='bfloat16'."
+                "the average of 16-bit weights does not move; expected 32-bit ones with precision='bfloat16'."
             )
         self.network, self.decay, self.steps = network, decay, 0
         self._kept = {name: local(t).detach().clone() for name, t in self._tensors().items()}
@@ -105,8 +98,7 @@ def weights_of(model: nn.Module) -> dict[str, Any]:
 
 
 def metric_for(trainer: Any, validation: Any, metric: Metric | None, select: bool) -> Metric | None:
-    """The metric of the networks on validation data: by default accuracy or the loss, by the kind of problem; None
-    without such data. Data and metric that do not fit are refused, by measuring the student on the first batch."""
+    """The metric of the networks on validation data, None without these; the student is measured on the first batch."""
     if validation is None:
         if metric is not None:
             raise MetaplError(f"the metric {metric.name!r} was given without validation data; expected both.")

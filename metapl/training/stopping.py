@@ -24,8 +24,7 @@ class StopFit(Exception):
     """Raised by a callback to end the fit after the step at hand, as if it had been the last one.
 
     The student is then chosen as at the end of any fit, a checkpoint is written, the text is shown, and the fit counts
-    as finished when it is resumed. During ``wait`` the student has not begun: the fit then returns it untrained, beside
-    the teacher that was trained, and says so.
+    as finished when it is resumed. During ``wait`` the student has not begun, and is returned untrained.
 
     >>> import torch, metapl
     >>> def stop_at_small_loss(step, row, trainer):
@@ -33,8 +32,7 @@ class StopFit(Exception):
     ...         raise metapl.StopFit(f"the loss is {row['loss']:.2f}")
 
     To stop once the validation has not become better for a while, a callback counts, and keeps its count in the
-    checkpoints. Rows have the metric's value as ``student_validation_accuracy``, ``student_validation_loss`` or by
-    whichever name it has:
+    checkpoints:
 
     >>> class Patience:
     ...     best, since = float("-inf"), 0

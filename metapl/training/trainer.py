@@ -50,8 +50,8 @@ class BilevelTrainer(Trainer):
     Args:
         teacher, student: modules on one device, with weights of their own. In several processes, both in
             ``DistributedDataParallel`` or sharded by ``fully_shard`` (docs/scale.md): every rank then gives its equal
-            share of each batch, and the report's scalars are means over the ranks. No teacher, None, for a problem
-            that has none, such as :class:`metapl.problems.LearningToReweight`; it then takes no teacher's options.
+            share of each batch. No teacher, None, for a problem that has none, such as
+            :class:`metapl.problems.LearningToReweight`; it then takes no teacher's options.
         mode: one of :data:`metapl.MODES`, or an estimator value such as ``metapl.feedback.Reinforce(baseline=0.99)``.
             Take ``forward``; ``reinforce`` is the paper's Algorithm 1 and stays the trainer's default.
         problem: default :class:`metapl.PseudoLabels`.
@@ -62,34 +62,30 @@ class BilevelTrainer(Trainer):
             have wrapped, give the ``.optimizer`` inside (docs/own-loop.md).
         teacher_losses: the teacher's own losses, ``()`` for none; default: those of the problem. For pseudo-labels they
             are ``CrossEntropy(label_smoothing=0.1)``, and ``UDA()`` if the unlabeled batch has two views.
-        feedback_weight: λ. At 1 the teacher descends the true gradient of the labeled loss after one student step,
-            which is proportional to the student's learning rate. With a much larger one teacher and student follow each
-            other's class frequencies and may collapse onto one class (docs/modes.md has measurements).
-        feedback_ratio: in the place of the weight: at every step the feedback is scaled so that the norm of its
-            gradient in the teacher's parameters is this multiple of that of the own losses' gradient, whatever the
-            student's learning rate.
+        feedback_weight: λ. At 1 the teacher descends the true gradient of the labeled loss after one student step. With
+            a much larger one both may collapse onto one class (docs/modes.md).
+        feedback_ratio: in the place of the weight: the norm of the feedback's gradient in the teacher's parameters over
+            that of the own losses' gradient, in every step.
         recompute_teacher: run the teacher on the unlabeled batch without a graph first, and once more with one at the
-            end (same dropout masks and statistics): one more teacher forward pass, one graph less in memory.
+            end: one more teacher forward pass, one graph less in memory.
         generator: for drawing labels; default: the default generator of the device.
         clip_norm: the greatest global norm of either network's gradient; None: no clipping. The student's clip is part
             of its update, so the feedback includes its derivative.
         accumulate: micro-batches that each batch is split into: one more teacher forward pass, for about 1/accumulate
-            of the memory. The numbers are the same, except for batch statistics, dropout masks and losses that are not
-            means over examples (an ``outer_loss`` that returns (sum, weight) is exact, a scalar one warns).
+            of the memory. The numbers are the same, except for batch statistics, dropout masks and losses that are
+            neither means over examples nor (sum, weight).
         precision: ``"float32"``, or ``"bfloat16"``: the networks' passes under autocast, weights and losses in float32.
         lookahead: student steps that the feedback looks ahead: :meth:`fit` draws as many unlabeled batches per step,
             the student steps on each, and the teacher takes one step on the feedback on all of them. For ``forward``,
             ``unrolled`` and ``none``. :meth:`step` takes a :class:`metapl.Lookahead` of any length.
         compile: take steps by the pure step (:meth:`functional`), compiled whole: a fifth to a half of the time, after
             10 seconds to some minutes of compiling for each shape of batches. In one process, with SGD, Adam, AdamW or
-            Muon on both levels and at most 3 steps ahead, without ``accumulate``; ``recompute_teacher`` has no meaning
-            there. The first step is compared with an eager one, and what cannot be captured is refused then.
-            ``"reduce-overhead"``: by CUDA graphs too, where there is CUDA: less of the host's time for each kernel, for
-            another copy of weights and optimizer states in memory.
-        verify: True: compare the mode's gradient with differences of the loss after real steps, on float64 copies, at
-            the first step and where the networks are changed (their modes, frozen parts, hooks), and refuse one that is
-            wrong (:func:`metapl.check_gradient`); ``"warn"``: warn of it; False: never; a number N: also every N steps.
-            Not of networks of more than 50 million weights, nor in several processes, where a line says so.
+            Muon on both levels and at most 3 steps ahead, without ``accumulate``. The first step is compared with an
+            eager one. ``"reduce-overhead"``: by CUDA graphs too, for another copy of all state in memory.
+        verify: True: compare the mode's gradient with differences of the loss after real steps, at the first step and
+            where the networks are changed (their modes, frozen parts, hooks), and refuse one that is wrong
+            (:func:`metapl.check_gradient`); ``"warn"``: warn of it; False: never; a number N: also every N steps. Not
+            of networks of more than 50 million weights, nor in several processes, where a line says so.
 
     >>> import torch, metapl
     >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
@@ -174,12 +170,10 @@ class BilevelTrainer(Trainer):
         """One step of Algorithm 1 on a labeled batch and an unlabeled one.
 
         Args:
-            labeled: (x_l, y_l). The inputs may also be a dict or a tuple of tensors, which the networks get as one
-                argument (:class:`metapl.models.Logits` spreads it over several). A dict that also holds the labels,
-                under ``labels``, is such a pair.
-            unlabeled: x_u, or (weak, strong), with inputs of the same kinds; or a :class:`metapl.Lookahead` of K such
-                batches. The student then takes K steps, and the teacher takes one on the feedback on all of them; its
-                own losses read the last batch.
+            labeled: (x_l, y_l), or a dict that also holds the labels, under ``labels``. The inputs may be a dict or a
+                tuple of tensors, one argument of the networks (:class:`metapl.models.Logits` spreads it over several).
+            unlabeled: x_u, or (weak, strong); or a :class:`metapl.Lookahead` of K such batches: the student takes K
+                steps, and the teacher one on the feedback on all of them; its own losses read the last batch.
             outer, inner: other names of ``labeled`` and ``unlabeled``.
 
         Returns: a :class:`metapl.StepReport`.
@@ -248,14 +242,11 @@ class BilevelTrainer(Trainer):
     def functional(self) -> tuple[Step, State]:
         """The trainer's step as one pure function, and a copy of its state: :mod:`metapl.functional.step`.
 
-        ``state, report = step(state, outer, inner, noise=None)`` with the networks, losses, rules and options of this
-        trainer, whose own tensors do not move. It can be compiled, stacked (``torch.func.vmap``) and differentiated.
-        With ``lookahead=K`` (at most 3) ``inner`` is a tuple of K batches. ``noise`` is Gumbel noise of the shape of
-        the class probabilities, a tuple of K; None: it is drawn from torch's default generator.
-
-        A parameter that no loss reaches has a gradient of zero there, so that it decays; freeze it. Dropout of L(θ′)
-        draws from the default generator too, after the teacher's passes. It is not verified, and ``torch.compile``
-        drops the derivative of an ``autograd.Function`` in silence; ``compile=True`` compares its first step.
+        ``state, report = step(state, outer, inner, noise=None)``, which can be compiled, stacked (``torch.func.vmap``)
+        and differentiated. With ``lookahead=K`` (at most 3) ``inner`` is a tuple of K batches. ``noise`` is Gumbel
+        noise of the shape of the class probabilities, a tuple of K; None: drawn from torch's default generator, from
+        which dropout draws too. A parameter that no loss reaches decays there; freeze it. It is not verified, and
+        ``torch.compile`` drops the derivative of an ``autograd.Function`` in silence; ``compile=True`` compares.
 
         >>> import torch, metapl
         >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
@@ -275,20 +266,13 @@ class BilevelTrainer(Trainer):
     ) -> Report:
         """One step of the teacher alone, while the student waits: lines 6-8 of Algorithm 1, on the batches of a step.
 
-        Its losses get no signal: a loss that needs the outputs on the weak view computes them, as :class:`metapl.UDA`
-        does. ``steps_done`` increases by one.
-
-        Cost: the teacher's passes only. The student's weights, statistics and optimizer do not change. The default
-        generators advance by the teacher's dropout masks only, ``generator`` not at all.
-
-        Returns: a report with ``teacher_loss`` and a ``teacher_<name>`` per term.
-
-        Raises: :class:`metapl.MetaplError` before anything moves: the batches are wrong, or there are no losses.
+        Its losses get no signal; ``steps_done`` increases by one, and of the student nothing changes. Returns a report
+        with ``teacher_loss`` and a ``teacher_<name>`` per term. Raises :class:`metapl.MetaplError` before anything
+        moves.
         """
         labeled, unlabeled = either(labeled=labeled, outer=outer), either(unlabeled=unlabeled, inner=inner)
         if self._teacher_trainer is None or not self._has_losses:
-            why = "the teacher has no losses of its own (teacher_losses=()), so it cannot train without feedback"
-            raise MetaplError(f"{why}; expected teacher losses, or wait=0.")
+            raise MetaplError("the teacher has no losses of its own; expected teacher_losses=, or wait=0.")
         self._teacher_trainer.steps_done = self.steps_done
         report = self._teacher_trainer.step(labeled, unlabeled)
         self.steps_done += 1
@@ -350,12 +334,7 @@ class BilevelTrainer(Trainer):
     # ---------------------------------------------------------------------------------------- finetuning and gradients
 
     def finetune(
-        self,
-        labeled: Any,
-        *,
-        steps: int | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-        **options: Any,
+        self, labeled: Any, *, steps: int | None = None, optimizer: torch.optim.Optimizer | None = None, **options: Any
     ) -> FitResult:
         """Train the student, as it is now, on labeled batches alone: what Meta Pseudo Labels ends with.
 
@@ -404,16 +383,9 @@ class BilevelTrainer(Trainer):
             layout.reshard()
         self.update.follow(self.layout.parameters())
         with replayed(RandomState.now(self.device)), self._autocast():
-            return hypergradient(
-                *self.pair,
-                labeled=labeled,
-                unlabeled=unlabeled,
-                mode=mode,
-                problem=problem,
-                inner_optimizer=self.update,
-                generator=generator,
-                accumulate=self.accumulate,
-            )
+            given: Any = {"labeled": labeled, "unlabeled": unlabeled, "mode": mode, "problem": problem}
+            given |= {"inner_optimizer": self.update, "generator": generator, "accumulate": self.accumulate}
+            return hypergradient(*self.pair, **given)
 
 
 class _TeacherTrainer(LossTrainer):

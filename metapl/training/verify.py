@@ -306,11 +306,8 @@ class Point:
     def compared(
         self, moved: str, gradient: Tree, value: Callable[[Run], Tensor] | None = None, what: str = "", **options: Any
     ) -> Errors:
-        """How far a gradient is from differences, along itself and in a random direction; None: it drowns in rounding.
-
-        The differences have errors of rounding, which grow as the move shrinks, and of kinks, which shrink with it. So
-        has a fresh Adam: it is smooth at gradients below its eps alone.
-        """
+        """How far a gradient is from differences, along itself and in a random direction; None: it drowns in rounding,
+        which grows as the move shrinks, while the errors of kinks and of a fresh Adam's eps shrink with it."""
         value, draw, theta = value or self.value, torch.Generator().manual_seed(0), self.base.learned()
         theta |= trainable(self.base.student) if moved in ("inner", "outer") else {}
         signs = {n: torch.randint(0, 2, g.shape, generator=draw).to(g) * 2 - 1 for n, g in gradient.items()}
