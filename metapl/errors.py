@@ -17,8 +17,7 @@ class MetaplError(ValueError):
 
 
 class FieldError(MetaplError):
-    """A field of a recipe that is not as expected: a command says so by the flag, for its name, value and what was
-    expected are kept beside the message."""
+    """A field that is not as expected: its name, its value and what was expected are kept for a command's flag."""
 
     def __init__(self, text: str, field: str = "", value: object = None, expected: str = "") -> None:
         super().__init__(text)

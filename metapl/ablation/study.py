@@ -187,8 +187,7 @@ def _gradient(
     generator: torch.Generator | None = None,
     problem: BilevelProblem | None = None,
 ) -> Tensor:
-    """The teacher's gradient as one vector, float64; of a problem without a teacher, the gradient in its signal. Labels
-    are drawn from the generator, the first of its seed where none is given."""
+    """The teacher's gradient as one vector, float64; of a problem without a teacher, the gradient in its signal."""
     generator = torch.Generator(trainer.device).manual_seed(0) if generator is None else generator
     if problem is None:
         found = trainer.hypergradient(*batches, mode, generator=generator)
@@ -241,8 +240,7 @@ def _costs(
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """What a call takes, in seconds: on a CPU the processor's time where that is less than the time that passes, for a
-    call of milliseconds on a busy machine waits longer than it computes. With several threads it is the greater."""
+    """What a call takes, in seconds: on a CPU the processor's time where that is less than the time that passes."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
     wait(device)
     start, computed = time.perf_counter(), time.process_time()

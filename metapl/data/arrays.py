@@ -47,12 +47,7 @@ class ArrayBatches(StepBatches[Any]):
 
 
 def in_memory(source: Any, name: str, batch_size: int | None, dtype: torch.dtype, stream: int) -> Any:
-    """Batches of ``batch_size`` of examples held in memory: a tensor, an array, or a dict or tuple of these with a row
-    for each example; any other source, such as a list of batches, as it is.
-
-    Raises: :class:`metapl.MetaplError` for tensors without ``batch_size``, which may be examples or batches, and for
-    rows that differ in number.
-    """
+    """Batches of examples held in memory, a tensor, an array, a dict or tuple of these; any other source as it is."""
     held = isinstance(source, tuple) and any(map(is_array, source))
     if not (held or is_array(source) or isinstance(source, Mapping)):
         return source

@@ -103,12 +103,11 @@ def feed(
 
     Returns: a feed at batch 0. Workers start with the first batch.
 
-    Cost: to restore a ``DataLoader`` takes as long as the batches of the epoch so far; everything else is immediate.
-    Swapping generators takes about 0.2 ms a batch; ``StepBatches`` and lists do without.
+    Cost: to restore a ``DataLoader`` takes as long as the batches of the epoch so far; swapping generators takes about
+    0.2 ms a batch. ``StepBatches`` and lists do without both.
 
     Exactness: what is drawn on the CPU while a batch is made comes from generators seeded by (seed, name), and from
-    generators that the loader, its samplers, its data set or their transforms hold as attributes; see "Loaders that can
-    be resumed" in docs/runs.md for the exceptions.
+    generators that the loader, its samplers, its data set or their transforms hold as attributes (docs/runs.md).
 
     Raises: :class:`metapl.MetaplError` for a source that is none of these, or has no batch or fewer than ``stop``.
 
@@ -164,11 +163,8 @@ def without_labels(source: Any) -> WithoutLabels:
 
 
 class _NumberedFeed(Feed):
-    """The batches of a `StepBatches` by their step, or those of a list over and over.
-
-    Of a `StepBatches` with ``raw()`` and ``augment(step, fetched)``, the halves of its batches, workers fetch the first
-    half and the second is made on the device; both ways give the same.
-    """
+    """The batches of a `StepBatches` by their step, or those of a list over and over. Of one with ``raw()`` and
+    ``augment(step, fetched)``, workers fetch the first half of a batch and the second is made on the device."""
 
     def __init__(self, source: Any, name: str, stop: int, device: Any, labeled: bool, workers: int) -> None:
         super().__init__(source, name, stop, device, labeled)
@@ -202,8 +198,7 @@ def _finishes_batches(device: torch.device) -> bool:
 
 
 class _EpochFeed(Feed):
-    """The epochs of a `DataLoader`, or of anything else that begins anew each time, with generators of its own. An
-    iterator is one epoch, which can be gone through once."""
+    """The epochs of a `DataLoader`, or of anything else that begins anew each time, with generators of its own."""
 
     def __init__(self, source: Any, name: str, stop: int, device: Any, labeled: bool, seed: int) -> None:
         super().__init__(source, name, stop, device, labeled)
@@ -222,10 +217,8 @@ class _EpochFeed(Feed):
             while (batch := next(self._begun() if self._iterator is None else self._iterator, _END)) is _END:
                 if self.kind == "iterator" or not self._position:
                     # An iterator that is used up, an empty data set, or one smaller than a batch with drop_last.
-                    raise MetaplError(
-                        f"{self._name} has no batch {self._position} in epoch {self._epoch}, and the run needs "
-                        f"{self._stop}; expected more, or a source that can be gone through again"
-                    )
+                    where = f"{self._name} has no batch {self._position} in epoch {self._epoch}"
+                    raise MetaplError(f"{where}, and the run needs {self._stop}; expected a source that begins anew")
                 self._epoch, self._position, self._iterator = self._epoch + 1, 0, None
                 self._start = self._generators.read()
         return batch
@@ -242,8 +235,8 @@ class _EpochFeed(Feed):
         for taken in range(self._position if again else 0):
             if next(self._iterator, _END) is _END:
                 raise MetaplError(
-                    f"{self._name} has {taken} batches in an epoch, and the run to resume had taken "
-                    f"{self._position} of epoch {self._epoch}; expected the same data, batch size and seeds as then"
+                    f"{self._name} has {taken} batches in an epoch, and the run to resume had taken {self._position}; "
+                    "expected the same data as then"
                 )
         return self._iterator
 

@@ -20,7 +20,7 @@ _KINDS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomS
 
 class Generators:
     """The default generators on the CPU (torch's, Python's, numpy's), seeded by a seed and a name, and those that the
-    parts of a source hold as attributes (see :func:`parts_of`), which begin where they are now."""
+    parts of a source hold as attributes, which begin where they are."""
 
     def __init__(self, seed: int, name: str, parts: Sequence[Any]) -> None:
         attributes = (value for part in parts for value in getattr(part, "__dict__", {}).values())

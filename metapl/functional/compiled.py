@@ -38,8 +38,8 @@ OFF = "the step is not finite, or the student's outputs do not follow its weight
 
 
 def backend_of(device: torch.device) -> dict[str, Any]:
-    """``BACKEND`` where a step takes a fraction of a millisecond: half of that would go into Python around the kernels,
-    and into the guards of a graph, of which those are dropped that torch and metapl are what they are."""
+    """``BACKEND`` for steps of a fraction of a millisecond, half of which would go into Python around the kernels and
+    into guards, of which those are dropped that torch and metapl are what they are."""
     lean = {"cpp_wrapper": device.type == "cpu", "size_asserts": False, "alignment_asserts": False}
     keep = {"guard_filter_fn": lambda guards: [not LIBRARY.search(guard.name) for guard in guards]}
     return {"options": BACKEND["options"] | lean | keep}
@@ -79,16 +79,13 @@ class CompiledStep:
 
     def __call__(self, trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) -> StepReport:
         """One step on a labeled batch and the inner ones; ``ahead``: they were given as a look-ahead."""
-        steps, draw = len(batches), trainer.generator
-        anew = self.seen(trainer, steps) != self.marks
-        if anew:
+        steps, draw, compared = len(batches), trainer.generator, False
+        if anew := self.seen(trainer, steps) != self.marks:
             self.marks, held = [], self.find(trainer, steps)
-        first = self.kind not in self.known
-        compared = False
-        if first:
-            compiled, updates = self.compile(trainer, steps)
-        else:
+        if self.kind in self.known:
             compiled, updates, probs, held, compared = self.known[self.kind]
+        else:
+            compiled, updates = self.compile(trainer, steps)
         if not compared:
             eager = eager_step(trainer, labeled, batches, ahead)
             probs = eager[1].signal.probs
@@ -165,11 +162,9 @@ class CompiledStep:
 
     def hold(self, state: State, moved: State, updates: Any) -> None:
         """Keep a state, whose tensors are those of the modules, and let the optimizers hold those that are new."""
-        for update, optimizer, after in zip(
-            updates, (state.inner, state.outer), (moved.inner, moved.outer), strict=True
-        ):
+        pairs = (state.inner, moved.inner), (state.outer, moved.outer)
+        for of, (optimizer, after) in zip(map(unclipped, updates), pairs, strict=True):
             for name, own in optimizer.state.items():
-                of = unclipped(update)
                 held = of.owner[name].state[of.parameters[name]]
                 own |= {key: torch.empty_like(t) for key, t in after.state[name].items() if key not in own}
                 held.update(own)
@@ -187,9 +182,8 @@ class CompiledStep:
         """The state, in the very tensors that modules and optimizers hold, with the settings that there are now."""
         numbers = self.settings(updates)
         if numbers != self.numbers:
-            for optimizer, known, given in zip(
-                (self.state.inner, self.state.outer), self.numbers, numbers, strict=True
-            ):
+            optimizers = self.state.inner, self.state.outer
+            for optimizer, known, given in zip(optimizers, self.numbers, numbers, strict=True):
                 for group, old, new in zip(optimizer.settings, known, given, strict=True):
                     group |= {n: settings_of(v, trainer.device) for n, v in new.items() if old.get(n) != v}
                     for name in old.keys() - new.keys():
@@ -208,11 +202,8 @@ def _wrapped(trainer: Any, report: Report, several: bool, ahead: bool) -> StepRe
     scalars |= {} if trainer.teacher is None else {"teacher_loss": report.teacher_loss}
     scalars |= {"step_rounding": report.step_rounding} if trainer.update.rounded else {}
     by_difference = "difference" in (trainer.mode.name, getattr(trainer.mode, "tangent", ""))
-    return StepReport(
-        trainer.steps_done,
-        scalars,
-        Fault([(~(report.flag < (BY_DIFFERENCE if by_difference else SLOPES)), OFF)]),
-        feedback=tuple(report.feedback) if several else (report.feedback,) if ahead else report.feedback,
-        signal=Signal(**(report.signal[-1] if several else report.signal)),
-        student_outputs=report.student_outputs,
-    )
+    fault = Fault([(~(report.flag < (BY_DIFFERENCE if by_difference else SLOPES)), OFF)])
+    h = tuple(report.feedback) if several else (report.feedback,) if ahead else report.feedback
+    signal = Signal(**(report.signal[-1] if several else report.signal))
+    given: Any = {"feedback": h, "signal": signal, "student_outputs": report.student_outputs}
+    return StepReport(trainer.steps_done, scalars, fault, **given)

@@ -56,9 +56,8 @@ def refuse_other(before: State, found: Taken, expected: Taken) -> None:
         for role, held in (("student", state.inner.state), ("teacher", state.outer.state)):
             network, was = getattr(state, role), getattr(before, role).params
             # By first moments, in which gradients are; of a fresh Adam, a weight's move is a sign.
-            moved = {
-                n: held[n].get("exp_avg", held[n].get("momentum_buffer", t - was[n])) for n, t in network.params.items()
-            }
+            params = network.params.items()
+            moved = {n: held[n].get("exp_avg", held[n].get("momentum_buffer", t - was[n])) for n, t in params}
             trees |= {f"the {role}'s gradient": moved, f"the {role}'s buffers": network.state}
         return trees
 

@@ -41,8 +41,7 @@ IN_MEMORY_ORDER = _in_memory_order()
 
 
 class EagerMasks(TorchFunctionMode):
-    """Dropout with the masks that it has without a transform. Within one, PyTorch draws them in the order of the
-    dimensions, which is another where an attention layer has transposed what dropout is given."""
+    """Dropout with the masks that it has without a transform, within which PyTorch draws them by dimensions."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return (_dropout if func is F.dropout else func)(*args, **(kwargs or {}))
@@ -57,8 +56,7 @@ def _dropout(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 class Function(nn.Module):
-    """Holds a network, so that any function of the *module* can be evaluated at other tensors: within it the module's
-    parameters, submodules and methods are what the function finds."""
+    """Holds a network, so that a function of the *module*, its parts and methods, has a value at other tensors."""
 
     def __init__(self, module: nn.Module | None) -> None:
         super().__init__()

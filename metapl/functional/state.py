@@ -16,8 +16,7 @@ from metapl.updates import Clipped, TorchUpdate, Update
 
 
 class Optimizer(NamedTuple):
-    """The state of ``torch.optim`` by parameter, and the settings of its param groups as tensors without dimensions,
-    so that a schedule changes values and not the function."""
+    """The state of ``torch.optim`` by parameter, and the settings of its param groups as 0-D tensors, for schedules."""
 
     state: Any
     settings: list[dict[str, Any]]

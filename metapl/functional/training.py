@@ -84,8 +84,7 @@ def make_training(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """``step(φ, carry, batch, settings) -> (carry, loss, signal)``, and ``adjoint(φ, carry, batch, settings, bars,
-    nudge) -> (bars, dL/d(signal), dL/d(settings), ‖dL/dθ‖)``, where ``nudge`` holds zeros in the shapes of the signal's
-    differentiable fields."""
+    nudge) -> (bars, dL/d(signal), dL/d(settings), ‖dL/dθ‖)``; ``nudge`` has zeros, as the signal's fields."""
     T, S, enters = Function(teacher), Function(student), enters_input(problem)
 
     def moved(
@@ -195,9 +194,8 @@ def compiled_training(
         rule = update if clip_norm is None else Clipped(update, clip_norm, space)
         # Without the cache, which would keep casts of tensors inside a transform.
         cast = nullcontext if dtype is None else partial(torch.autocast, device.type, dtype, cache_enabled=False)
-        both = make_training(
-            teacher, student, problem, rule, groups, in_settings=in_settings, several=several, autocast=cast
-        )
+        how: dict[str, Any] = {"in_settings": in_settings, "several": several, "autocast": cast}
+        both = make_training(teacher, student, problem, rule, groups, **how)
         for function in both:
             function.__code__ = function.__code__.replace()  # Dynamo counts graphs by code object
         with warnings.catch_warnings():
@@ -235,8 +233,8 @@ def differentiate(
     accumulate: int = 1,
     progress: bool = False,
 ) -> Gradient:
-    """The gradient of L(θ_K) through K compiled steps. Networks and optimizer stay as they are; generators advance as
-    in the steps. The first call compares both graphs with the eager road, over one step."""
+    """The gradient of L(θ_K) through K compiled steps, which move nothing but generators. The first call compares both
+    graphs with the eager road, over one step."""
     of_teacher, of_student, device = layouts(teacher, student)
     check(mode, problem, of_student, of_teacher, optimizer, accumulate)
     steps, judged = len(ahead), problem.outer_batch(outer)
@@ -252,9 +250,8 @@ def differentiate(
     def values(own: set[str], now: dict[str, Any]) -> dict[str, Any]:
         return {n: now[n] for n in own if n in wrt or n != "momentum" or now[n] != 0}
 
-    rates = [
-        settings_of([*map(values, names, groups)], device) for groups in (options if ahead.schedule else options[:1])
-    ]
+    scheduled = options if ahead.schedule else options[:1]
+    rates = [settings_of([*map(values, names, groups)], device) for groups in scheduled]
     networks = {"state": student, "teacher_state": teacher}
     frozen = {
         field: [] if network is None else [n for n, p in network.named_parameters() if not p.requires_grad]
@@ -262,9 +259,8 @@ def differentiate(
     }
     (theta, state), (phi, teacher_state) = tensors_of(student), tensors_of(teacher)
     # A first step with dampening is not the one from a buffer of zeros, nor is its derivative in the dampening.
-    dampened = [
-        "dampening" in wrt or any(now.get("dampening") for now in groups) for groups in zip(*options, strict=True)
-    ]
+    by_group = [*zip(*options, strict=True)]
+    dampened = ["dampening" in wrt or any(now.get("dampening") for now in groups) for groups in by_group]
     first_groups = [{**group, "dampening": is_so} for group, is_so in zip(options[0], dampened, strict=True)]
     start = carry = Carry(theta, update.at(first_groups).complete_state(), state, teacher_state)
     moving = [t for field, constant in frozen.items() for n, t in getattr(carry, field).items() if n not in constant]
@@ -282,29 +278,18 @@ def differentiate(
         empty = dict.fromkeys(update.numbers, 0.0) | {"betas": (0.0, 0.0)}
         row = {n: [now.get(n, empty[n]) for now in options[moves]] for n in update.numbers}
         # With all of the decay that there will be, which moves what no loss reaches.
-        row["weight_decay"] = [max(now["weight_decay"] for now in groups) for groups in zip(*options, strict=True)]
+        row["weight_decay"] = [max(now["weight_decay"] for now in groups) for groups in by_group]
         schedule = {n: torch.tensor([own], dtype=torch.float64) for n, own in row.items()}
         made.compared[kind] = None  # the step that is compared is none to compare
         try:
-            still = refuse_other_training(
-                partial(differentiate, teacher, student, problem, optimizer, Forward(), outer, **given),
-                partial(
-                    hypergradient,
-                    teacher,
-                    student,
-                    labeled=outer,
-                    problem=judging[0] if judging else problem,
-                    inner_optimizer=optimizer,
-                    clip_norm=clip_norm,
-                ),
-                Lookahead([batch], schedule=ahead.schedule and schedule),
-                theta,
-                device,
-            )
+            compiled = partial(differentiate, teacher, student, problem, optimizer, Forward(), outer, **given)
+            how = {"labeled": outer, "problem": [*judging, problem][0], "clip_norm": clip_norm}
+            eager = partial(hypergradient, teacher, student, inner_optimizer=optimizer, **how)
+            one = Lookahead([batch], schedule=ahead.schedule and schedule)
+            still = refuse_other_training(compiled, eager, one, theta, device)
             for other in (own for own in made.compared.values() if own is not None and own != still):
                 raise MetaplError(
-                    f"compiled, the losses of some batches do not reach {few(sorted(other ^ still), 3)}, which would "
-                    "move in their steps; leave compile out."
+                    f"no loss of some batches reaches {few(sorted(other ^ still), 3)}; leave compile out."
                 )
         except BaseException:
             del made.compared[kind]
@@ -345,8 +330,7 @@ def differentiate(
         return after, loss
 
     def walked(begin: int, end: int, carry: Carry, spacing: int, again: bool = False) -> Carry:
-        """The carry after some steps, of which every ``spacing``-th is kept, with the generators before it; ``again``:
-        it is not needed after the last one."""
+        """The carry after some steps, of which every ``spacing``-th is kept; ``again``: it is not needed at the end."""
         for number in range(begin, end):
             if number % spacing == 0:
                 keep(number, carry, block if again and spacing == 1 else states, again)
@@ -375,8 +359,7 @@ def differentiate(
         return Carry(params, state, *networks), RandomState(device, **random)
 
     def backwards(begin: int, end: int, spacing: int, *finer: int) -> Iterator[tuple[int, Carry, RandomState]]:
-        """The steps from the last to the first, with their carries: each block between two kept ones is walked again,
-        and keeps its own."""
+        """The steps from the last to the first, with their carries: each block between kept ones is walked again."""
         for begun_at in reversed(range(begin, end, spacing)):
             stop = min(begun_at + spacing, end)
             if stop <= first:
@@ -438,9 +421,8 @@ def differentiate(
                         break
                     random.restore()
                     batch = batch_of(number)
-                    bars, h, of_rates, norm_of = made.adjoint(
-                        phi, held, batch, rates[number % len(rates)], bars, zeros[shapes_of(batch)]
-                    )
+                    now = phi, held, batch, rates[number % len(rates)], bars, zeros[shapes_of(batch)]
+                    bars, h, of_rates, norm_of = made.adjoint(*now)
                     checks.refuse_not_finite(norm_of, NOT_FINITE.format(number))
                     feedback.append(on_value({name: -t for name, t in h.items()}, value))
                     in_settings.append(of_rates)
@@ -465,14 +447,9 @@ def shapes_of(batch: Any) -> tuple[Any, ...]:
 
 
 def refuse_other_training(
-    compiled: Callable[..., Gradient],
-    eager: Callable[..., Any],
-    ahead: Lookahead,
-    before: Tree,
-    device: torch.device,
+    compiled: Callable[..., Gradient], eager: Callable[..., Any], ahead: Lookahead, before: Tree, device: torch.device
 ) -> frozenset[str]:
-    """Refuse graphs whose gradient through one step is not that of the eager road. No generator moves. Returns which
-    weights stay as they were before it."""
+    """Refuse graphs whose gradient through one step is not that of the eager road. Returns which weights stay."""
     start = RandomState.now(device)
     try:
         ours = compiled(ahead)

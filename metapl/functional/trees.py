@@ -36,7 +36,7 @@ def moves(mode: Any, theta: Tree, w: Tree) -> tuple[Tree, Tree, Tensor]:
 
 def taken(update: Update, theta: Tree, end: Any, s: Any, options: Options) -> tuple[Tree, Any, Tensor]:
     """θ′ and s′ as the optimizer's own steps on the gradients of a walk leave them, and their distance from its θ′
-    relative to the length of the walk; those of the walk, but where the steps are rounded."""
+    relative to its length; those of the walk where steps are not rounded."""
     if not update.rounded:
         return end.theta, end.s, 0 * end.losses[0]
     at = theta

@@ -47,17 +47,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that says how good a network is on labeled batches.
+    """A number that says how good a network is on labeled batches."""
 
-    Args:
-        name: in rows and messages.
-        better: whether the smallest value is the best one, or the greatest; None: it is not known.
-        given: the metric as it was asked for.
-    """
-
-    name: str
-    better: Better | None
-    given: Any
+    name: str  # in rows and messages
+    better: Better | None  # whether the smallest value is the best one, or the greatest; None: it is not known
+    given: Any  # the metric as it was asked for
 
     def over(self, trainer: Any, network: nn.Module, batches: Batches) -> Measured | Evaluation:
         """Its value over all batches, which the ``trainer`` reads and judges; NaN where there is no example."""
@@ -93,10 +87,8 @@ class Metric:
         except (TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, MetaplError):
                 raise
-            raise MetaplError(
-                f"the metric {self.name!r} failed ({reason_of(error)}); expected f(outputs, batch) -> number, or an "
-                "object with update(outputs, labels)."
-            ) from error
+            why = f"the metric {self.name!r} failed ({reason_of(error)})"
+            raise MetaplError(f"{why}; expected f(outputs, batch) -> number, or update(outputs, labels).") from error
         return Measured(self.name, sum(total / weight if weight else math.nan for total, weight in sums), n)
 
     def measured(self, trainer: Any, network: nn.Module, batches: Batches, of: str) -> Measured | Evaluation:
@@ -143,18 +135,15 @@ def metric_of(given: Any, mode: Better | None = None) -> Metric | None:
         known: Better | None = None if higher is None else "max" if higher else "min"
         metric = Metric("metric" if name == "<lambda>" else str(name), known or mode, given)
     else:
-        raise MetaplError(
-            f"metric is {described(given)}; expected 'accuracy', 'loss', a function (outputs, batch) -> number, or an "
-            "object with update, compute and reset, such as those of torchmetrics."
-        )
+        expected = "'accuracy', 'loss', a function (outputs, batch) -> number, or one of torchmetrics"
+        raise MetaplError(f"metric is {described(given)}; expected {expected}.")
     if mode not in (None, metric.better):
         raise MetaplError(f"mode={mode!r} was given, and of the metric {metric.name!r} the {metric.better} is best.")
     return metric
 
 
 def default_metric(judge: Any, batch: Any, outputs: Tensor) -> Metric:
-    """Accuracy where the problem is one of classes (:func:`of_classes`), and else its loss; ``outputs`` are those of a
-    few rows of the batch."""
+    """Accuracy where the problem is one of classes (:func:`of_classes`), and else its loss."""
     return ACCURACY if of_classes(judge, batch, outputs) else LOSS
 
 

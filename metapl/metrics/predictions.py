@@ -66,8 +66,7 @@ def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
 
 @contextmanager
 def passes(model: nn.Module) -> Iterator[Callable[[Any], Tensor]]:
-    """A function from inputs to the network's outputs on them, in eval mode and without gradients while the block
-    lasts."""
+    """A function from inputs to the network's outputs on them, in eval mode and without gradients."""
     first = next(model.parameters(), None)
     with eval_mode(model), without_gradients(model):
         yield lambda x: checks.logits(model(x if first is None else to_device(x, first.device)), "network")
@@ -76,8 +75,8 @@ def passes(model: nn.Module) -> Iterator[Callable[[Any], Tensor]]:
 def outer_batches(
     data: Any, read: Callable[[Any, str], tuple[Any, Any]], device: torch.device, name: str
 ) -> Iterator[tuple[Any, Any]]:
-    """The inputs of a network and the batch as its loss reads it, on the device, of one labeled batch or an iterable of
-    such; ``read`` makes them of a batch, whose name in errors it takes."""
+    """The inputs of a network and the batch as its loss reads it, on the device, of a labeled batch or an iterable of
+    such; ``read`` makes them of a batch and its name."""
     whole = is_whole(data) or isinstance(data, Tensor)
     for batch in _batches(data, whole):
         yield read(to_device(batch, device), name if whole else f"a batch of {name}")
@@ -89,9 +88,7 @@ def batches_of(data: Any, device: torch.device, name: str = "the labeled data") 
 
 
 def input_batches(data: Any, dtype: torch.dtype, read: Callable[[Any], Any] = inputs_of) -> Iterator[Any]:
-    """The inputs of data in batches, labels left out by ``read``: of a tensor, an array or a dict of these, a tuple
-    that begins with such inputs, or an iterable of all these. Arrays of floating point become ``dtype``; tensors stay
-    as they are."""
+    """The inputs of data in batches, labels left out by ``read``; arrays of floating point become ``dtype``."""
     whole = is_array(data) or isinstance(plain(data), dict | tuple)
     for batch in _batches(as_tensors(data, dtype) if whole else data, whole):
         yield as_tensors(read(as_tensors(batch, dtype)), dtype, "the inputs to predict are")

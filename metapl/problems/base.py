@@ -29,12 +29,11 @@ class Signal:
 
     Args:
         value: the input of the inner loss: class probabilities q (B, C), sampled classes (B,), weights of examples
-            (B,), corrected labels (B, C), ...; or several of these, as a dict of tensors by name. Each floating-point
-            tensor of a dict gets a feedback of its own, and the others are constants.
+            (B,), corrected labels (B, C), ...; or a dict of such tensors, each of which gets a feedback of its own if
+            it is of floating point.
         log_prob: (B,), log p_i(value_i), where ``value`` was sampled; ``None`` where ``value`` is differentiable.
         probs: (B, C), the distribution that ``value`` was sampled from, where a mode may take the expectation over it;
-            the inner loss must then accept a ``value`` of this shape as well, and be linear in it: the expected loss is
-            the loss of the expected label, as cross-entropy is.
+            the inner loss must then accept a ``value`` of this shape as well, and be linear in it.
         outputs: (B, C), the teacher's outputs that the signal was made from, for teacher losses that need them.
     """
 
@@ -86,8 +85,7 @@ class Signal:
         return [self.having({name: t[i] for name, t in columns.items()}) for i in range(parts)]
 
     def detached(self) -> Signal:
-        """The same signal without the teacher's graph, for the student, the estimators and the report. It is a copy: a
-        signal may be weights, such as a table of labels, which the step moves."""
+        """A copy without the teacher's graph: a signal may be weights, such as a table of labels, which move."""
         with torch.no_grad():
             value, others = self.value, (self.log_prob, self.probs, self.outputs)
             copied = {key: t.clone() for key, t in value.items()} if isinstance(value, dict) else value.clone()
@@ -109,8 +107,8 @@ def check_signal(signal: Any, problem: Any) -> Signal:
     if not fits:
         given = f"a Signal of {described(value)}" if isinstance(signal, Signal) else described(signal)
         raise MetaplError(
-            f"{kind_of(problem)}.signal returned {given}; expected metapl.Signal(value), of a tensor or a dict of "
-            "tensors, or metapl.Signal(value, log_prob=...), with a log-probability for each row of a sampled tensor."
+            f"{kind_of(problem)}.signal returned {given}; expected metapl.Signal(value) of a tensor or a dict of them, "
+            "or metapl.Signal(value, log_prob=...) of a sampled tensor."
         )
     checked: Signal = signal
     return checked
@@ -180,8 +178,7 @@ class BilevelProblem(ABC):
     def outer_batch(self, batch: Any) -> Any:
         """The outer batch as :meth:`outer_loss` reads it; here (inputs, labels), any other batch is refused. To read
         other batches, any nesting of tensors with a row for each example, return ``batch`` itself."""
-        mend = " For other batches, give the problem a method outer_batch(batch) that returns what outer_loss reads."
-        return labeled_pair(batch, mend=mend)
+        return labeled_pair(batch, mend=" For other batches, give the problem a method outer_batch(batch).")
 
     def outer_input(self, batch: Any) -> Any:
         """The student's input in an outer batch: a tensor or a dict itself, the first element of a tuple."""
@@ -256,8 +253,5 @@ def sum_and_weight(given: Any) -> tuple[Tensor, Tensor | float]:
     scalar_loss(total, "the sum that the problem's outer_loss returned", "return (sum, weight)")
     weight = given[1] if isinstance(given[1], Tensor) else total.new_full((), given[1])
     if weight.ndim or weight.requires_grad:
-        raise MetaplError(
-            f"the weight that the problem's outer_loss returned is {described(weight)}; expected a number, or a tensor "
-            "without dimensions and without a gradient, such as mask.sum()."
-        )
+        raise MetaplError(f"the weight of the problem's outer_loss is {described(weight)}; expected mask.sum(), say.")
     return wide(total), weight.to(wide(total))

@@ -140,20 +140,15 @@ class LearningToReweight(Weighted):
               \theta' = U(\theta, \nabla_\theta \textstyle\sum_i w_i \mathrm{CE}_i)
 
     The student looks ahead with weights of zero; h_i is positive if a little of example i in that step lowers the loss
-    on the trusted labels. Its real step then takes the weights w, which sum to 1. Where no example helps, all w_i are 0
-    and the gradient of the real step is 0, while momentum and weight decay go on. An inner batch is (x, y), the outer
-    one (x, y) with trusted labels.
-
-    Scale: the signal of the real step, in reports too, is a = B·w, so that metapl's mean over the batch of a_i CE_i is
-    the paper's sum of w_i CE_i: the step is as long as on a batch whose labels are all right. The scale of h, and with
-    it the learning rate of the look-ahead, cancels in w.
+    on the trusted labels. Its real step then takes the weights w; where no example helps, all are 0, while momentum and
+    weight decay go on. An inner batch is (x, y), the outer one (x, y) with trusted labels. The signal of the real step,
+    in reports too, is a = B·w, so that metapl's mean of a_i CE_i is the paper's sum of w_i CE_i. The report's
+    ``outer_loss`` is L(θ̂), its ``inner_loss`` of the real step.
 
     Give ``teacher=None``, and a mode with feedback on each example. U is the student's optimizer in its present state,
     in both steps. The paper looks ahead by plain SGD whatever the optimizer: that is SGD without momentum here, or, for
     any optimizer, ``mode=metapl.feedback.Implicit(solver="identity")``. Prefer the latter for Adam, whose slope at a
     gradient of 0 is of the order of 1/eps for weights that have had no gradient yet: these few then decide all.
-
-    The ``outer_loss`` of a step's report is L(θ̂); its ``inner_loss`` is of the real step.
 
     Cost: one forward and one backward pass of the student beyond those of the mode.
 
@@ -177,8 +172,8 @@ class LearningToReweight(Weighted):
         """This problem; refuse modes without feedback on each example."""
         if "soft" not in labels or mode == "none":
             raise MetaplError(
-                f"mode '{mode}' was given, and LearningToReweight makes its weights from the feedback on each example; "
-                "expected 'forward', 'difference', 'unrolled' or metapl.feedback.Implicit(solver=\"identity\")."
+                f"mode '{mode}' was given, and LearningToReweight takes feedback on each example; expected 'forward', "
+                "'difference', 'unrolled' or metapl.feedback.Implicit(solver=\"identity\")."
             )
         return self
 

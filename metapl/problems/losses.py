@@ -30,8 +30,8 @@ class TeacherLoss(Protocol):
         """In the report, teacher_<name>."""
 
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
-        """A scalar with the teacher's graph, a mean over the rows: it is taken on each micro-batch and rank apart, and
-        averaged. ``step`` counts from 0; on the pure road it is an int64 tensor without dimensions."""
+        """A scalar with the teacher's graph, a mean over the rows. ``step`` counts from 0; on the pure road it is an
+        int64 tensor without dimensions."""
         ...
 
 
@@ -148,7 +148,7 @@ class UDA:
                 weak = checks.logits(teacher(pair[0]), "network")
         target = self.target(wide(weak.detach()))
         log_strong = F.log_softmax(wide(teacher(pair[1])), -1)
-        # A class of probability 0 in both target and prediction has no loss; 0 log 0 would be NaN.
+        # 0 log 0, of a class of probability 0 in target and prediction, would be NaN.
         losses = -(target * log_strong.masked_fill((target == 0) & (log_strong == -math.inf), 0)).sum(-1)
         if isinstance(step, Tensor):  # on the pure road, where one function holds every step
             late = step.to(losses.dtype) - self.start
@@ -161,8 +161,7 @@ class UDA:
 def sum_of_terms(
     network: nn.Module, losses: Sequence[TeacherLoss], *, kind: str = "loss", **given: Any
 ) -> dict[str, Tensor]:
-    """The losses by name, each a scalar with the network's graph; losses with the same name are added. ``kind`` is the
-    name of a loss in errors; ``given`` are the arguments of a :class:`TeacherLoss`."""
+    """The losses by name, each a scalar with the network's graph; losses with the same name are added."""
     terms: dict[str, Tensor] = {}
     for loss in losses:
         value = loss(network, **given)

@@ -36,16 +36,14 @@ class DataRater(Problem):
     A batch, the inner or the outer, is a tensor of token ids (B, T), int64, or a dict as Hugging Face has it: with
     ``input_ids``, and perhaps an ``attention_mask``, whose zeros are padding, and ``labels``, the ids themselves with
     -100 where none is to be predicted (default: at padding, and at the first token after it). Both networks get the
-    tensor, or the dict without labels; :class:`metapl.models.Logits` wraps those of Hugging Face. A sequence with
-    nothing to predict has the loss 0; an inner batch of such sequences alone is refused.
+    tensor, or the dict without labels. A sequence with nothing to predict has the loss 0; an inner batch of such
+    sequences alone is refused.
 
     The softmax is over the whole inner batch, and the outer mean over all tokens, whatever the number of micro-batches
-    (``accumulate``) and processes that share them: the rater sees the inner batch as a whole. The ``signal`` of a
-    report is a, of mean 1 over the batch, and the feedback is that on a; it goes through the softmax to the scores.
+    (``accumulate``) and processes. The ``signal`` of a report is a, and the feedback is that on a.
 
-    Give a :class:`metapl.Lookahead` of a few batches (``lookahead=``) and Adam, as the paper has it. Its several
-    students of different age are a loop of one's own over trainers that share the teacher and its optimizer, each of
-    whose students begins anew now and then: see ``examples/data_rater.py``.
+    Give a :class:`metapl.Lookahead` of a few batches (``lookahead=``) and Adam, as the paper has it; its students of
+    different age are a loop over trainers that share the teacher: see ``examples/data_rater.py``.
 
     Cost: the passes of the mode, and one forward and backward pass of the teacher on each inner batch. Bias: that of
     the mode; ``forward`` and ``unrolled`` have none. Modes for sampled signals, such as ``reinforce``, are refused.
@@ -79,13 +77,11 @@ class DataRater(Problem):
         return _read(batch)[0]
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
-        """Refuse outputs that are not logits of each token, labels, of either batch, that are none of its words, and an
-        inner batch without a token to predict."""
+        """Refuse outputs that are not logits of each token, other labels, and nothing to predict."""
         _check_words(outputs, _read(unlabeled)[1], _read(labeled)[1])
         checks.refuse(
             (_read(unlabeled)[1][:, 1:] == IGNORED).all(),
-            f"the inner batch of DataRater has no token to predict: its labels are all {IGNORED}, or all is padding; "
-            "expected one or more in every micro-batch of every process.",
+            f"the inner batch of DataRater has no token to predict: all are {IGNORED}, or padding; expected one.",
         )
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
@@ -117,10 +113,8 @@ class NextToken(EqualWeights):
     .. math:: \ell_i = \frac1{n_i} \sum_t w_{it} \big(-\log S(x_{i,<t}; \theta)_{y_{it}}\big)
 
     A batch is (ids, labels): ids (B, T), int64, or the dict of them that the network takes, and labels (B, T), the ids
-    themselves with -100 where none is to be predicted, such as at padding; n_i is the number of the others after the
-    first. The student is a causal language model, with logits
-    (B, T, words). The outer loss is the mean over all tokens of the outer batch. A sequence without a token to predict
-    has the loss 0.
+    themselves with -100 where none is to be predicted; n_i is the number of the others after the first. The student is
+    a causal language model, with logits (B, T, words). The outer loss is the mean over all tokens of the outer batch.
 
     Args:
         per: ``"sequence"``: w_it = w_i, (B,), and scores (N,). ``"token"``: (B, T), and scores (N, T), at the place of
@@ -145,7 +139,6 @@ class NextToken(EqualWeights):
         return tuple(outputs.shape[: 1 if self.per == "sequence" else 2])
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
-        """Refuse outputs that are not logits of each token, and labels, of either batch, that are none of its words."""
         _check_words(outputs, unlabeled[1], labeled[1])
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
@@ -165,8 +158,7 @@ def _check_words(outputs: Tensor, inner: Tensor, outer: Tensor) -> None:
     """Refuse outputs that are not logits of each token of the inner labels, and labels that are none of its words."""
     if outputs.ndim != 3 or outputs.shape[:2] != inner.shape:
         raise MetaplError(
-            f"the student's outputs are {checks.described(outputs)}; expected the logits of a causal language "
-            "model, (B, T, words): metapl.models.Logits wraps those of Hugging Face."
+            f"the student's outputs are {checks.described(outputs)}; expected logits (B, T, words): models.Logits."
         )
     for labels in (outer, inner):
         ids, words = labels.masked_fill(labels == IGNORED, 0).flatten(), outputs.shape[2]
@@ -185,8 +177,8 @@ def _read(batch: Any) -> tuple[Any, Tensor]:
     shapes = {t.shape if isinstance(t, Tensor) else None for t in tensors}
     if len(shapes) > 1 or None in shapes or labels.ndim != 2 or labels.shape[1] < 2 or labels.dtype != torch.int64:
         raise MetaplError(
-            f"the batch of DataRater is {checks.described(batch)}; expected token ids (B, T), int64, of two tokens or "
-            "more, or a dict of input_ids and perhaps attention_mask and labels of the same shape."
+            f"the batch of DataRater is {checks.described(batch)}; expected token ids (B, T), int64, two or more, or a "
+            "dict of input_ids, attention_mask and labels."
         )
     if mask is not None and "labels" not in parts:
         is_token = mask != 0

@@ -89,8 +89,7 @@ class StoredCrossEntropy(CrossEntropy):
     def outputs(self, teacher: nn.Module, labeled: Any) -> Any:
         if len(labeled) < 3:
             raise MetaplError(
-                f"labeled is {checks.described(labeled)}; expected (inputs, labels, stored) for the teacher's "
-                "supervised loss, or teacher_losses=()."
+                f"labeled is {checks.described(labeled)}; expected (inputs, labels, stored), or teacher_losses=()."
             )
         return teacher(in_type_of(teacher, labeled[2]))
 

@@ -172,10 +172,7 @@ class CheckpointFolder:
         self.folder, self.keep = Path(folder), keep
 
     def write(self, step: int, state: dict[str, Any]) -> Path:
-        """Write a checkpoint, then delete the oldest earlier ones beyond ``keep``; raises as :func:`save`.
-
-        Checkpoints of later steps, left from before a restart, stay until ``step`` passes them.
-        """
+        """Write a checkpoint, then delete the oldest earlier ones beyond ``keep``; raises as :func:`save`."""
         path = self.folder / f"step-{step:08d}.ckpt"
         self.remove_begun()
         save(path, state)
@@ -183,11 +180,8 @@ class CheckpointFolder:
         return path
 
     def newest(self, read: Callable[[Path], dict[str, Any]] = load) -> Found | None:
-        """The checkpoint of the latest step that is whole, as ``read`` gives it; None where there is none at all.
-
-        Raises: :class:`CheckpointError` where none can be used, or one that cannot be read may be whole: to go on from
-        an older one, or anew, would in time replace them.
-        """
+        """The checkpoint of the latest step that is whole, as ``read`` gives it; None where there is none at all. Where
+        none can be used, or one that cannot be read may be whole, :class:`CheckpointError`."""
         reasons = []
         for path in self.paths():
             try:
@@ -197,10 +191,8 @@ class CheckpointFolder:
                 reasons.append(str(error))
         if not reasons:
             return None
-        raise CheckpointError(
-            f"none of the {len(reasons)} checkpoints in {self.folder} can be used; to start anew, move them away: "
-            f"{'; '.join(reasons)}"
-        )
+        text = f"none of the {len(reasons)} checkpoints in {self.folder} can be used; to start anew, move them away"
+        raise CheckpointError(f"{text}: {'; '.join(reasons)}")
 
     def paths(self) -> list[Path]:
         """Of all checkpoints, newest first."""

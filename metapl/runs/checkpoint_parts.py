@@ -41,10 +41,8 @@ class PartsWriter:
         self._last: Path | None = None
 
     def write(self, step: int, state: dict[str, Any]) -> None:
-        """Begin to write a state as it is now; of what is not sharded, the first process writes its own.
-
-        Raises: :class:`CheckpointError` on every process where the checkpoint before this one could not be written.
-        """
+        """Begin to write a state as it is now; of what is not sharded, the first process writes its own. On every
+        process :class:`CheckpointError` where the checkpoint before this one could not be written."""
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
         from torch.distributed.checkpoint.state_dict_saver import async_save
 
@@ -102,8 +100,8 @@ def check(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, like: Like | None = None) -> dict[str, Any]:
-    """The state in a checkpoint, a file or a folder of parts, which :func:`check` has found whole. Sharded tensors are
-    read as ``like`` lays them out, or whole, on the host. Cost: the pieces that this process asks for."""
+    """The state in a checkpoint that :func:`check` has found whole. Sharded tensors are read as ``like`` lays them out,
+    or whole, on the host."""
     if not path.is_dir():
         return checkpoint.load(path)
     from torch.distributed.checkpoint.filesystem import FileSystemReader

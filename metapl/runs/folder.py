@@ -23,10 +23,7 @@ class Folder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Own the folder against other processes until the block ends; within it, this value may be held again.
-
-        Raises: :class:`metapl.MetaplError` where another process owns it; ``OSError`` where it cannot be made.
-        """
+        """Own the folder against other processes until the block ends; within it, this value may be held again."""
         from filelock import FileLock, Timeout
 
         self.path.mkdir(parents=True, exist_ok=True)

@@ -13,11 +13,7 @@ from metapl.runs.atomic import replacing
 
 
 class Metrics:
-    """The rows of a run in their file.
-
-    Rows after the step that is resumed from belong to work that was lost: they are cut off before going on, so the file
-    of a resumed run equals the file of an uninterrupted one.
-    """
+    """The rows of a run in their file; of a resumed run it equals the file of an uninterrupted one."""
 
     def __init__(self, file: Path) -> None:
         self.file = file

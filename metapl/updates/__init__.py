@@ -51,9 +51,8 @@ _UPDATES: dict[type, type[TorchUpdate]] = {
 
 
 def update_of(optimizer: Any, parameters: Parameters, state: Any = None, name: str = "inner_optimizer") -> Update:
-    """The update of ``torch.optim`` SGD, Adam, AdamW or Muon, or of several of them in a tuple, over exactly these
-    ``parameters`` of the student, or of a TorchOpt transform with its ``state`` from an earlier step (None: its initial
-    one); an update as it is."""
+    """The update of an optimizer over exactly these ``parameters``; of a TorchOpt transform with its ``state`` from an
+    earlier step (None: its initial one); an update as it is."""
     if isinstance(optimizer, Update):
         return optimizer
     optimizer, sharded = as_one(optimizer, name), any(is_sharded(p) for p in parameters.values())
@@ -61,11 +60,9 @@ def update_of(optimizer: Any, parameters: Parameters, state: Any = None, name: s
         return TransformUpdate(optimizer, parameters, state)
     kinds = [*map(type, parts_of(optimizer))]
     if state is not None or not all(kind in _UPDATES for kind in kinds):
-        raise MetaplError(
-            f"{name} is {' and '.join(kind.__name__ for kind in kinds)}{'' if state is None else ', with a state'}; "
-            "expected torch.optim.SGD, Adam, AdamW or Muon themselves, or a tuple of them, without inner_state, or, "
-            "for a student on one device, a TorchOpt transform."
-        )
+        given = f"{' and '.join(kind.__name__ for kind in kinds)}{'' if state is None else ', with a state'}"
+        expected = "torch.optim's SGD, Adam, AdamW, Muon or a tuple of them, or on one device a TorchOpt transform"
+        raise MetaplError(f"{name} is {given}; expected {expected}.")
     if sharded and torch.optim.Muon in kinds:
         raise MetaplError(f"{name} has Muon, whose products are of whole matrices; the network is sharded.")
     return (SeveralRules if isinstance(optimizer, Several) else _UPDATES[kinds[0]])(optimizer, parameters)

@@ -31,12 +31,11 @@ Options = Sequence[Mapping[str, Any]]  # of each param group
 
 
 class Cotangents(NamedTuple):
-    """The result of :meth:`Update.vjp`: w, the cotangent of g, for the parameters that have a gradient; that of θ; and
-    that of s by the number of its leaf, for the ``vjp`` of the step before (None: zero)."""
+    """The result of :meth:`Update.vjp`."""
 
-    gradient: Tree
-    params: Tree
-    state: dict[int, Tensor] | None
+    gradient: Tree  # w, that of g, for the parameters that have one
+    params: Tree  # that of θ
+    state: dict[int, Tensor] | None  # that of s by the number of its leaf; None: zero
 
 
 class Update(ABC):
@@ -123,8 +122,7 @@ class Update(ABC):
     def in_settings(
         self, names: Sequence[str], params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: Any = None
     ) -> list[dict[str, Any]]:
-        """The cotangents of settings, by param group, from those of θ′ and s′, as :meth:`vjp` takes them. Cost: the
-        update and its backward pass."""
+        """The cotangents of settings, by param group, from those of θ′ and s′, as :meth:`vjp` takes them."""
 
         def double(number: Any) -> Tensor:
             return torch.as_tensor(number, dtype=torch.float64, device=next(iter(params.values())).device)
@@ -141,8 +139,7 @@ class Update(ABC):
         return found
 
     def commit(self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]) -> None:
-        """Move the student's parameters and the optimizer's state: by the optimizer's own step on g or, for an update
-        that is a function and no more, to the θ′ and s′ that ``moved`` returns."""
+        """Move parameters and state: by the optimizer's own step on g, or to the θ′ and s′ that ``moved`` returns."""
         self.write(parameters, *moved())
 
     def exactly(self, parameters: Parameters, grads: Tree) -> None:

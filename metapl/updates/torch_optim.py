@@ -44,15 +44,13 @@ def parts_of(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, .
 
 
 def refuse_missing(name: str, optimizer: torch.optim.Optimizer, parameters: Parameters, network: str) -> None:
-    """Refuse an optimizer that does not hold all trainable parameters of a network, ``"teacher"`` or ``"student"``;
-    ``name`` is that of its argument."""
+    """Refuse an optimizer that does not hold all trainable parameters of a network; ``name`` is its argument's."""
     held = set(map(id, parameters_of(optimizer)))
     if not parameters or not held.issuperset(map(id, parameters.values())):
         missing = [path for path, p in parameters.items() if id(p) not in held]
         raise MetaplError(
-            f"{name} holds {len(held)} tensors, without {few(missing, 3) or 'any'} of the {len(parameters)} "
-            f"trainable parameters of the {network}; build it from {network}.parameters(), and add new ones by "
-            f"add_param_group."
+            f"{name} holds {len(held)} tensors, without {few(missing, 3) or 'any'} of the {len(parameters)} trainable "
+            f"parameters of the {network}; expected {network}.parameters(), and new ones by add_param_group."
         )
     of_muon = [group["params"] for group in optimizer.param_groups if "ns_steps" in group]
     if any(p.ndim != 2 or p.is_complex() for params in of_muon for p in params):  # which torch may see in a step only
@@ -70,8 +68,7 @@ def options_by_step(optimizer: torch.optim.Optimizer, schedule: Schedule, steps:
             shape = (steps, len(groups), *([2] * (name == "betas")))
             if t.shape[1:] != shape[1:] or len(t) < steps or not any(name in group for group in groups):
                 raise MetaplError(
-                    f"schedule has {name!r} of shape {tuple(t.shape)}; expected settings that inner_optimizer has, a "
-                    f"row for each step and a column for each param group: {shape}."
+                    f"schedule has {name!r} of shape {tuple(t.shape)}; expected settings of inner_optimizer, {shape}."
                 )
         rows = {name: t.tolist() for name, t in schedule.items()}
         return [
@@ -80,9 +77,8 @@ def options_by_step(optimizer: torch.optim.Optimizer, schedule: Schedule, steps:
         ]
     if isinstance(schedule, ReduceLROnPlateau | type) or not (isinstance(schedule, LRScheduler) or callable(schedule)):
         raise MetaplError(
-            f"schedule is {schedule!r:.80}; expected a torch.optim.lr_scheduler whose rates depend on the step alone, "
-            "a function from the step's number to a factor of the learning rate; of several optimizers a tuple; or a "
-            "dict of settings, (K, param groups)."
+            f"schedule is {schedule!r:.80}; expected a torch.optim.lr_scheduler of the step alone, a function from the "
+            "step's number to a factor; of several optimizers a tuple; or a dict of settings, (K, param groups)."
         )
     if not isinstance(schedule, LRScheduler):
         return [[{**group, "lr": group["lr"] * schedule(number)} for group in groups] for number in range(steps)]
@@ -109,9 +105,8 @@ def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 class TorchUpdate(Update):
     """The update of a ``torch.optim`` optimizer, from its current state and param groups.
 
-    A subclass gives the rule of one param group. Lists go through PyTorch's fused operations on lists: a few kernels
-    for all parameters, where their number would keep a GPU waiting for the host. Of sharded parameters, the trees and
-    states hold this process's parts; the optimizer holds DTensors.
+    A subclass gives the rule of one param group, by PyTorch's fused operations on lists: a few kernels for all
+    parameters. Of sharded ones, the trees and states hold this process's parts; the optimizer holds DTensors.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Parameters) -> None:
@@ -123,10 +118,7 @@ class TorchUpdate(Update):
         own = {id(p) for p in parameters.values()}
         foreign = sum(p.requires_grad and id(p) not in own for p in parameters_of(optimizer))
         if foreign:
-            raise MetaplError(
-                f"inner_optimizer holds {foreign} tensors that are no trainable parameters of the network; "
-                "build it from student.parameters()."
-            )
+            raise MetaplError(f"inner_optimizer holds {foreign} other tensors; expected student.parameters() alone.")
 
     @staticmethod
     @abstractmethod
@@ -138,8 +130,7 @@ class TorchUpdate(Update):
     @staticmethod
     @abstractmethod
     def completed(p: Tensor, state: State, group: Mapping[str, Any]) -> State:
-        """A state with all tensors that later states have, from which the next step is the one from ``state``: so that
-        the first step of the pure road has the shapes of all others."""
+        """An equal state with all tensors that later ones have: the pure road's first step has the shapes of others."""
 
     def follow(self, parameters: Parameters) -> None:
         groups = self.optimizer.param_groups
@@ -189,8 +180,7 @@ class TorchUpdate(Update):
         return sum(t.nbytes for t in pytree.tree_leaves(found) if isinstance(t, Tensor))
 
     def settings(self) -> list[dict[str, Any]]:
-        """The rates, and other numbers in the param groups that are not 0: a 0 leaves a part of the rule out, so that
-        it is no value."""
+        """The rates, and other numbers in the param groups that are not 0, which leaves a part of the rule out."""
         groups = self.optimizer.param_groups
         numbers = [{n: group[n] for n in self.numbers if n == "lr" or _is_set(group.get(n, 0))} for group in groups]
         return [{n: float(v) if isinstance(v, Tensor) else v for n, v in group.items()} for group in numbers]
@@ -367,8 +357,8 @@ class Adam(TorchUpdate):
     r"""m′ = β₁m + (1−β₁)d; n′ = β₂n + (1−β₂)d²; θ′ = θ(1−ηλ) − η m̂/(√n̂ + ε), with d = ±g (+ λθ where λ is coupled).
 
     m̂ = m′/(1−β₁ᵗ) and n̂ = n′/(1−β₂ᵗ), or the greatest n′ so far with ``amsgrad``. Where n̂ = 0 the update is smooth
-    in d, because m̂ vanishes with it, and the square root is not: there n̂ counts as the smallest normal number, a
-    constant. In float16 that is above many a real n̂, and such weights are refused.
+    in d, and the square root is not: there n̂ counts as the smallest normal number, a constant. In float16 that is
+    above many a real n̂, and such weights are refused.
     """
 
     numbers = ("lr", "betas", "eps", "weight_decay")
@@ -464,8 +454,7 @@ def refuse_half(parameters: Parameters) -> None:
     half = [name for name, p in parameters.items() if p.dtype == torch.float16]
     if half:
         raise MetaplError(
-            f"the student's {half[0]} is in float16, whose smallest normal number, 6e-5, is above many of Adam's "
-            'second moments; expected weights in float32, with precision="bfloat16" where passes are to be short.'
+            f"the student's {half[0]} is in float16, which Adam's second moments are too small for; expected float32."
         )
 
 

@@ -22,11 +22,10 @@ def is_transform(optimizer: Any) -> bool:
 class TransformUpdate(Update):
     """The update of a TorchOpt transform: its state goes in and comes out, its adjoint is autograd's.
 
-    Two defects of TorchOpt are corrected here. ``trace`` ignores the momentum of a given state on its first call (it
-    has a hidden flag): a dummy call clears the flag, so with ``dampening`` the first step is damped like every other,
-    unlike TorchOpt's own. The VJP of ``adam`` is NaN where a gradient entry is exactly zero: there it is taken at a
-    negligible entry. Transforms whose VJP is wrong otherwise, such as ``clip_grad_norm``, which hides its norm from
-    autograd, and ``adam(use_accelerated_op=True)``, are found by the verification of the first step.
+    Two defects of TorchOpt are corrected here. ``trace`` ignores the momentum of a given state on its first call, by a
+    hidden flag that a dummy call clears; so with ``dampening`` the first step is damped too. The VJP of ``adam`` is NaN
+    where a gradient entry is exactly zero: it is taken at a negligible entry. Other wrong VJPs, such as that of
+    ``clip_grad_norm``, are found by the verification of the first step.
     """
 
     def __init__(self, transform: Any, parameters: Parameters, state: Any) -> None:
@@ -41,8 +40,8 @@ class TransformUpdate(Update):
         changed = [name for name in {**before, **parameters} if before.get(name) is not parameters.get(name)]
         if changed:
             raise MetaplError(
-                f"the student's trainable parameters {few(changed, 3)} were added, removed or replaced since the state "
-                "of the TorchOpt transform was initialized; build a new BilevelTrainer."
+                f"the student's parameters {few(changed, 3)} were changed since its state began; expected a new "
+                "BilevelTrainer."
             )
 
     def read_state(self) -> Any:
