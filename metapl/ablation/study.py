@@ -205,9 +205,7 @@ def _exact(trainer: BilevelTrainer, batches: tuple[Any, Any]) -> Tensor:
             return _gradient(trainer, batches, mode, problem=trainer.problem.exact())
         except CANNOT_RUN as error:
             reasons.append(_reason(error))
-    raise MetaplError(
-        f"there is no exact gradient to compare with: by double backward, {reasons[0]}; by forward mode, {reasons[1]}"
-    )
+    raise MetaplError(f"there is no exact gradient: by double backward, {reasons[0]}; by forward mode, {reasons[1]}")
 
 
 def _costs(

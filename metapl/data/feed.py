@@ -234,10 +234,10 @@ class _EpochFeed(Feed):
         self._iterator = iter(self._source)
         for taken in range(self._position if again else 0):
             if next(self._iterator, _END) is _END:
-                raise MetaplError(
-                    f"{self._name} has {taken} batches in an epoch, and the run to resume had taken {self._position}; "
-                    "expected the same data as then"
+                given = (
+                    f"{self._name} has {taken} batches in an epoch, and the run to resume had taken {self._position}"
                 )
+                raise MetaplError(f"{given}; expected the same data as then")
         return self._iterator
 
     def state(self) -> dict[str, Any]:

@@ -90,10 +90,7 @@ class Mesh:
     def check_processes(self) -> None:
         """Refuse a mesh that is not of all processes of this job."""
         if not (dist.is_available() and dist.is_initialized()):
-            raise MetaplError(
-                f"a mesh of {self.size} processes was given, and this process knows of no others; start the script "
-                f"with torchrun --nproc-per-node={self.size} and call torch.distributed.init_process_group() first."
-            )
+            raise MetaplError(f"{self} was given in one process; expected torchrun --nproc-per-node={self.size}.")
         if (world := dist.get_world_size()) != self.size:
             raise MetaplError(f"{self} is of {self.size} processes; expected the {world} of this job.")
 

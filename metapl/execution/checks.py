@@ -98,8 +98,7 @@ def logits(outputs: Any, who: str) -> Tensor:
 def class_outputs(outputs: Tensor, who: str) -> None:
     if outputs.ndim != 2 or outputs.shape[1] < 2:
         raise MetaplError(
-            f"the {who}'s outputs are {described(outputs)}; expected logits (batch, classes), of two classes or more, "
-            "or a metapl.BilevelProblem of your own."
+            f"the {who}'s outputs are {described(outputs)}; expected logits (batch, classes), two or more."
         )
 
 

@@ -66,8 +66,6 @@ def explain(error: BaseException) -> None:
     if isinstance(error, RuntimeError) and _LACKING.search(str(error)):
         message = str(error).splitlines()[0].rstrip(".")
         operation = _OPERATION.search(message)
-        raise MetaplError(
-            f"{operation[1] if operation else 'an operation of the student'} lacks a derivative that this mode needs "
-            f'({message}); expected one that has it, the other of Forward(by="graph") and Forward(by="tangent"), or a '
-            'mode of plain passes: "difference", or "reinforce" with sampled labels.'
-        ) from error
+        what = operation[1] if operation else "an operation of the student"
+        why = f"{what} lacks a derivative that this mode needs ({message})"
+        raise MetaplError(f'{why}; expected another Forward(by=), or mode "difference" or "reinforce".') from error

@@ -146,10 +146,8 @@ def layouts(teacher: nn.Module | None, student: nn.Module) -> tuple[Layout | Non
         for prefix, part in named_parts(layout.network):
             for wrapper in (wrapper for wrapper in _WRAPPERS if wrapper in _of_torch(type(part))):
                 if not (layout.is_sharded and wrapper == "FSDPModule"):
-                    raise MetaplError(
-                        f"the {name} has a {wrapper} at {prefix[:-1]!r}, in which no pass runs at other weights; "
-                        "expected a plain module, or one that is as a whole in DistributedDataParallel or fully_shard."
-                    )
+                    given = f"the {name} has a {wrapper} at {prefix[:-1]!r}, in which no pass runs at other weights"
+                    raise MetaplError(f"{given}; expected it around the whole network, or none.")
         for path, t in (*layout.network.named_parameters(), *layout.network.named_buffers()):
             if nn.parameter.is_lazy(t) or t.is_inference():
                 why = "has no shape before a first batch" if nn.parameter.is_lazy(t) else "is of inference_mode()"
@@ -169,9 +167,9 @@ def layouts(teacher: nn.Module | None, student: nn.Module) -> tuple[Layout | Non
         # over all processes, in which each share of the rows counts as often as there are copies of it.
         of_teacher = replace(of_teacher, ranks=replace(of_teacher.ranks, rank=own.rank, copies=own.copies))
     elif not together or of_teacher.product_ranks != of_student.product_ranks:
+        given = f"the teacher is {of_teacher.how}, the student {of_student.how}"
         raise MetaplError(
-            f"the teacher is {of_teacher.how}, the student {of_student.how}; expected both over the same processes "
-            "and cut in the same way, or a teacher that is not cut: shard(teacher, Mesh(replicate=...))."
+            f"{given}; expected both alike, or a teacher that is not cut: shard(teacher, Mesh(replicate=...))."
         )
     return of_teacher, of_student, device
 
@@ -193,10 +191,8 @@ def layout_of(name: str, network: Any) -> Layout:
     parameters: dict[str, Any] = {path: p for path, p in network.named_parameters() if is_sharded(p) or not blocks}
     for path, p in network.named_parameters():
         if p.requires_grad and path not in parameters:
-            raise MetaplError(
-                f"the {name}'s {path} is left out of fully_shard (ignored_params), so it would learn from this rank's "
-                "rows alone; expected every parameter with requires_grad=True to be sharded."
-            )
+            given = f"the {name}'s {path} is left out of fully_shard (ignored_params)"
+            raise MetaplError(f"{given}; expected every parameter with requires_grad=True to be sharded.")
     # The mesh of all processes, over which some parameters are laid out, and that of those that share the batch: fewer
     # where several processes compute each product together.
     meshes = [p.device_mesh for p in parameters.values() if is_sharded(p)]

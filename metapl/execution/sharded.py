@@ -75,10 +75,8 @@ class ShardedStudent(LocalStudent):
     @contextmanager
     def at(self, params: Tree, random: RandomState, state: State | Slots, *, upcast: bool = False) -> Iterator[None]:
         if narrow := [t for t in self.formats if t in HALF and upcast]:
-            raise MetaplError(
-                f"the student has weights or a mixed-precision policy of {narrow[0]}, in which a difference of outputs "
-                'would be noise; expected mode="forward", or precision="bfloat16" without param_dtype.'
-            )
+            given = f"the student has weights or a policy of {narrow[0]}, in which a difference of outputs is noise"
+            raise MetaplError(f"{given}; expected mode='forward', or precision='bfloat16' without param_dtype.")
         with replay(random, state, upcast=upcast), self.moved_to(params):
             yield
 

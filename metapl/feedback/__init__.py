@@ -89,7 +89,5 @@ def estimator(mode: str | Estimator) -> Estimator:
     for name in MODES:
         if mode == name:
             return _REGISTRY[name]
-    raise MetaplError(
-        f"mode={mode!r} was given; expected one of {', '.join(MODES)}, or an estimator value such as "
-        f'metapl.feedback.Reinforce(similarity="cosine"){did_you_mean(str(mode), MODES) or "."}'
-    )
+    expected = f"one of {', '.join(MODES)}, or an estimator such as metapl.feedback.Reinforce()"
+    raise MetaplError(f"mode={mode!r} was given; expected {expected}{did_you_mean(str(mode), MODES)}.")

@@ -95,10 +95,8 @@ class Estimator(ABC):
         feedback, state = self.feedback(path, state)  # line 4: h
         with NOTHING if path.student.ranks.alone else path.student.ranks.agreed():
             if not any(of_step.used for of_step in feedback):
-                raise MetaplError(
-                    f"the inner loss of {kind_of(path.problem)} does not depend on its signal, so there is none; "
-                    'expected one that does, without .detach() or argmax, or mode="none".'
-                )
+                given = f"the inner loss of {kind_of(path.problem)} does not depend on its signal"
+                raise MetaplError(f"{given}; expected one that does, without detach() or argmax, or mode='none'.")
             total = path.inner_loss  # a sum of all is finite where all are
             for of_step in feedback:
                 for h in (of_step.h, *of_step.others.values()):

@@ -65,26 +65,21 @@ def check_mode(mode: Estimator, steps: int, problem: Problem, student: Layout) -
         *([THROUGH_INPUT] if mode.credits == "signal" and entering else ()),
     }
     if lacking := sorted(need.value for need in required - student.offers):
+        given = f"mode {mode.name!r} takes {' and '.join(lacking)} (with {kind}, steps={steps})"
         raise MetaplError(
-            f"mode {mode.name!r} does not run on a student that is {student.how}: it takes "
-            f"{' and '.join(lacking)} (with {kind}, steps={steps}); expected mode 'difference', or 'reinforce' with "
-            "sampled labels, or one process."
+            f"{given}, and the student is {student.how}; expected one process, 'difference' or 'reinforce'."
         )
 
 
 def check_kind(signal: Signal, mode: Estimator, problem: Problem, steps: int) -> None:
     """Refuse a signal of a kind that the mode cannot differentiate; ``steps`` of the student are taken."""
     if signal.sampled and mode.credits in ("signal", "example") and enters_input(problem):
-        raise MetaplError(
-            f"mode {mode.name!r} credits each label apart, and those of {kind_of(problem)} enter the student's input; "
-            "expected 'reinforce', 'loss_difference' or 'none', or a differentiable signal."
-        )
+        given = f"mode {mode.name!r} credits each label, and those of {kind_of(problem)} enter the student's input"
+        raise MetaplError(f"{given}; expected a differentiable signal, or 'reinforce', 'loss_difference' or 'none'.")
     kind: Kind = "hard" if signal.sampled else "soft"
     constant = kind == "soft" and not signal.differentiable() and mode.credits != "nothing"
     if constant or kind not in mode.labels:
         own = f"{checks.described(signal.value)} with{'' if signal.sampled else 'out'} a log_prob"
         fitting = ", ".join(modes_for(kind, looks_ahead=steps > 1))
-        raise MetaplError(
-            f"the problem's signal is {own}, which mode '{mode.name}' does not differentiate; expected {fitting}, or a "
-            "signal of floating point, or one with the log_prob of each sampled value."
-        )
+        given = f"the problem's signal is {own}, which mode '{mode.name}' does not differentiate"
+        raise MetaplError(f"{given}; expected {fitting}, or a signal of floating point, or with log_prob.")

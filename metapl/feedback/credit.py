@@ -69,10 +69,8 @@ class Feedback:
         parts, fields = {self.part: self.h, **self.others}, signal.fields()
         terms = [(-h * fields[name]).sum() for name, h in parts.items()]
         if torch.is_grad_enabled() and not any(term.requires_grad for term in terms):
-            raise MetaplError(
-                f"the teacher's signal ({self.part}) carries no gradient to its weights: it was detached, or computed "
-                'under torch.no_grad(); expected one with its graph, or mode="none".'
-            )
+            given = f"the teacher's signal ({self.part}) has no graph: it was detached, or computed under no_grad()"
+            raise MetaplError(f"{given}; expected one with its graph, or mode='none'.")
         return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
 
     def mapped(self, change: Callable[[str, Tensor], Tensor]) -> Feedback:
@@ -140,10 +138,7 @@ def credited(signal: Signal, of: Credited = "signal") -> dict[str, Tensor]:
     if not signal.sampled:
         return signal.differentiable()
     if signal.probs is None:
-        raise MetaplError(
-            "the problem's signal is sampled and has no probs; expected Signal(value, log_prob, probs=...), or "
-            'mode="reinforce_per_example".'
-        )
+        raise MetaplError("the sampled signal has no probs; expected Signal(value, log_prob, probs=...).")
     return {"value": F.one_hot(signal.value, signal.probs.shape[-1]).to(signal.probs.dtype)}
 
 

@@ -98,9 +98,7 @@ class Forward(Estimator):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.keep is not None and self.keep_every is not None:
-            raise MetaplError(
-                f"keep={self.keep!r} and keep_every={self.keep_every} were given; expected one of the two."
-            )
+            raise MetaplError(f"keep={self.keep!r} and keep_every={self.keep_every} were given; expected one of them.")
 
     @property
     def exact(self) -> bool:

@@ -103,10 +103,8 @@ def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: floa
         largest = max(largest, q_norm / p_norm)  # at most the greatest eigenvalue
         if curvature <= rounding * p_norm * q_norm:
             if number == 0 or curvature < -rounding * largest * p_norm**2:  # v itself must be curved
-                raise MetaplError(
-                    "the inner loss curves downwards along a conjugate gradient: the student is not near its optimum; "
-                    'expected a larger damping, or solver="neumann" or "identity".'
-                )
+                given = "the inner loss curves downwards: the student is not near its optimum"
+                raise MetaplError(f"{given}; expected a larger damping, or solver='neumann' or 'identity'.")
             break
         alpha = rr / curvature
         x, r = _plus(x, p, alpha), _plus(r, q, -alpha)

@@ -82,9 +82,8 @@ class InnerLoss:
     def __call__(self, outputs: Tensor, params: Tree) -> Tensor:
         losses = self.problem.inner_loss(outputs, self.signal, self.batch, params if self.readable else None)
         if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
-            raise MetaplError(
-                f"inner_loss returned {checks.described(losses)}; expected one loss per example, ({len(outputs)},)."
-            )
+            given = checks.described(losses)
+            raise MetaplError(f"inner_loss returned {given}; expected one loss per example, ({len(outputs)},).")
         return losses.mean() if self.factors is None else (self.factors * losses).mean()
 
 

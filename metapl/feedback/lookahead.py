@@ -49,10 +49,8 @@ class Lookahead(Sequence[Any]):
         given: Any = self.batches
         held = isinstance(given, Sequence) and not isinstance(given, str | bytes)
         if (len(given) < (self.steps or 1)) if held else (self.steps is None or not callable(given)):
-            raise MetaplError(
-                f"Lookahead was given batches that are {checks.described(given)} and steps={self.steps}; expected a "
-                "batch for each step, or a function of the step's number with steps=."
-            )
+            given = f"Lookahead was given batches that are {checks.described(given)} and steps={self.steps}"
+            raise MetaplError(f"{given}; expected a batch for each step, or a function of its number with steps=.")
 
     def __len__(self) -> int:
         return self.steps or len(self.batches)  # type: ignore[arg-type]  # of a function, steps is given

@@ -51,10 +51,7 @@ class Reinforce(Estimator):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.similarity == "cosine" and self.normalization != "gradient":
-            raise MetaplError(
-                'Reinforce(similarity="cosine", normalization="learning_rate"): a cosine does not depend on the '
-                "learning rate; leave normalization out."
-            )
+            raise MetaplError("a cosine does not depend on the learning rate; expected normalization='gradient'.")
 
     def init(self) -> State:
         return init_baseline(self.baseline)

@@ -91,10 +91,8 @@ class Folder(States):
                 self.finish()
                 self._write(_PATH, of=self.of, random=RandomState.now(self.device).values())
             if self._read(_PATH)["of"] != self.of:
-                raise MetaplError(
-                    f"keep_on={str(self.folder)!r} holds the states of a path of other networks, batches or options; "
-                    f"expected the call that was killed, another folder, or that {self.folder / _PATH} is removed."
-                )
+                given = f"keep_on={str(self.folder)!r} holds a path of other networks, batches or options"
+                raise MetaplError(f"{given}; expected the call that was killed, or {self.folder / _PATH} removed.")
             self.done = max(_numbers(self.folder, "steps"), default=0)
             self.adjoint = self._read(_ADJOINT) if (self.folder / _ADJOINT).exists() else None
             yield self

@@ -288,9 +288,8 @@ def differentiate(
             one = Lookahead([batch], schedule=ahead.schedule and schedule)
             still = refuse_other_training(compiled, eager, one, theta, device)
             for other in (own for own in made.compared.values() if own is not None and own != still):
-                raise MetaplError(
-                    f"no loss of some batches reaches {few(sorted(other ^ still), 3)}; leave compile out."
-                )
+                names = few(sorted(other ^ still), 3)
+                raise MetaplError(f"no loss of some batches reaches {names}; leave compile out.")
         except BaseException:
             del made.compared[kind]
             raise

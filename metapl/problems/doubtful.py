@@ -35,10 +35,8 @@ class Classification(Problem):
 
     def student_input(self, batch: Any) -> Any:
         if not isinstance(batch, tuple | list) or len(batch) != len(self.inner_batch) or not holds_tensors(batch[0]):
-            raise MetaplError(
-                f"the inner batch of {type(self).__name__} is {checks.described(batch)}; expected "
-                f"({', '.join(self.inner_batch)}) as unlabeled=."
-            )
+            given = f"the inner batch of {type(self).__name__} is {checks.described(batch)}"
+            raise MetaplError(f"{given}; expected ({', '.join(self.inner_batch)}) as unlabeled=.")
         return batch[0]
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
@@ -171,10 +169,7 @@ class LearningToReweight(Weighted):
     def for_modes(self, labels: Sequence[Kind], mode: str = "") -> LearningToReweight:
         """This problem; refuse modes without feedback on each example."""
         if "soft" not in labels or mode == "none":
-            raise MetaplError(
-                f"mode '{mode}' was given, and LearningToReweight takes feedback on each example; expected 'forward', "
-                "'difference', 'unrolled' or metapl.feedback.Implicit(solver=\"identity\")."
-            )
+            raise MetaplError(f"mode '{mode}' was given; expected feedback on each example: 'forward', or Implicit().")
         return self
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:

@@ -60,10 +60,8 @@ class PseudoLabels(Problem):
         if self.kind is None:
             return self._of(labels[0])
         if self.kind not in labels:
-            raise MetaplError(
-                f"PseudoLabels(kind={self.kind!r}) was given, and mode '{mode}' takes {' or '.join(labels)} labels; "
-                "expected kind=None, or another mode (metapl.feedback.modes_for)."
-            )
+            given = f"PseudoLabels(kind={self.kind!r}) was given, and mode '{mode}' takes {' or '.join(labels)} labels"
+            raise MetaplError(f"{given}; expected kind=None, or another mode (metapl.feedback.modes_for).")
         return self
 
     def exact(self) -> PseudoLabels:

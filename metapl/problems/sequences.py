@@ -157,9 +157,7 @@ class NextToken(EqualWeights):
 def _check_words(outputs: Tensor, inner: Tensor, outer: Tensor) -> None:
     """Refuse outputs that are not logits of each token of the inner labels, and labels that are none of its words."""
     if outputs.ndim != 3 or outputs.shape[:2] != inner.shape:
-        raise MetaplError(
-            f"the student's outputs are {checks.described(outputs)}; expected logits (B, T, words): models.Logits."
-        )
+        raise MetaplError(f"the student's outputs are {checks.described(outputs)}; expected logits (B, T, words).")
     for labels in (outer, inner):
         ids, words = labels.masked_fill(labels == IGNORED, 0).flatten(), outputs.shape[2]
         checks.class_labels(ids, words, "the token ids", f"the student has {words:,} words")

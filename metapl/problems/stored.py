@@ -88,9 +88,8 @@ class StoredCrossEntropy(CrossEntropy):
 
     def outputs(self, teacher: nn.Module, labeled: Any) -> Any:
         if len(labeled) < 3:
-            raise MetaplError(
-                f"labeled is {checks.described(labeled)}; expected (inputs, labels, stored), or teacher_losses=()."
-            )
+            given = f"labeled is {checks.described(labeled)}"
+            raise MetaplError(f"{given}; expected (inputs, labels, stored), or teacher_losses=().")
         return teacher(in_type_of(teacher, labeled[2]))
 
 

@@ -121,10 +121,8 @@ def encoded(value: Any, tensors: dict[str, Tensor], place: str = "") -> Any:
         # The versions of a module's parts, by which load_state_dict knows what an old state lacks.
         metadata = getattr(value, "_metadata", None)
         return {"dict": pairs} if metadata is None else {"dict": pairs, "metadata": encoded(metadata, tensors)}
-    raise CheckpointError(
-        f"{place or 'the state'} is a {kind.__qualname__}; expected tensors, numbers, strings and None in dicts, lists "
-        "and tuples"
-    )
+    given = f"{place or 'the state'} is a {kind.__qualname__}"
+    raise CheckpointError(f"{given}; expected tensors, numbers, strings and None in dicts, lists and tuples")
 
 
 def decoded(tree: str, tensors: Mapping[str, Tensor]) -> Any:

@@ -414,9 +414,7 @@ class _Training:
         """The training, or its first ``steps``, with weights of the examples, (N,) or as the problem's, by a plain
         loop: the trained weights by name, and the outer losses."""
         if self.begun is None:
-            raise MetaplError(
-                "the student is sharded, and cannot be copied to be trained again; expected one that is not."
-            )
+            raise MetaplError("the student is sharded, and is trained again on a copy; expected one that is not.")
         network, again = copy.deepcopy(self.begun)
         weights_of, problem, ranks = trainable(network), self.problem, self.layout.ranks
         rule, device = update_of(again, weights_of), self.start.device

@@ -40,9 +40,7 @@ class Average:
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         if any(p.dtype in (torch.bfloat16, torch.float16) for p in network.parameters()):
-            raise MetaplError(
-                "the average of 16-bit weights does not move; expected 32-bit ones with precision='bfloat16'."
-            )
+            raise MetaplError("ema_decay of 16-bit weights does not move; expected 32-bit ones with precision=.")
         self.network, self.decay, self.steps = network, decay, 0
         self._kept = {name: local(t).detach().clone() for name, t in self._tensors().items()}
 

@@ -67,9 +67,8 @@ def options_by_step(optimizer: torch.optim.Optimizer, schedule: Schedule, steps:
         for name, t in schedule.items():
             shape = (steps, len(groups), *([2] * (name == "betas")))
             if t.shape[1:] != shape[1:] or len(t) < steps or not any(name in group for group in groups):
-                raise MetaplError(
-                    f"schedule has {name!r} of shape {tuple(t.shape)}; expected settings of inner_optimizer, {shape}."
-                )
+                given = f"schedule has {name!r} of shape {tuple(t.shape)}"
+                raise MetaplError(f"{given}; expected settings of inner_optimizer, {shape}.")
         rows = {name: t.tolist() for name, t in schedule.items()}
         return [
             [group | {name: of[k][i] for name, of in rows.items() if name in group} for i, group in enumerate(groups)]
@@ -453,9 +452,7 @@ def refuse_half(parameters: Parameters) -> None:
     """Refuse parameters for Adam that are in float16."""
     half = [name for name, p in parameters.items() if p.dtype == torch.float16]
     if half:
-        raise MetaplError(
-            f"the student's {half[0]} is in float16, which Adam's second moments are too small for; expected float32."
-        )
+        raise MetaplError(f"{half[0]} is in float16, too coarse for Adam's second moments; expected float32.")
 
 
 def _numbers(state: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], int]:

@@ -39,10 +39,7 @@ class TransformUpdate(Update):
         before = self.parameters
         changed = [name for name in {**before, **parameters} if before.get(name) is not parameters.get(name)]
         if changed:
-            raise MetaplError(
-                f"the student's parameters {few(changed, 3)} were changed since its state began; expected a new "
-                "BilevelTrainer."
-            )
+            raise MetaplError(f"the student's {few(changed, 3)} changed; expected a new trainer for TorchOpt.")
 
     def read_state(self) -> Any:
         return self.state
