@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.execution.capabilities import Capability
+from metapl.execution.layout import Capability
 from metapl.feedback.base import Estimator, Normalization, State
 from metapl.feedback.credit import Feedback
 from metapl.feedback.forward import Forward

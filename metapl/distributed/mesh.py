@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metapl.errors import MetaplError, few
-from metapl.execution.modules import named_parts
 from metapl.execution.shards import is_sharded, local
+from metapl.execution.state import named_parts
 from metapl.runs.fields import Range, check_arguments, check_fields
 
 # The submodules of a network that gather their weights one after another.

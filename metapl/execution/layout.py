@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any, Literal
 
 import torch
@@ -21,11 +22,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.capabilities import CURVATURE, FORWARD_AD, Capability
-from metapl.execution.modules import named_parts, trainable
 from metapl.execution.numerics import WHOLE, Space, Tree
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.execution.shards import ShardedSpace, as_sharded, is_sharded, local
+from metapl.execution.state import named_parts, trainable
+
+
+class Capability(Enum):
+    """A way to use the student that not every layout has."""
+
+    ONE_PROCESS = "the student's weights and batch as a whole"
+    FORWARD_AD = "a pass of the student in forward mode"
+    CURVATURE = "second derivatives of the inner loss in the student's weights"
+    THROUGH_INPUT = "a derivative through the student's input"
+
+
+ONE_PROCESS, FORWARD_AD, CURVATURE, THROUGH_INPUT = Capability
+
 
 _DIST: Any = dist  # whose stubs lack what DistributedDataParallel broadcasts by
 # The kinds of layouts in words, and what estimators and problems may require of them.

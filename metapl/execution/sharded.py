@@ -29,12 +29,11 @@ from torch.autograd import forward_ad
 from metapl.errors import MetaplError
 from metapl.execution.layout import Layout
 from metapl.execution.local import NOTHING, LocalStudent, Pass, as_leaves
-from metapl.execution.modules import named_parts
 from metapl.execution.numerics import HALF, Tree
 from metapl.execution.recomputed import recomputed
 from metapl.execution.rng import RandomState
 from metapl.execution.shards import as_sharded, is_sharded, local, whole, whole_together
-from metapl.execution.state import Slot, Slots, State, replay, stand_in, swapped
+from metapl.execution.state import Slot, Slots, State, named_parts, replay, stand_in, swapped
 
 
 def student_of(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.capabilities import ONE_PROCESS, Capability
+from metapl.execution.layout import ONE_PROCESS, Capability
 from metapl.execution.local import NOTHING, LocalStudent
 from metapl.execution.numerics import Tree
 from metapl.feedback.credit import Feedback

@@ -9,8 +9,7 @@ from torch import nn
 
 from metapl.errors import MetaplError, either
 from metapl.execution import checks
-from metapl.execution.capabilities import CURVATURE, ONE_PROCESS, THROUGH_INPUT
-from metapl.execution.layout import Layout
+from metapl.execution.layout import CURVATURE, ONE_PROCESS, THROUGH_INPUT, Layout
 from metapl.feedback import Estimator, modes_for
 from metapl.problems import PseudoLabels
 from metapl.problems.base import BilevelProblem, Kind, Problem, Signal, enters_input, has_own, kind_of

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from metapl.errors import MetaplError
-from metapl.execution.capabilities import FORWARD_AD, Capability
+from metapl.execution.layout import FORWARD_AD, Capability
 from metapl.execution.local import LocalStudent
 from metapl.feedback.base import Estimator, Normalization, State, Steps, divisor, padded
 from metapl.feedback.credit import Credited, Feedback, credited, exact_feedback, feedback_from

@@ -19,7 +19,7 @@ import torch
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.capabilities import FORWARD_AD, ONE_PROCESS, Capability
+from metapl.execution.layout import FORWARD_AD, ONE_PROCESS, Capability
 from metapl.execution.numerics import WHOLE, Tree, scaled
 from metapl.feedback.base import Estimator, State
 from metapl.feedback.credit import Feedback, exact_feedback

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from metapl.execution.capabilities import FORWARD_AD, Capability
+from metapl.execution.layout import FORWARD_AD, Capability
 from metapl.execution.local import LocalStudent
 from metapl.feedback.base import Estimator, Normalization, State, divisor
 from metapl.feedback.credit import Credited, Feedback, exact_feedback, head_feedback

@@ -14,9 +14,8 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.feedback import MODES, Implicit, estimator
-from metapl.functional.state import State, state_of, unclipped
+from metapl.functional.state import State, dot, norm, state_of, unclipped
 from metapl.functional.step import Step, make_step
-from metapl.functional.trees import dot, norm
 from metapl.problems.base import enters_input, has_own
 from metapl.updates import Clipped, TorchUpdate, Update, as_taken, options_of, update_of
 

@@ -28,8 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from metapl.execution.checks import logits
 from metapl.execution.numerics import Tree, as_real, wide
 from metapl.functional.network import Function, Network
-from metapl.functional.state import Report, State, held, on_value
-from metapl.functional.trees import dot, moves, norm, taken
+from metapl.functional.state import Report, State, dot, held, moves, norm, on_value, taken
 from metapl.problems.base import Problem, Signal, sum_and_weight
 from metapl.updates import Update
 

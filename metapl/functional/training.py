@@ -41,11 +41,9 @@ from metapl.feedback.keeping import Keeping, States, folder_of, keeping
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import LOSS_NOT_FINITE, NOT_FINITE, OTHER_BATCH
 from metapl.feedback.resuming import Folder, known_by
-from metapl.functional.compiled import backend_of, capturing
-from metapl.functional.first_step import refuse_gap
+from metapl.functional.compiled import backend_of, capturing, refuse_gap
 from metapl.functional.network import Function, tensors_of
-from metapl.functional.state import held, on_value, settings_of
-from metapl.functional.trees import dot, norm
+from metapl.functional.state import dot, held, norm, on_value, settings_of
 from metapl.problems.base import Problem, Signal, enters_input, has_own, sum_and_weight
 from metapl.runs.progress import counted
 from metapl.updates import Clipped, Update, options_of, parts_of, update_of

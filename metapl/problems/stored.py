@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.modules import drop_rate
 from metapl.execution.numerics import in_type_of, wide
 from metapl.problems.base import Random, Signal
 from metapl.problems.losses import CrossEntropy, TeacherLoss
@@ -170,7 +169,16 @@ def model_noise(network: nn.Module) -> list[nn.Module]:
     >>> [type(part).__name__ for part in model_noise(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))]
     ['Dropout']
     """
-    return [part for part in network.modules() if drop_rate(part) or getattr(part, "drop_rate", 0.0)]
+
+    def draws(part: Any) -> bool:
+        # Dropout and stochastic depth of torch, torchvision and timm by the names of their classes, and attention.
+        kinds = " ".join(kind.__name__.lower() for kind in type(part).__mro__)
+        named = "drop" in kinds or "stochasticdepth" in kinds
+        rate = getattr(part, "p", getattr(part, "drop_prob", 0.0)) if named else 0.0
+        own = part.dropout if isinstance(part, nn.MultiheadAttention) else getattr(part, "drop_rate", 0.0)
+        return bool(rate or own)
+
+    return [part for part in network.modules() if draws(part)]
 
 
 @contextmanager

@@ -32,9 +32,8 @@ from metapl.runs.folder import Folder
 from metapl.runs.generators import rng_state, set_rng_state
 from metapl.runs.progress import progress
 from metapl.training import resuming
-from metapl.training.figures import figures
 from metapl.training.options import FitOptions, Rates
-from metapl.training.records import Records
+from metapl.training.records import Records, figures
 from metapl.training.selection import Average, metric_for, weights_of
 from metapl.training.stopping import Callback, Interrupted, call, stop_requests
 
@@ -86,8 +85,8 @@ def fit(
     callbacks: Sequence[Callback],
 ) -> FitResult:
     """Take the steps of a fit; for the arguments see :meth:`metapl.training.Trainer.fit`."""
-    from metapl.data.arrays import in_memory  # needed for fitting only
     from metapl.data.feed import feed
+    from metapl.data.steps import in_memory  # needed for fitting only
 
     ranks, networks, steps, wait, phase = trainer.ranks, trainer.networks, options.steps, options.wait, options.phase
     if wait and trainer.teacher is None:

@@ -28,9 +28,8 @@ from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.batch import micro_batches, plain, rows
 from metapl.execution.kernels import no_fast_path
 from metapl.execution.layout import layouts
-from metapl.execution.modules import trainable
 from metapl.execution.rng import RandomState
-from metapl.execution.state import Slots
+from metapl.execution.state import Slots, trainable
 from metapl.feedback import Estimator, Implicit, Lookahead, LossDifference, Mode, estimator
 from metapl.feedback.compatible import both_batches, prepare
 from metapl.feedback.implicit import conjugate_gradient, neumann

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.updates.base import Parameters
-from metapl.updates.lists import Tensors
+from metapl.updates.base import Parameters, Tensors
 from metapl.updates.muon import Muon
 from metapl.updates.torch_optim import SGD, Adam, State, TorchUpdate, parameters_of, refuse_half
 from metapl.updates.torchopt import is_transform

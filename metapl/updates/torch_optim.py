@@ -18,8 +18,7 @@ from metapl.errors import MetaplError, few
 from metapl.execution.checks import transformed
 from metapl.execution.numerics import Tree
 from metapl.execution.shards import as_sharded, is_sharded, local
-from metapl.updates.base import Cotangents, Options, Parameters, Update
-from metapl.updates.lists import Tensors, add, div, mul, plus, sub
+from metapl.updates.base import Cotangents, Options, Parameters, Tensors, Update, add, div, mul, plus, sub
 
 State = dict[str, Any]  # of one parameter, as in ``torch.optim.Optimizer.state``
 States = dict[str, State]

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from metapl.data import sampler
 from metapl.execution import local, rng
-from metapl.execution.capabilities import Capability
-from metapl.execution.layout import Layout
+from metapl.execution.layout import Capability, Layout
 from metapl.execution.local import LocalStudent, Pass
 from metapl.execution.state import Slots, State, replay
 from metapl.feedback import base, loss_difference, reinforce

@@ -20,7 +20,7 @@ from fits import (
 )
 
 from metapl.execution.ranks import ALONE
-from metapl.training.figures import figures
+from metapl.training.records import figures
 
 SCALARS = {
     "inner_loss",

@@ -20,7 +20,7 @@ from metapl.execution.numerics import as_real
 from metapl.execution.ranks import gumbel
 from metapl.feedback import Difference, Forward, LossDifference, Reinforce, ReinforcePerExample, Unrolled
 from metapl.functional import stack, unstack
-from metapl.functional.first_step import eager_step
+from metapl.functional.compiled import eager_step
 from metapl.functional.state import State
 
 CLASSES, WIDE = 3, 5

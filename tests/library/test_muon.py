@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import metapl
 from metapl import Lookahead, MetaplError
-from metapl.execution.modules import trainable
+from metapl.execution.state import trainable
 from metapl.feedback import Forward
 from metapl.updates import as_taken, options_of, update_of
 

@@ -13,7 +13,7 @@ from problems_zoo import OPTIMISERS, product, toy, warm
 from reference import error
 
 import metapl
-from metapl.execution.modules import trainable
+from metapl.execution.state import trainable
 from metapl.feedback.path import take_steps
 from metapl.updates import Clipped, Update, update_of
 
