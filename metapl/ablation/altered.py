@@ -33,12 +33,10 @@ class Altered(Estimator):
         base: the estimator whose h, with a row per example, is altered.
         alteration: ``"permuted"``: rows assigned to other examples; ``"class_means"``: every row replaced by the mean
             over the batch (of sampled classes: over the rows with the same class); ``"random_sign"``: each row times ±1
-            with equal probability. Where h has other rows than the batch, such as those of the matrix of
-            :class:`metapl.problems.NoiseTransition`, "examples" are these rows.
+            with equal probability. Rows of h that are none of the batch, as of a matrix, are taken for examples.
         seed: of the permutations and signs, which are drawn from a separate generator.
 
     Takes, cost: as ``base``; on an accelerator the host waits for the device once a step. Bias: intended.
-    Raises: :class:`metapl.MetaplError` for a base without feedback on each example, and as ``base``.
 
     >>> Altered(alteration="permuted").name
     'forward_permuted'

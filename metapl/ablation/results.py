@@ -35,8 +35,7 @@ class Distance:
 
     @property
     def of_one_draw(self) -> float:
-        """Error and noise together, the distance of one draw; at most √(1 + 1/n) times too large, for the error holds
-        1/n of the noise already."""
+        """Error and noise together, the distance of one draw; at most √(1 + 1/n) times too large."""
         return math.hypot(self.relative_error, self.noise_to_signal)
 
 
@@ -48,8 +47,7 @@ class ModeCost(Distance):
         cosine: as in :class:`Distance`; the mean over the points.
         relative_error, noise_to_signal: as in :class:`Distance`; root mean squares over the points.
         passes: floating-point operations over those of a forward pass of the student on the unlabeled batch.
-        seconds: a call, the least of interleaved rounds, for other work on the machine only adds; on a CPU the time
-            that it had of the processor, where that is less.
+        seconds: a call, the least of interleaved rounds; on a CPU the processor's time, where that is less.
         peak_bytes: what a call holds at its fullest, beyond what was held before.
     """
 
@@ -125,17 +123,9 @@ def recommendation(
 ) -> tuple[str | None, str]:
     """The name of the mode to take, and the sentences that say so and what decided.
 
-    Of the modes that are exact to rounding, and without noise, the fastest is taken; where times are within 10 % the
-    one with the least memory; where that is too, ``forward``. Where none is exact to rounding, the same holds for those
-    within 1 %; where there are none of these either, the nearest in one draw is taken. ``none`` gives no feedback and
-    ``implicit`` is another gradient: neither is recommended.
-
-    Args:
-        modes: as in :class:`metapl.ablation.Ablation`.
-        exact_modes: names of modes that are exact but for rounding; of labels that are drawn none is.
-        never: names of modes that are not recommended.
-
-    Returns: the name, None where no mode ran; and the text.
+    Of the modes that are exact to rounding (``exact_modes``), and without noise, the fastest is taken; where times are
+    within 10 % the one with the least memory; where that is too, ``forward``. Where none is, the same holds for those
+    within 1 %; else the nearest in one draw is taken. Those in ``never`` are not recommended; None where no mode ran.
     """
     ran = {n: m for n, m in modes.items() if isinstance(m, ModeCost) and n not in never}
     if not ran:

@@ -74,16 +74,12 @@ def ablate(
         draws: of labels, for modes that draw them, and of alterations; 2 or more.
         rounds: rounds of timing; the least time of a mode counts. None: 5, and more for short calls, for a second.
         altered: also measure, as controls, the feedback of ``forward``, or else of the first mode that runs and gives
-            feedback on each example, altered in three ways (:class:`metapl.ablation.Altered`): what a training gains by
-            them is not due to the feedback on each example.
+            feedback on each example, altered in three ways (:class:`metapl.ablation.Altered`).
         progress: show on a terminal how far it is.
 
     Returns: an :class:`metapl.ablation.Ablation`. The trainer and the default generators are left as they were.
-
     Cost: some ``draws`` + ``rounds`` + 3 calls of each mode at each point, and the training between the points.
-
-    Raises: :class:`metapl.MetaplError` where no exact gradient can be had, for want of a differentiable signal, or of
-    both a second derivative and forward mode of the student.
+    Raises: :class:`metapl.MetaplError` where no exact gradient can be had.
 
     >>> import metapl, torch
     >>> trainer = metapl.BilevelTrainer(torch.nn.Linear(4, 3), torch.nn.Linear(4, 3), "reinforce")

@@ -16,10 +16,7 @@ _MASK = (1 << 64) - 1
 
 
 def fold_in(seed: int, data: int) -> int:
-    """Derive an independent seed from a seed and a number.
-
-    mix(seed + (data + 1)·γ) mod 2⁶⁴, with splitmix64's mix and γ = 0x9E3779B97F4A7C15; both count modulo 2⁶⁴, and
-    different data give different seeds.
+    """An independent seed: mix(seed + (data + 1)·γ) mod 2⁶⁴, with splitmix64's mix and γ = 0x9E3779B97F4A7C15.
 
     >>> fold_in(0, 0) == 0xE220A8397B1DCDAF  # the first output of splitmix64 from 0
     True
@@ -50,17 +47,12 @@ def _fold_in(seed: Tensor | int, data: Tensor) -> Tensor:
 
 
 def bits(seed: int, step: int, examples: Tensor, n: int, stream: int = 0) -> Tensor:
-    """Draw 64 random bits, ``n`` times per example.
-
-    fold_in(fold_in(fold_in(fold_in(seed, stream), step), example), draw)
+    """64 random bits, fold_in(fold_in(fold_in(fold_in(seed, stream), step), example), draw), (B, n) int64.
 
     Args:
-        seed, step: any integers.
+        seed, step, stream: any integers; ``stream`` keeps uses with the same seed and step apart.
         examples: (B,) int64, what identifies each example; equal entries draw equal bits.
         n: draws per example; a larger n continues the draws of a smaller one.
-        stream: any integer; keeps uses with the same seed and step apart.
-
-    Returns: (B, n) int64 on the device of ``examples``.
 
     >>> bits(0, step=3, examples=torch.tensor([7, 9]), n=2).shape
     torch.Size([2, 2])
@@ -73,11 +65,8 @@ def bits(seed: int, step: int, examples: Tensor, n: int, stream: int = 0) -> Ten
 def uniform(
     seed: int, step: int, examples: Tensor, n: int, stream: int = 0, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Draw uniformly from [0, 1), ``n`` times per example.
-
-    u = ⌊bits / 2^(64−p)⌋ / 2^p with p = 24 in float32 and 53 in float64.
-
-    Returns: (B, n), float32 or float64, on the device of ``examples``, the same to the last bit on every device.
+    """Draws from [0, 1), u = ⌊bits / 2^(64−p)⌋ / 2^p with p = 24 in float32 and 53 in float64, (B, n), the same to the
+    last bit on every device; for the arguments see :func:`bits`.
 
     >>> u = uniform(0, step=3, examples=torch.tensor([7, 9, 7]), n=2)
     >>> torch.equal(u[0], u[2])

@@ -39,8 +39,6 @@ class StepSampler:
 
     Cost: one sort of ``size`` keys per epoch, and on a restart for the epoch that is entered; nothing is replayed.
 
-    Raises: :class:`metapl.MetaplError` for a size or batch size below 1, and a negative step.
-
     >>> sampler = StepSampler(size=5, batch_size=3, seed=0)
     >>> torch.cat([sampler.indices(t) for t in range(5)])[:5].sort().values
     tensor([0, 1, 2, 3, 4])
@@ -65,11 +63,8 @@ class StepSampler:
         return torch.cat(parts)  # a copy: the remembered orders stay as they are
 
     def epochs(self, step: int) -> Tensor:
-        """The epoch that each example of a step belongs to: (B,) int64 on the CPU.
-
-        The pairs (epoch, index) are distinct over the whole stream, so they tell apart the copies of an example that
-        one batch holds when B > size.
-        """
+        """The epoch that each example of a step belongs to, (B,) int64, which tells apart the copies of an example in a
+        batch of more than ``size``."""
         return torch.arange(*self._span(step)) // self.size
 
     def _span(self, step: int) -> tuple[int, int]:

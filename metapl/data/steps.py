@@ -55,12 +55,9 @@ def loader(
         batches: item t is the batch of step t.
         start, stop: the first step, where a resumed run goes on, and the one after the last.
         num_workers: processes that prepare batches ahead; 0 prepares them in this one.
-        pin_memory: serve tensors in pinned memory, from which they are copied to CUDA without a wait; they must come
-            from the CPU.
+        pin_memory: serve tensors of the CPU in pinned memory, from which they are copied to CUDA without a wait.
 
     Returns: a loader that leaves the default random number generator alone.
-
-    Raises: ``ValueError`` for fewer than 0 workers; :class:`metapl.MetaplError` unless 0 ≤ start ≤ stop ≤ len(batches).
 
     >>> class Squares(StepBatches[int]):
     ...     steps = None
@@ -99,20 +96,15 @@ def _begin_worker(worker: int) -> None:
 class ArrayBatches(StepBatches[Any]):
     """Batches of the rows of tensors, in endless shuffled epochs; of fewer rows than ``batch_size``, all of them.
 
-    Args:
-        rows: tensors with a row for each example, in any nesting of dicts and tuples.
-        batch_size: rows of a batch.
-        stream: any integer; sources with different ones are shuffled differently.
-
     >>> batches = ArrayBatches((torch.arange(4), torch.arange(4) % 2), batch_size=3)
     >>> x, y = batches[0]
     >>> len(x), torch.equal(y, x % 2), torch.equal(batches[0][0], x)
     (3, True, True)
     """
 
-    rows: Any
+    rows: Any  # tensors with a row for each example, in any nesting of dicts and tuples
     batch_size: int
-    stream: int = 0
+    stream: int = 0  # sources with different ones are shuffled differently
     steps: int | None = None
 
     @property

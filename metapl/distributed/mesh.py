@@ -122,13 +122,10 @@ def shard(
             ``parallelize_module`` takes it: ``{"0": ColwiseParallel(), "2": RowwiseParallel()}``. Dropout between two
             such layers drops alike in all processes.
 
-    A teacher that has nothing to cut, such as a table of weights, goes beside a student that is cut by ``mesh.tensor``
-    if it is laid out over the same processes without it: ``shard(teacher, Mesh(replicate=mesh.size))``. The processes
-    that hold the same rows then compute the same signal.
+    A teacher that has nothing to cut goes beside a student that is cut by ``mesh.tensor`` as
+    ``shard(teacher, Mesh(replicate=mesh.size))``.
 
     Returns: the network to train: ``module`` itself, or the wrapper around it.
-
-    Raises: :class:`metapl.MetaplError` before anything is sharded.
     """
     check_arguments(shard, locals())
     norms = [part for _, part in named_parts(module) if isinstance(part, _BatchNorm)]
@@ -189,10 +186,8 @@ def shard(
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The blocks of a network, by rule: the modules that its ``Sequential``, ``ModuleList`` and ``ModuleDict`` hold.
-
-    Of these the innermost ones that hold more than a layer, such as the residual blocks of a ResNet, the inverted
-    bottlenecks of an EfficientNet or the encoder layers of a ViT; in a network of plain layers, its layers.
+    """The blocks of a network: of the modules that its ``Sequential``, ``ModuleList`` and ``ModuleDict`` hold, the
+    innermost ones that hold more than a layer, such as residual blocks; in a network of plain layers, its layers.
 
     >>> import metapl
     >>> len(blocks_of(metapl.models.wide_resnet28_2())), len(blocks_of(metapl.models.mlp([4, 8, 3])))

@@ -40,6 +40,10 @@ Decay = Annotated[float, Range(0, 1, of="a decay")]
 class Estimator(ABC):
     """A way to compute the feedback: a frozen value. What changes between steps is passed in and out as state."""
 
+    name: ClassVar[str]
+    """The mode's name."""
+    labels: ClassVar[tuple[Kind, ...]]
+    """The kinds of signal that it takes, ``"soft"`` (differentiable) and ``"hard"`` (sampled), by preference."""
     credits: ClassVar[Credits] = "signal"
     """What gets a number of its own: each entry of the ``"signal"``, each ``"example"``, the ``"batch"``, or
     ``"nothing"``."""
@@ -53,16 +57,6 @@ class Estimator(ABC):
     def __post_init__(self) -> None:
         with suppress(NameError):  # annotations under TYPE_CHECKING cannot be read, and are not checked
             check_fields(self)
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """The mode's name."""
-
-    @property
-    @abstractmethod
-    def labels(self) -> tuple[Kind, ...]:
-        """The kinds of signal that it takes, ``"soft"`` (differentiable) and ``"hard"`` (sampled), by preference."""
 
     @property
     def exact(self) -> bool:

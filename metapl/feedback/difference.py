@@ -49,12 +49,10 @@ class Difference(Estimator):
     Cost: 11 student passes a step with the teacher's 3 (one-sided: 10, or 11 under autocast or TF32), and one copy of
     the weights.
     Bias: O(δ²), one-sided O(δ), plus the rounding of the outputs, O(machine epsilon/δ). In float32 the first one or two
-    steps of Adam are mostly rounding: its w is then nearly orthogonal to the gradient, and ż nearly zero beside it
-    (relative error up to 1.6 measured, below 0.01 after five steps).
-    With ``parametrizations.spectral_norm`` the power iteration moves along with the weights. Backpropagation takes it
-    as constant, so there is a bias that falls as it converges (``unrolled`` has none).
+    steps of Adam are mostly rounding (relative error up to 1.6 measured, below 0.01 after five steps). With
+    ``parametrizations.spectral_norm`` there is a bias that falls as its power iteration converges.
     A signal in the student's input: the inner loss's derivative in the signal is the difference that is taken, by two
-    passes forward and back; always central. Unlike outputs it jumps where a ReLU switches, and it loses more digits.
+    passes forward and back; always central. Unlike outputs it jumps where a ReLU switches.
     Runs: wherever the student runs, on any operation.
     Source: the finite-difference product of DARTS (its eq. 8), moved from gradients to outputs.
     """
@@ -73,8 +71,10 @@ class Difference(Estimator):
 
     def tangent(self, step: InnerStep, w: Tree) -> Tangent:
         """ż along w, by moves of length δ; exactly zero for w = 0."""
-        length = step.space.norm(w)
-        factor = self.step_size(step) / length.clamp_min(torch.finfo(length.dtype).tiny)
+        length, r = step.space.norm(w), self.relative_step or RELATIVE_STEP[step.shifted_dtype]
+        typical_weight = step.space.norm(step.params) / math.sqrt(step.space.count(step.params))
+        delta = r * typical_weight.clamp_min(1e-3)  # all weights may be zero
+        factor = delta / length.clamp_min(torch.finfo(length.dtype).tiny)
         fields, in_signal, one_sided = step.signal.differentiable(), None, self.one_sided and not step.signal_inputs
         width = factor if one_sided else 2 * factor
         if step.signal_inputs:
@@ -102,9 +102,3 @@ class Difference(Estimator):
         # A small difference of large outputs loses digits: Adam's first w, for example, is orthogonal to the gradient.
         rounding = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * torch.linalg.vector_norm(ahead)
         return Tangent((ahead - behind) / width, rounding / width, in_signal)
-
-    def step_size(self, step: InnerStep) -> Tensor:
-        """δ, a scalar on the student's device."""
-        r = self.relative_step or RELATIVE_STEP[step.shifted_dtype]
-        typical_weight = step.space.norm(step.params) / math.sqrt(step.space.count(step.params))
-        return r * typical_weight.clamp_min(1e-3)  # all weights may be zero

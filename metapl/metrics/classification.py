@@ -66,16 +66,14 @@ def evaluate_logits(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str] 
         ECE = Σ_b (n_b / N) |acc_b − conf_b|
 
     over 15 bins of equal width, the b-th with (b−1)/15 < max_k p_ik ≤ b/15, where n_b counts its examples, acc_b is
-    their accuracy and conf_b their mean max_k p_ik.
+    their accuracy and conf_b their mean max_k p_ik. Computed in float64; between equal logits the first class wins.
 
     Args:
-        logits_NC: (N, C), any floating dtype, finite; what follows is computed in float64.
+        logits_NC: (N, C), any floating dtype, finite.
         labels_N: (N,) integers from 0 to C−1.
         classes: C names.
 
-    Returns: the figures. Between equal logits, the first class wins.
-    Raises: :class:`metapl.MetaplError` where shapes, dtypes or values are not as above; a model that has diverged gives
-        logits that are not finite, and no accuracy of it means anything.
+    Raises: :class:`metapl.MetaplError` where shapes, dtypes or values are not as above.
 
     >>> evaluation = evaluate_logits(torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 1, 1]))
     >>> round(evaluation.accuracy, 4), evaluation.per_class, evaluation.confusion
@@ -87,10 +85,8 @@ def evaluate_logits(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str] 
     fits = logits_NC.ndim == 2 and logits_NC.is_floating_point() and labels_N.shape == logits_NC.shape[:1]
     count, width = logits_NC.shape if fits else (0, 0)
     if not count * width or not whole or int(labels_N.min()) < 0 or int(labels_N.max()) >= width:
-        raise MetaplError(
-            f"the logits are {described(logits_NC)}, the labels {described(labels_N)}; expected floating-point "
-            "logits (N, C), and labels (N,), integers from 0 to C - 1, N and C at least 1."
-        )
+        given = f"the logits are {described(logits_NC)}, the labels {described(labels_N)}"
+        raise MetaplError(f"{given}; expected floating-point (N, C), and (N,) integers from 0 to C - 1.")
     if classes is not None and len(classes) != width:
         raise MetaplError(f"{len(classes)} names of classes were given for {width} logits.")
     finite(logits_NC)

@@ -34,10 +34,8 @@ def predict_logits(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> t
         model: gives logits (B, C); the batches are moved to the device of its first parameter.
         batches: pairs (x, y) with y of shape (B,); x is a tensor, or a dict or tuple of tensors.
 
-    Returns: logits (N, C) and labels (N,), on the CPU, in the order of the batches. Every submodule is in the mode
-        (train or eval) that it had, whatever happens.
+    Returns: logits (N, C) and labels (N,), on the CPU. Every submodule is in the mode (train or eval) that it had.
     Cost: one forward pass per example; the logits of all examples in memory.
-    Raises: :class:`metapl.MetaplError` where there are no batches.
 
     >>> model = torch.nn.Linear(3, 2)
     >>> logits, labels = predict_logits(model, [(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))])

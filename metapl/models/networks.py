@@ -30,12 +30,9 @@ def mlp(sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU, dro
     x₀ = flatten(x), x_{i+1} = dropout(activation(W_i x_i + b_i)), and the last layer is linear.
 
     Args:
-        sizes: widths from the flattened input to the outputs, at least two.
+        sizes: widths from the flattened input (B, ``sizes[0]``) to the outputs (B, ``sizes[-1]``), at least two.
         activation: makes the module between two layers, ``nn.ReLU`` or ``lambda: nn.LeakyReLU(0.1)``.
         dropout: probability in [0, 1) of zeroing a hidden unit; 0 adds no dropout layer.
-
-    Returns: a module from (B, ...) with ``sizes[0]`` values per example to (B, ``sizes[-1]``).
-    Raises: :class:`metapl.MetaplError` for fewer than two sizes, a size below 1, or a dropout outside [0, 1).
 
     >>> mlp([64, 32, 10])(torch.zeros(5, 1, 8, 8)).shape
     torch.Size([5, 10])
@@ -80,18 +77,14 @@ class _ConvNorm(nn.Module):
 def small_cnn(num_classes: AtLeastOne = 10, in_channels: AtLeastOne = 3, dropout: Dropout = 0.0) -> nn.Module:
     """A network of four 3x3 convolutions for pictures of about 16x16.
 
-    They have 32, 48, 64 and 64 channels, each with group norm and ReLU, the second and third halve the resolution;
-    then the mean over positions, dropout and a linear layer. Group norm keeps the examples of a batch apart, so the
-    labeled and the unlabeled batch may differ in size and make-up.
+    They have 32, 48, 64 and 64 channels, each with group norm, which keeps the examples of a batch apart, and ReLU; the
+    second and third halve the resolution; then the mean over positions, dropout and a linear layer.
 
     Args:
-        num_classes: number of outputs, 1 or more.
-        in_channels: channels of a picture: 3 for color, 1 for grey.
+        num_classes, in_channels: from images (B, ``in_channels``, H, W) to logits (B, ``num_classes``).
         dropout: probability in [0, 1) of zeroing one of the 64 features before the linear layer.
 
-    Returns: a module from images (B, ``in_channels``, H, W) to logits (B, ``num_classes``).
     Cost: 80,266 weights with 3 channels and 10 classes.
-    Raises: :class:`metapl.MetaplError` for a size below 1, or a dropout outside [0, 1).
 
     >>> small_cnn(num_classes=7, in_channels=1)(torch.zeros(2, 1, 16, 16)).shape
     torch.Size([2, 7])
@@ -169,12 +162,10 @@ def wide_resnet(
     Args:
         depth: number of convolutions counted as in the paper: 10, 16, 22, 28, 34, 40, ...
         widen: width factor, 1 or more.
+        num_classes, in_channels: from images (B, ``in_channels``, H, W), meant for 32x32, to logits.
         dropout: probability in [0, 1) of zeroing a value between the two convolutions of a block.
-        num_classes, in_channels: as for :func:`small_cnn`.
 
-    Returns: a module from images (B, ``in_channels``, H, W), meant for 32x32, to logits (B, ``num_classes``).
     Cost: 1,467,610 weights for WRN-28-2 and 36.5 million for WRN-28-10, with 10 classes.
-    Raises: :class:`metapl.MetaplError` for a depth that is not 6n + 4 with n ≥ 1, and as :func:`small_cnn`.
     Source: Zagoruyko and Komodakis, "Wide residual networks" (arXiv:1605.07146), table 1.
 
     >>> wide_resnet(10, 1, num_classes=7)(torch.zeros(2, 3, 32, 32)).shape
@@ -209,9 +200,6 @@ class LabelAdjuster(nn.Module):
 
     Args:
         num_classes, hidden, layers: C, the width of the hidden layers, and the number of linear layers.
-
-    Cost: 2·C·hidden + (layers − 2)·hidden² + hidden·C weights, and no pass over the inputs.
-    Raises: :class:`metapl.MetaplError` for sizes that are no network.
 
     >>> stored = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.3, 0.5]])
     >>> torch.allclose(label_adjuster(3)(stored).softmax(-1), stored, atol=1e-7)
@@ -249,13 +237,11 @@ class Corrector(nn.Module):
         network: f, from inputs (B, ...) to class logits (B, C), C = ``classes``.
         trusted: how much is added to the logit of the given label at first.
 
-    Raises: :class:`metapl.MetaplError` for given labels that are not integers in 0..C − 1, and fewer than two classes.
-
     >>> Corrector(nn.Linear(4, 3), classes=3)(torch.zeros(2, 4), torch.tensor([0, 2])).argmax(1)
     tensor([0, 2])
 
-    Source: Zheng, Awadallah and Dumais, "Meta label correction for noisy label learning" (AAAI 2021), for a corrector
-    that reads an input and its given label; theirs is another network, of the student's features and an embedding.
+    Source: Zheng, Awadallah and Dumais, "Meta label correction for noisy label learning" (AAAI 2021), whose network is
+    another one, of the student's features and an embedding.
     """
 
     def __init__(self, network: nn.Module, classes: AtLeastTwo, trusted: float = 4.0) -> None:
@@ -272,15 +258,9 @@ class Corrector(nn.Module):
 class Logits(nn.Module):
     """A network, such as those of Hugging Face, as a module from the inputs of a batch to logits.
 
-    The inputs go in as the batch has them: a dict as keyword arguments, a tuple or list as positional ones, a tensor
-    alone. What comes out is the tensor that the network returns, or its ``logits`` (an attribute, or the entry of a
-    dict).
-
-    Args:
-        network: is held, not copied: what is trained are its own weights.
-
-    Returns: a module from the inputs of B examples to logits (B, C), or (B, T, words).
-    Raises: :class:`metapl.MetaplError` on a call, where the network returns neither.
+    A dict goes in as keyword arguments, a tuple or list as positional ones, a tensor alone. What comes out is the
+    tensor that the network returns, or its ``logits`` (an attribute, or the entry of a dict), (B, C) or (B, T, words).
+    The network is held, not copied.
 
     >>> class Scorer(nn.Module):
     ...     def forward(self, input_ids, attention_mask):

@@ -80,8 +80,8 @@ class UDA:
         temperature: τ, 0 or more; below 1 sharpens the target; 0 is the one-hot target of the most probable class.
         threshold: β in [0, 1): examples whose greatest probability (at τ = 1) does not exceed it are left out.
         weight: λ.
-        ramp: the number of steps over which λ_t grows linearly from 0 to λ; 0: no ramp.
-        start: the step at which the ramp begins; before it, the loss is 0 and needs no pass of the teacher.
+        ramp, start: the number of steps over which λ_t grows linearly from 0 to λ, and the first of them; before it the
+            loss is 0 and needs no pass of the teacher.
         align: the power, in [0, 1]: 0 does not change p, 1 divides by the whole mean.
         prior: the class shares that ``align`` moves towards, C numbers above 0; None: equal shares.
 

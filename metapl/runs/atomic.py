@@ -15,10 +15,8 @@ from typing import BinaryIO
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yields a new file that takes the name `path` only when the block ends well and its bytes are on disk.
 
-    It is in the same folder, with a random ending `.tmp`: a rename works only within one file system. When the block or
-    the disk fails, it is removed and `path` is as it was. Of a link, the file that it leads to is replaced.
-
-    Raises: ``OSError`` where the disk refuses, or something that is no plain file has that name.
+    When the block or the disk fails, it is removed and `path` is as it was. Of a link, the file that it leads to is
+    replaced; ``OSError`` where something that is no plain file has that name.
 
     >>> import pathlib, tempfile
     >>> folder = pathlib.Path(tempfile.mkdtemp())

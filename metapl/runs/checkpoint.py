@@ -42,9 +42,7 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Write a tree of dicts, lists and tuples whose leaves are tensors, numbers, strings and None.
 
     Cost: one copy of the tensors on the host; for a moment room for the old file and the new.
-
-    Raises: :class:`CheckpointError` for other leaves, and where the disk refuses; what had the name before is then as
-    it was.
+    Raises: :class:`CheckpointError`; what had the name before is then as it was.
 
     >>> import pathlib, tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "first.ckpt"

@@ -59,8 +59,8 @@ MicroBatches = Annotated[int, Range(1, of="a number of micro-batches")]
 def check_fields(value: Any) -> None:
     """Refuse a dataclass one of whose fields is not as annotated; called by its ``__post_init__``.
 
-    Looked at are switches, numbers and fields whose annotation has a ``Literal`` or a :class:`Range`, alone, in a union
-    or in a tuple. A field that has only another default than in a class above keeps its range.
+    Looked at are switches, numbers, and annotations with a ``Literal`` or a :class:`Range`, also in unions and tuples.
+    A field that has only another default than in a class above keeps its range.
 
     >>> @dataclass(frozen=True)
     ... class Smoothed:
