@@ -12,7 +12,6 @@ import torch
 import torchopt
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch._dynamo.utils import counters
 
 import metapl
 from metapl.errors import MetaplError
@@ -21,8 +20,6 @@ from metapl.execution import sharded
 from metapl.execution.batch import micro_batches
 from metapl.execution.layout import Layout
 from metapl.execution.ranks import Ranks, rows_of_all
-from metapl.execution.shards import ShardedSpace
-from metapl.execution.state import swapped
 from metapl.feedback import credit
 from metapl.feedback.inner_step import InnerStep
 from metapl.problems import LearningToReweight
@@ -185,22 +182,12 @@ def train(
     views: bool = False,
     gradients: bool = True,
     dtype: torch.dtype = torch.float64,
-    backend: str = "inductor",
     **options: Any,
 ) -> dict[str, Any]:
-    """Some steps, on this rank's share of each batch; one process alone has all of it.
-
-    Args:
-        backend: what compiles, where something is compiled.
-    """
-    if options.get("compile") and backend != "inductor":
-        with torch.compiler.set_stance(force_backend=backend):
-            case = {"steps": steps, "views": views, "gradients": gradients, "dtype": dtype, **options}
-            return train(mode, layout, optimizer, **case)
+    """Some steps, on this rank's share of each batch; one process alone has all of it."""
     trainer = built(mode, layout, optimizer, dtype=dtype, **options)
     ahead = trainer.lookahead
     found: dict[str, Any] = {"scalars": [], "feedback": [], "gradients": [], "moved": []}
-    graphs = counters["stats"]["unique_graphs"]
     torch.manual_seed(3)
     drawn = batches(steps * ahead, views, dtype)
     for step, ((labeled, unlabeled), *later) in enumerate(drawn[i : i + ahead] for i in range(0, len(drawn), ahead)):
@@ -217,7 +204,6 @@ def train(
         h = report.feedback
         rows = [t.flatten(1) if t.ndim > 1 else t[:, None] for t in h.values()] if isinstance(h, dict) else []
         found["feedback"].append(torch.cat(rows, 1) if rows else torch.stack(h, 1) if isinstance(h, tuple) else h)
-    found["graphs"] = counters["stats"]["unique_graphs"] - graphs
     for layout_of_one in trainer.layouts:
         layout_of_one.reshard()
     for name, network in (("teacher", trainer.teacher), ("student", trainer.student)):
@@ -422,11 +408,6 @@ def _stale_root(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Layout, "reshard", lambda self: None)
 
 
-def _weights_swapped(patch: pytest.MonkeyPatch) -> None:
-    """θ′ is swapped in, as on one device, where sharded modules read their gathered weights."""
-    patch.setattr(sharded.ShardedStudent, "moved_to", lambda self, params: swapped(self.held_at(dict(params))))
-
-
 def _direction_not_gathered(patch: pytest.MonkeyPatch) -> None:
     """Every rank goes along its own part of w only."""
     real = sharded.whole
@@ -436,11 +417,6 @@ def _direction_not_gathered(patch: pytest.MonkeyPatch) -> None:
 def _gradient_not_averaged(patch: pytest.MonkeyPatch) -> None:
     """As ``torch.autograd.grad`` on gathered weights, or hooks of DistributedDataParallel that are bypassed."""
     patch.setattr(Ranks, "mean_tree", lambda self, tree, like: tree)
-
-
-def _products_of_parts(patch: pytest.MonkeyPatch) -> None:
-    """Norms and products of this rank's parts only."""
-    patch.setattr(ShardedSpace, "_total", lambda self, shares: torch.stack(shares))
 
 
 def _mean_over_own_rows(patch: pytest.MonkeyPatch) -> None:
@@ -462,10 +438,8 @@ def _rows_of_others_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "stale_root": _stale_root,
-    "weights_swapped": _weights_swapped,
     "direction_not_gathered": _direction_not_gathered,
     "gradient_not_averaged": _gradient_not_averaged,
-    "products_of_parts": _products_of_parts,
     "mean_over_own_rows": _mean_over_own_rows,
     "rows_of_others_forgotten": _rows_of_others_forgotten,
 }
@@ -583,16 +557,6 @@ def in_bfloat16(inside: str) -> dict[str, Any]:
     except MetaplError as error:
         found["difference"] = str(error)
     return found
-
-
-def ready() -> bool:
-    return True
-
-
-def hang() -> None:
-    """Rank 1 waits for rank 0, which has left."""
-    if dist.get_rank() == 1:
-        dist.barrier()
 
 
 class Share(list[Any]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 from typing import get_args
 
 import metapl
@@ -32,13 +31,3 @@ def test_dir_shows_the_public_names_alone() -> None:
 def test_the_modes_of_a_type_checker_are_the_modes() -> None:
     assert metapl.MODES == get_args(ModeName) == modes_for()
     assert all(estimator(name).name == name for name in metapl.MODES)
-
-
-def test_one_sentence_says_which_mode_to_take() -> None:
-    root, sentence = (
-        Path(metapl.__file__).parents[1],
-        ("Take forward; reinforce is the paper's Algorithm 1 and stays the trainer's default."),
-    )
-    pages = [(root / name).read_text() for name in ("README.md", "docs/modes.md")]
-    texts = [metapl.feedback.__doc__, metapl.hypergradient.__doc__, metapl.BilevelTrainer.__doc__, *pages]
-    assert all(sentence in " ".join(str(text).replace("`", "").split()) for text in texts)

