@@ -102,13 +102,10 @@ def feed(
         device: where the batches are wanted; None: wherever the source has them.
 
     Returns: a feed at batch 0. Workers start with the first batch.
-
     Cost: to restore a ``DataLoader`` takes as long as the batches of the epoch so far; swapping generators takes about
     0.2 ms a batch. ``StepBatches`` and lists do without both.
-
     Exactness: what is drawn on the CPU while a batch is made comes from generators seeded by (seed, name), and from
     generators that the loader, its samplers, its data set or their transforms hold as attributes (docs/runs.md).
-
     Raises: :class:`metapl.MetaplError` for a source that is none of these, or has no batch or fewer than ``stop``.
 
     >>> from torch.utils.data import DataLoader

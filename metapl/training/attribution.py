@@ -196,19 +196,15 @@ def attribute(
         progress: show on standard error how far it is, where that is a terminal.
 
     Returns: an :class:`Attribution`.
-
     Cost: in plain trainings (docs/whole-trainings.md): 4 to 5 on WRN-28-2; on small networks 5 to 7 with all states
     kept, 6 to 9 with one in √K, 7 to 12 with a tree; with ``each``, M times, unless compiled. From 100 steps on, three
     times the first tenth of the steps, 50 at most, for the warning below.
     Memory: one plain step, the kept states, and of each step its masks' generator states and buffers.
-
     Bias: none, as a derivative. As a prediction of what a removal does it is of first order: it fails for large
     removals and for trainings that are not smooth in the weights, such as those with large rates or many steps. A
     removed example stays in its batch, with the weight 0: it counts in B and in the statistics of a batch norm.
-
     Warns: ``UserWarning`` where the metasmoothness of the first steps is below 0.95, as with weights in bfloat16,
     Adam's usual eps, or ten times a good learning rate.
-
     Raises: :class:`metapl.MetaplError` for other data, and as :func:`metapl.hypergradient`.
 
     >>> x, y = torch.randn(12, 4), torch.arange(12) % 3
@@ -317,9 +313,7 @@ def metasmoothness(
             training is the one without them.
 
     Returns: a :class:`Metasmoothness`.
-
     Cost: three plain trainings, and two more copies of the weights. No derivative is taken.
-
     Raises: :class:`metapl.MetaplError` for other data, and where no weight moves along v, or one to no number.
 
     >>> x, y = torch.randn(12, 4), torch.arange(12) % 3

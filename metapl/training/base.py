@@ -226,9 +226,7 @@ class Trainer(ABC):
         Returns: probabilities (N, C), or the outputs (N, ...) as they are, such as the logits (N, T, V) of a language
         model; float32 or wider, on the CPU, in the order of the examples. Every module is in the mode (train or eval)
         that it had.
-
         Cost: one forward pass per example, on at most 1,024 at a time, and the outputs of all in memory.
-
         Raises: :class:`metapl.MetaplError` for data of another kind, and batches whose outputs differ in shape.
 
         >>> import metapl

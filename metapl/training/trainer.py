@@ -177,7 +177,6 @@ class BilevelTrainer(Trainer):
             outer, inner: other names of ``labeled`` and ``unlabeled``.
 
         Returns: a :class:`metapl.StepReport`.
-
         Raises: :class:`metapl.MetaplError` before anything moves.
         """
         labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)

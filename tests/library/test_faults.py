@@ -13,9 +13,9 @@ import test_accumulate
 import test_data
 import test_estimators
 import test_exact
+import test_fields
 import test_own_problems
 import test_ratio
-import test_refusals
 import test_relations
 import test_replays
 import test_sampled
@@ -116,15 +116,15 @@ CAUGHT: dict[str, list[Check]] = {
     "other_dropout_mask": [replayed("tangent", "dropout"), exact("difference", "dropout")],
     "replays_from_moved_buffers": [replayed("tangent", "buffer exchanged")],
     "masks_of_the_teacher": [of(test_replays.test_masks_of_different_passes_are_independent, "tangent")],
-    "backward_at_the_old_weights": [replayed("tangent", "checkpoint"), replayed("graph", "checkpoint")],
+    "backward_at_the_old_weights": [replayed(way, "checkpoint with norm and dropout") for way in ("tangent", "graph")],
     "plain_tensors_stand_in": [replayed("graph", "asks"), replayed("tangent", "asks")],
     "graph_of_another_label": [exact("forward_hard")],
     "graph_of_every_part_counts_whole": [
         of(test_accumulate.test_micro_batches_change_nothing_but_memory, "forward", 2)
     ],
     "outputs_unchecked": [of(test_replays.test_a_teacher_that_draws_otherwise_when_it_is_recomputed_is_refused)],
-    "slopes_unchecked": [of(test_replays.test_a_gradient_that_is_not_the_derivative_on_purpose, "hook", [])],
-    "excluded_end_taken": [of(test_refusals.test_a_wrong_value_is_refused_where_it_is_made, "Reinforce.baseline")],
+    "slopes_unchecked": [of(test_replays.test_a_gradient_that_is_not_the_derivative_is_seen_by_its_slopes)],
+    "excluded_end_taken": [of(test_fields.test_what_does_not_fit_is_refused_by_its_field, "decay", 1.0)],
     "requirements_not_held": [of(test_estimators.test_modes_run_on_the_layouts_that_offer_what_they_require)],
     "same_order_every_epoch": [of(test_data.test_orders_differ_by_epoch_seed_and_stream)],
 }

@@ -18,6 +18,7 @@ Share = Annotated[float, Range(0, most=1)]
 class Plain:
     count: Annotated[int, Range(1, of="a number of steps")] = 1
     rate: Annotated[float, Range(above=0)] | None = None
+    decay: Annotated[float, Range(0, 1)] = 0.0
     kind: Literal["soft", "hard"] | None = None
     shares: tuple[Share, ...] = ()
     fill: Share | Literal["border"] = "border"
@@ -35,6 +36,7 @@ FITS = [
 MISFITS: dict[str, list[Any]] = {
     "count": [0, True, 1.0],
     "rate": [0.0, math.inf, math.nan, "1"],
+    "decay": [1.0, -0.1],
     "kind": ["firm", ["soft"]],
     "shares": [(0.5, 1.5), 0.5],
     "fill": ["edge", -1],

@@ -284,6 +284,16 @@ class Quantized(nn.Module):
         return self.head(self.quantize(self.body(x.flatten(1)).tanh()))
 
 
+def hooked(h: Tensor) -> Tensor:
+    if h.requires_grad:
+        h.register_hook(lambda g: g.clamp(-1e-3, 1e-3))
+    return h
+
+
+def test_a_gradient_that_is_not_the_derivative_is_seen_by_its_slopes() -> None:
+    check_refused(case(Quantized(hooked)), "tangent")
+
+
 def test_a_teacher_that_draws_otherwise_when_it_is_recomputed_is_refused() -> None:
     draws = torch.Generator().manual_seed(0)
     problem = case(mlp(), Quantized(lambda h: h * torch.rand(6, generator=draws).to(h)).double())
