@@ -185,10 +185,7 @@ def _gradient(
 ) -> Tensor:
     """The teacher's gradient as one vector, float64; of a problem without a teacher, the gradient in its signal."""
     generator = torch.Generator(trainer.device).manual_seed(0) if generator is None else generator
-    if problem is None:
-        found = trainer.hypergradient(*batches, mode, generator=generator)
-    else:
-        found = trainer._gradient(mode, problem, *batches, generator)
+    found = trainer.hypergradient(*batches, mode, problem=problem, generator=generator)
     parts = found.grads.values() if trainer.teacher is not None else [-h for h in pytree.tree_leaves(found.feedback)]
     return torch.cat([part.flatten().double() for part in parts])
 

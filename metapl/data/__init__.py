@@ -5,14 +5,5 @@ from metapl.data.sampler import StepSampler
 from metapl.data.steps import StepBatches, loader
 from metapl.execution.batch import to_device
 
-__all__ = [
-    "Feed",
-    "StepBatches",
-    "StepSampler",
-    "WithoutLabels",
-    "feed",
-    "loader",
-    "to_device",
-    "without_labels",
-]
+__all__ = ["Feed", "StepBatches", "StepSampler", "WithoutLabels", "feed", "loader", "to_device", "without_labels"]
 __dir__ = __all__.copy

@@ -22,23 +22,8 @@ from metapl.feedback.unrolled import Unrolled
 from metapl.problems.base import Kind
 from metapl.words import did_you_mean
 
-__all__ = [
-    "MODES",
-    "Difference",
-    "Estimator",
-    "Feedback",
-    "Forward",
-    "Implicit",
-    "Lookahead",
-    "LossDifference",
-    "Mode",
-    "NoFeedback",
-    "Reinforce",
-    "ReinforcePerExample",
-    "Unrolled",
-    "estimator",
-    "modes_for",
-]
+__all__ = ["MODES", "Difference", "Estimator", "Feedback", "Forward", "Implicit", "Lookahead", "LossDifference", "Mode"]
+__all__ += ["NoFeedback", "Reinforce", "ReinforcePerExample", "Unrolled", "estimator", "modes_for"]
 __dir__ = __all__.copy
 
 ModeName = Literal[

@@ -19,7 +19,7 @@ from metapl.execution.rng import RandomState, replayed
 from metapl.execution.sharded import student_of
 from metapl.execution.shards import as_held, load_whole
 from metapl.execution.state import Slots, one_at_a_time, restored
-from metapl.feedback import Estimator, Mode, estimator
+from metapl.feedback import Mode, estimator
 from metapl.feedback.compatible import both_batches, check_mode, check_teacher, prepare
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.feedback.lookahead import Lookahead, inner_batches
@@ -359,6 +359,7 @@ class BilevelTrainer(Trainer):
         *,
         outer: Any = None,
         inner: Any = None,
+        problem: BilevelProblem | None = None,
         generator: torch.Generator | None = None,
     ) -> Hypergradient:
         """The teacher's gradient through the student's step as it stands, by this mode or another; nothing moves.
@@ -368,16 +369,12 @@ class BilevelTrainer(Trainer):
 
         Args:
             labeled, unlabeled, outer, inner: as for :meth:`step`.
-            mode: default this trainer's own.
+            mode, problem: default this trainer's own.
             generator: for drawing labels; without it they are the same in every call too.
         """
         labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
         mode = estimator(self.mode if mode is None else mode)
-        return self._gradient(mode, prepare(self.given_problem, mode), labeled, unlabeled, generator)
-
-    def _gradient(
-        self, mode: Estimator, problem: BilevelProblem, labeled: Any, unlabeled: Any, generator: Any = None
-    ) -> Hypergradient:
+        problem = prepare(self.given_problem if problem is None else problem, mode)
         for layout in self.layouts:
             layout.reshard()
         self.update.follow(self.layout.parameters())

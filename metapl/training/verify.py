@@ -288,7 +288,9 @@ class Point:
     def errors(self) -> Errors:
         if self.gradient and self.moved == "signal" and not self.expected:
             return self.compared("teacher", self.gradient)
-        return self.of_h() | (self.of_score() if self.gradient else {})
+        # And of the teacher's gradient alone, while the student's step is held.
+        how: Any = {"value": self.score, "what": "the signal in the teacher", "told": self.told}
+        return self.of_h() | (self.compared("teacher", self.gradient, **how) if self.gradient else {})
 
     def of_h(self) -> Errors:
         """Of h alone: in the weights of the inner losses, or in the signal's values."""
@@ -297,10 +299,6 @@ class Point:
         errors = self.compared(self.moved, {key: -h for key, h in self.h.items()}, told=self.told)
         # What drowns of a factor of the whole loss is zero: such as of a clip, which takes all lengths for one.
         return {what: error or 0.0 for what, error in errors.items()} if self.moved == "weights" else errors
-
-    def of_score(self) -> Errors:
-        """Of the teacher's gradient alone, while the student's step is held."""
-        return self.compared("teacher", self.gradient, self.score, "the signal in the teacher", told=self.told)
 
     def compared(
         self, moved: str, gradient: Tree, value: Callable[[Run], Tensor] | None = None, what: str = "", **options: Any

@@ -24,23 +24,8 @@ from metapl.updates.torch_optim import (
 )
 from metapl.updates.torchopt import TransformUpdate, is_transform
 
-__all__ = [
-    "Clipped",
-    "Cotangents",
-    "Options",
-    "Parameters",
-    "Schedule",
-    "TorchUpdate",
-    "Update",
-    "as_one",
-    "as_taken",
-    "options_by_step",
-    "options_of",
-    "parameters_of",
-    "parts_of",
-    "refuse_missing",
-    "update_of",
-]
+__all__ = ["Clipped", "Cotangents", "Options", "Parameters", "Schedule", "TorchUpdate", "Update", "as_one", "as_taken"]
+__all__ += ["options_by_step", "options_of", "parameters_of", "parts_of", "refuse_missing", "update_of"]
 
 _UPDATES: dict[type, type[TorchUpdate]] = {
     torch.optim.SGD: SGD,
