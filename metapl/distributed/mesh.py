@@ -134,17 +134,16 @@ def shard(
     chosen = _untied(module, blocks_of(module)) if blocks is None else list(blocks(module))
     parameters = [p for _, part in named_parts(module) for p in part._parameters.values() if p is not None]
     refusals = {
-        "precision='bfloat16' gathers the parts of weights in bfloat16; expected mesh.shard above 1, or "
-        "BilevelTrainer(precision='bfloat16').": precision == "bfloat16" and mesh.shard == 1,
-        "shard was given a module without parameters, or one that is sharded already; expected a network on one "
-        "device.": not parameters or any(map(is_sharded, parameters)),
-        "checkpoint=True runs every block twice a step, and its batch norms would count each batch twice; leave it "
-        "out, or take a network without batch norm.": checkpoint and bool(norms),
-        f"mesh.tensor is {mesh.tensor} and plan is {'not ' * (plan is None)}given; expected plan= where mesh.tensor is "
-        "above 1, and only there.": (mesh.tensor > 1) != (plan is not None),
+        "precision='bfloat16' was given with mesh.shard=1; expected more.": precision == "bfloat16" and mesh.shard == 1,
+        "the module has no parameters, or is sharded already; expected a network on one device.": (
+            not parameters or any(map(is_sharded, parameters))
+        ),
+        "checkpoint=True would count each batch twice in batch norms; expected none.": checkpoint and bool(norms),
+        f"mesh.tensor is {mesh.tensor} and plan is {'not ' * (plan is None)}given; expected it above 1.": (
+            (mesh.tensor > 1) != (plan is not None)
+        ),
         f"plan names {few(unknown)}, and the network has no such layer.": bool(unknown),
-        "blocks returned a module that shares a weight with a part of the network outside of it, and one of the two "
-        "would learn a copy; expected blocks that hold all places of their weights.": (
+        "blocks returned a module that shares a weight with others; expected all places of its weights.": (
             mesh.shard > 1 and len(_untied(module, chosen)) < len(chosen)
         ),
     }

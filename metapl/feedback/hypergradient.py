@@ -39,13 +39,10 @@ class Hypergradient:
     Args:
         grads: dL(θ′)/dθ_T by teacher parameter name; zeros where the signal does not reach a parameter; empty without
             a teacher.
-        feedback: h, minus the gradient of the labeled loss in the signal, in its shape; of a signal that is a dict of
-            tensors, a dict of the same keys, without tensors of whole numbers. A tuple of K for a
-            :class:`metapl.Lookahead`.
-        inner_loss: the student's mean loss on the signal at θ, a scalar.
-        outer_loss: L(θ′), a scalar.
-        student_params: θ′ by parameter name, after the last step. Where the problem revises its signal, these and the
-            losses are of the real step.
+        feedback: h, minus the gradient of the labeled loss in the signal, in its shape; of a dict of tensors, a dict of
+            those of floating point. A tuple of K for a :class:`metapl.Lookahead`.
+        inner_loss, outer_loss: the student's mean loss on the signal at θ, and L(θ′), scalars.
+        student_params: θ′ by parameter name, after the last step; of the real one where the problem revises its signal.
         inner_state: the TorchOpt state after the step, for the next call; None with a ``torch.optim`` optimizer.
         kept: which steps of a look-ahead kept their states, in words; empty without one.
         start: dL(θ_K)/dθ_0 by student parameter name, where ``wrt`` names it.
@@ -132,13 +129,12 @@ def hypergradient(
               \ell_i(S(x_u;\theta_S), \mathrm{signal}(\theta_T)))\big)
 
     Args:
-        teacher, student: modules on one device; they run in the mode (train or eval) that they are in. In several
-            processes, both in ``DistributedDataParallel`` or sharded by ``fully_shard``: the batches are then this
-            rank's equal share, and the results of sharded networks DTensors. No teacher, None, for a problem that has
-            none, such as :class:`metapl.problems.LearningToReweight`.
-        labeled: (x_l, y_l) of the outer loss, B_l rows; x_l is a tensor, or a dict or tuple of tensors. A dict that
-            also holds the labels, under ``labels``, is such a pair. For other batches see
-            :meth:`metapl.BilevelProblem.outer_batch`.
+        teacher, student: modules on one device, in the mode (train or eval) that they are in. In several processes,
+            both in ``DistributedDataParallel`` or sharded by ``fully_shard``: the batches are then this rank's equal
+            share, and the results of sharded networks DTensors. No teacher, None, for a problem that has none, such as
+            :class:`metapl.problems.LearningToReweight`.
+        labeled: (x_l, y_l) of the outer loss, B_l rows, or what :meth:`metapl.BilevelProblem.outer_batch` reads; x_l is
+            a tensor, or a dict or tuple of them. A dict that also holds the labels, under ``labels``, is such a pair.
         unlabeled: x_u, or (weak, strong), of the inner step, B rows; any batch that ``problem`` reads. Or a
             :class:`metapl.Lookahead` of K such batches, for K student steps.
         outer, inner: other names of ``labeled`` and ``unlabeled``.
@@ -146,34 +142,27 @@ def hypergradient(
             Algorithm 1 and stays the trainer's default.
         problem: default :class:`metapl.PseudoLabels`, mean cross-entropy on both levels.
         inner_optimizer: a TorchOpt transform, or ``torch.optim`` SGD, Adam, AdamW or Muon over the student's
-            parameters, or a tuple of these (the current states are read and left as they are). Muon's products are
-            taken in the type of the weights.
+            parameters, or a tuple of these, whose states stay as they are. Muon's products are taken in the type of the
+            weights.
         inner_state: the transform's state, from an earlier call.
         generator: for drawing labels; default: the default generator of the device.
-        recompute_teacher, accumulate: as for :class:`metapl.BilevelTrainer`; with micro-batches the teacher's pass is
-            recomputed too.
-        clip_norm: the greatest global norm of the student's gradient in each step; None: no clipping. The clip is part
-            of the update, so the feedback includes its derivative.
-        progress: show on standard error how far a look-ahead is: the steps, and the steps back; on a terminal alone.
+        recompute_teacher, accumulate, clip_norm: as for :class:`metapl.BilevelTrainer`; with micro-batches the
+            teacher's pass is recomputed too.
+        progress: show on a terminal how far a look-ahead is: the steps, and the steps back.
         wrt: what the gradient is in: ``"teacher"``; ``"start"``, the student's first weights; names of settings of
             ``torch.optim``'s inner optimizer, step by step and by param group: ``"lr"``, ``"momentum"``,
             ``"dampening"``, ``"weight_decay"`` of SGD, ``"lr"``, ``"betas"``, ``"eps"``, ``"weight_decay"`` of Adam and
             AdamW, ``"lr"``, ``"momentum"``, ``"eps"``, ``"weight_decay"`` of Muon. Modes ``forward`` and ``unrolled``.
-            A problem without a teacher whose signal is constant is :class:`metapl.problems.EqualWeights`. Cost: of the
-            start, the Hessian product of the first step; of settings, the update and its backward pass in every step, a
-            few operations per weight.
+            Cost: of the start, the Hessian product of the first step; of settings, a few operations per weight.
         compile: one step, and its adjoint, as two graphs of ``torch.compile`` that are looped over
             (:mod:`metapl.functional.training`): modes ``forward`` and ``unrolled``, ``torch.optim`` and signals that
-            are not drawn, in one process. It pays from some hundreds of steps on, or where the same call is repeated:
-            the graphs of the last call are kept. The first step is compared with the eager one.
+            are not drawn, in one process. It pays from some hundreds of steps on, or where the same call is repeated.
         verify: refuse a gradient that is not the derivative of the loss (:func:`metapl.check_gradient`), or ``"warn"``
             of it; the cost of seven to nine steps on copies, more where it is wrong.
 
     Returns: a :class:`Hypergradient`. Weights, buffers, gradients and optimizer states stay bit for bit as they were;
     drawing labels without a generator, and dropout, advance the default generator as the passes forward do.
-
     Cost, bias: see the mode (:mod:`metapl.feedback`).
-
     Raises: :class:`metapl.MetaplError` before anything moves.
 
     >>> import torch, torchopt

@@ -83,15 +83,6 @@ class Trainer(ABC):
     def networks(self) -> dict[str, nn.Module]:
         return {"student": self.student} | ({} if self.teacher is None else {"teacher": self.teacher})
 
-    def __repr__(self) -> str:
-        """How far it is, and the networks by class and size."""
-        mode = f"mode={mode.name!r}, " if (mode := getattr(self, "mode", None)) is not None else ""
-        lines = [f"{type(self).__name__}({mode}steps_done={self.steps_done:,}, device={str(self.device)!r})"]
-        for role, network in self.networks.items():
-            count = sum(p.numel() for p in network.parameters())
-            lines.append(f"  {role}: {type(network).__name__}, {count:,} parameters")
-        return "\n".join(lines)
-
     # ------------------------------------------------------------------------------------------------------- fitting
 
     def fit(
@@ -179,12 +170,10 @@ class Trainer(ABC):
         Args:
             data: as ``validation`` of :meth:`fit`; also an iterator, which is read once.
             classes: names of the classes, for the result.
-            metric: as for :meth:`fit`; default: accuracy where the loss shows that the labels are classes, else the
-                problem's loss.
+            metric: as for :meth:`fit`.
 
-        Returns: for classes an :class:`metapl.metrics.Evaluation`: accuracy, per class, confusion matrix and
-        calibration; for any other problem or metric a :class:`metapl.metrics.Measured`. Both have ``metric``, its name,
-        its ``value``, and ``n``, the number of examples.
+        Returns: for classes an :class:`metapl.metrics.Evaluation`; for any other problem or metric a
+        :class:`metapl.metrics.Measured`. Both have ``metric``, its name, its ``value``, and ``n``.
 
         >>> import metapl
         >>> model = torch.nn.Linear(4, 1)

@@ -47,15 +47,11 @@ class FitResult:
 
     Args:
         value: of the metric, of the student that is kept on the validation data; None without these.
-        step: the number of steps after which it was as it is kept: the best by validation, or the last where validation
-            does not select.
+        step: the number of steps after which it was as it is kept: the best by validation, or the last.
         weights: of that student; they are in the student now.
         teacher_weights: of the teacher after the last step, averaged where the student is; they are in the teacher now.
-            None where there is no teacher.
-        history: the recorded rows in their order, each with its ``step``; of a fit that was resumed, those of its
-            earlier parts too.
-        metric: its name: ``"accuracy"``, whose value is a fraction, ``"loss"``, or that of the metric that was given;
-            None without validation data.
+        history: the recorded rows in their order, each with its ``step``, of earlier parts of the fit too.
+        metric: its name: ``"accuracy"``, whose value is a fraction, ``"loss"``, or that of the metric that was given.
     """
 
     value: float | None

@@ -107,9 +107,7 @@ def check_gradient(
             micro-batches (``accumulate``) the first, by whose halves both losses must be means over examples.
         mode: default the trainer's own, and ``"forward"`` without one. The others are :func:`metapl.hypergradient`'s.
 
-    Returns: a :class:`GradientCheck`; its ``passed`` is for a test.
-    Cost: the mode once and some six real steps; about thirty where they disagree.
-    Raises: :class:`metapl.MetaplError` for what :func:`metapl.hypergradient` refuses, and in several processes.
+    Returns: a :class:`GradientCheck`. Cost: the mode once and some six real steps; about thirty where they disagree.
 
     >>> import torch, metapl
     >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
