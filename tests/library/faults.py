@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from metapl.execution import local, rng
 from metapl.execution.layout import Capability, Layout
 from metapl.execution.local import LocalStudent, Pass
 from metapl.execution.state import Slots, State, replay
-from metapl.feedback import base, loss_difference, reinforce
+from metapl.feedback import base
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.feedback.teacher import Teaching
@@ -24,7 +23,6 @@ from metapl.problems import Problem, PseudoLabels
 from metapl.problems import pseudo_labels as module
 from metapl.problems.base import Signal
 from metapl.runs.fields import Range
-from metapl.updates import torchopt as transforms
 from metapl.updates.base import Clipped
 from metapl.updates.torch_optim import SGD
 
@@ -44,12 +42,6 @@ def mean_for_sum(patch: pytest.MonkeyPatch) -> None:
     """The teacher's term averaged over the batch: 1/B of the gradient."""
     real = base.Feedback.teacher_loss
     patch.setattr(base.Feedback, "teacher_loss", lambda self, s: real(self, s) / len(s.value))
-
-
-def further_fields_left_out(patch: pytest.MonkeyPatch) -> None:
-    """Of a signal of several tensors, the teacher learns by the first alone."""
-    real = base.Feedback.teacher_loss
-    patch.setattr(base.Feedback, "teacher_loss", lambda self, signal: real(replace(self, others={}), signal))
 
 
 def fields_taken_for_each_other(patch: pytest.MonkeyPatch) -> None:
@@ -73,29 +65,6 @@ def ratio_the_wrong_way_round(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Teaching, "backward", backward)
 
 
-def ratio_taken_for_a_weight(patch: pytest.MonkeyPatch) -> None:
-    real = Teaching.backward
-
-    def backward(self: Teaching, *given: Any) -> Any:
-        *others, weight, ratio = given
-        return real(self, *others, weight if ratio is None else ratio, None)
-
-    patch.setattr(Teaching, "backward", backward)
-
-
-def baseline_with_this_step(patch: pytest.MonkeyPatch) -> None:
-    """The moving average already holds the h that it is subtracted from."""
-
-    def subtract(h: Tensor, decay: float | None, state: Any) -> Any:
-        if decay is None:
-            return h, state
-        b = decay * state["baseline"].to(h) + (1 - decay) * h
-        return h - b, {"baseline": b}
-
-    patch.setattr(reinforce, "subtract_baseline", subtract)
-    patch.setattr(loss_difference, "subtract_baseline", subtract)
-
-
 # ------------------------------------------------------------------------------------------ the problem
 
 
@@ -103,10 +72,6 @@ def sum_for_mean(patch: pytest.MonkeyPatch) -> None:
     """The student's loss summed over the batch."""
     real = PseudoLabels.inner_loss
     patch.setattr(PseudoLabels, "inner_loss", lambda self, z, *rest: real(self, z, *rest) * len(z))
-
-
-def student_learns_weak(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(PseudoLabels, "student_input", lambda self, batch: module.views(batch)[0])
 
 
 def teacher_labels_strong(patch: pytest.MonkeyPatch) -> None:
@@ -148,23 +113,6 @@ def momentum_ignored(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         SGD, "pullback", lambda self, p, grads, state, v, _=None: {n: -self.learning_rate * v[n] for n in grads}
     )
-
-
-def velocity_forgotten(patch: pytest.MonkeyPatch) -> None:
-    """θ′ of the estimate starts from no velocity, the real optimizer from its own."""
-    real = SGD.rule
-    patch.setattr(SGD, "rule", staticmethod(lambda p, g, states, group: real(p, g, [{} for _ in p], group)))
-
-
-def transforms_velocity_forgotten(patch: pytest.MonkeyPatch) -> None:
-    """A TorchOpt transform built anew takes its first call for the first step."""
-
-    def init(self: Any, transform: Any, parameters: Any, state: Any) -> None:
-        self.parameters, self.transform = dict(parameters), transform
-        fresh = self.transform.init({name: p.detach() for name, p in parameters.items()})
-        self.state = fresh if state is None else state
-
-    patch.setattr(transforms.TransformUpdate, "__init__", init)
 
 
 def clip_without_derivative(patch: pytest.MonkeyPatch) -> None:
@@ -210,43 +158,6 @@ def state_moved_by_replays(patch: pytest.MonkeyPatch) -> None:
     replays(patch, lambda random, state, *given, **options: replay(random, stateless, *given, **options))
 
 
-def generator_not_put_back(patch: pytest.MonkeyPatch) -> None:
-    """Feedback passes draw from the caller's generator."""
-
-    @contextmanager
-    def again(random: rng.RandomState, *given: Any, **options: Any) -> Iterator[None]:
-        with replay(random, *given, **options):
-            yield
-            drawn = rng.RandomState.now(random.device)
-        drawn.restore()
-
-    replays(patch, again)
-
-
-def weights_left_in_place(patch: pytest.MonkeyPatch) -> None:
-    """After a replay the network holds the weights of the replay."""
-
-    @contextmanager
-    def again(random: rng.RandomState, state: Any, held: Any = (), **options: Any) -> Iterator[None]:
-        with replay(random, state, held, **options):
-            yield
-        for table, name, t in held:
-            table[name] = t
-
-    replays(patch, again)
-
-
-def values_not_restored(patch: pytest.MonkeyPatch) -> None:
-    """Of a network's state, only the tensors are put back, and not what they held."""
-    real = State.restore
-
-    def restore(self: State) -> None:
-        self._held = {}
-        real(self)
-
-    patch.setattr(State, "restore", restore)
-
-
 def tables_not_restored(patch: pytest.MonkeyPatch) -> None:
     """A buffer that a pass has exchanged, or made, stays."""
     real = State.restore
@@ -269,17 +180,6 @@ def other_dropout_mask(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LocalStudent, "at", at)
 
 
-def replays_from_moved_buffers(patch: pytest.MonkeyPatch) -> None:
-    """Replays begin with the state as it is by then."""
-    real = LocalStudent.at
-    patch.setattr(LocalStudent, "at", lambda self, *given, **options: real(self, *given[:2], self.slots, **options))
-
-
-def masks_of_the_teacher(patch: pytest.MonkeyPatch) -> None:
-    """L(θ′) draws where the teacher draws."""
-    patch.setattr(rng.RandomState, "branch", lambda self: self)
-
-
 def backward_at_the_old_weights(patch: pytest.MonkeyPatch) -> None:
     """The gradient of L(θ′) is taken after θ′ has been put aside, so that checkpoints recompute at θ."""
 
@@ -298,24 +198,6 @@ def plain_tensors_stand_in(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         LocalStudent, "as_leaves", lambda self, params: {n: t.detach().requires_grad_() for n, t in params.items()}
     )
-
-
-def graph_of_another_label(patch: pytest.MonkeyPatch) -> None:
-    """The graph of g that is kept is in the distribution, where the student has learned a drawn label."""
-    patch.setattr(
-        "metapl.feedback.path.credited",
-        lambda signal, of: {"value": signal.probs} if signal.sampled else signal.differentiable(),
-    )
-
-
-def graph_of_every_part_counts_whole(patch: pytest.MonkeyPatch) -> None:
-    """The derivatives of micro-batches are not divided by their number."""
-    real = InnerStep.in_signal
-
-    def in_signal(self: InnerStep, *given: Any) -> Any:
-        return {n: None if t is None else len(self.passes) * t for n, t in real(self, *given).items()}
-
-    patch.setattr(InnerStep, "in_signal", in_signal)
 
 
 def outputs_unchecked(patch: pytest.MonkeyPatch) -> None:

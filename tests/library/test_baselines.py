@@ -16,11 +16,6 @@ from metapl.execution.ranks import ALONE
 from metapl.feedback import Estimator
 from metapl.training.loss_trainer import LossTrainer
 
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 # --------------------------------------------------------------------------------------------------------- LossTrainer
 
 

@@ -269,19 +269,6 @@ def test_the_gradient_is_verified_in_the_weights_type(lookahead: int) -> None:
     assert all(g.isfinite().all() for g in result.grads.values())
 
 
-# ----------------------------------------------------------------------------------------------- saved, and in trainers
-
-
-def source(seed: int, labels: bool) -> list[Any]:
-    draw = torch.Generator().manual_seed(seed)
-    xs = [torch.randn(6, 1, 4, 4, generator=draw, dtype=torch.float64) for _ in range(4)]
-    return [(x, torch.arange(6) % CLASSES) for x in xs] if labels else xs
-
-
-def weights(trainer: Any) -> list[Tensor]:
-    return [p.detach().clone() for network in trainer.networks.values() for p in network.parameters()]
-
-
 # -------------------------------------------------------------------------------------------------------- wrong calls
 
 
