@@ -277,26 +277,11 @@ class Pass:
 
     def shifted(self, step: Tensor, direction: Tree) -> Tensor:
         """S(x; θ + step·direction) in float32 or wider, without autocast and TF32."""
-        with torch.no_grad(), self._shifted(step, direction):
-            return self.student.forward(wide_tree(self.inputs))
-
-    def shifted_derivatives(
-        self, step: Tensor, direction: Tree, loss: Loss, leaves: Sequence[Tensor], inputs: Any
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """:meth:`shifted`, and the derivatives of a loss there in leaves, which the ``inputs`` may depend on."""
-        with torch.enable_grad(), self._shifted(step, direction) as moved:
-            outputs = self.student.forward(wide_tree(inputs))
-            grads = torch.autograd.grad(loss(outputs, moved), leaves, allow_unused=True)
-        return outputs.detach(), list(grads)
-
-    @contextmanager
-    def _shifted(self, step: Tensor, direction: Tree) -> Iterator[Tree]:
-        """The student at θ + step·direction, in float32 or wider, as it began this pass."""
         device = self.student.device
         moved = {n: wide(p) + step * wide(direction[n]) if n in direction else wide(p) for n, p in self.params.items()}
         at = self.student.at(moved, self._before, self._state, upcast=True)
-        with torch.autocast(device.type, enabled=False), full_float32(device), no_fast_path(), at:
-            yield moved
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), full_float32(device), no_fast_path(), at:
+            return self.student.forward(wide_tree(self.inputs))
 
     def check_shifted(self, ahead: Tensor, behind: Tensor) -> None:
         """Flag outputs of shifted passes whose mean, S(x; θ) to the second order of the shift, is not this pass's."""

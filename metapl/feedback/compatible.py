@@ -53,6 +53,8 @@ def check_mode(mode: Estimator, steps: int, problem: Problem, student: Layout) -
     if steps > 1 and (revising or not mode.looks_ahead):
         who, several = kind if revising else f"mode '{mode.name}'", ", ".join(modes_for(looks_ahead=True))
         raise MetaplError(f"{who} takes one student step, and {steps} were given; expected one, or one of {several}.")
+    if entering and getattr(mode, "base", mode).name == "difference":
+        raise MetaplError(f"{kind} has student_input(batch, signal); expected mode 'forward' or 'unrolled'.")
     if entering and revising:
         raise MetaplError(f"{kind} has revised_signal and student_input(batch, signal); expected one of the two.")
     if revising and getattr(mode, "normalization", None) == "cosine":

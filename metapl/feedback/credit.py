@@ -37,7 +37,6 @@ class Tangent:
 
     z_dot: Tensor  # ż, (B, ...)
     rounding: Tensor | None = None  # of a difference of outputs: a bound on the norm of its error
-    in_signal: Mapping[str, Tensor | None] | None = None  # of ⟨g, w⟩, where the signal enters the student's input
 
 
 @dataclass(frozen=True)
@@ -119,8 +118,6 @@ def head_feedback(step: InnerStep, w: Tree, tangent: Tangent, of: Credited = "si
     rows of the labels. And Σ_i u_i d/dε ℓ_i is linear in u, so its gradient is d/dε ℓ itself: forward mode by two
     reverse passes.
     """
-    if tangent.in_signal is not None:
-        return feedback_from(step, tangent.in_signal, of)
     leaves = as_leaves(credited(step.signal, of))
     slope = _slope(step, leaves, w, tangent)
     gradients: Sequence[Tensor | None] = [None] * len(leaves)

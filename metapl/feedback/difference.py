@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
-from torch import Tensor
 
-from metapl.execution.batch import joined
 from metapl.execution.numerics import Tree
 from metapl.feedback.base import Estimator, Normalization, State, divisor
 from metapl.feedback.credit import Feedback, Tangent, head_feedback
@@ -51,8 +49,6 @@ class Difference(Estimator):
     Bias: O(δ²), one-sided O(δ), plus the rounding of the outputs, O(machine epsilon/δ). In float32 the first one or two
     steps of Adam are mostly rounding (relative error up to 1.6 measured, below 0.01 after five steps). With
     ``parametrizations.spectral_norm`` there is a bias that falls as its power iteration converges.
-    A signal in the student's input: the inner loss's derivative in the signal is the difference that is taken, by two
-    passes forward and back; always central. Unlike outputs it jumps where a ReLU switches.
     Runs: wherever the student runs, on any operation.
     Source: the finite-difference product of DARTS (its eq. 8), moved from gradients to outputs.
     """
@@ -75,30 +71,15 @@ class Difference(Estimator):
         typical_weight = step.space.norm(step.params) / math.sqrt(step.space.count(step.params))
         delta = r * typical_weight.clamp_min(1e-3)  # all weights may be zero
         factor = delta / length.clamp_min(torch.finfo(length.dtype).tiny)
-        fields, in_signal, one_sided = step.signal.differentiable(), None, self.one_sided and not step.signal_inputs
-        width = factor if one_sided else 2 * factor
-        if step.signal_inputs:
-            outputs, in_leaves = [list[Tensor]() for _ in range(2)], []
-            for part, *given in step.with_leaves(fields, widened=True):
-                (z, of_ahead), (z_behind, of_behind) = (
-                    part.shifted_derivatives(side * factor, w, *given) for side in (1, -1)
-                )
-                outputs[0].append(z)
-                outputs[1].append(z_behind)
-                pairs = zip(of_ahead, of_behind, strict=True)
-                in_leaves.append([None if a is None or b is None else (a - b) / width for a, b in pairs])
-            ahead, behind = map(joined, outputs)
-            in_signal = step.in_signal(fields, in_leaves)
+        width, ahead = factor if self.one_sided else 2 * factor, step.shifted(factor, w)
+        if not self.one_sided:
+            behind = step.shifted(-factor, w)
         else:
-            ahead = step.shifted(factor, w)
-            if not one_sided:
-                behind = step.shifted(-factor, w)
-            else:
-                behind = step.outputs if step.in_full_precision else step.shifted(0 * factor, w)
+            behind = step.outputs if step.in_full_precision else step.shifted(0 * factor, w)
         parts = len(step.passes)
-        first = behind if one_sided else ahead  # the mean of the two is z to the second order of the move
+        first = behind if self.one_sided else ahead  # the mean of the two is z to the second order of the move
         for part, *moved in zip(step.passes, first.chunk(parts), behind.chunk(parts), strict=True):
             part.check_shifted(*moved)
         # A small difference of large outputs loses digits: Adam's first w, for example, is orthogonal to the gradient.
         rounding = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * torch.linalg.vector_norm(ahead)
-        return Tangent((ahead - behind) / width, rounding / width, in_signal)
+        return Tangent((ahead - behind) / width, rounding / width)

@@ -53,15 +53,15 @@ class SignalInput:
         self._entering = [t for t in pytree.tree_leaves(self.graph) if isinstance(t, Tensor) and t.requires_grad]
         self.inputs = self.graph if in_graph else pytree.tree_map_only(Tensor, Tensor.detach, self.graph)
 
-    def as_leaves(self, widened: bool) -> tuple[list[Tensor], Any]:
+    def as_leaves(self) -> tuple[list[Tensor], Any]:
         """The tensors of the input that depend on the signal, as leaves, and the input with these in their places."""
-        leaves = [(wide(t) if widened else t).detach().requires_grad_() for t in self._entering]
+        leaves = [t.detach().requires_grad_() for t in self._entering]
         places = {id(t): leaf for t, leaf in zip(self._entering, leaves, strict=True)}
         return leaves, pytree.tree_map_only(Tensor, lambda t: places.get(id(t), t), self.graph)
 
     def in_fields(self, cotangents: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
         """Derivatives in the leaves of :meth:`as_leaves`, as derivatives in the fields."""
-        pairs = [(t, c.to(t.dtype)) for t, c in zip(self._entering, cotangents, strict=True) if c is not None]
+        pairs = [(t, c) for t, c in zip(self._entering, cotangents, strict=True) if c is not None]
         if not pairs:
             return dict.fromkeys(self.fields)
         tensors, given = zip(*pairs, strict=True)
@@ -232,24 +232,15 @@ class InnerStep:
         """The micro-batches, each as its pass, signal and batch."""
         return zip(self.passes, self.signal.chunks(len(self.passes)), self.batches, strict=True)
 
-    def with_leaves(
-        self, fields: Mapping[str, Tensor], *, widened: bool = False
-    ) -> Iterator[tuple[Pass, Loss, list[Tensor], Any]]:
-        """The micro-batches, each as its pass, its loss, leaves at these values of the fields, which the loss depends
-        on, and the input, which may depend on them too (``widened``: in float32 or wider)."""
-        parts = len(self.passes)
-        for i, (part, signal, x) in enumerate(self.parts()):
-            values = {name: t if parts == 1 else t.chunk(parts)[i] for name, t in fields.items()}
-            leaves = as_leaves({name: wide(t) for name, t in values.items()} if widened else values)
-            entering, inputs = self.signal_inputs[i].as_leaves(widened) if self.signal_inputs else ([], part.inputs)
-            yield part, self._loss(signal.having(leaves), x), [*leaves.values(), *entering], inputs
-
     def second_derivatives(
         self, w: Tree, fields: Mapping[str, Tensor], *, curved: bool = True
     ) -> tuple[Tree, dict[str, Tensor | None]]:
         """The derivatives of ⟨g, w⟩: (∂²ℓ/∂θ²) w, if ``curved``, and in fields of the signal; None: no dependence."""
-        found, slopes = list[tuple[Tree, list[Tensor | None]]](), list[Tensor]()
-        for part, loss, leaves, inputs in self.with_leaves(fields):
+        found, slopes, parts = list[tuple[Tree, list[Tensor | None]]](), list[Tensor](), len(self.passes)
+        for i, (part, signal, x) in enumerate(self.parts()):
+            named = as_leaves({name: t if parts == 1 else t.chunk(parts)[i] for name, t in fields.items()})
+            entering, inputs = self.signal_inputs[i].as_leaves() if self.signal_inputs else ([], part.inputs)
+            loss, leaves = self._loss(signal.having(named), x), [*named.values(), *entering]
             if self.student.readable:
                 found.append(part.second_derivatives(w, loss, leaves, inputs, curved=curved))
                 continue

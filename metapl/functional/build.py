@@ -48,7 +48,6 @@ def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> 
         "several processes": trainer.layout.kind != "plain" or not trainer.ranks.alone,
         f"{steps} steps ahead, but {LONGEST} at most": steps > LONGEST,
         "cosine of several steps": (steps > 1 or enters) and getattr(mode, "normalization", "") == "cosine",
-        "difference with a signal in the input": enters and mode.name == "difference",
         "transform that hides state": not isinstance(inner, TorchUpdate) and not _repeats(inner),
     }
     for what in (what for what, is_so in refused.items() if is_so):
