@@ -71,7 +71,6 @@ class Altered(Estimator):
         return altered, {**next_state, "altered": torch.tensor(count + 1)}
 
     def _alter(self, step: InnerStep, count: int, name: str, h: Tensor) -> Tensor:
-        """h, altered over the rows of all ranks."""
         if not step.has_rows(name):  # every rank and micro-batch has a share of the feedback on all of a matrix
             return torch.cat([self._altered(share, None, count) for share in h.chunk(len(step.passes))])
         ranks = step.student.ranks

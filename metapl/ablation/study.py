@@ -191,7 +191,6 @@ def _gradient(
 
 
 def _exact(trainer: BilevelTrainer, batches: tuple[Any, Any]) -> Tensor:
-    """Of the soft step, by double backward, or by forward mode where the student has no second derivative."""
     reasons = []
     for mode in map(estimator, ("unrolled", "forward")):
         try:
@@ -208,7 +207,6 @@ def _costs(
     problem, batch = trainer.problem, inner_batches(batches[1])[0]
 
     def student() -> None:
-        """A forward pass, which moves nothing."""
         with torch.no_grad(), replayed(RandomState.now(trainer.device)):
             given: Any = (batch,)
             if enters_input(problem):

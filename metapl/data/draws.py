@@ -28,7 +28,6 @@ def fold_in(seed: int, data: int) -> int:
 
 
 def _signed(x: int) -> int:
-    """The int64 with the same 64 bits."""
     x &= _MASK
     return x - (1 << 64) if x >> 63 else x
 

@@ -221,7 +221,6 @@ class _EpochFeed(Feed):
         return batch
 
     def _begun(self) -> Iterator[Any]:
-        """The epoch as it began, at the batch that is next."""
         again = self.kind == "epochs"
         if again:
             self._generators.write(self._start)

@@ -63,7 +63,6 @@ def _state(generator: Any) -> Any:
 
 
 def parts_of(source: Any) -> list[Any]:
-    """A source, its samplers, data sets and their transforms."""
     parts: dict[int, Any] = {}
     waiting = [source]
     while waiting:

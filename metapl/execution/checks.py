@@ -30,7 +30,6 @@ class Fault:
         return torch.stack(found).any() if found else torch.zeros((), dtype=torch.bool)
 
     def raise_if_found(self, where: str = "") -> None:
-        """Wait for the device and raise the first error, with ``where`` before its text."""
         for bad, text in self.findings:
             if bool(bad):
                 raise MetaplError(f"{where}{text} (found after the step: go on from the last good checkpoint)")
@@ -50,7 +49,6 @@ deferred: ContextVar[Fault | None] = ContextVar("deferred", default=None)
 
 
 def waits(t: Tensor) -> bool:
-    """Whether reading a value would make the host wait for its device."""
     return t.device.type != "cpu"
 
 

@@ -80,13 +80,11 @@ class Layout:
         self.is_sharded = self.kind == "sharded"
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that the network learns, as its optimizer holds them."""
         if self.is_sharded:
             return {name: p for name, p in self.sharded.items() if p.requires_grad}
         return trainable(self.network)
 
     def reshard(self) -> None:
-        """Let every block give up its gathered weights, which the root keeps after a pass without a backward pass."""
         states, groups = [block._get_fsdp_state() for block in self.blocks], _param_groups(self.blocks)
         if any(part._training_state.name != "IDLE" for part in (*states, *groups)):
             # A pass that failed: the next one would go on with its gathered weights and its gradients.
@@ -240,7 +238,6 @@ def _of_torch(kind: type) -> frozenset[str]:
 
 
 def reshard(network: nn.Module) -> tuple[Any, ...]:
-    """Let every block of a network give up its gathered weights; the blocks."""
     blocks: tuple[Any, ...] = tuple(part for _, part in named_parts(network) if is_block(part))
     for block in blocks:
         block.reshard()

@@ -115,11 +115,9 @@ class LocalStudent:
         return own, own if self.ranks.alone else self.ranks.mean_tree(own, at)
 
     def forward(self, inputs: Any) -> Tensor:
-        """The outputs as the student is now, in float32 or wider."""
         return wide(checks.logits(self.module(inputs), "student"))
 
     def as_leaves(self, params: Tree) -> Tree:
-        """Weights as leaves of a graph, which are parameters for a forward that asks."""
         leaves: Tree = {}
         for name, t in params.items():
             own = self.parameters[name]
@@ -134,12 +132,10 @@ class LocalStudent:
         return self.ranks.mean_tree(tree, self.params)
 
     def held_at(self, params: Tree) -> list[Slot]:
-        """The student's slots with these weights in them."""
         at = {id(own := self.parameters[name]): stand_in(p, own) for name, p in params.items()}
         return [(table, name, at[id(p)]) for table, name, p in self.slots.parameters if id(p) in at]
 
     def holding(self, params: Tree) -> AbstractContextManager[None]:
-        """The student with these weights, for others that read it in this block."""
         return swapped(self.held_at(self.as_leaves(params)))
 
     def at(
@@ -187,7 +183,6 @@ class Pass:
         return coarsest([self._dtype, *self.student.formats], self.student.device)
 
     def _running(self) -> AbstractContextManager[None]:
-        """What this pass, or its backward pass, runs in."""
         return swapped(self._held) if self._held else NOTHING
 
     def gradient(self, loss: Loss, leaves: Sequence[Tensor] = ()) -> tuple[Tensor, Tree]:
@@ -258,7 +253,6 @@ class Pass:
             yield at, self._same_outputs(self.student.forward(inputs))
 
     def _same_outputs(self, outputs: Tensor) -> Tensor:
-        """Outputs of a replay, flagged if they are not those of this pass."""
         again, first = outputs.detach(), self.outputs
         if self._sample is not None:
             again, first = _sampled(again), self._sample
@@ -325,12 +319,10 @@ def _derivatives(
 
 
 def as_leaves(params: Tree) -> Tree:
-    """The same weights, as tensors that a graph begins at."""
     return {name: p.detach().requires_grad_() for name, p in params.items()}
 
 
 def _sampled(t: Tensor) -> Tensor:
-    """A copy of some thousand entries, from all over a tensor."""
     return t.flatten()[:: t.numel() // 4096 + 1].clone()
 
 

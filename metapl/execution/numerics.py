@@ -26,7 +26,6 @@ def as_real(t: Tensor) -> Tensor:
 
 
 def wide_list(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Each of them in float32 or wider."""
     given = [*tensors]
     return given if HALF.isdisjoint(map(DTYPE, given)) else [wide(t) for t in given]
 

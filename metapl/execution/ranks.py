@@ -47,7 +47,6 @@ class Ranks:
         return self.processes == 1
 
     def sum(self, t: Tensor) -> Tensor:
-        """The sum over the shares, the same number on every rank."""
         if self.alone:
             return t
         total = self._reduced(t)
@@ -57,7 +56,6 @@ class Ranks:
         return t if self.alone else self.sum(t) / self.size
 
     def greatest(self, t: Tensor) -> Tensor:
-        """The greatest number on any rank, in each place of a tensor."""
         return self._reduced(t, dist.ReduceOp.MAX)
 
     def _reduced(self, t: Tensor, how: Any = dist.ReduceOp.SUM) -> Tensor:
@@ -83,7 +81,6 @@ class Ranks:
         return {name: (means[name] / self.size).view_as(t) for name, t in like.items() if name in means}
 
     def all_rows(self, t: Tensor) -> Tensor:
-        """The rows of all ranks, of which this one has these."""
         if self.alone:
             return t
         every = t.new_zeros(self.size * len(t), *t.shape[1:])
@@ -91,7 +88,6 @@ class Ranks:
         return self.sum(every).to(t.dtype)
 
     def own_rows(self, every: Tensor) -> Tensor:
-        """This rank's rows of all of them."""
         return every if self.alone else every.chunk(self.size)[self.rank]
 
     def norm(self, t: Tensor) -> Tensor:
@@ -106,11 +102,9 @@ class Ranks:
 
     @property
     def number(self) -> int:
-        """This process's number among all of them, as in :meth:`gathered`."""
         return 0 if self.alone else self.gathered(dist.get_rank()).index(dist.get_rank())
 
     def gathered(self, value: Any) -> list[Any]:
-        """A small value of every rank, in their order."""
         values = [value]
         for group in reversed(self.groups):
             found: list[Any] = [None] * group.size()

@@ -39,7 +39,6 @@ from metapl.execution.state import Slot, Slots, State, named_parts, replay, stan
 def student_of(
     network: nn.Module | Layout, *, double_backward: bool = False, slots: Slots | None = None
 ) -> LocalStudent:
-    """A student as it is laid out."""
     layout = network if isinstance(network, Layout) else Layout(network)
     if layout.is_sharded:
         return ShardedStudent(layout)

@@ -98,7 +98,6 @@ def laid_out_like(value: Any, like: Any) -> Any:
 
 
 def load_whole(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load whole weights, of which a sharded network takes this process's parts."""
     held = network.state_dict()
     network.load_state_dict({name: laid_out_like(t, held.get(name)) for name, t in weights.items()})
 

@@ -109,7 +109,6 @@ class State:
                 t.data.copy_(before)
 
     def values(self) -> list[Tensor]:
-        """The copies, for :meth:`with_values`."""
         return [*self._values.values()]
 
     def with_values(self, values: Sequence[Tensor]) -> State:

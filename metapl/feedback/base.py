@@ -69,11 +69,9 @@ class Estimator(ABC):
 
     @property
     def requires(self) -> frozenset[Capability]:
-        """What it requires of the student's layout."""
         return frozenset({ONE_PROCESS} if self.keep_graph else ())
 
     def init(self) -> State:
-        """The state before the first step."""
         return {}
 
     @abstractmethod

@@ -81,7 +81,6 @@ class Feedback:
         return self if isinstance(divisor, float) and divisor == 1.0 else self.mapped(lambda _, h: h / divisor)
 
     def chunks(self, parts: int) -> list[Feedback]:
-        """The feedback on each of ``parts`` micro-batches."""
         if self.h.ndim == 0 or parts == 1:
             return [self] * parts
         return [self.mapped(lambda _, h, i=i: h.chunk(parts)[i]) for i in range(parts)]  # type: ignore[misc]

@@ -101,13 +101,11 @@ def keeping(
 
 
 def said(size: float) -> str:
-    """A number of bytes for a message."""
     power = min(int(math.log10(max(size, 1)) / 3), 4)
     return f"{size / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def folder_of(on: str | None) -> FilePath | None:
-    """The folder that states are kept in; None where it is none."""
     if on is None or on == "cpu":
         return None
     if not FilePath(on).is_dir():

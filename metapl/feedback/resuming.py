@@ -104,7 +104,6 @@ class Folder(States):
         self.done = number
 
     def known(self) -> list[Any]:
-        """What :meth:`came_to` was given, in its order."""
         return [self._read(f"steps-{number:08d}.ckpt") for number in _numbers(self.folder, "steps")]
 
     def came_back_to(self, number: int, **found: Any) -> None:

@@ -27,7 +27,6 @@ KNOWN = {type(estimator(name)) for name in MODES} - {Implicit}
 
 
 def updates_of(trainer: Any) -> tuple[Update, Update | None]:
-    """U of the student and of the teacher, each behind the trainer's clip."""
     found: list[Any] = [unclipped(trainer.update), None]
     if trainer.teacher is not None:
         trained = {name: p for name, p in trainer.teacher.named_parameters() if p.requires_grad}
@@ -81,7 +80,6 @@ def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> 
 
 
 def functional(trainer: Any) -> tuple[Step, State]:
-    """The pure step of a trainer, and a copy of its state."""
     updates = updates_of(trainer)
     step = step_of(trainer, trainer.lookahead, updates)
     return step, pytree.tree_map_only(Tensor, Tensor.clone, state_of(trainer, updates))

@@ -50,7 +50,6 @@ class Report(NamedTuple):
 
 
 def held(signal: Signal) -> dict[str, Any]:
-    """What a signal holds, by name."""
     return {name: t for name, t in vars(signal).items() if t is not None}
 
 
@@ -62,7 +61,6 @@ def on_value(h: Tree, value: Any) -> Any:
 
 
 def unclipped(update: Update | None) -> Any:
-    """An update without its clip."""
     return update.inner if isinstance(update, Clipped) else update
 
 
@@ -90,7 +88,6 @@ def settings_of(numbers: Any, device: torch.device) -> Any:
 
 
 def leaves_of(state: State) -> list[Tensor]:
-    """The tensors of networks and optimizers."""
     found: list[Tensor] = []
     for network, optimizer in ((state.student, state.inner), (state.teacher, state.outer)):
         found += [*network.params.values(), *network.state.values()]

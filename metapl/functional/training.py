@@ -269,7 +269,6 @@ def differentiate(
     moves = next((k for k, groups in enumerate(options) if any(now["lr"] != 0 for now in groups)), 0)
 
     def compare(batch: Any) -> None:
-        """Refuse graphs that are not the eager step, once for each kind of batch."""
         if (kind := shapes_of(batch)) in made.compared:
             return
         given: Any = {"clip_norm": clip_norm, "judging": judging, "wrt": wrt}

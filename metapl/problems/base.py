@@ -88,7 +88,6 @@ class Signal:
 
 
 def field_of(key: object) -> str:
-    """The name of a field of a signal whose value is a dict."""
     return f"value[{key!r}]"
 
 
@@ -207,12 +206,10 @@ Problem = BilevelProblem
 
 
 def kind_of(problem: Any) -> str:
-    """The name of a problem's class, as its author wrote it."""
     return type(problem).__name__
 
 
 def has_own(problem: Problem, method: str) -> bool:
-    """Whether a problem has this method from elsewhere than the defaults."""
     return getattr(type(problem), method) is not getattr(BilevelProblem, method)
 
 

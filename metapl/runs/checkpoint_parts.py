@@ -120,7 +120,6 @@ def load(path: Path, like: Like | None = None) -> dict[str, Any]:
 
 
 def layouts(state: dict[str, Any]) -> dict[str, Any]:
-    """The sharded tensors of a state by their places in it."""
     tensors: dict[str, Any] = {}
     checkpoint.encoded(state, tensors)
     return {place: t for place, t in tensors.items() if hasattr(t, "device_mesh")}

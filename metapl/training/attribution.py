@@ -141,7 +141,6 @@ class Attribution:
             torch.save(gathered({name: getattr(self, name) for name in names}), out)
 
     def _removed(self, removed: Any) -> Tensor:
-        """Which weights are removed, (N,) or (N, T) booleans."""
         shape = self.scores.shape[self.outer_loss.ndim :]
         found = torch.zeros(shape, dtype=torch.bool, device=self.scores.device)
         found[torch.as_tensor(removed, device=found.device)] = True

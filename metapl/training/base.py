@@ -257,7 +257,6 @@ class Trainer(ABC):
         checkpoint.save(path, {"trainer": self.live_state(), "rng": rng_state()})
 
     def load(self, path: str | Path) -> None:
-        """Go on from :meth:`save`."""
         state = checkpoint.load(path)
         self.load_state_dict(state["trainer"])
         set_rng_state(state["rng"])  # last, for loading may draw

@@ -128,7 +128,6 @@ class LossTrainer(Trainer):
         return batch[0], batch
 
     def outer_terms(self) -> list[Term]:
-        """Its losses, of labeled batches alone."""
 
         def term(loss: Any, network: Any, inputs: Any, batch: Any) -> Any:
             return loss(network, **self._read(batch, None))

@@ -94,12 +94,10 @@ class Step:
         return case
 
     def learned(self) -> Tree:
-        """All parameters of the teacher and of the problem."""
         taught = {} if self.teacher is None else trainable(self.teacher)
         return {**taught, **{f"the problem's parameter {i}": t for i, t in enumerate(self.own)}}
 
     def by_mode(self, mode: Mode) -> Hypergradient:
-        """The mode's own gradient."""
         case = self.copied()
         case.random.restore()
         batches = {"labeled": case.labeled, "unlabeled": Lookahead(case.batches)}
@@ -138,7 +136,6 @@ class Step:
             run.states.append({name: t.detach().clone() for name, t in still.items()})
 
         def ask(x: Any, z: Tensor | None) -> Signal:
-            """What the student learns from."""
             begin(case.teacher)
             k, z = len(run.signals), z if z is None or seen is None else seen[len(run.signals)]
             run.signals.append(problem.signal(case.teacher or nn.Module(), x, z, generator=case.generator))
@@ -201,7 +198,6 @@ def size_of(t: Tensor) -> float:
 
 
 def nodes_of(*tensors: Tensor) -> list[Any]:
-    """The nodes of the graphs that tensors come from."""
     nodes: list[Any] = [t.grad_fn for t in tensors if t.grad_fn is not None]
     known = set(nodes)
     for node in nodes:  # which grows

@@ -88,7 +88,6 @@ class Average:
 
 
 def weights_of(model: nn.Module) -> dict[str, Any]:
-    """A copy of a network's state on the host; of a sharded one every process has all of it."""
     return {
         name: whole(t).detach().cpu().clone() if isinstance(t, Tensor) else copy.deepcopy(t)
         for name, t in model.state_dict().items()

@@ -247,7 +247,6 @@ plus = _lifted(torch.add, torch._foreach_add)
 
 
 def add(a: Tensors, b: Tensors, alpha: Any = 1.0) -> Any:
-    """a + alpha b."""
     if transformed() or isinstance(alpha, Tensor):
         return plus(a, mul(b, alpha))
     fused: Any = torch._foreach_add

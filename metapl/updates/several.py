@@ -62,7 +62,6 @@ class Several(torch.optim.Optimizer):
 
 
 def as_one(optimizer: Any, name: str = "inner_optimizer") -> Any:
-    """A tuple of optimizers as one; anything else as it is."""
     if not isinstance(optimizer, tuple | list) or is_transform(optimizer):
         return optimizer
     if not optimizer or not all(isinstance(one, torch.optim.Optimizer) for one in optimizer):

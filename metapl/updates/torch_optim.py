@@ -32,7 +32,6 @@ AT_ONCE = 2**25
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The tensors in an optimizer's param groups."""
     return [*chain.from_iterable(group["params"] for group in optimizer.param_groups)]
 
 
@@ -165,7 +164,6 @@ class TorchUpdate(Update):
         return states
 
     def complete_state(self) -> States:
-        """The current state, each :meth:`completed`."""
         state, groups = self.read_state(), self.options
         return {n: self.completed(p.detach(), state[n], groups[self.group_of[n]]) for n, p in self.parameters.items()}
 
@@ -448,7 +446,6 @@ class Adam(TorchUpdate):
 
 
 def refuse_half(parameters: Parameters) -> None:
-    """Refuse parameters for Adam that are in float16."""
     half = [name for name, p in parameters.items() if p.dtype == torch.float16]
     if half:
         raise MetaplError(f"{half[0]} is in float16, too coarse for Adam's second moments; expected float32.")
