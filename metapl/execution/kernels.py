@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,18 +44,20 @@ def no_fast_path(*, math: bool = False) -> Iterator[None]:
         _CUDA.enable_math_sdp(plain)
 
 
+@cache
+def load_forward_mode() -> None:
+    """Create the first dual number, for which PyTorch loads its rules with a deprecation warning, silenced here."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore")
+        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+
+
 @contextmanager
 def forward_mode() -> Iterator[None]:
     """A pass in forward mode, on kernels that have it."""
+    load_forward_mode()
     with torch.no_grad(), forward_ad.dual_level(), no_fast_path(math=True):
-        if not _LOADED:  # the first dual number, for which PyTorch loads its rules with a deprecation warning
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                _LOADED.append(forward_ad.make_dual(torch.zeros(1), torch.zeros(1)))
         yield
-
-
-_LOADED: list[Any] = []
 
 
 _LACKING = re.compile(r"(?i)forward[- ](mode )?AD|jvp function|differentiate twice|double backward|derivative for")

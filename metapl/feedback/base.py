@@ -95,8 +95,8 @@ class Estimator(ABC):
                     total = total + h.sum()
             checks.refuse_not_finite(
                 total,
-                "the inner loss or the feedback is NaN or infinite: it has diverged, or an example is extreme; "
-                "lower the student's learning rate, or look for it.",
+                "the inner loss or the feedback is NaN or infinite; lower the student's learning rate, or look for "
+                "extreme examples.",
             )
         return feedback, state
 
@@ -125,6 +125,7 @@ def divisor(normalization: str, step: InnerStep, w: Tree | None = None) -> Tenso
         if eta is None:
             raise MetaplError('a TorchOpt transform shows no learning rate; expected normalization="gradient".')
         return eta if eta > 0 else 1.0
-    if normalization == "gradient" or w is None:
+    if normalization == "gradient":
         return 1.0
+    assert w is not None, "a cosine is with a direction"
     return (step.space.norm(w) * step.space.norm(step.gradient)).clamp_min(1e-30)

@@ -152,8 +152,9 @@ def hypergradient(
         wrt: what the gradient is in: ``"teacher"``; ``"start"``, the student's first weights; names of settings of
             ``torch.optim``'s inner optimizer, step by step and by param group: ``"lr"``, ``"momentum"``,
             ``"dampening"``, ``"weight_decay"`` of SGD, ``"lr"``, ``"betas"``, ``"eps"``, ``"weight_decay"`` of Adam and
-            AdamW, ``"lr"``, ``"momentum"``, ``"eps"``, ``"weight_decay"`` of Muon. Modes ``forward`` and ``unrolled``.
-            Cost: of the start, the Hessian product of the first step; of settings, a few operations per weight.
+            AdamW, ``"lr"``, ``"momentum"``, ``"eps"``, ``"weight_decay"`` of Muon. Modes ``forward`` and ``unrolled``;
+            without a teacher, ``problem=EqualWeights()``. Cost: of the start, the Hessian product of the first step; of
+            settings, a few operations per weight.
         compile: one step, and its adjoint, as two graphs of ``torch.compile`` that are looped over
             (:mod:`metapl.functional.training`): modes ``forward`` and ``unrolled``, ``torch.optim`` and signals that
             are not drawn, in one process. It pays from some hundreds of steps on, or where the same call is repeated.
