@@ -44,12 +44,7 @@ EXACTLY = {
 # A difference of outputs errs mostly by ReLUs that switch within the move, and of spectral norm by a bias: on 70,000
 # steps of small right students the slopes differ by at most 0.3, but for batch normalization over two rows. A gradient
 # that is doubled differs by a third at most, one that is reversed by more than 0.5 in most steps.
-BY_DIFFERENCE = {
-    torch.float64: Tolerance(1e-4, 0.5),
-    torch.float32: Tolerance(1e-2, 0.5),
-    torch.float16: Tolerance(5e-2, 0.5),
-    torch.bfloat16: Tolerance(0.1, 0.5),
-}
+BY_DIFFERENCE = {t: Tolerance(most, 0.5) for t, most in zip(EXACTLY, (1e-4, 1e-2, 5e-2, 0.1), strict=True)}
 
 ROUNDINGS = 10.0
 """A bound on the rounding error of ⟨g, w⟩ relative to ‖g‖‖w‖, in units of the machine epsilon; measured: up to 0.7."""

@@ -80,10 +80,7 @@ def as_held(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
     if not isinstance(optimizer, torch.optim.Optimizer):
         return state
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    held = {
-        number: {name: laid_out_like(value, parameters[number]) for name, value in values.items()}
-        for number, values in state["state"].items()
-    }
+    held = {i: {n: laid_out_like(t, parameters[i]) for n, t in values.items()} for i, values in state["state"].items()}
     return {**state, "state": held}
 
 

@@ -54,11 +54,8 @@ def modes_for(kind: Kind | None = None, *, looks_ahead: bool = False) -> tuple[M
     >>> modes_for(looks_ahead=True)
     ('unrolled', 'forward', 'none')
     """
-    return tuple(
-        name
-        for name, e in _REGISTRY.items()
-        if (kind is None or kind in e.labels) and (e.looks_ahead or not looks_ahead)
-    )
+    fits = [name for name, e in _REGISTRY.items() if kind is None or kind in e.labels]
+    return tuple(name for name in fits if _REGISTRY[name].looks_ahead or not looks_ahead)
 
 
 def estimator(mode: str | Estimator) -> Estimator:

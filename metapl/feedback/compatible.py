@@ -59,12 +59,8 @@ def check_mode(mode: Estimator, steps: int, problem: Problem, student: Layout) -
         raise MetaplError(f"{kind} has revised_signal and student_input(batch, signal); expected one of the two.")
     if revising and getattr(mode, "normalization", None) == "cosine":
         raise MetaplError('normalization="cosine" divides by a gradient that is zero here; expected "gradient".')
-    required = {
-        *mode.requires,
-        *([CURVATURE] if steps > 1 else ()),
-        *([ONE_PROCESS] if revising or mode.keep_on not in (None, "cpu") else ()),
-        *([THROUGH_INPUT] if mode.credits == "signal" and entering else ()),
-    }
+    required = {*mode.requires, *[CURVATURE] * (steps > 1), *[THROUGH_INPUT] * (entering and mode.credits == "signal")}
+    required |= {ONE_PROCESS} if revising or mode.keep_on not in (None, "cpu") else set()
     if lacking := sorted(need.value for need in required - student.offers):
         given = f"mode {mode.name!r} takes {' and '.join(lacking)} (with {kind}, steps={steps})"
         raise MetaplError(

@@ -58,15 +58,9 @@ class Path:
     in_settings: list[Options] = field(default_factory=list, init=False)  # on the last steps so far
     _outer_gradient: Tree | None = field(default=None, init=False)
 
-    @property
-    def rereads(self) -> bool:
-        """Whether a batch that is needed again is read again, and not held."""
-        return isinstance(self.batches, Lookahead)
-
-    @property
-    def settings(self) -> list[str]:
-        """The names in ``wrt`` that are settings."""
-        return [name for name in self.wrt if name != "start"]
+    def __post_init__(self) -> None:
+        self.rereads = isinstance(self.batches, Lookahead)  # a batch that is needed again is read again, and not held
+        self.settings = [name for name in self.wrt if name != "start"]
 
     @property
     def params(self) -> Tree:

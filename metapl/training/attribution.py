@@ -120,10 +120,8 @@ class Attribution:
         retrained = torch.stack(changes).double().cpu()  # (R,) or (R, M)
         predicted = torch.stack([self.predict(gone) for gone in sets]).double().cpu()
         columns = list(zip(predicted.reshape(len(sets), -1).T, retrained.reshape(len(sets), -1).T, strict=True))
-        spearman, pearson = (
-            sum(float(measure(p.numpy(), r.numpy())[0]) for p, r in columns) / len(columns)
-            for measure in (stats.spearmanr, stats.pearsonr)
-        )
+        pairs = [[float(by(p.numpy(), r.numpy())[0]) for by in (stats.spearmanr, stats.pearsonr)] for p, r in columns]
+        spearman, pearson = torch.tensor(pairs, dtype=torch.float64).mean(0).tolist()
         return DatamodelingScore(spearman, pearson, predicted, retrained)
 
     def top(self, count: int = 10) -> tuple[Tensor, Tensor]:

@@ -144,11 +144,8 @@ class LossTrainer(Trainer):
         return {name: getattr(self, name) for name in ("losses", *SETTINGS)}
 
     def live_state(self) -> dict[str, Any]:
-        return {
-            "student": self.student.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "steps_done": self.steps_done,
-        }
+        held = {"student": self.student.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {**held, "steps_done": self.steps_done}
 
     def _load(self, state: dict[str, Any]) -> None:
         load_whole(self.student, state["student"])
