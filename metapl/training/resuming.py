@@ -34,7 +34,8 @@ def compared(
     stateful: Sequence[Any],
 ) -> dict[str, str]:
     """What two parts of a fit have in common, as texts by name: sources, options, settings, callbacks with a state."""
-    found = {f"{name}.{key}": value for name, known in data.items() for key, value in known.items()}
+    # The digests are on their device until here.
+    found = {f"{n}.{key}": int(v) if torch.is_tensor(v) else v for n, of in data.items() for key, v in of.items()}
     found |= {name: value for name, value in vars(options).items() if name not in FREE}
     if options.schedule == "constant" or options.decay_every is not None:
         del found["steps"]  # the rates do not depend on it
@@ -59,7 +60,7 @@ def about(source: Any, batch: Any) -> dict[str, Any]:
     examples, held = getattr(source, "examples", None), getattr(source, "dataset", source)
     if examples is None and hasattr(held, "__len__") and not isinstance(held, StepBatches):  # which count steps
         examples = len(held)
-    return {"examples": examples, "batch_size": getattr(source, "batch_size", None), "first_batch": int(digest(batch))}
+    return {"examples": examples, "batch_size": getattr(source, "batch_size", None), "first_batch": digest(batch)}
 
 
 def own_state(every: list[dict[str, Any]], trainer: Any, file: Path, sources: Sequence[Any]) -> dict[str, Any]:
