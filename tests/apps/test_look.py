@@ -151,9 +151,7 @@ def test_the_rates_are_those_of_the_networks_family_or_as_given(network: str, ra
     assert own.fitting.lr == 0.5
     module = torch.nn.Linear(2, 2)
     assert [own.optimizer(role, module).param_groups[0]["lr"] for role in ("teacher", "student")] == [0.5, rate]
-    noisy = Noisy(
-        labeled="a", clean="b", pictures=own.pictures, fitting=own.fitting
-    )
+    noisy = Noisy(labeled="a", clean="b", pictures=own.pictures, fitting=own.fitting)
     assert noisy.optimizer("student", module).param_groups[0]["lr"] == 0.5
 
 
