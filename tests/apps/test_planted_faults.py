@@ -187,7 +187,8 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.mark.parametrize("fault", CAUGHT, ids=lambda fault: fault.__name__)
 def test_a_planted_fault_is_caught(fault: Fault, tmp_path: Path) -> None:
-    for name in ("as it is", "bent"):
+    """A check of goldens passes on what is there, or test_goldens.py fails."""
+    for name in ("as it is", "bent")[CAUGHT[fault].__name__ == "weights" :]:
         here = Here(pictures(tmp_path / name / "pictures"), tmp_path / name / "run")
         with pytest.MonkeyPatch.context() as patch:
             if name == "as it is":

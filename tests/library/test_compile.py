@@ -68,8 +68,8 @@ def pair(mode: Any, build: Any = None, views: bool = False, **options: Any) -> l
 @pytest.mark.parametrize(
     ("mode", "options"),
     [
-        ("forward", {"build": adamw, "views": True, "clip_norm": 0.5}),
         (Reinforce(baseline=0.9), {}),
+        pytest.param("forward", {"build": adamw, "views": True, "clip_norm": 0.5}, marks=pytest.mark.long),
         pytest.param("reinforce_per_example", {"lookahead": 1, "build": adamw}, marks=pytest.mark.long),
         pytest.param("unrolled", {"lookahead": 2}, marks=pytest.mark.long),
         pytest.param("none", {"views": True}, marks=pytest.mark.long),
@@ -131,9 +131,12 @@ CHANGES: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("how", ["plain", pytest.param("captured", marks=pytest.mark.long)])
 @pytest.mark.parametrize("what", CHANGES)
-def test_what_is_changed_between_steps_counts(what: str) -> None:
+def test_what_is_changed_between_steps_counts(what: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on the eager road: weights, statistics and optimizers' states."""
+    if how == "plain":
+        monkeypatch.setattr(torch, "compile", lambda step, **options: step)
     ends = []
     for case, trainer in pair("forward", sgd):
         torch.manual_seed(2)

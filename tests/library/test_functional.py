@@ -323,7 +323,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inducto
         ("aot_eager", *row) if i in QUICK else pytest.param("aot_eager", *row, marks=pytest.mark.long)
         for i, row in enumerate(PAIRWISE)
     ]
-    + [("aot_eager", *MUON), pytest.param("inductor", *MUON, marks=[needs_compiler, pytest.mark.long])]
+    + [pytest.param(backend, *MUON, marks=[needs_compiler, pytest.mark.long]) for backend in ("aot_eager", "inductor")]
     + [
         pytest.param("inductor", *row, marks=[needs_compiler] + [pytest.mark.long] * (i > 0))
         for i, row in enumerate(PAIRWISE)

@@ -133,8 +133,7 @@ def test_what_is_kept_changes_nothing(optimizer: str, truncate: int | None, tmp_
     assert {file.name for file in tmp_path.iterdir()} <= {".lock"}
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("kind", ["soft", "hard"])
+@pytest.mark.parametrize(("kind", "accumulate"), [("soft", 1), ("hard", 2)])
 def test_teachers_whose_passes_are_computed_again(kind: Any, accumulate: int) -> None:
     """With dropout, batch norm and drawn labels, on lazy batches of which most steps are computed again."""
     found = []

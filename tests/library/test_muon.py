@@ -184,6 +184,7 @@ def test_the_gradient_in_the_start_and_in_the_settings_of_both(mode: str) -> Non
         assert error(found.settings[name], expected) < 1e-9, name
 
 
+@pytest.mark.long
 def test_a_training_by_two_graphs_is_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graphs of the last call are kept, where the optimizers in the tuple are the same ones."""
     compiled: list[Any] = []

@@ -148,13 +148,14 @@ def same(a: Any, b: Any) -> bool:
 
 @pytest.mark.parametrize(
     ("case", "place"),
-    [("plain", "in the run forward"), ("plain", "at a file of the way back"), ("teacher", "in the teacher's gradient")]
-    + [("sparse", "in the way back")]
+    [("plain", "at a file of the way back"), ("teacher", "in the teacher's gradient")]
     + [
         pytest.param(*case, marks=pytest.mark.long)
         for case in (
             *(("plain", place) for place in ("before anything is kept", "at the last step", "in the way back")),
+            ("plain", "in the run forward"),
             ("plain", "at a file of the run forward"),
+            ("sparse", "in the way back"),
             *itertools.product(("tree", "truncated", "labels are drawn"), ("in the run forward", "in the way back")),
             *((case, "in the way back") for case in ("transform", "teacher", "clipped", "by Inductor")),
             *(("compiled", place) for place in ("in the run forward", "at a file of the way back")),

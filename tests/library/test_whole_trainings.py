@@ -87,7 +87,7 @@ KEEPS = {
     "truncated": Forward(truncate=3),
     "unrolled": Unrolled(),
 }
-QUICK = (1, 3, 4, 8)
+HOW = ["plain", pytest.param("captured", marks=pytest.mark.long)]
 # By pairs: optimizer, problem, way of keeping, clip, schedule, whether a layer is frozen.
 ROWS = [
     ("sgd", "weights", "all", None, False, False),
@@ -105,9 +105,11 @@ ROWS = [
 
 @pytest.fixture(autouse=True)
 def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without Inductor, where the mechanics matter."""
-    if "inductor" not in request.node.name:
+    """As plain functions, where what they compute matters; captured, or by Inductor, where a test's name says so."""
+    if "captured" in request.node.name:
         monkeypatch.setattr(training, "backend_of", lambda device: {"backend": "aot_eager"})
+    elif "inductor" not in request.node.name:
+        monkeypatch.setattr(torch, "compile", lambda function, **how: function)
 
 
 def both(problem: Any, optimizer: str, mode: Any, student: nn.Module, **given: Any) -> list[metapl.Hypergradient]:
@@ -136,10 +138,11 @@ def compared(eager: metapl.Hypergradient, pure: metapl.Hypergradient, most: floa
 
 @pytest.mark.parametrize(
     ("optimizer", "problem", "keep", "clip", "schedule", "frozen"),
-    [row if i in QUICK else pytest.param(*row, marks=pytest.mark.long) for i, row in enumerate(ROWS)],
+    ROWS,
 )
+@pytest.mark.parametrize("how", HOW)
 def test_two_graphs_give_the_eager_gradient(
-    optimizer: str, problem: str, keep: str, clip: float | None, schedule: bool, frozen: bool
+    how: str, optimizer: str, problem: str, keep: str, clip: float | None, schedule: bool, frozen: bool
 ) -> None:
     student = network(drops=problem != "enters_the_input", frozen=frozen)
     before = copy.deepcopy(student.state_dict())
@@ -151,14 +154,9 @@ def test_two_graphs_give_the_eager_gradient(
     assert all(torch.equal(before[name], t) for name, t in student.state_dict().items())
 
 
-@pytest.fixture
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
-
-
 @pytest.mark.parametrize("momentum", [RESTED["momentum"], torch.full((4, 1), 0.9)], ids=["rested", "constant"])
 @pytest.mark.parametrize("dampening", [0.0, 0.3])
-def test_a_buffer_is_that_of_torch_optim(dampening: float, momentum: Tensor, uncompiled: None) -> None:
+def test_a_buffer_is_that_of_torch_optim(dampening: float, momentum: Tensor) -> None:
     """A momentum of 0 leaves it as it is, and the first step has no dampening."""
     schedule = {"momentum": momentum, "dampening": torch.full((4, 1), dampening)}
     ahead, inner = Lookahead(batch, steps=4, schedule=schedule), SGD(STUDENT.parameters(), lr=0.1)
@@ -168,14 +166,14 @@ def test_a_buffer_is_that_of_torch_optim(dampening: float, momentum: Tensor, unc
     assert error(both[1].settings, both[0].settings) < 1e-9
 
 
-def test_truncation_leaves_zeros_in_the_shape_of_each_batch(uncompiled: None) -> None:
+def test_truncation_leaves_zeros_in_the_shape_of_each_batch() -> None:
     batches = [tuple(t[:rows] for t in batch(rows)) for rows in (4, 6, 5, 8)]
     given: Any = {"outer": batch(-1), "inner": Lookahead(batches), "inner_optimizer": PLAIN, "problem": PROBLEM}
     given |= {"mode": Forward(truncate=2)}
     compared(*(metapl.hypergradient(None, STUDENT, compile=on, **given) for on in (False, True)), 1e-9)
 
 
-def test_the_step_that_is_compared_is_one_that_moves(monkeypatch: pytest.MonkeyPatch, uncompiled: None) -> None:
+def test_the_step_that_is_compared_is_one_that_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     """A warm-up begins with a rate of 0, by which h is 0 on both roads."""
     real = training.make_training
 
@@ -207,7 +205,7 @@ class Tasks(nn.Module):
 
 
 @pytest.mark.parametrize("tasks", ["ab", "aa"])
-def test_weights_that_some_batches_do_not_reach_are_refused_each_time(tasks: str, uncompiled: None) -> None:
+def test_weights_that_some_batches_do_not_reach_are_refused_each_time(tasks: str) -> None:
     """torch.optim leaves them; in a graph their gradient is 0, by which momentum and decay move them."""
     student, (x, y) = Tasks(), batch(0)
     ahead = Lookahead([({task: x}, y) for task in tasks])
@@ -218,6 +216,7 @@ def test_weights_that_some_batches_do_not_reach_are_refused_each_time(tasks: str
             metapl.hypergradient(None, student, compile=True, **given)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 def test_inductor_gives_the_eager_gradient_and_keeps_its_graphs() -> None:
     problem, student = EqualWeights(), network()
@@ -327,12 +326,12 @@ def by_hand(student: nn.Module, settings: dict[str, Tensor], steps: int) -> tupl
     return loss(theta, -1), start
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("how", ["eager", *HOW])
 @pytest.mark.parametrize("mode", [Forward(keep_every=2), Forward(), Unrolled()])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("steps", [1, 5])
 def test_the_gradient_in_the_start_and_in_settings_is_that_by_double_backward(
-    optimizer: str, mode: Any, steps: int, compile: bool
+    optimizer: str, mode: Any, steps: int, how: str
 ) -> None:
     student = network(drops=False)
     if optimizer == "sgd":
@@ -350,7 +349,7 @@ def test_the_gradient_in_the_start_and_in_settings_is_that_by_double_backward(
     expected = torch.autograd.grad(L, [*start.values(), *settings.values()], allow_unused=True, materialize_grads=True)
     ahead = Lookahead(batch, steps=steps, schedule=settings)
     given: Any = {"outer": batch(-1), "inner": ahead, "inner_optimizer": inner, "problem": EqualWeights()}
-    found = metapl.hypergradient(None, student, mode=mode, compile=compile, wrt=["start", *numbers], **given)
+    found = metapl.hypergradient(None, student, mode=mode, compile=how != "eager", wrt=["start", *numbers], **given)
     trees = dict(zip([*start, *settings], expected, strict=True))
     assert found.settings["lr"].shape == (steps, 1)
     assert error(found.start, {name: trees[name] for name in start}) < 1e-7
