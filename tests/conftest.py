@@ -18,10 +18,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 LONGEST = [
-    *("test_sharded", "test_plan", "test_command_processes", "test_stopped", "test_mesh_command", "test_compile"),
-    *("test_report", "test_recipes", "test_pictures", "test_fit_resumed", "test_cli", "test_export"),
-    *("test_image_resume", "test_delivery", "test_resume", "test_killed_ranks", "test_reduced_runs"),
-    *("test_cli_pictures", "test_noisy_student_pictures", "test_exact", "test_picture_problems"),
+    *(
+        "test_functional",
+        "test_sharded",
+        "test_verify",
+        "test_sklearn",
+        "test_ranks",
+        "test_long_paths",
+        "test_package",
+    ),
+    *("test_fit_resumed", "test_planted_faults", "test_views", "test_refusals", "test_resumed_paths", "test_export"),
+    *("test_picture_batches", "test_resume", "test_bits", "test_attribution", "test_protocol_examples", "test_cost"),
 ]
 
 

@@ -67,6 +67,7 @@ def test_it_is_listed_with_what_it_reached(made: tuple[Path, Path, float]) -> No
     assert entry["data"].endswith("labeled")
 
 
+@pytest.mark.long
 def test_export_gives_its_program_and_weights(made: tuple[Path, Path, float], tmp_path: Path) -> None:
     root, folder, _ = made
     assert run("export", folder, "--out", tmp_path / "out", *FACTORY)[0] == 0

@@ -202,8 +202,7 @@ def sources(kind: str, paths: list[Path]) -> dict[str, StepBatches[Any]]:
     return batches
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kind", ["files", "kept", "memory", "tensor"])
+@pytest.mark.parametrize(("kind", "workers"), [("files", 0), ("files", 2), ("kept", 0), ("memory", 0), ("tensor", 0)])
 def test_items_are_functions_of_their_position(kind: str, workers: int, paths: list[Path]) -> None:
     """By whichever process they are made, where the run was stopped, and wherever views are taken."""
     for name, batches in sources(kind, paths).items():

@@ -137,7 +137,9 @@ def test_the_settings_are_the_published_ones() -> None:
     assert told("imagenet-10pct-paper") == told("imagenet-jft") == table
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["most of ImageNet unlabeled", "a folder"])
+@pytest.mark.parametrize(
+    "given", [False, pytest.param(True, marks=pytest.mark.long)], ids=["most of ImageNet unlabeled", "a folder"]
+)
 def test_noisy_student_on_imagenet(given: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     places: dict[str, Any] = {"root": written("imagenet", tmp_path / "data", monkeypatch), "out": str(tmp_path / "run")}
     if given:

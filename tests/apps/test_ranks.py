@@ -81,7 +81,7 @@ def left_at(run: Path, copy: Path, step: int) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("mesh", ["replicate", "shard"])
+@pytest.mark.parametrize("mesh", ["replicate", pytest.param("shard", marks=pytest.mark.long)])
 def test_digits_in_two_processes(mesh: str, two: Ranks, tiny: Path, tmp_path: Path) -> None:
     words = [*TINY, f"--mesh.{mesh}", "2"]
     assert "Test accuracy" in trained(two, words, tmp_path / "run")

@@ -33,6 +33,7 @@ def _killed(job: Job) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_a_worker_that_is_killed_is_reported_and_the_others_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "_run", _killed)
     server = context()  # whose processes have imported everything

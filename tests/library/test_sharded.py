@@ -219,8 +219,8 @@ def test_several_steps_ahead(two: Ranks, layout: str, cases: list[dict[str, Any]
     ("layout", "optimizer", "each"),
     [
         ("fsdp", "sgd", False),
-        ("hsdp", "adamw", False),
-        ("ddp", "sgd", True),
+        pytest.param("hsdp", "adamw", False, marks=pytest.mark.long),
+        pytest.param("ddp", "sgd", True, marks=pytest.mark.long),
     ],
 )
 def test_whole_trainings_are_as_in_one_process(four: Ranks, layout: str, optimizer: str, each: bool) -> None:

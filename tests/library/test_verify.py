@@ -89,7 +89,12 @@ def statuses(expected: str, student: Callable[[], nn.Module], patch: pytest.Monk
     assert found == expected.replace(" ", "")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Allowed kinds cost most: each is also compared with double backward. The others of them run in make test-long.
+LONG = {"a momentum encoder", "a hook on an activation", "a detached average", "an average in a buffer"}
+LONG |= {"a binary layer", "a doubled backward", "the old weight norm"}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.long] * (kind in LONG)) for kind in KINDS])
 def test_kinds_of_students(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, *how = KINDS[kind]
     statuses(expected, lambda: Own(*how), monkeypatch)
@@ -109,8 +114,10 @@ COMPILED = {  # a first step with compile=True: taken, taken with a warning, or 
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", COMPILED)
+QUICK = {"plain", "straight-through", "a checkpoint", "weights written by .data"}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.long] * (k not in QUICK)) for k in COMPILED])
 def test_kinds_of_students_compiled(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "backend_of", lambda device: {"backend": "aot_eager"})
     made, batches = trainer(Own(*KINDS[kind][1:]), compile=True)
