@@ -28,7 +28,7 @@ LONGEST = [
         "test_package",
     ),
     *("test_fit_resumed", "test_planted_faults", "test_views", "test_refusals", "test_resumed_paths", "test_export"),
-    *("test_picture_batches", "test_resume", "test_bits", "test_attribution", "test_protocol_examples", "test_cost"),
+    *("test_picture_batches", "test_resume", "test_bits", "test_attribution", "test_package", "test_cost"),
 ]
 
 
