@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
@@ -33,7 +33,7 @@ from metapl.apps.pictures.store import FileImages
 from metapl.apps.pictures.store import Images as Stored
 from metapl.apps.pictures.views.base import Chain, Identity, View
 from metapl.apps.pictures.views.transforms import Affine, Color, Flip, Hole, Recolor, ResizedCrop, Sometimes
-from metapl.apps.settings import Batch, Fitting, Flat, Hidden, Role, Share, Switch, replaced, unset
+from metapl.apps.settings import Batch, Fitting, Flat, Hidden, Role, Share, Switch, replaced, require, unset
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError
 from metapl.errors import few as some
@@ -54,6 +54,7 @@ FINETUNED_ON_CHANGED = 0.5
 # Learning rates of AdamW by the beginning of a network's name, and with pretrained weights; that of finetuning, by SGD.
 RATES = {"pooled_cnn": 1e-2, "small_cnn": 4e-3, "wide_resnet": 1e-3, "resnet": 1e-3, "efficientnet": 3e-4, "vit": 3e-4}
 OTHER_RATE, PRETRAINED_RATE, FINETUNED_AT = 5e-4, 2e-4, 1e-2
+TUNING_RATES = {"head": 1e-3, "lora": 1e-3, "all": PRETRAINED_RATE}
 WEIGHT_DECAY, CLIPPED = 0.05, 1.0
 
 METHODS = {
@@ -86,6 +87,9 @@ class Pictures:
     Args:
         network: pooled_cnn, resnet18, vit_b_16, timm:NAME.
         weights: pretrained; imagenet downloads them.
+        backbone: none, auto, or one that is here.
+        tuning: of it: head, lora or all; by default head.
+        lora_rank: of the changes; by default 8.
         image_size: side that pictures are resized to.
         grey: read pictures without colors.
         mirror: mirror half of them; not for letters.
@@ -97,6 +101,9 @@ class Pictures:
 
     network: Annotated[str | None, unset("NAME")] = None
     weights: Annotated[str | None, unset("FILE")] = None
+    backbone: Annotated[str, unset("NAME|FILE")] = "none"
+    tuning: Annotated[Literal["head", "lora", "all"] | None, unset("HOW")] = None
+    lora_rank: Annotated[Annotated[int, Range(4, most=16)] | None, unset()] = None
     image_size: Annotated[Annotated[int, Range(1, most=LARGEST_SIDE)] | None, unset("PIXELS")] = None
     grey: tyro.conf.FlagConversionOff[Annotated[bool | None, unset()]] = None
     mirror: Switch = False
@@ -106,9 +113,15 @@ class Pictures:
     stochastic_depth: Share = 0.0
     mean: Hidden[tuple[float, ...] | None] = None
     std: Hidden[tuple[float, ...] | None] = None
+    backbone_sha256: Hidden[str | None] = None  # of its weights, once it was found
 
     def __post_init__(self) -> None:
         check_fields(self)
+        require(self, self.tuning is None or self.backbone != "none", "tuning", "--backbone beside it")
+        require(self, self.lora_rank is None or self.tuning == "lora", "lora_rank", "--tuning lora beside it")
+        for noise in ("dropout", "stochastic_depth"):
+            free = self.backbone == "none" or self.tuning == "all" or not getattr(self, noise)
+            require(self, free, noise, "--tuning all, for what is frozen has no noise")
         if self.network is not None:
             self.architecture(classes=2)
 
@@ -171,7 +184,13 @@ class Pictures:
         """The network with fresh or pretrained weights, normalizing pictures in [0, 1]."""
         assert self.mean is not None  # settled
         assert self.std is not None
-        network = networks.normalized(self.architecture(classes).create(self.weights), self.mean, self.std)
+        architecture = self.architecture(classes)
+        module = architecture.create(self.weights)
+        if self.tuning is None or self.weights is None:
+            network = networks.normalized(module, self.mean, self.std)
+        else:
+            how: Any = {"tuning": self.tuning, "rank": self.lora_rank or 0}
+            network = networks.Tuned(module, self.mean, self.std, heads=architecture.family.heads(module), **how)
         return network.to(memory_format=torch.channels_last)
 
     def card(self, title: str, classes: int) -> NetworkCard:
@@ -183,7 +202,7 @@ class Pictures:
     def rate(self) -> float:
         """The learning rate with which such a network trains."""
         if self.weights:
-            return PRETRAINED_RATE
+            return TUNING_RATES[self.tuning or "all"]
         return next((rate for stem, rate in RATES.items() if str(self.network).startswith(stem)), OTHER_RATE)
 
     @property
@@ -322,6 +341,8 @@ class Images:
         """With another network of the same pictures, and its rate where none was given; weights are of one network."""
         if name == self.pictures.network:
             return self
+        if self.pictures.backbone != "none":
+            raise MetaplError(f"--backbone is of one network, and {name} is another one; leave --networks out.")
         found: Images = replaced(self, network=name, weights=None)
         usual = self.fitting.lr == self.pictures.rate
         return replaced(found, lr=found.pictures.rate) if usual else found

@@ -16,7 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from metapl.apps import backbone
+from metapl.apps.backbone import IMAGENET, Backbone
+from metapl.apps.machine.sealed import sha256_of
 from metapl.apps.methods import Data, Training
+from metapl.apps.networks import begin_as
 from metapl.apps.networks.weights import fetch_imagenet_weights
 from metapl.apps.pictures.reader import LUMA, UnreadableImage, read_image
 from metapl.apps.pictures.store import FileImages, Images, MemoryImages
@@ -27,8 +31,6 @@ from metapl.errors import MetaplError
 from metapl.problems.losses import UDA
 from metapl.training import FitResult, Say, Trainer
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation that pretrained weights expect
-
 SET_ASIDE = 0.2  # part of the labeled pictures to select on, where that is enough of them to tell anything
 SMALLEST_SIDE, GREATEST_SIDE, PRETRAINED_SIDE = 16, 48, 128  # pixels; the first two where a network starts from nothing
 PRETRAINED_NETWORK, IMAGENET_WEIGHTS = "resnet18", "imagenet"
@@ -37,6 +39,7 @@ MINUTES = 5.0  # for training, where neither minutes nor steps are given
 REHEARSED = 1000  # steps of the training that is measured, of which a few are taken
 AGAIN = 2  # how often the number of steps is measured again where parts of it were asked for
 FEW_STEPS = 300  # below which a network that starts from nothing has hardly learned
+LORA_RANK = 8
 MANY_COPIES = 10  # how often a picture may be in one batch before that is told
 
 WARMUP = 0.05  # share of the steps over which learning rates grow
@@ -49,16 +52,24 @@ def settled(config: Any, method: Any, say: Say, before: Mapping[str, Any] | None
     """
     labeled, unlabeled = config.few_and_many()
     places: dict[str, Any] = {name: whole(getattr(config, name)) for name in config.places}
-    weights = config.pictures.weights
+    weights, asked = config.pictures.weights, config.pictures.backbone
+    if weights is not None and asked != "none":
+        raise MetaplError(f"--backbone {asked} has its own weights, and --weights {weights} was given; leave one out.")
     if weights == IMAGENET_WEIGHTS:
         weights = str(fetch_imagenet_weights(config.pictures.network or PRETRAINED_NETWORK))
     config = replaced(config, **places, weights=whole(weights), classes=labeled.classes)
     if before is not None:
+        if asked != "none" and before.get("weights") is not None:
+            weights = Path(before["weights"])
+            if not weights.is_file() or sha256_of(weights) != before.get("backbone_sha256"):
+                raise MetaplError(f"the backbone of the run, {weights}, is gone or another one; put it back.")
+            config = replaced(config, weights=str(weights))
         try:
             config = filled(config, {name: value for name, value in before.items() if name not in GIVEN})
             return config, filled(method, before)
         except (MetaplError, TypeError) as error:
             raise MetaplError(f"the run's settings are damaged or of another version: {error}") from error
+    found = backbone.find(asked, config.pictures.network) if asked not in ("none", "auto") else None
     config.check_first()
     of_few = config.batch_of_few
     size, count = getattr(config, of_few, None) or config.fitting.labeled_batch, len(labeled)
@@ -68,6 +79,7 @@ def settled(config: Any, method: Any, say: Say, before: Mapping[str, Any] | None
             "drawn from: each is in every batch so often, and each copy costs the time of a picture"
         )
     seen = look([*map(Path, labeled.paths())], labeled.targets(), [*map(Path, unlabeled.paths())])
+    config = on_backbone(config, found, seen, say)
     aside = round(SET_ASIDE * count) if not config.val else 0
     # Too few to select on train better.
     config = fitted(config, seen, val_fraction=SET_ASIDE if aside >= SELECTED_ON else 0.0)
@@ -85,9 +97,37 @@ def settled(config: Any, method: Any, say: Say, before: Mapping[str, Any] | None
             f"chance {seen.colors.chance:.0%}, so colors may matter, and are exchanged: if they do, give "
             "--recolor False"
         )
-    if pictures.weights is None and not pictures.grey and seen.side >= PHOTOGRAPHS:
+    if pictures.weights is None and asked == "none" and not pictures.grey and seen.side >= PHOTOGRAPHS:
         say("for photographs a network that was trained on photographs is better: --weights imagenet")
     return config, method
+
+
+def on_backbone(config: Any, found: Backbone | None, seen: Look, say: Say) -> Any:
+    """The settings with the backbone that was asked for, or is chosen for such pictures."""
+    given = config.pictures
+    if given.backbone == "none":
+        return config
+    if found is None:
+        large = not seen.grey and seen.side >= backbone.AUTO_SIDE
+        found = backbone.auto() if large else None
+        if found is None:
+            why = "the weights of none are on this machine" if large else "the pictures are grey or small"
+            say(f"backbone: none, for {why}; from scratch")
+            return config
+    side = given.image_size or found.image_size or seen.side
+    if side < backbone.LEAST_SIDE and found.image_size is None:
+        raise MetaplError(
+            f"--backbone {given.backbone}: pictures of {side} pixels are too small for it; expected "
+            f"{backbone.LEAST_SIDE} or more, by --image-size where they are to be enlarged, or no backbone."
+        )
+    taken: Any = {"network": found.network, "weights": str(found.weights), "backbone_sha256": found.sha256}
+    taken |= {"mean": found.mean, "std": found.std, "tuning": given.tuning or "head"}
+    taken |= {"lora_rank": given.lora_rank or LORA_RANK} if given.tuning == "lora" else {}
+    taken |= {"grey": found.grey, "image_size": given.image_size or found.image_size}
+    what = {"head": "its head is trained", "lora": "low-rank changes are trained", "all": "all of it is trained"}
+    how = what[taken["tuning"]]
+    say(f"backbone: {found.network} from {found.weights} (SHA-256 {found.sha256[:12]}...), {how}")
+    return replaced(config, **taken)
 
 
 # What a run that is resumed is given anew, with what it was started with, or does not need.
@@ -350,6 +390,7 @@ def seconds_per_step(config: Any, method: Any, clock: Clock = time.monotonic) ->
         images, labels = _noise(config, Path(folder)), torch.arange(PICTURES) % len(config.classes)
         data = Data(**config.batches(images, labels, images), classes=config.classes, record={})
         teacher, student = (config.network().to(place) for _ in range(2))
+        begin_as(teacher, student)
         training = Training(
             config=config,
             data=data,

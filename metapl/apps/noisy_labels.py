@@ -130,7 +130,9 @@ class Learned:
         elif self.kind == "meta_weight_net":
             problem, learned = MetaWeightNet(), WeightNet()
         elif self.kind == "label_correction":
-            problem, learned = LabelCorrection(), Corrector(t.config.network(), classes, TRUSTED)
+            network = t.config.network().to(next(t.student.parameters()).device)
+            networks.begin_as(t.student, network)
+            problem, learned = LabelCorrection(), Corrector(network, classes, TRUSTED)
         else:
             problem, learned = NoiseTransition(), Table(TRUSTED * torch.eye(classes))
         teacher = t.laid_out(learned, small=not problem.teacher_reads_inputs)

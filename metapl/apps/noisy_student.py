@@ -29,6 +29,7 @@ from metapl.apps.labeling import Labeled, Read, SourcePictures, provenance, stor
 from metapl.apps.labels import LabelStore
 from metapl.apps.labels.queries import Selection, select, statistics
 from metapl.apps.methods import Data, Trained, Training
+from metapl.apps.networks import begin_as
 from metapl.apps.pictures import LabeledBatches, UnlabeledBatches
 from metapl.apps.pictures.batches import Fetched
 from metapl.apps.pictures.views.base import Identity, View
@@ -136,7 +137,9 @@ class NoisyStudent:
 
         # Round 0, on labeled examples alone, with noise.
         torch.manual_seed(fold_in(seed, 0))
-        teacher = t.laid_out(first.network())
+        network = first.network().to(place)
+        begin_as(t.student, network)
+        teacher = t.laid_out(network)
         losses: Any = (CrossEntropy(self.label_smoothing),)
         trainer = LossTrainer(teacher, losses, optimizer=optimizer(first, teacher), **t.options)
         usual = config.fitting.steps
@@ -147,6 +150,7 @@ class NoisyStudent:
             chosen = Chosen.all_of(data) if rounds is None else rounds.choose(number, teacher)
             torch.manual_seed(fold_in(seed, number))  # whatever was drawn before
             network, steps, rate = sized.network().to(place), usual, 1.0
+            begin_as(t.student, network)
             if self.warm_start:
                 network.load_state_dict(weights_of(teacher))
                 steps = self.warm_steps or usual

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from metapl.apps import suspects
+from metapl.apps.backbone import Control
 from metapl.apps.fitting import fit
 from metapl.apps.labeling import label_by, labels_given
 from metapl.apps.labels.files import DESCRIPTION
 from metapl.apps.launch import Processes
 from metapl.apps.machine.sealed import read_plain, sha256_of
 from metapl.apps.methods import Data, ReducedMpl, Trained, Training
+from metapl.apps.networks import Tuned, begin_as, merged
 from metapl.apps.pictures.card import NetworkCard
 from metapl.apps.pictures.input import Input
 from metapl.apps.pictures.store import record_files, replaced_files
@@ -122,6 +124,13 @@ def train(
     # 2. Both networks from the seed, the teacher first.
     place = device(fitting.device)
     teacher, student = (config.network().to(place) for _ in range(2))
+    beside = None
+    if config.places:
+        control, on = Control.of(teacher, data), data.test or data.validation
+        beside = None if on is None else (control.accuracy(on), control.sees)
+        if isinstance(teacher, Tuned):
+            control.start(teacher)
+    begin_as(teacher, student)
     if processes.size > 1:
         teacher, student = processes.laid_out(teacher, student, seed=fitting.seed)
 
@@ -175,7 +184,8 @@ def train(
         kept["finetuned"] = measured(data, inside(network), result.validation_accuracy, result.weights)
 
     # 5. The run folder.
-    return deliver(config, method, folder, data, trained, kept, say=say, select=select, first=processes.first)
+    last: Any = {"say": say, "select": select, "first": processes.first, "beside": beside}
+    return deliver(config, method, folder, data, trained, kept, **last)
 
 
 @dataclass(frozen=True)
@@ -213,6 +223,7 @@ def deliver(
     say: Say,
     select: bool,
     first: bool,
+    beside: tuple[float, str] | None = None,
 ) -> dict[str, Any]:
     """Write what a training ended with: the networks, what they are and reach, and the page of the run."""
     if data.doubtful is not None:
@@ -227,7 +238,7 @@ def deliver(
     cards = {name: trained.configs.get(name, config).card(words[name]) for name in kept}
     called = f"{config.name}, {method.name}, seed {config.fitting.seed}"
     sealed = describe_networks(folder, called, data.classes, cards)
-    sealed |= {WEIGHTS[name]: folder.write_weights(WEIGHTS[name], one.weights) for name, one in kept.items()}
+    sealed |= {WEIGHTS[name]: folder.write_weights(WEIGHTS[name], merged(one.weights)) for name, one in kept.items()}
     sealed |= {name: sha256_of(folder.path / name) for name in TOLD if (folder.path / name).is_file()}
     evaluation, labels = kept[chosen].evaluation, validation_labels(data)
     content: dict[str, Any] = {
@@ -244,6 +255,7 @@ def deliver(
         "delivered_by": by,
         "sha256": sealed,
         **({} if trained.rounds is None else {"rounds": trained.rounds}),
+        **({} if beside is None else {"control_accuracy": beside[0], "control_of": beside[1]}),
         **kept[chosen].accuracies(),
         **({} if evaluation is None else {"evaluation": evaluation.to_json()}),
     }
@@ -329,3 +341,5 @@ def check_shares(config: Any, method: Any, mesh: Mesh) -> None:
                 f"--{name.replace('_', '-')} {size:,}: expected a multiple of {parts:,}, for {mesh.shares:,} processes "
                 f"and --accumulate {config.fitting.accumulate:,}."
             )
+    if mesh.shard > 1 and config.places and config.pictures.backbone != "none" and config.pictures.tuning != "all":
+        raise MetaplError("--mesh.shard cuts what is trained; of a --backbone expected --tuning all, or copies.")

@@ -74,7 +74,10 @@ def load_weights(
     ('1.weight', '1.bias')
     """
     path, own = Path(file), module.state_dict()
-    state = _without_prefixes(_state_dict(path), own.keys())
+    state = _state_dict(path)
+    if all(name in ("mean", "std") or name.startswith("module.") for name in state):  # of a run: see Normalized
+        state = {name: t for name, t in state.items() if name not in ("mean", "std")}
+    state = _without_prefixes(state, own.keys())
     interpolated = () if adapt is None else adapt(module, state)
     fresh: list[str] = []
     for head in heads:
@@ -177,7 +180,8 @@ def parameter_groups(module: nn.Module, weight_decay: float, *, on_norms: bool =
     """Split a network's parameters by whether weight decay acts on them, for ``torch.optim``.
 
     Without ``on_norms``, decay leaves alone vectors and single numbers (biases, scales and shifts of norms, layer
-    scales) and every parameter of a norm layer: to shrink these does not make the function simpler.
+    scales) and every parameter of a norm layer: to shrink these does not make the function simpler. Frozen parameters
+    are in no group.
 
     Args:
         module: the network.
@@ -198,10 +202,10 @@ def parameter_groups(module: nn.Module, weight_decay: float, *, on_norms: bool =
     if not weight_decay >= 0:
         raise MetaplError(f"parameter_groups got weight_decay={weight_decay}; expected a number of 0 or more.")
     if on_norms:
-        return [{"params": list(module.parameters()), "weight_decay": weight_decay}]
+        return [{"params": [p for p in module.parameters() if p.requires_grad], "weight_decay": weight_decay}]
     norms = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
     of_norms = {id(p) for m in module.modules() if isinstance(m, norms) for p in m.parameters(recurse=False)}
-    is_spared = {p: p.ndim <= 1 or id(p) in of_norms for p in module.parameters()}
+    is_spared = {p: p.ndim <= 1 or id(p) in of_norms for p in module.parameters() if p.requires_grad}
     decays = ((False, weight_decay), (True, 0.0))
     groups = [{"params": [p for p in is_spared if is_spared[p] == spared], "weight_decay": w} for spared, w in decays]
     return [group for group in groups if group["params"]]

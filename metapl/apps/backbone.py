@@ -1,0 +1,200 @@
+"""Backbones, networks whose weights are on this machine already; and the control that a run stands beside."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from metapl.apps.errors import require_extra
+from metapl.apps.machine.sealed import sha256_of
+from metapl.apps.methods import Data
+from metapl.apps.networks import Architecture, Tuned
+from metapl.apps.pictures.batches import EvaluationBatches
+from metapl.apps.run import WEIGHTS, EndedRun
+from metapl.errors import MetaplError
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation that pretrained weights expect
+
+# What "auto" takes, the first whose weights are here; and the least side of pictures, in pixels: for it, and for any.
+AUTO = (
+    *("timm:vit_small_patch16_dinov3", "timm:vit_small_patch14_dinov2", "timm:convnext_tiny", "timm:resnet50"),
+    *("resnet50", "efficientnet_b0", "timm:efficientnet_lite0", "resnet18", "timm:mobilenetv3_small_100"),
+)
+AUTO_SIDE, LEAST_SIDE = 48, 32
+
+# The control: side in pixels to which pictures are shrunk where there is no backbone; the most labeled pictures.
+CONTROL_SIDE, CONTROL_PICTURES, CONTROL_BATCH = 16, 2000, 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """A network that was trained on other pictures: its name, its weights, and the pictures that it takes."""
+
+    network: str
+    weights: Path
+    mean: tuple[float, ...] = IMAGENET[0]
+    std: tuple[float, ...] = IMAGENET[1]
+    grey: bool = False
+    image_size: int | None = None  # None: whatever is usual
+    sha256: str = ""
+
+
+def find(given: str, network: str | None) -> Backbone:
+    """The backbone that a name, a file of weights or the folder of a run stands for; nothing is downloaded.
+
+    Args:
+        given: ``timm:NAME`` or a name of torchvision, whose weights are in the cache of torch.hub or of
+            huggingface_hub; the folder of a run of metapl; or a file of weights, of the ``network`` or of that which
+            the config.json beside it names, as timm's are published.
+        network: what was asked for beside it.
+
+    Raises: MetaplError where there is nothing, or something else.
+    """
+    path = Path(given).expanduser()
+    if path.is_dir():
+        run = EndedRun.load(path)
+        name = run.result["delivered"]
+        card = run.cards[name]
+        if card.architecture is None or card.mean is None or card.std is None:
+            raise MetaplError(f"--backbone {given}: its network takes no pictures; expected a run on pictures.")
+        own: Any = {"mean": card.mean, "std": card.std, "grey": card.input.channels == 1, "image_size": card.input.size}
+        found = Backbone(network=card.architecture.name, weights=path / WEIGHTS[name], **own)
+    elif path.is_file():
+        beside = path.parent / "config.json"
+        named = json.loads(beside.read_text()).get("architecture") if network is None and beside.is_file() else None
+        architecture = network or (named and f"timm:{named}")
+        if architecture is None:
+            raise MetaplError(f"--backbone {given}: expected the network that the weights are of too: --network NAME.")
+        found = Backbone(network=architecture, weights=path, **_normalization(architecture))
+    else:
+        files = _cached(given)
+        file = next((file for file in files if file.is_file()), None)
+        if file is None:
+            raise MetaplError(
+                f"--backbone {given}: its weights are not on this machine; put them at {files[0]}, or give a file: "
+                f"--backbone FILE --network {given}."
+            )
+        found = Backbone(network=given, weights=file, **_normalization(given))
+    if network not in (None, found.network):
+        raise MetaplError(f"--backbone {given} is {found.network}, and --network {network} was given; leave it out.")
+    hashed = sha256_of(found.weights)
+    return Backbone(**{**vars(found), "weights": found.weights.resolve(), "sha256": hashed})
+
+
+def auto() -> Backbone | None:
+    """The first of the usual backbones whose weights are on this machine."""
+    for name in AUTO:
+        try:
+            return find(name, None)
+        except MetaplError:  # without its weights, or without timm
+            continue
+    return None
+
+
+def _cached(name: str) -> list[Path]:
+    """Where the weights of a network by its name would be."""
+    library = Architecture(name=name, num_classes=2).library  # refuses an unknown name
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    if library == "torchvision":
+        from torchvision.models import get_model_weights
+
+        try:
+            weights: Any = get_model_weights(name)
+        except ValueError as error:
+            raise MetaplError(f"--backbone {name}: torchvision has no weights of it; expected a file.") from error
+        return [folder / Path(urlparse(one.url).path).name for one in (weights.DEFAULT, *weights)]
+    if library != "timm":
+        raise MetaplError(f"--backbone {name}: nobody has published its weights; expected a file, or a run's folder.")
+    require_extra("timm", f"{name} needs", "timm")
+    import timm
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    config: Any = timm.get_pretrained_cfg(name.removeprefix("timm:"))
+    if config is None or not (config.hf_hub_id or config.url):
+        raise MetaplError(f"--backbone {name}: timm knows no weights of it; expected a file.")
+    found = []
+    for file in filter(None, (config.hf_hub_filename, "model.safetensors", "pytorch_model.bin")):
+        cached = try_to_load_from_cache(config.hf_hub_id or "", file, cache_dir=constants.HF_HUB_CACHE)
+        found += [Path(cached)] if isinstance(cached, str) else []
+    return [*found, folder / Path(urlparse(config.url or f"{config.hf_hub_id}.safetensors").path).name]
+
+
+def _normalization(name: str) -> Any:
+    """Of the pictures that a network's published weights expect."""
+    if not name.startswith("timm:"):
+        return {}
+    require_extra("timm", f"{name} needs", "timm")
+    import timm
+
+    config = timm.get_pretrained_cfg(name.removeprefix("timm:"))
+    return {} if config is None else {"mean": tuple(config.mean), "std": tuple(config.std)}
+
+
+@dataclass(frozen=True, eq=False)
+class Control:
+    """Logistic regression on the labeled pictures alone: on the features of a backbone before it is trained, or,
+    without one, on the pictures shrunk to 16 pixels; each feature is standardized on the labeled pictures."""
+
+    network: nn.Module
+    regression: Any  # scikit-learn's
+
+    @classmethod
+    def of(cls, network: nn.Module, data: Data) -> Control:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        made = cls(network, make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)))
+        images, labels = data.labeled.images, data.labeled.labels
+        some = torch.arange(0, len(images), max(1, -(-len(images) // CONTROL_PICTURES)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            made.regression.fit(*made._seen(EvaluationBatches(images.select(some), labels[some], CONTROL_BATCH)))
+        return made
+
+    @property
+    def sees(self) -> str:
+        return "features of the backbone" if isinstance(self.network, Tuned) else "pixels"
+
+    def accuracy(self, data: EvaluationBatches) -> float:
+        return float(self.regression.score(*self._seen(data)))
+
+    @torch.no_grad()
+    def start(self, network: Tuned) -> None:
+        """Let the head of a network begin as the regression: what is trained next goes on from there."""
+        scaler, linear = (step for _, step in self.regression.steps)
+        head = network.module.get_submodule(network.head)
+        if not isinstance(head, nn.Linear) or len(linear.classes_) != head.out_features:
+            return
+        weight_KF, bias_K = linear.coef_, linear.intercept_
+        if len(linear.classes_) == 2:  # scikit-learn has the difference of two classes
+            weight_KF, bias_K = (np.concatenate([-each, each]) / 2 for each in (weight_KF, bias_K))
+        weight_KF = weight_KF / scaler.scale_
+        head.weight.copy_(torch.from_numpy(weight_KF))
+        if head.bias is not None:
+            head.bias.copy_(torch.from_numpy(bias_K - weight_KF @ scaler.mean_))
+
+    def _seen(self, batches: EvaluationBatches) -> tuple[Any, Any]:
+        """The features and the labels of pictures."""
+        network, device = self.network, next(self.network.parameters()).device
+        described = network.features if isinstance(network, Tuned) else _pixels
+        training = network.training
+        network.eval()
+        read = map(batches.batch, range(batches.steps))
+        parts = [(described(images.to(device)).double().cpu(), labels) for images, labels in read]
+        network.train(training)
+        x, y = map(torch.cat, zip(*parts, strict=True))
+        return x.flatten(1).numpy(), y.numpy()
+
+
+def _pixels(images: Tensor) -> Tensor:
+    return nn.functional.adaptive_avg_pool2d(images, min(CONTROL_SIDE, images.shape[-1]))
