@@ -121,7 +121,7 @@ def own_stream(state: Tensor) -> Tensor:
 
 
 def weights(module: nn.Module) -> Tree:
-    return {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters()}
+    return {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters() if p.requires_grad}
 
 
 def drawn(q: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -121,6 +121,17 @@ class Family:
 
     def adapt(self, module: nn.Module, state: dict[str, Tensor]) -> tuple[str, ...]:
         """Bring the position embeddings of a file to a network's resolution, in place, and name what was changed."""
+        if self.library == "timm":
+            vit: Any = module
+            embedded, own = state.get("pos_embed"), getattr(vit, "pos_embed", None)
+            if embedded is None or own is None or embedded.shape == own.shape or embedded.ndim != 3:
+                return ()
+            from timm.layers.pos_embed import resample_abs_pos_embed
+
+            first = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
+            grid = [*vit.patch_embed.grid_size]
+            state["pos_embed"] = resample_abs_pos_embed(embedded, grid, num_prefix_tokens=first)
+            return ("pos_embed",)
         key = "encoder.pos_embedding"
         own = module.state_dict().get(key) if self.patch is not None else None
         if own is None or key not in state or state[key].shape == own.shape or state[key].ndim != 3:

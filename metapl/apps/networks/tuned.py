@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parametrize
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metapl.apps.networks.weights import Normalized
@@ -18,25 +18,39 @@ from metapl.errors import MetaplError
 Tuning = Literal["head", "lora", "all"]
 
 
-class LowRank(nn.Module):
-    r"""A trained change of a frozen weight, :math:`W + BA`, which is zero at the start (LoRA, arXiv:2106.09685).
+class LowRankLinear(nn.Linear):
+    """A frozen layer with a trained change, :math:`W + BA`, which is zero at the start (LoRA, arXiv:2106.09685)."""
 
-    Args:
-        weight: (out, ...) of a linear layer or a convolution; A is (rank, the rest of its sizes), B is (out, rank).
-    """
+    down: Tensor  # A, (rank, the sizes of an output's weights)
+    up: Tensor  # B, (out, rank)
 
-    def __init__(self, weight: Tensor, rank: int) -> None:
-        super().__init__()
-        self.up = nn.Parameter(torch.zeros(len(weight), rank))
-        self.down = nn.Parameter(torch.empty(rank, weight[0].numel()))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return changed(weight, self.up, self.down)
+    def forward(self, input: Tensor) -> Tensor:
+        # BA is not multiplied: its gradient would cost as much as that of all of W.
+        return super().forward(input) + F.linear(F.linear(input, self.down), self.up)
 
 
-def changed(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    return weight + (up @ down).reshape(weight.shape)
+class LowRankConv2d(nn.Conv2d):
+    """A convolution, likewise."""
+
+    down: Tensor
+    up: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + F.conv2d(self._conv_forward(input, self.down, None), self.up[:, :, None, None])
+
+
+def add_low_rank(module: nn.Module, rank: int, *, but: str) -> None:
+    """Give each linear layer and convolution a change of low rank where that has fewer weights; none to ``but``."""
+    for name, layer in module.named_modules():
+        kind = {nn.Linear: LowRankLinear, nn.Conv2d: LowRankConv2d}.get(type(layer))
+        if kind is None or f"{name}.".startswith(f"{but}.") or getattr(layer, "groups", 1) > 1:
+            continue
+        weight: Any = layer.weight
+        if rank * (len(weight) + weight[0].numel()) < weight.numel():
+            layer.__class__ = kind  # whoever reads its sizes or its weight finds them
+            layer.down = nn.Parameter(weight.new_empty(rank, *weight.shape[1:]))
+            layer.up = nn.Parameter(weight.new_zeros(len(weight), rank))
+            nn.init.kaiming_uniform_(layer.down, a=math.sqrt(5))
 
 
 class Tuned(Normalized):
@@ -74,12 +88,7 @@ class Tuned(Normalized):
             module.requires_grad_(False)
             module.get_submodule(self.head).requires_grad_(True)
         if tuning == "lora":
-            for name, layer in [*module.named_modules()]:
-                inside = f"{name}.".startswith(f"{self.head}.")
-                if isinstance(layer, nn.Linear | nn.Conv2d) and not inside:
-                    sizes = len(layer.weight), layer.weight[0].numel()
-                    if rank * sum(sizes) < math.prod(sizes):  # else the layer itself has fewer weights
-                        parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank))
+            add_low_rank(module, rank, but=self.head)
         self.train()
 
     def train(self, mode: bool = True) -> Tuned:
@@ -127,11 +136,10 @@ def begin_as(first: nn.Module, second: nn.Module) -> None:
 
 def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights under the names of the network as it is built by its name, low-rank changes added to what they change."""
-    inside = ".parametrizations.weight."
-    found = {name: t for name, t in state.items() if inside not in name}
+    found = dict(state)
     for name in state:
-        stem, _, last = name.rpartition(inside)
-        if last == "original":
-            up, down = (state[f"{stem}{inside}0.{part}"] for part in ("up", "down"))
-            found[f"{stem}.weight"] = changed(state[name], up, down)
+        stem, _, last = name.rpartition(".")
+        if last == "up" and f"{stem}.down" in state:
+            weight, up, down = (found.pop(f"{stem}.{part}") for part in ("weight", "up", "down"))
+            found[f"{stem}.weight"] = weight + (up @ down.flatten(1)).reshape(weight.shape)
     return found

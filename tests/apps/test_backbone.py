@@ -1,0 +1,311 @@
+"""Pictures from a backbone: where its weights are found, what of them is trained, and the control beside the run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import metapl
+from huggingface_hub import constants
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from tiny_runs import color_folders
+from torch import nn
+from torchvision.models import ResNet18_Weights
+from torchvision.transforms.functional import pil_to_tensor
+
+from metapl.apps import backbone
+from metapl.apps.images import METHODS, Images, Pictures
+from metapl.apps.look import settled
+from metapl.apps.networks import Tuned, begin_as, create, merged
+from metapl.apps.report import summary
+from metapl.apps.run import WEIGHTS, EndedRun
+from metapl.apps.settings import Fitting
+from metapl.errors import MetaplError
+from metapl.training.trainer import BilevelTrainer
+
+SIDE = 32
+FLAGS = (
+    *("--steps", "3", "--network", "pooled_cnn", "--image-size", str(SIDE), "--finetune-steps", "2", "--device", "cpu"),
+    *("--labeled-batch", "4", "--log-every", "1", "--save-every", "2"),
+)
+
+
+@pytest.fixture(name="root", scope="module")
+def _root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Red and blue pictures, in ``noisy`` too, and the weights of a network of ten classes."""
+    root = color_folders(tmp_path_factory.mktemp("colors"), few=6, many=8, side=SIDE)
+    shutil.copytree(root / "labeled", root / "noisy")
+    for number, file in enumerate(sorted((root / "noisy").rglob("*.png"))):
+        Image.open(file).rotate(90 * (1 + number % 3)).save(file)
+    torch.manual_seed(3)
+    torch.save(create("pooled_cnn", 10, image_size=SIDE).state_dict(), root / "weights.pt")
+    return root
+
+
+def command(root: Path, out: Path, kind: str = "train images", *more: str) -> list[str]:
+    parts = ("noisy", "clean", "test") if "noisy" in kind.split() else ("labeled", "unlabeled", "test")
+    places = {"noisy": ("--labeled", "noisy"), "clean": ("--clean", "labeled")}
+    folders = [f"{flag}={root / place}" for flag, place in (places.get(part, (f"--{part}", part)) for part in parts)]
+    return [*kind.split(), *folders, *FLAGS, "--backbone", str(root / "weights.pt"), "--out", str(out), *more]
+
+
+@pytest.mark.parametrize(
+    ("kind", "tuning"),
+    [
+        ("train images --method mpl --unlabeled-batch 4", "head"),
+        ("train images --method uda --unlabeled-batch 4", "lora"),
+        ("train images --method supervised --unlabeled-batch 4", "all"),
+        pytest.param("train images --method mpl --unlabeled-batch 4", "lora", marks=pytest.mark.long),
+        pytest.param("train images --method reduced_mpl --unlabeled-batch 4", "lora", marks=pytest.mark.long),
+        pytest.param("train noisy --method label_correction --clean-batch 4", "lora", marks=pytest.mark.long),
+        pytest.param("noisy-student images --rounds 1 --ratio 1", "head", marks=pytest.mark.long),
+    ],
+)
+def test_a_run_begins_from_a_file_and_is_read_without_it(kind: str, tuning: str, root: Path, tmp_path: Path) -> None:
+    given, out = tmp_path / "weights.pt", tmp_path / "run"
+    shutil.copy(root / "weights.pt", given)
+    metapl(*command(root, out, kind, "--tuning", tuning, "--backbone", str(given)))
+    fields = json.loads((out / "recipe.json").read_text())["recipe"]["fields"]
+    assert (fields["network"], fields["weights"], fields["tuning"]) == ("pooled_cnn", str(given), tuning)
+    assert fields["backbone_sha256"] == backbone.find(str(given), "pooled_cnn").sha256
+    assert json.loads((out / "result.json").read_text())["control_accuracy"] == 1.0
+    assert "control" in (out / "report.html").read_text()
+    before = torch.load(given)
+    given.unlink()
+    assert len(metapl("predict", out, root / "test").stdout.splitlines()) == 1 + 12
+    for name in EndedRun.load(out).networks:
+        weights = load_file(out / WEIGHTS[name])
+        after = {key.removeprefix("module."): t for key, t in weights.items()}
+        moved = {key for key, t in before.items() if not torch.equal(t, after[key])} - {"head.weight", "head.bias"}
+        layers = {key for key in before if before[key].ndim == 4}
+        assert moved == {"head": set(), "lora": layers & moved, "all": moved}[tuning]
+        assert bool(moved) == (tuning != "head")
+
+
+def test_a_run_goes_on_from_the_backbone_that_it_was_started_with_alone(root: Path, tmp_path: Path) -> None:
+    words = command(root, tmp_path / "run", "train images --method uda --unlabeled-batch 4", "--tuning", "lora")
+    given = tmp_path / "weights.pt"
+    shutil.copy(root / "weights.pt", given)
+    words[words.index("--backbone") + 1] = str(given)
+    metapl(*words)
+    ended = {file.name: file.read_bytes() for file in (tmp_path / "run").glob("*.safetensors")}
+    for name in ("result.json", *ended):
+        (tmp_path / "run" / name).unlink()
+    metapl(*words, "--resume")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run").glob("*.safetensors")} == ended
+    torch.save(create("pooled_cnn", 10, image_size=SIDE).state_dict(), given)
+    assert "another one" in metapl(*words, "--resume", code=2).stderr
+
+
+# ------------------------------------------------------------------------------------------------------------- networks
+
+
+def tuned(tuning: Any, name: str = "pooled_cnn", **options: Any) -> Tuned:
+    config = Pictures(
+        network=name, weights="", backbone="given", tuning=tuning, lora_rank=4 if tuning == "lora" else None, **options
+    )
+    module = config.architecture(classes=3).create()
+    heads = config.architecture(classes=3).family.heads(module)
+    return Tuned(module, (0.5,) * 3, (0.5,) * 3, heads=heads, tuning=tuning, rank=4)
+
+
+@pytest.mark.parametrize("tuning", ["head", "lora"])
+def test_frozen_weights_are_stored_once_and_the_head_alone_needs_one_pass_a_batch(tuning: str) -> None:
+    teacher, student = tuned(tuning), tuned(tuning)
+    begin_as(teacher, student)
+    own = [{id(p) for p in network.parameters() if not p.requires_grad} for network in (teacher, student)]
+    assert own[0] == own[1] != set()
+    before = {name: t.clone() for name, t in student.state_dict().items()}
+    passes = [0]
+    for network in (teacher, student):
+        first = next(part for part in network.modules() if isinstance(part, nn.Conv2d))
+        first.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
+    rates = {"lr": 0.1}
+    optimizers = [torch.optim.SGD([p for p in n.parameters() if p.requires_grad], **rates) for n in (student, teacher)]
+    trainer = BilevelTrainer(
+        teacher, student, "forward", inner_optimizer=optimizers[0], outer_optimizer=optimizers[1], verify=False
+    )
+    pictures = [torch.rand(4, 3, SIDE, SIDE) for _ in range(3)]
+    trainer.step((pictures[0], torch.tensor([0, 1, 2, 0])), (pictures[1], pictures[2]))
+    assert passes[0] == 3 if tuning == "head" else passes[0] > 3
+    moved = {name for name, t in student.state_dict().items() if not torch.equal(t, before[name])}
+    assert moved == {name for name, p in student.named_parameters() if p.requires_grad and "down" not in name}
+
+
+@pytest.mark.parametrize("name", ["pooled_cnn", "timm:resnet10t", "timm:vit_tiny_patch16_224"])
+def test_low_rank_changes_are_nothing_at_first_and_are_merged_into_the_weights(name: str) -> None:
+    size = {"image_size": 32}
+    torch.manual_seed(0)
+    plain = tuned("all", name, **size).eval()
+    torch.manual_seed(0)
+    changed = tuned("lora", name, **size).eval()
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(changed(x), plain(x))
+        for p in changed.parameters():
+            if p.requires_grad:
+                p.add_(0.02 * torch.randn(p.shape))
+        trained = sum(p.numel() for p in changed.parameters() if p.requires_grad)
+        assert trained < 0.4 * sum(p.numel() for p in plain.parameters())
+        far = changed(x)
+        assert not torch.allclose(far, plain(x), atol=1e-3)
+        plain.load_state_dict(merged(changed.state_dict()))
+        torch.testing.assert_close(plain(x), far)
+
+
+def test_position_embeddings_of_timm_are_brought_to_the_size_of_the_pictures(tmp_path: Path) -> None:
+    name = "timm:vit_tiny_patch16_224"
+    torch.save(create(name, 2, image_size=48).state_dict(), tmp_path / "vit.pt")
+    larger: Any = create(name, 2, image_size=64, weights=tmp_path / "vit.pt")
+    assert larger.pos_embed.shape == (1, 17, 192)
+
+
+# ------------------------------------------------------------------------------------------------------- where they are
+
+
+def cached(name: str, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save = save_file if file.suffix == ".safetensors" else torch.save
+    save(create(name, 1000).state_dict(), file)  # type: ignore[operator]
+
+
+def test_a_name_stands_for_the_weights_in_a_cache_and_nothing_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("resnet18", "timm:resnet10t"):
+        with pytest.raises(MetaplError, match="put them at"):
+            backbone.find(name, None)
+    assert backbone.auto() is None
+    file = tmp_path / "torch" / "checkpoints" / ResNet18_Weights.DEFAULT.url.rpartition("/")[2]
+    cached("resnet18", file)
+    assert backbone.find("resnet18", None).weights == file
+    repo = tmp_path / "hub" / "models--timm--resnet10t.c3_in1k"
+    cached("timm:resnet10t", repo / "snapshots" / "abc" / "model.safetensors")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
+    found = backbone.find("timm:resnet10t", "timm:resnet10t")
+    assert found.weights == repo / "snapshots" / "abc" / "model.safetensors"
+    assert found.mean == (0.485, 0.456, 0.406)
+    (found.weights.parent / "config.json").write_text('{"architecture": "resnet10t"}')
+    assert backbone.find(str(found.weights), None).network == "timm:resnet10t"
+    taken = backbone.auto()
+    assert taken is not None
+    assert taken.network == "resnet18"
+
+
+def test_the_network_of_a_run_is_a_backbone(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "first"
+    words = command(root, out, "train images --method supervised --unlabeled-batch 4")
+    words[words.index("--backbone") :] = ["--out", str(out)]
+    metapl(*words)
+    found = backbone.find(str(out), None)
+    card = EndedRun.load(out).cards["finetuned"]
+    assert (found.network, found.image_size, found.mean) == ("pooled_cnn", SIDE, card.mean)
+    second = command(root, tmp_path / "second", "train images --method supervised --unlabeled-batch 4")
+    second[second.index("--backbone") + 1] = str(out)
+    at = second.index("--network")
+    metapl(*second[:at], *second[at + 4 :])
+    first, after = (load_file(run / "student.safetensors") for run in (out, tmp_path / "second"))
+    finetuned = load_file(out / "finetuned_student.safetensors")
+    name = next(key for key in after if after[key].ndim == 4)
+    assert torch.equal(after[name], finetuned[name])
+    assert not torch.equal(after[name], first[name])
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        (("--backbone", "resnet19"), "resnet18"),
+        (("--backbone", "small_cnn"), "nobody"),
+        (("--backbone", "timm:resnet10t", "--network", "timm:resnet10t"), "put them at"),
+        (("--backbone", "{root}/weights.pt", "--network", "small_cnn"), "not of this network"),
+        (("--backbone", "{root}/weights.pt", "--image-size", "16"), "too small"),
+        (("--backbone", "{root}/test"), "recipe.json"),
+        (("--backbone", "{root}/weights.pt", "--weights", "{root}/weights.pt"), "leave one out"),
+        (("--backbone", "{root}/weights.pt", "--dropout", "0.5"), "noise"),
+        (("--backbone", "{root}/weights.pt", "--lora-rank", "4"), "--lora-rank"),
+        (("--backbone", "none", "--tuning", "lora"), "--tuning"),
+        (("--backbone", "{root}/test/red/red-0.png"), "read"),
+    ],
+)
+def test_what_is_no_backbone_is_refused_in_a_line(
+    more: tuple[str, ...], word: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    words = command(root, tmp_path / "run", "train images --unlabeled-batch 4", *(a.format(root=root) for a in more))
+    error = metapl(*words, code=2).stderr
+    assert word in error.replace("\n", " ")
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+# -------------------------------------------------------------------------------------------------- auto, the control
+
+
+@pytest.mark.parametrize("side", [32, 48])
+def test_auto_takes_a_backbone_for_color_pictures_that_are_large(
+    side: int, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
+    cached("resnet18", tmp_path / "torch" / "checkpoints" / ResNet18_Weights.DEFAULT.url.rpartition("/")[2])
+    data = color_folders(tmp_path, side=side)
+    places = {part: str(data / part) for part in ("labeled", "unlabeled", "test")}
+    said: list[str] = []
+    config = Images(**places, pictures=Pictures(backbone="auto"), fitting=Fitting(steps=3))
+    found, _ = settled(config, METHODS["uda"], said.append)
+    taken = found.pictures.network == "resnet18"
+    assert taken == (side == 48)
+    assert (found.pictures.weights is not None) == taken
+    assert any("backbone: resnet18" in text if taken else "backbone: none" in text for text in said)
+
+
+@pytest.mark.parametrize("from_backbone", [True, False])
+def test_the_control_is_that_of_a_script_of_ten_lines(from_backbone: bool, root: Path, tmp_path: Path) -> None:
+    words = command(root, tmp_path / "run", "train images --method supervised --unlabeled-batch 4")
+    hard = shutil.copytree(root / "test", tmp_path / "test")
+    for number, file in enumerate(sorted(hard.rglob("*.png"))):
+        if number % 4 == 0:  # the colors of the other class
+            Image.merge("RGB", Image.open(file).split()[::-1]).save(file)
+    words[words.index(f"--test={root / 'test'}")] = f"--test={hard}"
+    if not from_backbone:
+        at = words.index("--backbone")
+        words[at : at + 2] = []
+    metapl(*words)
+
+    network: Any = create("pooled_cnn", 10, image_size=SIDE, weights=root / "weights.pt").eval()
+    network.head = nn.Identity()
+    mean, std = torch.tensor(backbone.IMAGENET).view(2, 1, 3, 1, 1)
+
+    def table(folder: Path) -> tuple[Any, list[str]]:
+        files = sorted(folder.rglob("*.png"))
+        pictures = torch.stack([pil_to_tensor(Image.open(file)) for file in files]) / 255
+        with torch.no_grad():
+            x = network((pictures - mean) / std) if from_backbone else nn.functional.avg_pool2d(pictures, 2)
+        return x.flatten(1).double().numpy(), [file.parent.name for file in files]
+
+    x, y = table(root / "labeled")
+    scaler = StandardScaler().fit(x)
+    regression = LogisticRegression(max_iter=1000).fit(scaler.transform(x), y)
+    x, y = table(hard)
+    found = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert found["control_accuracy"] == pytest.approx(regression.score(scaler.transform(x), y))
+    assert ("backbone" in found["control_of"]) == from_backbone
+    assert 0.5 < found["control_accuracy"] < 1
+
+
+@pytest.mark.parametrize(("control", "behind"), [(0.5, False), (0.9, True)])
+def test_a_run_that_is_behind_its_control_says_so(control: float, behind: bool) -> None:
+    content = {"networks": {"student": "network"}, "delivered": "student", "delivered_by": "rule"}
+    content |= {"validation_accuracy": 0.8, "validation_size": 50, "student_validation_accuracy": 0.8}
+    lines = " ".join(summary(content | {"control_accuracy": control, "control_of": "pixels"}))
+    assert f"{100 * control:.1f}" in lines
+    assert ("behind" in lines) == behind
