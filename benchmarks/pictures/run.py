@@ -57,7 +57,7 @@ def run(problem: Problem, method: str, seed: int, minutes: float, settings: Row)
         result = Job(config, named, place / "run", resume=False, threads=1).run()
         seconds = time.process_time() - since
         seen = along(place / "run") | labeled_by(config, place, problem, seed)
-    accuracies = {name: value for name, value in result.items() if name.endswith("test_accuracy")}
+    accuracies = {name: value for name, value in result.items() if name.endswith(("test_accuracy", "control_accuracy"))}
     return {
         "half": problem.half,
         "problem": problem.name,

@@ -27,7 +27,7 @@ from metapl.apps.methods import ReducedMpl, beside
 from metapl.apps.noisy_labels import Noisy
 from metapl.apps.noisy_student import DigitsOfRounds, ImagesOfRounds, NoisyStudent
 from metapl.apps.process import exit_code
-from metapl.apps.report import summary
+from metapl.apps.report import control, summary
 from metapl.apps.run import RunFolder, stored_result
 from metapl.apps.settings import Flat, Switch, unset
 from metapl.apps.train import check_shares, describe, device, train
@@ -55,7 +55,7 @@ class Place:
         out: run folder; the next free one in runs/.
         resume: go on with the run that is there.
         replicate: processes with a copy of the weights.
-        shard: processes that share a copy, by torchrun.
+        shard: processes that share one (torchrun).
     """
 
     out: Folder = None
@@ -275,7 +275,7 @@ def _compare(
     found = compare(config, chosen, seeds, folder, resume=resume, jobs=where.jobs)
     tell(f"figures, report and the delivered networks are in {folder.path}")
     tell(f"\n{wrapped(found.caption())}\n\n{found.table()}\n")
-    for text in (found.sentence(), found.delivery()):
+    for text in (found.sentence(), found.delivery(), *control(stored_result(folder))):
         tell(wrapped(text))
 
 

@@ -89,7 +89,6 @@ class Pictures:
         weights: pretrained; imagenet downloads them.
         backbone: none, auto, or one that is here.
         tuning: of it: head, lora or all; by default head.
-        lora_rank: of the changes; by default 8.
         image_size: side that pictures are resized to.
         grey: read pictures without colors.
         mirror: mirror half of them; not for letters.
@@ -103,7 +102,7 @@ class Pictures:
     weights: Annotated[str | None, unset("FILE")] = None
     backbone: Annotated[str, unset("NAME|FILE")] = "none"
     tuning: Annotated[Literal["head", "lora", "all"] | None, unset("HOW")] = None
-    lora_rank: Annotated[Annotated[int, Range(4, most=16)] | None, unset()] = None
+    lora_rank: Hidden[Annotated[int, Range(4, most=16)]] = 8
     image_size: Annotated[Annotated[int, Range(1, most=LARGEST_SIDE)] | None, unset("PIXELS")] = None
     grey: tyro.conf.FlagConversionOff[Annotated[bool | None, unset()]] = None
     mirror: Switch = False
@@ -118,7 +117,6 @@ class Pictures:
     def __post_init__(self) -> None:
         check_fields(self)
         require(self, self.tuning is None or self.backbone != "none", "tuning", "--backbone beside it")
-        require(self, self.lora_rank is None or self.tuning == "lora", "lora_rank", "--tuning lora beside it")
         for noise in ("dropout", "stochastic_depth"):
             free = self.backbone == "none" or self.tuning == "all" or not getattr(self, noise)
             require(self, free, noise, "--tuning all, for what is frozen has no noise")
@@ -189,7 +187,7 @@ class Pictures:
         if self.tuning is None or self.weights is None:
             network = networks.normalized(module, self.mean, self.std)
         else:
-            how: Any = {"tuning": self.tuning, "rank": self.lora_rank or 0}
+            how: Any = {"tuning": self.tuning, "rank": self.lora_rank}
             network = networks.Tuned(module, self.mean, self.std, heads=architecture.family.heads(module), **how)
         return network.to(memory_format=torch.channels_last)
 

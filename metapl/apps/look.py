@@ -39,7 +39,6 @@ MINUTES = 5.0  # for training, where neither minutes nor steps are given
 REHEARSED = 1000  # steps of the training that is measured, of which a few are taken
 AGAIN = 2  # how often the number of steps is measured again where parts of it were asked for
 FEW_STEPS = 300  # below which a network that starts from nothing has hardly learned
-LORA_RANK = 8
 MANY_COPIES = 10  # how often a picture may be in one batch before that is told
 
 WARMUP = 0.05  # share of the steps over which learning rates grow
@@ -98,7 +97,7 @@ def settled(config: Any, method: Any, say: Say, before: Mapping[str, Any] | None
             "--recolor False"
         )
     if pictures.weights is None and asked == "none" and not pictures.grey and seen.side >= PHOTOGRAPHS:
-        say("for photographs a network that was trained on photographs is better: --weights imagenet")
+        say("for photographs a network that was trained on photographs is better: --backbone, or --weights imagenet")
     return config, method
 
 
@@ -122,7 +121,6 @@ def on_backbone(config: Any, found: Backbone | None, seen: Look, say: Say) -> An
         )
     taken: Any = {"network": found.network, "weights": str(found.weights), "backbone_sha256": found.sha256}
     taken |= {"mean": found.mean, "std": found.std, "tuning": given.tuning or "head"}
-    taken |= {"lora_rank": given.lora_rank or LORA_RANK} if given.tuning == "lora" else {}
     taken |= {"grey": found.grey, "image_size": given.image_size or found.image_size}
     what = {"head": "its head is trained", "lora": "low-rank changes are trained", "all": "all of it is trained"}
     how = what[taken["tuning"]]

@@ -240,13 +240,21 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     shown = ", ".join(f"{words[name]} {100 * value:.1f} %" for name, value in others.items() if value is not None)
     if shown:
         lines.append(f"On {part}: {shown}; delivered is the {words[name]} ({why}).")
-    if (control := content.get("control_accuracy")) is not None:
-        what = f"logistic regression on the {content['control_of']} of the labeled pictures alone"
-        lines.append(f"Its control, {what}: {100 * control:.1f} % on {part}.")
-        if (tested["accuracy"] if tested is not None else content["validation_accuracy"]) < control:
-            lines.append("This run is behind its control: what is this simple does better here.")
+    lines += control(content)
     if tested is not None and rounds:
         lines += better_before(rounds, tested["accuracy"])
+    return lines
+
+
+def control(content: Mapping[str, Any]) -> list[str]:
+    """What the linear control of a run reached, and whether the run is behind it."""
+    if "control_accuracy" not in content:
+        return []
+    part = "test" if "test_accuracy" in content else "validation"
+    what = f"logistic regression on the {content['control_of']} of the labeled pictures alone"
+    lines = [f"The control, {what}: {100 * content['control_accuracy']:.1f} % on {part}."]
+    if content[f"{part}_accuracy"] < content["control_accuracy"]:
+        lines.append("This run is behind its control: what is this simple does better here.")
     return lines
 
 

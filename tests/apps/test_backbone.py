@@ -108,9 +108,7 @@ def test_a_run_goes_on_from_the_backbone_that_it_was_started_with_alone(root: Pa
 
 
 def tuned(tuning: Any, name: str = "pooled_cnn", **options: Any) -> Tuned:
-    config = Pictures(
-        network=name, weights="", backbone="given", tuning=tuning, lora_rank=4 if tuning == "lora" else None, **options
-    )
+    config = Pictures(network=name, weights="", backbone="given", tuning=tuning, lora_rank=4, **options)
     module = config.architecture(classes=3).create()
     heads = config.architecture(classes=3).family.heads(module)
     return Tuned(module, (0.5,) * 3, (0.5,) * 3, heads=heads, tuning=tuning, rank=4)
@@ -232,7 +230,6 @@ def test_the_network_of_a_run_is_a_backbone(root: Path, tmp_path: Path) -> None:
         (("--backbone", "{root}/test"), "recipe.json"),
         (("--backbone", "{root}/weights.pt", "--weights", "{root}/weights.pt"), "leave one out"),
         (("--backbone", "{root}/weights.pt", "--dropout", "0.5"), "noise"),
-        (("--backbone", "{root}/weights.pt", "--lora-rank", "4"), "--lora-rank"),
         (("--backbone", "none", "--tuning", "lora"), "--tuning"),
         (("--backbone", "{root}/test/red/red-0.png"), "read"),
     ],
