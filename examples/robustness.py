@@ -26,13 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.apps.evaluation.attacks import (
-    ALEXNET,
-    FLIPS_OF_ALEXNET,
-    by_severity,
-    flip_probability,
-    relative_to,
-)
+from metapl.apps.evaluation.attacks import ALEXNET, FLIPS_OF_ALEXNET, by_severity, flip_probability, relative_to
 from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from metapl.apps.export import read_metadata
 from metapl.apps.look import IMAGENET

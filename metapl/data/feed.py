@@ -76,13 +76,7 @@ class Feed(ABC):
 
 
 def feed(
-    source: Any,
-    *,
-    name: str,
-    stop: int,
-    num_workers: int = 0,
-    seed: int = 0,
-    device: torch.device | str | None = None,
+    source: Any, *, name: str, stop: int, num_workers: int = 0, seed: int = 0, device: torch.device | str | None = None
 ) -> Feed:
     """Serve the batches of a source without end, resumably.
 

@@ -148,11 +148,7 @@ class _WideResNet(nn.Module):
 
 
 def wide_resnet(
-    depth: int,
-    widen: AtLeastOne,
-    num_classes: AtLeastOne = 10,
-    dropout: Dropout = 0.0,
-    in_channels: AtLeastOne = 3,
+    depth: int, widen: AtLeastOne, num_classes: AtLeastOne = 10, dropout: Dropout = 0.0, in_channels: AtLeastOne = 3
 ) -> nn.Module:
     """A pre-activation wide residual network WRN-depth-widen.
 

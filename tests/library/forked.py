@@ -27,12 +27,7 @@ import pytest
 PRELOADED = [
     *("torch", "metapl", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "torchopt"),
     *("torch._decomp.decompositions_for_jvp", "torch.utils.tensorboard.summary", "tensorboard", "torchvision"),
-    *(
-        "metapl.apps.commands",
-        "metapl.apps.report",
-        "matplotlib.figure",
-        "sklearn.datasets",
-    ),
+    *("metapl.apps.commands", "metapl.apps.report", "matplotlib.figure", "sklearn.datasets"),
     *("metapl.execution.kernels", "pytest"),
 ]
 
