@@ -28,6 +28,7 @@ FLOORS = (
     ("apps.labels", "apps.evaluation", "apps.settings", "apps.web", "apps.process"),
     ("apps.methods", "apps.run", "apps.fitting"),
     ("apps.held_out", "apps.comparison", "apps.inputs", "apps.suspects", "apps.launch", "apps.images", "apps.digits"),
+    ("apps.backbone",),
     ("apps.labeling", "apps.report", "apps.noisy_labels", "apps.export"),
     ("apps.train",),
     ("apps.look", "apps.compare", "apps.noisy_student"),
