@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.apps.errors import require_extra
-from metapl.apps.machine.sealed import sha256_of
+from metapl.apps.machine.sealed import read_json, sha256_of
 from metapl.apps.methods import Data
 from metapl.apps.networks import Architecture, Tuned
 from metapl.apps.pictures.batches import EvaluationBatches
@@ -69,8 +69,8 @@ def find(given: str, network: str | None) -> Backbone:
         found = Backbone(network=card.architecture.name, weights=path / WEIGHTS[name], **own)
     elif path.is_file():
         beside = path.parent / "config.json"
-        named = json.loads(beside.read_text()).get("architecture") if network is None and beside.is_file() else None
-        architecture = network or (named and f"timm:{named}")
+        named = read_json(beside, {"architecture": str}) if network is None and beside.is_file() else {}
+        architecture = network or (f"timm:{named['architecture']}" if "architecture" in named else None)
         if architecture is None:
             raise MetaplError(f"--backbone {given}: expected the network that the weights are of too: --network NAME.")
         found = Backbone(network=architecture, weights=path, **_normalization(architecture))
@@ -89,9 +89,9 @@ def find(given: str, network: str | None) -> Backbone:
     return Backbone(**{**vars(found), "weights": found.weights.resolve(), "sha256": hashed})
 
 
-def auto() -> Backbone | None:
-    """The first of the usual backbones whose weights are on this machine."""
-    for name in AUTO:
+def auto(network: str | None = None) -> Backbone | None:
+    """The first of the usual backbones whose weights are on this machine; or that of the ``network`` asked for."""
+    for name in (network,) if network else AUTO:
         try:
             return find(name, None)
         except MetaplError:  # without its weights, or without timm
@@ -158,7 +158,8 @@ class Control:
         some = torch.arange(0, len(images), max(1, -(-len(images) // CONTROL_PICTURES)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            made.regression.fit(*made._seen(EvaluationBatches(images.select(some), labels[some], CONTROL_BATCH)))
+            seen = made._seen(EvaluationBatches(images.select(some), labels[some], CONTROL_BATCH))
+            made.regression.fit(*map(np.concatenate, zip(*seen, strict=True)))
         return made
 
     @property
@@ -166,7 +167,8 @@ class Control:
         return "features of the backbone" if isinstance(self.network, Tuned) else "pixels"
 
     def accuracy(self, data: EvaluationBatches) -> float:
-        return float(self.regression.score(*self._seen(data)))
+        right = np.concatenate([self.regression.predict(x) == y for x, y in self._seen(data)])
+        return float(right.mean())
 
     @torch.no_grad()
     def start(self, network: Tuned) -> None:
@@ -183,17 +185,15 @@ class Control:
         if head.bias is not None:
             head.bias.copy_(torch.from_numpy(bias_K - weight_KF @ scaler.mean_))
 
-    def _seen(self, batches: EvaluationBatches) -> tuple[Any, Any]:
-        """The features and the labels of pictures."""
+    def _seen(self, batches: EvaluationBatches) -> Iterator[tuple[Any, Any]]:
+        """The features and the labels of the pictures of each batch."""
         network, device = self.network, next(self.network.parameters()).device
         described = network.features if isinstance(network, Tuned) else _pixels
         training = network.training
         network.eval()
-        read = map(batches.batch, range(batches.steps))
-        parts = [(described(images.to(device)).double().cpu(), labels) for images, labels in read]
+        for images, labels in map(batches.batch, range(batches.steps)):
+            yield described(images.to(device)).flatten(1).double().cpu().numpy(), labels.numpy()
         network.train(training)
-        x, y = map(torch.cat, zip(*parts, strict=True))
-        return x.flatten(1).numpy(), y.numpy()
 
 
 def _pixels(images: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ def on_backbone(config: Any, found: Backbone | None, seen: Look, say: Say) -> An
         return config
     if found is None:
         large = not seen.grey and seen.side >= backbone.AUTO_SIDE
-        found = backbone.auto() if large else None
+        found = backbone.auto(given.network) if large else None
         if found is None:
             why = "the weights of none are on this machine" if large else "the pictures are grey or small"
             say(f"backbone: none, for {why}; from scratch")
