@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from os.path import relpath
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -21,7 +21,7 @@ from metapl.apps.machine.sealed import sha256_of, write_whole
 from metapl.apps.run import WEIGHTS, EndedRun
 from metapl.apps.settings import MOST_IN_A_BATCH
 from metapl.apps.words import short, table, tell
-from metapl.errors import MetaplError, few
+from metapl.errors import few
 from metapl.runs.fields import Range
 from metapl.training.options import MOST_WORKERS
 from metapl.words import shown
@@ -33,30 +33,15 @@ LIST = "list.txt"  # in a selection's folder: the paths of its pictures
 # Classes that are all shown; of more, so many of the largest and the smallest. Letters of a bar.
 MOST_CLASSES, LISTED, BAR = 30, 10, 40
 
-# What a selection is asked for, in words.
-SELECTED = {
-    "dropped_overlap_with": "without the pictures of a folder",
-    "threshold": "confidence above {}",
-    "per_class": "at most {} a class",
-    "any_class": "by the probability of any class",
-    "balance": "balanced",
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Label:
     """Store the class probabilities that a run's network gives many pictures, to train other networks on.
 
-    The network runs in eval mode, without dropout and other noise, on pictures as they are: read like the training data
-    of the run, and not augmented. The labels go to a folder of Parquet files, part by part. What is stopped, by Ctrl-C
-    or otherwise, goes on with --resume, and ends with the same files.
-
-    PICTURES is a folder, in which all folders are searched; or, for a run of that recipe, digits. In the store, a
-    picture of a folder is called by its path there, and a digit by its number.
-
-    A file that cannot be read is left out, with the reason on standard error; the exit code is then 1. So it is where
-    one cannot be read any more whose labels are in the store already; it keeps them. Needs pip install
-    'metapl[labels]'.
+    The network runs in eval mode on pictures as they are. The labels go to a folder of Arrow files, part by part. What
+    is stopped goes on with --resume, and ends with the same files. In the store, a picture is called by its path in
+    PICTURES, and a digit by its number. A file that cannot be read is left out, with the reason on standard error; the
+    exit code is then 1. Needs pip install 'metapl[labels]'.
 
     Args:
         folder: the run folder; of a comparison, the run that it delivers.
@@ -68,6 +53,7 @@ class Label:
         batch: pictures in a pass of the network.
         num_workers: number of processes that read pictures; it only changes the speed.
         resume: go on with the store that is there.
+        check: compare all pictures that are labeled already with what they were, not 1,000 of them.
     """
 
     folder: Run
@@ -80,21 +66,17 @@ class Label:
     batch: Annotated[int, Range(1, most=MOST_IN_A_BATCH)] = BATCH
     num_workers: Annotated[int, Range(0, most=MOST_WORKERS)] = 0
     resume: Switch = False
+    check: Switch = False
 
     def run(self) -> int:
         run = EndedRun.load(self.folder)
         name, classes = run.name(self.network), run.classes
         reads = run.cards[name].input
-        if self.top_k is not None and not 1 <= self.top_k <= len(classes):
-            raise MetaplError(
-                f"--top-k {self.top_k} was given; expected 1 to {len(classes):,}, the number of classes, or no --top-k "
-                "for all of them."
-            )
         network = run.network(name, self.factory).to(run.device)
         labeled = to_label(self.pictures, reads, self.batch)
         model = {key: run.result[key] for key in ("recipe", "method", "seed")}
         model |= {"network": name, "weights_sha256": sha256_of(run.folder.path / WEIGHTS[name])}
-        about = provenance(network, labeled, reads, temperature=self.temperature)
+        about = provenance(network, labeled, temperature=self.temperature)
         writer = LabelWriter(
             self.out,
             classes,
@@ -112,6 +94,7 @@ class Label:
                     writer,
                     temperature=self.temperature,
                     num_workers=self.num_workers,
+                    check=self.check,
                     skip=lambda reason: tell(f"metapl: left out {reason}", file=sys.stderr),
                     unread=unread.append,
                     tell_progress=True,
@@ -150,7 +133,7 @@ class Stats:
         found = statistics(store)
         if self.json:
             about = {"store": str(self.store), "top_k": store.top_k, "provenance": dict(store.provenance)}
-            tell(json.dumps({**about, **found.to_json()}, indent=2))
+            tell(json.dumps({**about, **asdict(found)}, indent=2))
         else:
             most = found.greatest_entropy
             tell(f"{_heading(store, found)}\n\n{_by_class(found)}\n")
@@ -164,11 +147,10 @@ class Stats:
 class Select:
     """Write a store of some of the examples of another one, as the papers select and balance their pictures.
 
-    What is asked for is done in this order: pictures that stand in a folder are dropped; those with a confidence above
-    a threshold are kept; of each class, the most confident; and classes that have fewer are filled up by duplication.
-    Of pictures that are equally confident, those come first whose names do. The same store and flags give the same
-    files. Duplicates are not stored twice: each picture has the number of times that it counts. Beside a selection of
-    files stands list.txt with their paths, which --unlabeled of metapl train images takes in the place of a folder.
+    In this order: pictures that stand in a folder are dropped; those with a confidence above a threshold are kept; of
+    each class, the most confident, of equals those whose names come first; and classes that have fewer are filled up by
+    counting pictures more than once. Beside a selection of files stands list.txt with their paths, which --unlabeled of
+    metapl train images takes in the place of a folder.
 
     Args:
         store: its folder.
@@ -229,21 +211,15 @@ def _heading(store: LabelStore, found: Statistics) -> str:
     copies = f", {found.copies:,} with copies" * (found.copies != found.rows)
     lines = [f"{store.folder}: {found.rows:,} examples{copies}, {len(found.classes):,} classes, {_kept(store.top_k)}"]
     about = store.provenance
-    model, selected = about.get("model"), about.get("selected")
-    if isinstance(model, dict):
-        what = ", ".join(str(model[name]) for name in ("recipe", "method", "network") if name in model)
-        lines.append(f"by {about.get('run')} ({what}), temperature {about.get('temperature')}")
+    if "model" in about:
+        what = ", ".join(about["model"][name] for name in ("recipe", "method", "network"))
+        lines.append(f"by {about['run']} ({what}), temperature {about['temperature']}")
     if "pictures" in about:
-        lines.append(f"of {about['pictures']}, {str(about.get('begun'))[:10]}")
-    lines += [_asked(asked) for asked in (selected if isinstance(selected, list) else []) if isinstance(asked, dict)]
+        lines.append(f"of {about['pictures']}, {about['begun'][:10]}")
+    for asked in about.get("selected", []):
+        given = [f"{name} {value}" for name, value in asked.items() if value and not name.startswith("of_")]
+        lines.append(f"selected from {asked['of_rows']:,}: {', '.join(given)}")
     return "\n".join(lines)
-
-
-def _asked(selected: Mapping[str, Any]) -> str:
-    given = {name: value for name, value in selected.items() if value is not None and value is not False}
-    told = {name: f"{value:,}" if type(value) is int else value for name, value in given.items()}
-    words = ", ".join(words.format(told[name]) for name, words in SELECTED.items() if name in told)
-    return f"selected from {told.get('of_rows')}: {words}"
 
 
 def _by_class(found: Statistics) -> str:
@@ -251,25 +227,20 @@ def _by_class(found: Statistics) -> str:
     if classes > MOST_CLASSES:
         order.sort(key=lambda label: -found.counts[label])
         order = [*order[:LISTED], *order[-LISTED:]]
-        empty = found.counts.count(0)
-        rest = f"; {empty:,} have no example" if empty else ""
-        note = f"\n(the {LISTED} largest and the {LISTED} smallest of {classes:,} classes{rest})"
-    copied = found.copies != found.rows
-    rows: list[tuple[str, ...]] = [("class", "examples", *["with copies"] * copied, "share", "mean confidence")]
+        note = f"\n(the {LISTED} largest and the {LISTED} smallest of {classes:,} classes)"
+    rows = [("class", "examples", "with copies", "share", "mean confidence")]
     for label in order:
         mean, copies = found.class_confidence[label], found.class_copies[label]
-        confidence = "-" if mean is None else f"{mean:.1%}"
-        counts = (f"{found.counts[label]:,}", *[f"{copies:,}"] * copied)
-        rows.append((short(found.classes[label]), *counts, f"{copies / found.copies:.1%}", confidence))
+        confidence, share = "-" if mean is None else f"{mean:.1%}", f"{copies / found.copies:.1%}"
+        rows.append((short(found.classes[label]), f"{found.counts[label]:,}", f"{copies:,}", share, confidence))
     return table(rows) + note
 
 
 def _bars(counts: Sequence[int], top: float) -> str:
     """A histogram in lines, two bins a line."""
     pairs = [counts[i] + counts[i + 1] for i in range(0, BINS, 2)]
-    edges = [f"{top * edge / len(pairs):.2f}" for edge in range(len(pairs) + 1)]
-    width = max(len(f"{count:,}") for count in pairs)
     return "\n".join(
-        f"  {low} to {high}  {count:>{width},}  {'#' * round(BAR * count / max(*pairs, 1))}".rstrip()
-        for low, high, count in zip(edges, edges[1:], pairs, strict=False)
+        f"  {top * i / len(pairs):.2f} to {top * (i + 1) / len(pairs):.2f}  {count:>{len(f'{max(pairs):,}')},}  "
+        f"{'#' * round(BAR * count / max(pairs))}".rstrip()
+        for i, count in enumerate(pairs)
     )

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from metapl.apps.digits import Digits
 from metapl.apps.digits import fitting as of_digits
 from metapl.apps.images import Images
-from metapl.apps.labeling import Labeled, Read, SourcePictures, provenance, store_labels
+from metapl.apps.labeling import Read, ToLabel, provenance, store_labels
 from metapl.apps.labels import LabelStore
 from metapl.apps.labels.queries import Selection, select, statistics
 from metapl.apps.methods import Data, Trained, Training
@@ -396,7 +396,7 @@ def _pseudo_labeled(
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Augmented(SourcePictures):
+class Augmented(ToLabel):
     """The examples of a source, in order and augmented by a view, whose draws have a seed."""
 
     view: View
@@ -404,7 +404,7 @@ class Augmented(SourcePictures):
 
     def batch(self, step: int) -> Read:
         x, numbers, digests, skipped = super().batch(step)
-        return self.view(x, seed=self.seed, step=self.number(step), examples=numbers), numbers, digests, skipped
+        return self.view(x, seed=self.seed, step=step, examples=numbers), numbers, digests, skipped
 
 
 class Noised(nn.Module):
@@ -475,7 +475,7 @@ class Rounds:
         self.records.append(record)
         self._tell(record, selection.missing)
         rows = torch.from_numpy(chosen.rows_with_copies())
-        ids = torch.from_numpy(np.fromiter(chosen, dtype=np.int64, count=len(chosen)))
+        ids = torch.from_numpy(chosen.column("id"))
         return Chosen(ids[rows], rows, chosen.at)
 
     def trained(self, number: int, network: nn.Module, result: FitResult) -> None:
@@ -488,17 +488,16 @@ class Rounds:
 
     def changed(self, number: int) -> int:
         """Of how many examples the label is another than in the round before."""
-        before, after = (_stored_labels(LabelStore(self._place(each, LABELS))) for each in (number - 1, number))
+        before, after = (LabelStore(self._place(each, LABELS)) for each in (number - 1, number))
         # A file that became unreadable is in one of them alone.
-        _, old, new = np.intersect1d(before[0], after[0], assume_unique=True, return_indices=True)
-        return int((before[1][old] != after[1][new]).sum())
+        _, old, new = np.intersect1d(before.column("id"), after.column("id"), assume_unique=True, return_indices=True)
+        return int((before.column("label")[old] != after.column("label")[new]).sum())
 
     def threshold(self, labels: LabelStore) -> float:
         """The confidence above which examples are kept; 0 where no example reaches the one in the settings."""
         # Compared in float32, as confidences are stored and select compares them: there, 0.1 is more than in float64.
-        confidences = _stored_labels(labels)[2]
-        above = confidences > torch.tensor(self.settings.threshold, dtype=confidences.dtype)
-        return self.settings.threshold if bool(above.any()) else 0.0
+        above = labels.column("confidence") > np.float32(self.settings.threshold)
+        return self.settings.threshold if above.any() else 0.0
 
     def _place(self, number: int, store: str) -> Path:
         return self.folder / FOLDER / str(number) / store
@@ -514,9 +513,9 @@ class Rounds:
     def _labeled(self, number: int, teacher: nn.Module) -> LabelStore:
         images, view = self.data.unlabeled.images, noisy_view(self.data)
         seed, noisy = fold_in(self.config.fitting.seed, number), self.settings.noisy_teacher
-        pictures = Augmented(images, view=view, seed=seed) if noisy else SourcePictures(images)
-        labeled = Labeled(pictures, range(len(images)), "unlabeled")
-        about = provenance(teacher, labeled, self.config.input)
+        how: Any = {"images": images, "ids": range(len(images)), "name": "unlabeled", "input": self.config.input}
+        labeled = Augmented(**how, view=view, seed=seed) if noisy else ToLabel(**how)
+        about = provenance(teacher, labeled)
         if noisy:
             about["views"] = f"augmented by {view!r}, seed {seed}, with dropout and stochastic depth"
         labeler = Noised(teacher, seed) if noisy else teacher
@@ -541,13 +540,3 @@ class Rounds:
                 f"note: of these classes no unlabeled example is kept: {few(missing)}. The student sees them in "
                 "labeled examples alone; more --steps make a better teacher, and a lower --threshold keeps more"
             )
-
-
-def _stored_labels(store: LabelStore) -> tuple[Tensor, Tensor, Tensor]:
-    """The ids, the most probable classes and the confidences of all rows, (n,) each."""
-    names = ["id", "label", "confidence"]
-    parts = [store.table(number, names) for number in range(len(store.parts))]
-    ids, labels, confidences = (
-        torch.from_numpy(np.concatenate([np.asarray(part.column(name).to_numpy()) for part in parts])) for name in names
-    )
-    return ids, labels, confidences

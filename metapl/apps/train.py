@@ -18,7 +18,7 @@ from metapl.apps import suspects
 from metapl.apps.backbone import Control
 from metapl.apps.fitting import fit
 from metapl.apps.labeling import label_by, labels_given
-from metapl.apps.labels.files import DESCRIPTION
+from metapl.apps.labels.store import DESCRIPTION
 from metapl.apps.launch import Processes
 from metapl.apps.machine.sealed import read_plain, sha256_of
 from metapl.apps.methods import Data, ReducedMpl, Trained, Training

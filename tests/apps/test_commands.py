@@ -193,7 +193,7 @@ REFUSED = {
     "export {run} --out {run}/recipe.json": "folder",
     "label {run} {new} --out {new}": "new",
     "label {run} {few} --out {few}": "store",
-    "label {run} {few} --out {new} --top-k 11": "--top-k",
+    "label {run} {few} --out {new} --top-k 11": "top_k",
     "labels stats {run}": "store",
     "labels select {run} --out {new}": "store",
     "ablate --factory x": "module:function",

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import resource
-import shutil
 import signal
 from functools import lru_cache
 from pathlib import Path
@@ -20,9 +19,7 @@ from torch.utils.data import DataLoader
 
 from metapl import MetaplError
 from metapl.apps.labels import LabelStore, LabelWriter
-from metapl.apps.labels import files as layout
 from metapl.apps.labels import store as reading
-from metapl.apps.labels.writer import entropy, most_probable
 from metapl.apps.machine import ownership
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
@@ -45,7 +42,7 @@ def written(folder: Path, ids: list[Any], p: Tensor, rows_per_part: int = 10, **
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(name for name in os.listdir(folder) if name.endswith(".parquet"))
+    return sorted(name for name in os.listdir(folder) if name.endswith(".arrow"))
 
 
 def read_by_hand(p: Tensor, k: int | None) -> Tensor:
@@ -78,7 +75,7 @@ def test_what_is_read_follows_the_equation_in_any_order(
     top_k: int | None, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where more parts are read than are kept mapped."""
-    for name in ("_columns", "_names"):
+    for name in ("_table", "matrices", "_places"):
         monkeypatch.setattr(reading, name, lru_cache(2)(getattr(reading, name).__wrapped__))
     p = softmax(53)
     p[5] = torch.tensor([0.2, 0.2, 0.2, 0.2, 0.2])  # ties: the first classes are kept
@@ -99,11 +96,7 @@ def test_what_is_read_follows_the_equation_in_any_order(
     if kind == "numbers":
         for wanted in (np.array([6, 0]), torch.tensor([6, 0]), (6, 0), np.array([6, 0], dtype=np.int32)):
             assert torch.equal(store[wanted], store[[6, 0]])
-    there = store.folder / store.parts[0].file
-    store.at([0])
-    assert str(there) in Path("/proc/self/maps").read_text()
-    for column in reading._columns(there).values():  # as they lie in the file
-        assert not column.flags.owndata
+    assert not store.lists(0)["probabilities"].flags.owndata  # as they lie in the file
     copy = pickle.loads(pickle.dumps(store))
     assert (store._sound >= {0}, copy._sound) == (True, set())  # which checks what it reads for itself
     served = DataLoader([[i, 29 - i] for i in range(6)], batch_size=None, num_workers=2, collate_fn=copy.at)
@@ -123,28 +116,18 @@ def test_an_example_that_is_not_there_is_named(ids: list[Any], tmp_path: Path) -
         store.at([0, 30])
 
 
-def test_numbers_of_a_distribution_are_torchs() -> None:
-    p = torch.randint(0, 4, (500, 12), generator=torch.Generator().manual_seed(0)).float()  # ties everywhere
-    for k in (1, 3, 11, 12):
-        assert torch.equal(most_probable(p, k), p.sort(dim=1, descending=True, stable=True).indices[:, :k])
-    p = torch.cat([softmax(50, 30), torch.eye(30)])
-    assert torch.allclose(entropy(p), torch.special.entr(p).sum(dim=1), atol=1e-6)
-
-
-def test_other_readers_of_parquet_understand_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pyarrow.parquet as pq
+def test_other_readers_of_arrow_understand_a_part(tmp_path: Path) -> None:
+    import pyarrow.feather as feather
 
     p = softmax(20)
+    p[3] = 0.2  # of equals the first
     store = written(tmp_path / "store", names(20), p, top_k=2, rows_per_part=20)
-    table = pq.read_table(store.folder / files(store.folder)[0])
+    table = feather.read_table(store.folder / files(store.folder)[0])
     assert table["id"].to_pylist() == names(20)
     assert table["label"].to_pylist() == p.argmax(dim=1).tolist()
     assert np.allclose(table["entropy"].to_numpy(), -(p * p.log()).sum(dim=1), atol=1e-6)
-    assert np.array_equal(np.array(table["classes"].to_pylist()), most_probable(p, 2).numpy())
+    assert table["classes"].to_pylist() == p.sort(dim=1, descending=True, stable=True).indices[:, :2].tolist()
     assert np.allclose(np.array(table["probabilities"].to_pylist()), p.topk(2).values, atol=1e-3)
-    monkeypatch.setattr("metapl.apps.labels.writer.PAGE_VALUES", 200)
-    many = written(tmp_path / "many", names(30), softmax(30, classes=50), rows_per_part=10)
-    assert [part.rows for part in many.parts] == [4] * 7 + [2]  # many classes make smaller parts
 
 
 # ------------------------------------------------------------------------------------------------- what is refused
@@ -158,8 +141,8 @@ def add(folder: Path, ids: Any, p: Any, **options: Any) -> None:
 WRONG: list[tuple[Any, Any, dict[str, Any], str]] = [
     (["b", "a"], softmax(2), {}, "after"),
     (["a", "a"], softmax(2), {}, "after"),
-    (["a", 1], softmax(2), {}, "strings"),
-    ([1.5, 2.5], softmax(2), {}, "strings"),
+    (["a", 1], softmax(2), {}, "ids"),
+    ([1.5, 2.5], softmax(2), {}, "ids"),
     (["\udce9"], softmax(1), {}, "UTF-8"),
     (["a"], softmax(2), {}, "floating"),
     (["a"], softmax(1, 4), {}, "floating"),
@@ -170,7 +153,6 @@ WRONG: list[tuple[Any, Any, dict[str, Any], str]] = [
     ([], softmax(0), {}, "no example"),
     (["a"], softmax(1), {"top_k": 0}, "top_k"),
     (["a"], softmax(1), {"top_k": 6}, "top_k"),
-    (["a"], softmax(1), {"rows_per_part": 20_000}, "rows_per_part"),
 ]
 
 
@@ -189,7 +171,7 @@ def test_one_writer_at_a_time_whose_rows_are_of_one_kind(tmp_path: Path, monkeyp
         with pytest.raises(MetaplError, match="another process"):
             add(tmp_path / "store", ["a"], softmax(1))
         writer.add(["b"], softmax(1))
-        for ids, digests, word in ((["a"], None, "after"), ([3], None, "strings"), (["c"], [bytes(16)], "digests")):
+        for ids, digests, word in ((["a"], None, "after"), ([3], None, "ids"), (["c"], [bytes(16)], "digests")):
             with pytest.raises(MetaplError, match=word):
                 writer.add(ids, softmax(1), digests)
         writer.add(["c"], softmax(1))
@@ -247,7 +229,7 @@ SPOILED: dict[str, Any] = {
 
 def test_one_flipped_bit_is_refused_and_named(store: LabelStore) -> None:
     generator = np.random.default_rng(0)
-    for file in (layout.DESCRIPTION, *files(store.folder)):
+    for file in (reading.DESCRIPTION, *files(store.folder)):
         path = store.folder / file
         content = path.read_bytes()
         for _ in range(40):
@@ -269,7 +251,7 @@ def test_a_spoiled_file_is_named_and_not_gone_on_with(kind: str, tmp_path: Path)
         stop_after(folder, 25, softmax(35))
         whole = written(tmp_path / f"whole{number}", names(35), softmax(35)).folder
         for there in (folder, whole):
-            path = there / (layout.DESCRIPTION if number is None else files(there)[number])
+            path = there / (reading.DESCRIPTION if number is None else files(there)[number])
             SPOILED[kind](path)
             with pytest.raises(MetaplError) as told:
                 read_everything(there) if there == whole else go_on(folder).__enter__()
@@ -284,20 +266,15 @@ def test_a_spoiled_file_is_named_and_not_gone_on_with(kind: str, tmp_path: Path)
 
 @pytest.mark.parametrize("text", ["{", "[" * 100_000, "[]", "\x00", '{"format": 1}'])
 def test_a_description_of_something_else_is_named(text: str, store: LabelStore) -> None:
-    (store.folder / layout.DESCRIPTION).write_text(text)
+    (store.folder / reading.DESCRIPTION).write_text(text)
     with pytest.raises(MetaplError, match="store"):
         read_everything(store.folder)
 
 
 def test_a_description_of_another_version_is_named(store: LabelStore) -> None:
-    content = json.loads((store.folder / layout.DESCRIPTION).read_text())
-    earlier = {name: content[name] for name in content if name != "parts"}
-    for other, word in (
-        ({**content, "format": 2}, "format"),
-        (earlier, "parts"),
-        ({**content, "complete": False}, "whole"),
-    ):
-        (store.folder / layout.DESCRIPTION).write_bytes(layout.sealed(other))
+    content = json.loads((store.folder / reading.DESCRIPTION).read_text())
+    for other, word in (({**content, "format": 3}, "format"), ({**content, "complete": False}, "damaged")):
+        (store.folder / reading.DESCRIPTION).write_text(json.dumps(other))
         with pytest.raises(MetaplError, match=word):
             read_everything(store.folder)
 
@@ -323,7 +300,7 @@ def test_a_stopped_writer_goes_on_behind_its_last_part(tmp_path: Path) -> None:
     for use in (lambda: LabelStore(folder), lambda: add(folder, ["a"], softmax(1))):
         with pytest.raises(MetaplError, match="--resume"):
             use()
-    (folder / f"part-00002-{'0' * 16}.parquet.01234567.tmp").write_bytes(b"torn")
+    (folder / "part-00002.arrow.01234567.tmp").write_bytes(b"torn")
     with go_on(folder) as writer:
         assert (writer.rows, writer.last, writer.complete) == (20, names(35)[19], False)
         with pytest.raises(MetaplError, match="after"):
@@ -347,28 +324,6 @@ def test_what_is_gone_on_with_is_the_same(tmp_path: Path) -> None:
             go_on(tmp_path, **{**same, name: other}).__enter__()
     with go_on(tmp_path, **same) as writer:
         assert writer.rows == 20
-
-
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_part_of_another_store_is_not_gone_on_with(number: int, tmp_path: Path) -> None:
-    """The next part may be one that a killed writer left: it is written again. Others are named."""
-    p, here = softmax(35), tmp_path / "here"
-    expected, there = (
-        written(tmp_path / "expected", names(35), p),
-        written(tmp_path / "there", names(35), softmax(35, seed=1)),
-    )
-    stop_after(here, 15, p)
-    foreign = files(there.folder)[number]
-    shutil.copy(there.folder / foreign, here)
-    again = go_on(here)
-    if number == 2:
-        with pytest.raises(MetaplError, match=foreign):
-            again.__enter__()
-        (here / foreign).unlink()
-    with again:
-        assert again.rows == 10
-        again.add(names(35)[10:], p[10:])
-    assert files(here) == files(expected.folder)
 
 
 def test_a_disk_that_is_full_costs_nothing_that_is_there(tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ from metapl.apps.noisy_student import (
     NoisyStudent,
     Rounds,
     StoredLabelLoss,
-    _stored_labels,
     configs_of,
     end_matched,
     optimizer,
@@ -241,9 +240,8 @@ def test_a_run_keeps_the_labels_of_each_round_and_what_was_selected_of_them(
         labels, chosen = (LabelStore(rounds / "rounds" / str(each["round"]) / n) for n in ("labels", "selected"))
         assert each["store"] == f"rounds/{each['round']}/labels"
         assert (len(labels), len(chosen)) == (each["unlabeled"], each["kept"]) == (1180, each["kept"])
-        _, taken, confidence = _stored_labels(labels)
-        kept = taken[confidence > each["threshold"]]
-        assert kept.bincount(minlength=10).tolist() == [*each["kept_per_class"].values()]
+        kept = labels.column("label")[labels.column("confidence") > each["threshold"]]
+        assert np.bincount(kept, minlength=10).tolist() == [*each["kept_per_class"].values()]
         assert len(kept) == each["kept"]
         counts = {*each["copies_per_class"].values()} - {0}
         assert len(counts) == 1, "balanced"
@@ -251,7 +249,7 @@ def test_a_run_keeps_the_labels_of_each_round_and_what_was_selected_of_them(
         assert each["store_sha256"] == labels.sha256
     first, second = told["rounds"]
     assert first["changed_labels"] is None
-    before, after = (_stored_labels(LabelStore(rounds / "rounds" / n / "labels"))[1] for n in "12")
+    before, after = (LabelStore(rounds / "rounds" / n / "labels").column("label") for n in "12")
     assert second["changed_labels"] == int((before != after).sum())
     assert first["weights_fingerprint"] == second["teacher"]["weights_fingerprint"]
     assert second["test_accuracy"] == told["student_test_accuracy"] == told["test_accuracy"]

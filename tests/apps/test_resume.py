@@ -98,7 +98,7 @@ def wholes(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Wh
 
 def contents(out: Path) -> dict[str, bytes]:
     """What two runs have in common to the byte."""
-    kinds = (".safetensors", ".parquet", ".jsonl", ".csv")
+    kinds = (".safetensors", ".arrow", ".jsonl", ".csv")
     found = (path for path in sorted(out.rglob("*")) if path.suffix in kinds or path.name == "result.json")
     return {str(path.relative_to(out)): path.read_bytes() for path in found}
 

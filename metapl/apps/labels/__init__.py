@@ -1,7 +1,6 @@
 """Stored class distributions of many examples: written once by a teacher, read in any order by whoever learns them."""
 
 from metapl.apps.labels.queries import Selection, Statistics, select, statistics
-from metapl.apps.labels.store import LabelStore
-from metapl.apps.labels.writer import LabelWriter
+from metapl.apps.labels.store import LabelStore, LabelWriter
 
 __all__ = ["LabelStore", "LabelWriter", "Selection", "Statistics", "select", "statistics"]

@@ -1,32 +1,118 @@
-"""Reading a store, in any order."""
+"""Stores of labels: written part by part, read in any order.
+
+A store is a folder:
+
+store.json                        classes, encoding, provenance and the parts; sealed by a checksum
+part-00000-0123456789abcdef.arrow  rows of the store, with the beginning of the file's SHA-256 in its name
+
+A part is an Arrow file of one batch, uncompressed, so its columns are read where they lie, in a memory map. Rows are in
+the order of their ids. A part gets its name when its bytes are on disk; then the description, which names it, is
+replaced. So a writer that was killed goes on behind the last part that the description names.
+"""
 
 from __future__ import annotations
 
 import bisect
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from metapl.apps.labels import files as layout
-from metapl.apps.labels.files import Description, Part
-from metapl.apps.machine.sealed import open_plain, sha256_of
-from metapl.errors import MetaplError, few
+from metapl.apps.errors import require_extra
+from metapl.apps.machine.environment import environment
+from metapl.apps.machine.ownership import owned
+from metapl.apps.machine.sealed import is_temporary, read_json, remove_temporary, sha256_of, write_whole
+from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.checks import described
+from metapl.words import shown
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+FORMAT, DESCRIPTION = 2, "store.json"
+
+# Of the SHA-256 of a picture's file: the chance that any two of a billion pictures share them is 1 in 10^21.
+DIGEST_BYTES = 16
+
 MAPPED_PARTS = 16_384  # parts that are mapped; Linux gives a process 65,530 maps
-KNOWN_PARTS = 64  # parts whose names are held in memory
+KNOWN_PARTS = 16  # parts whose ids are held in memory
+
+# How far the sum of an example's probabilities may be from 1; those of a softmax are within a few 1e-6.
+TOLERANCE = 1e-3
+
+# What a resumed writer's provenance may say otherwise: when, on which machine, where the run and the pictures are.
+FREE = ("begun", "made_with", "run", "pictures")
+
+AGAIN = "Put the file back from a copy, or write the labels again to another folder (--out)."
+
+LISTS = "probabilities", "classes"  # of the classes alone where not all are kept
 
 Values = np.ndarray[Any, Any]
+Ids = Sequence[str] | Sequence[int] | Values | Tensor
+
+require = partial(require_extra, "labels", "stored labels need", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of a store, as the description has it, with its first and last id and the SHA-256 of its bytes."""
+
+    file: str
+    rows: int
+    first: str | int
+    last: str | int
+    sha256: str
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    plain = {name: value for name, value in content.items() if name != "seal"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    file = folder / DESCRIPTION
+    if not file.exists():
+        raise MetaplError(f"{folder} holds no {DESCRIPTION}; expected a store, as metapl label writes it.")
+    content = read_json(file, needed=["format"], mend=AGAIN)
+    if content["format"] != FORMAT:
+        fault = f"{file} is of format {shown(content['format'])!s:.20}; this metapl reads format {FORMAT}"
+        raise MetaplError(f"{fault}: take the metapl that wrote it, or write the labels again.")
+    if content.get("seal") != _seal(content):
+        raise MetaplError(f"{file} is damaged: its checksum (seal) is of another content. {AGAIN}")
+    return content | {"parts": [Part(**part) for part in content["parts"]]}
+
+
+@lru_cache(MAPPED_PARTS)
+def _table(path: Path) -> pa.Table:
+    """The rows of a part, in a memory map."""
+    import pyarrow as pa
+
+    # pyarrow's map does not need its file to stay open: a process may have few of these.
+    return pa.ipc.open_file(pa.memory_map(os.fsencode(path))).read_all()
+
+
+@lru_cache(MAPPED_PARTS)
+def matrices(path: Path) -> dict[str, Values]:
+    """The columns of lists of a part, each (rows, K), where they lie in the file."""
+    lists = {name: _table(path)[name].chunk(0) for name in _table(path).schema.names if name in LISTS}
+    return {name: each.flatten().to_numpy().reshape(len(each), -1) for name, each in lists.items()}
+
+
+@lru_cache(KNOWN_PARTS)
+def _places(path: Path) -> dict[str | int, int]:
+    return {name: place for place, name in enumerate(_table(path)["id"].to_pylist())}
 
 
 class LabelStore:
@@ -43,17 +129,16 @@ class LabelStore:
     Args:
         folder: of the store. Worker processes may be given a copy, which reads for itself.
 
-    Cost: some 200 bytes a part. A part is checked whole by its SHA-256 when something of it is first read (about 1 ms a
-    MB); then its numbers are read from a memory map: 2 K bytes a row (6 K with classes), in any order. To find rows by
-    their ids, a part's ids are decoded (about 1 ms for 10,000) and kept for the 64 parts used last: of examples that
-    are read again and again, ask for the rows once, by :meth:`rows`, and read by :meth:`at`.
+    Cost: a part is checked whole by its SHA-256 when something of it is first read (about 1 ms a MB); then its numbers
+    are read from a memory map: 2 K bytes a row (6 K with classes), in any order. To find rows by their ids, a part's
+    ids are decoded (about 1 ms for 10,000) and kept for the 16 parts used last: of examples that are read again and
+    again, ask for the rows once, by :meth:`rows`, and read by :meth:`at`.
 
     Raises:
-        MetaplError: there is no store, or it is not whole, damaged or of a later format; later, when it is read: a part
+        MetaplError: there is no store, or it is not whole, damaged or of another format; later, when it is read: a part
             is damaged, or there is no example of an id. The file is named.
 
     >>> import tempfile
-    >>> from metapl.apps.labels import LabelWriter
     >>> folder = Path(tempfile.mkdtemp()) / "store"
     >>> with LabelWriter(folder, ["ant", "bee", "cat"], top_k=1) as writer:
     ...     writer.add([7, 9], torch.tensor([[0.5, 0.375, 0.125], [0.0, 0.0, 1.0]]))
@@ -65,33 +150,23 @@ class LabelStore:
     (array([1]), [7, 9], 2)
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        layout.require("pyarrow")
-        content = layout.read_description(Path(folder))
-        if not content.complete:
-            raise MetaplError(
-                f"the store in {folder} is not whole: its writer was stopped. Go on with the command that began it, "
-                "and resume=True (--resume)."
-            )
-        self._open(Path(folder), content)
-
-    @classmethod
-    def begun(cls, folder: Path, content: Description) -> LabelStore:
-        """What there is of a store, whole or not, by its description."""
-        store = cls.__new__(cls)
-        store._open(folder, content)
-        return store
-
-    def _open(self, folder: Path, content: Description) -> None:
-        self.folder, self.classes, self.top_k = folder, tuple(content.classes), content.top_k
-        self.provenance: Mapping[str, Any] = content.provenance
-        self.parts, self.has_digests, self._numbers = tuple(content.parts), content.digests, content.numbers
-        self._starts = np.cumsum([0, *(part.rows for part in self.parts)])
-        self._firsts = [part.first for part in self.parts]
-        self._kinds: tuple[type, ...] = (int, np.integer) if content.numbers else (str,)  # what an id may be
+    def __init__(self, folder: str | os.PathLike[str], *, whole: bool = True) -> None:
+        require()
+        self.folder = Path(folder)
+        content = _description(self.folder)
+        if whole and not content["complete"]:
+            fault = f"the store in {folder} is not whole: its writer was stopped"
+            raise MetaplError(f"{fault}. Go on with the command that began it, and resume=True (--resume).")
+        self.complete: bool = content["complete"]
+        self.classes: tuple[str, ...] = tuple(content["classes"])
+        self.top_k: int | None = content["top_k"]
+        self.rows_per_part: int = content["rows_per_part"]
+        self.provenance: Mapping[str, Any] = content["provenance"]
+        self.parts: tuple[Part, ...] = tuple(content["parts"])
+        self.has_digests: bool = content["digests"]
+        self.starts = np.cumsum([0, *(part.rows for part in self.parts)])
+        self._firsts: list[Any] = [part.first for part in self.parts]
         self._sound: set[int] = set()
-        for part in self.parts:
-            self._check_size(part)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_sound": set()}  # what was found sound stays with the process
@@ -101,35 +176,28 @@ class LabelStore:
         """SHA-256 of the labels, from the checksums of the parts; when they were written is left out."""
         return hashlib.sha256("".join(part.sha256 for part in self.parts).encode()).hexdigest()
 
-    @property
-    def schema(self) -> pa.Schema:
-        """The columns of its parts."""
-        return layout.schema(numbers=self._numbers, sparse=self.top_k is not None, digests=self.has_digests)
-
     def __len__(self) -> int:
         """Number of rows, each of another example."""
-        return int(self._starts[-1])
+        return int(self.starts[-1])
 
     def __iter__(self) -> Iterator[str | int]:
         """The ids, in the order of the rows, a part at a time."""
         for number in range(len(self.parts)):
-            yield from self.table(number, ["id"]).column(0).to_pylist()
+            yield from self.table(number)["id"].to_pylist()
 
     def __contains__(self, example: object) -> bool:
-        return isinstance(example, self._kinds) and bool(self._find([example])[0] >= 0)
+        return bool(self._find([example])[0] >= 0)
 
-    def __getitem__(self, ids: str | int | Sequence[str] | Sequence[int] | Values | Tensor) -> Tensor:
+    def __getitem__(self, ids: str | int | Ids) -> Tensor:
         """The distributions of examples by B ids in any order, float32 (B, C) on the CPU, each row summing to 1; (C,)
         of one id. A MetaplError where there is no such example."""
         if isinstance(ids, str | int | np.integer):
             return self.at(self.rows([cast(Any, ids)]))[0]
         return self.at(self.rows(ids))
 
-    def rows(self, ids: Sequence[str] | Sequence[int] | Values | Tensor) -> Values:
+    def rows(self, ids: Ids) -> Values:
         """The rows of examples, int64 (B,). A MetaplError where there is no such example."""
         wanted = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
-        if not all(isinstance(name, self._kinds) for name in wanted):
-            raise MetaplError(f"the ids are {described(ids)}; expected {'integers' if self._numbers else 'strings'}.")
         rows = self._find(wanted)
         if missing := [name for name, row in zip(wanted, rows.tolist(), strict=True) if row < 0]:
             raise MetaplError(f"{self.folder} has no labels of {few(missing)}; expected examples that it was made of.")
@@ -137,19 +205,20 @@ class LabelStore:
 
     def _find(self, ids: Sequence[Any]) -> Values:
         """The rows of examples; −1 where there is none."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        rows = np.full(len(ids), -1, dtype=np.int64)
-        parts = np.array([bisect.bisect_right(self._firsts, name) - 1 for name in ids], dtype=np.int64)
+        rows, kinds = np.full(len(ids), -1, dtype=np.int64), (str,) if self.kind is str else (int, np.integer)
+        known = np.array([i for i, name in enumerate(ids) if isinstance(name, kinds)], dtype=np.int64)
+        parts = np.array([bisect.bisect_right(self._firsts, ids[i]) - 1 for i in known], dtype=np.int64)
         for number, where in _by_part(parts):
             if number >= 0:  # before the first part there is nothing
-                names = _names(self._checked(number))
-                given = [ids[i] if _is_storable(ids[i]) else None for i in where.tolist()]
-                places = pc.fill_null(pc.index_in(pa.array(given, names.type), value_set=names), -1)
-                within = np.asarray(places.to_numpy(zero_copy_only=False), dtype=np.int64)
-                rows[where] = np.where(within >= 0, within + self._starts[number], -1)
+                places = _places(self._checked(number))
+                for i in known[where]:
+                    rows[i] = self.starts[number] + places[ids[i]] if ids[i] in places else -1
         return rows
+
+    @property
+    def kind(self) -> type:
+        """Of the ids: str or int."""
+        return type(self._firsts[0])
 
     def at(self, rows: Sequence[int] | Values | Tensor) -> Tensor:
         """The distributions of B rows of 0, …, len − 1 in any order, float32 (B, C) on the CPU, each summing to 1; read
@@ -157,21 +226,45 @@ class LabelStore:
         wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
         if outside := wanted[(wanted < 0) | (wanted >= len(self))].tolist():
             raise MetaplError(f"{self.folder} has no row {few(outside)}; expected 0 to {len(self) - 1:,}.")
-        width, lists = self.top_k or len(self.classes), [*layout.MAPPED][: 1 if self.top_k is None else 2]
-        stored = {name: np.empty((len(wanted), width), layout.MAPPED[name]) for name in lists}
-        for number, where in _by_part(np.searchsorted(self._starts, wanted, side="right") - 1):
-            columns, places = _columns(self._checked(number)), wanted[where] - self._starts[number]
-            for name, values in stored.items():
-                values[where] = columns[name].reshape(-1, width)[places]
-        return spread(stored["probabilities"], stored.get("classes"), len(self.classes))
+        width = self.top_k or len(self.classes)
+        s_BK, classes_BK = np.empty((len(wanted), width), np.float32), np.empty((len(wanted), width), np.int32)
+        for number, where in _by_part(np.searchsorted(self.starts, wanted, side="right") - 1):
+            lists, places = self.lists(number), wanted[where] - self.starts[number]
+            s_BK[where] = lists["probabilities"][places]
+            if self.top_k is not None:
+                classes_BK[where] = lists["classes"][places]
+        # By numpy, in one thread: torch's threads would wait for each other at every small batch.
+        sum_B1 = s_BK.sum(axis=1, keepdims=True)
+        if self.top_k is None:
+            return torch.from_numpy(s_BK / sum_B1)
+        others = len(self.classes) - width
+        remainder_B1 = np.maximum(0, 1 - sum_B1) if others else np.zeros_like(sum_B1)
+        whole_B1 = sum_B1 + remainder_B1
+        q_BC = np.repeat(remainder_B1 / whole_B1 / max(others, 1), len(self.classes), axis=1)
+        np.put_along_axis(q_BC, classes_BK, s_BK / whole_B1, axis=1)
+        return torch.from_numpy(q_BC)
 
     def rows_with_copies(self) -> Values:
         """The rows, int64, each as often as it counts: what to draw from where classes were balanced by duplication."""
         return np.repeat(np.arange(len(self)), self.column("copies"))
 
     def column(self, name: str) -> Values:
-        """The numbers of all rows in a column: their label, confidence, entropy or copies."""
-        return np.concatenate([self.table(number, [name])[name].to_numpy() for number in range(len(self.parts))])
+        """The numbers of all rows in a column: their label, confidence, entropy or copies, or an id that is one."""
+        return np.concatenate([self.table(number)[name].to_numpy() for number in range(len(self.parts))])
+
+    def table(self, number: int) -> pa.Table:
+        """The rows of a part by its number, as pyarrow has them."""
+        return _table(self._checked(number))
+
+    def lists(self, number: int) -> dict[str, Values]:
+        """The probabilities, and with ``top_k`` their classes, of a part by its number, each (rows, K)."""
+        return matrices(self._checked(number))
+
+    def digests(self) -> Iterator[tuple[Any, bytes]]:
+        """The ids, each with the first 16 bytes of the SHA-256 of its file; none where the store does not have them."""
+        for number in range(len(self.parts) if self.has_digests else 0):
+            table = self.table(number)
+            yield from zip(table["id"].to_pylist(), table["digest"].to_pylist(), strict=True)
 
     def verify(self) -> None:
         """Check the bytes of all parts, whether or not they were read; a MetaplError names one that is damaged."""
@@ -179,53 +272,18 @@ class LabelStore:
         for number in range(len(self.parts)):
             self._checked(number)
 
-    def table(self, number: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """The rows of a part by its number, as pyarrow reads them: all columns, or those of these names."""
-        return layout.read_rows(self._checked(number), columns)
-
-    def digests(self) -> Iterator[tuple[Any, bytes]]:
-        """The ids, each with the first 16 bytes of the SHA-256 of its file; none where the store does not have them."""
-        for number in range(len(self.parts) if self.has_digests else 0):
-            table = self.table(number, ["id", "digest"])
-            yield from zip(table["id"].to_pylist(), table["digest"].to_pylist(), strict=True)
-
-    def _check_size(self, part: Part) -> None:
-        path = self.folder / part.file
-        try:
-            with open_plain(path) as file:
-                size = os.fstat(file.fileno()).st_size
-        except OSError as error:
-            raise MetaplError(f"{path} cannot be read: {error.strerror}. {layout.AGAIN}") from error
-        if size != part.bytes:
-            state = f"{'truncated' if size < part.bytes else 'damaged'}: it has {size:,} bytes"
-            raise MetaplError(f"{path} is {state}, and {part.bytes:,} were written. {layout.AGAIN}")
-
     def _checked(self, number: int) -> Path:
         """The file of a part, which is refused where it is not as it was written; asked once."""
-        part, path = self.parts[number], self.folder / self.parts[number].file
+        path = self.folder / self.parts[number].file
         if number not in self._sound:
-            self._check_size(part)
-            with open_plain(path) as file:
-                if sha256_of(file) != part.sha256:
-                    noted = f"its SHA-256 is not the one in {layout.DESCRIPTION}"
-                    raise MetaplError(f"{path} is damaged: {noted}. {layout.AGAIN}")
+            try:
+                found = sha256_of(path)
+            except OSError as error:
+                raise MetaplError(f"{path} cannot be read: {reason_of(error)}. {AGAIN}") from error
+            if found != self.parts[number].sha256:
+                raise MetaplError(f"{path} is damaged: its SHA-256 is not the one in {DESCRIPTION}. {AGAIN}")
             self._sound.add(number)
         return path
-
-
-@lru_cache(MAPPED_PARTS)
-def _columns(path: Path) -> dict[str, Values]:
-    """The columns of a part that are read without a decoder."""
-    import pyarrow as pa
-
-    # Unlike mmap.mmap, pyarrow's map does not need its file to stay open: a process may have few of these.
-    with pa.memory_map(os.fsencode(path)) as file:
-        return layout.mapped_columns(file.read_buffer())
-
-
-@lru_cache(KNOWN_PARTS)
-def _names(path: Path) -> pa.Array:
-    return layout.read_rows(path, ["id"]).column(0).combine_chunks()
 
 
 def _by_part(parts: Values) -> Iterator[tuple[int, Values]]:
@@ -241,25 +299,222 @@ def is_text(name: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
-def _is_storable(name: str | int) -> bool:
-    return is_text(name) if isinstance(name, str) else -(2**63) <= name < 2**63
+class LabelWriter:
+    """Writes a store of class distributions; a context manager, which seals the store when its block ends well.
 
+    Of probabilities p_1, …, p_C of an example, the store keeps float16 numbers: all C, or the k greatest with their
+    classes (see :class:`LabelStore`). Beside these stand, of the exact distribution, the label (the most probable
+    class, of equals the first), its probability as confidence, and the entropy −Σ p_c ln p_c in nats.
 
-def spread(stored_BK: Values, classes_BK: Values | None, classes: int) -> Tensor:
-    """Distributions, float32 (B, C), of the stored probabilities of some classes, or of all C in their order (None);
-    see :class:`LabelStore`. By numpy, in one thread: torch's would wait for each other at every small batch."""
-    s_BK = stored_BK.astype(np.float32)
-    sum_B1 = s_BK.sum(axis=1, keepdims=True)
-    # NaN is not above 0 either.
-    if not (s_BK.min(initial=0) >= 0 and sum_B1.min(initial=1) > 0 and sum_B1.max(initial=1) < np.inf):
-        raise MetaplError(
-            "stored probabilities are negative, infinite, NaN or all 0; expected distributions: write the labels again."
+    Args:
+        folder: of the store; made where it is missing.
+        classes: their names, in the order of the probabilities.
+        top_k: how many of the greatest probabilities are kept of an example; None keeps all.
+        provenance: what is known of the distributions, such as the model, as values that JSON has.
+        rows_per_part: rows of a file; what a kill costs.
+        resume: go on with a store that is not whole, or find out that it is.
+
+    Cost: the rows of a part in memory, twice while it is written.
+
+    Raises:
+        MetaplError: when the block is entered: pyarrow is not installed; the folder holds other files, or a finished
+            store; another process is writing to it; or what is resumed was begun otherwise. Later: see :meth:`add`.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp()) / "store"
+    >>> with LabelWriter(folder, ["cat", "dog"]) as writer:
+    ...     writer.add(["a.png", "b.png"], torch.tensor([[0.25, 0.75], [1.0, 0.0]]))
+    >>> LabelStore(folder)["a.png"]
+    tensor([0.2500, 0.7500])
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        classes: Sequence[str],
+        *,
+        top_k: int | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        rows_per_part: int = 8192,
+        resume: bool = False,
+    ) -> None:
+        require()
+        if not classes or len({*classes}) < len(classes):
+            raise MetaplError(f"the classes are {few(classes, 10, 30)}; expected one or more names, each once.")
+        if top_k is not None and not 1 <= top_k <= len(classes):
+            raise MetaplError(f"top_k is {top_k}; expected 1 to {len(classes):,}, the number of classes, or None.")
+        self.folder, self.classes, self.top_k, self.resume = Path(folder), tuple(classes), top_k, resume
+        self.rows_per_part = rows_per_part
+        begun = datetime.now(UTC).isoformat(timespec="seconds")
+        self.provenance: Mapping[str, Any] = {"begun": begun, "made_with": environment(), **(provenance or {})}
+        self.there: LabelStore | None = None  # what was on disk when this writer was entered
+        self.complete = False  # whether that is whole, so that there is nothing to add
+        self._parts: list[Part] = []
+        self._schema: pa.Schema | None = None
+        self._waiting: list[pa.Table] = []
+        self._last: str | int | None = None
+        self._stack = ExitStack()
+
+    @property
+    def rows(self) -> int:
+        """How many rows are on disk."""
+        return sum(part.rows for part in self._parts)
+
+    @property
+    def last(self) -> str | int | None:
+        """The id of the last row on disk; a writer that resumes goes on behind it. None where there is none."""
+        return self._parts[-1].last if self._parts else None
+
+    def __enter__(self) -> Self:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise MetaplError(f"{self.folder} is not a folder; expected that of a store, or a new one (--out).")
+        with ExitStack() as stack:
+            stack.enter_context(owned(self.folder))
+            if (self.folder / DESCRIPTION).exists():
+                self._go_on(LabelStore(self.folder, whole=False))
+            elif others := [name for name in os.listdir(self.folder) if name[0] != "." and not is_temporary(name)]:
+                fault = f"{self.folder} holds no {DESCRIPTION} and other files ({few(sorted(others))})"
+                raise MetaplError(f"{fault}; give another folder (--out).")
+            remove_temporary(self.folder)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:  # what is on disk stays, for a writer to go on with
+            self._stack.__exit__(kind, error, trace)
+            return
+        with self._stack:
+            if not self.complete:
+                if waiting := sum(map(len, self._waiting)):
+                    self._flush(waiting)
+                if not self._parts:
+                    raise MetaplError(f"no example was given for the store in {self.folder}; expected one or more.")
+                self._describe(complete=True)
+                self.complete = True
+
+    def _go_on(self, there: LabelStore) -> None:
+        """Go on with what is there, if it was begun as it is now."""
+        if not self.resume:
+            mend = "give another folder (--out)" if there.complete else "go on with resume=True (--resume)"
+            raise MetaplError(f"{self.folder} holds a store of labels already; {mend}.")
+        then, now = (
+            {"classes": each.classes, "top_k": each.top_k, "rows_per_part": each.rows_per_part}
+            | {f"provenance.{name}": value for name, value in each.provenance.items() if name not in FREE}
+            for each in (there, self)
         )
-    if classes_BK is None:
-        return torch.from_numpy(s_BK / sum_B1)
-    remainder_B1 = np.maximum(0, 1 - sum_B1) if s_BK.shape[1] < classes else np.zeros_like(sum_B1)
-    whole_B1 = sum_B1 + remainder_B1
-    q_BC = np.empty((len(s_BK), classes), np.float32)
-    q_BC[:] = remainder_B1 / whole_B1 / max(classes - s_BK.shape[1], 1)
-    np.put_along_axis(q_BC, classes_BK, s_BK / whole_B1, axis=1)
-    return torch.from_numpy(q_BC)
+        for name in sorted(then.keys() | now.keys()):
+            if then.get(name) != now.get(name):
+                begun, asked = (few([repr(each.get(name))], longest=60) for each in (then, now))
+                fault = f"the store in {self.folder} was begun with {name} {begun}, and now it is {asked}"
+                raise MetaplError(f"{fault}; go on as it was begun, or give another folder (--out).")
+        there.verify()
+        self.there, self.provenance, self.complete = there, there.provenance, there.complete
+        self._parts, self._last = [*there.parts], there.parts[-1].last if there.parts else None
+        self._schema = there.table(0).schema if there.parts else None
+
+    def add(self, ids: Ids, probabilities: Tensor, digests: Sequence[bytes] | None = None) -> None:
+        """Add examples behind those that are there.
+
+        Args:
+            ids: B strings, or B integers; each greater than the one before, over all calls. Strings are compared by the
+                codes of their characters, as Python does.
+            probabilities: (B, C), floating point, on any device; each row sums to 1.
+            digests: the first 16 bytes of the SHA-256 of each example's file, by which copies are recognized.
+
+        Raises:
+            MetaplError: other ids or probabilities; the disk refused. What is on disk is whole then.
+        """
+        import pyarrow as pa
+
+        shape = (len(ids), len(self.classes))
+        if probabilities.shape != shape or not probabilities.is_floating_point():
+            given = f"the probabilities are {described(probabilities)}"
+            raise MetaplError(f"{given}; expected floating point {shape}, a row an id and a column a class.")
+        p_BC = probabilities.detach().to("cpu", torch.float32)
+        if not bool(((p_BC >= 0).all(dim=1) & ((p_BC.sum(dim=1) - 1).abs() <= TOLERANCE)).all()):
+            fault = "some of the probabilities are negative or not finite, or those of an example do not sum to 1"
+            raise MetaplError(f"{fault}; expected what softmax gives.")
+        names: list[Any] = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
+        in_order = names if self._last is None else [self._last, *names]
+        kinds = {type(name) for name in in_order}
+        if kinds not in (set(), {str}, {int}) or not all(is_text(name) for name in names if isinstance(name, str)):
+            fault = f"the ids are {described(ids)}"
+            raise MetaplError(f"{fault}; expected integers, or strings that UTF-8 can hold, over all calls.")
+        if wrong := next(((one, other) for one, other in pairwise(in_order) if not one < other), None):
+            fault = f"the id {few([wrong[1]])} comes after {few([wrong[0]])}"
+            raise MetaplError(f"{fault}; expected each greater than the one before: sort the examples, each once.")
+
+        def lists(values_BK: Tensor) -> pa.Array:
+            return pa.FixedSizeListArray.from_arrays(pa.array(values_BK.numpy().reshape(-1)), values_BK.shape[1])
+
+        columns = {
+            "id": pa.array(names, pa.string() if kinds == {str} else pa.int64()),
+            "label": pa.array(p_BC.numpy().argmax(axis=1).astype(np.int32)),
+            "confidence": pa.array(p_BC.numpy().max(axis=1)),
+            "entropy": pa.array(-(p_BC * p_BC.clamp(min=1e-38).log()).sum(dim=1).numpy()),
+            "copies": pa.array(np.ones(len(names), np.int32)),
+        }
+        if digests is not None:
+            columns["digest"] = pa.array([digest[:DIGEST_BYTES] for digest in digests], pa.binary(DIGEST_BYTES))
+        if self.top_k is not None:
+            values, found = p_BC.topk(min(self.top_k + 1, p_BC.shape[1]))  # a sort of all takes many times as long
+            tied = (values[:, 1:] == values[:, :-1]).any(dim=1)  # which of equals topk takes is open
+            found[tied] = p_BC[tied].sort(dim=1, descending=True, stable=True).indices[:, : found.shape[1]]
+            classes_BK = found[:, : self.top_k]
+            p_BC = p_BC.gather(1, classes_BK)
+            columns["classes"] = lists(classes_BK.to(torch.int32))
+        columns["probabilities"] = lists(p_BC.to(torch.float16))
+        self.add_table(pa.table(columns))
+
+    def add_table(self, table: pa.Table) -> None:
+        """Add rows as a part has them, such as those of another store; their ids follow those that are there."""
+        if self.complete:
+            raise MetaplError(f"the store in {self.folder} is whole; expected nothing more to be added.")
+        if self._schema is not None and not self._schema.equals(table.schema):
+            fault = f"the store in {self.folder} has the columns {', '.join(self._schema.names)}"
+            raise MetaplError(f"{fault}; expected the same of all that is added: either all with digests or none.")
+        if len(table):
+            self._schema, self._last = table.schema, table["id"][-1].as_py()
+            self._waiting.append(table)
+        while sum(map(len, self._waiting)) >= self.rows_per_part:
+            self._flush(self.rows_per_part)
+
+    def _flush(self, rows: int) -> None:
+        """Write a part of the first rows that wait."""
+        import pyarrow as pa
+
+        together = pa.concat_tables(self._waiting)
+        # A copy, since a slice would be written with what lies behind it: the same rows are to give the same bytes.
+        table, sink = together.take(pa.array(np.arange(rows))).combine_chunks(), pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, table.schema) as file:
+            file.write_table(table)
+        content = sink.getvalue()
+        sha256, ids = hashlib.sha256(content).hexdigest(), table["id"]
+        part = Part(
+            f"part-{len(self._parts):05}-{sha256[:16]}.arrow", rows, ids[0].as_py(), ids[-1].as_py(), sha256=sha256
+        )
+        if not self._parts:
+            self._describe(complete=False)
+        self._write(part.file, content)
+        self._parts.append(part)
+        self._describe(complete=False)
+        self._waiting = [together.slice(rows)]
+
+    def _describe(self, *, complete: bool) -> None:
+        content = {
+            "format": FORMAT,
+            "complete": complete,
+            "classes": self.classes,
+            "top_k": self.top_k,
+            "rows_per_part": self.rows_per_part,
+            "provenance": self.provenance,
+            "digests": self._schema is not None and "digest" in self._schema.names,
+            "parts": [asdict(part) for part in self._parts],
+        }
+        self._write(DESCRIPTION, (json.dumps({**content, "seal": _seal(content)}, indent=1) + "\n").encode())
+
+    def _write(self, name: str, content: Any) -> None:
+        mend = "Mend that (is the disk full?), then go on with resume=True (--resume)."
+        write_whole(self.folder / name, content, f"the {self.rows:,} rows that are there are whole. {mend}")
