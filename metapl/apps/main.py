@@ -32,7 +32,7 @@ COMMANDS = {
     "runs": "runs.Runs",
     "compare": "compare.Compare",
     "attribute": "attribute.Attribute",
-    "export": "export.command.Export",
+    "export": "export.Export",
     "label": "label.Label",
     "labels stats": "label.Stats",
     "labels select": "label.Select",
