@@ -109,7 +109,7 @@ class Attribute:
                     effect = "harms" if row.score < 0 else "helps"
                     csv.writerow([str(rank), row.file, row.label, f"{row.score:.6g}", effect, f"{row.loss:.6g}"])
             if self.removals:
-                tell(f"metapl: {self.out / TABLE} has all of them; now the check", file=sys.stderr, wrap=True)
+                tell(f"metapl: {self.out / TABLE} has all of them; now the check", file=sys.stderr)
                 found |= self._check(scores, found)
                 with written(self.out, PAGE, page(found, rows, train).decode()):
                     pass

@@ -217,14 +217,14 @@ def _train(config: Any, method: Any, resume: bool, folder: RunFolder, processes:
             tell(f"{out} is finished already.")
             result = stored_result(folder)
         else:
-            tell(f"{config.name} by {method.title}, seed {config.fitting.seed} -> {out}", wrap=True)
+            tell(f"{config.name} by {method.title}, seed {config.fitting.seed} -> {out}")
             own: Any = {"progress": True, "say": aloud, "processes": processes}
             result = train(config, method, folder, resume=resume, **own)
     for line in summary(result):
         tell(wrapped(line))
-    tell(f"the networks, the report and the figures are in {out}", wrap=True)
+    tell(f"the networks, the report and the figures are in {out}")
     if method.name == "mpl":
-        tell("whether the teacher's feedback helped, only a comparison tells: --compare --seeds 0-4", wrap=True)
+        tell("whether the teacher's feedback helped, only a comparison tells: --compare --seeds 0-4")
 
 
 def _beside(processes: Processes) -> int:

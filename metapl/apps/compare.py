@@ -9,9 +9,8 @@ import signal
 import statistics
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
@@ -52,7 +51,7 @@ PATIENCE = 30.0  # seconds that a worker has to save the step under way before i
 
 
 def aloud(text: str) -> None:
-    tell(text, wrap=True)
+    tell(text)
 
 
 @dataclass(frozen=True)
@@ -135,19 +134,18 @@ def run_jobs(
     words = f"{len(methods)} method{'s' if len(methods) != 1 else ''} x {seeds_in_words(len(seeds))}"
     aloud(f"{words}, {workers} at a time -> {out}")
     results = {}
-    waiting = [job for job in to_compare if not (job.folder / "result.json").exists()]
-    total, times = len(to_compare), defaultdict[str, list[float]](list)
+    left = [job for job in to_compare if not (job.folder / "result.json").exists()]
+    total, times = len(to_compare), list[float]()
     with closing(run_all(to_compare, workers)) as running:  # workers end before the command does
         for number, (job, result, seconds) in enumerate(running, 1):
             results[job.method.name, job.config.fitting.seed] = result
-            if job in waiting:
-                waiting.remove(job)
-                times[job.method.name].append(seconds)
+            if job in left:
+                left.remove(job)
+                times.append(seconds)
             until = ""
-            if waiting and times:  # methods take times of their own, and one that is not known yet takes the mean
-                means = {method: statistics.fmean(taken) for method, taken in times.items()}
-                left = sum(means.get(other.method.name, statistics.fmean(means.values())) for other in waiting)
-                until = f", about {duration(left / min(workers, len(waiting)))} left"
+            if left and times:
+                remaining = len(left) * statistics.fmean(times) / min(workers, len(left))
+                until = f", about {duration(remaining)} left"
             on = Evaluation(**result["evaluation"])
             reached = with_chance(result["test_accuracy"], on.n, on.chance)
             aloud(f"[{number:>{len(str(total))}}/{total}] {job.title}: {reached}{until}")
@@ -157,70 +155,60 @@ def run_jobs(
 def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str, Any], float], None, None]:
     """Run the jobs, ``workers`` at a time, and give each with its result and the seconds it took as it ends.
 
-    One worker is this process. However this ends, no worker is left: where it is stopped, or
-    a job fails, the others save the step under way and go; and a worker whose parent was killed ends itself, so that
-    nobody goes on writing to the folders.
+    One worker is this process. However this ends, no worker is left: where it is stopped, or a job fails, the others
+    save the step under way and go; and a worker whose parent was killed ends itself, so that nobody goes on writing to
+    the folders.
     """
     if workers <= 1 or len(jobs) == 1:
         for job in jobs:
-            since = time.monotonic()
             with placed(f"{job.title}: "):
-                result = job.run()
-            yield job, result, time.monotonic() - since
+                result, seconds = _run(job)
+            yield job, result, seconds
         return
-    others = {*multiprocessing.active_children()}
     spawned: Any = {"mp_context": multiprocessing.get_context("spawn")}
     pool = ProcessPoolExecutor(workers, **spawned, initializer=_end_with_parent, initargs=(os.getpid(),))
-    waiting = list(reversed(jobs))
-    running: dict[Future[dict[str, Any]], tuple[Job, float]] = {}
     # Processes that are started in between do not get what a terminal sends to all: the parent alone decides.
     ours = {signal.SIGINT, signal.SIGHUP}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ours)
     try:
-        while waiting or running:
-            # No more than are run at once: a job that lies in the pool's own queue could not be taken back.
-            while waiting and len(running) < workers:
-                job = waiting.pop()
-                signal.pthread_sigmask(signal.SIG_BLOCK, ours)
-                try:
-                    running[pool.submit(_run, job)] = job, time.monotonic()
-                finally:
-                    signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            future = done.pop()
-            job, since = running.pop(future)
-            with placed(f"{job.title}: "):
-                result = future.result()
-            yield job, result, time.monotonic() - since
-    except BrokenProcessPool as error:
-        names = ", ".join(sorted({job.title, *(other.title for other, _ in running.values())}))
-        raise MetaplError(
-            f"the process of one of these runs was killed ({names}): was there too little memory? Go on with --resume."
-        ) from error
+        running = {pool.submit(_run_apart, job): job for job in jobs}
     finally:
-        if running:
-            _stop([child for child in multiprocessing.active_children() if child not in others])
-        pool.shutdown()
-
-
-def _run(job: Job) -> dict[str, Any]:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
+    started = [*pool._processes.values()]
     try:
-        return job.run()
-    except KeyboardInterrupt:  # stopped and saved; nobody waits for the result
-        return {}
-
-
-def _stop(workers: Sequence[Any]) -> None:
-    """Ask processes to save and go; kill those that do not."""
-    for worker in workers:
-        worker.terminate()
-    try:
+        for future in as_completed(running):
+            with placed(f"{running[future].title}: "):
+                result, seconds = future.result()
+            yield running[future], result, seconds
+    except BrokenProcessPool as error:
+        fault = "the process of one of the runs was killed"
+        raise MetaplError(f"{fault}: was there too little memory? Go on with --resume.") from error
+    except BaseException:
+        # Ask them to save and go; kill those that do not.
+        for worker in started:
+            worker.terminate()
         give_up = time.monotonic() + PATIENCE
-        for worker in workers:
-            worker.join(max(0.0, give_up - time.monotonic()))
-    finally:  # also when the user has no more patience
-        for worker in workers:
-            worker.kill()
-            worker.join()
+        try:
+            for worker in started:
+                worker.join(max(0.0, give_up - time.monotonic()))
+        finally:  # also when the user has no more patience
+            for worker in started:
+                worker.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _run(job: Job) -> tuple[dict[str, Any], float]:
+    since = time.monotonic()
+    return job.run(), time.monotonic() - since
+
+
+def _run_apart(job: Job) -> tuple[dict[str, Any], float]:
+    try:
+        return _run(job)
+    except KeyboardInterrupt:  # stopped and saved; it does not begin another job
+        os._exit(1)
 
 
 def _end_with_parent(parent: int) -> None:
@@ -248,9 +236,8 @@ class Compare:
     """Put the test accuracies of runs side by side, and test whether they differ.
 
     Differences are tested in pairs of the same seed, and so of the same split: where every method (or the same method
-    with other options) was run with the same seeds. Otherwise, or with other numbers of labels, the accuracies are
-    listed, with the reason. Runs whose steps were measured to fit into the same minutes are paired whatever their
-    number. Runs of different recipes, on different data or of different classes are refused: their test sets differ.
+    with other options) was run with the same seeds. Otherwise the accuracies are listed, with the reason. Runs on
+    different data or of different classes are refused: their test sets differ.
 
     Args:
         folders: run folders, of single runs or of comparisons.
@@ -261,10 +248,8 @@ class Compare:
     def run(self) -> int:
         if not self.folders:
             raise MetaplError("no run was named; expected metapl compare RUN RUN...")
-        places = [path.resolve() for path in self.folders]
-        for path, place in zip(self.folders, places, strict=True):
-            if places.count(place) > 1:
-                raise MetaplError(f"{path} was given twice.")
+        if len({path.resolve() for path in self.folders}) < len(self.folders):
+            raise MetaplError(f"{few(self.folders)}: expected each run once.")
         _compare_runs(self.folders)
         return 0
 
@@ -304,11 +289,7 @@ def _compare_runs(folders: Sequence[Path]) -> None:
             steps = [f"{by_seed[0].steps:,}"] * differ  # all runs of a comparison have the same number
             rows.append((str(place), method, _ranges([entry.seed for entry in by_seed]), *steps, *shares))
     caption = f"test accuracy in % on {entries[0].evaluation.n:,} examples (chance {100 * _chance(entries):.1f})"
-    heading = wrapped(f"{caption}")
-    tell(f"{heading}\n\n{table(rows, left=3)}\n")
-    if differ:
-        tell(wrapped("The numbers of steps differ: each run took as many as fitted into its minutes.") + "\n")
-    tell(_verdict(entries))
+    tell(f"{caption}\n\n{table(rows, left=3)}\n\n{_verdict(entries)}")
 
 
 def _entries(run: EndedRun) -> Iterator[Entry]:
@@ -330,8 +311,6 @@ def _entries(run: EndedRun) -> Iterator[Entry]:
             raise MetaplError(
                 f"{folder.path} has no test accuracy: train was given no --test; train it again with one."
             )
-        if STUDENT not in numbers:
-            raise MetaplError(f"{folder.path / 'result.json'} is damaged: it does not say {STUDENT}.")
         yield Entry(
             numbers["method"],
             result["title"],
@@ -360,21 +339,16 @@ def _refuse_other_data(entries: Sequence[Entry]) -> None:
         names, own = entries[0].evaluation.classes, entry.evaluation.classes
         if names is not None and own is not None and list(names) != list(own):
             alone = [name for name in (*own, *names) if name not in own or name not in names]
-            raise MetaplError(
-                f"{entry.place} and {entries[0].place} are of different classes: "
-                f"{f'only one of them has {few(alone)}' if alone else 'the order of the classes differs'}. Train both "
-                "on folders with the same classes, or compare each with runs on its own."
-            )
+            how = f"only one of them has {few(alone)}" if alone else "the order of the classes differs"
+            raise MetaplError(f"{entry.place} and {entries[0].place} are of different classes: {how}.")
         same = first.setdefault(entry.drawn_by, entry)
         parts = [part for part in {**same.hashes, **entry.hashes} if same.hashes.get(part) != entry.hashes.get(part)]
         everywhere = "labels"  # of the whole data set, whatever is drawn from it
         if entries[0].hashes.get(everywhere) != entry.hashes.get(everywhere):
             same, parts = entries[0], [everywhere]
         if parts:
-            raise MetaplError(
-                f"{entry.place} and {same.place} are on different data: {' and '.join(parts)} differ by their hashes "
-                "in data.json. Train both on the same files, or compare each with runs on its own data."
-            )
+            which = f"{' and '.join(parts)} differ by their hashes in data.json"
+            raise MetaplError(f"{entry.place} and {same.place} are on different data: {which}.")
 
 
 def _chance(entries: Sequence[Entry]) -> float:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import statistics
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from metapl.apps.run import READOUTS
 from metapl.apps.words import table
@@ -40,11 +38,6 @@ class Comparison:
     examples: int  # in the test set
     chance: float  # the accuracy of guessing there
 
-    def __post_init__(self) -> None:
-        for name, readouts in self.methods.items():
-            if any(len(values) != len(self.seeds) for values in readouts.values()):
-                raise MetaplError(f"method {name} has not one accuracy for each of the {len(self.seeds)} seeds.")
-
     @classmethod
     def of(
         cls, seeds: tuple[int, ...], methods: Sequence[str], results: Mapping[tuple[str, int], Mapping[str, Any]]
@@ -67,29 +60,20 @@ class Comparison:
     def mean(self, method: str, readout: str) -> float:
         return statistics.fmean(self.methods[method][readout])
 
-    def pair(self) -> tuple[str, str] | None:
-        """The first method that was run beside its control, MPL before others, and that control."""
-        for name in sorted(self.methods, key=lambda name: name != "mpl"):
-            if CONTROL.get(name) in self.methods:
-                return name, CONTROL[name]
-        return None
+    def against_control(self) -> tuple[str, str, str, str, PairedTest] | None:
+        """The first method that was run beside its control, MPL before others, its read-out, that control, the read-out
+        of that, and the test of their difference.
 
-    def against_control(self) -> tuple[PairedTest, str] | None:
-        """The first of :meth:`pair` against the second, and the read-out of the second by its name.
-
-        It is the student of the first against the better read-out of the second, the one with the higher mean on the
-        test set, which favors the control.
+        Of the control it is the better read-out, the one with the higher mean on the test set, which favors it. Only
+        finetuning learns from the clean labels, which plain training has learned from already.
         """
-        if (pair := self.pair()) is None:
+        pairs = [(name, CONTROL[name]) for name in self.methods if CONTROL.get(name) in self.methods]
+        if not pairs:
             return None
-        method, control = pair
-        asked = _question(method, self.titles[method])
+        method, control = min(pairs, key=lambda pair: pair[0] != "mpl")
+        own = FINETUNED if control == "plain" else STUDENT
         better = max((STUDENT, FINETUNED), key=lambda readout: self.mean(control, readout))
-        return paired_test(self.methods[method][asked.own], self.methods[control][better]), better
-
-    def best(self) -> str:
-        """The method whose delivered networks have the highest mean accuracy on the test set; the earlier of equals."""
-        return max(self._methods(), key=lambda name: self.mean(name, DELIVERED))
+        return method, own, control, better, paired_test(self.methods[method][own], self.methods[control][better])
 
     def delivered(self) -> tuple[str, int]:
         """The method with the highest mean validation accuracy and its best seed by it; the earlier of equals.
@@ -131,20 +115,28 @@ class Comparison:
 
     def sentence(self) -> str:
         """Whether what was run beside its control helped, with its statistics, and which method is the best."""
-        difference, pair, best = self.against_control(), self.pair(), self.best()
+        best = max(self._methods(), key=lambda name: self.mean(name, DELIVERED))
         reached = with_chance(self.mean(best, DELIVERED), self.examples, self.chance)
-        said = f"the best on the test set is {self.titles[best]} with {reached}"
-        if difference is not None and pair is not None:
-            (test, readout), (name, control), asked = difference, pair, _question(pair[0], self.titles[pair[0]])
-            which = "finetuned student" if readout == FINETUNED else "student"
-            better = f" (its {which}, the better of its two read-outs)"
-            said = (
-                f"{asked.subject} reaches {self.mean(name, asked.own):.1%} on the test set (n = {self.examples:,}, "
-                f"chance {self.chance:.1%}), {asked.control} {self.mean(control, readout):.1%}{better}: "
-                f"{100 * test.mean:+.1f} points over {seeds_in_words(test.n)}{_verdict(test, asked)}"
-                f"{f'; {said}' if best != name else ''}"
-            )
-        return f"{said[0].upper()}{said[1:]}."
+        said = f"The best on the test set is {self.titles[best]} with {reached}."
+        if (found := self.against_control()) is None:
+            return said
+        name, own, control, readout, test = found
+        what = "what is learned about labels" if control == "plain" else "the feedback"
+        p = "" if test.p is None else f", paired t-test p = {test.p:.2g}"
+        verdict = f"these seeds do not show whether {what} helped"
+        if test.n < ENOUGH_SEEDS:
+            verdict, p = f"at least {ENOUGH_SEEDS} seeds are needed to tell whether {what} helped", ""
+        elif test.p is None:
+            verdict = "with every seed the same"
+        elif test.p < 0.05:
+            verdict = f"{what} {'helped' if test.mean > 0 else 'hurt'}"
+        which = {STUDENT: "student", FINETUNED: "finetuned student"}
+        return (
+            f"The {which[own]} of {self.titles[name]} reaches {self.mean(name, own):.1%} on the test set (n = "
+            f"{self.examples:,}, chance {self.chance:.1%}), the {which[readout]} of {self.titles[control]}, the better "
+            f"of its two, {self.mean(control, readout):.1%}: {100 * test.mean:+.1f} points over "
+            f"{seeds_in_words(test.n)}{p}; {verdict}.{f' {said}' if best != name else ''}"
+        )
 
     def delivery(self) -> str:
         """Which run the comparison delivers, and why that one."""
@@ -164,8 +156,8 @@ class Comparison:
             "sentence": self.sentence(),
             "delivery": self.delivery(),
         }
-        if (difference := self.against_control()) is not None:
-            content["_against_".join(self.pair() or ())] = {"read_out": difference[1], **difference[0].to_json()}
+        if (found := self.against_control()) is not None:
+            content[f"{found[0]}_against_{found[2]}"] = {"read_out": found[3], **found[4].to_json()}
         return content
 
 
@@ -183,59 +175,24 @@ def seeds_in_words(n: int) -> str:
     return f"{n} seed{'s' if n != 1 else ''}"
 
 
-class _Question(NamedTuple):
-    """What the comparison of a method with its control asks."""
-
-    subject: str  # the networks, as the sentence calls them
-    control: str
-    question: str  # what the test could tell, after "tell" and "show"
-    answers: tuple[str, str]  # where the difference is above 0, and where it is not
-    own: str = STUDENT  # the read-out of the method
-
-
-def _question(name: str, title: str) -> _Question:
-    subject, what, control, own = "MPL's student", "the teacher's feedback", "the same loop without feedback", STUDENT
-    if name == "reduced_mpl":
-        subject, what = "reduced MPL's student", "the student's feedback"
-    if CONTROL[name] == "plain":
-        # Only finetuning learns from the clean labels, which plain training has learned from already.
-        subject, what = f"with {title} the finetuned student", "what is learned about labels"
-        control, own = "plain training", FINETUNED
-    return _Question(subject, control, f"whether {what} helped", (f"{what} helped", f"{what} hurt"), own)
-
-
-def _verdict(test: PairedTest, asked: _Question) -> str:
-    if test.n < ENOUGH_SEEDS:
-        return f"; at least {ENOUGH_SEEDS} seeds are needed to tell {asked.question}"
-    if test.p is None:  # all differences are the same
-        return f", with every seed the same: too little to tell {asked.question}"
-    found = asked.answers[test.mean <= 0] if test.p < 0.05 else f"these seeds do not show {asked.question}"
-    p = f"{test.p:.2g}" if test.p >= 1e-4 else f"{test.p:.0e}"
-    return f", paired t-test p = {p}: {found}"
-
-
 def parse_seeds(text: str, flag: str = "--seeds") -> tuple[int, ...]:
     """Seeds from ``"0-9"``, ``"0,3,5"`` or a mixture; ``flag`` is named in errors.
 
     >>> parse_seeds("0-2,7")
     (0, 1, 2, 7)
     """
-    ranges: list[range] = []
+    seeds: list[int] = []
     for part in text.split(","):
-        # Python does not read any length.
-        found = re.fullmatch(r"\s*([0-9]{1,99})(?:-([0-9]{1,99}))?\s*", part)
+        found = re.fullmatch(r"\s*([0-9]{1,10})(?:-([0-9]{1,10}))?\s*", part)
         if found is None:
             raise MetaplError(f"{flag}={text!r}: expected numbers and ranges, such as 0-9 or 0,3,5.")
-        first, last = int(found[1]), int(found[2] or found[1])
-        if last < first:
-            raise MetaplError(f"{flag}={text!r}: {first}-{last} ends before it begins; write {last}-{first}.")
-        ranges.append(range(first, last + 1))
-    if any(part.stop > 2**32 for part in ranges) or sum(map(len, ranges)) > MOST_SEEDS:
-        raise MetaplError(f"{flag}={text!r}: expected at most {MOST_SEEDS:,} seeds, each below 2^32.")
-    again, times = Counter(itertools.chain(*ranges)).most_common(1)[0]
-    if times > 1:
-        raise MetaplError(f"{flag}={text!r}: expected each seed once and none twice; {again} is named again.")
-    return tuple(itertools.chain(*ranges))
+        named = range(int(found[1]), int(found[2] or found[1]) + 1)
+        if not named or named.stop > 2**32 or len(named) > MOST_SEEDS:
+            raise MetaplError(f"{flag}={text!r}: expected at most {MOST_SEEDS:,} seeds, rising and below 2^32.")
+        seeds += named
+    if len({*seeds}) < len(seeds):
+        raise MetaplError(f"{flag}={text!r}: expected each seed once.")
+    return tuple(seeds)
 
 
 def with_chance(accuracy: float, n: int, chance: float) -> str:

@@ -28,11 +28,9 @@ EVALUATION = "evaluation.json"
 class Evaluate:
     """Measure a run's network on its test set again: accuracy, calibration, and which classes it takes for which.
 
-    It is the network that the run delivers, or the one named; of a comparison, the run that it delivers: the best
-    method's best seed by validation, and the first method's first seed where validation cannot tell. Where the accuracy
-    is not the one in the run's result.json, the output says so. Beside it stand its 95 % interval, the chance level,
-    which is what always naming the largest class gives, and what guessing evenly gives. A run without a test set is
-    measured on its validation examples, and the accuracy is called so.
+    Where the accuracy is not the one in the run's result.json, the output says so. Beside it stand its 95 % interval,
+    the chance level, which is what always naming the largest class gives, and what guessing evenly gives. A run without
+    a test set is measured on its validation examples, and the accuracy is called so.
 
     With --test, it is measured on other pictures: one folder a class, called as the run's classes. A file that cannot
     be read is left out, with the reason on standard error; the exit code is then 1.
@@ -115,8 +113,8 @@ class Evaluate:
 # Letters of a class that head a column, as many as there is room for, and that head a row; and from which on a name
 # loses its middle, not its end.
 MOST_LETTERS, LEAST_LETTERS, LEAST_WITH_DOTS = 16, 3, 9
-# Classes of which a terminal shows the confusion matrix; confusions, and classes, that are listed where there are more.
-MOST_IN_A_MATRIX, LISTED = 20, 10
+# Confusions, and classes, that are listed where a terminal has no room for the matrix.
+LISTED = 10
 
 
 def figures(evaluation: Evaluation, on: HeldOut) -> str:
@@ -154,17 +152,15 @@ def robustness_tables(found: Mapping[str, Any], clean: Evaluation) -> Iterator[s
 def confusions(evaluation: Evaluation, classes: tuple[str, ...]) -> str:
     """The confusion matrix, or what matters most of it where a terminal has no room for the whole."""
     share = ["-" if right is None else f"{right:.1%}" for right in evaluation.per_class]
-    if len(classes) <= MOST_IN_A_MATRIX:
-        width = max(len(str(n)) for counts in evaluation.confusion for n in counts)
-        for letters in range(MOST_LETTERS, LEAST_LETTERS - 1, -1):
-            # Where few letters fit, a name's first ones say more than its ends.
-            heads = [short(name, letters) if letters >= LEAST_WITH_DOTS else shown(name)[:letters] for name in classes]
-            rows = [("class", *(head.rjust(width) for head in heads), "right")]
-            for name, counts, right in zip(classes, evaluation.confusion, share, strict=True):
-                rows.append((short(name, MOST_LETTERS), *(str(n) if n else "." for n in counts), right))
-            if len((matrix := table(rows)).partition("\n")[0]) <= WIDTH:
-                head = "how many of a class (row) were taken for which (column), and how many rightly"
-                return f"{head}\n\n{matrix}"
+    widest = max(len(str(n)) for counts in evaluation.confusion for n in counts)
+    letters = min((WIDTH - MOST_LETTERS - 10) // len(classes) - 2, MOST_LETTERS)  # two spaces are between columns
+    if letters >= max(LEAST_LETTERS, widest):
+        # Where few letters fit, a name's first ones say more than its ends.
+        heads = [short(name, letters) if letters >= LEAST_WITH_DOTS else shown(name)[:letters] for name in classes]
+        rows = [("class", *heads, "right")]
+        for name, counts, right in zip(classes, evaluation.confusion, share, strict=True):
+            rows.append((short(name, MOST_LETTERS), *(str(n) if n else "." for n in counts), right))
+        return f"how many of a class (row) were taken for which (column), and how many rightly\n\n{table(rows)}"
     cells = [
         (n, true, p) for true, row in enumerate(evaluation.confusion) for p, n in enumerate(row) if n and true != p
     ]

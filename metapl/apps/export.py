@@ -30,14 +30,12 @@ from torch import nn
 
 from metapl.apps.errors import require_extra
 from metapl.apps.inputs import Factory, Network, Run, Switch, held, unset
-from metapl.apps.machine.misfit import misfit_entries
 from metapl.apps.machine.sealed import replacing
 from metapl.apps.networks import Architecture, Normalized, normalized
 from metapl.apps.run import EndedRun, counts_of, stored_data
 from metapl.apps.words import tell
 from metapl.errors import MetaplError, few, reason_of
 from metapl.metrics import Evaluation
-from metapl.runs.fields import Range
 from metapl.words import shown
 
 WEIGHTS, CARD, PROGRAM, ONNX = "model.safetensors", "MODEL_CARD.md", "model.pt2", "model.onnx"
@@ -48,14 +46,6 @@ AGREES_TO = 1e-4
 
 # What stands on the card of a student's evaluation, beside its accuracy.
 FIGURES = {"top5": "top-5 accuracy", "expected_calibration_error": "expected calibration error"}
-
-# What :func:`export` tells of weights, with types.
-_METADATA: dict[str, Any] = {
-    "architecture": Architecture | None,
-    "normalization": dict[str, list[float]] | None,
-    "classes": list[str] | None,
-    "center": Annotated[float, Range(above=0, most=1)],
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,8 +254,6 @@ def read_metadata(file: Path) -> dict[str, Any]:
             content: dict[str, Any] = json.loads((stored.metadata() or {}).get("metapl", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise MetaplError(f"{file} cannot be read as weights: {reason_of(error)}.") from error
-    if fault := misfit_entries(content, _METADATA, "its metadata"):
-        raise MetaplError(f"{file} was not written by metapl export: {fault}.")
     return content
 
 

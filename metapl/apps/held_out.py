@@ -115,11 +115,8 @@ def _compared(files: LabeledFiles, classes: tuple[str, ...]) -> list[str]:
         notes.append(f"{files.root} has no picture of {few(missing)}: nothing is measured there.")
     if files.loose:
         notes.append(f"{files.loose} pictures beside the class folders are not used.")
-    if files.passed_over:
-        kinds = ", ".join(f"{count:,} with {suffix}" for suffix, count in sorted(files.passed_over.items()))
-        notes.append(f"files without the name of a picture are passed over: {kinds}.")
     for note in notes:
-        tell(f"metapl: note: {note}", file=sys.stderr, wrap=True)
+        tell(f"metapl: note: {note}", file=sys.stderr)
     return missing
 
 
@@ -135,4 +132,4 @@ def _tell_copies(files: LabeledFiles, fields: dict[str, Any]) -> None:
     except MetaplError as error:
         notes = [f"it is not known which of these pictures were trained on: {error}"]
     for note in notes:
-        tell(f"metapl: note: {note}", file=sys.stderr, wrap=True)
+        tell(f"metapl: note: {note}", file=sys.stderr)

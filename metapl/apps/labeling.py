@@ -82,7 +82,7 @@ class ToLabel(StepBatches[Read]):
             read = {}
             for number in numbers:
                 try:
-                    ((_, read[number]),) = self.input.read(images.path(number))
+                    read[number] = self.input.read(images.path(number))
                 except MetaplError as error:
                     skipped.append((number, str(error)))
         digests = {number: ask(digest, str(images.path(number))) for number in read}

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Union
 import tyro
 
 from metapl.apps.machine.memory import LESS, out_of_memory
-from metapl.apps.process import drop_output, exit_code, stoppable, streams
+from metapl.apps.process import accept_all_letters, drop_output, exit_code, stoppable
 from metapl.apps.words import tell
 from metapl.errors import FieldError, MetaplError
 from metapl.runs.fields import check_fields
@@ -95,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     input; 128 + n stopped by signal n.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
-    with streams(), stoppable(for_good=arguments is None):
+    accept_all_letters()
+    with stoppable(for_good=arguments is None):
         try:
             try:
                 with _messages_shown():
@@ -113,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 text = error if whose is None else f"the memory {whose} does not suffice; {LESS}."
                 rank = os.environ.get("RANK", "0")
                 where = "" if rank == "0" else f"process {rank}: "
-                tell(f"metapl: {where}{text}", file=sys.stderr, wrap=True)
+                tell(f"metapl: {where}{text}", file=sys.stderr)
                 return 2
             if not isinstance(error, OSError):
                 raise
@@ -207,7 +208,7 @@ def _messages_shown() -> Iterator[None]:
         text = messages.format(record)
         if text not in told:
             told.add(text)
-            tell(f"metapl: {text}", file=sys.stderr, wrap=True)
+            tell(f"metapl: {text}", file=sys.stderr)
 
     messages.emit = emit  # type: ignore[method-assign]
     before = logger.level

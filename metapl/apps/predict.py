@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +34,9 @@ class Predict:
     With --top 3 it adds class_2, probability_2, class_3 and probability_3: the classes that come next. A column for
     each class, called p(cat) say, is added by --probabilities; these sum to 1.
 
-    A picture is read like the training data of the run: turned as the camera noted, transparent as white, the largest
-    centered square of it brought to the network's size, in colors or grey; of runs that were trained on crops, the
-    middle of that square.
-
-    digits: the digit is to fill the picture, which is averaged over an 8x8 grid, and inverted where it is more bright
-    than dark. CSV files are read too: an example a row, 64 numbers from 0 to 16 as in scikit-learn's digits, below a
-    header or none; file then says FILE:LINE.
+    A picture is read like the training data of the run: the largest centered square of it brought to the network's
+    size, in colors or grey; of runs that were trained on crops, the middle of that square. For digits, the digit is to
+    fill the picture, and is inverted where it is more bright than dark.
 
     Folders are searched, with all that is in them, for files by their suffixes. A file that cannot be read is left out,
     with the reason on standard error; the exit code is then 1.
@@ -64,7 +60,6 @@ class Predict:
     def run(self) -> int:
         run = EndedRun.load(self.folder)
         classes, name = run.classes, run.name(self.network)
-        reads = run.cards[name].input
         if not 1 <= self.top <= len(classes):
             raise MetaplError(f"--top {self.top} was given; expected 1 to {len(classes)}, the number of classes.")
         if not self.files:
@@ -72,11 +67,9 @@ class Predict:
         for path in self.files:
             if not os.path.lexists(path):  # a link that leads nowhere is left out, as other files that cannot be read
                 raise MetaplError(f"there is no file or folder {shown(path)}.")
-        check_file("--out", self.out)
-        if self.out is not None:
-            self._refuse_loss(self.out, reads.suffixes)
+        check_file("--out", self.out, ".csv")  # which is none of the files to be read
         network = run.network(name, self.factory).to(run.device)
-        inputs = Inputs(reads, self.files, leave=[] if self.out is None else [self.out])
+        inputs = Inputs(run.cards[name].input, self.files)
         count = 0
         more = [f"{column}_{rank}" for rank in range(2, self.top + 1) for column in HEADER[1:]]
         with nullcontext(CsvRows(sys.stdout)) if self.out is None else written_csv(self.out) as writer:
@@ -93,22 +86,6 @@ class Predict:
         if inputs.skipped:
             tell(f"metapl: {inputs.skipped} of {inputs.seen} files left out", file=sys.stderr)
         return 1 if inputs.skipped else 0
-
-    def _refuse_loss(self, file: Path, suffixes: Sequence[str]) -> None:
-        """Refuse a file whose content would be lost; one that an earlier call wrote may be replaced."""
-        where = file.resolve()
-        if where.is_relative_to(self.folder.resolve()):
-            raise MetaplError(f"--out {file} lies in the run folder {self.folder}; expected a file elsewhere.")
-        for path in self.files:
-            source = path.resolve()
-            within = where.is_relative_to(source) and where.suffix.lower() in suffixes and where.is_file()
-            if where == source or (path.is_dir() and within and not _is_ours(where)):
-                raise MetaplError(f"--out {file} is one of the files to be read, and would be lost; expected another.")
-
-
-def _is_ours(file: Path) -> bool:
-    with file.open("rb") as content:
-        return content.read(1000).startswith(",".join(HEADER).encode())
 
 
 def predictions(network: nn.Module, inputs: Inputs) -> Iterator[tuple[str, list[float]]]:

@@ -1,8 +1,7 @@
-"""The process around a command: its streams, which may be closed, and the signals that stop it."""
+"""The process around a command: the signals that stop it, and streams that take any name of a file."""
 
 from __future__ import annotations
 
-import codecs
 import io
 import os
 import signal
@@ -10,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, cast
+from typing import Any
 
 from metapl.runs.signals import END, is_heard
 
@@ -52,40 +51,11 @@ def stoppable(*, for_good: bool) -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN if for_good and stopping else handler or signal.SIG_DFL)
 
 
-@contextmanager
-def streams() -> Iterator[None]:
-    """Standard streams that can be written to, whatever the process was started with.
-
-    What is written to a closed standard output fails, as where its reader has gone; a letter that a terminal does not
-    have is shown as ?; a byte of a file's name that is not UTF-8 is written as it is; and standard error, which has
-    progress and messages, never fails.
-    """
-    for number in range(3):  # a file of a run must not become standard output
-        try:
-            os.fstat(number)
-        except OSError:
-            # Who closed standard output is told so by the exit code, once something is written: it is read alone.
-            opened = os.open(os.devnull, os.O_RDONLY if number == 1 else os.O_RDWR)
-            if opened != number:
-                os.dup2(opened, number)
-                os.close(opened)
-    before = sys.stdout, sys.stderr
-    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - it stays open
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        codecs.register_error("metapl", _replaced)
-        sys.stdout.reconfigure(errors="metapl")
-    sys.stderr = cast(Any, _Unfailing(sys.stderr or open(os.devnull, "w", encoding="utf-8")))  # noqa: SIM115
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = before
-
-
-def _replaced(error: UnicodeError) -> tuple[str | bytes, int]:
-    assert isinstance(error, UnicodeEncodeError)
-    letters = error.object[error.start : error.end]
-    escaped = b"".join(bytes([ord(x) - 0xDC00]) if 0xDC80 <= ord(x) <= 0xDCFF else b"?" for x in letters)
-    return escaped, error.end
+def accept_all_letters() -> None:
+    """Letters that a terminal does not have are written as their escapes, and bytes of names that are not UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "backslashreplace")
 
 
 def drop_output() -> None:
@@ -94,26 +64,3 @@ def drop_output() -> None:
         target = os.open(os.devnull, os.O_WRONLY)
         os.dup2(target, sys.stdout.fileno())
         os.close(target)
-
-
-class _Unfailing:
-    """A stream that drops what its file does not take: nobody reads it any more, and the work goes on."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        try:
-            written: int = self._stream.write(text)
-        except UnicodeEncodeError:
-            return self.write(text.encode("ascii", "backslashreplace").decode())
-        except (OSError, ValueError):
-            return len(text)
-        return written
-
-    def flush(self) -> None:
-        with suppress(OSError, ValueError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)

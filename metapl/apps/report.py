@@ -121,8 +121,8 @@ def _compared(run: EndedRun, evaluation: Evaluation) -> Iterator[str]:
     yield web.paragraph(found.sentence())
     table = web.rows(cells, ("method", "delivered", "student", "finetuned"))
     yield web.section("Methods", table, web.paragraph(found.caption(), "quiet"))
-    if (difference := found.against_control()) is not None:
-        test, pair = difference[0], [found.titles[name] for name in found.pair() or ()]
+    if (compared := found.against_control()) is not None:
+        test, pair = compared[4], [found.titles[compared[0]], found.titles[compared[2]]]
         figures = {"difference": f"{100 * test.mean:+.2f} points", "pairs of one seed": test.n}
         if test.interval is not None:
             figures["95 % interval"] = " to ".join(f"{100 * end:+.2f}" for end in test.interval)
@@ -145,7 +145,7 @@ def _mistakes(run: EndedRun, found: Mistakes | None) -> str:
             on = HeldOut(run, name)
             found = mistakes(run.network(name).to(run.device), on.batches(), run.classes, on.names)
     except (MetaplError, OSError) as error:
-        tell(f"metapl: the test pictures are left out: {error}", file=sys.stderr, wrap=True)
+        tell(f"metapl: the test pictures are left out: {error}", file=sys.stderr)
         return web.section("Surest mistakes", web.paragraph(f"The test pictures are left out: {error}"))
     whose = f"of the {run.cards[run.result['delivered']].title} on test"
     note = f"{whose}: {found.wrong:,} of {len(found.labels):,} are wrong"

@@ -24,8 +24,9 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +37,6 @@ from torch import Tensor, nn
 
 from metapl.apps.machine.cores import default_threads
 from metapl.apps.machine.environment import environment
-from metapl.apps.machine.misfit import from_dict
 from metapl.apps.machine.ownership import LOCK, owned
 from metapl.apps.machine.sealed import is_there, read_json, read_sealed, remove_temporary, sha256_of, write_whole
 from metapl.apps.pictures.card import NetworkCard
@@ -77,19 +77,17 @@ class RunFolder(Folder):
     # Files that are written before anything was trained.
     undone = ("recipe.json", LOCK, "data.json", "skipped.jsonl")
     command: str | None = None  # what starts the run, for the record
+    _is_held = False
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """:func:`owned`; within it, this value may be held again, which changes nothing."""
-        if self._lock is not None:
-            yield
-            return
-        with owned(self.path, self.undone):
-            self._lock = True
+        with nullcontext() if self._is_held else owned(self.path, self.undone):
+            before, self._is_held = self._is_held, True
             try:
                 yield
             finally:
-                self._lock = None
+                self._is_held = before
 
     @property
     def exists(self) -> bool:
@@ -147,7 +145,7 @@ class RunFolder(Folder):
 
     def description(self) -> dict[str, Any]:
         """What ``recipe.json`` holds: the recipe, with what it was made, and the command where one did it."""
-        content = self.read_json("recipe.json", {"recipe": dict[str, Any]}, ("recipe",))
+        content = self.read_json("recipe.json")
         if content.get("format") != FORMAT:
             made = content.get("made_with", {}).get("metapl", "?")
             raise MetaplError(
@@ -164,15 +162,12 @@ class RunFolder(Folder):
             raise MetaplError(f"{self.path / name} is damaged or was edited: {fault}. {ANOTHER}")
         return content
 
-    def read_json(
-        self, name: str, hints: Mapping[str, Any] | None = None, needed: Iterable[str] = ()
-    ) -> dict[str, Any]:
-        """One of the folder's JSON files, an object, as :func:`~metapl.apps.machine.sealed.read_json` reads it."""
+    def read_json(self, name: str) -> dict[str, Any]:
+        """One of the folder's JSON files, an object."""
         if not is_there(self.path / name):
-            raise MetaplError(
-                f"{name} is missing in {self.path}: this is not a run folder, or its run has not come so far."
-            )
-        return read_json(self.path / name, hints, needed)
+            fault = f"{name} is missing in {self.path}"
+            raise MetaplError(f"{fault}: this is not a run folder, or its run has not come so far.")
+        return read_json(self.path / name)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         if name in ("recipe.json", "result.json"):
@@ -208,15 +203,6 @@ class RunFolder(Folder):
         except Exception as error:  # safetensors raises its own types
             raise MetaplError(f"{file} cannot be read: {error}.") from error
         return weights
-
-
-def described(folder: RunFolder) -> dict[str, Any]:
-    """What ``recipe.json`` says of how a run was made, as plain values: its name, its method and its settings."""
-    description = folder.recipe()
-    kinds = {"name": str, "method": str, "fields": dict}
-    if wrong := [name for name, kind in kinds.items() if not isinstance(description.get(name), kind)]:
-        raise MetaplError(f"{folder.path / 'recipe.json'} is damaged: it does not say {', '.join(wrong)}.")
-    return description
 
 
 def stored_result(folder: RunFolder) -> dict[str, Any]:
@@ -264,7 +250,7 @@ def stored_data(folder: RunFolder) -> dict[str, Any]:
     """What ``data.json`` holds, where it is of the run that ``result.json`` is of."""
     if folder.ended:
         refuse_changed(folder.path / "data.json", stored_result(folder))
-    return folder.read_json("data.json", {"hash": dict[str, str]}, ("hash",))
+    return folder.read_json("data.json")
 
 
 def counts_of(data: Mapping[str, Any]) -> dict[str, int]:
@@ -304,15 +290,13 @@ class EndedRun:
             more = "" if "--resume" in command.split() else " --resume"
             raise MetaplError(f"the run in {path} is not finished; go on with it by {command}{more}")
         file = path / NETWORK
-        description, result = described(folder), stored_result(folder)
+        description, result = folder.recipe(), stored_result(folder)
         refuse_changed(file, result)
-        said = folder.read_json(NETWORK, {"title": str, "classes": list[str], "networks": dict[str, Any]}, TOLD)
+        said = folder.read_json(NETWORK)
         try:
-            cards = {name: from_dict(NetworkCard, card) for name, card in said["networks"].items()}
-        except (MetaplError, TypeError) as error:  # TypeError: a field without a default is missing
-            raise MetaplError(f"{file} is damaged or of another version: {error}") from error
-        if unknown := cards.keys() - WEIGHTS.keys():
-            raise MetaplError(f"{file} describes {', '.join(sorted(unknown))}; expected some of {', '.join(WEIGHTS)}.")
+            cards = {name: _rebuilt(NetworkCard, card) for name, card in said["networks"].items()}
+        except (MetaplError, TypeError) as error:  # TypeError: it lacks a field, or has others
+            raise MetaplError(f"{file} is of another version: {error}") from error
         return cls(folder, said["title"], tuple(said["classes"]), cards, description, result)
 
     @property
@@ -374,7 +358,15 @@ class EndedRun:
         return f"{self.folder.path}: {self.title}, {self.cards[name].title} ({WEIGHTS[name]}{which})"
 
 
-TOLD = ("title", "classes", "networks")
+def _rebuilt(kind: type, values: Mapping[str, Any]) -> Any:
+    """A dataclass from what :func:`dataclasses.asdict` made of it, by way of JSON."""
+    hints, fields = typing.get_type_hints(kind), dict[str, Any]()
+    for name, value in values.items():
+        fields[name] = tuple(value) if isinstance(value, list) else value
+        for part in (hints.get(name), *typing.get_args(hints.get(name))):  # one that may be left out
+            if isinstance(part, type) and dataclasses.is_dataclass(part) and value is not None:
+                fields[name] = _rebuilt(part, value)
+    return kind(**fields)
 
 
 def function_in(place: str) -> Callable[..., nn.Module]:

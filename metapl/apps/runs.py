@@ -20,17 +20,14 @@ from metapl.apps.machine.ownership import is_owned
 from metapl.apps.machine.sealed import read_plain, write_whole
 from metapl.apps.pictures.folders import walk
 from metapl.apps.report import PAGE, html_of, made, page_of
-from metapl.apps.run import EndedRun, RunFolder, described, refuse_changed, stored_result
+from metapl.apps.run import EndedRun, RunFolder, refuse_changed, stored_result
 from metapl.apps.train import TOLD
-from metapl.apps.words import columns, short, table, tell, width_of, wrapped
+from metapl.apps.words import short, table, tell
 from metapl.errors import MetaplError, reason_of
 from metapl.metrics import interval
 from metapl.runs.rows import Metrics
 from metapl.words import shown
 
-HEAD = ("run", "method", "data", "steps", "accuracy, %", "date")
-CUT, LEAST = (2, 1, 0), 9  # columns that are cut where lines are too long, and to how many letters at least
-LEFT_OUT = (5, 2, 3)  # columns that are left out, whose width is then 0, where that does not suffice
 WRITTEN = ("recipe.json", "metrics.jsonl", "result.json")  # the newest of them says of when a run is
 
 
@@ -38,10 +35,9 @@ WRITTEN = ("recipe.json", "metrics.jsonl", "result.json")  # the newest of them 
 class Runs:
     """List the runs below a folder, the newest last.
 
-    Of a finished run it says the accuracy of the network that it delivers, with the 95 % interval, and whether that is
-    on test or on validation examples; of another one, how many of its steps are done, and whether it is running,
-    interrupted or damaged, and how. Below a comparison stand its methods, with the mean and the standard deviation over
-    its seeds. A run is a folder with a recipe.json; all others are passed over. Nothing is changed.
+    Of a finished run it says the accuracy of the network that it delivers, on test or on validation examples; of
+    another one, how many of its steps are done, and whether it is running, interrupted or damaged, and how. Below a
+    comparison stand its methods. A run is a folder with a recipe.json; all others are passed over.
 
     Args:
         folder: where to look, in all folders below it; or a run.
@@ -62,7 +58,7 @@ class Runs:
         if not found:
             raise MetaplError(f"there is no run in {self.folder}; metapl train writes them: metapl train digits.")
         found.sort(key=lambda entry: str(entry["date"]))
-        tell(json.dumps(found, indent=2) if self.json else listing(found, columns(sys.stdout)))
+        tell(json.dumps(found, indent=2) if self.json else listing(found))
         return 1 if refused else 0
 
 
@@ -93,7 +89,7 @@ def glance(path: Path, within: Path) -> dict[str, Any]:
 
 def state_of(folder: RunFolder) -> dict[str, Any]:
     """What :func:`glance` says of a run that is not damaged."""
-    description = described(folder)
+    description = folder.recipe()
     name, fields, methods = description["name"], description["fields"], description.get("compare")
     labeled, seeds = fields.get("labeled"), description.get("seeds", [fields.get("seed", 0)])
     data = fields.get("data", name) if labeled is None else "/".join(Path(labeled).parts[-2:])
@@ -124,15 +120,15 @@ def reached_by(result: Mapping[str, Any]) -> dict[str, Any]:
     return {"accuracy": accuracy, "interval": interval(round(accuracy * n), n), "n": n, "on": on}
 
 
-def listing(found: Sequence[Mapping[str, Any]], width: int) -> str:
-    """The table of what :func:`glance` says, in lines of this width."""
-    rows, below, notes = [HEAD], dict[int, str](), "accuracy with its 95 % interval"
+def listing(found: Sequence[Mapping[str, Any]]) -> str:
+    """The table of what :func:`glance` says."""
+    rows, notes = [("run", "method", "data", "steps", "accuracy, %", "date")], "accuracy with its 95 % interval"
     for entry in found:
-        name, date, compared = entry["run"], datetime.fromisoformat(entry["date"]), entry.get("compared")
+        name, date, compared = entry["run"], datetime.fromisoformat(entry["date"]), entry.get("compared") or {}
         day = f"{date:%d %b}" if date.year == datetime.now().year else f"{date:%b %Y}"
         if entry["state"] == "damaged":
-            below[len(rows)] = wrapped(f"  {shown(entry['why'])}", width)
             rows.append((name, "", "", "", "damaged", day))
+            notes += f"\n{shown(name)}: {shown(entry['why'])}"
             continue
         said = entry["state"]
         if "accuracy" in entry:
@@ -142,36 +138,15 @@ def listing(found: Sequence[Mapping[str, Any]], width: int) -> str:
         methods, steps, phase = entry["methods"], f"{entry['steps']:,}", entry.get("phase")
         if phase is not None:
             steps = f"{entry['done']:,}/{steps}" if phase == "fit" else f"{phase} {entry['done']:,}"
-        rows.append(
-            (name, methods[0] if compared is None else f"{len(methods)} methods", entry["data"], steps, said, day)
-        )
-        seeds = len(entry["seeds"])
-        for method, of in (compared or {}).items():
-            count = f"{of['finished']}/{seeds} runs" if "finished" in of else f"{seeds} seed{'s'[: seeds - 1]}"
-            mean = spread(of["accuracies"], digits=1) if "accuracies" in of else ""
-            rows.append(("", method, "", count, mean, ""))
+        method = f"{len(compared)} methods" if compared else methods[0]
+        rows.append((name, method, entry["data"], steps, said, day))
+        for method, of in compared.items():
+            count = f"{of.get('finished', len(entry['seeds']))}/{len(entry['seeds'])} runs"
+            rows.append(("", method, "", count, spread(of["accuracies"], digits=1) if "accuracies" in of else "", ""))
     if any(entry.get("compared") for entry in found):
-        notes += (
-            "; of a comparison, that of the run it delivers, and of its methods mean ± standard deviation over seeds"
-        )
-    cells = [[shown(text) for text in row] for row in rows]
-    widths = [max(map(width_of, column)) for column in zip(*cells, strict=True)]
-    least = [min(size, LEAST) if column in CUT else size for column, size in enumerate(widths)]
-    for column in LEFT_OUT:
-        if sum(least) + 2 * (sum(map(bool, least)) - 1) > width:
-            least[column] = widths[column] = 0
-    for column in CUT:
-        beyond = sum(widths) + 2 * (sum(map(bool, widths)) - 1) - width
-        widths[column] = max(widths[column] - max(beyond, 0), min(widths[column], LEAST))
-    long = {
-        number: row[0] for number, row in enumerate(cells) if width_of(row[0]) > widths[0]
-    }  # each in a line of its own
-    kept = [column for column, size in enumerate(widths) if size and column]
-    fits = [["" if i in long else row[0], *(short(row[j], widths[j]) for j in kept)] for i, row in enumerate(cells)]
-    lines = list[str]()
-    for number, line in enumerate(table(fits, left=len(HEAD)).split("\n")):
-        lines += filter(None, (long.get(number), line, below.get(number)))
-    return "\n".join([*lines, "", wrapped(notes, width)])
+        notes += "\nof a comparison, that of the run it delivers, and of its methods mean ± std over seeds"
+    cells = [[short(text) if column in (1, 2) else shown(text) for column, text in enumerate(row)] for row in rows]
+    return f"{table(cells, left=len(cells[0]))}\n\n{notes}"
 
 
 # --------------------------------------------------------------------------------------------------- metapl report RUN
@@ -215,7 +190,7 @@ class Report:
 
 
 def _unfinished(folder: RunFolder) -> tuple[str, list[str]]:
-    description = described(folder)
+    description = folder.recipe()
     fields = description["fields"]
     found, metrics = state_of(folder), Metrics(folder.path / "metrics.jsonl")
     method, done = description["method"], found.get("compared")

@@ -12,9 +12,8 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
-from inspect import signature
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 
 from metapl.data import StepBatches, StepSampler
 from metapl.data.draws import fold_in
-from metapl.errors import MetaplError, few, reason_of
+from metapl.errors import MetaplError, few
 from metapl.execution.checks import described
 from metapl.feedback import Mode
 from metapl.metrics.predictions import logits_of
@@ -166,10 +165,8 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
             classes, codes = np.unique(y, return_inverse=True)
         if len(classes) < 2:
             has = f"the class {few(classes)} alone" if len(classes) else "no label"
-            mend = (
-                " Of two classes -1 and 1, the first is no class here but a missing label: give 0 and 1." * self._partly
-            )
-            raise MetaplError(f"y has {has}; expected labels of two classes or more.{mend}")
+            mend = "; -1 is a missing label here, and no class" * self._partly
+            raise MetaplError(f"y has {has}; expected labels of two classes or more{mend}.")
         self.classes_ = classes
         return known, codes
 
@@ -192,7 +189,7 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
                 self.scaler_ = StandardScaler().fit(X)
                 assert_all_finite(self.scaler_.var_, input_name="the variance of X")
                 seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-            x = self._moved(self._standardized(X))
+            x = self._standardized(X).to(self.device)
             with _DRAWING:
                 generators = rng_state()
                 try:
@@ -204,40 +201,18 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
             self.__dict__ = before
             raise
 
-    def _moved(self, x: Tensor) -> Tensor:
-        try:
-            moved = x.to(self.device)
-            moved.sum().item()  # which the meta device cannot
-            return moved
-        except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError of a build without CUDA
-            raise MetaplError(
-                f"device={self.device!r} was given: {reason_of(error)}; expected a device that is there, such as 'cpu'."
-            ) from error
-
     def _built(self, x: Tensor) -> nn.Module:
         """A network for the rows x, with first weights of its own."""
-        columns, classes, make = x.shape[1], len(self.classes_), self.network
-        if make is None:
+        columns, classes = x.shape[1], len(self.classes_)
+        if self.network is None:
             return mlp([columns, *np.atleast_1d(self.hidden_layer_sizes).tolist(), classes]).to(x)
-        takes_both = False
-        with suppress(TypeError):  # of what cannot be called, or takes other arguments
-            takes_both = not isinstance(make, nn.Module) and bool(signature(make).bind(columns, classes))
-        found = make(columns, classes) if takes_both else None
+        found = None if isinstance(self.network, nn.Module) else self.network(columns, classes)
         if not isinstance(found, nn.Module):
-            given = described(make) if found is None else f"a function that returned {described(found)}"
-            raise MetaplError(
-                f"network= is {given}; expected a function (columns, classes) -> torch.nn.Module, such as "
-                "lambda columns, classes: metapl.models.mlp([columns, 64, classes]): two networks are made by it."
-            )
-        try:
-            gives = f"gives outputs of shape {tuple(logits_of(found.to(x), [x[:2]]).shape)} for"
-        except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as error:
-            gives = f"cannot take ({reason_of(error)})"
-        if gives != f"gives outputs of shape {(2, classes)} for":
-            raise MetaplError(
-                f"the network of network= {gives} 2 rows of {columns} columns; expected logits of shape {(2, classes)} "
-                f"for the classes {few(self.classes_)}."
-            )
+            expected = "a function (columns, classes) -> torch.nn.Module: two networks are made by it"
+            raise MetaplError(f"network= is or returns {described(found or self.network)}; expected {expected}.")
+        shape = tuple(logits_of(found.to(x), [x[:2]]).shape)
+        if shape != (2, classes):
+            raise MetaplError(f"the network of network= gives outputs {shape} for 2 rows; expected {(2, classes)}.")
         return found
 
     def _optimizer(self, network: nn.Module) -> torch.optim.SGD:
@@ -371,7 +346,21 @@ class MetaReweightedClassifier(_Classifier):
         Raises: :class:`metapl.MetaplError`, a ``ValueError``.
         """
         with self._fitting(X, y) as (x, _, codes, seed):
-            mask = self._drawn(codes, seed) if trusted is None else self._trusted(trusted, codes)
+            if trusted is None:  # a part of each class, and at least one row of it
+                order, mask = np.random.default_rng(seed).permutation(len(codes)), np.zeros(len(codes), bool)
+                for code in np.unique(codes):
+                    rows = order[codes[order] == code]
+                    mask[rows[: max(1, round(self.trusted_fraction * len(rows)))]] = True
+            else:
+                mask = np.asarray(trusted)
+                if mask.shape != codes.shape or mask.dtype != bool:
+                    given = f"trusted= has the shape {mask.shape} and the type {mask.dtype}"
+                    raise MetaplError(f"{given}; expected {len(codes)} truth values, one for each row of X.")
+                if len(missing := np.setdiff1d(np.arange(len(self.classes_)), codes[mask])):
+                    # The weights of a class that is not among them would fall to 0.
+                    raise MetaplError(f"no trusted row is of {few(self.classes_[missing])}; expected all classes.")
+            if mask.all():
+                raise MetaplError("all rows are trusted; expected some to be weighed.")
             clean = torch.tensor(mask)
             labels, rest = torch.from_numpy(codes).to(x.device), ~clean
             table, student = Table(torch.zeros(int(rest.sum()), device=x.device)), self._built(x)
@@ -397,34 +386,3 @@ class MetaReweightedClassifier(_Classifier):
             LossTrainer(network, optimizer=self._optimizer(network)).fit(rows, **how)
             self.weights_, self.network_ = weights.numpy(), network.cpu()
         return self
-
-    def _trusted(self, trusted: Any, codes: Array) -> Array:
-        """The mask as it was given; one of another kind, or without a class, is refused."""
-        with _refused():
-            mask = np.asarray(trusted)
-        if mask.shape != codes.shape or mask.dtype != bool or mask.all():
-            every = ", all True" if mask.dtype == bool and mask.all() else ""
-            raise MetaplError(
-                f"trusted= has the shape {mask.shape} and the type {mask.dtype}{every}; "
-                f"expected {len(codes)} truth values, one for each row of X, some of them False."
-            )
-        missing = np.setdiff1d(np.arange(len(self.classes_)), codes[mask])
-        if len(missing):
-            raise MetaplError(
-                f"no trusted row has a label of {few(self.classes_[missing])}; expected one of each class or more: the "
-                "weights of a class that is not among them would fall to 0."
-            )
-        return mask
-
-    def _drawn(self, codes: Array, seed: int) -> Array:
-        """A random ``trusted_fraction`` of each class, at least one row of it."""
-        order, mask = np.random.default_rng(seed).permutation(len(codes)), np.zeros(len(codes), bool)
-        for code in np.unique(codes):
-            rows = order[codes[order] == code]
-            mask[rows[: max(1, round(self.trusted_fraction * len(rows)))]] = True
-        if mask.all():
-            raise MetaplError(
-                f"trusted_fraction={self.trusted_fraction} takes all {len(codes)} rows for trusted, one of each class "
-                "or more; expected some to be weighed: fewer classes, more rows, a smaller fraction, or trusted=."
-            )
-        return mask

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 import re
-import shutil
 import sys
 import textwrap
 import unicodedata
 from collections.abc import Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 from metapl.words import shown
 
-WIDTH, NARROWEST = 80, 40  # columns of text where there is no terminal, and the least of one that is made use of
+WIDTH = 80  # columns of text
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what makes a spreadsheet take a cell for a formula
 
 
@@ -45,45 +44,15 @@ def _begin(text: str, most: int) -> str:
     return text[: sum(width <= most for width in itertools.accumulate(map(_width, text)))]
 
 
-def tell(*parts: object, file: TextIO | None = None, end: str = "\n", wrap: bool = False) -> None:
-    """Print a message, with what must not be shown escaped, to standard output unless a ``file`` is given.
-
-    ``wrap`` breaks its lines where the file is not so wide; not for tables. What goes to standard error is broken on a
-    terminal only: who reads it from a pipe or a log looks for one line.
-    """
-    to = file or sys.stdout
-    text = " ".join(shown(part, keep="\n") for part in parts)
-    breaks = wrap and (to is not sys.stderr or _is_terminal(to))
-    print(wrapped(text, columns(to)) if breaks else text, file=to, end=end, flush=True)
-
-
-def columns(file: TextIO) -> int:
-    """The width of a terminal, and 80 for everything else."""
-    return max(shutil.get_terminal_size((WIDTH, 24)).columns, NARROWEST) if _is_terminal(file) else WIDTH
-
-
-def _is_terminal(file: TextIO) -> bool:
-    try:
-        return file.isatty()
-    except (AttributeError, ValueError):  # no stream, or one that is closed
-        return False
+def tell(*parts: object, file: TextIO | None = None, end: str = "\n") -> None:
+    """Print a message, with what must not be shown escaped, to standard output unless a ``file`` is given."""
+    print(" ".join(shown(part, keep="\n") for part in parts), file=file or sys.stdout, end=end, flush=True)
 
 
 def wrapped(text: str, width: int = WIDTH) -> str:
-    r"""Each line of a text in lines of this width, broken at spaces alone; what was set in stays so.
-
-    >>> print(wrapped("a line that is longer\n  than a screen, which was set in", 20))
-    a line that is
-    longer
-      than a screen,
-      which was set in
-    """
-    broken = textwrap.TextWrapper(width, break_on_hyphens=False, break_long_words=False, replace_whitespace=False)
-    broken.expand_tabs, lines = False, []
-    for line in text.split("\n"):
-        broken.subsequent_indent = " " * (len(line) - len(line.lstrip(" ")))
-        lines.append(line if len(line) <= width else broken.fill(line))
-    return "\n".join(lines)
+    """Each line of a text in lines of this width, broken at spaces alone."""
+    how: Any = {"break_on_hyphens": False, "break_long_words": False}
+    return "\n".join(textwrap.fill(line, width, **how) for line in text.split("\n"))
 
 
 def cell(text: str) -> str:

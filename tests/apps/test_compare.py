@@ -48,7 +48,7 @@ def comparison(test: dict[str, list[float]], validation: dict[str, list[float]] 
     [
         ([0.9, 0.91, 0.92, 0.93], "+40.2 points over 4 seeds; at least 5"),
         ([0.9, 0.91, 0.92, 0.93, 0.93], "feedback helped."),
-        ([0.2, 0.21, 0.22, 0.23, 0.23], "feedback hurt; the best on the test set is same loop"),
+        ([0.2, 0.21, 0.22, 0.23, 0.23], "feedback hurt. The best on the test set is same loop"),
         ([0.5, 0.53, 0.5, 0.53, 0.53], "do not show"),
         (NONE, "every seed the same"),
     ],
@@ -67,7 +67,7 @@ def test_the_best_method_is_named_where_it_is_another_but_not_the_headroom() -> 
     two = {"mpl": [0.8, 0.8], "none": [0.7, 0.8], "uda": [0.85, 0.86], "supervised_everything": [0.99] * 2}
     assert comparison(two).sentence().endswith("is UDA alone with 85.5% of 400 (chance 12.5%).")
     assert "the best" not in comparison({"mpl": [0.9], "none": [0.7]}).sentence()
-    assert comparison({"uda": [0.9], "none": [0.7]}).pair() is None
+    assert comparison({"uda": [0.9], "none": [0.7]}).against_control() is None
 
 
 @pytest.mark.parametrize(("better", "word"), [("noise_transition", "helped"), ("plain", "hurt")])

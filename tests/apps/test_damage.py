@@ -15,7 +15,6 @@ from command import metapl
 from test_resume import files
 from tiny_runs import TINY, built_once, trained
 
-from metapl.apps.machine import ownership
 from metapl.apps.run import WEIGHTS, RunFolder
 from metapl.errors import MetaplError
 
@@ -115,7 +114,7 @@ def test_a_run_may_be_moved(run: Path, digit: Path, tmp_path: Path) -> None:
 
 
 def test_two_writers_in_a_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ownership, "PATIENCE", 0.1)
+    monkeypatch.setattr("metapl.runs.folder.PATIENCE", 0.1)
     (run / "result.json").unlink()
     with RunFolder(run).held():
         before = files(run)

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 from metapl import MetaplError
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels import store as reading
-from metapl.apps.machine import ownership
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 
@@ -166,7 +165,7 @@ def test_wrong_rows_and_settings_are_refused_and_nothing_is_left(
 
 
 def test_one_writer_at_a_time_whose_rows_are_of_one_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ownership, "PATIENCE", 0.1)
+    monkeypatch.setattr("metapl.runs.folder.PATIENCE", 0.1)
     with LabelWriter(tmp_path / "store", CLASSES) as writer:
         with pytest.raises(MetaplError, match="another process"):
             add(tmp_path / "store", ["a"], softmax(1))

@@ -72,7 +72,7 @@ def test_export_gives_its_program_and_weights(made: tuple[Path, Path, float], tm
     root, folder, _ = made
     assert run("export", folder, "--out", tmp_path / "out", *FACTORY)[0] == 0
     run_of_it = EndedRun.load(folder)
-    (_, x), *_ = run_of_it.cards["student"].input.read(next((root / "test" / "red").iterdir()))
+    x = run_of_it.cards["student"].input.read(next((root / "test" / "red").iterdir()))
     network = run_of_it.network("student", FACTORY[1]).eval()
     program = torch.export.load(tmp_path / "out" / "model.pt2").module()
     torch.testing.assert_close(program(x[None]), network(x[None]), rtol=1e-4, atol=1e-5)

@@ -17,8 +17,6 @@ from pathlib import Path
 import pytest
 
 import metapl
-import metapl.apps.machine.ownership
-from metapl.apps.machine.ownership import BEHIND_CONTENT, lock
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -125,54 +123,6 @@ def test_it_can_be_imported_where_there_is_no_fcntl(loaded: dict[str, list[str]]
 def test_a_name_that_is_not_there_is_refused_as_usual() -> None:
     with pytest.raises(AttributeError, match="module 'metapl' has no attribute 'nothing'"):
         _ = metapl.nothing
-
-
-HOLD = """
-import runpy, sys
-lock = runpy.run_path(sys.argv[1])["lock"]
-with open(sys.argv[2], "a+") as file:
-    lock(file, wait=False)
-    print("locked", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_a_lock_holds_against_other_processes_until_theirs_ends(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    command = [sys.executable, "-c", HOLD, metapl.apps.machine.ownership.__file__, file]
-    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with holder, file.open("a+") as mine:
-        assert holder.stdout is not None
-        assert holder.stdin is not None
-        assert holder.stdout.readline() == "locked\n"
-        with pytest.raises(OSError, match=r"."):
-            lock(mine, wait=False)
-        holder.stdin.close()
-        lock(mine, wait=True)
-    assert holder.returncode == 0
-
-
-def test_on_windows_a_byte_behind_the_content_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With record locks of this system in the place of ``msvcrt``, which lock from the file's position on as well."""
-    import fcntl
-    from types import SimpleNamespace
-
-    places: list[tuple[int, int]] = []
-
-    def locking(descriptor: int, how: int, count: int) -> None:
-        places.append((os.lseek(descriptor, 0, os.SEEK_CUR), how))
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, count, 0, os.SEEK_CUR)
-
-    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_LOCK=1, LK_NBLCK=2))
-    monkeypatch.setattr(sys, "platform", "win32")
-    with (tmp_path / "file").open("a+") as file:
-        file.write("content")
-        file.flush()
-        lock(file, wait=False)
-        lock(file, wait=True)
-        file.seek(0)
-        assert file.read() == "content"
-    assert places == [(BEHIND_CONTENT, 2), (BEHIND_CONTENT, 1)]
 
 
 # ------------------------------------------------------------------------------------------------ distributions

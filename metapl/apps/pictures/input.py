@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +11,6 @@ from typing import Annotated, Literal
 from torch import Tensor
 
 from metapl.apps.pictures.batches import in_unit_range
-from metapl.apps.pictures.csv_files import csv_rows
 from metapl.apps.pictures.folders import walk
 from metapl.apps.pictures.reader import SUFFIXES, gray_image, read_image
 from metapl.apps.words import tell
@@ -30,8 +27,7 @@ class Input:
     """How a file becomes what a network takes, a tensor (``channels``, ``size``, ``size``) of numbers from 0 to 1.
 
     Args:
-        kind: a ``picture``; or a ``digit``, bright ink on dark as in scikit-learn's digits, where CSV files are read
-            too, an example a row.
+        kind: a ``picture``; or a ``digit``, bright ink on dark as in scikit-learn's digits.
         channels: 3 for colors, 1 for grey.
         size: side in pixels that a picture is brought to.
         center: share of the sides of a picture's largest centered square that is looked at.
@@ -50,11 +46,6 @@ class Input:
         return self.channels, self.size, self.size
 
     @property
-    def suffixes(self) -> tuple[str, ...]:
-        """Of the files that are read in a folder."""
-        return (*SUFFIXES, ".csv") if self.kind == "digit" else SUFFIXES
-
-    @property
     def note(self) -> str:
         """The same in a sentence."""
         if self.kind == "digit":
@@ -68,56 +59,51 @@ class Input:
             f"{self.size}x{self.size} by antialiased bilinear resampling."
         )
 
-    def read(self, path: Path) -> list[tuple[str, Tensor]]:
-        """The examples in a file: where each stands, and the network's input for it."""
+    def read(self, path: Path) -> Tensor:
+        """The network's input for a picture in a file."""
         if self.kind == "picture":
             mode: Literal["L", "RGB"] = "L" if self.channels == 1 else "RGB"
-            return [(str(path), in_unit_range(read_image(path, mode=mode, size=self.shape[1:], center=self.center)))]
-        if path.suffix.lower() == ".csv":
-            rows = csv_rows(path, self.size**2, 16)
-            return [(f"{path}:{line}", values.reshape(self.shape) / 16.0) for line, values in rows]
+            return in_unit_range(read_image(path, mode=mode, size=self.shape[1:], center=self.center))
         image = gray_image(path, self.size)
         # The digits are bright ink on dark, paper is the other way round.
-        return [(str(path), (1 - image if image.mean() > 0.5 else image)[None])]
+        return (1 - image if image.mean() > 0.5 else image)[None]
 
 
 class Inputs:
-    """The examples in files, and in folders, of which the readable files are taken, but for those to ``leave``.
+    """The pictures in files, and in folders, of which the readable files are taken.
 
     ``seen`` and ``skipped`` are of the last pass.
     """
 
-    def __init__(self, given: Input, paths: Sequence[Path], leave: Sequence[Path] = ()) -> None:
+    def __init__(self, given: Input, paths: Sequence[Path]) -> None:
         self.input, self.seen, self.skipped = given, 0, 0
-        left = {os.path.realpath(file) for file in leave}
         self.files: list[Path] = []
         for path in paths:
             files = [path]
             if path.is_dir():
                 files = [Path(where) / name for where, _, names in walk(path, self._unlisted) for name in names]
-                files = sorted(file for file in files if file.suffix.lower() in given.suffixes)
-                files = [file for file in files if not left or os.path.realpath(file) not in left]
+                files = sorted(file for file in files if file.suffix.lower() in SUFFIXES)
                 if not files:
-                    expected = ", ".join(given.suffixes)
-                    raise MetaplError(f"there is no file in {path} that can be read; expected {expected}.")
+                    raise MetaplError(f"there is no picture in {path}; expected {', '.join(SUFFIXES)}.")
             self.files += files
         self._unlisted_folders = self.skipped
 
     def batches(self) -> Iterator[list[tuple[str, Tensor]]]:
-        """Where each example stands, and the network's input for it."""
-        examples = self._read()
-        while batch := list(itertools.islice(examples, BATCH)):
-            yield batch
-
-    def _read(self) -> Iterator[tuple[str, Tensor]]:
+        """Where each picture stands, and the network's input for it."""
         self.seen = self.skipped = self._unlisted_folders  # whatever was read before
+        batch = []
         for file in self.files:
             try:
-                yield from self.input.read(file)
+                batch.append((str(file), self.input.read(file)))
             except MetaplError as error:
                 self._skip(str(error))
             else:
                 self.seen += 1
+            if len(batch) == BATCH:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
 
     def _unlisted(self, error: OSError) -> None:
         self._skip(f"{shown(error.filename)}: {error.strerror}")

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from metapl.apps.machine.ownership import lock
-from metapl.apps.machine.sealed import read_plain, refuse_irregular
+from metapl.apps.machine.sealed import read_plain
 from metapl.apps.pictures.reader import Crop, UnreadableImage, read_crops, read_image
 from metapl.errors import MetaplError
 from metapl.execution.batch import to_device
@@ -267,27 +266,17 @@ def pick(values: Tensor, indices: Tensor) -> Tensor:
 
 def record_files(log: Path, reasons: Mapping[str, str]) -> None:
     """Add files that cannot be read to a record, each with the reason; a file is recorded once."""
-    if not reasons:
-        return
-    refuse_irregular(log)
-    with log.open("a+", encoding="utf-8", errors="surrogateescape") as file:
-        lock(file, wait=True)  # workers add to it too
-        file.seek(0)
-        before = file.read()
-        known = _recorded(before)
-        new = [{"file": path, "reason": reason} for path, reason in reasons.items() if path not in known]
-        torn = before and not before.endswith("\n")  # by a process that was killed
-        file.write(("\n" if torn else "") + "".join(json.dumps(entry) + "\n" for entry in new))
+    known = replaced_files(log)
+    new = [{"file": path, "reason": reason} for path, reason in reasons.items() if path not in known]
+    if new:
+        with log.open("a", encoding="utf-8") as file:  # in one piece, for workers add to it too
+            file.write("".join(json.dumps(entry) + "\n" for entry in new))
 
 
 def replaced_files(log: Path) -> dict[str, str]:
     """The files that :class:`FileImages` recorded, each with the reason; empty where there is no such record."""
-    return _recorded(read_plain(log).decode("utf-8", "replace")) if log.exists() else {}
-
-
-def _recorded(lines: str) -> dict[str, str]:
     reasons = {}
-    for line in lines.splitlines():
+    for line in read_plain(log).decode("utf-8", "replace").splitlines() if log.exists() else ():
         with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):  # torn or damaged
             entry = json.loads(line)
             reasons[str(entry["file"])] = str(entry["reason"])
