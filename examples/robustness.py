@@ -31,7 +31,6 @@ from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from metapl.apps.export import read_metadata
 from metapl.apps.look import IMAGENET
 from metapl.apps.machine.cores import available_cores
-from metapl.apps.machine.sealed import refuse_irregular
 from metapl.apps.networks import Architecture, head_outputs, load_weights, normalized
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.folders import LabeledFiles, scan_labeled
@@ -208,7 +207,6 @@ def frames_of(path: Path, subject: Subject) -> Iterator[Tensor]:
     except ImportError as error:
         raise MetaplError(f"{path} is a video: pip install av, or put a folder of its frames in its place.") from error
     try:
-        refuse_irregular(path)  # to open a pipe waits for ever
         with av.open(str(path)) as video:
             decoded: Iterator[Any] = video.decode(video=0)
             for frame in decoded:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pkgutil
 import sys
-import traceback
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -136,36 +135,21 @@ class AblateFactory:
     def run(self) -> int:
         made = made_by(self.factory)
         if not isinstance(made, tuple) or len(made) != 3 or not isinstance(made[0], BilevelTrainer):
-            several = isinstance(made, tuple) and f"({', '.join(type(part).__name__ for part in made)})"
-            raise MetaplError(
-                f"--factory {self.factory} returned {several or f'a value of type {type(made).__name__}'}; expected "
-                "(trainer, labeled, unlabeled), the trainer a metapl.BilevelTrainer, the others batches or sources of "
-                "batches as for its fit."
-            )
+            expected = "(trainer, labeled, unlabeled), a metapl.BilevelTrainer and sources of batches as for its fit"
+            raise MetaplError(f"--factory {self.factory} returned {made!r:.60}; expected {expected}.")
         own = dict(zip(("trainer", "labeled", "unlabeled"), made, strict=True))
         return self.looking.look({"steps": self.steps, **own})
 
 
 def made_by(name: str) -> Any:
-    """What ``module:function`` returns; the module may lie in the current folder. Errors name the place in it."""
+    """What ``module:function`` returns; the module may lie in the current folder."""
     expected = "expected module:function, such as my_networks:build of my_networks.py in this folder"
     if ":" not in name:  # of os.getcwd, say, the function would be called before anything is known of it
         raise MetaplError(f"--factory {name} names no function; {expected}.")
-    folder = os.getcwd()
-    sys.path.insert(0, folder)  # the function may import from there too
+    sys.path.insert(0, os.getcwd())  # the function may import from there too
     try:
         return pkgutil.resolve_name(name)()
-    except MetaplError:
-        raise
-    except (Exception, SystemExit) as error:
-        # The innermost line of the user's own says more than one inside a library.
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [at for at in frames if at.filename.startswith(folder + os.sep) and at.filename != __file__]
-        told = f"; {expected}"
-        if own:  # its name was right
-            told = f" ({os.path.relpath(own[-1].filename)}, line {own[-1].lineno})"
-        text = str(error).strip().partition("\n")[0].rstrip(".")
-        kind = f"{type(error).__name__}{f': {text}' if text else ''}"
-        raise MetaplError(f"--factory {name} failed: {kind}{told}.") from error
+    except (ImportError, AttributeError, TypeError, SystemExit) as error:
+        raise MetaplError(f"--factory {name} failed: {type(error).__name__}: {error}; {expected}.") from error
     finally:
-        sys.path.remove(folder)
+        sys.path.pop(0)

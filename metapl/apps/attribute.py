@@ -44,19 +44,16 @@ SHOWN, LISTED = 24, 5  # pictures in a gallery, and on a terminal
 class Attribute:
     """Say which labeled pictures of a run help its network, and which harm it.
 
-    The network is trained from its start on the labeled pictures, of train noisy on those of --labeled: by SGD with
-    momentum at a rate that falls to zero, in float32, on the pictures as they are. No view is drawn and no unlabeled
-    picture is used, unlike in the run. A picture's score is minus the derivative, through all of this training, of the
-    loss on pictures whose labels are right, in the weight of the picture: more of one with a positive score would lower
-    the loss, more of one with a negative score raise it.
-
-    The pictures with right labels are the validation pictures; of train noisy without --val, those of --clean.
+    The network is trained from its start on the labeled pictures as they are, by SGD with momentum at a rate that falls
+    to zero. A picture's score is minus the derivative, through all of this training, of the loss on the validation
+    pictures (of train noisy without --val, of those of --clean), in the weight of the picture: more of one with a
+    positive score would lower the loss, more of one with a negative score raise it.
 
     A score is a prediction. The check trains without 5 % of the pictures, drawn at random, again and again, and
     compares: a correlation near 1 says that the scores can be believed, one near 0 that they cannot.
 
     DIR gets attribution.csv, with all pictures and the most harmful first, and attribution.html, a page of the most
-    harmful and the most helpful ones. Files of these names that are there already are replaced.
+    harmful and the most helpful ones.
 
     Args:
         folder: the folder of a finished run of train images, train noisy or noisy-student images.
@@ -80,26 +77,17 @@ class Attribute:
 
     def run(self) -> int:
         if 0 < self.removals < FEWEST_REMOVALS:
-            raise MetaplError(
-                f"--removals {self.removals} are too few for a correlation; expected {FEWEST_REMOVALS} or more, or 0 "
-                "for no check."
-            )
+            raise MetaplError(f"--removals {self.removals}: expected {FEWEST_REMOVALS} or more, or 0 for no check.")
         run = EndedRun.load(self.folder)
         fields = run.description["fields"]
         if not fields.get("labeled"):
-            raise MetaplError(
-                f"{self.folder} is a run of {run.result['recipe']}; expected one of pictures in folders, by metapl "
-                "train images or metapl train noisy."
-            )
+            raise MetaplError(f"{self.folder} is a run of {run.result['recipe']}; expected one of pictures in folders.")
         check_out(self.out, fields)
         with held(self.out, TABLE, PAGE):
             files, judges = files_of(run, "labeled"), files_of(run, "validation") or files_of(run, "clean")
             judges = scan_labeled(self.val) if self.val else judges
             if not judges:
-                raise MetaplError(
-                    f"{self.folder} has no validation pictures to judge by; expected --val DIR, a folder of pictures "
-                    "whose labels are right, with one folder a class."
-                )
+                raise MetaplError(f"{self.folder} has no validation pictures to judge by; expected --val DIR.")
             assert files is not None  # a run has been trained on them
             train, outer = (Pictures(run, each.keep(verify_files(each).sound)) for each in (files, judges))
             found, rows, scores = self._found(run, train, outer)
@@ -110,7 +98,11 @@ class Attribute:
                     csv.writerow([str(rank), row.file, row.label, f"{row.score:.6g}", effect, f"{row.loss:.6g}"])
             if self.removals:
                 tell(f"metapl: {self.out / TABLE} has all of them; now the check", file=sys.stderr)
-                found |= self._check(scores, found)
+                began, draw = time.perf_counter(), torch.Generator().manual_seed(found["seed"])
+                drawn = (torch.randperm(len(train), generator=draw) for _ in range(self.removals))
+                rho = scores.validate([order[: found["removed"]] for order in drawn]).spearman
+                found["seconds"]["check"] = time.perf_counter() - began
+                found |= {"spearman": rho, "interval": interval(rho, self.removals)}
                 with written(self.out, PAGE, page(found, rows, train).decode()):
                     pass
         tell(said(found, rows, self.out))
@@ -124,10 +116,8 @@ class Attribute:
         batch, seed = min(self.batch, len(train)), fields["seed"] if self.seed is None else self.seed
         steps = self.steps or max(FEWEST_STEPS, -(-PASSES * len(train) // batch))
         if steps * batch < len(train):
-            raise MetaplError(
-                f"--steps {steps} of {batch} pictures leave some of the {len(train):,} out, which would have no score; "
-                f"expected {-(-len(train) // batch):,} steps or more."
-            )
+            least = -(-len(train) // batch)  # fewer would leave some pictures out, which would have no score
+            raise MetaplError(f"--steps {steps}: expected {least:,} or more for {len(train):,} pictures.")
         torch.set_num_threads(run.threads)
         torch.manual_seed(seed)
         network = card.create(weights=fields.get("weights")).to(run.device)
@@ -144,13 +134,13 @@ class Attribute:
         )
         seconds, name = time.perf_counter() - began, "network" if card.architecture is None else card.architecture.name
         judged, guesses = float(scores.outer_loss), math.log(len(classes))
-        if not judged < guesses and (right := accuracy(network, scores, outer)) <= 1 / len(classes):
+        if not judged < guesses and (
+            right := float((logits(network, scores, outer).argmax(1) == outer.labels).float().mean())
+        ) <= 1 / len(classes):
             raise MetaplError(
-                f"after {steps:,} steps of {batch} at --lr {self.lr:g} the loss of {name} on the {len(outer):,} "
-                f"pictures that judge is {judged:.3f}, that of even guesses {guesses:.3f}, and its accuracy "
-                f"{right:.1%}: it has learned nothing that holds for them, and no score would count. Nothing was "
-                f"written; try --lr {self.lr / 3:.1g}, fewer or more --steps, or more labeled pictures than these "
-                f"{len(train):,}."
+                f"after {steps:,} steps at --lr {self.lr:g} the loss of {name} on the pictures that judge is "
+                f"{judged:.3f}, and its accuracy {right:.1%}: it has learned nothing that holds for them, and no score "
+                f"would count; try --lr {self.lr / 3:.1g}, other --steps, or more labeled pictures."
             )
         losses = F.cross_entropy(logits(network, scores, train), train.labels, reduction="none").tolist()
         labels = [classes[label] for label in train.labels.tolist()]
@@ -180,14 +170,6 @@ class Attribute:
             "seconds": {"scores": seconds, "check": 0.0},
         }
         return found, sorted(rows, key=lambda row: row.score), scores
-
-    def _check(self, scores: Attribution, found: dict[str, Any]) -> dict[str, Any]:
-        """What the trainings without pictures say of the scores, in the place of what was found without them."""
-        began, draw = time.perf_counter(), torch.Generator().manual_seed(found["seed"])
-        drawn = (torch.randperm(found["pictures"], generator=draw) for _ in range(self.removals))
-        rho = scores.validate([order[: found["removed"]] for order in drawn]).spearman
-        seconds = {**found["seconds"], "check": time.perf_counter() - began}
-        return {"spearman": rho, "interval": interval(rho, self.removals), "seconds": seconds}
 
 
 class Scored(NamedTuple):
@@ -233,10 +215,6 @@ def logits(network: nn.Module, found: Attribution, pictures: Pictures) -> Tensor
     return torch.cat(outputs)[mixed.argsort()]
 
 
-def accuracy(network: nn.Module, found: Attribution, pictures: Pictures) -> float:
-    return float((logits(network, found, pictures).argmax(1) == pictures.labels).float().mean())
-
-
 def interval(rho: float, n: int) -> tuple[float, float]:
     """A 95 % interval of Spearman's correlation of n pairs, by Fisher's z with the variance of Bonett and Wright.
 
@@ -271,11 +249,10 @@ def sentences(found: dict[str, Any]) -> list[str]:
 def said(found: dict[str, Any], rows: list[Scored], out: Path) -> str:
     """The same for a terminal, with the first of the list."""
     cells = [(short(row.file, 48), short(row.label, 16), f"{row.score:+.2g}") for row in rows[:LISTED]]
-    seconds = found["seconds"]
-    check = f", {duration(seconds['check'])} for the check" * bool(found["removals"])
-    spent = f"{duration(seconds['scores'])} for the scores{check}"
-    parts = [wrapped("\n".join(sentences(found))), table([("most harmful", "label", "score"), *cells], left=2)]
-    return "\n\n".join([*parts, wrapped(f"{out / TABLE} has all of them, {out / PAGE} shows them; {spent}")])
+    scores, check = (duration(found["seconds"][part]) for part in ("scores", "check"))
+    end = f"{out / TABLE} has all of them, {out / PAGE} shows them; {scores} for the scores, {check} for the check"
+    listed = table([("most harmful", "label", "score"), *cells], left=2)
+    return "\n\n".join([wrapped("\n".join(sentences(found))), listed, wrapped(end)])
 
 
 def page(found: dict[str, Any], rows: list[Scored], train: Pictures) -> bytes:

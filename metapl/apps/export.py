@@ -30,12 +30,12 @@ from torch import nn
 
 from metapl.apps.errors import require_extra
 from metapl.apps.inputs import Factory, Network, Run, Switch, held, unset
-from metapl.apps.machine.sealed import replacing
 from metapl.apps.networks import Architecture, Normalized, normalized
 from metapl.apps.run import EndedRun, counts_of, stored_data
 from metapl.apps.words import tell
 from metapl.errors import MetaplError, few, reason_of
 from metapl.metrics import Evaluation
+from metapl.runs.atomic import replacing
 from metapl.words import shown
 
 WEIGHTS, CARD, PROGRAM, ONNX = "model.safetensors", "MODEL_CARD.md", "model.pt2", "model.onnx"
@@ -179,11 +179,6 @@ def export(
 
     Returns:
         The files. The same network and card give the same bytes, with the same versions of the packages.
-
-    Raises:
-        MetaplError: weights that are not finite or not of ``architecture``, a network that cannot be exported or whose
-            program gives something else, a package that is not installed, a folder that cannot be written, or one with
-            a program of an earlier export that this one would not replace.
 
     >>> import tempfile
     >>> small = Architecture(name="small_cnn", num_classes=2, in_channels=1)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from metapl.apps.machine.ownership import owned
-from metapl.apps.machine.sealed import refuse_irregular, written_last
+from metapl.apps.machine.sealed import written_last
 from metapl.apps.run import PLACES, NetworkName, RunFolder
 from metapl.apps.settings import Switch as Switch
 from metapl.apps.settings import unset as unset
@@ -25,9 +25,6 @@ OF_RUNS = "which of the run's networks; by default the one that it delivers."
 Network = Annotated[NetworkName, unset(help=OF_RUNS)]
 OF_FACTORIES = "builds the network of a run that metapl does not know; FILE.py is run."
 Factory = Annotated[str | None, unset("FILE.py:FUNCTION", help=OF_FACTORIES)]
-
-# Names of open files of a process: to replace the file behind one would lose what else is written to it.
-STREAMS = ("/dev/std", "/dev/fd/", "/proc/")
 
 
 def counted(number: int, what: str) -> str:
@@ -63,11 +60,8 @@ def held(out: Path | None, *files: str) -> Iterator[None]:
         return
     if out.exists() and not out.is_dir():
         raise MetaplError(f"--out {out} is a file; expected a folder, or the name of a new one.")
-    for name in files:
-        try:
-            refuse_irregular(out / name)
-        except OSError as error:
-            raise MetaplError(f"--out {out}: {name} in it cannot be replaced: {error.strerror}.") from error
+    if blocked := [name for name in files if (out / name).exists() and not (out / name).is_file()]:
+        raise MetaplError(f"--out {out}: {blocked[0]} in it is no plain file, and cannot be replaced.")
     with owned(out, leaves_lock=False):
         yield
 
@@ -78,15 +72,9 @@ def check_file(flag: str, file: Path | None, suffix: str = "") -> None:
         return
     if file.suffix.lower() != (suffix or file.suffix.lower()):
         raise MetaplError(f"{flag} {file} is to be a {suffix} file; expected a name that ends with {suffix}.")
-    if str(file) == "-" or os.path.abspath(file).startswith(STREAMS):
-        raise MetaplError(f"{flag} {file} is a stream; expected a file.")
     where = Path(os.path.realpath(file))
-    try:
-        refuse_irregular(where)
-    except OSError as error:
-        raise MetaplError(f"{flag} {file} cannot be written: {error.strerror}.") from error
-    if not where.parent.is_dir():
-        raise MetaplError(f"{flag} {file} cannot be written: there is no folder {where.parent}.")
+    if not where.parent.is_dir() or (where.exists() and not where.is_file()):
+        raise MetaplError(f"{flag} {file} cannot be written; expected a file, in a folder that is there.")
 
 
 @contextmanager
@@ -128,12 +116,9 @@ def new_default_folder(recipe: str) -> Path:
     """The next free runs/<recipe>-NNN, which is made: who asks for one at the same moment gets another."""
     while True:
         path = _numbered(recipe, max(_numbers(recipe), default=0) + 1)
-        try:
+        with suppress(FileExistsError):
             path.mkdir(parents=True)
             return path
-        except FileExistsError:
-            if not path.is_dir():
-                raise
 
 
 def _numbered(recipe: str, number: int) -> Path:

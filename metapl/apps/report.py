@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from metapl.apps import web
 from metapl.apps.comparison import Comparison, seeds_in_words, spread
 from metapl.apps.held_out import HeldOut
-from metapl.apps.machine.sealed import replacing, write_whole
+from metapl.apps.machine.sealed import write_whole
 from metapl.apps.run import READOUTS, EndedRun, RunFolder, counts_of, refuse_changed, results_within, stored_data
 from metapl.apps.suspects import suspects_shown
 from metapl.apps.words import short, tell
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, interval, predict_logits
 from metapl.metrics.predictions import batches_of
+from metapl.runs.atomic import replacing
 from metapl.runs.rows import Metrics
 
 PAGE = "report.html"

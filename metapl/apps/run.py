@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from metapl.apps.machine.cores import default_threads
 from metapl.apps.machine.environment import environment
 from metapl.apps.machine.ownership import LOCK, owned
-from metapl.apps.machine.sealed import is_there, read_json, read_sealed, remove_temporary, sha256_of, write_whole
+from metapl.apps.machine.sealed import read_json, read_sealed, remove_temporary, sha256_of, write_whole
 from metapl.apps.pictures.card import NetworkCard
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
@@ -91,11 +91,11 @@ class RunFolder(Folder):
 
     @property
     def exists(self) -> bool:
-        return is_there(self.path / "recipe.json")
+        return os.path.lexists(self.path / "recipe.json")
 
     @property
     def ended(self) -> bool:
-        return is_there(self.path / "result.json")
+        return os.path.lexists(self.path / "result.json")
 
     @contextmanager
     def claimed(self, recipe: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
@@ -164,7 +164,7 @@ class RunFolder(Folder):
 
     def read_json(self, name: str) -> dict[str, Any]:
         """One of the folder's JSON files, an object."""
-        if not is_there(self.path / name):
+        if not os.path.lexists(self.path / name):
             fault = f"{name} is missing in {self.path}"
             raise MetaplError(f"{fault}: this is not a run folder, or its run has not come so far.")
         return read_json(self.path / name)

@@ -89,7 +89,7 @@ def suspects_shown(folder: Path, given: Input) -> str:
     for row in rows[:SHOWN]:
         caption = f"{row['given']}\n{row['probably']}, {float(row['p_probably']):.0%}\n{Path(row['file']).name}"
         try:
-            ((_, x),) = given.read(Path(row["file"]))
+            x = given.read(Path(row["file"]))
         except (MetaplError, OSError):
             continue
         shown.append(web.Picture(x, caption))

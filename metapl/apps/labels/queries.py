@@ -52,11 +52,7 @@ class Statistics:
 
 
 def statistics(store: LabelStore) -> Statistics:
-    """Counts by class, and how confident the labels are; memory for 16 bytes a row.
-
-    Raises:
-        MetaplError: a part is damaged.
-    """
+    """Counts by class, and how confident the labels are; memory for 16 bytes a row."""
     label, confidence, entropy, copies = map(store.column, ("label", "confidence", "entropy", "copies"))
     classes = len(store.classes)
     counts = np.bincount(label, minlength=classes)
@@ -139,10 +135,6 @@ def select(
         progress: called with the number of rows written.
 
     Cost: some 40 bytes of memory a row.
-
-    Raises:
-        MetaplError: nothing is asked for or nothing is left, an argument is out of its range, the examples have no
-            files to compare, a part is damaged, or the disk refused.
     """
     import pyarrow as pa
     import pyarrow.compute as pc

@@ -134,10 +134,6 @@ class LabelStore:
     ids are decoded (about 1 ms for 10,000) and kept for the 16 parts used last: of examples that are read again and
     again, ask for the rows once, by :meth:`rows`, and read by :meth:`at`.
 
-    Raises:
-        MetaplError: there is no store, or it is not whole, damaged or of another format; later, when it is read: a part
-            is damaged, or there is no example of an id. The file is named.
-
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp()) / "store"
     >>> with LabelWriter(folder, ["ant", "bee", "cat"], top_k=1) as writer:
@@ -316,10 +312,6 @@ class LabelWriter:
 
     Cost: the rows of a part in memory, twice while it is written.
 
-    Raises:
-        MetaplError: when the block is entered: pyarrow is not installed; the folder holds other files, or a finished
-            store; another process is writing to it; or what is resumed was begun otherwise. Later: see :meth:`add`.
-
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp()) / "store"
     >>> with LabelWriter(folder, ["cat", "dog"]) as writer:
@@ -422,9 +414,6 @@ class LabelWriter:
                 codes of their characters, as Python does.
             probabilities: (B, C), floating point, on any device; each row sums to 1.
             digests: the first 16 bytes of the SHA-256 of each example's file, by which copies are recognized.
-
-        Raises:
-            MetaplError: other ids or probabilities; the disk refused. What is on disk is whole then.
         """
         import pyarrow as pa
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import re
 import sys
 
 _SAID = re.compile(
-    r"can't allocate memory|not enough memory|out of memory|MemoryError|bad_alloc|"
-    r"cannot allocate memory(?! in static TLS block)|"  # the loader's own limit, whatever memory there is
-    r"failed to map segment from shared object|"  # a library that is loaded
-    r"could not create a (primitive|memory)|"  # oneDNN
-    r"resource temporarily unavailable|can't start new thread|"  # a thread's stack
-    r"error return without exception set",  # what Python says where there is no memory for the error either
+    r"can't allocate memory|not enough memory|out of memory|MemoryError|bad_alloc|cannot allocate memory|"
+    r"could not create a (primitive|memory)",  # oneDNN
     re.IGNORECASE,
 )
 
@@ -22,27 +17,14 @@ LESS = (  # not every recipe has all of these
 )
 
 
-def out_of_memory(error: BaseException) -> str | None:
+def out_of_memory(error: BaseException | None) -> str | None:
     """Whose memory did not suffice, where that is the error or one that it came from; None for any other error, and for
     a refusal that says so itself."""
-    seen: set[int] = set()
-    cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen and "does not suffice" not in str(cause):
-        seen.add(id(cause))
-        if where := _where(cause):
-            return where
-        cause = cause.__cause__ or cause.__context__
-    return None
-
-
-def _where(error: BaseException) -> str | None:
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return "of the GPU"
-    if isinstance(error, MemoryError):
-        return "of this machine"
-    if isinstance(error, OSError):
-        return "of this machine" if error.errno == errno.ENOMEM else None
-    if isinstance(error, RuntimeError | ImportError | SystemError | TypeError) and _SAID.search(str(error)):
-        return "of the GPU" if "CUDA" in str(error) else "of this machine"
+    while error is not None and "does not suffice" not in str(error):
+        if torch is not None and isinstance(error, torch.OutOfMemoryError):
+            return "of the GPU"
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError | OSError) and _SAID.search(str(error))):
+            return "of the GPU" if "CUDA" in str(error) else "of this machine"
+        error = error.__cause__ or error.__context__
     return None

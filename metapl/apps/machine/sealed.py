@@ -11,13 +11,12 @@ import json
 import os
 import re
 import stat
-import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any
 
 from metapl.errors import MetaplError, reason_of
-from metapl.runs import atomic
+from metapl.runs.atomic import replacing
 
 StrPath = str | os.PathLike[str]
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")
@@ -52,62 +51,23 @@ def read_json(path: StrPath, *, needed: Iterable[str] = (), mend: str = "") -> d
     return content
 
 
-def sha256_of(file: IO[bytes] | StrPath) -> str:
-    if isinstance(file, str | os.PathLike):
-        with open_plain(file) as opened:
-            return sha256_of(opened)
-    return hashlib.file_digest(typing.cast(io.BufferedReader, file), "sha256").hexdigest()
+def sha256_of(path: StrPath) -> str:
+    with open_plain(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_plain(path: StrPath) -> io.BufferedReader:
-    """Open a file for reading its bytes: to open a pipe may wait for ever, and a device may never end.
-
-    Raises: ``OSError`` where it is missing, may not be read, or is a folder, a device, a pipe or a socket.
-    """
-    refuse_irregular(path)  # of a socket, the system's own words say nothing
-    # Should it have become a pipe since, this does not wait for somebody who writes.
+    """Open a file for reading its bytes: to open a pipe may wait for ever, and a device may never end."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    try:
-        refuse_irregular(path, os.fstat(descriptor).st_mode)
-    except OSError:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise
+        raise OSError(errno.EINVAL, "it is no plain file", os.fspath(path))
     return open(descriptor, "rb")
 
 
 def read_plain(path: StrPath) -> bytes:
     with open_plain(path) as file:
         return file.read()
-
-
-def is_there(path: StrPath) -> bool:
-    """Whether something has a name, a link that leads nowhere too; ``OSError`` where the system does not say."""
-    try:
-        os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
-
-
-def refuse_irregular(path: StrPath, mode: int | None = None) -> None:
-    """Stop where something else than a plain file has a name (an ``OSError``): to rename a file to the name of a device
-    would take that away. A name that is free passes."""
-    try:
-        mode = os.stat(path).st_mode if mode is None else mode
-    except FileNotFoundError:
-        return
-    name, kind = os.fspath(Path(path)), irregular(mode)
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, "it is a folder", name)
-    if kind is not None:
-        raise OSError(errno.EINVAL, f"it is {kind}, expected a plain file", name)
-
-
-def irregular(mode: int) -> str | None:
-    """What it is that is neither a file nor a folder, by its ``st_mode``; None for these two."""
-    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
-        return None
-    return "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -127,14 +87,6 @@ def remove_temporary(folder: Path) -> None:
     for name in filter(is_temporary, os.listdir(folder)):
         with contextlib.suppress(OSError):
             (folder / name).unlink()
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """:func:`metapl.runs.atomic.replacing`, which says what kind of thing is in the way where it is no plain file."""
-    refuse_irregular(os.path.realpath(path))
-    with atomic.replacing(path) as file:
-        yield file
 
 
 def write_whole(path: Path, content: Any, mend: str) -> None:

@@ -173,10 +173,6 @@ class LabeledBatches(ExampleBatches[tuple[Tensor, Tensor]]):
     Items: x (B, ...) and y (B, ...). Where a file is broken, both are of the one that replaces it, seen through the
     view that was drawn for the broken one.
 
-    Raises:
-        MetaplError: images, labels and sampler disagree on n, steps is negative, or a crop of images in memory; on
-            access, images that cannot be read.
-
     >>> from metapl.apps.pictures import Identity
     >>> from metapl.data import StepSampler
     >>> images, labels = torch.rand(20, 1, 8, 8), torch.arange(20) % 10
@@ -208,9 +204,6 @@ class UnlabeledBatches(ExampleBatches[Tensor | tuple[Tensor, Tensor]]):
         crop: draws a box for each view; files are decoded once.
         stored: (n, C) stored class distributions, which items then hold too, at their end.
 
-    Raises:
-        MetaplError: as :class:`LabeledBatches`.
-
     >>> from metapl.apps.pictures import Identity, ShiftNoiseCutout
     >>> from metapl.data import StepSampler
     >>> images = torch.rand(100, 1, 8, 8)
@@ -239,9 +232,6 @@ class EvaluationBatches(PictureBatches[tuple[Tensor, Tensor]]):
         batch_size: B, 1 or more; the last batch may be smaller.
 
     Items: (x, y), float32 (B, C, H, W) in [0, 1] and int64 (B,). A file that cannot be read is left out.
-
-    Raises:
-        MetaplError: images and labels disagree on n, or a batch size below 1.
 
     >>> from metapl.apps.pictures import MemoryImages
     >>> images = MemoryImages(torch.zeros(5, 3, 8, 8, dtype=torch.uint8))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from metapl.apps.machine.sealed import irregular
 from metapl.apps.pictures.folders import Files, FilesT, LabeledFiles, Progress, ask, digest, silent
 from metapl.apps.pictures.reader import UnreadableImage, image_size, read_image
 from metapl.apps.pictures.tar import open_picture, size_of, status_of
@@ -87,8 +87,7 @@ def _size(path: str) -> int | str:
         mode, size = status_of(path)
     except OSError as error:
         return error.strerror or type(error).__name__
-    kind = irregular(mode)
-    return f"it is {kind}" if kind is not None else size or "the file is empty"
+    return (size or "the file is empty") if stat.S_ISREG(mode) else "it is no plain file"
 
 
 # ------------------------------------------------------------------------------------------------------------- folders

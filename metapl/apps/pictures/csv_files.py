@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from metapl.apps.machine.sealed import replacing
 from metapl.apps.words import cell
+from metapl.runs.atomic import replacing
 from metapl.words import shown
 
 

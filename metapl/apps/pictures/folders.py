@@ -104,9 +104,6 @@ def scan_unlabeled(folder: str | Path, progress: Progress = silent) -> Files:
 
     Cost: no file is opened; about a second for 100,000 files on a local disk.
 
-    Raises:
-        MetaplError: there is no such folder, it cannot be listed, or has no picture.
-
     >>> import tempfile
     >>> root = Path(tempfile.mkdtemp())
     >>> (root / "deep" / "er").mkdir(parents=True)
@@ -136,9 +133,6 @@ def scan_labeled(folder: str | Path, progress: Progress = silent) -> LabeledFile
     """List the pictures of a folder that holds one folder a class; below those, any tree.
 
     Args, returns, cost: as :func:`scan_unlabeled`.
-
-    Raises:
-        MetaplError: as there, or there is no class folder.
 
     >>> import tempfile
     >>> root = Path(tempfile.mkdtemp())

@@ -80,11 +80,6 @@ def read_image(
     Cost: one decoding. A JPEG of more than twice the needed size is decoded at a half, a quarter or an eighth of its
     size, which is several times as fast; values then differ from those of full decoding by a few levels.
 
-    Raises:
-        UnreadableImage: the file cannot be opened, is empty, truncated, no picture, of more than 89,478,485 pixels, or
-            of numbers whose range is unknown (floating point, 32 bits).
-        MetaplError: a size below 1, a center outside (0, 1]; the memory does not suffice.
-
     >>> import pathlib, tempfile
     >>> from PIL import Image
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "red.png"

@@ -25,9 +25,6 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     Returns:
         (train, validation): indices, int64, disjoint, sorted, and together all.
 
-    Raises:
-        MetaplError: a fraction out of its range; no class has two examples.
-
     >>> train, validation = stratified_split(torch.tensor([0] * 8 + [1] * 4 + [2]), 0.25, seed=0)
     >>> len(train), len(validation)
     (10, 3)
@@ -90,9 +87,6 @@ def load_digits_split(labels_per_class: int, seed: int, validation: int = 197, t
         seed: from 0 to 2³² − 1. With one seed, the parts for fewer labels lie within those for more.
         validation, test: number of images to select on and to report on, 10 or more each, drawn with the classes in
             proportion.
-
-    Raises:
-        MetaplError: a number out of its range, or more labels than the rest has.
 
     >>> split = load_digits_split(labels_per_class=4, seed=0)
     >>> len(split.labeled[0]), len(split.unlabeled), len(split.validation[0]), len(split.test[0])

@@ -54,9 +54,6 @@ class MemoryImages:
             worker processes.
         indices: (m,) int64, which of them count, in this order; None: all.
 
-    Raises:
-        MetaplError: data of another kind.
-
     >>> images = MemoryImages(torch.arange(12, dtype=torch.uint8).view(3, 1, 2, 2))
     >>> images.select(torch.tensor([2, 0])).fetch(torch.tensor([0]))[0]
     tensor([[[[ 8,  9],
@@ -103,9 +100,6 @@ class FileImages:
         center: share of the centered box that is used where no other box is asked for, see ``read_image``.
         log: file that gets a line of JSON, ``{"file": …, "reason": …}``, for each replaced file; see
             :func:`replaced_files`.
-
-    Raises:
-        MetaplError: no path, or a side below 1; when fetching, 32 files in a row, or all, cannot be read.
     """
 
     def __init__(

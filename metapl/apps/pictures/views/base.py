@@ -140,10 +140,6 @@ class Seeded(PictureView):
 
     Cost: one call of the transform per image, and about 0.03 ms for the seeds. Views of whole batches are faster.
 
-    Raises:
-        MetaplError: what is given cannot be called; on the call, images of another kind, a number of examples other
-            than B, or results that are not tensors of one shape.
-
     >>> from torchvision.transforms import v2
     >>> view = Seeded(v2.Compose([v2.RandomPerspective(), v2.ColorJitter(brightness=0.4)]))
     >>> images, examples = torch.rand(4, 3, 32, 32), torch.arange(4)

@@ -44,9 +44,6 @@ class Weak(PictureView):
     Call: ``view(images, seed=, step=, examples=)`` takes images (B, C, H, W), floating point or uint8, and ``examples``
     (B,) int64, and returns the same shape, dtype and device. Neither the rest of the batch nor its order matters.
 
-    Raises:
-        MetaplError: a negative pad; on the call, images of another kind, or not one example index per image.
-
     >>> Weak()(torch.rand(2, 3, 32, 32), seed=0, step=5, examples=torch.tensor([3, 4])).shape
     torch.Size([2, 3, 32, 32])
     """
