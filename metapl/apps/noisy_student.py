@@ -122,18 +122,17 @@ class NoisyStudent:
 
     def scheduled(self, steps: int) -> Self:
         if self.warm_steps is not None and self.warm_steps > steps:
-            raise MetaplError(
-                f"--warm-steps {self.warm_steps:,}: a student that begins with the weights of its teacher takes at "
-                f"most as many steps as one from scratch; expected 1 to {steps:,}, or more --steps."
-            )
+            raise MetaplError(f"--warm-steps {self.warm_steps:,}: expected 1 to {steps:,}, or more --steps.")
         return self
 
     def train(self, t: Training) -> Trained:
         config, data, seed = t.config, t.data, t.config.fitting.seed
         first, *others = configs_of(config, self)
         hard, model_noise = self.labels == "hard", self.unlabeled_noise != "none"
-        rounds = None if t.run is None else Rounds.of(self, t)
-        place = next(t.student.parameters()).device
+        run, place, rounds = t.run, next(t.student.parameters()).device, None
+        if run is not None:
+            folder, ranks = run.processes.shared(run.folder.path), run.processes.ranks(place)
+            rounds = Rounds(self, config, data, folder, run.say, ranks)
 
         # Round 0, on labeled examples alone, with noise.
         torch.manual_seed(fold_in(seed, 0))
@@ -142,12 +141,17 @@ class NoisyStudent:
         teacher = t.laid_out(network)
         losses: Any = (CrossEntropy(self.label_smoothing),)
         trainer = LossTrainer(teacher, losses, optimizer=optimizer(first, teacher), **t.options)
-        usual = config.fitting.steps
-        options = {"steps": usual, "warmup": min(config.fitting.warmup or 0, usual), **_decay(config, usual)}
+        usual, warmup = config.fitting.steps, config.fitting.warmup or 0
+        decay = {"decay_every": decay_interval(usual)} if config.fitting.schedule == "exponential" else {}
+        options = {"steps": usual, "warmup": min(warmup, usual), **decay}
         result = t.fit(trainer, _with_noise(config, data, 0), None, phase=FIRST, **options)
         teacher = trainer.student
+        every, classes = torch.arange(len(data.unlabeled.images)), len(data.classes)
+        timed = Chosen(
+            every, every, lambda rows: torch.full((len(rows), classes), 1 / classes)
+        )  # where a step is timed
         for number, sized in enumerate(others, 1):
-            chosen = Chosen.all_of(data) if rounds is None else rounds.choose(number, teacher)
+            chosen = timed if rounds is None else rounds.choose(number, teacher)
             torch.manual_seed(fold_in(seed, number))  # whatever was drawn before
             network, steps, rate = sized.network().to(place), usual, 1.0
             begin_as(t.student, network)
@@ -162,7 +166,7 @@ class NoisyStudent:
                 losses, sources = (StoredLabelLoss(hard, model_noise),), (pairs, None)
             given = t.laid_out(network)
             trainer = LossTrainer(given, losses, optimizer=optimizer(sized, given, rate), **t.options)
-            options = {"steps": steps, "warmup": min(config.fitting.warmup or 0, steps), **_decay(config, usual)}
+            options = {"steps": steps, "warmup": min(warmup, steps), **decay}
             result = t.fit(trainer, *sources, phase=f"round-{number}", **options)
             if self.training == "pretrain_finetune":
                 trainer, result = _finetuned(t, sized, given, number)
@@ -245,20 +249,12 @@ def configs_of(config: Any, settings: NoisyStudent) -> list[Any]:
     for number, (teacher, student) in enumerate(pairwise(names), 1):
         if sizes[student] < sizes[teacher] and not settings.allow_smaller:
             raise MetaplError(
-                f"the student of round {number} is {student} with {sizes[student]:,} parameters, and its teacher "
-                f"{teacher} has {sizes[teacher]:,}: Noisy Student's students are equal or larger. Give --networks in "
-                "the order of their sizes, or --allow-smaller to distill into a smaller one."
+                f"--networks: the student of round {number}, {student}, has {sizes[student]:,} parameters, and its "
+                f"teacher {teacher} {sizes[teacher]:,}; expected equal or larger ones, or --allow-smaller."
             )
-    if settings.warm_start and len(set(names)) > 1:
-        raise MetaplError(
-            f"--warm-start begins with the weights of the teacher, and --networks {' '.join(settings.networks)} are "
-            "not the same; expected one network, or students from scratch."
-        )
-    if settings.warm_start and config.fitting.schedule != "exponential":
-        raise MetaplError(
-            f"--warm-start ends at the learning rate where a student from scratch ends, and --schedule "
-            f"{config.fitting.schedule} has the same end whatever it begins with; expected --schedule exponential."
-        )
+    if settings.warm_start and (len(set(names)) > 1 or config.fitting.schedule != "exponential"):
+        # It begins with the teacher's weights, and ends at the rate where a student from scratch ends.
+        raise MetaplError("--warm-start: expected one network in --networks, and --schedule exponential.")
     if settings.finetune_size is not None:
         configs[-1].at_size(settings.finetune_size)
     return configs
@@ -270,11 +266,6 @@ def optimizer(config: Any, network: nn.Module, rate: float = 1.0) -> torch.optim
     for group in found.param_groups:
         group["lr"] *= rate
     return found
-
-
-def _decay(config: Any, steps: int) -> dict[str, float]:
-    """The interval of the exponential schedule of so many steps, where the training has this schedule."""
-    return {"decay_every": decay_interval(steps)} if config.fitting.schedule == "exponential" else {}
 
 
 def end_matched(steps: int, usual: int) -> float:
@@ -343,15 +334,6 @@ class Chosen:
     rows: Tensor  # int64 (n,), the row of each in the store
     labels: Callable[[Tensor], Tensor]  # the distributions of rows of the store, float32 (B, C)
 
-    @classmethod
-    def all_of(cls, data: Data) -> Chosen:
-        """All examples, with even labels: to measure a step."""
-        every, classes = torch.arange(len(data.unlabeled.images)), len(data.classes)
-        return cls(every, every, lambda rows: torch.full((len(rows), classes), 1 / classes))
-
-    def of(self, images: Any) -> Any:
-        return images[self.positions] if isinstance(images, Tensor) else images.select(self.positions)
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PseudoLabeledBatches(UnlabeledBatches):
@@ -385,7 +367,8 @@ def _pseudo_labeled(
 ) -> PseudoLabeledBatches:
     """Batches (x, stored) of selected examples as the student meets them."""
     source, seed, augmented = data.unlabeled, fold_in(config.fitting.seed, number), settings.unlabeled_noise == "all"
-    images, view = chosen.of(source.images), noisy_view(data) if augmented else Identity()
+    view, positions = noisy_view(data) if augmented else Identity(), chosen.positions
+    images = source.images[positions] if isinstance(source.images, Tensor) else source.images.select(positions)
     size = settings.ratio * config.fitting.labeled_batch
     sampler = StepSampler(len(chosen.positions), size, seed=seed, stream=1)
     crop = source.crop if augmented else None
@@ -438,12 +421,6 @@ class Rounds:
     ranks: Ranks = ALONE  # the processes that train together; the first of them writes
     records: list[dict[str, Any]] = field(default_factory=list)  # of each round for result.json, from the first student
     reached: dict[int, dict[str, float]] = field(default_factory=dict)  # by the network of each round, by its number
-
-    @classmethod
-    def of(cls, settings: NoisyStudent, t: Training) -> Rounds:
-        run, place = t.run, next(t.student.parameters()).device
-        folder, ranks = run.processes.shared(run.folder.path), run.processes.ranks(place)
-        return cls(settings, t.config, t.data, folder, run.say, ranks)
 
     def choose(self, number: int, teacher: nn.Module) -> Chosen:
         """Store the labels by the network of the round before, and select from them for round ``number``, from 1."""
@@ -532,11 +509,9 @@ class Rounds:
         )
         if record["threshold"] != self.settings.threshold:
             self.say(
-                f"note: of no example is that network more confident than {self.settings.threshold:g}, so all are "
-                "kept; it may need more --steps"
+                f"note: of no example is that network more confident than {self.settings.threshold:g}; all are kept"
             )
         if missing:
             self.say(
-                f"note: of these classes no unlabeled example is kept: {few(missing)}. The student sees them in "
-                "labeled examples alone; more --steps make a better teacher, and a lower --threshold keeps more"
+                f"note: of these classes no unlabeled example is kept: {few(missing)}; a lower --threshold keeps more"
             )

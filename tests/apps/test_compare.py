@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command import edited, metapl, reseal, result, said
+from forked import context
 from tiny_runs import TINY, built_once, trained
 
+from metapl.apps import compare
+from metapl.apps.compare import Job
 from metapl.apps.comparison import READOUTS, Comparison
+from metapl.apps.digits import METHODS, Digits, fitting
+from metapl.errors import MetaplError
 
 NONE = [0.5, 0.52, 0.51, 0.52, 0.53]
 TITLES = {"mpl": "Meta Pseudo Labels", "none": "same loop, no feedback", "uda": "UDA alone", "plain": "plain"}
@@ -147,6 +155,21 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_has_ended(compared: Pat
     (copy / "result.json").unlink()
     (copy / "mpl" / "seed-0" / "student.safetensors").write_bytes(b"torn")
     assert "damaged" in metapl(*SHORT, "--jobs", "1", "--out", copy, "--resume", code=2).stderr
+
+
+def _killed(job: Job) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.long
+def test_a_worker_that_is_killed_is_reported_and_the_others_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "_run_apart", _killed)
+    server = context()  # whose processes have imported everything
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: server)
+    two = [Job(Digits(fitting=fitting(seed=s)), METHODS["mpl"], tmp_path / str(s), False, 1) for s in (0, 1)]
+    with pytest.raises(MetaplError, match="killed"):
+        list(compare.run_all(two, workers=2))
+    assert multiprocessing.active_children() == []
 
 
 # --------------------------------------------------------------------------------------------- metapl compare RUN RUN

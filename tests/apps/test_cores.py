@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from metapl.apps import compare
-from metapl.apps.digits import METHODS, Digits
 from metapl.apps.machine.cores import available_cores, default_threads
 
 
@@ -54,23 +50,3 @@ def test_omp_num_threads_is_heeded(given: str, expected: int, monkeypatch: pytes
     monkeypatch.setattr("metapl.apps.machine.cores.available_cores", lambda: 7)
     monkeypatch.setenv("OMP_NUM_THREADS", given)
     assert default_threads() == expected
-
-
-def test_the_threads_of_a_job_do_not_depend_on_how_many_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, methods = list[Any](), {name: METHODS[name] for name in ("mpl", "none", "uda")}
-    monkeypatch.setattr(compare, "available_cores", lambda: 8)
-    monkeypatch.setattr(compare, "default_threads", lambda: 8)
-
-    def stop(jobs: Any, workers: int) -> Any:
-        seen.append((workers, {job.threads for job in jobs}))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(compare, "run_all", stop)
-    for jobs in (None, 2):
-        with pytest.raises(KeyboardInterrupt):
-            compare.run_jobs(Digits(), methods, (0, 1), tmp_path, resume=False, jobs=jobs)
-    monkeypatch.setattr(compare, "device", lambda asked: torch.device("cuda"))
-    del methods["uda"]
-    with pytest.raises(KeyboardInterrupt):
-        compare.run_jobs(Digits(), methods, (0, 1), tmp_path, resume=False, jobs=None)
-    assert seen == [(6, {1}), (2, {1}), (1, {8})]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import os
@@ -24,7 +23,6 @@ from metapl import MetaplError
 from metapl.apps.labels import LabelStore, LabelWriter, select, statistics
 from metapl.apps.labels import store as writer
 from metapl.apps.labels.queries import BINS
-from metapl.apps.pictures import folders
 from metapl.apps.pictures.folders import scan_unlabeled
 
 CLASSES = tuple(f"class {index}" for index in range(6))
@@ -220,23 +218,6 @@ def test_a_damaged_part_is_named_and_what_has_no_files_is_not_compared(tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_never_ends_is_not_compared_and_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Such as a link to /proc/kmsg, which only root may open."""
-
-    class Waiting(io.BytesIO):
-        def read(self, size: int | None = -1) -> Any:
-            return super().read(size) or None
-
-    for name in ("1.png", "7.png"):
-        (tmp_path / name).write_bytes(name[:1].encode())
-    real = folders.open_picture
-    monkeypatch.setattr(folders, "open_picture", lambda path: Waiting(b"x") if path.endswith("1.png") else real(path))
-    found = select(made(tmp_path / "store"), tmp_path / "out", drop_overlap=tmp_path)
-    assert (found.overlapping, found.unread) == (1, 1)
-
-
 # ------------------------------------------------------------------------------------------------- statistics
 
 
@@ -294,19 +275,6 @@ def test_the_commands_say_what_is_in_a_store_and_what_became_of_it(
     assert "stats" in refused(capsys, "labels", "stat", store.folder)
     assert "store" in refused(capsys, "labels", "stats", tmp_path)
     assert sorted(os.listdir(store.folder)) == before
-
-
-def test_many_classes_of_any_name_are_shown_by_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = [f"{index} \x1b[31m" + "x" * 60 for index in range(50)]
-    p = torch.full((60, 50), 0.5 / 49)
-    p[torch.arange(60), torch.arange(60).clamp(max=40)] = 0.5
-    with LabelWriter(tmp_path / "store", names, top_k=1) as store:
-        store.add([*range(60)], p)
-    text = said(capsys, "labels", "stats", tmp_path / "store")
-    assert "\x1b" not in text
-    assert max(map(len, text.splitlines()[1:])) <= 80
-    (largest,) = (line for line in text.splitlines() if line.startswith("40 "))
-    assert largest.split()[-3:] == ["20", "33.3%", "50.0%"]
 
 
 def test_the_pictures_that_were_selected_are_listed_for_a_training(

@@ -41,18 +41,6 @@ def test_steps_that_become_dearer_are_forecast_by_the_last_ones(
     assert lines(capsys) == [f"about {seconds} s left" for seconds in (8, 6, 40, 20)] + ["after 64 s"]
 
 
-@pytest.mark.usefixtures("each_validation")
-def test_steps_that_cost_the_same_are_forecast_as_before(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = Clock(monkeypatch)
-    shown = Progress("fit", 2, 8, lines=True)
-    for _ in range(6):
-        clock.now += 5.0
-        shown.advance([], {}, due=True)
-    assert lines(capsys) == [f"about {seconds} s left" for seconds in (25, 20, 15, 10, 5)] + ["after 30 s"]
-
-
 def test_a_log_gets_the_first_line_the_last_one_and_one_a_minute(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
