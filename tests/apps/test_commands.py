@@ -184,7 +184,7 @@ REFUSED = {
     "report {run} --out page.png": ".html",
     "report {run} --out {new}/page.html": "new",
     "compare": "RUN",
-    "compare {run} {run}": "twice",
+    "compare {run} {run}": "once",
     "compare {run} {colors}": "different",
     "export {run}": "--out",
     "export {run} --out {run}/recipe.json": "folder",

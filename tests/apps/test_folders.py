@@ -255,7 +255,7 @@ FINDINGS: dict[str, tuple[Sides, list[tuple[str, str, str]]]] = {
         {"labeled": L, "validation": {"cat": [8], "dog": [9]}, "test": {"cat": [10], "dog": [9]}},
         [("warning", "test copies", "among the validation")],
     ),
-    "no others": ({"labeled": L, "unlabeled": [1, 2, 3, 4]}, [("warning", "labeled copies", "no others")]),
+    "no others": ({"labeled": L, "unlabeled": [1, 2, 3, 4]}, [("warning", "labeled copies", "4 of its 4")]),
     "all there too": ({"labeled": L, "unlabeled": [4, 3, 2, 1, 5]}, [("warning", "labeled copies", "4 of its 5")]),
     "some there too": ({"labeled": L, "unlabeled": [4, 3, 2, 5]}, []),
 }  # fmt: skip
@@ -273,7 +273,6 @@ def test_what_would_spoil_a_training_is_found(name: str, tmp_path: Path) -> None
     assert [(one.level, one.kind) for one in found] == [(level, kind) for level, kind, _ in expected]
     for one, (_, _, word) in zip(found, expected, strict=True):
         assert word in one.message
-        assert all(str(file) in one.message for file in one.files if one.kind != "classes")
 
 
 def only(findings: list[Finding], *words: str) -> Finding:

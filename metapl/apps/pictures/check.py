@@ -97,17 +97,12 @@ def _size(path: str) -> int | str:
 class Finding:
     """A problem with the folders that a user should know about before training.
 
-    Args:
-        level: an "error" makes results wrong or training impossible; a "warning" may be meant so.
-        message: what was found, with the first few files, and how to mend it.
-        files: all the files that it is about.
-        kind: "classes", "contradiction", or of which pictures there are copies: "test copies", "validation copies" or
-            "labeled copies".
+    An "error" makes results wrong or training impossible; a "warning" may be meant so. The kind is "classes",
+    "contradiction", or of which pictures there are copies: "test copies", "validation copies" or "labeled copies".
     """
 
     level: Literal["error", "warning"]
     message: str
-    files: tuple[Path, ...] = ()
     kind: str = "classes"
 
 
@@ -124,12 +119,7 @@ def check_folders(
     class of validation or test that training does not know; a picture of test or validation, by its bytes, among the
     labeled or unlabeled ones, or in two classes. Warnings: a class with one picture; pictures beside the class folders;
     a picture of test in validation; a class that validation or test lacks; all labeled pictures among the unlabeled
-    ones.
-
-    Args:
-        labeled, unlabeled: the folders trained on.
-        validation, test: the folders that are not.
-        progress: called with the number of files whose bytes were compared.
+    ones. ``progress`` is called with the number of files whose bytes were compared.
 
     Cost: one question to the file system for each file. Bytes are read only of files that another side has with the
     same size, and beyond 4 KiB only where these agree too.
@@ -139,30 +129,20 @@ def check_folders(
     nested = find_nested(labeled, {name: files.root for name, files in others.items()})
     # A held-out folder around the labeled one has copies of all that lies in it, which says nothing more.
     beside = {name: files for name, files in held_out.items() if name not in nested}
-    findings = [
-        *_class_findings(labeled),
-        *nested.values(),
-        *find_copies(labeled, unlabeled, beside.get("validation"), beside.get("test"), progress),
-        *(finding for name, files in held_out.items() for finding in find_other_classes(labeled, files, name)),
-    ]
-    return sorted(findings, key=lambda finding: finding.level != "error")
-
-
-def _class_findings(labeled: LabeledFiles) -> Iterator[Finding]:
-    root, classes = labeled.root, labeled.classes
-    if len(classes) < 2:
-        yield Finding("error", f"{root} has one class, {classes[0]!r}; expected two or more folders.")
-    for label, (name, count) in enumerate(labeled.counts().items()):
-        if count == 0:
-            what = f"class {name!r} has no picture in {shown(root / name)}; put some there, or remove the folder."
-            yield Finding("error", what, (root / name,))
-        elif count == 1:
-            file = labeled.path(labeled.labels.index(label))
-            what = f"class {name!r} has one picture, {shown(file)}: none is left for validation; add more."
-            yield Finding("warning", what, (file,))
+    root, counts, findings = labeled.root, labeled.counts(), [*nested.values()]
+    if len(counts) < 2:
+        findings.append(Finding("error", f"{root} has one class, {few(counts)}; expected two or more folders."))
+    if empty := [name for name, count in counts.items() if count == 0]:
+        findings.append(Finding("error", f"{root} has no picture of {few(empty)}; add some, or remove the folder."))
+    if single := [name for name, count in counts.items() if count == 1]:
+        findings.append(Finding("warning", f"{root} has one picture of {few(single)}: none is left for validation."))
     if labeled.loose:
         what = f"{labeled.loose} pictures lie in {root} beside the class folders and are not used; move them."
-        yield Finding("warning", what)
+        findings.append(Finding("warning", what))
+    findings += find_copies(labeled, unlabeled, beside.get("validation"), beside.get("test"), progress)
+    for name, files in held_out.items():
+        findings += find_other_classes(labeled, files, name)
+    return sorted(findings, key=lambda finding: finding.level != "error")
 
 
 def find_nested(labeled: LabeledFiles, others: Mapping[str, Path]) -> dict[str, Finding]:
@@ -170,18 +150,11 @@ def find_nested(labeled: LabeledFiles, others: Mapping[str, Path]) -> dict[str, 
     count as classes or as pictures of one, and which held-out ones around it."""
     root, found = labeled.root.resolve(), {}
     for name, other in others.items():
-        if root in other.resolve().parents:
-            message = (
-                f"the {name} folder {shown(other)} lies inside {shown(labeled.root)}, every subfolder of which is a "
-                f"class: {few(labeled.classes)}; expected a folder for the classes, and another one beside it."
-            )
-            found[name] = Finding("error", message, (other,))
-        elif other.resolve() in root.parents and name != "unlabeled":
-            message = (
-                f"the labeled folder {shown(labeled.root)} lies inside the {name} folder {shown(other)}; expected the "
-                f"folder of the {name} pictures alone, with one subfolder for each class."
-            )
-            found[name] = Finding("error", message, (other,))
+        inside = root in other.resolve().parents
+        if inside or (other.resolve() in root.parents and name != "unlabeled"):
+            inner, outer = ((name, other), ("labeled", root))[:: 1 if inside else -1]
+            what = f"the {inner[0]} folder {shown(inner[1])} lies inside the {outer[0]} folder {shown(outer[1])}"
+            found[name] = Finding("error", f"{what}, every subfolder of which is a class; expected one beside it.")
     return found
 
 
@@ -190,7 +163,7 @@ def find_other_classes(labeled: LabeledFiles, held_out: LabeledFiles, name: str)
     counts, folder = held_out.counts(), f"the {name} folder {held_out.root}"
     if unknown := [label for label, count in counts.items() if label not in labeled.classes and count]:
         what = f"{folder} has classes that {labeled.root} does not: {few(unknown)}; expected folders of the same names."
-        yield Finding("error", what, tuple(held_out.root / label for label in unknown))
+        yield Finding("error", what)
     if missing := [label for label in labeled.classes if not counts.get(label)]:
         yield Finding("warning", f"{folder} has no picture of {few(missing)}: nothing is measured there.")
 
@@ -239,20 +212,17 @@ def find_copies(
                 "warning" if harmless else "error",
                 f"{len(pairs)} {held_out} pictures are among the {other} ones too: {named}; {spoilt}: remove them from "
                 f"the {held_out if trained else other} folder.",
-                tuple(Path(path) for pair in pairs for path in pair),
                 f"{held_out} copies",
             )
     twice = sum(len(on(group, "labeled")) for group in groups if on(group, "unlabeled"))
     if unlabeled is not None and twice == len(labeled):
         # Usual in the papers, and of no use where there are no others.
-        note = "it has no others, so there is nothing more to learn from; name a folder with more pictures."
-        if len(unlabeled) > len(labeled):
-            note = f"they are {len(labeled):,} of its {len(unlabeled):,}; that is usual and does no harm."
+        note = f"they are {len(labeled):,} of its {len(unlabeled):,}"
         what = f"all labeled pictures are in the unlabeled folder {unlabeled.root} too: {note}"
-        yield Finding("warning", what, kind="labeled copies")
+        yield Finding("warning", what, "labeled copies")
     if doubtful := [on(group, "labeled") for group in groups if contradict(group)]:
         what = f"pictures in more than one class, {len(doubtful)}: {few(map(' and '.join, doubtful))}; keep one."
-        yield Finding("error", what, tuple(Path(path) for paths in doubtful for path in paths), "contradiction")
+        yield Finding("error", what, "contradiction")
 
 
 def same_pictures(files: Files, others: Files) -> Iterator[tuple[list[str], list[str]]]:
