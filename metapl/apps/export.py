@@ -110,18 +110,12 @@ def _card(run: EndedRun, name: str) -> dict[str, Any]:
         if field != "classes"
     }
     run_by = {"name": result["recipe"], "method": result["method"], "best_step": result["best_step"]}
-    # Of which step the weights are, how they were chosen, and what they take.
-    step, steps, student = result["best_step"], result["steps"], run.cards["student"].title
-    by_validation = result["delivered_by"] == "validation"
-    if name == "teacher":
-        notes = [f"The weights are those of the teacher after the last step, {steps:,}."]
-    else:
-        chosen = f"best {student} by validation" if by_validation else f"last {student}"
-        anew = " They were finetuned on the labeled examples." if name == "finetuned" else ""
-        notes = [f"The weights are those of the {chosen}: step {step:,} of {steps:,}.{anew}"]
-    delivered, why = run.cards[result["delivered"]].title, "as the best by validation" if by_validation else "by a rule"
-    names = ", ".join(run.cards[network].title for network in run.networks)
-    notes.append(f"Of its networks ({names}) the run delivers the {delivered}, {why} of its method.")
+    chosen = f"{card.title} of step {result['best_step']:,} of {result['steps']:,}"
+    names, delivered = (", ".join(run.cards[each].title for each in of) for of in (run.networks, [result["delivered"]]))
+    notes = [
+        f"The weights are those of the {chosen if name != 'teacher' else 'teacher after the last step'}.",
+        f"Of its networks ({names}) the run delivers the {delivered}, by {result['delivered_by']}.",
+    ]
     if "methods" in result:
         methods, seeds = (", ".join(map(str, result[part])) for part in ("methods", "seeds"))
         notes.append(f"It was compared: methods {methods}; seeds {seeds}; {result['delivery']}.")

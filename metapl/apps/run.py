@@ -128,10 +128,7 @@ class RunFolder(Folder):
             # Hidden files are a file manager's; the other kind is what a killed start left.
             left = re.compile(r"\..*|recipe\.json\.[0-9a-f]{8}\.tmp")
             if others := sorted(name for name in os.listdir(self.path) if not left.fullmatch(name)):
-                raise MetaplError(
-                    f"{self.path} holds files that are not a run's ({few(others)}), and no recipe.json; expected an "
-                    "empty folder, or a new one: give another --out."
-                )
+                raise MetaplError(f"{self.path} holds files that are not a run's ({few(others)}); give another --out.")
 
     def threads(self) -> int:
         """Threads of the linear algebra, on whose number rounding depends: those that the run here was started with."""
@@ -148,10 +145,8 @@ class RunFolder(Folder):
         content = self.read_json("recipe.json")
         if content.get("format") != FORMAT:
             made = content.get("made_with", {}).get("metapl", "?")
-            raise MetaplError(
-                f"{self.path} was written in run format {content.get('format')!r}; this metapl {version('metapl')} "
-                f"reads format {FORMAT}. Train again, or use the version that wrote it: {made}."
-            )
+            fault = f"{self.path} was written in run format {content.get('format')!r} by metapl {made}"
+            raise MetaplError(f"{fault}; this metapl {version('metapl')} reads format {FORMAT}: train again.")
         return self.unsealed("recipe.json", content)
 
     def unsealed(self, name: str, content: dict[str, Any]) -> dict[str, Any]:
@@ -189,14 +184,8 @@ class RunFolder(Folder):
 
         file = self.path / name
         if not file.is_file():
-            if not (self.path / "result.json").is_file():
-                raise MetaplError(f"{file} is missing. The run has not come so far: finish it with --resume.")
             left = [network for network, other in WEIGHTS.items() if (self.path / other).is_file()]
-            instead = f" What is left: --network {' or '.join(left)}." if left else ""
-            raise MetaplError(
-                f"{file} is missing. The run was finished, so --resume does not mend it: train again with another "
-                f"--out.{instead}"
-            )
+            raise MetaplError(f"{file} is missing; expected it, or --network with what is left: {', '.join(left)}.")
         content = read_sealed(file, sha256, mend=ANOTHER)
         try:
             weights: dict[str, Tensor] = load(content)
@@ -344,12 +333,8 @@ class EndedRun:
         given, expected = (
             {key: tuple(value.shape) for key, value in tensors.items()} for tensors in (weights, network.state_dict())
         )
-        for key in sorted(given.keys() | expected.keys()):
-            if given.get(key) != expected.get(key):
-                raise MetaplError(
-                    f"{file} does not fit its network: {key} is {given.get(key, 'missing')} in the file and "
-                    f"{expected.get(key, 'missing')} in the network."
-                )
+        if differing := sorted({name for name, _ in given.items() ^ expected.items()}):
+            raise MetaplError(f"{file} does not fit its network: {few(differing)} differ in name or shape.")
         network.load_state_dict(weights)
         return network
 

@@ -160,18 +160,13 @@ class LabeledBatches(ExampleBatches[tuple[Tensor, Tensor]]):
     """The labeled batches: item t is (x, y), x = view(images[i]), y = labels[i], i = sampler.indices(t).
 
     Args:
-        images: n examples: a tensor (n, ...) on any device, or :class:`~metapl.apps.pictures.Images`, whose bytes
-            become numbers in [0, 1].
-        labels: (n, ...) on any device.
-        sampler: picks from n examples.
-        view: augments; :class:`~metapl.apps.pictures.Identity` does not.
-        seed: of the view's draws, any integer.
+        images: n examples: a tensor (n, ...), or :class:`~metapl.apps.pictures.Images`, whose bytes become numbers in
+            [0, 1].
         steps: number of steps, or None for an endless stream.
         crop: draws a box of the full image that is then brought to the size of ``images``; these are in files.
         stored: (n, C) stored class distributions, which items then hold too: (x, y, stored).
 
-    Items: x (B, ...) and y (B, ...). Where a file is broken, both are of the one that replaces it, seen through the
-    view that was drawn for the broken one.
+    Where a file is broken, x and y are of the one that replaces it, seen through the view of the broken one.
 
     >>> from metapl.apps.pictures import Identity
     >>> from metapl.data import StepSampler
@@ -197,12 +192,7 @@ class UnlabeledBatches(ExampleBatches[Tensor | tuple[Tensor, Tensor]]):
 
     weak = weak_view(images[i]), strong = strong_view(images[i]), i = sampler.indices(t).
 
-    Args:
-        images, sampler, seed, steps: as in :class:`LabeledBatches`.
-        weak: the view that the teacher labels.
-        strong: the view that the student learns, or None for items of the weak view alone, one tensor.
-        crop: draws a box for each view; files are decoded once.
-        stored: (n, C) stored class distributions, which items then hold too, at their end.
+    Without a strong view, items are the weak one alone. A ``crop`` draws a box for each view; files are decoded once.
 
     >>> from metapl.apps.pictures import Identity, ShiftNoiseCutout
     >>> from metapl.data import StepSampler
@@ -225,13 +215,8 @@ class UnlabeledBatches(ExampleBatches[Tensor | tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True, eq=False)
 class EvaluationBatches(PictureBatches[tuple[Tensor, Tensor]]):
-    """All labeled images once, in order and as they are: for validation and test.
-
-    Args:
-        images, labels: n images, and int64 (n,).
-        batch_size: B, 1 or more; the last batch may be smaller.
-
-    Items: (x, y), float32 (B, C, H, W) in [0, 1] and int64 (B,). A file that cannot be read is left out.
+    """All labeled images once, in order and as they are: (x, y), float32 (B, C, H, W) in [0, 1] and int64 (B,). A file
+    that cannot be read is left out.
 
     >>> from metapl.apps.pictures import MemoryImages
     >>> images = MemoryImages(torch.zeros(5, 3, 8, 8, dtype=torch.uint8))

@@ -22,8 +22,7 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
         fraction: of each class, in (0, 1).
         seed: any integer.
 
-    Returns:
-        (train, validation): indices, int64, disjoint, sorted, and together all.
+    Returns: (train, validation): indices, int64, disjoint, sorted, and together all.
 
     >>> train, validation = stratified_split(torch.tensor([0] * 8 + [1] * 4 + [2]), 0.25, seed=0)
     >>> len(train), len(validation)
@@ -31,34 +30,14 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     """
     if not 0 < fraction < 1:
         raise MetaplError(f"stratified_split got fraction {fraction}; expected a number between 0 and 1, such as 0.1.")
-    _, of, sizes = labels.unique(return_inverse=True, return_counts=True)
-    share = (fraction * sizes.double()).round().long().clamp(min=1).minimum(sizes - 1)
-    validation = _first_of_each(_shuffled(len(labels), seed, _VALIDATION), of, share)
-    if not len(validation):
+    order = torch.argsort(draws.bits(seed, 0, torch.arange(len(labels)), 1, _VALIDATION)[:, 0], stable=True)
+    aside = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        rows = order[labels[order] == label]
+        aside[rows[: min(max(round(fraction * len(rows)), 1), len(rows) - 1)]] = True
+    if not aside.any():
         raise MetaplError(f"no class of the {len(labels)} labeled pictures has two; expected more, or --val FOLDER.")
-    rest = torch.ones(len(labels), dtype=torch.bool)
-    rest[validation] = False
-    return rest.nonzero()[:, 0], validation
-
-
-def _shuffled(size: int, seed: int, stream: int) -> Tensor:
-    """A random order of range(size)."""
-    return torch.argsort(draws.bits(seed, 0, torch.arange(size), 1, stream)[:, 0], stable=True)
-
-
-def _first_of_each(order: Tensor, classes: Tensor, counts: Tensor) -> Tensor:
-    """The first ``counts[c]`` examples of each class c in an order of examples, sorted by their number."""
-    in_order = classes[order]
-    return order[_rank_in_class(in_order) < counts[in_order]].sort().values
-
-
-def _rank_in_class(classes: Tensor) -> Tensor:
-    """For each entry of (n,) int64, how many entries before it are equal to it."""
-    by_class = classes.argsort(stable=True)
-    counts = classes.bincount()
-    rank = torch.empty_like(classes)
-    rank[by_class] = torch.arange(len(classes)) - (counts.cumsum(0) - counts)[classes[by_class]]
-    return rank
+    return (~aside).nonzero()[:, 0], aside.nonzero()[:, 0]
 
 
 # -------------------------------------------------------------------------------------------------------------- digits
@@ -103,19 +82,17 @@ def load_digits_split(labels_per_class: int, seed: int, validation: int = 197, t
         rest, test_rows = train_test_split(range(len(labels)), test_size=test, stratify=labels, **how)
         train_rows, validation_rows = train_test_split(rest, test_size=validation, stratify=labels[rest], **how)
     except ValueError as error:  # sklearn's own, for numbers that are out of its range
-        raise MetaplError(
-            f"the {len(labels)} digits cannot be split by seed {seed} into {validation} for validation and {test} for "
-            f"test: {reason_of(error)}"
-        ) from error
+        raise MetaplError(f"the digits cannot be split by seed {seed}, test {test}: {reason_of(error)}") from error
     train = torch.tensor(train_rows)
     fewest = int(labels[train].bincount(minlength=10).min())
     if not 1 <= labels_per_class <= fewest:
         raise MetaplError(
-            f"labels_per_class is {labels_per_class}; expected 1 or more, and at most {fewest}, the size of the "
-            "smallest class outside validation and test: ask for fewer labels or make those smaller"
+            f"labels_per_class is {labels_per_class}; expected 1 to {fewest}, as the smallest class has"
         )
     # The split comes shuffled, so the first of each class are a random choice.
-    chosen = _rank_in_class(labels[train]) < labels_per_class
+    chosen = torch.zeros(len(train), dtype=torch.bool)
+    for label in range(10):
+        chosen[(labels[train] == label).nonzero()[:labels_per_class, 0]] = True
     parts = (train[chosen], train[~chosen], validation_rows, test_rows)
     (x, y), (unlabeled, truth), held_out, last = ((images[rows], labels[rows]) for rows in parts)
     return DigitsSplit((x, y), unlabeled, truth, held_out, last)
