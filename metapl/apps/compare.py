@@ -223,12 +223,45 @@ def _end_with_parent(parent: int) -> None:
 # ---------------------------------------------------------------------------------------- metapl compare RUN RUN...
 
 # Fields in which runs may differ: the seed, what a method is called by, which is looked at apart, and what changes no
-# number. Those that decide which examples a recipe draws from its data set. And what stands for a field that follows
-# from how many steps fitted into a run's minutes.
+# number. Those that decide which examples a recipe draws from its data set. And those that follow from how many steps
+# fitted into a run's minutes.
 IRRELEVANT = ("seed", "feedback", "everything", "kind", "clean_alone", "log_every", "save_every", "num_workers")
 DRAWN_BY = ("seed", "labels_per_class")
-MEASURED = "by the minutes"
 BY_STEPS = ("steps", "warmup", "validate_every", "wait", "uda_start", "uda_ramp", "warm_steps")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method with one seed, and how it did on the test set; those that are drawn alike have the same data."""
+
+    method: str
+    seed: int
+    fields: dict[str, Any]
+    result: Mapping[str, Any]
+    place: Path
+    hashes: dict[str, str]
+    drawn_by: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, run: EndedRun) -> Iterator[Entry]:
+        """The run itself, or those of a comparison."""
+        fields, path = dict(run.description["fields"]), run.folder.path
+        unlike = {*IRRELEVANT, *(BY_STEPS if fields.get("minutes") else ())}
+        results = {(run.result["method"], run.result["seed"]): dict(run.result)}
+        if run.is_comparison:
+            results = results_within(path, run.result)
+        for (method, seed), result in results.items():
+            place = path / method / f"seed-{seed}" if run.is_comparison else path
+            if "evaluation" not in result:
+                raise MetaplError(f"{place} has no test accuracy; train it again with --test.")
+            # A folder of pictures is the data; the digits are drawn from a data set.
+            drawn_by = DRAWN_BY if result["recipe"] == "digits" else ()
+            drawn = tuple(str((fields | {"seed": seed}).get(name)) for name in drawn_by)
+            relevant = {name: value for name, value in fields.items() if name not in unlike}
+            yield cls(method, seed, relevant, result, place, stored_data(RunFolder(place))["hash"], drawn)
+
+    def accuracy(self, readout: str) -> float:
+        return float(self.result.get(readout, self.result[STUDENT]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,113 +279,47 @@ class Compare:
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
     def run(self) -> int:
-        if not self.folders:
-            raise MetaplError("no run was named; expected metapl compare RUN RUN...")
-        if len({path.resolve() for path in self.folders}) < len(self.folders):
-            raise MetaplError(f"{few(self.folders)}: expected each run once.")
-        _compare_runs(self.folders)
+        if not self.folders or len({path.resolve() for path in self.folders}) < len(self.folders):
+            raise MetaplError(f"metapl compare {few(self.folders)}: expected some runs, each once.")
+        runs = [EndedRun.load(path) for path in self.folders]
+        if len(names := {run.result["recipe"] for run in runs}) > 1:
+            raise MetaplError(f"the runs are of {few(sorted(names))}, whose test sets differ; expected one of these.")
+        by_run = {run.folder.path: list(Entry.of(run)) for run in runs}
+        entries = [entry for members in by_run.values() for entry in members]
+        _refuse_other_data(entries)
+        rows: list[tuple[str, ...]] = [("run", "method", "seeds", "delivered", "student", "finetuned")]
+        for place, members in by_run.items():
+            for method in dict.fromkeys(entry.method for entry in members):
+                by_seed = [entry for entry in members if entry.method == method]
+                shares = [spread([entry.accuracy(readout) for entry in by_seed], digits=2) for readout in READOUTS]
+                rows.append((str(place), method, _ranges([entry.seed for entry in by_seed]), *shares))
+        on, chance = entries[0].result["evaluation"]["n"], 100 * _chance(entries)
+        caption = f"test accuracy in % on {on:,} examples (chance {chance:.1f})"
+        tell(f"{caption}\n\n{table(rows, left=3)}\n\n{wrapped(_verdict(entries))}")
         return 0
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One method with one seed, and how it did on the test set; those that are drawn alike have the same data."""
-
-    method: str
-    title: str
-    seed: int
-    steps: int
-    fields: dict[str, Any]
-    accuracies: dict[str, float]
-    place: Path
-    hashes: dict[str, str]
-    drawn_by: tuple[Any, ...]
-    evaluation: Evaluation
-
-
-def _compare_runs(folders: Sequence[Path]) -> None:
-    runs = [EndedRun.load(path) for path in folders]
-    names = {run.result["recipe"]: run.folder.path for run in runs}
-    if len(names) > 1:
-        which = ", ".join(f"{path} is of {name}" for name, path in names.items())
-        raise MetaplError(f"the runs are of different recipes, whose test sets differ: {which}.")
-    by_run = [(run.folder.path, list(_entries(run))) for run in runs]
-    entries = [entry for _, members in by_run for entry in members]
-    _refuse_other_data(entries)
-    # Runs that were given the same minutes may have found time for other numbers of steps.
-    differ = len({entry.steps for entry in entries if entry.fields["steps"] == MEASURED}) > 1
-    rows: list[tuple[str, ...]] = [("run", "method", "seeds", *["steps"] * differ, "delivered", "student", "finetuned")]
-    for place, members in by_run:
-        for method in dict.fromkeys(entry.method for entry in members):
-            by_seed = [entry for entry in members if entry.method == method]
-            shares = [spread([entry.accuracies[readout] for entry in by_seed], digits=2) for readout in READOUTS]
-            steps = [f"{by_seed[0].steps:,}"] * differ  # all runs of a comparison have the same number
-            rows.append((str(place), method, _ranges([entry.seed for entry in by_seed]), *steps, *shares))
-    caption = f"test accuracy in % on {entries[0].evaluation.n:,} examples (chance {100 * _chance(entries):.1f})"
-    tell(f"{caption}\n\n{table(rows, left=3)}\n\n{_verdict(entries)}")
-
-
-def _entries(run: EndedRun) -> Iterator[Entry]:
-    # A folder of pictures is the data; the digits are drawn from a data set.
-    drawn_by = DRAWN_BY if run.result["recipe"] == "digits" else ()
-    fields, path, runs = _fields(run.description["fields"]), run.folder.path, [(run.folder, run.result)]
-    results = {(run.result["method"], run.result["seed"]): dict(run.result)}
-    if run.is_comparison:
-        results = results_within(path, run.result)
-        runs = [
-            (RunFolder(path / method / f"seed-{seed}"), {"method": method, "seed": seed} | numbers)
-            for method, found in run.result["methods"].items()
-            for index, seed in enumerate(run.result["seeds"])
-            for numbers in [{readout: found[readout][index] for readout in READOUTS}]
-        ]
-    for folder, numbers in runs:
-        result = results[numbers["method"], numbers["seed"]]
-        if "evaluation" not in result:
-            raise MetaplError(
-                f"{folder.path} has no test accuracy: train was given no --test; train it again with one."
-            )
-        yield Entry(
-            numbers["method"],
-            result["title"],
-            numbers["seed"],
-            result["steps"],
-            fields,
-            {readout: numbers.get(readout, numbers[STUDENT]) for readout in READOUTS},
-            folder.path,
-            stored_data(folder)["hash"],
-            tuple(str((fields | {"seed": numbers["seed"]}).get(name)) for name in drawn_by),
-            Evaluation(**result["evaluation"]),
-        )
-
-
-def _fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What runs that are paired have in common; what follows from a time for training stands for its numbers."""
-    measured = dict.fromkeys(BY_STEPS, MEASURED) if fields.get("minutes") else {}
-    found = {**fields, **{name: value for name, value in measured.items() if name in fields}}
-    return {name: value for name, value in found.items() if name not in IRRELEVANT}
 
 
 def _refuse_other_data(entries: Sequence[Entry]) -> None:
     """Accuracies on other test pictures, or of students of other classes, say nothing of which method is better."""
     first: dict[tuple[Any, ...], Entry] = {}
+    names = entries[0].result["evaluation"]["classes"]
     for entry in entries:
-        names, own = entries[0].evaluation.classes, entry.evaluation.classes
+        own = entry.result["evaluation"]["classes"]
         if names is not None and own is not None and list(names) != list(own):
-            alone = [name for name in (*own, *names) if name not in own or name not in names]
-            how = f"only one of them has {few(alone)}" if alone else "the order of the classes differs"
-            raise MetaplError(f"{entry.place} and {entries[0].place} are of different classes: {how}.")
+            alone = few([name for name in (*own, *names) if name not in own or name not in names])
+            what = f"{entry.place} and {entries[0].place} are of different classes"
+            raise MetaplError(f"{what}, or in another order; only one of them has {alone or 'none'}.")
         same = first.setdefault(entry.drawn_by, entry)
-        parts = [part for part in {**same.hashes, **entry.hashes} if same.hashes.get(part) != entry.hashes.get(part)]
-        everywhere = "labels"  # of the whole data set, whatever is drawn from it
-        if entries[0].hashes.get(everywhere) != entry.hashes.get(everywhere):
-            same, parts = entries[0], [everywhere]
+        parts = {part for part, _ in same.hashes.items() ^ entry.hashes.items()}
+        # Of the whole data set, whatever is drawn from it.
+        parts |= {"labels"} if entries[0].hashes.get("labels") != entry.hashes.get("labels") else set()
         if parts:
-            which = f"{' and '.join(parts)} differ by their hashes in data.json"
+            which = f"{' and '.join(sorted(parts))} differ by their hashes in data.json"
             raise MetaplError(f"{entry.place} and {same.place} are on different data: {which}.")
 
 
 def _chance(entries: Sequence[Entry]) -> float:
-    return statistics.fmean(entry.evaluation.chance for entry in entries)
+    return statistics.fmean(Evaluation(**entry.result["evaluation"]).chance for entry in entries)
 
 
 def _ranges(seeds: Sequence[int]) -> str:
@@ -375,8 +342,7 @@ def _verdict(entries: Sequence[Entry]) -> str:
             values.setdefault(name, set()).add(str(value))
     differing = [name for name, found in values.items() if len(found) > 1]
     if "labels_per_class" in differing:
-        counts = ", ".join(dict.fromkeys(str(entry.fields["labels_per_class"]) for entry in entries))
-        return f"Not paired: the runs have different numbers of labels (labels_per_class {counts})."
+        return f"Not paired: the runs have different numbers of labels ({few(sorted(values['labels_per_class']))})."
     variants: dict[str, dict[int, Entry]] = {}
     for entry in entries:
         options = (f"{name} {entry.fields[name]}" for name in differing if name in entry.fields)
@@ -392,18 +358,21 @@ def _verdict(entries: Sequence[Entry]) -> str:
     if not others:
         return "Nothing to pair: one method with one set of options."
     methods = {
-        name: {readout: [by_seed[seed].accuracies[readout] for seed in seeds] for readout in READOUTS}
+        name: {readout: [by_seed[seed].accuracy(readout) for seed in seeds] for readout in READOUTS}
         for name, by_seed in variants.items()
     }
-    whose = {name: variants[name][seeds[0]] for name in methods}
-    titles = {name: f"{one.title}{name.removeprefix(one.method)}" for name, one in whose.items()}
-    comparison = Comparison(seeds, methods, titles, entries[0].evaluation.n, _chance(entries))
+    titles = {
+        name: f"{by_seed[seeds[0]].result['title']}{name.removeprefix(by_seed[seeds[0]].method)}"
+        for name, by_seed in variants.items()
+    }
+    comparison = Comparison(seeds, methods, titles, entries[0].result["evaluation"]["n"], _chance(entries))
     if comparison.against_control() is not None:
-        return wrapped(comparison.sentence())
+        return comparison.sentence()
     lines = [f"The students by seed ({_ranges(seeds)}), against those of {first}:"]
     for name in others:
         test = paired_test(methods[name][STUDENT], methods[first][STUDENT])
-        too_few = test.p is None or test.n < ENOUGH_SEEDS
-        p = f"at least {ENOUGH_SEEDS} seeds are needed for a test" if too_few else f"paired t-test p = {test.p:.2g}"
+        p = f"at least {ENOUGH_SEEDS} seeds are needed for a test"
+        if test.p is not None and test.n >= ENOUGH_SEEDS:
+            p = f"paired t-test p = {test.p:.2g}"
         lines.append(f"  {100 * test.mean:+.2f} points  {name} ({p})")
     return "\n".join(lines)

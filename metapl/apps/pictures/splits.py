@@ -86,9 +86,7 @@ def load_digits_split(labels_per_class: int, seed: int, validation: int = 197, t
     train = torch.tensor(train_rows)
     fewest = int(labels[train].bincount(minlength=10).min())
     if not 1 <= labels_per_class <= fewest:
-        raise MetaplError(
-            f"labels_per_class is {labels_per_class}; expected 1 to {fewest}, as the smallest class has"
-        )
+        raise MetaplError(f"labels_per_class is {labels_per_class}; expected 1 to {fewest}, as the smallest class has")
     # The split comes shuffled, so the first of each class are a random choice.
     chosen = torch.zeros(len(train), dtype=torch.bool)
     for label in range(10):
