@@ -26,12 +26,6 @@ LARGEST_PICTURE = 160  # pixels a side
 
 Curves = Mapping[str, Sequence[Mapping[str, float]]]  # rows by method
 
-# What is below a panel of this title, beside what its lines are.
-EXPLAINED = {
-    "Feedback to the teacher": "At 0, the teacher learns nothing from the student.",
-    "Signal to noise of the feedback": "Near 0, a step learns next to nothing from it; an estimate may be below.",
-}
-
 STYLE = """
 :root { color-scheme: light dark; --ink: #222; --quiet: #666; --line: #ddd; --page: #fff; --box: #f6f7f8; --on: #fff;
   --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #b0608f; --c4: #b97d00; --c5: #3a97cf; --c6: #000 }
@@ -128,22 +122,9 @@ class Panel(NamedTuple):
         pairs = ((float(row["step"]), float(row[key])) for row in rows if "step" in row and row.get(key) is not None)
         return sorted(pair for pair in pairs if all(map(math.isfinite, pair)) and (pair[1] > 0 or not self.log))
 
-    def zero(self, curves: Curves) -> list[str]:
-        """The methods whose values are all zero, which are named where a logarithmic scale has no place for them."""
-        keys = [key for key, _ in self.series]
-        found = {
-            method: [row[key] for row in rows for key in keys if row.get(key) is not None]
-            for method, rows in curves.items()
-        }
-        return [method for method, values in found.items() if self.log and values and max(values) <= 0]
-
-    def window(self, count: int) -> int:
-        """Over how many of so many values the running mean goes that is drawn; below 2, they are drawn as they are."""
-        return 0 if self.now_and_then else count // 40
-
     def means(self, values: NDArray[Any]) -> NDArray[Any]:
-        """The mean about each value, over fewer towards the ends."""
-        span = np.ones(2 * (self.window(len(values)) // 2) + 1)
+        """The mean about each value of many, over fewer towards the ends."""
+        span = np.ones(1 if self.now_and_then else 2 * (len(values) // 80) + 1)
         found: NDArray[Any] = np.convolve(values, span, "same") / np.convolve(np.ones(len(values)), span, "same")
         return found
 
@@ -193,9 +174,7 @@ def panels_of(curves: Curves, network: str) -> list[Panel]:
 def plots(curves: Curves, network: str) -> str:
     """A drawing of each panel that there are figures for, as in report.png; several curves have a color each."""
     drawn = "".join(_plot(panel, curves) for panel in panels_of(curves, network))
-    zero = dict.fromkeys((panel.title, name) for panel in PANELS for name in panel.zero(curves))
-    notes = "".join(paragraph(f"{title} of {name}: 0 in every step.") for title, name in zero)
-    return (f'<div class="plots">{drawn}</div>' if drawn else "") + notes
+    return f'<div class="plots">{drawn}</div>' if drawn else ""
 
 
 def _plot(panel: Panel, curves: Curves) -> str:
@@ -237,11 +216,10 @@ def _plot(panel: Panel, curves: Curves) -> str:
             f'<span class="key"><svg viewBox="0 0 30 10" aria-hidden="true"><path {style} d="M0 5H30"/></svg>'
             f"{text(name)} {written(of[-1])}</span>"
         )
-    note = EXPLAINED.get(panel.title, "")
     return (
         f"<figure><b>{text(panel.title)}</b>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(panel.title)}">{"".join(parts)}</svg>'
-        f"<figcaption>{' '.join(keys)}{note and f'<br>{text(note)}'}</figcaption></figure>"
+        f"<figcaption>{' '.join(keys)}</figcaption></figure>"
     )
 
 
