@@ -63,17 +63,11 @@ class Files:
 
 @dataclass(frozen=True)
 class LabeledFiles(Files):
-    """The pictures of a folder that holds one folder a class.
+    """The pictures of a folder that holds one folder a class."""
 
-    Args:
-        classes: the names of those folders, in the order of their characters; those without a picture too.
-        labels: the class of each file, an index into ``classes``.
-        loose: number of pictures beside the class folders, which have no class.
-    """
-
-    classes: tuple[str, ...] = ()
-    labels: tuple[int, ...] = ()
-    loose: int = 0
+    classes: tuple[str, ...] = ()  # of all these folders, in the order of their characters
+    labels: tuple[int, ...] = ()  # of each file, an index into the classes
+    loose: int = 0  # pictures beside the class folders, which have no class
 
     def keep(self, indices: Sequence[int]) -> LabeledFiles:
         return dataclasses.replace(super().keep(indices), labels=tuple(self.labels[i] for i in indices))
@@ -98,11 +92,8 @@ def scan_unlabeled(folder: str | Path, progress: Progress = silent) -> Files:
     Files are known by their suffix. Hidden files and folders (``.name``, ``__MACOSX``) are left out; links are
     followed, and a folder that can be reached in several ways is listed once. Where there is no picture but tar files,
     such as WebDataset's, the pictures in these are listed: ``000000.tar/deep/er/a.png``. In the place of a folder may
-    stand a text file with the path of a picture in each line, from the file's own folder on.
-
-    ``progress`` is called with the number of pictures so far, once a folder.
-
-    Cost: no file is opened; about a second for 100,000 files on a local disk.
+    stand a text file with the path of a picture in each line, from the file's own folder on. ``progress`` is called
+    with the number of pictures so far. No file is opened; about a second for 100,000 files.
 
     >>> import tempfile
     >>> root = Path(tempfile.mkdtemp())
@@ -113,11 +104,8 @@ def scan_unlabeled(folder: str | Path, progress: Progress = silent) -> Files:
     """
     root = Path(folder).expanduser()
     if root.suffix == ".txt" and root.is_file():
-        listed = {
-            os.path.abspath(root.parent / line)
-            for line in root.read_text("utf-8", "surrogateescape").splitlines()
-            if line
-        }
+        lines = root.read_text("utf-8", "surrogateescape").splitlines()
+        listed = {os.path.abspath(root.parent / line) for line in lines if line}
         above = os.path.commonpath([os.path.dirname(path) for path in listed]) if listed else str(root)
         names, passed_over = _pictures([[os.path.relpath(path, above) for path in listed]], progress)
         root = Path(above)
@@ -130,9 +118,7 @@ def scan_unlabeled(folder: str | Path, progress: Progress = silent) -> Files:
 
 
 def scan_labeled(folder: str | Path, progress: Progress = silent) -> LabeledFiles:
-    """List the pictures of a folder that holds one folder a class; below those, any tree.
-
-    Args, returns, cost: as :func:`scan_unlabeled`.
+    """List the pictures of a folder that holds one folder a class, likewise; below those, any tree.
 
     >>> import tempfile
     >>> root = Path(tempfile.mkdtemp())

@@ -61,7 +61,7 @@ class UnreadableImage(MetaplError):
 def read_image(
     path: str | Path, *, mode: Mode = "RGB", size: tuple[int, int] | None = None, center: float = 1.0
 ) -> Tensor:
-    """Read a picture as bytes.
+    """Read a picture as bytes, uint8 (3, H, W), or (1, H, W) of brightness.
 
     Whatever the file holds comes out the same way: turned as the camera noted (EXIF), palettes looked up, transparent
     parts on white, 16 bits scaled (not clipped) to 8, CMYK and others converted as Pillow does, without color
@@ -69,16 +69,12 @@ def read_image(
 
     Args:
         path: a BMP, GIF, JPEG, PNG, PNM, TIFF or WebP file, whatever its suffix.
-        mode: "RGB", or "L" for brightness.
         size: (height, width), or None for the picture's own. The largest centered box of this shape is resized to it,
             bilinearly over areas: a side that is too long loses both ends.
         center: share of the sides of that box that is used, about its center: 224/256 for ImageNet; needs a size.
 
-    Returns:
-        uint8 (3, H, W) or (1, H, W) on the CPU.
-
-    Cost: one decoding. A JPEG of more than twice the needed size is decoded at a half, a quarter or an eighth of its
-    size, which is several times as fast; values then differ from those of full decoding by a few levels.
+    A JPEG of more than twice the needed size is decoded at a half, a quarter or an eighth of its size, which is several
+    times as fast; values then differ from those of full decoding by a few levels.
 
     >>> import pathlib, tempfile
     >>> from PIL import Image

@@ -50,8 +50,7 @@ class MemoryImages:
     """Pictures that lie in memory.
 
     Args:
-        data: uint8 (n, C, H, W) on any device. On an accelerator, batches are picked there, and loaders must do without
-            worker processes.
+        data: uint8 (n, C, H, W). On an accelerator, batches are picked there, and loaders do without worker processes.
         indices: (m,) int64, which of them count, in this order; None: all.
 
     >>> images = MemoryImages(torch.arange(12, dtype=torch.uint8).view(3, 1, 2, 2))
@@ -91,15 +90,9 @@ class FileImages:
     """Pictures in files, read when they are fetched.
 
     A file that cannot be read is replaced by the next one that can, in the order of this set; so the batches stay a
-    function of their position. It is recorded once, whichever process meets it: as a line of ``log``, or as a warning.
-
-    Args:
-        paths: of the files; kept as one array of bytes, which worker processes share.
-        size: (height, width) of every picture, see :func:`metapl.apps.pictures.reader.read_image`.
-        mode: "RGB" or "L".
-        center: share of the centered box that is used where no other box is asked for, see ``read_image``.
-        log: file that gets a line of JSON, ``{"file": …, "reason": …}``, for each replaced file; see
-            :func:`replaced_files`.
+    function of their position. It is recorded once, whichever process meets it: as a line of JSON in ``log``, see
+    :func:`replaced_files`, or as a warning. ``size``, ``mode`` and ``center`` are those of
+    :func:`metapl.apps.pictures.reader.read_image`.
     """
 
     def __init__(

@@ -42,12 +42,7 @@ class View(Protocol):
 
 @dataclass(frozen=True)
 class Identity:
-    """The images as they are.
-
-    >>> images = torch.rand(2, 1, 8, 8)
-    >>> Identity()(images, seed=0, step=0, examples=torch.arange(2)) is images
-    True
-    """
+    """The images as they are."""
 
     def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
         return images
@@ -130,15 +125,8 @@ class Seeded(PictureView):
     Before each image, the default generators of torch (on the CPU and, for images there, on CUDA), Python and numpy are
     seeded by (seed, step, example); after the batch they are as they were.
 
-    Args:
-        transform: takes an image (C, H, W) and returns a tensor; all results have one shape. What it draws comes from
-            the default generators: one with a generator of its own is not seeded. Workers need one that can be pickled
-            where processes are not forked.
-
-    Call: as other views, with images (B, C, H, W), floating point or uint8. The result has the dtype and the shape that
-    the transform gives.
-
-    Cost: one call of the transform per image, and about 0.03 ms for the seeds. Views of whole batches are faster.
+    The transform takes an image (C, H, W) and returns a tensor; all results have one shape. One with a generator of its
+    own is not seeded. Cost: one call per image, and about 0.03 ms for the seeds.
 
     >>> from torchvision.transforms import v2
     >>> view = Seeded(v2.Compose([v2.RandomPerspective(), v2.ColorJitter(brightness=0.4)]))

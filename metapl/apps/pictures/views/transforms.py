@@ -74,8 +74,7 @@ class ResizedCrop(PictureView):
         ratio: smallest and largest ratio width : height, 0 < smallest ≤ largest.
         flip: whether half of the images are mirrored left to right.
 
-    Call, raises: as :class:`Weak`, but returns (B, C, size, size). Resized bilinearly with antialiasing, as Pillow
-    does; the authors' code resizes bicubically without. Cost: one call of ``interpolate`` per image.
+    Resized bilinearly with antialiasing, as Pillow does; the authors' code resizes bicubically without.
 
     >>> ResizedCrop(24)(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
     torch.Size([2, 3, 24, 24])
@@ -129,7 +128,6 @@ class ShiftNoiseCutout(PictureView):
         noise: σ, 0 or more, in units of the images' range.
         cutout: side of the square in pixels, 0 (none) or more.
 
-    Call, raises: as :class:`Weak`, with float images, which are refused where they are smaller than the square.
     """
 
     takes = base.FLOATING
@@ -169,8 +167,6 @@ class Affine(PictureView):
         fill: what stands around the picture: ``"border"`` continues its outermost pixels, ``"reflect"`` mirrors it, and
             a number in [0, 1] is a level.
 
-    Call, raises: as :class:`Weak`, with float32 or float64 images in [0, 1]. Cost: one call of ``grid_sample`` for the
-    batch.
 
     >>> view = Affine(degrees=15, translate=0.1, scale=(0.9, 1.1))
     >>> view(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
@@ -226,10 +222,8 @@ class Color(PictureView):
 
     Args:
         brightness, contrast, saturation: r of b, c and s, 0 or more.
-        hue: greatest |θ| as a share of a turn, 0 to 0.5.
+        hue: greatest |θ| as a share of a turn, 0 to 0.5; pictures of one channel have neither hue nor saturation.
 
-    Call, raises: as :class:`Affine`, with 1 or 3 channels, and on the CPU values in [0, 1] alone. Pictures of one
-    channel have no saturation and no hue.
     """
 
     is_colored = True
@@ -279,7 +273,6 @@ class Hole(PictureView):
         side: smallest and largest side of the square, as shares of the picture's shorter side, 0 ≤ smallest ≤ largest.
         fill: ``"mean"``, the mean color of the picture, or ``"grey"``, a grey that is uniform on [0, 1].
 
-    Call, raises: as :class:`Affine`.
     """
 
     side: tuple[NotNegative, NotNegative]
@@ -310,7 +303,6 @@ class Flip(PictureView):
         horizontal: left to right; not for digits and other writing.
         vertical: top to bottom, drawn independently.
 
-    Call, raises: as :class:`Affine`.
     """
 
     horizontal: bool = True
@@ -337,7 +329,6 @@ class Recolor(PictureView):
         permute: draw π; pictures of one channel have no order.
         invert: probability in [0, 1].
 
-    Call, raises: as :class:`Color`.
     """
 
     is_colored = True
@@ -366,7 +357,6 @@ class Sometimes(PictureView):
         view: changes pictures and keeps their shape.
         share: probability in [0, 1] of changing a picture.
 
-    Call, raises: as :class:`Affine` and as ``view``.
     """
 
     view: View
