@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from os.path import relpath
 from pathlib import Path
@@ -15,7 +14,7 @@ import tyro
 from metapl.apps.inputs import Factory, Network, Run, Switch, counted, unset
 from metapl.apps.labeling import BATCH, provenance, rows_per_part, to_label, write_labels
 from metapl.apps.labels import LabelStore, LabelWriter
-from metapl.apps.labels.queries import BINS, Statistics, select, statistics
+from metapl.apps.labels.queries import Statistics, select, statistics
 from metapl.apps.machine.progress import counting
 from metapl.apps.machine.sealed import sha256_of, write_whole
 from metapl.apps.run import WEIGHTS, EndedRun
@@ -30,8 +29,8 @@ Store = Annotated[Path, tyro.conf.Positional, unset("STORE")]
 
 LIST = "list.txt"  # in a selection's folder: the paths of its pictures
 
-# Classes that are all shown; of more, so many of the largest and the smallest. Letters of a bar.
-MOST_CLASSES, LISTED, BAR = 30, 10, 40
+# Classes that are all shown; of more, so many of the largest and the smallest.
+MOST_CLASSES, LISTED = 30, 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,11 +134,8 @@ class Stats:
             about = {"store": str(self.store), "top_k": store.top_k, "provenance": dict(store.provenance)}
             tell(json.dumps({**about, **asdict(found)}, indent=2))
         else:
-            most = found.greatest_entropy
             tell(f"{_heading(store, found)}\n\n{_by_class(found)}\n")
-            tell(f"confidence: mean {found.mean_confidence:.1%}")
-            tell(f"{_bars(found.confidence, 1.0)}\n")
-            tell(f"entropy: mean {found.mean_entropy:.2f} of at most {most:.2f} nats\n{_bars(found.entropy, most)}")
+            tell(f"mean confidence {found.mean_confidence:.1%}, mean entropy {found.mean_entropy:.2f} nats")
         return 0
 
 
@@ -234,13 +230,3 @@ def _by_class(found: Statistics) -> str:
         confidence, share = "-" if mean is None else f"{mean:.1%}", f"{copies / found.copies:.1%}"
         rows.append((short(found.classes[label]), f"{found.counts[label]:,}", f"{copies:,}", share, confidence))
     return table(rows) + note
-
-
-def _bars(counts: Sequence[int], top: float) -> str:
-    """A histogram in lines, two bins a line."""
-    pairs = [counts[i] + counts[i + 1] for i in range(0, BINS, 2)]
-    return "\n".join(
-        f"  {top * i / len(pairs):.2f} to {top * (i + 1) / len(pairs):.2f}  {count:>{len(f'{max(pairs):,}')},}  "
-        f"{'#' * round(BAR * count / max(pairs))}".rstrip()
-        for i, count in enumerate(pairs)
-    )

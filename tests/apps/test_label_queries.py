@@ -22,7 +22,6 @@ from test_labels import files
 from metapl import MetaplError
 from metapl.apps.labels import LabelStore, LabelWriter, select, statistics
 from metapl.apps.labels import store as writer
-from metapl.apps.labels.queries import BINS
 from metapl.apps.pictures.folders import scan_unlabeled
 
 CLASSES = tuple(f"class {index}" for index in range(6))
@@ -233,19 +232,7 @@ def test_statistics_are_those_of_numpy(numbers: bool, tmp_path: Path) -> None:
     assert found.class_confidence[5] is None
     for label in range(5):
         assert found.class_confidence[label] == pytest.approx(confidence[rows["label"] == label].mean())
-    assert found.confidence == tuple(np.histogram(confidence, BINS, (0, 1))[0].tolist())
-    inside = np.clip(entropy, 0, math.log(6))
-    assert found.entropy == tuple(np.histogram(inside, BINS, (0, math.log(6)))[0].tolist())
     assert (found.mean_confidence, found.mean_entropy) == pytest.approx((confidence.mean(), entropy.mean()))
-    assert sum(found.confidence) == sum(found.entropy) == found.rows
-
-
-def test_the_ends_of_a_histogram_are_in_it(tmp_path: Path) -> None:
-    with LabelWriter(tmp_path / "store", ["a", "b"]) as store:
-        store.add(["sure", "unsure"], torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
-    found = statistics(LabelStore(tmp_path / "store"))
-    assert (found.confidence[-1], found.confidence[BINS // 2]) == (1, 1)
-    assert (found.entropy[0], found.entropy[-1]) == (1, 1)
 
 
 # ------------------------------------------------------------------------------------------------- the commands

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,60 +15,33 @@ from metapl.apps.pictures.folders import Progress, ask, digest, scan_unlabeled, 
 from metapl.errors import MetaplError
 from metapl.runs.fields import Range, check_arguments
 
-BINS = 20
-"""Of the histograms of confidence and entropy."""
-
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is in a store; :func:`statistics` finds it.
-
-    Args:
-        rows, copies: how many examples; each as often as it counts.
-        classes: their names.
-        counts, class_copies: the same of each class, by the most probable class of each example.
-        class_confidence: mean of the confidence over these; None where there are none.
-        confidence: examples by confidence, in 20 bins from 0 to 1.
-        entropy: examples by entropy, in 20 bins from 0 to the logarithm of the number of classes.
-        mean_confidence, mean_entropy: over all examples; the latter in nats.
-    """
+    """What is in a store; :func:`statistics` finds it. Classes are the most probable ones."""
 
     rows: int
-    copies: int
+    copies: int  # the rows, each as often as it counts
     classes: tuple[str, ...]
-    counts: tuple[int, ...]
+    counts: tuple[int, ...]  # rows of each class
     class_copies: tuple[int, ...]
-    class_confidence: tuple[float | None, ...]
-    confidence: tuple[int, ...]
-    entropy: tuple[int, ...]
+    class_confidence: tuple[float | None, ...]  # mean over the rows of a class; None where there are none
     mean_confidence: float
-    mean_entropy: float
-
-    @property
-    def greatest_entropy(self) -> float:
-        """The end of the last bin of ``entropy``, in nats."""
-        return math.log(max(len(self.classes), 2))
+    mean_entropy: float  # in nats
 
 
 def statistics(store: LabelStore) -> Statistics:
     """Counts by class, and how confident the labels are; memory for 16 bytes a row."""
     label, confidence, entropy, copies = map(store.column, ("label", "confidence", "entropy", "copies"))
     classes = len(store.classes)
-    counts = np.bincount(label, minlength=classes)
-    sums = np.bincount(label, confidence, classes).tolist()
-
-    def histogram(values: Values, upper: float) -> tuple[int, ...]:
-        return tuple(np.histogram(np.clip(values.astype(np.float64), 0, upper), BINS, (0, upper))[0].tolist())
-
+    counts, sums = np.bincount(label, minlength=classes), np.bincount(label, confidence, classes)
     return Statistics(
         rows=len(store),
         copies=int(copies.sum(dtype=np.int64)),
         classes=store.classes,
         counts=tuple(counts.tolist()),
         class_copies=tuple(np.bincount(label, copies, classes).astype(np.int64).tolist()),
-        class_confidence=tuple(each / count if count else None for each, count in zip(sums, counts, strict=True)),
-        confidence=histogram(confidence, 1.0),
-        entropy=histogram(entropy, math.log(max(classes, 2))),
+        class_confidence=tuple(float(total / n) if n else None for total, n in zip(sums, counts, strict=True)),
         mean_confidence=float(confidence.mean(dtype=np.float64)),
         mean_entropy=float(entropy.mean(dtype=np.float64)),
     )
