@@ -98,7 +98,14 @@ def state_of(folder: RunFolder) -> dict[str, Any]:
         result = stored_result(folder)
         for name in TOLD if methods is None else ():  # those of a comparison are in its runs
             refuse_changed(folder.path / name, result)
-        entry |= {"state": "finished", "steps": result["steps"], "done": result["steps"], **reached_by(result)}
+        entry |= {"state": "finished", "steps": result["steps"], "done": result["steps"]}
+        # The accuracy of the delivered network on test, else on validation.
+        on, accuracy, n = "validation", result.get("validation_accuracy"), result["validation_size"]
+        if "evaluation" in result:
+            on, accuracy, n = "test", result["evaluation"]["accuracy"], result["evaluation"]["n"]
+        if accuracy is not None:
+            between = interval(round(accuracy * n), n)
+            entry |= {"accuracy": accuracy, "interval": between, "n": n, "on": on}
         of_methods = {name: {"accuracies": found[DELIVERED]} for name, found in result.get("methods", {}).items()}
         return entry | ({"compared": of_methods} if of_methods else {})
     entry |= {"state": "running" if is_owned(folder.path) else "interrupted", "steps": fields.get("steps", 0)}
@@ -108,16 +115,6 @@ def state_of(folder: RunFolder) -> dict[str, Any]:
         return entry | {"compared": {name: {"finished": count} for name, count in done.items()}}
     rows = Metrics(folder.path / "metrics.jsonl").rows()
     return entry | ({"done": rows[-1]["step"], "phase": rows[-1]["phase"]} if rows else {"done": 0, "phase": "fit"})
-
-
-def reached_by(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The accuracy of the delivered network on test, else on validation, with its interval; nothing without both."""
-    on, accuracy, n = "validation", result.get("validation_accuracy"), result["validation_size"]
-    if "evaluation" in result:
-        on, accuracy, n = "test", result["evaluation"]["accuracy"], result["evaluation"]["n"]
-    if accuracy is None:
-        return {}
-    return {"accuracy": accuracy, "interval": interval(round(accuracy * n), n), "n": n, "on": on}
 
 
 def listing(found: Sequence[Mapping[str, Any]]) -> str:

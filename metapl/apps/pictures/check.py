@@ -58,14 +58,20 @@ def verify_files(files: Files, depth: Depth | None = None, *, progress: Progress
 
     Cost: per file, about 0.01 ms for the size, 0.1 ms for the header, and one decoding.
     """
-    sizes = [_size(path) for path in files.paths()]
+    sizes: list[int | str] = []  # or why it is not a file to read
+    for path in files.paths():
+        try:
+            mode, size = status_of(path)
+            sizes.append((size or "the file is empty") if stat.S_ISREG(mode) else "it is no plain file")
+        except OSError as error:
+            sizes.append(error.strerror or type(error).__name__)
     if depth is None:
         total = sum(size for size in sizes if isinstance(size, int))
         few_enough = len(sizes) <= DECODE_UP_TO and total <= DECODE_BYTES
         depth = "size" if len(sizes) > HEADER_UP_TO else "decode" if few_enough else "header"
     sound, skipped = [], {}
-    for index, (path, size) in enumerate(zip(files.paths(), sizes, strict=True)):
-        fault = size if isinstance(size, str) else None
+    for index, (path, found) in enumerate(zip(files.paths(), sizes, strict=True)):
+        fault = found if isinstance(found, str) else None
         try:
             if fault is None and depth == "header":
                 image_size(path)
@@ -79,15 +85,6 @@ def verify_files(files: Files, depth: Depth | None = None, *, progress: Progress
             skipped[files.names[index]] = fault
         progress(index + 1)
     return Verified(tuple(sound), skipped, depth)
-
-
-def _size(path: str) -> int | str:
-    """Size of a file, or why it is not one to read."""
-    try:
-        mode, size = status_of(path)
-    except OSError as error:
-        return error.strerror or type(error).__name__
-    return (size or "the file is empty") if stat.S_ISREG(mode) else "it is no plain file"
 
 
 # ------------------------------------------------------------------------------------------------------------- folders
