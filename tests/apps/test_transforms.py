@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -41,17 +40,17 @@ def is_drawn_alike(got: Tensor, ways: list[Tensor], shares: list[float] | None =
 def test_weak_is_a_window_of_the_padded_image_or_of_its_mirror_image(dtype: torch.dtype) -> None:
     image = pictures(1, (3, 9, 7), dtype)
     for flip in (False, True):
-        got = call(Weak(pad=2, flip=flip, fill=0.5), image.expand(2000, -1, -1, -1))
-        padded = [pad(x, (2, 2, 2, 2), value=128 if dtype == torch.uint8 else 0.5) for x in (image, image.flip(3))]
+        got = call(Weak(pad=2, flip=flip), image.expand(2000, -1, -1, -1))
+        padded = [
+            pad(x, (2, 2, 2, 2), value=128 if dtype == torch.uint8 else 128 / 255) for x in (image, image.flip(3))
+        ]
         places = itertools.product(padded[: 1 + flip], range(5), range(5))
         assert is_drawn_alike(got, [x[:, :, top : top + 9, left : left + 7] for x, top, left in places])
 
 
 def test_half_of_the_pictures_are_mirrored() -> None:
     image = pictures(1, (3, 5, 7))
-    for across, down in itertools.product((False, True), repeat=2):
-        axes = [axes for axes in ((), (3,), (2,), (2, 3)) if (across or 3 not in axes) and (down or 2 not in axes)]
-        assert is_drawn_alike(call(Flip(across, down), image.expand(4000, -1, -1, -1)), [image.flip(a) for a in axes])
+    assert is_drawn_alike(call(Flip(), image.expand(4000, -1, -1, -1)), [image, image.flip(3)])
     image = image[..., :5]
     got = call(ResizedCrop(5, scale=(1, 1), ratio=(1, 1)), image.expand(500, -1, -1, -1))
     assert is_drawn_alike(got, [image, image.flip(3)])
@@ -106,10 +105,9 @@ def test_boxes_fit_and_have_the_shares_asked_for(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3])
-@pytest.mark.parametrize("fill", ["border", "reflect", 0.0, 0.7])
-def test_affine_is_torchvisions_inside_and_scipys_outside(shape: tuple[int, int, int], fill: Any) -> None:
+def test_affine_is_torchvisions_inside_and_scipys_outside(shape: tuple[int, int, int]) -> None:
     images, (_, height, width) = pictures(32, shape), shape
-    for view in (Affine(25, 0.2, (0.7, 1.4), 15, fill), Affine(180, 1.2, (0.3, 2), 50, fill)):
+    for view in (Affine(25, 0.2, (0.7, 1.4), 15), Affine(180, 1.2, (0.3, 2), 50)):
         numbers = drawn(32, 5, base.AFFINE).numpy()
         theta, phi, right, down = (2 * numbers[:, [0, 1, 3, 4]] - 1).T * np.array(
             [[view.degrees], [view.shear], [view.translate * width], [view.translate * height]]
@@ -124,9 +122,6 @@ def test_affine_is_torchvisions_inside_and_scipys_outside(shape: tuple[int, int,
         # Beside noise, a place that is off by its rounding in float32 shows 30 times more than a level's own.
         assert off[covered].max() < 3e-5 if view.degrees == 25 else off[covered].max() < 3e-3
         assert view.degrees != 25 or 0.2 < covered.double().mean() < 0.95
-        if not isinstance(fill, str):
-            assert (call(view, images) - (reference + fill * (1 - inside))).abs().max() < 3e-3
-            continue
         for i, got in enumerate(call(view, images.double())):
             cos, sin, slope = (
                 math.cos(np.radians(theta[i])),
@@ -138,8 +133,7 @@ def test_affine_is_torchvisions_inside_and_scipys_outside(shape: tuple[int, int,
             places = np.stack([cols - (width - 1) / 2 - right[i], rows - (height - 1) / 2 - down[i]], -1) @ inverse.T
             places = (places + np.array([(width - 1) / 2, (height - 1) / 2]))[..., ::-1].transpose(2, 0, 1)
             for image, channel in zip(images[i].double().numpy(), got.numpy(), strict=True):
-                mode = "nearest" if fill == "border" else "reflect"
-                assert np.abs(channel - map_coordinates(image, places, order=1, mode=mode)).max() < 1e-6
+                assert np.abs(channel - map_coordinates(image, places, order=1, mode="nearest")).max() < 1e-6
 
 
 def luma(image: np.ndarray) -> np.ndarray:
@@ -176,18 +170,15 @@ def test_each_factor_is_torchvisions(name: str) -> None:
     assert (call(Color(**{name: 0.8}), images) - expected).abs().max() < 1e-4  # its weights add up to 0.9999
 
 
-@pytest.mark.parametrize("fill", ["mean", "grey"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_hole_covers_its_square_and_nothing_else(shape: tuple[int, int, int], fill: Any) -> None:
+def test_a_hole_covers_its_square_and_nothing_else(shape: tuple[int, int, int]) -> None:
     images, (_, height, width) = pictures(64, shape), shape
     y, x = (torch.arange(side).double() + 0.5 for side in (height, width))
     numbers, covered = drawn(64, 4, base.HOLE).tolist(), set()
-    for image, got, (size, row, column, level) in zip(
-        images, call(Hole((0.3, 0.9), fill), images), numbers, strict=True
-    ):
+    for image, got, (size, row, column, _) in zip(images, call(Hole((0.3, 0.9)), images), numbers, strict=True):
         half = (0.3 + 0.6 * size) * min(height, width) / 2
         inside = ((y - row * height).abs() <= half)[:, None] & ((x - column * width).abs() <= half)
-        expected = image.double().mean((1, 2)) if fill == "mean" else torch.full((len(image),), level).double()
+        expected = image.double().mean((1, 2))
         assert torch.equal(got[:, ~inside], image[:, ~inside])
         assert torch.allclose(got[:, inside].double(), expected[:, None], rtol=0, atol=1e-6)
         covered.add(int(inside.sum()))
@@ -197,13 +188,10 @@ def test_a_hole_covers_its_square_and_nothing_else(shape: tuple[int, int, int], 
 def test_channels_change_places_and_light_turns_dark() -> None:
     image = torch.tensor([0.1, 0.2, 0.4]).view(1, 3, 1, 1)
     orders = [image[:, list(order)] for order in itertools.permutations(range(3))]
-    for permute, invert in itertools.product((True, False), (0.0, 0.25, 1.0)):
-        kept = orders if permute else [image]
-        ways = [*kept, *(1 - x for x in kept)]
-        shares = [share / len(kept) for share in (1 - invert, invert) for _ in kept]
-        assert is_drawn_alike(call(Recolor(permute, invert), image.expand(6000, -1, -1, -1)), ways, shares)
+    ways = [*orders, *(1 - x for x in orders)]
+    assert is_drawn_alike(call(Recolor(), image.expand(6000, -1, -1, -1)), ways)
     grey = pictures(64, (1, 8, 8))
-    changed = call(Recolor(True, 0.5), grey)
+    changed = call(Recolor(), grey)
     assert all(torch.equal(a, b) or torch.equal(a, 1 - b) for a, b in zip(changed, grey, strict=True))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from einops import rearrange
@@ -38,8 +38,8 @@ class Weak(PictureView):
     Args:
         pad: width of the frame in pixels, 0 or more; the authors' code takes an eighth of the side, 4 for CIFAR-10.
         flip: whether half of the images are mirrored left to right; not for digits and other writing.
-        fill: value of the frame in units of the images' range (of 255 where they are uint8); by default the middle
-            grey of images in [0, 1], as in the authors' code.
+
+    The frame is the middle grey of images in [0, 1], as in the authors' code.
 
     Call: ``view(images, seed=, step=, examples=)`` takes images (B, C, H, W), floating point or uint8, and ``examples``
     (B,) int64, and returns the same shape, dtype and device. Neither the rest of the batch nor its order matters.
@@ -51,14 +51,12 @@ class Weak(PictureView):
     takes = base.FLOATING_OR_BYTES
     pad: AtLeastZero = 4
     flip: bool = True
-    fill: float = base.GREY / 255
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         u_B3 = to_device(draws.uniform(seed, step, examples, 3, stream=base.CROP, dtype=torch.float64), images.device)
         offsets_B2 = below(u_B3[:, :2], 2 * self.pad + 1) - self.pad
         flip_B = (u_B3[:, 2] < 0.5) & self.flip
-        fill = self.fill if images.is_floating_point() else round(255 * self.fill)
-        return base.crop_flip(images, offsets_B2, flip_B, fill)
+        return base.crop_flip(images, offsets_B2, flip_B, base.GREY / (255 if images.is_floating_point() else 1))
 
 
 @dataclass(frozen=True)
@@ -164,9 +162,8 @@ class Affine(PictureView):
         translate: greatest move along each axis, as a share of the side, 0 or more.
         scale: smallest and largest s, 0 < smallest ≤ largest.
         shear: greatest |φ| in degrees, 0 or more and below 90.
-        fill: what stands around the picture: ``"border"`` continues its outermost pixels, ``"reflect"`` mirrors it, and
-            a number in [0, 1] is a level.
 
+    The picture's outermost pixels continue around it.
 
     >>> view = Affine(degrees=15, translate=0.1, scale=(0.9, 1.1))
     >>> view(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
@@ -177,10 +174,9 @@ class Affine(PictureView):
     translate: NotNegative = 0.0
     scale: tuple[Positive, Positive] = (1.0, 1.0)
     shear: Annotated[float, Range(0, 90)] = 0.0
-    fill: Probability | Literal["border", "reflect"] = "border"
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
-        if self == Affine(fill=self.fill):
+        if self == Affine():
             return images
         height, width = images.shape[2:]
         maps_B23 = to_device(self._maps(seed, step, examples, height, width), images.device).to(images.dtype)
@@ -188,11 +184,7 @@ class Affine(PictureView):
         x, y = _centered(width, images), _centered(height, images)[:, None]
         # Not one fused operation, which may round differently at the end of a tensor than in its middle.
         grid_BHW2 = rearrange(along_x * x + (along_y * y + offset), "b xy h w -> b h w xy")
-        if isinstance(self.fill, str):
-            padding = "border" if self.fill == "border" else "reflection"
-            moved = F.grid_sample(images, grid_BHW2, padding_mode=padding, align_corners=False)
-        else:
-            moved = F.grid_sample(images - self.fill, grid_BHW2, align_corners=False).add_(self.fill)
+        moved = F.grid_sample(images, grid_BHW2, padding_mode="border", align_corners=False)
         return moved.clamp_(0, 1)  # weights may add up to a rounding more than 1
 
     def _maps(self, seed: int, step: int, examples: Tensor, height: int, width: int) -> Tensor:
@@ -267,16 +259,13 @@ class Color(PictureView):
 
 @dataclass(frozen=True)
 class Hole(PictureView):
-    """Cover a square of each picture, whose center is uniform on the picture, by one color.
+    """Cover a square of each picture, whose center is uniform on the picture, by the mean color of the picture.
 
     Args:
         side: smallest and largest side of the square, as shares of the picture's shorter side, 0 ≤ smallest ≤ largest.
-        fill: ``"mean"``, the mean color of the picture, or ``"grey"``, a grey that is uniform on [0, 1].
-
     """
 
     side: tuple[NotNegative, NotNegative]
-    fill: Literal["mean", "grey"] = "mean"
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         if self.side[1] == 0:
@@ -286,64 +275,43 @@ class Hole(PictureView):
         low, high = self.side
         half = (low + (high - low) * u_B4[:, :1]) * (min(height, width) / 2.0)
         centers = (u_B4[:, 1:3] - 0.5) * u_B4.new_tensor([height, width])
-        plan_B6 = to_device(torch.cat([centers - half, centers + half, u_B4[:, 3:]], dim=1), images.device)
-        top, left, bottom, right, level = plan_B6.to(images.dtype)[:, :, None, None, None].unbind(1)
+        plan_B4 = to_device(torch.cat([centers - half, centers + half], dim=1), images.device)
+        top, left, bottom, right = plan_B4.to(images.dtype)[:, :, None, None, None].unbind(1)
         y, x = _centered(height, images)[:, None], _centered(width, images)
         hole = ((y >= top) & (y < bottom) & (x >= left) & (x < right)).to(images.dtype)
-        fill = _mean(images).to(images.dtype) if self.fill == "mean" else level
         covered: Tensor = images * (1.0 - hole)
-        return covered.add_(hole * fill)
+        return covered.add_(hole * _mean(images).to(images.dtype))
 
 
 @dataclass(frozen=True)
 class Flip(PictureView):
-    """Mirror half of the pictures.
-
-    Args:
-        horizontal: left to right; not for digits and other writing.
-        vertical: top to bottom, drawn independently.
-
-    """
-
-    horizontal: bool = True
-    vertical: bool = False
+    """Mirror half of the pictures left to right; not for digits and other writing."""
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         u_B2 = draws.uniform(seed, step, examples, 2, stream=base.FLIP)
-        mirrored_B2 = to_device((u_B2 < 0.5).to(images.dtype), images.device)[:, :, None, None, None]
-        for draw, (wanted, axis) in enumerate(((self.horizontal, 3), (self.vertical, 2))):
-            if wanted:
-                mirrored = mirrored_B2[:, draw]
-                images = (images * (1.0 - mirrored)).add_(images.flip(axis) * mirrored)
-        return images
+        mirrored = to_device((u_B2[:, :1] < 0.5).to(images.dtype), images.device)[:, :, None, None]
+        result: Tensor = images * (1.0 - mirrored)
+        return result.add_(images.flip(3) * mirrored)
 
 
 @dataclass(frozen=True)
 class Recolor(PictureView):
     """Exchange the colors of each picture: its channels in another order, and light for dark.
 
-    x_c ↦ x_π(c), then 1 − x with probability ``invert``; π is one of the six orders of red, green and blue, all alike.
-    Not for classes that differ in color or brightness.
-
-    Args:
-        permute: draw π; pictures of one channel have no order.
-        invert: probability in [0, 1].
-
+    x_c ↦ x_π(c), then 1 − x for half of the pictures; π is one of the six orders of red, green and blue, all alike. Not
+    for classes that differ in color or brightness.
     """
 
     is_colored = True
-    permute: bool = True
-    invert: Probability = 0.5
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         u_B4 = draws.uniform(seed, step, examples, 4, stream=base.RECOLOR, dtype=torch.float64)
-        if self.permute and images.shape[1] == 3:
+        if images.shape[1] == 3:
             order_B3 = to_device(u_B4[:, :3].argsort(dim=1), images.device)
             images = images.gather(1, order_B3[:, :, None, None].expand_as(images))
-        if self.invert > 0:
-            inverted_B = to_device((u_B4[:, 3] < self.invert).to(images.dtype), images.device)[:, None, None, None]
-            images = inverted_B + images * (1.0 - 2.0 * inverted_B)
-        return images
+        inverted_B = to_device((u_B4[:, 3] < 0.5).to(images.dtype), images.device)[:, None, None, None]
+        result: Tensor = inverted_B + images * (1.0 - 2.0 * inverted_B)
+        return result
 
 
 @dataclass(frozen=True)
