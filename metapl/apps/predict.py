@@ -84,7 +84,7 @@ class Predict:
         if self.out is not None:
             tell(f"{counted(count, 'prediction')} in {self.out}")
         if inputs.skipped:
-            tell(f"metapl: {inputs.skipped} of {inputs.seen} files left out", file=sys.stderr)
+            tell(f"metapl: {inputs.skipped} of {len(inputs.files)} files left out", file=sys.stderr)
         return 1 if inputs.skipped else 0
 
 

@@ -11,12 +11,11 @@ from typing import Annotated, Literal
 from torch import Tensor
 
 from metapl.apps.pictures.batches import in_unit_range
-from metapl.apps.pictures.folders import walk
-from metapl.apps.pictures.reader import SUFFIXES, gray_image, read_image
+from metapl.apps.pictures.folders import scan_unlabeled
+from metapl.apps.pictures.reader import gray_image, read_image
 from metapl.apps.words import tell
 from metapl.errors import MetaplError
 from metapl.runs.fields import Range, check_fields
-from metapl.words import shown
 
 BATCH = 256  # examples in a pass
 LARGEST_SIDE = 4096  # pixels; a batch of larger pictures would not fit into any memory
@@ -70,45 +69,26 @@ class Input:
 
 
 class Inputs:
-    """The pictures in files, and in folders, of which the readable files are taken.
-
-    ``seen`` and ``skipped`` are of the last pass.
-    """
+    """The pictures in files and in folders, of which those that cannot be read are left out; ``skipped`` of the last
+    pass."""
 
     def __init__(self, given: Input, paths: Sequence[Path]) -> None:
-        self.input, self.seen, self.skipped = given, 0, 0
-        self.files: list[Path] = []
+        self.input, self.skipped = given, 0
+        self.files: list[str] = []
         for path in paths:
-            files = [path]
-            if path.is_dir():
-                files = [Path(where) / name for where, _, names in walk(path, self._unlisted) for name in names]
-                files = sorted(file for file in files if file.suffix.lower() in SUFFIXES)
-                if not files:
-                    raise MetaplError(f"there is no picture in {path}; expected {', '.join(SUFFIXES)}.")
-            self.files += files
-        self._unlisted_folders = self.skipped
+            self.files += scan_unlabeled(path).paths() if path.is_dir() else [str(path)]
 
     def batches(self) -> Iterator[list[tuple[str, Tensor]]]:
         """Where each picture stands, and the network's input for it."""
-        self.seen = self.skipped = self._unlisted_folders  # whatever was read before
-        batch = []
+        self.skipped, batch = 0, []
         for file in self.files:
             try:
-                batch.append((str(file), self.input.read(file)))
+                batch.append((file, self.input.read(Path(file))))
             except MetaplError as error:
-                self._skip(str(error))
-            else:
-                self.seen += 1
+                self.skipped += 1
+                tell(f"metapl: left out {error}", file=sys.stderr)
             if len(batch) == BATCH:
                 yield batch
                 batch = []
         if batch:
             yield batch
-
-    def _unlisted(self, error: OSError) -> None:
-        self._skip(f"{shown(error.filename)}: {error.strerror}")
-
-    def _skip(self, why: str) -> None:
-        self.seen += 1
-        self.skipped += 1
-        tell(f"metapl: left out {why}", file=sys.stderr)
