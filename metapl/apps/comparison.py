@@ -185,13 +185,13 @@ def parse_seeds(text: str, flag: str = "--seeds") -> tuple[int, ...]:
     for part in text.split(","):
         found = re.fullmatch(r"\s*([0-9]{1,10})(?:-([0-9]{1,10}))?\s*", part)
         if found is None:
-            raise MetaplError(f"{flag}={text!r}: expected numbers and ranges, such as 0-9 or 0,3,5.")
+            raise MetaplError(f"{flag}={text!r:.60}: expected numbers and ranges, such as 0-9 or 0,3,5.")
         named = range(int(found[1]), int(found[2] or found[1]) + 1)
-        if not named or named.stop > 2**32 or len(named) > MOST_SEEDS:
-            raise MetaplError(f"{flag}={text!r}: expected at most {MOST_SEEDS:,} seeds, rising and below 2^32.")
+        if not named or named.stop > 2**32 or len(seeds) + len(named) > MOST_SEEDS:
+            raise MetaplError(f"{flag}={text!r:.60}: expected at most {MOST_SEEDS:,} seeds, rising and below 2^32.")
         seeds += named
     if len({*seeds}) < len(seeds):
-        raise MetaplError(f"{flag}={text!r}: expected each seed once.")
+        raise MetaplError(f"{flag}={text!r:.60}: expected each seed once.")
     return tuple(seeds)
 
 
