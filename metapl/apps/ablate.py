@@ -17,6 +17,7 @@ from metapl.apps.images import Images
 from metapl.apps.inputs import Folder, held, unset, written
 from metapl.apps.look import settled
 from metapl.apps.methods import Mpl, Training
+from metapl.apps.networks import begin_as
 from metapl.apps.settings import Flat
 from metapl.apps.train import device
 from metapl.apps.words import tell, wrapped
@@ -101,6 +102,7 @@ def _of_training(config: Any, method: Any) -> dict[str, Any]:
     torch.manual_seed(config.fitting.seed)
     data, place = config.data(print, True, None), device(config.fitting.device)
     teacher, student = (config.network().to(place) for _ in range(2))
+    begin_as(teacher, student)
     own: dict[str, Any] = {"optimizer": config.optimizer, "options": config.trainer_options()}
     unused: Any = None
     training = Training(
