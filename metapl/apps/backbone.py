@@ -69,7 +69,7 @@ def find(given: str, network: str | None) -> Backbone:
         found = Backbone(network=card.architecture.name, weights=path / WEIGHTS[name], **own)
     elif path.is_file():
         beside = path.parent / "config.json"
-        named = read_json(beside, {"architecture": str}) if network is None and beside.is_file() else {}
+        named = read_json(beside) if network is None and beside.is_file() else {}
         architecture = network or (f"timm:{named['architecture']}" if "architecture" in named else None)
         if architecture is None:
             raise MetaplError(f"--backbone {given}: expected the network that the weights are of too: --network NAME.")
