@@ -33,6 +33,7 @@ from metapl.ablation.cost import FORMULAS
 from metapl.apps.networks import create, parameter_groups
 from metapl.distributed import Mesh, shard
 from metapl.execution import checks
+from metapl.execution.layout import Layout
 from metapl.execution.local import Pass
 from metapl.execution.ranks import Ranks
 from metapl.execution.rng import RandomState
@@ -95,7 +96,7 @@ def rehearse(
         average, given, optimizers = [torch.empty_like(local(t)) for t in kept], batches(), trainer.schedulable
         # Functions by their class or module and name, the phase that each is, and what it returns is for.
         seams = [(type(each), "step", "update", None) for each in (optimizers[1:] or optimizers)]
-        seams += [(LossTrainer, "clip", "update", None)]
+        seams += [(Layout, "mean_gradients", "update", None)]
         if isinstance(trainer, LossTrainer):
             trained = by_backward = [trainer.student]
             seams += [(LossTrainer, "step", "student step", None)]
@@ -145,7 +146,7 @@ def stage(mesh: Mesh):
         # Nothing reads a value of a tensor that has none; generators, which have one, work as ever.
         (checks, "waits", lambda t: isinstance(t, FakeTensor) or waits(t)),
         (RandomState, "now", staticmethod(outside(RandomState.now))),
-        *((RandomState, name, outside(getattr(RandomState, name))) for name in ("restore", "same", "branch")),
+        *((RandomState, name, outside(getattr(RandomState, name))) for name in ("restore", "branch")),
         (keeping, "free_bytes", lambda _: None),  # of another machine
         (Ranks, "agreed", lambda _ranks, **_: nullcontext()),
         (Ranks, "equal", lambda _ranks, *_: None),
