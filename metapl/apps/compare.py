@@ -187,6 +187,7 @@ def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str,
         # Ask them to save and go; kill those that do not.
         for worker in started:
             worker.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
         give_up = time.monotonic() + PATIENCE
         try:
             for worker in started:
@@ -204,11 +205,16 @@ def _run(job: Job) -> tuple[dict[str, Any], float]:
     return job.run(), time.monotonic() - since
 
 
+_stopped = False  # whether this worker was stopped, and begins no other job
+
+
 def _run_apart(job: Job) -> tuple[dict[str, Any], float]:
+    global _stopped
     try:
-        return _run(job)
-    except KeyboardInterrupt:  # stopped and saved; it does not begin another job
-        os._exit(1)
+        return ({}, 0.0) if _stopped else _run(job)
+    except KeyboardInterrupt:  # stopped and saved; nobody waits for the result
+        _stopped = True
+        return {}, 0.0
 
 
 def _end_with_parent(parent: int) -> None:

@@ -144,7 +144,7 @@ def test_each_round_has_a_network_of_its_own_and_the_rate_that_is_settled() -> N
         ({"rounds": 1, "networks": ("a", "b", "c")}, "2 names"),
         ({"training": "pretrain", "loss": "two_means"}, "mean"),
         ({"networks": ("16x16", "8")}, "smaller"),
-        ({"networks": ("8", "16"), "warm_start": True}, "not the same"),
+        ({"networks": ("8", "16"), "warm_start": True}, "warm-start"),
         ({"networks": ("8y8",)}, "8y8"),
         ({"finetune_size": 16}, "one size"),
         ({"warm_start": True, "warm_steps": 7}, "warm-steps"),
