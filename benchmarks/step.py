@@ -3,7 +3,6 @@
     python benchmarks/step.py                                         # the step as it is, on five networks
     python benchmarks/step.py --parts eager,compiled,stacked          # compiled as one graph, and 32 seeds at once
     python benchmarks/step.py --networks tiny,mlp --rounds 9 --label 0.2.0
-    python benchmarks/step.py --functions forward                     # the functions of a step, by file
     python benchmarks/step.py --memory                                # of micro-batches, in one graph and eager
     python benchmarks/step.py --write benchmarks/results/step.md
 
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, Row, arguments, described, loaded, parsed, show, write_json
+from harness import NONE, RESULTS, Row, arguments, described, grid, loaded, parsed, show, write_json
 from peers import CAUSAL, case
 from torch import Tensor, nn
 from torch._inductor.utils import clear_caches
@@ -42,11 +41,11 @@ from metapl.ablation.cost import peak_bytes
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # of the profiler, which would write into the terminal
 RESULT = RESULTS / "step.json"
-ROOT = str(Path(metapl.__file__).parent)
 RATE, MOMENTUM, DECAY = 0.01, 0.9, 5e-4
 SEEDS = 32
 HAND, EAGER, COMPILED = "by hand", "as it is", "compiled"
 STACKED, BOTH = f"{SEEDS} stacked", f"{SEEDS} stacked, compiled"
+MODES, WAYS = ("forward", "reinforce", "unrolled"), (EAGER, COMPILED, STACKED, BOTH)
 PARTS = {"eager": (EAGER,), "compiled": (COMPILED,), "stacked": (STACKED, BOTH)}
 NETWORKS = {  # name in a table, and steps of each way in a round
     "tiny": ("MLP 16-16-4, batch 32", 40),
@@ -59,9 +58,6 @@ NETWORKS = {  # name in a table, and steps of each way in a round
 Step = Callable[[], Any]
 Pair = tuple[nn.Module, nn.Module]
 Data = tuple[tuple[Tensor, Tensor], Tensor]
-
-
-# ------------------------------------------------------------------------------------------------------------- by hand
 
 
 def networks(name: str) -> tuple[Pair, Data]:
@@ -135,67 +131,48 @@ def by_hand(mode: str, pair: Pair, data: Data) -> Step:
     return sdpa_kernel(SDPBackend.MATH)(step) if needs else step
 
 
-MODES = ("forward", "reinforce", "unrolled")
-
-
-# ----------------------------------------------------------------------------------------------------------- by metapl
-
-
-def trainer_of(mode: str, pair: Pair, **options: Any) -> metapl.BilevelTrainer:
-    teacher, student = pair
-    optimizers = {"inner_optimizer": optimizer(student), "outer_optimizer": optimizer(teacher)}
+def trainer(mode: str, pair: Pair, **options: Any) -> metapl.BilevelTrainer:
+    optimizers = {"inner_optimizer": optimizer(pair[1]), "outer_optimizer": optimizer(pair[0])}
     losses = (metapl.CrossEntropy(label_smoothing=0.1),)
-    return metapl.BilevelTrainer(teacher, student, mode, teacher_losses=losses, **optimizers, **options)
+    return metapl.BilevelTrainer(*pair, mode, teacher_losses=losses, **optimizers, **options)
 
 
-def by_metapl(mode: str, pair: Pair, data: Data, **options: Any) -> Step:
-    trainer, (labeled, unlabeled) = trainer_of(mode, pair, **options), data
-    return lambda: trainer.step(labeled, unlabeled)
-
-
-def stacked(mode: str, network: str, compiled: bool) -> Step:
-    """A step of all seeds."""
-    found = [(trainer_of(mode, pair).functional(), data) for pair, data in (networks(network) for _ in range(SEEDS))]
+def way_of(name: str, mode: str, network: str) -> tuple[Step, nn.Module]:
+    """A way with networks and optimizers of its own, and its teacher."""
+    pair, data = networks(network)
+    if name == HAND:
+        return by_hand(mode, pair, data), pair[0]
+    if name in (EAGER, COMPILED):
+        one = trainer(mode, pair, compile=name == COMPILED)
+        return lambda: one.step(*data), pair[0]
+    found = [(trainer(mode, pair).functional(), data) for pair, data in (networks(network) for _ in range(SEEDS))]
     step = torch.func.vmap(found[0][0][0], randomness="different")
-    step = torch.compile(step, fullgraph=True) if compiled else step
+    step = torch.compile(step, fullgraph=True) if name == BOTH else step
     state = [metapl.functional.stack([state for (_, state), _ in found])]  # type: ignore[attr-defined]
     x, y, u = (torch.stack(of_seeds) for of_seeds in zip(*((x, y, u) for _, ((x, y), u) in found), strict=True))
 
     def all_seeds() -> None:
         state[0], _ = step(state[0], (x, y), u)
 
-    return all_seeds
+    return all_seeds, pair[0]
 
 
-def way_of(name: str, mode: str, network: str) -> tuple[Step, nn.Module]:
-    """A way with networks and optimizers of its own, and its teacher."""
-    pair, data = networks(network)
-    if name in (STACKED, BOTH):
-        return stacked(mode, network, name == BOTH), pair[0]
-    if name == HAND:
-        return by_hand(mode, pair, data), pair[0]
-    return by_metapl(mode, pair, data, **({"compile": True} if name == COMPILED else {})), pair[0]
-
-
-def entered(step: Step) -> dict[str, list[str]]:
-    """The functions of metapl that a step enters, by file: what ``def`` or ``lambda`` makes, and not comprehensions."""
-    found: dict[str, set[str]] = {}
+def entered(step: Step) -> Row:
+    """How many files and functions of metapl a step enters: what ``def`` or ``lambda`` makes, not comprehensions."""
+    found, root = set[tuple[str, int]](), str(Path(metapl.__file__).parent)
 
     def look(frame: Any, event: str, _: Any) -> None:
         code = frame.f_code
         named = not code.co_name.startswith("<") or code.co_name == "<lambda>"
-        if event == "call" and named and code.co_filename.startswith(ROOT):
-            found.setdefault(code.co_filename[len(ROOT) + 1 :], set()).add(f"{code.co_firstlineno}:{code.co_name}")
+        if event == "call" and named and code.co_filename.startswith(root):
+            found.add((code.co_filename, code.co_firstlineno))
 
     sys.setprofile(look)
     try:
         step()
     finally:
         sys.setprofile(None)
-    return {file: sorted(names) for file, names in sorted(found.items())}
-
-
-# --------------------------------------------------------------------------------------------------------- measurement
+    return {"files": len({file for file, _ in found}), "functions": len(found)}
 
 
 def warmed(name: str, mode: str, network: str) -> tuple[Step, Tensor, Row]:
@@ -212,8 +189,7 @@ def warmed(name: str, mode: str, network: str) -> tuple[Step, Tensor, Row]:
         facts["cold_seconds"] = time.perf_counter() - since
     step()
     if name == EAGER:
-        way = entered(step)
-        facts |= {"files": len(way), "functions": sum(map(len, way.values()))}
+        facts |= entered(step)
     else:
         step()
     return step, nn.utils.parameters_to_vector(teacher.parameters()).detach() - before, facts
@@ -246,7 +222,7 @@ def measure(network: str, mode: str, ways: Sequence[str], rounds: int, label: st
             plain, seeds = (STACKED, SEEDS) if name == BOTH else (EAGER if EAGER in times else HAND, 1)
             saved = (statistics.median(times[plain]) - row["ms"]) * seeds / 1e3
             row["pays_after"] = round(row["cold_seconds"] / saved) if saved > 0 else None
-        rows.append(row)
+        rows.append(row | {"measured_on": described()})
     return rows
 
 
@@ -270,10 +246,10 @@ def memory(mode: str) -> dict[str, float]:
         middle = [[layer for _ in range(4) for layer in (nn.Linear(128, 128), nn.Tanh())] for _ in "TS"]
         made = [nn.Sequential(nn.Linear(64, 128), nn.Tanh(), *mid, nn.Linear(128, 10)) for mid in middle]
         teacher, student = (Parts(network) if in_parts else network for network in made)
-        step = by_metapl(mode, (teacher, student), ((x, y), u), verify=False, **options)
-        step()
-        step()
-        return float(peak_bytes(step, torch.device("cpu")))
+        one = trainer(mode, (teacher, student), verify=False, **options)
+        for _ in range(2):
+            one.step((x, y), u)
+        return float(peak_bytes(lambda: one.step((x, y), u), torch.device("cpu")))
 
     found = {"accumulate=4": peak(accumulate=4), "whole": peak(), "compiled": peak(compile=True)}
     found["compiled, four parts in the graph"] = peak(True, compile=True)
@@ -282,68 +258,41 @@ def memory(mode: str) -> dict[str, float]:
 
 def table(result: Row) -> str:
     """A row for each way and mode."""
-    lines = [
-        "| metapl | network | mode | way | ms | times by hand | quartiles | files, functions | compiling, s "
-        "| pays after | apart |",
-        "|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    lines = []
     for row in result["rows"]:
-        low, high = row["quartiles"]
-        pays = row.get("pays_after")
-        cells = [
-            *(row["label"], NETWORKS[row["network"]][0], f"`{row['mode']}`", row["way"], f"{row['ms']:.3g}"),
-            *(f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}"),
-            f"{row['files']}, {row['functions']}" if "files" in row else "–",
-            *(
-                (f"{row['cold_seconds']:.0f}", f"{pays:,} steps" if pays else "never")
-                if "cold_seconds" in row
-                else "––"
-            ),
-            f"{row['apart']:.0e}" if "apart" in row else "–",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        (low, high), pays = row["quartiles"], row.get("pays_after")
+        cells = [row["label"], NETWORKS[row["network"]][0], f"`{row['mode']}`", row["way"], f"{row['ms']:.3g}"]
+        cells += [f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}"]
+        cells.append(f"{row['files']}, {row['functions']}" if "files" in row else NONE)
+        cells.append(f"{row['cold_seconds']:.0f}" if "cold_seconds" in row else NONE)
+        cells.append(NONE if "cold_seconds" not in row else f"{pays:,} steps" if pays else "never")
+        lines.append([*cells, f"{row['apart']:.0e}" if "apart" in row else NONE])
+    head = ["metapl", "network", "mode", "way", "ms", "times by hand", "quartiles", "files, functions"]
+    return grid([*head, "compiling, s", "pays after", "apart"], lines, names=4)
 
 
 def main() -> None:
     parser = arguments(__doc__, RESULT)
     parser.add_argument("--networks", default=",".join(NETWORKS), help="the rows of other networks stay")
-    parser.add_argument("--modes", default=",".join(MODES), help="the rows of other modes stay")
     parser.add_argument("--memory", action="store_true", help="print what accumulate=4 holds, and stop")
     parser.add_argument("--parts", default="eager", help=f"of {','.join(PARTS)}; the rows of the others stay")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--label", default=metapl.__version__, help="what the rows are called; those of others stay")
-    parser.add_argument("--note", default="", help="about the machine, such as who else used it")
-    parser.add_argument("--functions", choices=MODES, help="print the functions of a step by file, and stop")
     given = parsed(parser)
     torch.set_num_threads(1)
-    if given.functions:
-        step, _, _ = warmed(EAGER, given.functions, "tiny")
-        for file, names in entered(step).items():
-            print(f"{file} ({len(names)}): {', '.join(names)}")
-        return
     if given.memory:
         for mode in ("forward", "reinforce"):
             print(f"{mode}: " + "; ".join(f"{way} {size:.2f}" for way, size in memory(mode).items()))
         return
     if given.runs:
-        names, parts = given.networks.split(","), given.parts.split(",")
-        if {*names} - {*NETWORKS} or {*parts} - {*PARTS}:
-            parser.error(f"expected networks of {', '.join(NETWORKS)} and parts of {', '.join(PARTS)}")
-        names, rounds = (["tiny"], 1) if given.miniature else (names, given.rounds)
-        ways = [way for part, own in PARTS.items() if part in parts for way in own]
-        cases = [(name, mode) for name in names for mode in given.modes.split(",")]
-        rows = [row for case in cases for row in measure(*case, ways, rounds, given.label)]
-        rows = [row | {"note": given.note, "measured_on": described()} for row in rows]
+        names, rounds = (["tiny"], 1) if given.miniature else (given.networks.split(","), given.rounds)
+        ways = [way for part in given.parts.split(",") for way in PARTS[part]]
+        rows = [row for name in names for mode in MODES for row in measure(name, mode, ways, rounds, given.label)]
         old = loaded(given.out)["rows"] if given.out.exists() else []
         known = {tuple(row[key] for key in ("label", "network", "mode", "way")): row for row in [*old, *rows]}
-        write_json(given.out, {"rows": [known[key] for key in sorted(known, key=place)]})
+        order = sorted(known, key=lambda k: (k[0], [*NETWORKS].index(k[1]), k[2], WAYS.index(k[3])))
+        write_json(given.out, {"rows": [known[key] for key in order]})
     show(given.write, "step", table(loaded(given.out)))
-
-
-def place(key: tuple[str, str, str, str]) -> tuple[Any, ...]:
-    label, network, mode, way = key
-    return label, [*NETWORKS].index(network), mode, (EAGER, COMPILED, STACKED, BOTH).index(way)
 
 
 if __name__ == "__main__":
