@@ -191,15 +191,16 @@ def between(first: Sequence[float], second: Sequence[float]) -> str:
 # --------------------------------------------------------------------------------------------------- tables and figures
 
 
-def grid(head: Sequence[str], lines: Iterable[Sequence[Any]], names: int = 1) -> str:
-    """A table in Markdown; behind the first columns, of ``names``, stand numbers.
+def grid(head: Sequence[str], lines: Iterable[Sequence[Any]], names: int | str = 1) -> str:
+    """A table in Markdown; behind the first columns, of ``names``, stand numbers; or as a string like ``"lrl"`` says.
 
     >>> print(grid(["arm", "p"], [["a", 0.5]]))
     | arm | p |
     |---|---:|
     | a | 0.5 |
     """
-    rule = "|---" * names + "|---:" * (len(head) - names) + "|"
+    sides = "l" * names if isinstance(names, int) else names
+    rule = "".join("|---" if side == "l" else "|---:" for side in sides.ljust(len(head), "r")) + "|"
     return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(map(str, line))} |" for line in lines)])
 
 

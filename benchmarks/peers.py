@@ -2,7 +2,6 @@
 
     python benchmarks/peers.py                                    # about forty minutes on one core
     python benchmarks/peers.py --only MLP transformer --steps 1   # the rows of other networks and steps stay
-    python benchmarks/peers.py --table benchmarks/results/peers.json
     python benchmarks/peers.py --write benchmarks/results/peers.md
 
 Each library gets a throw-away environment with a pinned version of its own, which reads PyTorch from this one; one that
@@ -28,12 +27,12 @@ import sys
 import tempfile
 import time
 import venv
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, Row, arguments, described, loaded, parsed, show, write_json
+from harness import NONE, RESULTS, Row, arguments, described, grid, loaded, parsed, show, write_json
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
@@ -45,7 +44,6 @@ RESULT = RESULTS / "peers.json"
 LEARNING_RATE = 0.1
 CAUSAL = "causal LM, default attention"
 NETWORKS = ("MLP", "transformer", CAUSAL, "WRN-28-2")
-TOKENS, LENGTH = 256, 32
 TRUTH = "double backward by hand, float64"
 FORWARD, UNROLLED = "metapl, forward", "metapl, unrolled"
 RECOMPUTED = f"{FORWARD}, teacher recomputed"
@@ -73,31 +71,41 @@ class Tokens(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """A small causal language model, with PyTorch's default attention: the logits of the token behind 32 others."""
+    """A causal language model, with PyTorch's default attention: the logits of the token behind the others."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, words: int = 256, width: int = 64, depth: int = 2, length: int = 32, head: int = 16, outputs: int = 256
+    ) -> None:
         super().__init__()
-        self.embed, self.place, self.head = nn.Embedding(TOKENS, 64), nn.Embedding(LENGTH, 64), nn.Linear(64, TOKENS)
+        self.embed, self.place = nn.Embedding(words, width), nn.Embedding(length, width)
+        self.each, self.head = head, nn.Linear(width, outputs)
         self.blocks = nn.ModuleList(
             nn.ModuleDict(
                 {
-                    "norm": nn.LayerNorm(64),
-                    "qkv": nn.Linear(64, 192),
-                    "out": nn.Linear(64, 64),
-                    "mlp": nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)),
+                    "norm": nn.LayerNorm(width),
+                    "qkv": nn.Linear(width, 3 * width),
+                    "out": nn.Linear(width, width),
+                    "mlp": nn.Sequential(
+                        nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+                    ),
                 }
             )
-            for _ in range(2)
+            for _ in range(depth)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def hidden(self, x: Tensor) -> Tensor:
+        """(B, L) to (B, L, width)."""
         h = self.embed(x) + self.place.weight
         for block in self.blocks:
-            q, k, v = (t.unflatten(-1, (4, 16)).transpose(1, 2) for t in block["qkv"](block["norm"](h)).chunk(3, -1))
+            parts = block["qkv"](block["norm"](h)).chunk(3, -1)
+            q, k, v = (t.unflatten(-1, (-1, self.each)).transpose(1, 2) for t in parts)
             heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             h = h + block["out"](heads.transpose(1, 2).flatten(2))
             h = h + block["mlp"](h)
-        return self.head(h[:, -1])
+        return h
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.hidden(x)[:, -1])
 
 
 def case(network: str, device: str, dtype: torch.dtype = torch.float32) -> Case:
@@ -112,8 +120,8 @@ def case(network: str, device: str, dtype: torch.dtype = torch.float32) -> Case:
         teacher, student, shape = Tokens(), Tokens(), (32, 16, 8)
     elif network == CAUSAL:
         teacher, student = CausalLM().to(device, dtype), CausalLM().to(device, dtype)
-        x, u = (torch.randint(0, TOKENS, (16, LENGTH), device=device) for _ in range(2))
-        return teacher, student, (x, torch.randint(0, TOKENS, (16,), device=device)), u
+        x, u = (torch.randint(0, 256, (16, 32), device=device) for _ in range(2))
+        return teacher, student, (x, torch.randint(0, 256, (16,), device=device)), u
     else:
         teacher, student, shape = wide_resnet28_2(), wide_resnet28_2(), (16, 3, 32, 32)
     x, u, y = torch.randn(shape), torch.randn(shape), torch.randint(0, 10, shape[:1])
@@ -121,9 +129,12 @@ def case(network: str, device: str, dtype: torch.dtype = torch.float32) -> Case:
     return teacher, student, (x.to(device, dtype), y.to(device)), u.to(device, dtype)
 
 
-def inner_loss(student: Callable[[Tensor], Tensor], teacher: nn.Module, u: Tensor) -> Tensor:
-    """Cross-entropy with the teacher's class probabilities."""
-    return F.cross_entropy(student(u), teacher(u).softmax(-1))
+def inner_loss(
+    student: Callable[[Tensor], Tensor], teacher: nn.Module, u: Tensor, params: dict[str, Tensor] | None = None
+) -> Tensor:
+    """Cross-entropy with the teacher's class probabilities; of the student at these weights."""
+    outputs = student(u) if params is None else functional_call(student, params, (u,))  # type: ignore[arg-type]
+    return F.cross_entropy(outputs, teacher(u).softmax(-1))
 
 
 # ----------------------------------------------------------------------------------------------------------- libraries
@@ -133,9 +144,7 @@ def by_hand(teacher: nn.Module, student: nn.Module, labeled: tuple[Tensor, Tenso
     """Double backward through ``torch.func.functional_call``."""
     params: dict[str, Tensor] = dict(student.named_parameters())
     for _ in range(steps):
-        at = params
-        loss = inner_loss(lambda x, at=at: functional_call(student, at, (x,)), teacher, u)  # type: ignore[misc]
-        grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+        grads = torch.autograd.grad(inner_loss(student, teacher, u, params), list(params.values()), create_graph=True)
         params = {name: p - LEARNING_RATE * g for (name, p), g in zip(params.items(), grads, strict=True)}
     outer = F.cross_entropy(functional_call(student, params, (labeled[0],)), labeled[1])
     return torch.autograd.grad(outer, list(teacher.parameters()))
@@ -241,11 +250,8 @@ def plain_steps(teacher: nn.Module, student: nn.Module, u: Tensor, steps: int) -
         with torch.no_grad():
             q = teacher(u).softmax(-1)
         loss = F.cross_entropy(functional_call(student, params, (u,)), q)
-        grads = torch.autograd.grad(loss, list(params.values()))
-        params = {
-            n: (p.detach() - LEARNING_RATE * g).requires_grad_()
-            for (n, p), g in zip(params.items(), grads, strict=True)
-        }
+        pairs = zip(params.items(), torch.autograd.grad(loss, list(params.values())), strict=True)
+        params = {name: (p.detach() - LEARNING_RATE * g).requires_grad_() for (name, p), g in pairs}
         found.append(params)
     return found
 
@@ -261,8 +267,7 @@ def by_betty(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, st
     sides = []
     for sign in (1, -1):
         at = {n: (p.detach() + sign * size * g).requires_grad_() for (n, p), g in zip(params.items(), v, strict=True)}
-        loss = inner_loss(lambda x, at=at: functional_call(student, at, (x,)), teacher, u)  # type: ignore[misc]
-        sides.append(torch.autograd.grad(loss, list(teacher.parameters())))
+        sides.append(torch.autograd.grad(inner_loss(student, teacher, u, at), list(teacher.parameters())))
     return [-LEARNING_RATE * (ahead - behind) / (2 * size) for ahead, behind in zip(*sides, strict=True)]
 
 
@@ -279,7 +284,7 @@ def by_mixflow(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, 
         with forward_ad.dual_level():
             pairs = zip(params.items(), v, strict=True)
             at = {name: forward_ad.make_dual(p, -LEARNING_RATE * g) for (name, p), g in pairs}
-            loss = inner_loss(lambda x, at=at: functional_call(student, at, (x,)), teacher, u)  # type: ignore[misc]
+            loss = inner_loss(student, teacher, u, at)
             ends = [*learned, *(at.values() if number else ())]  # the first step needs no product with the Hessian
             slopes = [forward_ad.unpack_dual(g).tangent for g in torch.autograd.grad(loss, ends)]
         total = [t if s is None else t + s for t, s in zip(total, slopes, strict=False)]
@@ -351,7 +356,7 @@ def environment(packages: Sequence[str], folder: Path, alone: bool = True) -> st
     """The interpreter of a new environment with these packages, ``alone`` or with what they need beyond this
     environment, from which it reads the others.
 
-    Raises: :class:`RuntimeError` with pip's words if they do not install.
+    Raises: :class:`RuntimeError` with pip's words, in short, if they do not install.
     """
     venv.create(folder, with_pip=True)
     python = str(folder / "bin" / "python")
@@ -360,21 +365,14 @@ def environment(packages: Sequence[str], folder: Path, alone: bool = True) -> st
     theirs = subprocess.run([python, *where[1:]], capture_output=True, text=True, check=True).stdout.strip()
     (Path(theirs) / "shared.pth").write_text(here + "\n")
     install = [python, "-m", "pip", "install", "--quiet", *["--no-deps"] * alone, *packages]
-    done = subprocess.run(install, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(_reason(done.stderr))
-    return python
-
-
-def _reason(words: str) -> str:
-    """What pip says, in short: the version of Python that is asked for, or what failed to compile."""
-    python = re.search(r"Requires-Python ([^;]+)", words)
-    compiler = re.search(r"fatal error: (.*)", words)
-    if python:
-        return f"needs Python {python[1].strip()}"
-    if compiler:
-        return f"does not compile ({compiler[1].strip()})"
-    return next((line for line in reversed(words.splitlines()) if line.startswith("ERROR")), "pip failed")
+    words = subprocess.run(install, capture_output=True, text=True, check=False)
+    if words.returncode == 0:
+        return python
+    if version := re.search(r"Requires-Python ([^;]+)", words.stderr):
+        raise RuntimeError(f"needs Python {version[1].strip()}")
+    if compiler := re.search(r"fatal error: (.*)", words.stderr):
+        raise RuntimeError(f"does not compile ({compiler[1].strip()})")
+    raise RuntimeError(([line for line in words.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"])[-1])
 
 
 def call(python: str, *given: Any) -> Row:
@@ -395,58 +393,43 @@ def run(given: Any) -> Row:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     networks = ("MLP",) if given.miniature else given.only
     ahead, rounds = ((2,), 1) if given.miniature else (given.steps, given.rounds)
-    pythons, reasons = dict.fromkeys(OWN[:1] if given.miniature else OWN, sys.executable), {}
+    pythons, reasons = dict.fromkeys(OWN[:1] if given.miniature else OWN, sys.executable), dict[str, str]()
     rows: dict[tuple[str, str, int], list[Row]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for library, python, reason in _installed(Path(folder), given):
-            if reason:
-                reasons[library] = reason
-            else:
-                pythons[library] = python
+        for library, (packages, gradient) in PEERS.items():
+            # A miniature takes what is installed here.
+            here = library.startswith("TorchOpt") and importlib.util.find_spec("torchopt")
+            if not packages or (given.miniature and here):
+                pythons[library] = sys.executable
+            elif not given.miniature and library in given.libraries:
+                try:
+                    pythons[library] = environment(packages, Path(folder) / library.split()[0])
+                    reasons |= {} if gradient else {library: "installs, and has no measurement here yet"}
+                except RuntimeError as error:
+                    reasons[library] = str(error)
         cases = [(network, steps) for network in networks for steps in ahead]
         truths = {one: str(Path(folder) / f"{one[0]}-{one[1]}.pt") for one in cases}
         for one in cases:
-            failed = call(sys.executable, TRUTH, *one, 0, truths[one], device).get("reason")
-            if failed:
+            if failed := call(sys.executable, TRUTH, *one, 0, truths[one], device).get("reason"):
                 raise SystemExit(failed)
-        jobs = [(library, *one) for library in pythons for one in cases if library in given.libraries] * rounds
+        libraries = [library for library in pythons if library in given.libraries and library not in reasons]
+        jobs = [(library, *one) for library in libraries for one in cases] * rounds
         random.Random(0).shuffle(jobs)
         for number, (library, network, steps) in enumerate(jobs, 1):
             calls = {"MLP": 50, "WRN-28-2": 2}.get(network, 10) // (5 if steps > 1 else 1) or 1
             row = call(pythons[library], library, network, steps, calls, truths[network, steps], device)
             rows.setdefault((library, network, steps), []).append(row)
             print(f"[{number}/{len(jobs)}] {library}, {network}, K = {steps}: {row}", file=sys.stderr, flush=True)
-    kept = [] if given.miniature or not given.out.exists() else json.loads(given.out.read_text())["rows"]
-    return {
-        "measured_on": described(device),
-        "not_installed": reasons,
-        "rows": [row for row in kept if (row["library"], row["network"], row["steps"]) not in rows]
-        + [
-            {"library": library, "network": network, "steps": steps, "note": given.note, **_joined(found)}
-            for (library, network, steps), found in sorted(rows.items())
-        ],
-    }
-
-
-def _installed(folder: Path, given: Any) -> Iterator[tuple[str, str, str]]:
-    """Each library with the interpreter that has it, or with the reason why there is none.
-
-    A miniature takes what is installed here.
-    """
-    for library, (packages, gradient) in ((name, PEERS[name]) for name in PEERS if name in given.libraries):
-        if not packages:
-            yield library, sys.executable, ""
-            continue
-        if given.miniature:
-            if library.startswith("TorchOpt") and importlib.util.find_spec("torchopt"):
-                yield library, sys.executable, ""
-            continue
-        try:
-            python = environment(packages, folder / library.split()[0])
-        except RuntimeError as error:
-            yield library, "", str(error)
-            continue
-        yield library, python, "" if gradient else "installs, and has no measurement here yet"
+    kept = [] if given.miniature or not given.out.exists() else loaded(given.out)["rows"]
+    kept = [row for row in kept if (row["library"], row["network"], row["steps"]) not in rows]
+    for (library, network, steps), found in sorted(rows.items()):
+        # The medians over rounds, and each round's seconds; or the reason why there is nothing.
+        failed = next((row["reason"] for row in found if "reason" in row), None)
+        names = ("error", "seconds", "first", "bytes")
+        medians = {} if failed else {name: statistics.median(row[name] for row in found) for name in names}
+        joined = {"reason": failed} if failed else medians | {"each": [row["seconds"] for row in found]}
+        kept.append({"library": library, "network": network, "steps": steps, **joined})
+    return {"measured_on": described(device), "not_installed": reasons, "rows": kept}
 
 
 def beside(networks: Sequence[str], rounds: int) -> list[Row]:
@@ -470,46 +453,23 @@ def beside(networks: Sequence[str], rounds: int) -> list[Row]:
     return rows
 
 
-def _joined(rows: Sequence[Row]) -> Row:
-    """The medians over rounds, and each round's seconds; or the reason why there is nothing."""
-    failed = [row["reason"] for row in rows if "reason" in row]
-    if failed:
-        return {"reason": failed[0]}
-    medians = {name: statistics.median(row[name] for row in rows) for name in ("error", "seconds", "first", "bytes")}
-    return medians | {"each": [row["seconds"] for row in rows]}
-
-
-# ---------------------------------------------------------------------------------------------------------------- table
-
-
 def table(result: Row) -> str:
     """Errors, and times and memory relative to metapl's ``forward``."""
     rows = {(row["network"], row["steps"], row["library"]): row for row in result["rows"]}
-    libraries = [*OWN, *PEERS]
-    lines = [
-        "| network | K | library | relative error | time / forward | memory / forward | ms | MB |",
-        "|---|---:|---|---:|---:|---:|---:|---:|",
-    ]
-    for network, steps in sorted({(row["network"], row["steps"]) for row in result["rows"]}, key=_order):
+    lines = []
+    for network, steps in sorted({key[:2] for key in rows}, key=lambda at: (NETWORKS.index(at[0]), at[1])):
         own = rows[network, steps, FORWARD]
-        for library in libraries:
-            row = rows.get((network, steps, library))
-            if row is None:
-                continue
+        for library in (library for library in (*OWN, *PEERS) if (network, steps, library) in rows):
+            row = rows[network, steps, library]
             cold = f" (first call {row['first']:.0f} s)" if library == COMPILED and "first" in row else ""
-            start = f"| {network} | {steps} | {library}{cold} |"
-            if "reason" in row:
-                lines.append(f"{start} {row['reason']} | – | – | – | – |")
-                continue
-            time_, memory = row["seconds"] / own["seconds"], row["bytes"] / own["bytes"]
-            size = f"{1e3 * row['seconds']:.3g} | {row['bytes'] / 1e6:.3g}"
-            lines.append(f"{start} {row['error']:.1e} | {time_:.2f} | {memory:.2f} | {size} |")
+            cells = [row.get("reason"), *[NONE] * 4]
+            if "reason" not in row:
+                cells = [f"{row['error']:.1e}", *(f"{row[key] / own[key]:.2f}" for key in ("seconds", "bytes"))]
+                cells += [f"{1e3 * row['seconds']:.3g}", f"{row['bytes'] / 1e6:.3g}"]
+            lines.append([network, steps, library + cold, *cells])
+    head = ("network", "K", "library", "relative error", "time / forward", "memory / forward", "ms", "MB")
     notes = [f"{library}: {reason}." for library, reason in result["not_installed"].items()]
-    return "\n".join(lines) + ("\n\nNot installed: " + " ".join(notes) if notes else "")
-
-
-def _order(case: tuple[str, int]) -> tuple[int, int]:
-    return NETWORKS.index(case[0]), case[1]
+    return grid(head, lines, "lrl") + ("\n\nNot installed: " + " ".join(notes) if notes else "")
 
 
 def main() -> None:
@@ -518,7 +478,6 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", type=int, default=(1, 10), help="K; the rows of others stay")
     every = (*OWN, *PEERS)
     parser.add_argument("--libraries", nargs="+", choices=every, default=every, help="the rows of others stay")
-    parser.add_argument("--note", default="", help="about the machine, such as who else used it")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each case")
     parser.add_argument("--beside", action="store_true", help="one step, in turns in one process; to peers_beside.json")
     given = parsed(parser)
