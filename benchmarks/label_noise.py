@@ -2,7 +2,6 @@
 
     python benchmarks/label_noise.py                              # tune, then run; goes on where it was stopped
     python benchmarks/label_noise.py --costs                      # processor time of each method
-    python benchmarks/label_noise.py --table                      # the tables of the raw file
     python benchmarks/label_noise.py --write benchmarks/results/label_noise.md  # put them there; the figure: docs/
     python benchmarks/label_noise.py --miniature --out FILE       # all of it in seconds, to see that it runs
 
@@ -28,9 +27,8 @@ ExampleWeights, which learns the same weights, runs once more with 8 times as ma
 again from the same 4 configurations. The other one-step methods were not run at this cost.
 ``--costs`` measures what each of them costs here, where a network is so small that most of a step is not its passes.
 
-The seeds of a run are trained side by side, as the blocks of one network. No weight is shared, every optimizer works
-element by element, and the mean over the batch is undone by the learning rate, so each seed ends as it would alone;
-a test compares the two. Every run is a row of the raw file.
+Every run is a row of the raw file. The seeds of the committed rows were trained side by side, as the blocks of one
+network (last in commit 9e8e3c46), where each ends as it does alone.
 """
 
 from __future__ import annotations
@@ -40,11 +38,10 @@ import itertools
 import json
 import math
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +58,7 @@ from harness import (
     bars,
     environment,
     figure_of,
+    go_on,
     grid,
     parsed,
     read,
@@ -73,8 +71,7 @@ import metapl
 from metapl.ablation import Altered
 from metapl.apps.pictures import load_digits_split
 from metapl.data.sampler import StepSampler
-from metapl.feedback import Estimator, Forward
-from metapl.feedback.inner_step import InnerStep
+from metapl.feedback import Forward
 from metapl.metrics import paired_test
 from metapl.models import mlp
 from metapl.problems import (
@@ -83,7 +80,6 @@ from metapl.problems import (
     LearningToReweight,
     MetaWeightNet,
     NoiseTransition,
-    Signal,
     Table,
     WeightNet,
 )
@@ -155,42 +151,36 @@ class Entry:
 
 
 STUDENT_LR = (0.05, 0.2)
-GRIDS = {
-    "meta_weight_net": every(student_lr=STUDENT_LR, teacher_lr=(0.0003, 0.003)),
-    "learning_to_reweight": every(student_lr=STUDENT_LR, momentum=(0.0, MOMENTUM)),
-    "example_weights": every(student_lr=STUDENT_LR, teacher_lr=(0.1, 0.4)),
-    "label_correction": every(student_lr=STUDENT_LR, teacher_lr=(0.001, 0.01)),
-    "noise_transition": every(student_lr=STUDENT_LR, teacher_lr=(0.02, 0.1)),
-    "metagradient_descent": every(student_lr=STUDENT_LR, teacher_lr=(0.4, 1.0)),
+LEARNED: dict[
+    str, tuple[str, dict[str, tuple[float, ...]]]
+] = {  # the title, and what is tuned beside the student's rate
+    "meta_weight_net": ("MetaWeightNet", {"teacher_lr": (0.0003, 0.003)}),
+    "learning_to_reweight": ("LearningToReweight", {"momentum": (0.0, MOMENTUM)}),
+    "example_weights": ("ExampleWeights", {"teacher_lr": (0.1, 0.4)}),
+    "label_correction": ("LabelCorrection", {"teacher_lr": (0.001, 0.01)}),
+    "noise_transition": ("NoiseTransition", {"teacher_lr": (0.02, 0.1)}),
+    "metagradient_descent": ("metagradient descent", {"teacher_lr": (0.4, 1.0)}),
 }
-TITLES = {
-    "meta_weight_net": "MetaWeightNet",
-    "learning_to_reweight": "LearningToReweight",
-    "example_weights": "ExampleWeights",
-    "label_correction": "LabelCorrection",
-    "noise_transition": "NoiseTransition",
-    "metagradient_descent": "metagradient descent",
-}
+GRIDS = {name: every(student_lr=STUDENT_LR, **tuned) for name, (_, tuned) in LEARNED.items()}
 ALTERATIONS = {"permuted": "feedback permuted", "random_sign": "feedback with random signs"}
+SMOOTHED = every(student_lr=STUDENT_LR, label_smoothing=(0.0, 0.2))
 
 ENTRIES: dict[str, Entry] = {
     "plain": Entry("plain, noisy + clean", "both", every(student_lr=STUDENT_LR, clean_weight=(1.0, 10.0))),
-    "clean": Entry("plain, clean alone", "clean", every(student_lr=STUDENT_LR, label_smoothing=(0.0, 0.2))),
-    "early_stopping": Entry(
-        "plain, noisy, stopped early", "noisy", every(student_lr=STUDENT_LR, label_smoothing=(0.0, 0.2))
-    ),
-    **{name: Entry(title, name, GRIDS[name]) for name, title in TITLES.items()},
+    "clean": Entry("plain, clean alone", "clean", SMOOTHED),
+    "early_stopping": Entry("plain, noisy, stopped early", "noisy", SMOOTHED),
+    **{name: Entry(title, name, GRIDS[name]) for name, (title, _) in LEARNED.items()},
     **{
         f"{name}_{how}": Entry(f"{title}, {words}", name, how=how)
         for how, words in ALTERATIONS.items()
-        for name, title in TITLES.items()
+        for name, (title, _) in LEARNED.items()
     },
     "example_weights_long": Entry(
         f"ExampleWeights, {LONGER} times the steps", "example_weights", GRIDS["example_weights"], times=LONGER
     ),
     "meta_weight_net_cold": Entry("MetaWeightNet, without warm-up", "meta_weight_net"),
 }
-BILEVEL = tuple(TITLES)
+BILEVEL = tuple(LEARNED)
 BASELINES = ("plain", "clean", "early_stopping")
 
 # ------------------------------------------------------------------------------------------------------------ the data
@@ -215,8 +205,10 @@ def drawn(condition: str, seed: int) -> Data:
     x, y = split.unlabeled, split.unlabeled_truth
     generator = torch.Generator().manual_seed(seed)
     kind, percent = condition.split("_")
-    if kind == "imbalance":
-        kept = _rarer(y, generator)
+    if kind == "imbalance":  # classes get rarer geometrically, in an order that is drawn
+        order = torch.randperm(CLASSES, generator=generator).tolist()
+        sizes = {c: round(MOST * RAREST ** (-rank / (CLASSES - 1))) for rank, c in enumerate(order)}
+        kept = torch.cat([(y == c).nonzero()[: sizes[c], 0] for c in range(CLASSES)])
         x, y = x[kept], y[kept]
         given = y
     else:
@@ -226,361 +218,151 @@ def drawn(condition: str, seed: int) -> Data:
     return Data(x, given, given != y, split.labeled, split.validation, split.test)
 
 
-def _rarer(y: Tensor, generator: torch.Generator) -> Tensor:
-    """Positions of examples of classes that get rarer geometrically, in an order of the classes that is drawn."""
-    order = torch.randperm(CLASSES, generator=generator).tolist()
-    sizes = {c: round(MOST * RAREST ** (-rank / (CLASSES - 1))) for rank, c in enumerate(order)}
-    return torch.cat([(y == c).nonzero()[: sizes[c], 0] for c in range(CLASSES)])
-
-
-# ------------------------------------------------------------------------------------------- networks of several blocks
-
-
-class Blocks(nn.Module):
-    """Networks of one shape side by side: the rows of a batch are those of the first block, then of the second, ..."""
-
-    def __init__(self, networks: Sequence[nn.Sequential]) -> None:
-        super().__init__()
-        self.count = len(networks)
-        layers = [[m for m in network if isinstance(m, nn.Linear)] for network in networks]
-        self.weights = nn.ParameterList(
-            torch.stack([layer.weight.detach().T for layer in same]) for same in zip(*layers, strict=True)
-        )
-        self.biases = nn.ParameterList(
-            torch.stack([layer.bias.detach()[None] for layer in same]) for same in zip(*layers, strict=True)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(count · B, ...) to (count · B, outputs)."""
-        x = x.flatten(1).unflatten(0, (self.count, -1))
-        for number, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias, F.relu(x) if number else x, weight)
-        return x.flatten(0, 1)
-
-
-def seeded(seed: int, make: Callable[[], nn.Sequential]) -> nn.Sequential:
-    """A network whose first weights are those of a seed."""
-    torch.manual_seed(seed)
-    return make()
-
-
-class WeightBlocks(nn.Module):
-    """A :class:`metapl.problems.WeightNet` for each block."""
-
-    def __init__(self, seeds: Sequence[int]) -> None:
-        super().__init__()
-        self.blocks = Blocks([seeded(seed, lambda: WeightNet().layers) for seed in seeds])
-
-    def forward(self, losses: Tensor) -> Tensor:
-        """(count · B,) to (count · B,)."""
-        weights: Tensor = self.blocks(losses[:, None])[:, 0].sigmoid()
-        return weights
-
-
-class Corrector(nn.Module):
-    """Logits of the label from an image and its given label, for each block; at first the given label alone counts."""
-
-    def __init__(self, seeds: Sequence[int]) -> None:
-        super().__init__()
-        self.blocks = Blocks([seeded(seed, lambda: mlp([64 + CLASSES, HIDDEN, CLASSES])) for seed in seeds])
-        with torch.no_grad():
-            self.blocks.weights[-1].zero_()
-
-    def forward(self, x: Tensor, given: Tensor) -> Tensor:
-        """(count · B, ...), (count · B,) to (count · B, C)."""
-        labels = F.one_hot(given, CLASSES).to(x)
-        logits: Tensor = self.blocks(torch.cat([x.flatten(1), labels], 1)) + TRUSTED * labels
-        return logits
-
-
-class NoiseTransitions(NoiseTransition):
-    """:class:`metapl.problems.NoiseTransition` with a matrix for each block."""
-
-    def signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
-    ) -> Signal:
-        return Signal(teacher().softmax(-1))
-
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
-        matrices = signal.value
-        given = batch[1].unflatten(0, (len(matrices), -1))
-        blocks = torch.arange(len(matrices))[:, None]
-        log_M = matrices.transpose(1, 2)[blocks, given].flatten(0, 1).clamp_min(1e-30).log()
-        return -(outputs.log_softmax(-1) + log_M).logsumexp(-1)
-
-
-@dataclass(frozen=True)
-class Reweighting(LearningToReweight):
-    """:class:`metapl.problems.LearningToReweight` within each block: its weights sum to 1."""
-
-    blocks: int = 1
-
-    def revised_signal(self, signal: Signal, h: Tensor) -> Signal:
-        parts = (super(Reweighting, self).revised_signal(signal, part).value for part in h.chunk(self.blocks))
-        return Signal(torch.cat(list(parts)))
-
-
-@dataclass(frozen=True)
-class AlteredBlocks(Altered):
-    """:class:`metapl.ablation.Altered` within each block: rows are examples, or classes of a transition matrix."""
-
-    seeds: tuple[int, ...] = ()
-
-    def _alter(self, step: InnerStep, count: int, name: str, h: Tensor) -> Tensor:
-        blocks = len(self.seeds)
-        by_block = h if len(h) == blocks else h.unflatten(0, (blocks, -1))
-        altered = [
-            Altered(self.base, self.alteration, seed)._alter(step, count, name, part)
-            for seed, part in zip(self.seeds, by_block, strict=True)
-        ]
-        return torch.stack(altered).reshape(h.shape)
-
-
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
-@dataclass(frozen=True)
-class Job:
-    """A method with a configuration, in several conditions with several seeds, trained side by side."""
+class Corrector(nn.Module):
+    """Logits of the label from an image and its given label; at first the given label alone counts."""
 
-    method: str
-    config: Config
-    conditions: tuple[str, ...]
-    seeds: tuple[int, ...]
-    final: bool
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = mlp([64 + CLASSES, HIDDEN, CLASSES])
+        nn.init.zeros_(self.network[-1].weight)
 
-    @property
-    def told(self) -> list[Row]:
-        """What the row of each block says of it."""
-        own = {"method": self.method, "config": self.config, "final": self.final}
-        return [{**own, "condition": condition, "seed": seed} for condition in self.conditions for seed in self.seeds]
-
-
-Pool = tuple[Tensor, Tensor, Tensor]
-"""Images, given labels, and positions in the table of all blocks."""
-
-
-def batches(pools: Sequence[Pool], seeds: Sequence[int], stream: int, steps: int) -> list[Pool]:
-    """For each step, the examples that each block draws from its own pool, one block after another."""
-    samplers = [
-        StepSampler(len(pool[0]), BATCH, seed=seed, stream=stream) for pool, seed in zip(pools, seeds, strict=True)
-    ]
-    drawn_at = []
-    for step in range(steps):
-        parts = [
-            [column[indices] for column in pool]
-            for pool, indices in zip(pools, (sampler.indices(step) for sampler in samplers), strict=True)
-        ]
-        x, y, index = (torch.cat(column) for column in zip(*parts, strict=True))
-        drawn_at.append((x, y, index))
-    return drawn_at
+    def forward(self, x: Tensor, given: Tensor) -> Tensor:
+        """(B, ...), (B,) to (B, C)."""
+        labels = F.one_hot(given, CLASSES).to(x)
+        logits: Tensor = self.network(torch.cat([x.flatten(1), labels], 1)) + TRUSTED * labels
+        return logits
 
 
 class Run:
-    """A job's blocks: their data, and the networks that are trained on them."""
+    """A method with a configuration, on the digits of a seed."""
 
-    def __init__(self, job: Job, size: Size) -> None:
-        self.job, self.size, self.entry = job, size, ENTRIES[job.method]
-        self.data = [drawn(row["condition"], row["seed"]) for row in job.told]
-        self.seeds = [row["seed"] for row in job.told]
-        starts = itertools.accumulate((len(data.x) for data in self.data), initial=0)
-        self.noisy = [
-            (data.x, data.given, start + torch.arange(len(data.x)))
-            for data, start in zip(self.data, starts, strict=False)
-        ]
-        self.handful = [(x, y, torch.zeros_like(y)) for x, y in (data.clean for data in self.data)]
-        self.student = Blocks([seeded(seed, lambda: mlp([64, HIDDEN, CLASSES])) for seed in self.seeds])
+    def __init__(self, method: str, config: Config, condition: str, seed: int, size: Size) -> None:
+        self.method, self.entry, self.config, self.seed, self.size = method, ENTRIES[method], config, seed, size
+        self.data = drawn(condition, seed)
+        self.noisy = (self.data.x, self.data.given, torch.arange(len(self.data.x)))
+        torch.manual_seed(seed)
+        self.student = mlp([64, HIDDEN, CLASSES])
         self.teacher: nn.Module | None = None
 
-    def optimizer(self, lr: float, momentum: float = MOMENTUM) -> torch.optim.Optimizer:
-        """Of the student. The loss is a mean over the blocks too, so the rate is as many times larger."""
-        return torch.optim.SGD(self.student.parameters(), lr=lr * len(self.data), momentum=momentum)
+    def batches(self, pool: tuple[Tensor, ...], stream: int, steps: int) -> list[tuple[Tensor, ...]]:
+        """For each step, the examples that are drawn from a pool of columns."""
+        sampler = StepSampler(len(pool[0]), BATCH, seed=self.seed, stream=stream)
+        return [tuple(column[sampler.indices(step)] for column in pool) for step in range(steps)]
 
-    def outer(self, steps: int, stream: int) -> list[tuple[Tensor, Tensor]]:
-        """Batches of the handful."""
-        return [(x, y) for x, y, _ in batches(self.handful, self.seeds, stream, steps)]
+    def optimizer(self, momentum: float = MOMENTUM) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.student.parameters(), lr=self.config["student_lr"], momentum=momentum)
+
+    def supervised(self, pool: tuple[Tensor, ...], stream: int, steps: int, lr: float, **options: Any) -> None:
+        """The student alone."""
+        optimizer = torch.optim.SGD(self.student.parameters(), lr=lr, momentum=MOMENTUM)
+        losses = (CrossEntropy(self.config.get("label_smoothing", 0.0) if stream == 0 else 0.0),)
+        trainer = metapl.LossTrainer(self.student, losses, optimizer=optimizer)
+        labeled = self.batches(pool[:2], stream, steps)
+        trainer.fit(labeled, **{"steps": steps, "log_every": steps, "progress": False, **options})
 
     def train(self) -> None:
         """By the method."""
-        if self.entry.problem == "metagradient_descent":
-            self._descend()
-        elif self.entry.problem in TITLES:
-            self._bilevel()
-        else:
+        if self.entry.problem not in LEARNED:
             self._plain()
+            return
+        torch.manual_seed(self.seed)
+        problem: Any
+        match self.entry.problem:
+            case "meta_weight_net":
+                problem, self.teacher = MetaWeightNet(), WeightNet()
+            case "learning_to_reweight":
+                problem = LearningToReweight()
+            case "label_correction":
+                problem, self.teacher = LabelCorrection(), Corrector()
+            case "noise_transition":
+                problem, self.teacher = NoiseTransition(), Table(TRUSTED * torch.eye(CLASSES))
+            case _:
+                problem, self.teacher = ExampleWeights(), Table(torch.zeros(len(self.data.x)))
+        (self._descend if self.entry.problem == "metagradient_descent" else self._bilevel)(problem)
 
-    def _bilevel(self) -> None:
-        config, warm = self.job.config, 0 if self.job.method.endswith("_cold") else self.size.warm
+    def mode(self, seed: int) -> Any:
+        return Altered(Forward(), self.entry.how, seed) if self.entry.how else Forward()  # type: ignore[arg-type]
+
+    def _bilevel(self, problem: Any) -> None:
+        warm = 0 if self.method.endswith("_cold") else self.size.warm
         steps = self.entry.times * self.size.steps - warm
         if warm:
-            labeled = [(x, y) for x, y, _ in batches(self.noisy, self.seeds, 3, warm)]
-            self._supervised(config["student_lr"]).fit(
-                labeled, steps=warm, log_every=warm, schedule="constant", progress=False
-            )
-        problem, self.teacher = self._problem()
-        mode: Estimator = Forward()
-        if self.entry.how is not None:
-            mode = AlteredBlocks(mode, self.entry.how, seeds=tuple(self.seeds))  # type: ignore[arg-type]  # a name
+            self.supervised(self.noisy, 3, warm, self.config["student_lr"], schedule="constant")
         of_teacher: dict[str, Any] = {}
         if self.teacher is not None:
-            optimizer = torch.optim.Adam(self.teacher.parameters(), lr=config["teacher_lr"])
-            of_teacher = {"outer_optimizer": optimizer, "teacher_losses": (), "feedback_weight": len(self.data)}
-        trainer = metapl.BilevelTrainer(
-            self.teacher,
-            self.student,
-            mode,
-            problem=problem,
-            inner_optimizer=self.optimizer(config["student_lr"], config.get("momentum", MOMENTUM)),
-            **of_teacher,
-        )
-        parts = slice(0, 3 if isinstance(problem, ExampleWeights) else 2)
-        inner = [batch[parts] for batch in batches(self.noisy, self.seeds, 0, steps)]
-        trainer.fit(self.outer(steps, 1), inner, steps=steps, log_every=steps, progress=False)
+            optimizer = torch.optim.Adam(self.teacher.parameters(), lr=self.config["teacher_lr"])
+            of_teacher = {"outer_optimizer": optimizer, "teacher_losses": ()}
+        of_student = {"inner_optimizer": self.optimizer(self.config.get("momentum", MOMENTUM))}
+        pair = self.teacher, self.student
+        trainer = metapl.BilevelTrainer(*pair, self.mode(self.seed), problem=problem, **of_student, **of_teacher)
+        parts = self.noisy if isinstance(problem, ExampleWeights) else self.noisy[:2]
+        outer, inner = self.batches(self.data.clean, 1, steps), self.batches(parts, 0, steps)
+        trainer.fit(outer, inner, steps=steps, log_every=steps, progress=False)
 
-    def _descend(self) -> None:
+    def _descend(self, problem: Any) -> None:
         """Move the weights of all examples by the sign of their gradient through the whole training, which begins
         again at the same weights and with the same batches; the last one is without a gradient."""
-        config, steps = self.job.config, self.size.steps
-        problem, weights = self._problem()
-        assert isinstance(weights, Table)
-        (handful,) = [tuple(torch.cat(column) for column in zip(*(data.clean for data in self.data), strict=True))]
+        weights: Any = self.teacher
+        steps = self.size.steps
         training = metapl.Lookahead(
-            batches(self.noisy, self.seeds, 0, steps), schedule=lambda k: 0.5 * (1 + math.cos(math.pi * k / steps))
+            self.batches(self.noisy, 0, steps), schedule=lambda k: 0.5 * (1 + math.cos(math.pi * k / steps))
         )
         for number in range(DESCENTS + 1):
-            mode: Any = Forward() if number < DESCENTS else "none"
-            if self.entry.how is not None and number < DESCENTS:
-                drawn_by = tuple(seed * DESCENTS + number for seed in self.seeds)
-                mode = AlteredBlocks(mode, self.entry.how, seeds=drawn_by)  # type: ignore[arg-type]  # a name
             found = metapl.hypergradient(
                 weights,
                 self.student,
-                outer=handful,
+                outer=self.data.clean,
                 inner=training,
-                mode=mode,
+                mode=self.mode(self.seed * DESCENTS + number) if number < DESCENTS else "none",
                 problem=problem,
-                inner_optimizer=self.optimizer(config["student_lr"]),
+                inner_optimizer=self.optimizer(),
             )
             with torch.no_grad():
-                weights.values -= config["teacher_lr"] * found.grads["values"].sign()
-        self.teacher = weights
+                weights.values -= self.config["teacher_lr"] * found.grads["values"].sign()
         self.student.load_state_dict(found.student_params)
 
-    def _problem(self) -> tuple[metapl.BilevelProblem, nn.Module | None]:
-        """What is learned beside the student, as it is at first."""
-        blocks = len(self.data)
-        if self.entry.problem == "meta_weight_net":
-            return MetaWeightNet(), WeightBlocks(self.seeds)
-        if self.entry.problem == "learning_to_reweight":
-            return Reweighting(blocks), None
-        if self.entry.problem in ("example_weights", "metagradient_descent"):
-            return ExampleWeights(), Table(torch.zeros(sum(len(data.x) for data in self.data)))
-        if self.entry.problem == "label_correction":
-            return LabelCorrection(), Corrector(self.seeds)
-        return NoiseTransitions(), Table(TRUSTED * torch.eye(CLASSES).repeat(blocks, 1, 1))
-
     def _plain(self) -> None:
-        config, pools = self.job.config, {"noisy": self.noisy, "clean": self.handful}
-        if self.entry.problem == "both":
-            copies = int(config["clean_weight"])
-            pools["both"] = [
-                (torch.cat([noisy[0], *[clean[0]] * copies]), torch.cat([noisy[1], *[clean[1]] * copies]), noisy[2])
-                for noisy, clean in zip(self.noisy, self.handful, strict=True)
-            ]
-        pool = [(x, y, torch.zeros_like(y)) for x, y, _ in pools[self.entry.problem]]
-        trainer = self._supervised(config["student_lr"], config.get("label_smoothing", 0.0))
-        labeled, steps = [(x, y) for x, y, _ in batches(pool, self.seeds, 0, self.size.steps)], self.size.steps
-        stopped = [Earliest(self)] if self.job.method == "early_stopping" else []
-        every = CHECKED_EVERY if stopped else steps
-        trainer.fit(labeled, steps=steps, log_every=every, progress=False, callbacks=stopped)
-        for kept in stopped:
-            kept.restore()
+        clean, noisy, best, kept = self.data.clean, self.noisy[:2], -1.0, dict[str, Tensor]()
+        copies = int(self.config.get("clean_weight", 0))
+        both = torch.cat([noisy[0], *[clean[0]] * copies]), torch.cat([noisy[1], *[clean[1]] * copies])
+        pool = {"both": both, "clean": clean, "noisy": noisy}[self.entry.problem]
 
-    def _supervised(self, lr: float, label_smoothing: float = 0.0) -> metapl.LossTrainer:
-        return metapl.LossTrainer(self.student, (CrossEntropy(label_smoothing),), optimizer=self.optimizer(lr))
+        def earliest(step: int, row: dict[str, float], trainer: Any) -> None:
+            """Keep the weights where the accuracy on the handful was best, the latest of equals."""
+            nonlocal best, kept
+            if (reached := self.accuracy("clean")) >= best:
+                best, kept = reached, {name: t.detach().clone() for name, t in self.student.state_dict().items()}
 
-    def finetune(self) -> None:
-        """On the handful, after whatever method."""
-        trainer, steps = self._supervised(FINETUNE_LR), self.size.finetune_steps
-        trainer.fit(self.outer(steps, 2), steps=steps, log_every=steps, progress=False)
+        stopping = {"log_every": CHECKED_EVERY, "callbacks": [earliest]} if self.method == "early_stopping" else {}
+        self.supervised(pool, 0, self.size.steps, self.config["student_lr"], **stopping)
+        if kept:
+            self.student.load_state_dict(kept)
 
     @torch.no_grad()
-    def logits(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The student's on the inputs of each block, of which there may be more in one than in another."""
-        most = max(map(len, inputs))
-        padded = [torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]) for x in inputs]
-        together: Tensor = self.student(torch.cat(padded)).unflatten(0, (len(inputs), most))
-        return [z[: len(x)] for z, x in zip(together, inputs, strict=True)]
-
-    def accuracies(self, part: str) -> list[float]:
-        """The student's accuracy on a part of each block's data."""
-        sets = [getattr(data, part) for data in self.data]
-        logits = self.logits([x for x, _ in sets])
-        return [float((z.argmax(1) == y).double().mean()) for z, (_, y) in zip(logits, sets, strict=True)]
-
-    # ----------------------------------------------------------------------------------------- finding the wrong labels
-
-    def losses(self) -> list[Tensor]:
-        """The student's loss on the given label of each noisy example: where it is high, the label may be wrong."""
-        return [F.cross_entropy(z, y, reduction="none") for z, y in self._looks()]
-
-    def _looks(self) -> list[tuple[Tensor, Tensor]]:
-        return list(zip(self.logits([x for x, _, _ in self.noisy]), (y for _, y, _ in self.noisy), strict=True))
+    def accuracy(self, part: str) -> float:
+        x, y = getattr(self.data, part)
+        return float((self.student(x).argmax(1) == y).double().mean())
 
     @torch.no_grad()
-    def doubts(self) -> list[Tensor]:
-        """What the teacher thinks of each noisy example: low weights, or the probability that the label is wrong."""
-        if isinstance(self.teacher, WeightBlocks):
-            losses = self.losses()
-            most = max(map(len, losses))
-            padded = torch.cat([torch.cat([part, part.new_zeros(most - len(part))]) for part in losses])
-            weights = self.teacher(padded).unflatten(0, (len(losses), most))
-            return [-w[: len(part)] for w, part in zip(weights, losses, strict=True)]
-        if isinstance(self.teacher, Corrector):
-            return [1 - p for p in self._corrected()]
-        assert isinstance(self.teacher, Table)
-        if self.teacher.values.ndim == 1:
-            return [-self.teacher(index) for _, _, index in self.noisy]
-        return [
-            1 - _posterior(z.softmax(-1), matrix.softmax(-1), y)
-            for (z, y), matrix in zip(self._looks(), self.teacher(), strict=True)
-        ]
-
-    def _corrected(self) -> list[Tensor]:
-        """The corrector's probability of the given label."""
-        assert isinstance(self.teacher, Corrector)
-        most = max(len(x) for x, _, _ in self.noisy)
-        x = torch.cat([torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]) for x, _, _ in self.noisy])
-        y = torch.cat([torch.cat([y, y.new_zeros(most - len(y))]) for _, y, _ in self.noisy])
-        q = self.teacher(x, y).softmax(-1).gather(1, y[:, None])[:, 0].unflatten(0, (len(self.noisy), most))
-        return [part[: len(pool[1])] for part, pool in zip(q, self.noisy, strict=True)]
-
-
-def _posterior(p: Tensor, matrix: Tensor, given: Tensor) -> Tensor:
-    """The probability that the given label is the true one, (n,): p_k M_kk / Σ_j p_j M_jk."""
-    joint = p * matrix.T[given]
-    return joint.gather(1, given[:, None])[:, 0] / joint.sum(1)
-
-
-class Earliest:
-    """The weights of each block where its accuracy on the handful was best, the latest of equals."""
-
-    def __init__(self, run: Run) -> None:
-        self.run, self.best = run, [-1.0] * len(run.data)
-        self.weights = [p.detach().clone() for p in run.student.parameters()]
-
-    def __call__(self, step: int, row: dict[str, float], trainer: Any) -> None:
-        for block, accuracy in enumerate(self.run.accuracies("clean")):
-            if accuracy >= self.best[block]:
-                self.best[block] = accuracy
-                for kept, now in zip(self.weights, self.run.student.parameters(), strict=True):
-                    kept[block] = now.detach()[block]
-
-    def restore(self) -> None:
-        """Put them in place."""
-        with torch.no_grad():
-            for kept, now in zip(self.weights, self.run.student.parameters(), strict=True):
-                now.copy_(kept)
+    def doubts(self) -> dict[str, Tensor]:
+        """Of each noisy example: the student's loss on its given label, and what the teacher has learned: a low weight,
+        or the probability that the label is wrong."""
+        x, given, index = self.noisy
+        z, of_label = self.student(x), (torch.arange(len(x)), given)
+        found = {"auc_by_loss": F.cross_entropy(z, given, reduction="none")}
+        if isinstance(self.teacher, WeightNet):
+            found["auc"] = -self.teacher(found["auc_by_loss"])
+        elif isinstance(self.teacher, Corrector):
+            found["auc"] = 1 - self.teacher(x, given).softmax(-1)[of_label]
+        elif isinstance(self.teacher, Table) and self.teacher.values.ndim == 1:
+            found["auc"] = -self.teacher(index)
+        elif isinstance(self.teacher, Table):  # 1 - p_k M_kk / Σ_j p_j M_jk
+            joint = z.softmax(-1) * self.teacher().softmax(-1).T[given]
+            found["auc"] = 1 - joint[of_label] / joint.sum(1)
+        return found
 
 
 def auc(wrong: Tensor, doubt: Tensor) -> float | None:
@@ -590,37 +372,18 @@ def auc(wrong: Tensor, doubt: Tensor) -> float | None:
     return None if not wrong.any() else round(float(roc_auc_score(wrong, doubt)), 4)
 
 
-def one_run(job: Job, size: Size) -> list[Row]:
-    """A row for each condition and seed: tuning runs read the validation images, final runs the test images."""
-    since, run = time.perf_counter(), Run(job, size)
+def one_run(method: str, config: Config, final: bool, condition: str, seed: int, size: Size) -> Row:
+    """Tuning runs read the validation images, final runs the test images."""
+    since, run, row = time.perf_counter(), Run(method, config, condition, seed, size), Row()
     run.train()
-    columns: dict[str, list[Any]] = {}
-    if job.final:
-        columns["auc_by_loss"] = [auc(data.wrong, loss) for data, loss in zip(run.data, run.losses(), strict=True)]
-        if run.teacher is not None:
-            columns["auc"] = [auc(data.wrong, doubt) for data, doubt in zip(run.data, run.doubts(), strict=True)]
-        columns[STUDENT] = run.accuracies("test")
-        run.finetune()
-        columns[FINETUNED] = run.accuracies("test")
+    if final:
+        row |= {name: auc(run.data.wrong, doubt) for name, doubt in run.doubts().items()}
+        row[STUDENT] = run.accuracy("test")
+        run.supervised(run.data.clean, 2, size.finetune_steps, FINETUNE_LR)  # on the handful, after whatever method
+        row[FINETUNED] = run.accuracy("test")
     else:
-        columns["validation_accuracy"] = run.accuracies("validation")
-    seconds = round((time.perf_counter() - since) / len(run.data), 2)
-    found = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return [{**told, **own, "seconds": seconds} for told, own in zip(job.told, found, strict=True)]
-
-
-# ------------------------------------------------------------------------------------------------------ running it all
-
-
-def run_missing(jobs: Iterable[Job], size: Size, raw: Path) -> None:
-    """Run what the raw file does not hold yet."""
-    rows, begun = read(raw, "method"), False
-    for job in jobs:
-        if all(any(told.items() <= row.items() for row in rows) for told in job.told):
-            continue
-        append(raw, *[{"made_with": environment(), **dataclasses.asdict(size)}] * (not begun), *one_run(job, size))
-        begun = True
-        print(f"{job.method}, {', '.join(job.conditions)}", file=sys.stderr, flush=True)
+        row["validation_accuracy"] = run.accuracy("validation")
+    return row | {"seconds": round(time.perf_counter() - since, 2)}
 
 
 def chosen(rows: Sequence[Row], method: str, condition: str) -> Config:
@@ -634,29 +397,23 @@ def chosen(rows: Sequence[Row], method: str, condition: str) -> Config:
     return best
 
 
-def study(size: Size, raw: Path) -> None:
-    """Tune every method, then run each on the seeds that nobody has looked at."""
-    tuning = (
-        Job(name, config, (*CONDITIONS,), size.tuning_seeds, final=False)
-        for name, entry in ENTRIES.items()
-        for config in entry.grid[: size.configurations]
-    )
-    run_missing(tuning, size, raw)
-    rows = read(raw, "method")
-    places = itertools.product(ENTRIES, CONDITIONS)
-    run_missing((Job(name, chosen(rows, name, at), (at,), size.seeds, final=True) for name, at in places), size, raw)
+def jobs(rows: Sequence[Row], size: Size) -> Iterator[Row]:
+    """Tuning of every method where no rows are given, then each on the seeds that nobody has looked at."""
+    for (name, entry), at in itertools.product(ENTRIES.items(), CONDITIONS):
+        configs = [chosen(rows, name, at)] if rows else entry.grid[: size.configurations]
+        for config, seed in itertools.product(configs, size.seeds if rows else size.tuning_seeds):
+            yield {"method": name, "config": config, "final": bool(rows), "condition": at, "seed": seed}
 
 
-def costs(raw: Path, seeds: tuple[int, ...]) -> None:
-    """Write the processor seconds of each method's training of so many seeds side by side, after one in miniature."""
+def costs(raw: Path) -> None:
+    """Write the processor seconds of each method's training, after one in miniature."""
     seconds: dict[str, float] = {}
     for size, (name, entry) in itertools.product((MINIATURE, FULL), ENTRIES.items()):
         if entry.grid:
-            run = Run(Job(name, entry.grid[0], ("asymmetric_40",), seeds, final=False), size)
-            since = time.process_time()
+            run, since = Run(name, entry.grid[0], "asymmetric_40", 0, size), time.process_time()
             run.train()
             seconds[name] = round(time.process_time() - since, 2)
-    append(raw, {"costs": seconds, "made_with": environment()})
+    append(raw, {"costs": seconds, "of": "One seed", "made_with": environment()})
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -752,7 +509,7 @@ def block(raw: Path) -> str:
     for row in read(raw, "costs")[-1:]:
         cells = [[ENTRIES[n].title, f"{s:.1f}", f"{s / row['costs']['plain']:.1f}"] for n, s in row["costs"].items()]
         parts += [grid(["cost", "processor time, s", "over plain training"], cells)]
-        parts += ["20 seeds side by side, one thread, by `--costs`."]
+        parts += [f"{row.get('of', '20 seeds side by side')}, one thread, by `--costs`."]
     tuning = [row for row in rows if not row["final"]]
     parts.append(
         f"Test accuracy in %, mean ± standard error over {len({row['seed'] for row in rows if row['final']})} seeds "
@@ -791,9 +548,13 @@ def main() -> None:
     parser.add_argument("--costs", action="store_true", help="measure what each method costs and stop")
     given = parsed(parser)
     torch.set_num_threads(1)
-    if given.runs:
-        costs(given.out, FULL.seeds) if given.costs else study(MINIATURE if given.miniature else FULL, given.out)
-        return
+    if given.costs:
+        costs(given.out)
+    elif given.runs:
+        size = MINIATURE if given.miniature else FULL
+        run, about = partial(one_run, size=size), {"made_with": environment(), **dataclasses.asdict(size)}
+        go_on(given.out, jobs([], size), run, **about)
+        go_on(given.out, jobs(read(given.out, "method"), size), run, **about)
     show(given.write, "label_noise", block(given.out))
     if given.write:
         draw(figure_of(given.write, f"{given.out.stem}.png"), columns(read(given.out, "method")))

@@ -212,27 +212,6 @@ def test_uneven_classes_have_their_shares_and_wrong_labels_are_as_wrong_as_they_
 # ----------------------------------------------------------------------------------------------------- wrong labels
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        *("plain", "early_stopping", "meta_weight_net", "learning_to_reweight", "label_correction_permuted"),
-        *("noise_transition", "metagradient_descent"),
-    ],
-)
-def test_a_seed_of_the_study_of_label_noise_ends_beside_others_as_it_does_alone(method: str) -> None:
-    import label_noise as study
-
-    size = dataclasses.replace(study.MINIATURE, steps=30, warm=10)
-    entry = study.ENTRIES[method]
-    config = (entry.grid or study.ENTRIES[entry.problem].grid)[0]
-    runs = [study.Run(study.Job(method, config, ("symmetric_40",), seeds, True), size) for seeds in ((3, 4), (4,))]
-    for each in runs:
-        each.train()
-    for both, alone in zip(*(each.student.parameters() for each in runs), strict=True):
-        assert torch.allclose(both[1], alone[0], atol=1e-5)
-        assert not torch.allclose(both[0], alone[0], atol=1e-3)
-
-
 def test_the_planted_noise_is_as_it_is_called() -> None:
     import label_noise as study
 
