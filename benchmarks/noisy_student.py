@@ -21,15 +21,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from harness import (
@@ -44,6 +43,7 @@ from harness import (
     environment,
     figure_of,
     go_on,
+    grid,
     parsed,
     read,
     show,
@@ -71,24 +71,6 @@ FINETUNINGS = (50, 150, 500)
 """Lengths of study 6's finetuning, of which the best by validation is taken."""
 
 Weights = list[Tensor]  # (S, in, out) and (S, 1, out) of the first layer, of the second, ...
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much is run."""
-
-    seeds: tuple[int, ...]
-    tuning_seeds: tuple[int, ...]
-    divisor: int = 1
-    """Of all numbers of steps."""
-
-    def steps(self, steps: int) -> int:
-        """So many."""
-        return max(2, steps // self.divisor)
-
-
-FULL = Size(tuple(range(300, 312)), (320, 321, 322))
-MINIATURE = Size((300, 301), (320,), divisor=10**9)
 
 
 # ------------------------------------------------------------------------------------------------------------ the arms
@@ -140,88 +122,141 @@ SHARES = (1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 4, 1.0)
 BEST = {"teacher": WIDTHS[-1], "rounds": 2}
 """The largest network after two rounds, in the place of the iterated L2."""
 
-STUDIES: dict[str, dict[str, Arm]] = {
-    "noise": {
-        f"{name}, {spoken} of the unlabeled": arm
-        for share, spoken in ((1 / 16, "a sixteenth"), (1.0, "all"))
-        for name, arm in {
-            "supervised": Arm(width=32),
-            "Noisy Student": _same(32, share=share),
-            "student without augmentation": _same(32, share=share, augment=False),
-            "student without augmentation and dropout": _same(32, share=share, augment=False, dropout=False),
-            "teacher with augmentation and dropout": _same(32, share=share, noisy_teacher=True),
-        }.items()
-    },
-    "1": {
-        f"width {width}: {name}": arm
-        for width in WIDTHS
-        for name, arm in {
-            "supervised": Arm(width=width),
-            "same teacher": _same(width, ratio=3),
-            "best teacher": Arm(width=width, **BEST, ratio=3),
-        }.items()
-    },
-    "2": {"supervised": Arm(width=32), **{f"1/{round(1 / share)}": _same(32, share=share) for share in SHARES}},
-    "3": {
-        "supervised": Arm(width=16),
-        **{
-            f"{name}, fifth {fifth + 1}": _same(16, fifth=fifth, hard=name == "hard", balanced=False)
-            for fifth in range(5)
-            for name in ("soft", "hard")
-        },
-    },
-    "4": {
-        name: arm
-        for teacher in SMALL
-        for name, arm in {
-            f"teacher {teacher}": Arm(width=teacher),
-            f"teacher {teacher}, student {teacher}": _same(teacher),
-            f"teacher {teacher}, student {2 * teacher}": Arm(width=2 * teacher, teacher=teacher),
-            f"supervised {2 * teacher}": Arm(width=2 * teacher),
-        }.items()
-    },
-    "5": {
-        f"width {width}: {name}": arm
-        for width in SMALL
-        for name, arm in {
-            "supervised": Arm(width=width),
-            "Noisy Student": _same(width),
-            "without balancing": _same(width, balanced=False),
-        }.items()
-    },
-    "6": {
-        f"width {width}: {name}": arm
-        for width in SMALL
-        for name, arm in {
-            "supervised": Arm(width=width),
-            "pretraining only": _same(width, training="pretrain"),
-            "pretraining + finetuning": _same(width, training="pretrain_finetune"),
-            "joint": _same(width),
-        }.items()
-    },
-    "7": {f"width {width}: {ratio}:1": _same(width, ratio=ratio) for width in (16, WIDTHS[-1]) for ratio in (1, 3, 7)},
-    "8": {
-        "supervised": Arm(width=16),
-        **{f"{percent} %, warm": _same(16, steps=percent, warm=True) for percent in (10, 20, 40, 80)},
-        "100 %, no warm start": _same(16),
-    },
-}
-"""By study, the arms by their names; an arm that several studies have is run once."""
+Arms = dict[str, tuple[Arm, float | None]]
 
-ARMS: tuple[Arm, ...] = tuple(dict.fromkeys(arm for arms in STUDIES.values() for arm in arms.values()))
+
+def by_width(widths: Sequence[int], arms: Callable[[int], dict[str, Arm]], papers: Any) -> Arms:
+    """Arms with what the paper prints of them; a row of it for each width, which may be shorter."""
+    return {
+        f"width {width}: {name}": (arm, paper)
+        for width, row in zip(widths, papers, strict=True)
+        for (name, arm), paper in itertools.zip_longest(arms(width).items(), row)
+    }
+
+
+def noise(share: float, of: str, papers: Sequence[float]) -> Arms:
+    arms = {
+        "supervised": Arm(width=32),
+        "Noisy Student": _same(32, share=share),
+        "student without augmentation": _same(32, share=share, augment=False),
+        "student without augmentation and dropout": _same(32, share=share, augment=False, dropout=False),
+        "teacher with augmentation and dropout": _same(32, share=share, noisy_teacher=True),
+    }
+    return {f"{n}, {of} of the unlabeled": (arm, p) for (n, arm), p in zip(arms.items(), papers, strict=True)}
+
+
+def capacity(teacher: int, papers: Sequence[float]) -> Arms:
+    arms = {
+        f"teacher {teacher}": Arm(width=teacher),
+        f"teacher {teacher}, student {teacher}": _same(teacher),
+        f"teacher {teacher}, student {2 * teacher}": Arm(width=2 * teacher, teacher=teacher),
+        f"supervised {2 * teacher}": Arm(width=2 * teacher),
+    }
+    return {name: (arm, paper) for (name, arm), paper in itertools.zip_longest(arms.items(), papers)}
+
+
+STUDIES: dict[str, tuple[str, Arms]] = {
+    "noise": (
+        "Noise (Table 6; B5, with 1.3M and with 130M unlabeled images)",
+        {
+            **noise(1 / 16, "a sixteenth", (83.3, 83.9, 83.6, 83.2, 83.7)),
+            **noise(1.0, "all", (84.0, 85.1, 84.6, 84.3, 84.4)),
+        },
+    ),
+    "1": (
+        "Study 1, teacher capacity (Table 9; widths for B0, B2, B4, B6, B7, best teacher for L2)",
+        by_width(
+            WIDTHS,
+            lambda width: {
+                "supervised": Arm(width=width),
+                "same teacher": _same(width, ratio=3),
+                "best teacher": Arm(width=width, **BEST, ratio=3),
+            },
+            ((77.3, 78.1, 78.8), (80.0, 81.1, 82.4), (83.2, 84.4, 85.3), (84.5, 85.9, 86.4), (85.0, 86.4, 86.9)),
+        ),
+    ),
+    "2": (
+        "Study 2, unlabeled size (Table 10; B4)",
+        {
+            "supervised": (Arm(width=32), 83.2),
+            **{
+                f"1/{round(1 / share)}": (_same(32, share=share), paper)
+                for share, paper in zip(SHARES, (83.4, 83.3, 83.7, 83.9, 83.8, 84.0), strict=True)
+            },
+        },
+    ),
+    "3": (
+        "Study 3, hard and soft labels by the teacher's confidence (Figure 5; B0; its values are not printed)",
+        {
+            "supervised": (Arm(width=16), None),
+            **{
+                f"{name}, fifth {fifth + 1}": (_same(16, fifth=fifth, hard=name == "hard", balanced=False), None)
+                for fifth in range(5)
+                for name in ("soft", "hard")
+            },
+        },
+    ),
+    "4": (
+        "Study 4, student capacity (Table 11; widths 8, 16, 32, 64 for teachers B0, B2, B4, B7)",
+        {
+            **capacity(8, (77.3, 77.9, 79.5)),
+            **capacity(16, (80.0, 80.7, 82.0)),
+            **capacity(32, (83.2, 84.0, 84.7)),
+            **capacity(64, (86.9, 86.9, 87.2)),
+        },
+    ),
+    "5": (
+        "Study 5, balancing (Table 12; widths for B0 to B3)",
+        by_width(
+            SMALL,
+            lambda width: {
+                "supervised": Arm(width=width),
+                "Noisy Student": _same(width),
+                "without balancing": _same(width, balanced=False),
+            },
+            ((77.3, 77.9, 77.6), (79.2, 79.9, 79.6), (80.0, 80.7, 80.6), (81.7, 82.1, 82.1)),
+        ),
+    ),
+    "6": (
+        "Study 6, joint training (Table 13; widths for B0 to B3)",
+        by_width(
+            SMALL,
+            lambda width: {
+                "supervised": Arm(width=width),
+                "pretraining only": _same(width, training="pretrain"),
+                "pretraining + finetuning": _same(width, training="pretrain_finetune"),
+                "joint": _same(width),
+            },
+            ((77.3, 72.6, 77.5, 77.9), (79.2, 75.1, 79.4, 79.9), (80.0, 75.9, 80.3, 80.7), (81.7, 76.5, 81.7, 82.1)),
+        ),
+    ),
+    "7": (
+        "Study 7, batch ratio (Table 14; widths for B4 and for L2 with the teacher of 87.0)",
+        by_width(
+            (16, WIDTHS[-1]),
+            lambda width: {f"{ratio}:1": _same(width, ratio=ratio) for ratio in (1, 3, 7)},
+            ((84.0, 84.0), (86.7, 87.4)),
+        ),
+    ),
+    "8": (
+        "Study 8, warm start (Table 15; B0)",
+        {
+            "supervised": (Arm(width=16), 77.3),
+            **{
+                f"{percent} %, warm": (_same(16, steps=percent, warm=True), paper)
+                for percent, paper in zip((10, 20, 40, 80), (77.4, 77.5, 77.7, 77.8), strict=True)
+            },
+            "100 %, no warm start": (_same(16), 77.9),
+        },
+    ),
+}
+"""A heading, and the arms by their names, each with the top-1 accuracy on ImageNet in % that the paper prints of it; an
+arm that several studies have is run once."""
+
+ARMS: tuple[Arm, ...] = tuple(dict.fromkeys(arm for _, arms in STUDIES.values() for arm, _ in arms.values()))
 
 
 # -------------------------------------------------------------------------------------------------------- the networks
-
-
-def stacked(networks: Sequence[nn.Sequential]) -> Weights:
-    """The weights of networks of one shape, as :func:`metapl.models.mlp` makes them."""
-    layers = [[m for m in network if isinstance(m, nn.Linear)] for network in networks]
-    weights: Weights = []
-    for same in zip(*layers, strict=True):
-        weights.append(torch.stack([layer.weight.detach().T for layer in same]))
-        weights.append(torch.stack([layer.bias.detach()[None] for layer in same]))
-    return weights
 
 
 def passed(weights: Weights, x: Tensor, masks: Sequence[Tensor | None] = (None, None)) -> Tensor:
@@ -237,31 +272,14 @@ def passed(weights: Weights, x: Tensor, masks: Sequence[Tensor | None] = (None, 
     return torch.baddbmm(bias, x, last)
 
 
-@dataclass(frozen=True)
-class Dropout:
-    """Drops hidden units of a stack of networks.
-
-    Args:
-        p: the probability.
-        generator: draws.
-        whole: the first so many rows alone; None: all.
-    """
-
-    p: float
-    generator: torch.Generator
-    whole: int | None = None
-
-    def masks(self, weights: Weights, batch: int) -> list[Tensor | None]:
-        """For each hidden layer, (S, B, H)."""
-        if not self.p:
-            return [None] * (len(weights) // 2 - 1)
-        masks: list[Tensor | None] = []
-        for bias in weights[1:-1:2]:
-            mask = torch.ones(len(bias), batch, bias.shape[-1])
-            part = mask[:, : self.whole]
-            part.copy_((torch.rand(part.shape, generator=self.generator) >= self.p).float() / (1 - self.p))
-            masks.append(mask)
-        return masks
+def dropped(weights: Weights, batch: int, p: float, draw: torch.Generator, rows: int | None = None) -> list[Tensor]:
+    """Masks that drop hidden units of a stack of networks with this probability, (S, B, H) for each hidden layer; in
+    the first ``rows`` alone, where there are any."""
+    masks = [torch.ones(len(bias), batch, bias.shape[-1]) for bias in weights[1:-1:2]]
+    for mask in masks:
+        part = mask[:, :rows]
+        part.copy_((torch.rand(part.shape, generator=draw) >= p).float() / (1 - p))
+    return masks
 
 
 @dataclass
@@ -291,11 +309,12 @@ class Learner:
 
 def first_weights(width: int, seeds: Sequence[int], student: int) -> Weights:
     """Networks as they begin; ``student``: 0 for the first teacher, then the number of the round."""
-    networks = []
+    weights: list[Weights] = []
     for seed in seeds:
         torch.manual_seed(10 * seed + student)
-        networks.append(mlp([64, width, width, CLASSES]))
-    return stacked(networks)
+        layers = [m for m in mlp([64, width, width, CLASSES]) if isinstance(m, nn.Linear)]
+        weights.append([t for layer in layers for t in (layer.weight.detach().T, layer.bias.detach()[None])])
+    return [torch.stack(same) for same in zip(*weights, strict=True)]
 
 
 # --------------------------------------------------------------------------------------------------------- the batches
@@ -321,15 +340,10 @@ def selected(q: Tensor, *, threshold: float, per_class: int | None, balanced: bo
     goal = (per_class or max(map(len, groups))) if balanced else 0
     for group in groups:
         times, more = divmod(goal, len(group)) if group and balanced else (1, 0)
-        once_more = set(sorted(group, key=_number)[:more])
+        once_more = set(sorted(group, key=lambda example: hashlib.md5(str(example).encode()).digest()[:7:-1])[:more])
         for example in group:
             chosen += [example] * (times + (example in once_more))
     return torch.tensor(sorted(chosen))
-
-
-def _number(example: int) -> int:
-    """What duplicates are drawn by: the last eight bytes of the MD5 of an id."""
-    return int.from_bytes(hashlib.md5(str(example).encode()).digest()[8:], "little")
 
 
 def shuffled(positions: Tensor, length: int, seed: int, stream: int) -> Tensor:
@@ -343,7 +357,7 @@ def batches(
     x: Tensor,
     kept: Sequence[Tensor],
     targets: Tensor,
-    seeds: Sequence[int],
+    setting: Setting,
     stream: int,
     batch: int,
     steps: int,
@@ -357,43 +371,45 @@ def batches(
         stream: keeps apart what is drawn for different purposes.
         seen: augmented.
     """
-    orders = [shuffled(positions, batch * steps, seed, stream) for positions, seed in zip(kept, seeds, strict=True)]
-    order = torch.stack(orders).unflatten(1, (steps, batch))
-    rows = torch.arange(len(seeds))[:, None]
-    for one, altered in views(x, seeds, stream, batch, steps, order):
+    pairs = zip(kept, setting.seeds, strict=True)
+    order = torch.stack([shuffled(positions, batch * steps, seed, stream) for positions, seed in pairs])
+    order, rows = order.unflatten(1, (steps, batch)), torch.arange(len(setting.seeds))[:, None]
+    for one, altered in views(x, setting.seeds, stream, batch, steps, order):
         yield (altered if seen else x[rows, one]), targets[rows, one]
 
 
 # ------------------------------------------------------------------------------------------------------------ the runs
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What was tuned, and how much is run."""
+class Setting(NamedTuple):
+    """What was tuned, and how much is run: all numbers of steps are divided."""
 
     lr: float
     dropout: float
     seeds: tuple[int, ...]
-    size: Size
+    divisor: int = 1
 
-    @property
-    def steps(self) -> int:
-        return self.size.steps(STEPS)
+    def steps(self, steps: int) -> int:
+        return max(2, steps // self.divisor)
+
+    def labeled(self, stream: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+        x, y = drawn(LABELS, self.seeds).labeled
+        everything = [torch.arange(x.shape[1])] * len(self.seeds)
+        return batches(x, everything, F.one_hot(y, CLASSES).to(x), self, stream, LABELED_BATCH, steps, seen=True)
 
 
 def trained(arm: Arm, setting: Setting) -> Weights:
     """The networks of an arm, one a seed."""
     if arm.teacher is None:
         return supervised(arm.width, setting)
-    teacher = labeler(arm.teacher, arm.rounds, setting)
-    return student(arm, teacher, setting, arm.rounds + 1)
+    return student(arm, labeler(arm.teacher, arm.rounds, setting), setting, arm.rounds + 1)
 
 
 @lru_cache(maxsize=64)
 def supervised(width: int, setting: Setting) -> Weights:
     """Networks that learn from the labeled examples alone, with noise."""
     learner = Learner(first_weights(width, setting.seeds, 0), setting.lr)
-    _learn_labels(learner, setting, setting.steps, stream=0, exponential=True)
+    _learn_labels(learner, setting, setting.steps(STEPS), stream=0, decay=True)
     return learner.weights
 
 
@@ -405,15 +421,11 @@ def labeler(width: int, rounds: int, setting: Setting) -> Weights:
     return student(_same(width, ratio=3), labeler(width, rounds - 1, setting), setting, rounds)
 
 
-def _learn_labels(learner: Learner, setting: Setting, steps: int, stream: int, exponential: bool) -> None:
-    x, y = drawn(LABELS, setting.seeds).labeled
-    targets = F.one_hot(y, CLASSES).to(x)
-    everything = [torch.arange(x.shape[1])] * len(setting.seeds)
-    dropout = Dropout(setting.dropout, torch.Generator().manual_seed(stream))
-    source = batches(x, everything, targets, setting.seeds, stream, LABELED_BATCH, steps, seen=True)
-    for step, (seen, right) in enumerate(source):
-        factor = decayed(step, steps) if exponential else 1.0
-        learner.step(seen, right, dropout.masks(learner.weights, seen.shape[1]), factor)
+def _learn_labels(learner: Learner, setting: Setting, steps: int, stream: int, decay: bool) -> None:
+    draw = torch.Generator().manual_seed(stream)
+    for step, (seen, right) in enumerate(setting.labeled(stream, steps)):
+        masks = dropped(learner.weights, seen.shape[1], setting.dropout, draw)
+        learner.step(seen, right, masks, decayed(step, steps) if decay else 1.0)
 
 
 def decayed(step: int, steps: int) -> float:
@@ -428,7 +440,7 @@ def labels_of(arm: Arm, teacher: Weights, setting: Setting) -> Tensor:
         return passed(teacher, x).softmax(-1)
     everything = torch.arange(x.shape[1]).expand(len(setting.seeds), 1, -1)
     _, seen = next(views(x, setting.seeds, 7, x.shape[1], 1, everything))
-    masks = Dropout(setting.dropout, torch.Generator().manual_seed(7)).masks(teacher, x.shape[1])
+    masks = dropped(teacher, x.shape[1], setting.dropout, torch.Generator().manual_seed(7))
     return passed(teacher, seen, masks).softmax(-1)
 
 
@@ -452,40 +464,28 @@ def kept_of(arm: Arm, q: Tensor, seeds: Sequence[int]) -> list[Tensor]:
 
 def student(arm: Arm, teacher: Weights, setting: Setting, number: int) -> Weights:
     """Networks that learn from the labels of their teachers."""
-    seeds, data = setting.seeds, drawn(LABELS, setting.seeds)
     q = labels_of(arm, teacher, setting)
-    kept = kept_of(arm, q, seeds)
     targets = F.one_hot(q.argmax(-1), CLASSES).to(q) if arm.hard else q
-    weights = [w.clone() for w in teacher] if arm.warm else first_weights(arm.width, seeds, number)
-    steps = setting.size.steps(round(STEPS * arm.steps / 100))
+    weights = [w.clone() for w in teacher] if arm.warm else first_weights(arm.width, setting.seeds, number)
+    usual, steps = setting.steps(STEPS), setting.steps(round(STEPS * arm.steps / 100))
     # A run that is shorter ends at the rate of a usual one: study 8.
-    lr = setting.lr * DECAY ** ((setting.steps - steps) / decay_interval(setting.steps))
-    learner = Learner(weights, float(lr))
-    size = arm.ratio * LABELED_BATCH
-    unlabeled = batches(data.unlabeled[0], kept, targets, seeds, 1, size, steps, arm.augment)
-    x, y = data.labeled
-    every, right = [torch.arange(x.shape[1])] * len(seeds), F.one_hot(y, CLASSES).to(x)
-    labeled = batches(x, every, right, seeds, 2, LABELED_BATCH, steps, seen=True)
+    learner = Learner(weights, setting.lr * decayed(usual - steps, usual))
+    kept, x, draw = kept_of(arm, q, setting.seeds), drawn(LABELS, setting.seeds).unlabeled[0], torch.Generator()
+    draw.manual_seed(number)
+    unlabeled = batches(x, kept, targets, setting, 1, arm.ratio * LABELED_BATCH, steps, arm.augment)
     joint = arm.training == "joint"
-    generator = torch.Generator().manual_seed(number)
-    whole = None if arm.dropout else (LABELED_BATCH if joint else 0)
-    dropout = Dropout(setting.dropout, generator, whole)
-    for step, ((x_l, y_l), (x_u, q_u)) in enumerate(zip(labeled, unlabeled, strict=True)):
+    rows = None if arm.dropout else LABELED_BATCH if joint else 0
+    for step, ((x_l, y_l), (x_u, q_u)) in enumerate(zip(setting.labeled(2, steps), unlabeled, strict=True)):
         seen, target = (torch.cat([x_l, x_u], 1), torch.cat([y_l, q_u], 1)) if joint else (x_u, q_u)
-        factor = DECAY ** (step / decay_interval(setting.steps))
-        learner.step(seen, target, dropout.masks(learner.weights, seen.shape[1]), float(factor))
+        masks = dropped(weights, seen.shape[1], setting.dropout, draw, rows)
+        learner.step(seen, target, masks, decayed(step, usual))
     if arm.training != "pretrain_finetune":
         return learner.weights
-    return _finetuned(learner.weights, setting)
-
-
-def _finetuned(weights: Weights, setting: Setting) -> Weights:
-    """The networks after finetuning on the labeled examples, for as many steps as validate best."""
-    found = []
+    found = []  # finetuned on the labeled examples, for as many steps as validate best
     for steps in FINETUNINGS:
-        learner = Learner([w.clone() for w in weights], FINETUNE_LR)
-        _learn_labels(learner, setting, setting.size.steps(steps), stream=3, exponential=False)
-        found.append((statistics.fmean(right(learner.weights, "validation", setting)), learner.weights))
+        tuned = Learner([w.clone() for w in weights], FINETUNE_LR)
+        _learn_labels(tuned, setting, setting.steps(steps), stream=3, decay=False)
+        found.append((statistics.fmean(right(tuned.weights, "validation", setting)), tuned.weights))
     return max(found, key=lambda pair: pair[0])[1]
 
 
@@ -499,35 +499,26 @@ def right(weights: Weights, part: Literal["validation", "test", "unlabeled"], se
 # ----------------------------------------------------------------------------------------------------------- the study
 
 
-def tune(lr: float, dropout: float, size: Size) -> Row:
-    setting = Setting(lr, dropout, size.tuning_seeds, size)
-    return {"validation": right(trained(_same(32), setting), "validation", setting)}
-
-
-def final(arm: Row, lr: float, dropout: float, size: Size) -> Row:
-    setting = Setting(lr, dropout, size.seeds, size)
-    weights = trained(Arm(**arm), setting)
-    return {part: right(weights, part, setting) for part in ("test", "unlabeled")}  # type: ignore[arg-type]
-
-
 def tuned(rows: Sequence[Row]) -> tuple[float, float]:
     """The learning rate and the dropout with the best mean accuracy on validation examples."""
     best = max((row for row in rows if not row["final"]), key=lambda row: statistics.fmean(row["validation"]))
     return best["lr"], best["dropout"]
 
 
-def study(size: Size, out: Path) -> None:
+def study(seeds: tuple[int, ...], tuning_seeds: tuple[int, ...], divisor: int, out: Path) -> None:
     """Tune and run what has no row yet; each row is written when it is there."""
 
-    def run(seeds: Sequence[int], **job: Any) -> Row:
-        began = time.perf_counter()
-        found = (final if job.pop("final") else tune)(**job, size=size)
+    def run(final: bool, seeds: tuple[int, ...], lr: float, dropout: float, arm: Row | None = None) -> Row:
+        began, setting = time.perf_counter(), Setting(lr, dropout, seeds, divisor)
+        weights = trained(Arm(**arm) if arm else _same(32), setting)
+        parts: Any = ("test", "unlabeled") if final else ("validation",)
+        found = {part: right(weights, part, setting) for part in parts}
         return {**found, "seconds": round(time.perf_counter() - began, 1)}
 
     grid = itertools.product(RATES, DROPOUTS)
-    tuning = ({"final": False, "seeds": size.tuning_seeds, "lr": lr, "dropout": dropout} for lr, dropout in grid)
+    tuning = ({"final": False, "seeds": tuning_seeds, "lr": lr, "dropout": dropout} for lr, dropout in grid)
     lr, dropout = tuned([row for row in go_on(out, tuning, run, about=environment()) if "final" in row])
-    chosen = {"seeds": size.seeds, "lr": lr, "dropout": dropout}
+    chosen = {"seeds": seeds, "lr": lr, "dropout": dropout}
     go_on(out, ({"final": True, "arm": dataclasses.asdict(arm), **chosen} for arm in ARMS), run)
 
 
@@ -535,88 +526,6 @@ def study(size: Size, out: Path) -> None:
 
 SURE = 0.05
 """p below which a difference counts as shown."""
-
-HEADINGS = {
-    "noise": "Noise (Table 6; B5, with 1.3M and with 130M unlabeled images)",
-    "1": "Study 1, teacher capacity (Table 9; widths for B0, B2, B4, B6, B7, best teacher for L2)",
-    "2": "Study 2, unlabeled size (Table 10; B4)",
-    "3": "Study 3, hard and soft labels by the teacher's confidence (Figure 5; B0; its values are not printed)",
-    "4": "Study 4, student capacity (Table 11; widths 8, 16, 32, 64 for teachers B0, B2, B4, B7)",
-    "5": "Study 5, balancing (Table 12; widths for B0 to B3)",
-    "6": "Study 6, joint training (Table 13; widths for B0 to B3)",
-    "7": "Study 7, batch ratio (Table 14; widths for B4 and for L2 with the teacher of 87.0)",
-    "8": "Study 8, warm start (Table 15; B0)",
-}
-
-
-def by_width(names: Sequence[str], widths: Sequence[int], values: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Figures of a table of the paper, a row for each network."""
-    return {
-        f"width {width}: {name}": value
-        for width, row in zip(widths, values, strict=True)
-        for name, value in zip(names, row, strict=True)
-    }
-
-
-PAPER: dict[str, dict[str, float]] = {
-    "noise": {
-        f"{name}, {spoken} of the unlabeled": value
-        for spoken, values in (("a sixteenth", (83.3, 83.9, 83.6, 83.2, 83.7)), ("all", (84.0, 85.1, 84.6, 84.3, 84.4)))
-        for name, value in zip(
-            (
-                "supervised",
-                "Noisy Student",
-                "student without augmentation",
-                "student without augmentation and dropout",
-                "teacher with augmentation and dropout",
-            ),
-            values,
-            strict=True,
-        )
-    },
-    "1": by_width(
-        ("supervised", "same teacher", "best teacher"),
-        (*SMALL, 128),
-        ((77.3, 78.1, 78.8), (80.0, 81.1, 82.4), (83.2, 84.4, 85.3), (84.5, 85.9, 86.4), (85.0, 86.4, 86.9)),
-    ),
-    "2": {"supervised": 83.2, "1/128": 83.4, "1/64": 83.3, "1/32": 83.7, "1/16": 83.9, "1/4": 83.8, "1/1": 84.0},
-    "3": {},
-    "4": {
-        name: value
-        for teacher, values in zip(
-            SMALL, ((77.3, 77.9, 79.5), (80.0, 80.7, 82.0), (83.2, 84.0, 84.7), (86.9, 86.9, 87.2)), strict=True
-        )
-        for name, value in zip(
-            (
-                f"teacher {teacher}",
-                f"teacher {teacher}, student {teacher}",
-                f"teacher {teacher}, student {2 * teacher}",
-            ),
-            values,
-            strict=True,
-        )
-    },
-    "5": by_width(
-        ("supervised", "Noisy Student", "without balancing"),
-        SMALL,
-        ((77.3, 77.9, 77.6), (79.2, 79.9, 79.6), (80.0, 80.7, 80.6), (81.7, 82.1, 82.1)),
-    ),
-    "6": by_width(
-        ("supervised", "pretraining only", "pretraining + finetuning", "joint"),
-        SMALL,
-        ((77.3, 72.6, 77.5, 77.9), (79.2, 75.1, 79.4, 79.9), (80.0, 75.9, 80.3, 80.7), (81.7, 76.5, 81.7, 82.1)),
-    ),
-    "7": {"width 16: 1:1": 84.0, "width 16: 3:1": 84.0, "width 128: 1:1": 86.7, "width 128: 3:1": 87.4},
-    "8": {
-        "supervised": 77.3,
-        "10 %, warm": 77.4,
-        "20 %, warm": 77.5,
-        "40 %, warm": 77.7,
-        "80 %, warm": 77.8,
-        "100 %, no warm start": 77.9,
-    },
-}
-"""Top-1 accuracy on ImageNet in % as the paper prints it, by study and arm."""
 
 
 def reference(study: str, name: str) -> str | None:
@@ -635,29 +544,21 @@ def reference(study: str, name: str) -> str | None:
     return None if other == name else other
 
 
-@dataclass(frozen=True)
-class Compared:
-    """An arm of a study against another one: accuracies by seed, and the paper's difference in points, if any."""
+class Compared(NamedTuple):
+    """An arm of a study: its accuracies by seed, those of the arm that it is compared with, what that is called without
+    what both have, and the paper's difference in points, if any."""
 
-    study: str
-    name: str
-    other: str
     first: list[float]
-    second: list[float]
+    second: list[float] | None
+    beside: str
     paper: float | None
-
-    @property
-    def beside(self) -> str:
-        """What it is compared with, without what both have."""
-        short = self.other.partition(": ")[2] or self.other.partition(", ")[0]
-        return "no warm start" if self.study == "8" else short
 
     @property
     def verdict(self) -> str:
         """Whether the paper's difference is seen here."""
-        test = paired_test(self.first, self.second)
-        if self.paper is None:
+        if self.second is None or self.paper is None:
             return NONE
+        test = paired_test(self.first, self.second)
         if test.p is None or test.p >= SURE:
             return "not shown"
         if self.paper == 0:
@@ -665,27 +566,27 @@ class Compared:
         return "yes" if (test.mean > 0) == (self.paper > 0) else "the reverse"
 
 
-def comparisons(rows: Sequence[Row]) -> dict[str, dict[str, tuple[list[float], Compared | None]]]:
-    """By study and arm, its accuracies and the comparison with another one; of the arms that have a row."""
-    known = {json.dumps(row["arm"], sort_keys=True): row["test"] for row in rows if row["final"]}
-    found: dict[str, dict[str, tuple[list[float], Compared | None]]] = {}
-    for study, arms in STUDIES.items():
-        keys = {name: json.dumps(dataclasses.asdict(arm), sort_keys=True) for name, arm in arms.items()}
-        own = {name: known[key] for name, key in keys.items() if key in known}
-        printed = PAPER[study]
+def comparisons(rows: Sequence[Row]) -> dict[str, dict[str, Compared]]:
+    """By study and arm; of the arms that have a row."""
+    known = [(row["arm"], row["test"]) for row in rows if row["final"]]
+    found: dict[str, dict[str, Compared]] = {}
+    for study, (_, arms) in STUDIES.items():
+        own = {n: test for n, (arm, _) in arms.items() for of, test in known if of == dataclasses.asdict(arm)}
         for name, values in own.items():
-            other, compared = reference(study, name), None
-            if other in own:
-                paper = round(printed[name] - printed[other], 1) if {name, other} <= printed.keys() else None
-                compared = Compared(study, name, other, values, own[other], paper)
-            found.setdefault(study, {})[name] = values, compared
+            other, paper, beside = reference(study, name), None, NONE
+            if other in own and other is not None:
+                printed = [arms[each][1] for each in (name, other)]
+                paper = None if None in printed else round(printed[0] - printed[1], 1)  # type: ignore[operator]
+                beside = other.partition(": ")[2] or other.partition(", ")[0]
+            compared = Compared(values, own.get(other or ""), "no warm start" if study == "8" else beside, paper)
+            found.setdefault(study, {})[name] = compared
     return found
 
 
 def verdicts(rows: Sequence[Row]) -> Counter[str]:
     """How often each verdict is given, of the paper's differences that are not zero."""
-    every = [each for arms in comparisons(rows).values() for _, each in arms.values() if each]
-    return Counter(each.verdict for each in every if each.paper not in (None, 0))
+    every = (each for arms in comparisons(rows).values() for each in arms.values())
+    return Counter(each.verdict for each in every if each.paper)
 
 
 def block(rows: Sequence[Row]) -> str:
@@ -697,18 +598,16 @@ def block(rows: Sequence[Row]) -> str:
         f"sign, and {counts['not shown']} are not shown."
     ]
     head = ["arm", "here", "against", "difference", "95 %", "p", "paper", "its difference", "seen here"]
-    rule = "|---|---:|---|---:|---:|---:|---:|---:|---|"
     for study, arms in comparisons(rows).items():
-        lines = [f"**{HEADINGS[study]}**", "", f"| {' | '.join(head)} |", rule]
-        for name, (values, each) in arms.items():
-            cells = [name, spread(values), *[NONE] * 4]
-            if each:
-                gain, p = difference(values, each.second)
-                cells[2:] = [each.beside, gain, between(values, each.second), p]
-            cells.append(f"{PAPER[study][name]:.1f}" if name in PAPER[study] else NONE)
-            cells.append(f"{each.paper:+.1f}" if each and each.paper is not None else NONE)
-            lines.append(f"| {' | '.join([*cells, each.verdict if each else NONE])} |")
-        parts.append("\n".join(lines))
+        lines = []
+        for name, each in arms.items():
+            cells, printed = [name, spread(each.first), *[NONE] * 4], STUDIES[study][1][name][1]
+            if each.second:
+                gain, p = difference(each.first, each.second)
+                cells[2:] = [each.beside, gain, between(each.first, each.second), p]
+            cells.append(NONE if printed is None else f"{printed:.1f}")
+            lines.append([*cells, NONE if each.paper is None else f"{each.paper:+.1f}", each.verdict])
+        parts.append(f"**{STUDIES[study][0]}**\n\n{grid(head, lines, 'lrlrrrrrl')}")
     seeds = "/".join(str(len(each)) for each in {tuple(row["seeds"]) for row in rows if row["final"]})
     lr, dropout = tuned(rows)
     minutes = sum(row["seconds"] for row in rows) / 60
@@ -727,17 +626,14 @@ def block(rows: Sequence[Row]) -> str:
 def draw(path: Path, rows: Sequence[Row]) -> None:
     """Each difference with its interval, beside the paper's, a panel a study."""
     panels = {
-        HEADINGS[study].partition(" (")[0]: [
-            Bar(
-                f"{name.replace('augmentation', 'aug.').replace(' of the unlabeled', '')} − {each.beside}",
-                *(values, each.second),
-                other=each.paper,
-            )
-            for name, (values, each) in arms.items()
-            if each
+        STUDIES[study][0].partition(" (")[0]: [
+            Bar(f"{name.replace('augmentation', 'aug.').replace(' of the unlabeled', '')} − {each.beside}",
+                each.first, each.second, other=each.paper)
+            for name, each in arms.items()
+            if each.second
         ]
         for study, arms in comparisons(rows).items()
-    }
+    }  # fmt: skip
     counts = verdicts(rows)
     heading = (
         f"Of the paper's {sum(counts.values())} differences {counts['yes']} are seen on digits, "
@@ -750,9 +646,10 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
 def main() -> None:
     given = parsed(arguments(__doc__, RAW))
     torch.set_num_threads(1)
-    if given.runs:
-        study(MINIATURE if given.miniature else FULL, given.out)
-        return
+    if given.runs and given.miniature:
+        study((300, 301), (320,), 10**9, given.out)
+    elif given.runs:
+        study(tuple(range(300, 312)), (320, 321, 322), 1, given.out)
     rows = read(given.out, "final")
     show(given.write, "noisy-student-studies", block(rows))
     if given.write:
