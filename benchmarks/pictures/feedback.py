@@ -24,14 +24,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -39,7 +37,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.harness import RESULTS, Row, read, show
+from benchmarks.harness import RESULTS, Row, append, go_on, grid, read, show
 from benchmarks.pictures.drawing import Problem
 from benchmarks.pictures.problems import half, make, named
 from benchmarks.pictures.run import configured, quiet, run
@@ -86,7 +84,7 @@ ARMS = [(method, label) for method, labels in CONFIGURATIONS.items() for label i
 AS_IT_IS = ARMS[0]
 
 
-def problem(name: str) -> Problem:
+def at_size(name: str) -> Problem:
     """Of the seen half with more unlabeled pictures than there."""
     found = named(name)
     return dataclasses.replace(found, unlabeled=UNLABELED) if found.half == "seen" else found
@@ -99,7 +97,7 @@ def costs(names: Iterable[str], configurations: dict[str, dict[str, Row]], round
     found: Row = {}
     for name in names:
         with TemporaryDirectory() as folder:
-            make(dataclasses.replace(problem(name), unlabeled=200, test=100), 0, Path(folder) / "pictures")
+            make(dataclasses.replace(named(name), unlabeled=200, test=100), 0, Path(folder) / "pictures")
             complete = {}
             for method, labels in configurations.items():
                 for label, settings in labels.items():
@@ -134,11 +132,12 @@ def steps_of(costs: Row, name: str, method: str, label: str, minutes: float) -> 
     return int(USED * 60 * minutes / costs[name][method][label])
 
 
-def one(name: str, method: str, label: str, seed: int, minutes: float, steps: int) -> Row:
+def one(problem: str, method: str, configuration: str, seed: int, minutes: float, costs: Row) -> Row:
     """A run as a row."""
-    settings = (_unfed() if method == "none" else CONFIGURATIONS[method])[label]
-    row = run(problem(name), method, seed, minutes, at(settings, steps) | {"steps": steps})
-    return {**row, "configuration": label}
+    settings = (_unfed() if method == "none" else CONFIGURATIONS[method])[configuration]
+    steps = steps_of(costs, problem, method, configuration, minutes)
+    settings = at(settings, steps) | {"steps": steps}
+    return {"settings": settings, **run(at_size(problem), method, seed, minutes, settings)}
 
 
 def costs_in(rows: list[Row]) -> Row:
@@ -187,76 +186,79 @@ def accuracy(row: Row) -> float:
     return 100 * float(row[f"{row['delivered']}_test_accuracy"])
 
 
-def missing(rows: list[Row], minutes: float | None, unseen: bool) -> Iterator[tuple[str, str, str, int, float]]:
-    """The tuning runs that are not there; with minutes, the final ones."""
-    there = {(r["problem"], r["method"], r["configuration"], r["seed"], r["minutes"]) for r in rows if "problem" in r}
-    for seed in (UNSEEN_SEED,) if unseen else SEEDS if minutes else (TUNING_SEED,):
-        for name in UNSEEN if unseen else PROBLEMS:
-            for method, label in final_arms(rows) if minutes else ARMS:
-                asked = name, method, label, seed, minutes or TUNING_MINUTES
-                if asked not in there:
-                    yield asked
+def jobs(rows: list[Row], minutes: float | None, unseen: bool) -> list[Row]:
+    """The tuning runs; with minutes, the final ones: seed by seed, the primary test first."""
+    arms = final_arms(rows) if minutes else ARMS
+    wanted = [
+        {"problem": name, "method": method, "configuration": label, "seed": seed, "minutes": minutes or TUNING_MINUTES}
+        for seed in ((UNSEEN_SEED,) if unseen else SEEDS if minutes else (TUNING_SEED,))
+        for name in (UNSEEN if unseen else PROBLEMS)
+        for method, label in arms
+    ]
+    return sorted(wanted, key=lambda job: (job["seed"], job["method"] == "uda", job["configuration"] == AS_IT_IS[1]))
 
 
-def _ratio(row: Row) -> float:
-    """As it was set; rows of 0.2 have what was measured, at the teacher's outputs."""
-    return float(row.get("feedback_ratio", row["settings"].get("feedback_ratio", math.nan)))
+def of_arm(rows: list[Row], method: str, label: str) -> list[Row]:
+    return [row for row in rows if row["method"] == method and row["configuration"] == label]
+
+
+def called(method: str, label: str) -> tuple[str, str]:
+    return TITLES[method], label.removeprefix("ratio 0.3, ") if method == "none" else label  # which has no feedback
 
 
 def table(rows: list[Row]) -> str:
     """The tuning runs, and the final ones of seeds whose runs are all there."""
-    heads = [*PROBLEMS, "mean", "right", "off", "ratio"]
-    lines = ["| method | configuration | " + " | ".join(heads) + " |", "|---|---|" + "---:|" * len(heads)]
-    for method, configurations in CONFIGURATIONS.items():
-        for label in configurations:
-            mine = [r for r in runs_in(rows, (TUNING_SEED,)) if _is(r, method, label)]
-            reached = {row["problem"]: accuracy(row) for row in mine}
-            if reached.keys() >= {*PROBLEMS}:
-                cells = [f"{reached[name]:.1f}" for name in PROBLEMS] + [f"{statistics.fmean(reached.values()):.1f}"]
-                cells += [f"{100 * statistics.fmean(row[name] for row in mine):.1f}" for name in QUALITIES]
-                cells += [f"{statistics.fmean(_ratio(row) for row in mine):.2f}" if method == "mpl" else "–"]
-                lines.append(f"| {TITLES[method]} | {label} | " + " | ".join(cells) + " |")
-    if not runs_in(rows, SEEDS):
-        return "\n".join(lines)
-    lines += ["", "| minutes | seeds | method | configuration | " + " | ".join(PROBLEMS) + " | mean |"]
-    lines += ["|---:|---:|---|---|" + "---:|" * 4]
+
+    def ratio(row: Row) -> float:
+        """As it was set; rows of 0.2 have what was measured, at the teacher's outputs."""
+        return float(row.get("feedback_ratio", row["settings"].get("feedback_ratio", math.nan)))
+
+    lines = []
+    for method, label in ARMS:
+        mine = of_arm(runs_in(rows, (TUNING_SEED,)), method, label)
+        reached = {row["problem"]: accuracy(row) for row in mine}
+        if reached.keys() >= {*PROBLEMS}:
+            values = [*(reached[name] for name in PROBLEMS), statistics.fmean(reached.values())]
+            values += [100 * statistics.fmean(row[name] for row in mine) for name in QUALITIES]
+            fed = f"{statistics.fmean(map(ratio, mine)):.2f}" if method == "mpl" else "–"
+            lines.append([TITLES[method], label, *(f"{value:.1f}" for value in values), fed])
+    tuning = grid(["method", "configuration", *PROBLEMS, "mean", "right", "off", "ratio"], lines, names=2)
+    lines = []
     for minutes in sorted({row["minutes"] for row in runs_in(rows, SEEDS)}):
-        of_seeds = {seed: [row for row in runs_in(rows, (seed,)) if row["minutes"] == minutes] for seed in SEEDS}
+        of_seeds = [[row for row in runs_in(rows, (seed,)) if row["minutes"] == minutes] for seed in SEEDS]
         for method, label in final_arms(rows):
-            of_seed = ([row for row in mine if _is(row, method, label)] for mine in of_seeds.values())
+            of_seed = (of_arm(mine, method, label) for mine in of_seeds)
             final = [row for mine in of_seed if len(mine) == len(PROBLEMS) for row in mine]
-            found = [[accuracy(row) for row in final if row["problem"] == name] for name in PROBLEMS]
             if final:
-                cells = [f"{statistics.fmean(values):.1f}" for values in [*found, [v for vs in found for v in vs]]]
-                which = f"{minutes:g} | {len(found[0])} | {TITLES[method]} | {_called(method, label)}"
-                lines.append(f"| {which} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+                found = [[accuracy(row) for row in final if row["problem"] == name] for name in PROBLEMS]
+                means = [f"{statistics.fmean(values):.1f}" for values in [*found, [v for vs in found for v in vs]]]
+                lines.append([f"{minutes:g}", len(found[0]), *called(method, label), *means])
+    head = ["minutes", "seeds", "method", "configuration", *PROBLEMS, "mean"]
+    return f"{tuning}\n\n{grid(head, lines, 'rrll')}" if lines else tuning
 
 
 def unseen_table(rows: list[Row]) -> str:
     """The arms that were run on all of the unseen half, and the tests that are named at the head of this file."""
-    heads = ["method", "configuration", *UNSEEN, "mean"]
-    lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(UNSEEN) + 1)]
-    reached: dict[tuple[str, str], list[float]] = {}
+    lines, reached = [], dict[tuple[str, str], list[float]]()
     for method, label in final_arms(rows):
-        found = {r["problem"]: accuracy(r) for r in runs_in(rows, (UNSEEN_SEED,), "unseen") if _is(r, method, label)}
+        mine = of_arm(runs_in(rows, (UNSEEN_SEED,), "unseen"), method, label)
+        found = {row["problem"]: accuracy(row) for row in mine}
         if found.keys() >= {*UNSEEN}:
             values = reached[method, label] = [found[name] for name in UNSEEN]
-            cells = [f"{value:.1f}" for value in (*values, statistics.fmean(values))]
-            lines.append(f"| {TITLES[method]} | {_called(method, label)} | " + " | ".join(cells) + " |")
+            lines.append([*called(method, label), *(f"{v:.1f}" for v in (*values, statistics.fmean(values)))])
     as_it_is, uda, mpl, none = final_arms(rows)
-    differences = (
+    differences = []
+    for name, first, second in (
         ("primary: feedback in the last quarter, at equal time", mpl, none),
         ("Meta Pseudo Labels and tuned UDA", mpl, uda),
         ("tuned UDA and UDA as it is", uda, as_it_is),
-    )
-    lines += ["", "| difference | mean | 95 % over problems | sign-flip p |", "|---|---:|---:|---:|"]
-    for name, first, second in differences:
+    ):
         if first in reached and second in reached:
             test = paired_test(reached[first], reached[second])
             low, high = test.interval or (test.mean, test.mean)
-            lines.append(f"| {name} | {test.mean:+.1f} | {low:+.1f} to {high:+.1f} | {test.p_permutation:.2f} |")
-    return "\n".join(lines)
+            differences.append([name, f"{test.mean:+.1f}", f"{low:+.1f} to {high:+.1f}", f"{test.p_permutation:.2f}"])
+    shown = grid(["method", "configuration", *UNSEEN, "mean"], lines, names=2)
+    return f"{shown}\n\n{grid(['difference', 'mean', '95 % over problems', 'sign-flip p'], differences)}"
 
 
 def tuned() -> str:
@@ -283,19 +285,6 @@ def block(rows: list[Row]) -> str:
     return f"{table(rows)}\n\n{told} {tuned()}\n\n{unseen}"
 
 
-def _called(method: str, label: str) -> str:
-    return label.removeprefix("ratio 0.3, ") if method == "none" else label  # which has no feedback
-
-
-def _is(row: Row, method: str, label: str) -> bool:
-    return bool(row["method"] == method and row["configuration"] == label)
-
-
-def _append(file: Path, row: Row) -> None:
-    with file.open("a") as raw:
-        raw.write(json.dumps(row) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what: Any = parser.add_mutually_exclusive_group(required=True)
@@ -313,27 +302,14 @@ def main() -> None:
         where = (PROBLEMS, CONFIGURATIONS | {"none": _unfed()})
         if given.unseen:  # the seen half's problems tell how fast the machine is
             where = ((*PROBLEMS, *UNSEEN), unseen_configurations(rows))
-        _append(given.out, {"costs": costs(*where)})
+        append(given.out, {"costs": costs(*where)})
         return
     if given.write:
         show(given.write, "picture-feedback", block(rows))
         return
     if not given.table:
-        seconds = costs_in(rows)
-        with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
-            wanted = list(missing(rows, given.minutes, given.unseen))
-            # Seed by seed, the primary test first.
-            wanted.sort(key=lambda asked: (asked[3], asked[1] == "uda", asked[1:3] == AS_IT_IS))
-            todo = [(*asked, steps_of(seconds, *asked[:3], asked[-1])) for asked in wanted]
-            running = [pool.submit(one, *asked) for asked in todo]
-            for number, done in enumerate(as_completed(running), 1):
-                if failed := done.exception():  # the others go on
-                    print(f"[{number}/{len(todo)}] {todo[running.index(done)]} failed: {failed!r}", flush=True)
-                    continue
-                row = done.result()
-                _append(given.out, row)
-                told = f"{row['problem']} {row['method']} {row['configuration']!r} {row['steps']} steps"
-                print(f"[{number}/{len(todo)}] {told}: {accuracy(row):.1f}", flush=True)
+        taken = partial(one, costs=costs_in(rows))
+        go_on(given.out, jobs(rows, given.minutes, given.unseen), taken, workers=given.jobs)
     print(unseen_table(read(given.out)) if given.unseen else table(read(given.out)))
 
 

@@ -10,7 +10,6 @@ README.md in this folder says what the two halves are for.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from benchmarks.harness import grid
 from benchmarks.pictures import seen, unseen
 from benchmarks.pictures.drawing import Bytes, Problem
 
@@ -57,11 +57,6 @@ def half(name: str) -> tuple[Problem, ...]:
     return tuple(problem for problem in PROBLEMS if problem.half == name)
 
 
-def smaller(problem: Problem, unlabeled: int, test: int) -> Problem:
-    """The same problem with fewer unlabeled and test pictures."""
-    return dataclasses.replace(problem, unlabeled=unlabeled, test=test)
-
-
 def arrays(problem: Problem, seed: int) -> Pictures:
     """The pictures of a problem; a pure function of the problem and the seed."""
     classes, rng = len(problem.classes), _generator(problem, seed, "labels")
@@ -70,10 +65,8 @@ def arrays(problem: Problem, seed: int) -> Pictures:
     own = _labels(problem, problem.unlabeled - foreign, as_found=True)
     unlabeled = rng.permutation(np.concatenate([own, np.full(foreign, FOREIGN)]))
     test = _labels(problem, problem.test, as_found=True)
-    drawn = (
-        _drawn(problem, seed, part, labels) for part, labels in zip(PARTS, (labeled, unlabeled, test), strict=True)
-    )
-    return Pictures(next(drawn), labeled, next(drawn), unlabeled, next(drawn), test)
+    parts = zip(PARTS, (labeled, unlabeled, test), strict=True)
+    return Pictures(*(both for part, labels in parts for both in (_drawn(problem, seed, part, labels), labels)))
 
 
 def make(problem: Problem, seed: int, folder: Path) -> None:
@@ -81,17 +74,15 @@ def make(problem: Problem, seed: int, folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise SystemExit(f"{folder} is not empty; name a new folder for the pictures of {problem.name}")
     pictures = arrays(problem, seed)
-    for part, images, labels in (
-        ("labeled", pictures.labeled, pictures.labeled_labels),
-        ("test", pictures.test, pictures.test_labels),
-    ):
-        for name in problem.classes:
-            (folder / part / name).mkdir(parents=True)
+    for part in PARTS:
+        (folder / part).mkdir(parents=True)
+        labeled = part != "unlabeled"
+        for name in problem.classes if labeled else ():
+            (folder / part / name).mkdir()
+        images, labels = getattr(pictures, part), getattr(pictures, f"{part}_labels")
         for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-            _image(image).save(folder / part / problem.classes[label] / f"{number:05}.png")
-    (folder / "unlabeled").mkdir()
-    for number, image in enumerate(pictures.unlabeled):
-        _image(image).save(folder / "unlabeled" / f"{number:05}.png")
+            place = folder / part / problem.classes[label] if labeled else folder / part
+            _image(image).save(place / f"{number:05}.png")
 
 
 def class_counts(classes: int, total: int, imbalance: float) -> list[int]:
@@ -167,18 +158,13 @@ def contact_sheet(problem: Problem, seed: int = 0, columns: int = 10, side: int 
 
 def table(problems: tuple[Problem, ...]) -> str:
     """The problems' numbers as a Markdown table."""
-    lines = [
-        "| problem | pixels | classes | labels a class | unlabeled | foreign | test | imbalance |",
-        "|---|---|---:|---:|---:|---:|---:|---|",
-    ]
+    lines = []
     for p in problems:
-        kind = "grey" if p.channels == 1 else "color"
-        found = " (as found)" if p.labels_as_found else ""
-        lines.append(
-            f"| {p.name} | {p.size} {kind} | {len(p.classes)} | {p.labels_per_class}{found} | {p.unlabeled} | "
-            f"{p.foreign:.0%} | {p.test} | 1:{p.imbalance:g} |"
-        )
-    return "\n".join(lines)
+        kind, found = "grey" if p.channels == 1 else "color", " (as found)" if p.labels_as_found else ""
+        cells = [p.name, f"{p.size} {kind}", len(p.classes), f"{p.labels_per_class}{found}", p.unlabeled]
+        lines.append([*cells, f"{p.foreign:.0%}", p.test, f"1:{p.imbalance:g}"])
+    head = ["problem", "pixels", "classes", "labels a class", "unlabeled", "foreign", "test", "imbalance"]
+    return grid(head, lines, "llrrrrrl")
 
 
 def main() -> None:

@@ -18,10 +18,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.harness import RESULTS, Row, environment, read
+from benchmarks.harness import RESULTS, Row, environment, go_on
 from benchmarks.pictures.drawing import Problem
 from benchmarks.pictures.problems import arrays, half, make, named
 from metapl.apps.compare import Job
@@ -42,35 +39,30 @@ from metapl.apps.settings import Role, flat, replaced
 from metapl.apps.train import evaluated
 
 
-def run(problem: Problem, method: str, seed: int, minutes: float, settings: Row) -> Row:
+def run(problem: str | Problem, method: str, seed: int, minutes: float, settings: Row) -> Row:
     """One training; its accuracies on the test set, and what it was like along the run."""
     torch.set_num_threads(1)
+    problem = named(problem) if isinstance(problem, str) else problem
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         make(problem, seed, place / "pictures")
         since = time.process_time()
-        first = {"seed": seed, "minutes": minutes, "steps": REHEARSED, "precision": "bfloat16"}
-        config, named = settled(*configured(place / "pictures", method, first | settings), quiet)
+        asked = {"seed": seed, "minutes": minutes, "steps": REHEARSED, "precision": "bfloat16"} | settings
+        config, method_ = settled(*configured(place / "pictures", method, asked), quiet)
         if "steps" not in settings:
-            steps = steps_within(config, named, minutes, time.process_time)
-            config, named = settled(*configured(place / "pictures", method, first | settings | {"steps": steps}), quiet)
-        result = Job(config, named, place / "run", resume=False, threads=1).run()
+            asked["steps"] = steps_within(config, method_, minutes, time.process_time)
+            config, method_ = settled(*configured(place / "pictures", method, asked), quiet)
+        result = Job(config, method_, place / "run", resume=False, threads=1).run()
         seconds = time.process_time() - since
         seen = along(place / "run") | labeled_by(config, place, problem, seed)
-    accuracies = {name: value for name, value in result.items() if name.endswith(("test_accuracy", "control_accuracy"))}
     return {
         "half": problem.half,
-        "problem": problem.name,
-        "method": method,
-        "seed": seed,
-        "minutes": minutes,
-        "settings": settings,
         "steps": config.fitting.steps,
         "recolor": config.pictures.recolor,
         "image_size": config.pictures.image_size,
         "delivered": result["delivered"],
         "seconds": round(seconds, 1),
-        **accuracies,
+        **{name: value for name, value in result.items() if name.endswith(("test_accuracy", "control_accuracy"))},
         **seen,
         "made_with": environment(),
     }
@@ -128,23 +120,6 @@ def configured(pictures: Path, name: str, settings: Row) -> tuple[Any, Any]:
     return replaced(config, **settings), replaced(method, **settings)
 
 
-def _key(row: Row) -> str:
-    names = ("problem", "method", "seed", "minutes", "settings")
-    return json.dumps([row[name] for name in names], sort_keys=True)
-
-
-def missing(given: argparse.Namespace, rows: list[Row]) -> Iterator[tuple[str, str, int]]:
-    """The runs that are asked for and not there."""
-    there = {_key(row) for row in rows if "problem" in row}
-    problems = given.problems or [problem.name for problem in half(given.half)]
-    for seed in given.seeds:
-        for problem in problems:
-            for method in given.methods:
-                row = {"problem": problem, "method": method, "seed": seed, "minutes": given.minutes}
-                if _key(row | {"settings": dict(given.set)}) not in there:
-                    yield problem, method, seed
-
-
 def _setting(text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
     try:
@@ -165,17 +140,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the raw file; benchmarks/results/pictures_HALF.jsonl by default")
     given = parser.parse_args()
     file = given.out or RESULTS / f"pictures_{given.half}.jsonl"
-    todo = list(missing(given, read(file)))
-    with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
-        running = [pool.submit(run, named(name), *one, given.minutes, dict(given.set)) for name, *one in todo]
-        for number, done in enumerate(as_completed(running), 1):
-            row = done.result()
-            with file.open("a") as raw:
-                raw.write(json.dumps(row) + "\n")
-            reached = " ".join(f"{k.removesuffix('test_accuracy')}{100 * row[k]:.1f}" for k in row if "test_acc" in k)
-            print(
-                f"[{number}/{len(todo)}] {row['problem']} {row['method']} {row['steps']} steps: {reached}", flush=True
-            )
+    jobs = (
+        {"problem": problem, "method": method, "seed": seed, "minutes": given.minutes, "settings": dict(given.set)}
+        for seed in given.seeds
+        for problem in given.problems or [problem.name for problem in half(given.half)]
+        for method in given.methods
+    )
+    go_on(file, jobs, run, workers=given.jobs)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import NamedTuple
 
-from benchmarks.harness import RESULTS, Row, read, show
-from benchmarks.pictures.drawing import Problem
+from benchmarks.harness import NONE, RESULTS, Row, grid, read, show
 from benchmarks.pictures.problems import class_counts, half
 from metapl.metrics import chance_level
 
@@ -29,121 +28,79 @@ TITLES = {
     "none": "the same without feedback",
 }
 BASELINE = "supervised"
-
-LINE = 100
-"""Letters of the legend that the figure has room for, side by side."""
+LINE = 100  # letters of the legend that the figure has room for, side by side
 
 
-@dataclass(frozen=True)
-class Group:
-    """What the runs of a row of the table have in common.
-
-    Args:
-        method: its name.
-        minutes: of each run.
-        settings: names and values that differ from the defaults, in the order of the names.
-    """
+class Group(NamedTuple):
+    """What the runs of a row of the table have in common; of the settings, those that differ from the defaults."""
 
     method: str
     minutes: float
     settings: tuple[tuple[str, str], ...]
 
-    @classmethod
-    def of(cls, row: Row) -> Group:
-        settings = {name: str(value) for name, value in row["settings"].items()}
-        return cls(row["method"], row["minutes"], tuple(sorted(settings.items())))
 
-    def label(self, minutes: bool) -> str:
-        """The method in words, with its settings and, if wanted, its minutes."""
-        told = [f"{name} {value}" for name, value in self.settings]
-        return ", ".join([TITLES[self.method], *([f"{self.minutes:g} min"] if minutes else []), *told])
+class Summary(NamedTuple):
+    """The runs of a group: what they are called, test accuracies in % of what was delivered by problem, and seconds of
+    a run on average."""
 
-
-@dataclass(frozen=True)
-class Summary:
-    """The runs of a group.
-
-    Args:
-        accuracies: test accuracy in % of what was delivered, by problem, averaged over seeds.
-        seeds: how many seeds a problem has: the fewest and the most.
-        seconds: a run, on average.
-    """
-
-    accuracies: dict[str, float]
-    seeds: tuple[int, int]
+    label: str
+    accuracies: dict[str, list[float]]
     seconds: float
 
-    @classmethod
-    def of(cls, rows: list[Row]) -> Summary:
-        found: dict[str, list[float]] = {}
-        for row in rows:
-            found.setdefault(row["problem"], []).append(100 * row["test_accuracy"])
-        counts = [len(values) for values in found.values()]
-        means = {problem: statistics.fmean(values) for problem, values in found.items()}
-        return cls(means, (min(counts), max(counts)), statistics.fmean(row["seconds"] for row in rows))
+    def mean(self, problem: str) -> float:
+        return statistics.fmean(self.accuracies[problem])
 
 
 def summaries(rows: list[Row]) -> dict[Group, Summary]:
     """The groups in the order of :data:`TITLES`, then by minutes, the defaults first."""
     found: dict[Group, list[Row]] = {}
     for row in rows:
-        found.setdefault(Group.of(row), []).append(row)
-    order = list(TITLES)
-    groups = sorted(found, key=lambda one: (order.index(one.method), one.minutes, len(one.settings), one.settings))
-    return {group: Summary.of(found[group]) for group in groups}
-
-
-def labels(groups: dict[Group, Summary]) -> dict[Group, str]:
-    """What each is called; with the minutes where these differ."""
-    differ = len({group.minutes for group in groups}) > 1
-    return {group: group.label(differ) for group in groups}
-
-
-def baseline(group: Group, groups: dict[Group, Summary]) -> Summary | None:
-    """Supervised training in the same minutes: with the same settings if that was run, else with the defaults."""
-    wanted = (Group(BASELINE, group.minutes, settings) for settings in (group.settings, ()))
-    return next((groups[one] for one in wanted if one in groups), None)
+        settings = tuple(sorted((name, str(value)) for name, value in row["settings"].items()))
+        found.setdefault(Group(row["method"], row["minutes"], settings), []).append(row)
+    order, differ = list(TITLES), len({group.minutes for group in found}) > 1
+    summed = {}
+    for group in sorted(found, key=lambda one: (order.index(one.method), one.minutes, len(one.settings), one.settings)):
+        told = [TITLES[group.method], *[f"{group.minutes:g} min"] * differ, *(f"{n} {v}" for n, v in group.settings)]
+        accuracies: dict[str, list[float]] = {}
+        for row in found[group]:
+            accuracies.setdefault(row["problem"], []).append(100 * row["test_accuracy"])
+        summed[group] = Summary(", ".join(told), accuracies, statistics.fmean(row["seconds"] for row in found[group]))
+    return summed
 
 
 def shared(groups: dict[Group, Summary], name: str) -> list[str]:
     """The problems of a half that every group has."""
     problems = [p.name for p in half(name) if all(p.name in one.accuracies for one in groups.values())]
     if not problems:
+        called = "; ".join(one.label for one in groups.values())
         raise SystemExit(
-            f"no problem of the {name} half was run with every one of: {'; '.join(labels(groups).values())}. Run what "
-            "is missing, or take other rows out of the raw file."
+            f"no problem of the {name} half was run with every one of: {called}. Run what is missing, or take other "
+            "rows out of the raw file."
         )
     return problems
 
 
 def table(rows: list[Row], name: str) -> str:
     """A line a group: each problem, the mean, the smallest difference to supervised, seconds a run, and seeds."""
-    groups = summaries(rows)
-    problems, called = shared(groups, name), labels(groups)
-    lines = [
-        "| method | " + " | ".join(problems) + " | mean | against supervised: mean | worst | seconds | seeds |",
-        "|---|" + "---:|" * (len(problems) + 5),
-    ]
+    groups, lines = summaries(rows), []
+    problems = shared(groups, name)
     for group, found in groups.items():
-        against = baseline(group, groups)
-        differences = ("–", "–")
+        # Supervised training in the same minutes: with the same settings if that was run, else with the defaults.
+        wanted = (Group(BASELINE, group.minutes, settings) for settings in (group.settings, ()))
+        against, means = next((groups[one] for one in wanted if one in groups), None), [found.mean(p) for p in problems]
+        lead = [NONE, NONE]
         if against is not None and group.method != BASELINE:
-            points = [found.accuracies[p] - against.accuracies[p] for p in problems]
-            differences = (f"{statistics.fmean(points):+.1f}", f"{min(points):+.1f}")
-        cells = [f"{found.accuracies[p]:.1f}" for p in problems]
-        mean = f"{statistics.fmean(found.accuracies[p] for p in problems):.1f}"
-        fewest, most = found.seeds
-        seeds = f"{fewest}" if fewest == most else f"{fewest}-{most}"
-        cells += [mean, *differences, f"{found.seconds:.0f}", seeds]
-        lines.append(f"| {called[group]} | " + " | ".join(cells) + " |")
-    chance = [100 * chance_of(problem) for problem in half(name) if problem.name in problems]
-    cells = [f"{value:.1f}" for value in (*chance, statistics.fmean(chance))]
-    return "\n".join([*lines, "| chance | " + " | ".join([*cells, "", "", "", ""]) + " |"])
-
-
-def chance_of(problem: Problem) -> float:
-    """The accuracy of guessing on a problem's test set; see :func:`metapl.metrics.chance_level`."""
-    return chance_level(class_counts(len(problem.classes), problem.test, problem.imbalance))
+            differences = [mean - against.mean(p) for mean, p in zip(means, problems, strict=True)]
+            lead = [f"{statistics.fmean(differences):+.1f}", f"{min(differences):+.1f}"]
+        counts = [len(values) for values in found.accuracies.values()]
+        seeds = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)}-{max(counts)}"
+        cells = [f"{mean:.1f}" for mean in (*means, statistics.fmean(means))]
+        lines.append([found.label, *cells, *lead, f"{found.seconds:.0f}", seeds])
+    # Of guessing on the test set.
+    chance = [100 * chance_level(class_counts(len(p.classes), p.test, p.imbalance)) for p in half(name)]
+    chance = [value for value, p in zip(chance, half(name), strict=True) if p.name in problems]
+    lines.append(["chance", *(f"{value:.1f}" for value in (*chance, statistics.fmean(chance))), *[""] * 4])
+    return grid(["method", *problems, "mean", "against supervised: mean", "worst", "seconds", "seeds"], lines)
 
 
 def draw(rows: list[Row], name: str, file: Path) -> None:
@@ -151,24 +108,23 @@ def draw(rows: list[Row], name: str, file: Path) -> None:
     import matplotlib.pyplot as plt
 
     groups = summaries(rows)
-    problems, called = shared(groups, name), labels(groups)
-    by_label = {called[group]: found.accuracies for group, found in groups.items()}
-    by_supervised = next((one.accuracies for group, one in groups.items() if group.method == BASELINE), None)
-    if by_supervised is not None:
-        problems.sort(key=lambda problem: by_supervised[problem])
+    problems = shared(groups, name)
+    supervised = next((one for group, one in groups.items() if group.method == BASELINE), None)
+    if supervised is not None:
+        problems.sort(key=supervised.mean)
     figure, axes = plt.subplots(figsize=(7, 0.45 * len(problems) + 1.4), layout="constrained")
     lines = range(len(problems))
-    every = [[found[p] for found in by_label.values()] for p in problems]
+    every = [[found.mean(p) for found in groups.values()] for p in problems]
     axes.hlines(lines, [min(values) for values in every], [max(values) for values in every], color="0.85", zorder=1)
-    for marker, (label, found) in zip(cycle("osD^vPX"), by_label.items(), strict=False):
-        axes.scatter([found[p] for p in problems], lines, marker=marker, label=label, zorder=2, s=36)
+    for marker, found in zip(cycle("osD^vPX"), groups.values(), strict=False):
+        axes.scatter([found.mean(p) for p in problems], lines, marker=marker, label=found.label, zorder=2, s=36)
     axes.set(yticks=lines, yticklabels=problems, xlabel="test accuracy in %", xlim=(0, 102))
     axes.spines[["top", "right", "left"]].set_visible(False)
-    columns = max(1, min(3, LINE // (max(map(len, by_label)) + len("mark  "))))
+    columns = max(1, min(3, LINE // (max(len(one.label) for one in groups.values()) + len("mark  "))))
     figure.legend(loc="outside lower center", ncols=columns, frameon=False)
     longest = max(group.minutes for group in groups)
     means = [
-        f"{TITLES[group.method].split(' (')[0]} {statistics.fmean(found.accuracies[p] for p in problems):.1f} %"
+        f"{TITLES[group.method].split(' (')[0]} {statistics.fmean(map(found.mean, problems)):.1f} %"
         for group, found in groups.items()
         if group.minutes == longest and not group.settings
     ]
@@ -185,10 +141,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, metavar="FILE.png")
     given = parser.parse_args()
     rows = read(given.rows or RESULTS / f"pictures_{given.half}.jsonl")
-    text = table(rows, given.half)
-    print(text)
-    if given.write is not None:
-        show(given.write, given.half, text)
+    show(given.write, given.half, table(rows, given.half))
     if given.figure is not None:
         draw(rows, given.half, given.figure)
 

@@ -572,40 +572,22 @@ def cell(rng: Generator, label: int, size: int, test: bool) -> Bytes:
 
 
 PROBLEMS = (
-    Problem(
-        name="segments", half="unseen", draw=segments, size=16, channels=1, classes=tuple("0123456789"),
-        labels_per_class=2, unlabeled=500, test=800,
-    ),
-    Problem(
-        name="clocks", half="unseen", draw=clock, size=48, channels=1, classes=HOURS,
-        labels_per_class=5, unlabeled=1200, test=600,
-    ),
-    Problem(
-        name="faces", half="unseen", draw=face, size=32, channels=3, classes=MOODS,
-        labels_per_class=4, unlabeled=600, test=600, imbalance=10, labels_as_found=True,
-    ),
-    Problem(
-        name="signs", half="unseen", draw=sign, size=64, channels=3, classes=tuple(SIGNS),
-        labels_per_class=1, unlabeled=1000, test=1000, foreign=0.2,
-    ),
-    Problem(
-        name="leaves", half="unseen", draw=leaf, size=32, channels=1, classes=LEAVES,
-        labels_per_class=8, unlabeled=900, test=700, foreign=0.25,
-    ),
-    Problem(
-        name="molecules", half="unseen", draw=molecule, size=40, channels=1, classes=GRAPHS,
-        labels_per_class=20, unlabeled=1000, test=500,
-    ),
-    Problem(
-        name="charts", half="unseen", draw=chart, size=96, channels=3, classes=CHARTS,
-        labels_per_class=3, unlabeled=800, test=640, imbalance=10,
-    ),
-    Problem(
-        name="places", half="unseen", draw=place, size=32, channels=3, classes=tuple(PLACES),
-        labels_per_class=10, unlabeled=2000, test=1000, foreign=0.3,
-    ),
-    Problem(
-        name="cells", half="unseen", draw=cell, size=24, channels=3, classes=CELLS,
-        labels_per_class=25, unlabeled=300, test=500, imbalance=10, labels_as_found=True,
-    ),
+    Problem(name="segments", half="unseen", draw=segments, size=16, channels=1, classes=tuple("0123456789"),
+            labels_per_class=2, unlabeled=500, test=800),
+    Problem(name="clocks", half="unseen", draw=clock, size=48, channels=1, classes=HOURS,
+            labels_per_class=5, unlabeled=1200, test=600),
+    Problem(name="faces", half="unseen", draw=face, size=32, channels=3, classes=MOODS,
+            labels_per_class=4, unlabeled=600, test=600, imbalance=10, labels_as_found=True),
+    Problem(name="signs", half="unseen", draw=sign, size=64, channels=3, classes=tuple(SIGNS),
+            labels_per_class=1, unlabeled=1000, test=1000, foreign=0.2),
+    Problem(name="leaves", half="unseen", draw=leaf, size=32, channels=1, classes=LEAVES,
+            labels_per_class=8, unlabeled=900, test=700, foreign=0.25),
+    Problem(name="molecules", half="unseen", draw=molecule, size=40, channels=1, classes=GRAPHS,
+            labels_per_class=20, unlabeled=1000, test=500),
+    Problem(name="charts", half="unseen", draw=chart, size=96, channels=3, classes=CHARTS,
+            labels_per_class=3, unlabeled=800, test=640, imbalance=10),
+    Problem(name="places", half="unseen", draw=place, size=32, channels=3, classes=tuple(PLACES),
+            labels_per_class=10, unlabeled=2000, test=1000, foreign=0.3),
+    Problem(name="cells", half="unseen", draw=cell, size=24, channels=3, classes=CELLS,
+            labels_per_class=25, unlabeled=300, test=500, imbalance=10, labels_as_found=True),
 )  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 import pages
 import pytest
 
-from benchmarks.pictures.run import RESULTS, read
+from benchmarks.harness import RESULTS, read
 
 pytestmark = pytest.mark.docs
 
