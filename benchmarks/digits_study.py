@@ -22,8 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from harness import NONE, RESULTS, Row, arguments, difference, environment, go_on, grid, parsed, read, show, spread
@@ -43,8 +42,7 @@ STUDENT, FINETUNED = "test_accuracy", "finetuned_test_accuracy"
 Config = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """How much is run: training and finetuning steps, seeds, configurations of each method."""
 
     steps: int
@@ -54,10 +52,8 @@ class Size:
     configurations: int
 
 
-FULL = Size(
-    steps=1500, finetune_steps=200, tuning_seeds=tuple(range(100, 105)), seeds=tuple(range(20)), configurations=12
-)
-MINIATURE = Size(steps=4, finetune_steps=2, tuning_seeds=(100,), seeds=(0, 1), configurations=1)
+FULL = Size(1500, 200, tuple(range(100, 105)), tuple(range(20)), configurations=12)
+MINIATURE = Size(4, 2, (100,), (0, 1), configurations=1)
 
 
 @dataclass(frozen=True)
@@ -105,25 +101,6 @@ COMPARED = {2: (*ENTRIES,), 4: ("mpl", "none", "supervised", "pseudo_labels", "p
 """By the labels of a class."""
 
 
-def settings_of(
-    method: str, config: Config, seed: int, labels_per_class: int, final: bool, size: Size
-) -> tuple[Digits, Any]:
-    """The digits, and the method, with a configuration of the grid."""
-    entry = ENTRIES[method]
-    kept = {"ema_decay": EMA_DECAY if final else None, "finetune_steps": size.finetune_steps}
-    of = fitting(seed=seed, steps=size.steps, log_every=size.steps, lr=config.get("teacher_lr", 0.06), **kept)
-    named: Any = METHODS[entry.method]
-    asked = {
-        "mode": entry.mode,
-        "student_lr": config.get("student_lr", 0.5),
-        "feedback_weight": config.get("weight", 1.0),
-        **{name: config[name] for name in ("temperature", "label_smoothing", "uda_weight") if name in config},
-        **({} if entry.labels is None else {"pseudo_labels": entry.labels}),
-    }
-    named = replaced(named, **{name: value for name, value in asked.items() if name in flat(named)})
-    return Digits(labels_per_class=labels_per_class, fitting=of), named
-
-
 @lru_cache(maxsize=3)
 def drawn(seed: int, labels_per_class: int, size: Size) -> Data:
     """The data with their batches drawn once: they are the same for every method."""
@@ -159,7 +136,13 @@ def one_run(method: str, config: Config, seed: int, labels_per_class: int, final
     """Train one method once: tuning runs read the validation images, final runs the test images."""
     torch.set_num_threads(1)
     since = time.perf_counter()
-    digits, named = settings_of(method, config, seed, labels_per_class, final, size)
+    entry, final_decay = ENTRIES[method], EMA_DECAY if final else None
+    kept = {"ema_decay": final_decay, "finetune_steps": size.finetune_steps, "lr": config.get("teacher_lr", 0.06)}
+    of = fitting(seed=seed, steps=size.steps, log_every=size.steps, **kept)
+    digits, named = Digits(labels_per_class=labels_per_class, fitting=of), METHODS[entry.method]
+    asked = {"mode": entry.mode, "student_lr": config.get("student_lr", 0.5)}
+    asked |= {"feedback_weight": config.get("weight", 1.0), "pseudo_labels": entry.labels} | config
+    named = replaced(named, **{n: v for n, v in asked.items() if n in flat(named) and v is not None})
     data = dataclasses.replace(drawn(seed, labels_per_class, size), **{"validation" if final else "test": None})
     looked_at = {"validation": data.validation, "select": not final, "progress": False}
 
@@ -177,9 +160,6 @@ def one_run(method: str, config: Config, seed: int, labels_per_class: int, final
     return found | {"seconds": round(time.perf_counter() - since, 2)}
 
 
-# ------------------------------------------------------------------------------------------------------ running it all
-
-
 def chosen(rows: Sequence[Row], size: Size = FULL) -> dict[str, Config]:
     """For each method the configuration with the best mean validation accuracy over the tuning seeds."""
     best: dict[str, Config] = {}
@@ -192,29 +172,6 @@ def chosen(rows: Sequence[Row], size: Size = FULL) -> dict[str, Config]:
         if entry.grid:
             best[name] = max(entry.grid[: size.configurations], key=reached)
     return best | {name: best[e.tuned_as] for name, e in ENTRIES.items() if e.tuned_as is not None}
-
-
-def study(size: Size, raw: Path, workers: int) -> None:
-    """Tune every method, then run each on the seeds that nobody has looked at."""
-    run = partial(one_run, size=size)
-    tuning = (
-        {"method": name, "config": config, "seed": seed, "labels_per_class": 2, "final": False}
-        for seed in size.tuning_seeds
-        for name, entry in ENTRIES.items()
-        for config in entry.grid[: size.configurations]
-    )
-    made_with: Row = {"made_with": environment(), "steps": size.steps, "final_ema_decay": EMA_DECAY}
-    best = chosen([row for row in go_on(raw, tuning, run, workers, **made_with) if "method" in row], size)
-    final = (
-        {"method": name, "config": best[name], "seed": seed, "labels_per_class": labels, "final": True}
-        for labels, names in COMPARED.items()
-        for seed in size.seeds
-        for name in names
-    )
-    go_on(raw, final, run, workers, **made_with)
-
-
-# --------------------------------------------------------------------------------------------------------------- tables
 
 
 def column(rows: Sequence[Row], method: str, labels: int, read_out: str) -> list[float]:
@@ -281,7 +238,23 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     given = parsed(parser)
     if given.runs:
-        study(MINIATURE if given.miniature else FULL, given.out, given.workers)
+        size = MINIATURE if given.miniature else FULL
+        run, made_with = partial(one_run, size=size), {"made_with": environment(), "steps": size.steps}
+        tuning = (
+            {"method": name, "config": config, "seed": seed, "labels_per_class": 2, "final": False}
+            for seed in size.tuning_seeds
+            for name, entry in ENTRIES.items()
+            for config in entry.grid[: size.configurations]
+        )
+        rows = go_on(given.out, tuning, run, given.workers, **made_with)
+        best = chosen([row for row in rows if "method" in row], size)
+        final = (
+            {"method": name, "config": best[name], "seed": seed, "labels_per_class": labels, "final": True}
+            for labels, names in COMPARED.items()
+            for seed in size.seeds
+            for name in names
+        )
+        go_on(given.out, final, run, given.workers, **made_with)
     show(given.write, "digits", block(read(given.out, "method")))
 
 

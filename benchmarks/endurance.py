@@ -22,18 +22,16 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-
-from harness import Row
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy
 import torch
-from harness import RESULTS, arguments, described, grid, loaded, parsed, show, write_json
+from harness import RESULTS, Row, arguments, described, grid, loaded, parsed, show, write_json
 from PIL import Image
 
 from metapl import MetaplError
@@ -104,14 +102,12 @@ def ended(child: int) -> int | None:
     return None
 
 
-class Hung(BaseException):
-    """Something took far too long."""
-
-
 @contextlib.contextmanager
 def alarmed() -> Iterator[None]:
+    """``TimeoutError`` where something takes far too long."""
+
     def ring(number: int, frame: Any) -> None:
-        raise Hung
+        raise TimeoutError
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, HUNG)
@@ -270,32 +266,26 @@ def table(result: Row) -> str:
     )
 
 
-def run(names: list[str], miniature: bool, out: Path) -> None:
-    """Try everything, and write the counts."""
-    torch.set_num_threads(1)
-    for name in ("matplotlib.figure", "tensorboard", "torch._dynamo", "torch.utils.tensorboard.summary"):
-        import_module(name)  # here, and not in each forked process
-    result: Row = loaded(out) if out.is_file() else {"parts": {}}
-    with tempfile.TemporaryDirectory(prefix="metapl-endurance-") as folder:
-        parts = Parts(Path(folder), 0.02 if miniature else 1.0)
-        for name in names:
-            part: Callable[[], Faults] = getattr(parts, name)
-            since, faults = time.monotonic(), list(part())
-            failures = [fault[:300] for fault in faults if fault is not None]
-            found = {"tried": len(faults), "failed": len(failures), "seconds": time.monotonic() - since}
-            result["parts"][name] = {**found, "failures": failures[:20]}
-            print(name, found, *failures[:20], sep="\n  ", file=sys.stderr, flush=True)
-            ordered = {part: result["parts"][part] for part in PARTS if part in result["parts"]}
-            write_json(out, {"setup": {**described(), "command": "make endurance"}, "parts": ordered})
-
-
 def main() -> None:
     tried = [name for name in PARTS if hasattr(Parts, name)]
     parser = arguments(__doc__, RESULT)
     parser.add_argument("--only", nargs="+", choices=tried, default=tried, help="these parts alone")
     given = parsed(parser)
+    torch.set_num_threads(1)
+    for name in ("matplotlib.figure", "tensorboard", "torch._dynamo", "torch.utils.tensorboard.summary"):
+        import_module(name)  # here, and not in each forked process
     if given.runs:
-        run(given.only, given.miniature, given.out)
+        result: Row = loaded(given.out) if given.out.is_file() else {"parts": {}}
+        with tempfile.TemporaryDirectory(prefix="metapl-endurance-") as folder:
+            parts = Parts(Path(folder), 0.02 if given.miniature else 1.0)
+            for name in given.only:
+                since, faults = time.monotonic(), list(getattr(parts, name)())
+                failures = [fault[:300] for fault in faults if fault is not None]
+                found = {"tried": len(faults), "failed": len(failures), "seconds": time.monotonic() - since}
+                result["parts"][name] = {**found, "failures": failures[:20]}
+                print(name, found, *failures[:20], sep="\n  ", file=sys.stderr, flush=True)
+                ordered = {part: result["parts"][part] for part in PARTS if part in result["parts"]}
+                write_json(given.out, {"setup": {**described(), "command": "make endurance"}, "parts": ordered})
     show(given.write, "endurance", table(loaded(given.out)))
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import platform
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -121,6 +123,20 @@ def go_on(file: Path, jobs: Iterable[Row], run: Callable[..., Row], workers: int
         for job, running in [(job, pool.submit(run, **job)) for job in missing()]:
             keep({**job, **running.result()})
     return rows
+
+
+def apart(use: str, python: str = sys.executable) -> Any:
+    """What an expression of a benchmark gives, such as ``"peers.measure(1)"``, in a process of its own.
+
+    Raises: :class:`RuntimeError` with what it wrote, if it ends otherwise.
+    """
+    code = f"import json, sys, torch; sys.path.insert(0, {str(HERE)!r}); torch.set_num_threads(1)\n"
+    code += f"import {use.partition('.')[0]}; print(json.dumps({use}))"
+    paths = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([python, "-c", code], env=paths, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def loaded(file: Path) -> Any:

@@ -28,8 +28,8 @@ from itertools import groupby, pairwise
 from typing import Any
 
 import torch
-from harness import RESULTS, Row, arguments, described, loaded, parsed, show, write_json
-from peers import LENGTH, TOKENS, CausalLM
+from harness import NONE, RESULTS, Row, arguments, described, grid, loaded, parsed, show, write_json
+from peers import CausalLM
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -76,50 +76,37 @@ TITLES = {
 def network(name: str) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[int], Any]]:
     """A student, its optimizer, and the batch of a step."""
     torch.manual_seed(0)
+    student: nn.Module
+    optimizer: torch.optim.Optimizer
+    shape, rows = (64,), 100
     if name == "wrn":
-        student: nn.Module = metapl.models.wide_resnet28_2(num_classes=10)
-        shape, rows = (3, 32, 32), 16
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9)
+        student, shape, rows = metapl.models.wide_resnet28_2(num_classes=10), (3, 32, 32), 16
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9)
     elif name == "conv":
-        student = nn.Sequential(
-            *(
-                nn.Conv2d(1, 16, 3, padding=1),
-                nn.BatchNorm2d(16, track_running_stats=False),
-                nn.GELU(),
-                nn.AvgPool2d(2),
-            ),
-            *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32, track_running_stats=False), nn.GELU()),
-            *(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(32, 10)),
-        )
-        shape, rows = (1, 8, 8), 100
-        optimizer = torch.optim.Adam(student.parameters(), lr=1e-3, eps=1e-3)
+        first = nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16, track_running_stats=False), nn.GELU()
+        second = nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32, track_running_stats=False), nn.GELU()
+        student = nn.Sequential(*first, nn.AvgPool2d(2), *second, nn.AvgPool2d(4), nn.Flatten(), nn.Linear(32, 10))
+        shape, optimizer = (1, 8, 8), torch.optim.Adam(student.parameters(), lr=1e-3, eps=1e-3)
     elif name == "digits":
         student = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 10))
         optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
-        data = load_digits()
-        pictures, labels = torch.tensor(data.data).float() / 16, torch.tensor(data.target)
-
-        def digits(number: int) -> tuple[Tensor, Tensor]:
-            rows = torch.randint(0, len(labels), (100,), generator=torch.Generator().manual_seed(number))
-            return pictures[rows], labels[rows]
-
-        return student, optimizer, digits
     elif name == "causal":
-        student = CausalLM()
+        student, rows = CausalLM(), 16
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, eps=1e-4)
-
-        def text(number: int) -> tuple[Tensor, Tensor]:
-            tokens = torch.randint(0, TOKENS, (16, LENGTH + 1), generator=torch.Generator().manual_seed(number))
-            return tokens[:, :-1], tokens[:, -1]
-
-        return student, optimizer, text
     else:
         student = nn.Sequential(nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 560), nn.GELU(), nn.Linear(560, 10))
-        shape, rows = (64,), 100
         optimizer = torch.optim.Adam(student.parameters(), lr=1e-3, eps=1e-3)
+    data = load_digits()
+    pictures, labels = torch.tensor(data.data).float() / 16, torch.tensor(data.target)
 
     def batch(number: int) -> tuple[Tensor, Tensor]:
         draw = torch.Generator().manual_seed(number)
+        if name == "digits":
+            chosen = torch.randint(0, len(labels), (rows,), generator=draw)
+            return pictures[chosen], labels[chosen]
+        if name == "causal":
+            tokens = torch.randint(0, 256, (rows, 33), generator=draw)
+            return tokens[:, :-1], tokens[:, -1]
         return torch.randn(rows, *shape, generator=draw), torch.randint(0, 10, (rows,), generator=draw)
 
     return student, optimizer, batch
@@ -156,16 +143,12 @@ def kept_bytes(name: str, steps: int, way: str) -> int:
     return sum(kept) * (theta + state) + held * ((1 if way == COMPILED else 2) * theta + state)
 
 
-def path(name: str, steps: int, way: str) -> Callable[[], None]:
+def path(name: str, steps: int, way: str) -> Callable[[], Any]:
     """A call of hypergradient, which may be made again; of one that is compiled, by the same graphs."""
     student, optimizer, batch = network(name)
     given: Any = {"outer": batch(-1), "inner": Lookahead(batch, steps=steps), "problem": EqualWeights()}
     given |= {"inner_optimizer": optimizer, "mode": mode_of(way, steps), "compile": way == COMPILED}
     return partial(metapl.hypergradient, None, student, **given)
-
-
-def by_path(name: str, steps: int, way: str) -> None:
-    path(name, steps, way)()
 
 
 def adjoint_by_hand(name: str, steps: int) -> None:
@@ -243,10 +226,11 @@ def measured(miniature: bool, again: tuple[str, int] | None, there: set[tuple[st
         if not ways:
             continue
         plain(name, 2)
-        by_path(name, 2, "all kept")  # what is loaded at the first call is not timed
+        path(name, 2, "all kept")()  # what is loaded at the first call is not timed
         one = peak_bytes(partial(plain, name, 1), CPU)
         for way in ways:
-            run = partial(by_path, name, steps, way) if WAYS[way] else partial(RIVALS[way], name, steps)
+            by_metapl = WAYS[way] and (lambda name=name, steps=steps, way=way: path(name, steps, way)())
+            run = by_metapl or partial(RIVALS[way], name, steps)
             RIVALS.get(way, plain)(name, 2)
             if way == COMPILED:
                 run = path(name, steps, way)
@@ -267,8 +251,7 @@ def measured(miniature: bool, again: tuple[str, int] | None, there: set[tuple[st
 
 
 def table(result: Row) -> str:
-    lines = ["| network | K | way | time | memory | MB | without states | compiling |"]
-    lines += ["|---|---:|---|---:|---:|---:|---:|---:|"]
+    lines = []
     networks, (first, *others) = [*TITLES], WAYS
     ways = [first, "all kept", PYTORCHS, *others[1:]]
     eager = {(row["network"], row["steps"], row["cpu"]): row for row in result["rows"] if row["way"] == "all kept"}
@@ -282,7 +265,7 @@ def table(result: Row) -> str:
         spread = f" ({times[0]:.1f} to {times[-1]:.1f})" if again else ""
         cells = [TITLES[row["network"]], f"{row['steps']:,}", row["way"], f"{statistics.median(times):.1f}{spread}"]
         peak, one, kept = (row[f"{name}_bytes"] for name in ("peak", "one_step", "kept"))
-        cells += [f"{peak / one:.1f}", f"{peak / 1e6:,.0f}", f"{(peak - kept) / one:.1f}" if kept else "–"]
+        cells += [f"{peak / one:.1f}", f"{peak / 1e6:,.0f}", f"{(peak - kept) / one:.1f}" if kept else NONE]
         cells.append("")
         if "compile_seconds" in row:
             cells[-1] = f"{row['compile_seconds']:.0f} s"
@@ -291,7 +274,7 @@ def table(result: Row) -> str:
                 saved = (slower["time"] * slower["plain_seconds"] - row["time"] * row["plain_seconds"]) / row["steps"]
                 paid = f"{math.ceil(row['compile_seconds'] / saved / 100) * 100:,} steps" if saved > 0 else "never paid"
                 cells[-1] += f", {paid}"
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(cells)
     told = (
         "*Time*: processor time over plain training of the same steps, in turns; the median of several measurements, "
         "and their range, or a single one; *memory*: the peak beyond what was held before, over that of one plain "
@@ -300,7 +283,8 @@ def table(result: Row) -> str:
         f"{' and '.join(sorted({row['cpu'] for row in result['rows']}))}, which other work shared. "
         "`python benchmarks/long_paths.py`; raw rows: `benchmarks/results/long_paths.json`."
     )
-    return "\n".join([*lines, "", told])
+    head = ["network", "K", "way", "time", "memory", "MB", "without states", "compiling"]
+    return f"{grid(head, lines, 'lrl')}\n\n{told}"
 
 
 def main() -> None:

@@ -17,8 +17,6 @@ allocator's peak beyond weights and batches. They run on a CUDA device, if there
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import random
 import re
 import statistics
@@ -32,14 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import NONE, RESULTS, Row, arguments, described, grid, loaded, parsed, show, write_json
+from harness import NONE, RESULTS, Row, apart, arguments, described, grid, loaded, parsed, show, write_json
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-HERE = Path(__file__).parent
 RESULT = RESULTS / "peers.json"
 LEARNING_RATE = 0.1
 CAUSAL = "causal LM, default attention"
@@ -377,14 +374,11 @@ def environment(packages: Sequence[str], folder: Path, alone: bool = True) -> st
 
 def call(python: str, *given: Any) -> Row:
     """:func:`measure` in a process of its own; what it raised is in ``reason``."""
-    use = f"import peers; print(json.dumps(peers.measure(*{given!r})))"
-    code = f"import json, sys; sys.path.insert(0, {str(HERE)!r}); {use}"
-    paths = {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([python, "-c", code], env=os.environ | paths, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raised = [line for line in done.stderr.splitlines() if re.match(r"[\w.]*Error\b", line)]
-        return {"reason": f"stops: {(raised or [done.stderr])[-1][:150].split(' because ')[0]}"}
-    row: Row = json.loads(done.stdout.splitlines()[-1])
+    try:
+        row: Row = apart(f"peers.measure(*{given!r})", python)
+    except RuntimeError as error:
+        raised = [line for line in str(error).splitlines() if re.match(r"[\w.]*Error\b", line)]
+        return {"reason": f"stops: {(raised or [str(error)])[-1][:150].split(' because ')[0]}"}
     return row
 
 

@@ -16,11 +16,8 @@ test set is opened by the final runs alone.
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,11 +26,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, Row, arguments, described, difference, loaded, parsed, show, spread, write_json
+from harness import (
+    NONE,
+    RESULTS,
+    Row,
+    apart,
+    arguments,
+    described,
+    difference,
+    grid,
+    loaded,
+    parsed,
+    show,
+    spread,
+    write_json,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-HERE = Path(__file__).parent
+import metapl
+from metapl.ablation.cost import peak_bytes
+from metapl.apps.compare import Job
+from metapl.apps.digits import METHODS as KNOWN
+from metapl.apps.digits import Digits, fitting
+from metapl.apps.networks import create
+from metapl.apps.settings import replaced
+from metapl.models import label_adjuster
+from metapl.problems import ReducedLabels
+
 RESULT = RESULTS / "reduced.json"
 PLAIN = "plain training on stored labels"
 BOTH = "plain training on stored and on given labels"
@@ -61,62 +81,43 @@ READOUTS = ("student", "finetuned")
 # ---------------------------------------------------------------------------------------------------------------- steps
 
 
-def step_of(case: str, name: str) -> tuple[Callable[[], Any], int]:
-    """A step of a method, and its weights, all networks together."""
-    import metapl
-    from metapl.apps.networks import create
-    from metapl.models import label_adjuster
-    from metapl.problems import ReducedLabels
-
-    method, mode = STEPS[name]
-    network, batch, side = (CASES | SMALL)[case]
+def measure(case: str, name: str, steps: int) -> Row:
+    """Seconds and memory of a step of a method, and its weights, all networks together."""
+    (method, mode), (network, batch, side) = STEPS[name], (CASES | SMALL)[case]
     torch.manual_seed(0)
     student = create(network, CLASSES)
     x, u = (torch.randn(batch, 3, side, side) for _ in range(2))
     y, stored = torch.randint(0, CLASSES, (batch,)), torch.rand(batch, CLASSES).softmax(-1)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    if method == "plain":
+    networks: list[nn.Module] = [student]
 
-        def plain() -> Tensor:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(student(u), stored)
-            loss.backward()
-            if mode == "labeled too":
-                F.cross_entropy(student(x), y).backward()
-            optimizer.step()
-            return loss.detach()
+    def plain() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(student(u), stored)
+        loss.backward()
+        if mode == "labeled too":
+            F.cross_entropy(student(x), y).backward()
+        optimizer.step()
+        return loss.detach()
 
-        return plain, _weights(student)
-    teacher: nn.Module = label_adjuster(CLASSES) if method == "reduced" else create(network, CLASSES)
-    trainer = metapl.BilevelTrainer(
-        teacher,
-        student,
-        mode,
-        problem=ReducedLabels() if method == "reduced" else None,
-        inner_optimizer=optimizer,
-        recompute_teacher=method == "mpl",  # as small as full MPL gets
-    )
-    labeled = (x, y, stored) if method == "reduced" else (x, y)
-    unlabeled: Any = (u, stored) if method == "reduced" else u
-    return lambda: trainer.step(labeled, unlabeled), _weights(student) + _weights(teacher)
+    step: Callable[[], Any] = plain
+    if method != "plain":
+        reduced = method == "reduced"
+        networks.append(label_adjuster(CLASSES) if reduced else create(network, CLASSES))
+        given: Row = {"problem": ReducedLabels() if reduced else None, "inner_optimizer": optimizer}
+        trainer = metapl.BilevelTrainer(networks[1], student, mode, **given, recompute_teacher=not reduced)
+        batches: Any = ((x, y, stored), (u, stored)) if reduced else ((x, y), u)
 
+        def step() -> Any:
+            return trainer.step(*batches)
 
-def _weights(network: nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())
-
-
-def measure(case: str, name: str, steps: int) -> Row:
-    """One measurement, in the process that it is called in."""
-    from metapl.ablation.cost import peak_bytes
-
-    torch.set_num_threads(1)
-    step, weights = step_of(case, name)
     for _ in range(2):
         step()
     since = time.process_time()
     for _ in range(steps):
         step()
     seconds = (time.process_time() - since) / steps
+    weights = sum(p.numel() for network in networks for p in network.parameters())
     return {"seconds": seconds, "bytes": peak_bytes(step, torch.device("cpu")), "weights": weights}
 
 
@@ -126,15 +127,9 @@ def steps_measured(miniature: bool) -> list[Row]:
     jobs = [(case, name) for case in (SMALL if miniature else CASES) for name in names] * rounds
     random.Random(0).shuffle(jobs)
     found: dict[tuple[str, str], list[Row]] = {}
-    for number, (case, name) in enumerate(jobs, 1):
-        code = f"import reduced; print(json.dumps(reduced.measure({case!r}, {name!r}, {each})))"
-        code = f"import json, sys; sys.path.insert(0, {str(HERE)!r}); {code}"
-        paths = {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | paths, capture_output=True, text=True, check=True
-        )
-        found.setdefault((case, name), []).append(json.loads(done.stdout.splitlines()[-1]))
-        print(f"[{number}/{len(jobs)}] {case}, {name}: {found[case, name][-1]}", file=sys.stderr, flush=True)
+    for number, job in enumerate(jobs, 1):
+        found.setdefault(job, []).append(apart(f"reduced.measure{(*job, each)!r}"))
+        print(f"[{number}/{len(jobs)}] {job}: {found[job][-1]}", file=sys.stderr, flush=True)
     return [
         {"case": case, "name": name, **{key: statistics.median(row[key] for row in rows) for key in rows[0]}}
         for (case, name), rows in sorted(found.items())
@@ -146,11 +141,6 @@ def steps_measured(miniature: bool) -> list[Row]:
 
 def digits_run(method: str, seed: int, weight: float, steps: int) -> Row:
     """A run as ``metapl train digits`` does it: accuracies of the student and of the finetuned one."""
-    from metapl.apps.compare import Job
-    from metapl.apps.digits import METHODS as KNOWN
-    from metapl.apps.digits import Digits, fitting
-    from metapl.apps.settings import replaced
-
     config = Digits(fitting=fitting(seed=seed, steps=steps))
     named = replaced(KNOWN[method], feedback_weight=weight)  # of a method that has feedback
     with tempfile.TemporaryDirectory() as folder:
@@ -163,24 +153,18 @@ def digits_measured(miniature: bool) -> Row:
     """Tuning, and the final runs with the weight that it chose."""
     steps, weights = (3, WEIGHTS[:1]) if miniature else (1500, WEIGHTS)
     tuning_seeds, seeds = (TUNING[:1], SEEDS[:2]) if miniature else (TUNING, SEEDS)
-    tuning = []
+    tuning, final = list[Row](), list[Row]()
     for weight in weights:
         for seed in tuning_seeds:
-            found = digits_run("reduced_mpl", seed, weight, steps)
-            tuning.append({"weight": weight, "seed": seed, **found})
+            tuning.append({"weight": weight, "seed": seed, **digits_run("reduced_mpl", seed, weight, steps)})
             print(f"tuning: {tuning[-1]}", file=sys.stderr, flush=True)
-    best = max(weights, key=lambda weight: _mean(tuning, "student_validation", weight=weight))
-    final = []
+    best = max(weights, key=lambda weight: statistics.fmean(column_of(tuning, "student_validation", weight=weight)))
     for seed in seeds:
         for method in METHODS[: 2 if miniature else None]:
-            found = digits_run(method, seed, best if method == "reduced_mpl" else 1.0, steps)
-            final.append({"method": method, "seed": seed, **found})
+            weight = best if method == "reduced_mpl" else 1.0
+            final.append({"method": method, "seed": seed, **digits_run(method, seed, weight, steps)})
             print(f"final: {final[-1]}", file=sys.stderr, flush=True)
     return {"steps": steps, "weight": best, "tuning": tuning, "final": final}
-
-
-def _mean(rows: list[Row], column: str, **which: Any) -> float:
-    return statistics.fmean(column_of(rows, column, **which))
 
 
 def column_of(rows: list[Row], column: str, **which: Any) -> list[float]:
@@ -188,51 +172,32 @@ def column_of(rows: list[Row], column: str, **which: Any) -> list[float]:
     return [row[column] for row in rows if all(row[key] == value for key, value in which.items())]
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
-
-
 def table(result: Row) -> str:
     """The costs of a step, and the accuracies on the digits; of what has been measured."""
-    parts = [made(result[name]) for name, made in (("steps", _costs), ("digits", _accuracies)) if name in result]
+    parts = []
+    if "steps" in result:
+        known = {(row["case"], row["name"]): row for row in result["steps"]}
+        lines = []
+        for (case, name), row in sorted(known.items(), key=lambda one: [*STEPS].index(one[0][1])):
+            over = [f"{row[key] / known[case, PLAIN][key]:.2f}" for key in ("seconds", "bytes")]
+            size = [f"{1e3 * row['seconds']:.0f}", f"{row['bytes'] / 1e6:.0f}", f"{row['weights'] / 1e6:.2f}"]
+            lines.append([case, name, *over, *size])
+        order = list(dict.fromkeys(row["case"] for row in result["steps"]))
+        head = ["network", "step", "time / plain", "memory / plain", "ms", "MB", "million weights"]
+        parts.append(grid(head, sorted(lines, key=lambda line: order.index(line[0])), names=2))
+    if "digits" in result:
+        final, lines = result["digits"]["final"], []
+        own = column_of(final, "student_test", method="reduced_mpl")
+        for method in dict.fromkeys(row["method"] for row in final):
+            student, finetuned = (column_of(final, f"{name}_test", method=method) for name in READOUTS)
+            other = (NONE, NONE) if method == "reduced_mpl" else difference(own, student)
+            lines.append([KNOWN[method].title, spread(student), spread(finetuned), *other])
+        parts += [
+            f"Test accuracy on the digits in %, {len(own)} seeds, {result['digits']['steps']:,} steps. The difference: "
+            "Reduced MPL's student minus this one.",
+            grid(["method", "student", "finetuned", "difference", "p"], lines),
+        ]
     return "\n\n".join(parts)
-
-
-def _costs(rows: list[Row]) -> str:
-    plain = {row["case"]: row for row in rows if row["name"] == PLAIN}
-    lines = [
-        "| network | step | time / plain | memory / plain | ms | MB | million weights |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
-    for case in plain:
-        for name in STEPS:
-            for row in (row for row in rows if (row["case"], row["name"]) == (case, name)):
-                time_, memory = (row[key] / plain[case][key] for key in ("seconds", "bytes"))
-                size = f"{1e3 * row['seconds']:.0f} | {row['bytes'] / 1e6:.0f} | {row['weights'] / 1e6:.2f}"
-                lines.append(f"| {case} | {name} | {time_:.2f} | {memory:.2f} | {size} |")
-    return "\n".join(lines)
-
-
-def _accuracies(digits: Row) -> str:
-    from metapl.apps.digits import METHODS as KNOWN
-
-    final = digits["final"]
-    methods = list(dict.fromkeys(row["method"] for row in final))
-    seeds = len({row["seed"] for row in final})
-    lines = [
-        f"Test accuracy on the digits in %, {seeds} seeds, {digits['steps']:,} steps. The difference: Reduced MPL's "
-        "student minus this one.",
-        "",
-        "| method | student | finetuned | difference | p |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    own = column_of(final, "student_test", method="reduced_mpl")
-    for method in methods:
-        cells = [spread(column_of(final, f"{name}_test", method=method)) for name in READOUTS]
-        other = (
-            ("–", "–") if method == "reduced_mpl" else difference(own, column_of(final, "student_test", method=method))
-        )
-        lines.append(f"| {KNOWN[method].title} | {' | '.join(cells)} | {' | '.join(other)} |")
-    return "\n".join(lines)
 
 
 def main() -> None:

@@ -16,11 +16,8 @@ benchmarks/attribution.py, which uses nothing of metapl, in float32. Rows that a
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +30,7 @@ import attribution
 import text_corpus
 import torch
 from attribution import BASE, factor, losses_of
-from harness import RESULTS, Row, arguments, described, loaded, parsed, show, write_json
+from harness import NONE, RESULTS, Row, apart, arguments, described, grid, loaded, parsed, show, write_json
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,7 +40,6 @@ import metapl
 from metapl.ablation.cost import peak_bytes
 from metapl.feedback import Forward
 
-HERE = Path(__file__).parent
 RESULT = RESULTS / "rival_attribution.json"
 VOCABULARY, SHARES, REMOVALS, SEEDS = 256, (0.01, 0.05, 0.1), 30, (0, 1, 2)
 NARROW = "sqrt, default type float32"
@@ -228,16 +224,12 @@ def costs(name: str, steps: int, rounds: int, python: Path | None, miniature: bo
             if miniature:
                 found = measure(library, given, rounds, ways)
             else:
-                use = f"r.measure({library!r}, torch.load('{folder}/training.pt'), {rounds}, {ways!r})"
-                code = f"import json, sys; sys.path.insert(0, {str(HERE)!r}); import rival_attribution as r, torch; "
-                code += f"torch.set_num_threads(1); print(json.dumps({use}))"
-                command = [str(python) if library == "bergson" else sys.executable, "-c", code]
-                paths = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-                done = subprocess.run(command, env=paths, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    rows.append(row | {"reason": f"stops: {done.stderr.splitlines()[-1][:150]}"})
+                use = f"rival_attribution.measure({library!r}, torch.load('{folder}/training.pt'), {rounds}, {ways!r})"
+                try:
+                    found = apart(use, str(python) if library == "bergson" else sys.executable)
+                except RuntimeError as error:
+                    rows.append(row | {"reason": f"stops: {str(error).splitlines()[-1][:150]}"})
                     continue
-                found = json.loads(done.stdout.splitlines()[-1])
             for own in found:
                 scores[own["way"]] = torch.tensor(own.pop("scores"), dtype=torch.float64)
                 rows.append(row | own)
@@ -275,22 +267,19 @@ def lds(name: str, steps: int, seed: int, removals: int, miniature: bool) -> Row
 
 
 def table(result: Row) -> str:
-    lines = ["| training | K | by | error | time / plain | time / torch's plain | peak memory, MB |"]
-    lines.append("|---|---:|---|---:|---:|---:|---:|")
+    lines = []
     measured = [row for row in result["rows"] if row["kind"] == "cost"]
     torchs = {row["case"]: statistics.median(row["plain_seconds"]) for row in measured if row.get("way") == "all kept"}
     for row in measured:
-        start = f"| {row['case']} | {row['steps']} | {row['library']}"
-        if "reason" in row:
-            lines.append(f"{start} | {row['reason']} | – | – | – |")
-            continue
-        ratio = statistics.median(a / b for a, b in zip(row["seconds"], row["plain_seconds"], strict=True))
-        cells = [
-            f"{row['error']:.0e}",
-            f"{ratio:.1f}",
-            f"{statistics.median(row['seconds']) / torchs[row['case']]:.1f}",
-        ]
-        lines.append(f"{start} {row['version']}, {row['way']} | {' | '.join(cells)} | {row['bytes'] / 1e6:.1f} |")
+        cells = [row.get("reason"), NONE, NONE, NONE]
+        if "reason" not in row:
+            ratio = statistics.median(a / b for a, b in zip(row["seconds"], row["plain_seconds"], strict=True))
+            of_torch = statistics.median(row["seconds"]) / torchs[row["case"]]
+            cells = [f"{row['error']:.0e}", f"{ratio:.1f}", f"{of_torch:.1f}", f"{row['bytes'] / 1e6:.1f}"]
+        by = row["library"] if "reason" in row else f"{row['library']} {row['version']}, {row['way']}"
+        lines.append([row["case"], row["steps"], by, *cells])
+    head = ["training", "K", "by", "error", "time / plain", "time / torch's plain", "peak memory, MB"]
+    costs = grid(head, lines, "lrl")
     told = (
         "*Error*: the largest difference of a score from metapl's with all states kept, over the largest one; *time*: "
         "processor time over a plain training by the same library, in turns, and by torch.optim; medians of three, of "
@@ -299,17 +288,15 @@ def table(result: Row) -> str:
         f"{result['machine']['cpu']}, which other work shared. `python benchmarks/rival_attribution.py --rival-python "
         "FILE`; raw rows: `benchmarks/results/rival_attribution.json`."
     )
-    lines += ["", told, "", f"| training | K | seeds | loss | {' | '.join(f'{100 * s:g} %' for s in SHARES)} |"]
-    lines.append("|---|---:|---:|---:|" + "---:|" * len(SHARES))
-    scored = [row for row in result["rows"] if row["kind"] == "lds"]
+    scored, lines = [row for row in result["rows"] if row["kind"] == "lds"], []
     for name, steps in dict.fromkeys((row["case"], row["steps"]) for row in scored):
         same = [row for row in scored if (row["case"], row["steps"]) == (name, steps)]
-        lines.append(f"| {name} | {steps} | {len(same)} | {statistics.fmean(row['loss'] for row in same):.3f} |")
-        for share in SHARES:
-            each = [row["spearman"][f"{share:g}"] for row in same]
-            lines[-1] += f" {statistics.fmean(each):.2f} ({min(each):.2f} to {max(each):.2f}) |"
-    told = f"Spearman's correlation over {REMOVALS} random removals of each share, means and ranges over the seeds."
-    return "\n".join([*lines, "", told])
+        each = [[row["spearman"][f"{share:g}"] for row in same] for share in SHARES]
+        ranges = [f"{statistics.fmean(own):.2f} ({min(own):.2f} to {max(own):.2f})" for own in each]
+        lines.append([name, steps, len(same), f"{statistics.fmean(row['loss'] for row in same):.3f}", *ranges])
+    scores = grid(["training", "K", "seeds", "loss", *(f"{100 * s:g} %" for s in SHARES)], lines)
+    about = f"Spearman's correlation over {REMOVALS} random removals of each share, means and ranges over the seeds."
+    return "\n\n".join([costs, told, scores, about])
 
 
 def main() -> None:

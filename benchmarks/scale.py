@@ -13,6 +13,7 @@ what the allocator adds.
 from __future__ import annotations
 
 import gc
+import math
 import multiprocessing
 import os
 import runpy
@@ -20,13 +21,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, Row, arguments, described, loaded, parsed, show, write_json
+from harness import RESULTS, Row, arguments, described, grid, loaded, parsed, show, write_json
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -52,9 +53,7 @@ class Group:
     """Processes of one layout, which measure one case after another."""
 
     def __init__(self, sizes: dict[str, int]) -> None:
-        number = 1
-        for size in sizes.values():
-            number *= size
+        number = math.prod(sizes.values())
         self.folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "metapl", "torch.distributed.fsdp", "torch.distributed.tensor"])
@@ -98,21 +97,8 @@ def serve(pipe: Connection, rank: int, number: int, meeting: str, sizes: dict[st
 
 def measure(rank: int, sizes: dict[str, int], mode: str, widths: Sequence[int], steps: int, count: bool) -> Row:
     """Seconds of a step of this process; with ``count``, what it computes, sends and holds too."""
-    step, held = step_of(rank, sizes, mode, widths)
-    for _ in range(2):
-        step()
-    before = time.process_time()
-    for _ in range(steps):
-        step()
-    row: Row = {"seconds": (time.process_time() - before) / steps}
-    return row | counted(step, held) if count else row
-
-
-def step_of(
-    rank: int, sizes: dict[str, int], mode: str, widths: Sequence[int]
-) -> tuple[Callable[[], Any], Callable[[], int]]:
-    """A step of this process, and the bytes that lie there before it."""
     import metapl
+    from metapl.ablation.cost import peak_bytes
     from metapl.distributed import Mesh, shard
     from metapl.execution.shards import local
 
@@ -126,26 +112,30 @@ def step_of(
     x, u = (torch.randn(ROWS, widths[0], generator=draw) for _ in range(2))
     labeled = x, torch.arange(ROWS) % widths[-1]
 
-    def held() -> int:
-        states = [state for optimizer in trainer.schedulable for state in optimizer.state.values()]
-        tensors = [t for network in own for t in (*network.parameters(), *network.buffers())]
-        tensors += [t for t in pytree.tree_leaves([states, labeled, u]) if isinstance(t, Tensor)]
-        buckets = [p for network in own for p in network.parameters()] if set(sizes) == {"replicate"} else []
-        return sum(t.numel() * t.element_size() for t in map(local, [*tensors, *buckets]))
+    def step() -> Any:
+        return trainer.step(labeled, u)
 
-    return lambda: trainer.step(labeled, u), held
-
-
-def counted(step: Callable[[], Any], held: Callable[[], int]) -> Row:
-    from metapl.ablation.cost import peak_bytes
-
+    for _ in range(2):
+        step()
+    before = time.process_time()
+    for _ in range(steps):
+        step()
+    row: Row = {"seconds": (time.process_time() - before) / steps}
+    if not count:
+        return row
     with runpy.run_path(str(HERE.parent / "examples" / "plan.py"))["Held"]() as seen:
         step()
     peaks = []
     for _ in range(3):
         gc.collect()
         peaks.append(peak_bytes(step, torch.device("cpu")))
-    return {"flops": seen.flops, "sent": seen.sent, "bytes": held() + min(peaks)}
+    # Beside the peak, what lies there before a step; replicas have a bucket for each weight.
+    states = [state for optimizer in trainer.schedulable for state in optimizer.state.values()]
+    tensors = [t for network in own for t in (*network.parameters(), *network.buffers())]
+    tensors += [t for t in pytree.tree_leaves([states, labeled, u]) if isinstance(t, Tensor)]
+    tensors += [p for network in own for p in network.parameters()] if set(sizes) == {"replicate"} else []
+    held = sum(t.numel() * t.element_size() for t in map(local, tensors))
+    return row | {"flops": seen.flops, "sent": seen.sent, "bytes": held + min(peaks)}
 
 
 def measured(miniature: bool) -> Row:
@@ -174,41 +164,27 @@ def measured(miniature: bool) -> Row:
     return {"rows": rows, "widths": widths, "batch": ROWS, "load": load, "measured_on": described()}
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
-
-
 def table(result: Row) -> str:
     rows = {(row["mode"], row["layout"]): row for row in result["rows"]}
     names = [name for name in LAYOUTS if name != ALONE and any(layout == name for _, layout in rows)]
-    modes = list(dict.fromkeys(mode for mode, _ in rows))
-    times: list[list[str]] = [["mode", "alone, ms", *names, "FLOP"]]
-    amounts = [["mode", *(f"sent: {name}" for name in names), *(f"held: {name}" for name in (ALONE, *names))]]
-    for mode in modes:
+    times, amounts = list[list[str]](), list[list[str]]()
+    for mode in dict.fromkeys(mode for mode, _ in rows):
         alone, others = rows[mode, ALONE], [rows[mode, name] for name in names]
         ratios = [f"{row['seconds'] / alone['seconds']:.2f}" for row in others]
         operations = max(row["flops"] / alone["flops"] for row in others)
         times.append([f"`{mode}`", f"{1e3 * alone['seconds']:.1f}", *ratios, f"{operations:.2f}"])
         sent = [f"{row['sent'] / 1e6:.1f}" for row in others]
         amounts.append([f"`{mode}`", *sent, *(f"{row['bytes'] / 1e6:.1f}" for row in (alone, *others))])
-    lines = [*_lines(times), "", *_lines(amounts)]
     on, widths = result["measured_on"], "-".join(map(str, result["widths"]))
-    lines += [
-        "",
+    head = ["mode", *(f"sent: {name}" for name in names), *(f"held: {name}" for name in (ALONE, *names))]
+    told = (
         f"A step of an MLP {widths} and its teacher, {result['batch']} labeled and as many unlabeled rows in each "
         "process: processor time of the slowest process and its operations over those of one process alone, the MB "
         f"that it sends, and the MB that it holds at the peak. Median of {len(result['rows'][0]['turns'])} turns; "
         f"{on['cpu']}, {on['cores']} cores, one thread a process, load {result['load']:.1f} when it began; torch "
-        f"{on['torch']}, gloo.",
-    ]
-    return "\n".join(lines)
-
-
-def _lines(cells: Sequence[Sequence[str]]) -> Iterator[str]:
-    """A table in Markdown: numbers to the right of names."""
-    for number, row in enumerate(cells):
-        yield f"| {' | '.join(row)} |"
-        if number == 0:
-            yield "|---" + "|---:" * (len(row) - 1) + "|"
+        f"{on['torch']}, gloo."
+    )
+    return "\n\n".join([grid(["mode", "alone, ms", *names, "FLOP"], times), grid(head, amounts), told])
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ settings are those of ``metapl noisy-student digits``, but for fewer steps, two 
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import tempfile
 from collections import defaultdict
@@ -25,7 +24,21 @@ from typing import Any
 
 import torch
 from digits_study import training
-from harness import RESULTS, Row, append, arguments, difference, environment, parsed, points, read, show
+from harness import (
+    NONE,
+    RESULTS,
+    Row,
+    arguments,
+    difference,
+    environment,
+    go_on,
+    grid,
+    loaded,
+    parsed,
+    points,
+    read,
+    show,
+)
 
 from metapl.ablation.cost import flops
 from metapl.apps.compare import Job
@@ -102,38 +115,24 @@ class OnSelected(Mpl):
         return super().train(dataclasses.replace(t, data=data))
 
 
-TITLES = {
-    "noisy_student": "Noisy Student",
-    "mpl_filtered": "Meta Pseudo Labels, unlabeled examples selected",
-    "none_filtered": "same loop, no feedback, unlabeled examples selected",
-    "noisy_student_clean": "Noisy Student, no noise on unlabeled",
-    "noisy_student_uneven": "Noisy Student, not balanced",
-    "noisy_student_once": "Noisy Student, one round",
-    "supervised": "supervised, labeled data only",
-    "uda": "UDA alone",
-}
-COMPARED = tuple(TITLES)
-CHANGED: dict[str, dict[str, Any]] = {
-    "noisy_student_clean": {"unlabeled_noise": "none"},
-    "noisy_student_uneven": {"balance": False},
-    "noisy_student_once": {"rounds": 1},
-}
+def on_selected(name: str, first: int) -> OnSelected:
+    usual: Any = METHODS[name]
+    return OnSelected(**{each.name: getattr(usual, each.name) for each in dataclasses.fields(usual)}, first=first)
 
 
-def settings_of(method: str, sizes: dict[str, Any], seed: int) -> tuple[Digits, Any]:
-    """The digits, and a method, with the steps of Noisy Student."""
-    first = sizes["steps"]
-    named: Any
-    if method.startswith("noisy_student"):
-        named = Students(**{"rounds": 2, **CHANGED.get(method, {})}, first=first)
-    elif method.endswith("_filtered"):
-        usual: Any = METHODS[method.removesuffix("_filtered")]
-        named = OnSelected(**{each.name: getattr(usual, each.name) for each in dataclasses.fields(usual)}, first=first)
-    else:
-        named = METHODS[method]
-    rates = {"schedule": "exponential", "lr": 0.2}
-    hidden = TINY if sizes is MINIATURE else HIDDEN
-    return Digits(hidden=hidden, fitting=fitting(**sizes, **rates, seed=seed)), named
+COMPARED: dict[str, tuple[str, Any]] = {  # a title, and the method by the steps of its first teacher
+    "noisy_student": ("Noisy Student", partial(Students, rounds=2)),
+    "mpl_filtered": ("Meta Pseudo Labels, unlabeled examples selected", partial(on_selected, "mpl")),
+    "none_filtered": ("same loop, no feedback, unlabeled examples selected", partial(on_selected, "none")),
+    "noisy_student_clean": (
+        "Noisy Student, no noise on unlabeled",
+        partial(Students, rounds=2, unlabeled_noise="none"),
+    ),
+    "noisy_student_uneven": ("Noisy Student, not balanced", partial(Students, rounds=2, balance=False)),
+    "noisy_student_once": ("Noisy Student, one round", partial(Students, rounds=1)),
+    "supervised": ("supervised, labeled data only", lambda first: METHODS["supervised"]),
+    "uda": ("UDA alone", lambda first: METHODS["uda"]),
+}
 
 
 def operations(config: Digits, method: Any, data: Data) -> dict[str, float]:
@@ -154,44 +153,39 @@ def operations(config: Digits, method: Any, data: Data) -> dict[str, float]:
     return spent
 
 
-def sized(methods: Sequence[str], sizes: dict[str, Any], seed: int) -> dict[str, tuple[Digits, Any]]:
-    """The settings by which the methods cost what the first one does."""
-    settings = {method: settings_of(method, sizes, seed) for method in methods}
-    data = settings[methods[0]][0].data(print, False, None)
-    spent = {method: operations(*each, data) for method, each in settings.items()}
-    whole = sum(spent[methods[0]].values())
-    for method, cost in spent.items():
-        first, rest = cost.get(FIRST, 0.0), sum(phase for name, phase in cost.items() if name != FIRST)
-        config, named = settings[method]
-        share = (whole - first) / rest
-        names = ("steps", "validate_every")
-        changed = {name: max(1, round(share * getattr(config.fitting, name))) for name in names}
-        settings[method] = replaced(config, **changed), named
+def sized(sizes: dict[str, Any], seed: int) -> dict[str, tuple[Digits, Any]]:
+    """The digits and each method, with the steps by which it costs what the first one does."""
+    hidden, rates = TINY if sizes is MINIATURE else HIDDEN, {"schedule": "exponential", "lr": 0.2}
+    config = Digits(hidden=hidden, fitting=fitting(**sizes, **rates, seed=seed))
+    methods, data = (
+        {name: made(first=sizes["steps"]) for name, (_, made) in COMPARED.items()},
+        config.data(print, False, None),
+    )
+    spent = {name: operations(config, method, data) for name, method in methods.items()}
+    whole, settings = sum(spent["noisy_student"].values()), {}
+    for name, cost in spent.items():
+        first, rest = cost.get(FIRST, 0.0), sum(phase for phase_name, phase in cost.items() if phase_name != FIRST)
+        numbers = {each: getattr(config.fitting, each) for each in ("steps", "validate_every")}
+        changed = {each: max(1, round((whole - first) / rest * number)) for each, number in numbers.items()}
+        settings[name] = replaced(config, **changed), methods[name]
     return settings
 
 
-def train(method: str, config: Digits, named: Any) -> Row:
+def train(method: str, seed: int, settings: dict[str, tuple[Digits, Any]]) -> Row:
     """The row of a run."""
+    config, named = settings[method]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "run"
         result = Job(config, named, folder, resume=False, threads=1).run()
-        stored = json.loads((folder / TAUGHT).read_text()) if (folder / TAUGHT).exists() else None
+        stored = loaded(folder / TAUGHT) if (folder / TAUGHT).exists() else None
     taught = result["rounds"][0]["teacher"] if "rounds" in result else stored
-    row: Row = {"method": method, "seed": config.fitting.seed, "steps": config.fitting.steps}
+    row: Row = {"steps": config.fitting.steps}
     row["operations"] = sum(operations(config, named, config.data(print, False, None)).values())
     if taught is not None:
         row["first_teacher_steps"], row["first_teacher"] = named.first, taught["weights_fingerprint"]
         row["first_teacher_test_accuracy"] = taught["test_accuracy"]
     names = ("delivered", "validation_accuracy", "test_accuracy", "student_test_accuracy")
     return row | {name: result[name] for name in names}
-
-
-def accuracies(rows: Sequence[Row], name: str = "test_accuracy") -> dict[str, list[float]]:
-    """Accuracies by method, in the order of the seeds."""
-    found: dict[str, list[float]] = {}
-    for row in sorted(rows, key=lambda row: int(row["seed"])):
-        found.setdefault(row["method"], []).append(row[name])
-    return {method: found[method] for method in dict.fromkeys(row["method"] for row in rows)}
 
 
 def error(values: Sequence[float]) -> float:
@@ -204,23 +198,20 @@ def error(values: Sequence[float]) -> float:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Each method, and what Noisy Student is above it."""
-    found, steps = accuracies(rows), {row["method"]: row["steps"] for row in rows}
-    first, *_ = found
-    lines = [
-        "| method | steps | test accuracy | Noisy Student above it | p |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for method, values in found.items():
-        cells = [TITLES[method], f"{steps[method]:,}", f"{points(values):.1f} ± {error(values):.1f}"]
-        if method == first:
-            cells += ["–", "–"]
-        else:
-            gain, p = difference(found[first], values)
-            between = error([a - b for a, b in zip(found[first], values, strict=True)])
-            cells += [f"{gain} ± {between:.1f}", p]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    """Each method, and what Noisy Student is above it; rows in the order of the seeds."""
+    found: dict[str, list[float]] = {}
+    for row in sorted(rows, key=lambda row: int(row["seed"])):
+        found.setdefault(row["method"], []).append(row["test_accuracy"])
+    steps, lines = {row["method"]: row["steps"] for row in rows}, []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        values, own = found[method], found[rows[0]["method"]]
+        lead = [NONE, NONE]
+        if values is not own:
+            gain, p = difference(own, values)
+            lead = [f"{gain} ± {error([a - b for a, b in zip(own, values, strict=True)]):.1f}", p]
+        shown = f"{points(values):.1f} ± {error(values):.1f}"
+        lines.append([COMPARED[method][0], f"{steps[method]:,}", shown, *lead])
+    return grid(["method", "steps", "test accuracy", "Noisy Student above it", "p"], lines)
 
 
 def block(rows: Sequence[Row], about: Row) -> str:
@@ -246,13 +237,11 @@ def block(rows: Sequence[Row], about: Row) -> str:
 def main() -> None:
     given = parsed(arguments(__doc__, RAW))
     if given.runs:
-        if not given.out.exists():
-            append(given.out, {"about": environment()})
-        there = {(row["method"], row["seed"]) for row in read(given.out, "method")}
-        for seed in MINIATURE_SEEDS if given.miniature else SEEDS:
-            for method, settings in sized(COMPARED, MINIATURE if given.miniature else SIZES, seed).items():
-                if (method, seed) not in there:
-                    append(given.out, train(method, *settings))
+        small, about = given.miniature, {} if given.out.exists() else {"about": environment()}
+        for seed in MINIATURE_SEEDS if small else SEEDS:
+            settings, jobs = sized(MINIATURE if small else SIZES, seed), ({"method": m, "seed": seed} for m in COMPARED)
+            go_on(given.out, jobs, partial(train, settings=settings), **about)
+            about = {}
     show(given.write, "student-or-mpl", block(read(given.out, "method"), read(given.out, "about")[0]))
 
 

@@ -97,13 +97,12 @@ def write_folders(root: Path, images: Tensor, labels: Tensor) -> list[str]:
 
 def by_clean(root: Path, seed: int, out: Path) -> None:
     """Write the loss of each noisy picture, by a perceptron of 100 steps on all of the clean ones."""
-
-    def read_folders(name: str) -> tuple[list[Path], torch.Tensor, torch.Tensor]:
+    found = []
+    for name in ("clean", "noisy"):
         files = sorted((root / name).resolve().glob("*/*.png"))
         pixels = np.stack([np.asarray(Image.open(file), np.float32) / 255 for file in files])
-        return files, torch.from_numpy(pixels), torch.tensor([int(file.parent.name) for file in files])
-
-    (_, x, y), (files, noisy, given) = read_folders("clean"), read_folders("noisy")
+        found.append((torch.from_numpy(pixels), torch.tensor([int(file.parent.name) for file in files])))
+    (x, y), (noisy, given) = found
     torch.manual_seed(seed)
     network = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 64), nn.ReLU(), nn.Linear(64, 10))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
@@ -133,11 +132,7 @@ def suspected(method: str, seed: int, miniature: bool) -> Row:
     with tempfile.TemporaryDirectory(prefix="metapl-") as scratch:
         root = Path(scratch)
         wrong = write_pictures(root, seed, most=60 if miniature else None)
-        parts = [
-            word
-            for name in ("labeled", "clean", "test")
-            for word in (f"--{name}", root / name.replace("labeled", "noisy"))
-        ]
+        parts = ["--labeled", root / "noisy", "--clean", root / "clean", "--test", root / "test"]
         metapl("train", "noisy", *parts, "--method", method, "--seed", seed, *flags, "--out", root / "out")
         result, files = loaded(root / "out" / "result.json"), [*column(root / "out" / "suspects.csv", "file")]
     return {
@@ -213,22 +208,19 @@ def harmful_table(rows: Sequence[Row]) -> str:
         for name in LISTS if mine else ():
             area, first = (with_interval([lists[name][which] for lists in mine]) for which in (0, 1))
             lead = "" if name == score else with_interval([lists[score][0] - lists[name][0] for lists in mine], "+")
-            lines.append(f"| {condition} | {len(mine)} | {name} | {area} | {lead} | {first} |")
+            lines.append([condition, len(mine), name, area, lead, first])
     checked = sorted((row for row in rows if row["seed"] in CHECKED), key=lambda row: (not row["tuned"], row["lr"]))
     tuning = [
-        f"| {row['condition']} | {row['lr']:g} | {row['seed']} | {row['lists'][score][0]:.2f} | {row['spearman']:.2f} |"
+        [row["condition"], f"{row['lr']:g}", row["seed"], f"{row['lists'][score][0]:.2f}", f"{row['spearman']:.2f}"]
         for row in checked
     ]
-    return "\n".join(
-        [
-            "| wrong labels | seeds | list | AUC | the score's lead | wrong in the first tenth |",
-            *("|---|---:|---|---:|---:|---:|", *lines, ""),
-            "| wrong labels | rate | seed | AUC, score | the check, Spearman |",
-            *("|---|---:|---:|---:|---:|", *tuning, ""),
-            f"Mean ± 95 % interval over the seeds, {PICTURES} pictures; the lead in AUC is paired by seed. `python "
-            "benchmarks/suspects.py --harmful`; raw rows: `benchmarks/results/harmful_pictures.jsonl`.",
-        ]
+    head = ["wrong labels", "seeds", "list", "AUC", "the score's lead", "wrong in the first tenth"]
+    told = (
+        f"Mean ± 95 % interval over the seeds, {PICTURES} pictures; the lead in AUC is paired by seed. `python "
+        "benchmarks/suspects.py --harmful`; raw rows: `benchmarks/results/harmful_pictures.jsonl`."
     )
+    by_rate = grid(["wrong labels", "rate", "seed", "AUC, score", "the check, Spearman"], tuning)
+    return "\n\n".join([grid(head, lines, "lrl"), by_rate, told])
 
 
 def main() -> None:
@@ -242,23 +234,21 @@ def main() -> None:
         wrong = write_pictures(given.pictures, given.seed)
         print(f"{given.pictures} has noisy, clean and test; {len(wrong)} pictures of noisy are in a wrong folder")
         return
-    small = given.miniature
+    small, out = given.miniature, given.out
+    jobs: list[Row]
     if given.harmful:
         out = RAW.with_name("harmful_pictures.jsonl") if given.out == RAW else given.out
-        jobs: list[Row] = [{"condition": c, "seed": s, "tuned": False} for s in SEEDS for c in CONDITIONS][
-            : 1 if small else None
-        ]
+        jobs = [{"condition": c, "seed": s, "tuned": False} for s in SEEDS for c in CONDITIONS]
         if given.tune:
             jobs = [{"condition": TUNED_ON, "seed": s, "tuned": True, "lr": lr} for s in TUNING_SEEDS for lr in RATES]
-        if given.runs:
-            go_on(out, jobs, partial(listed, miniature=small))
-        show(given.write, "harmful_pictures", harmful_table(read(out)))
-        return
-    if given.runs:
+        jobs = jobs[:1] if small else jobs
+    else:
         methods, seeds = (("example_weights", "plain"), 1) if small else ([*METHODS], 3)
-        pairs = ({"method": method, "seed": seed} for seed in range(seeds) for method in methods)
-        go_on(given.out, pairs, partial(suspected, miniature=small))
-    show(given.write, "suspects", table(read(given.out)))
+        jobs = [{"method": method, "seed": seed} for seed in range(seeds) for method in methods]
+    if given.runs:
+        go_on(out, jobs, partial(listed if given.harmful else suspected, miniature=small))
+    mark, tables = ("harmful_pictures", harmful_table) if given.harmful else ("suspects", table)
+    show(given.write, mark, tables(read(out)))
 
 
 if __name__ == "__main__":
