@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import json
 import statistics
 import subprocess
 import sys
@@ -31,13 +30,13 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torchvision
-from harness import Row, described, write_json
+from harness import Row, described, grid, loaded, write_json
 from modes import Place
-from peers import Tokens
+from peers import CausalLM, Tokens
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
@@ -54,28 +53,21 @@ RATE = 0.01
 Told = tuple[str, str, str]  # what, the result, the goal
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What a part is told."""
+class Setting(NamedTuple):
+    """What a part is told; the seconds are those that are left."""
 
     device: str
     miniature: bool
     seconds: float
-    """That are left."""
     folder: Path
 
 
-@dataclass(frozen=True)
-class Part:
-    """A result of its own."""
+class Part(NamedTuple):
+    """A result of its own, which is not begun with fewer seconds left on a GPU."""
 
     seconds: float
-    """It is not begun with fewer left; on a GPU."""
     run: Callable[[Setting], Row]
     told: Callable[[Row], Iterator[Told]]
-
-
-# ------------------------------------------------------------------------------------------------ tests, studies
 
 
 def timed(run: Callable[[], Any], place: Place) -> float:
@@ -93,11 +85,8 @@ def tests(setting: Setting) -> Row:
     asked = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
     subprocess.run([*asked, *some, *map(str, files)], cwd=ROOT, check=False)
     cases = list(ET.parse(report).iter("testcase"))
-    named = {
-        kind: [case.get("name", "") for case in cases if case.find(kind) is not None] for kind in ("failure", "error")
-    }
+    failed = [c.get("name", "") for c in cases if c.find("failure") is not None or c.find("error") is not None]
     skipped = sum(case.find("skipped") is not None for case in cases)
-    failed = named["failure"] + named["error"]
     return {"passed": len(cases) - skipped - len(failed), "skipped": skipped, "failed": failed}
 
 
@@ -123,14 +112,12 @@ class Subject:
     modes: Sequence[str] = ("none", "loss_difference", "reinforce", "difference", "forward", "unrolled")
 
 
-def pictures(build: Callable[[], nn.Module], side: int, labeled: int, unlabeled: int, device: str) -> Subject:
-    return inputs(lambda: build().to(memory_format=torch.channels_last), (3, side, side), labeled, unlabeled, device)
-
-
 def inputs(
     build: Callable[[], nn.Module], shape: tuple[int, ...], labeled: int, unlabeled: int, device: str
 ) -> Subject:
     teacher, student = (build().to(device) for _ in range(2))
+    if len(shape) == 3:
+        teacher, student = (network.to(memory_format=torch.channels_last) for network in (teacher, student))
     x, u = (torch.rand(n, *shape, device=device) for n in (labeled, unlabeled))
     y = torch.arange(labeled, device=device) % 10
 
@@ -140,34 +127,19 @@ def inputs(
     return Subject(teacher, student, (x, y), u, inner, lambda outputs: F.cross_entropy(outputs.float(), y))
 
 
-class CausalLM(nn.Module):
-    """A transformer on tokens, with the default attention; with one output, a score of each sequence."""
-
-    def __init__(self, words: int, width: int, depth: int, length: int, outputs: int) -> None:
-        super().__init__()
-        self.words, self.places = nn.Embedding(words, width), nn.Parameter(0.02 * torch.randn(length, width))
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 * depth + 1))
-        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(depth))
-        self.out = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
-        self.up = nn.ModuleList(nn.Linear(width, 4 * width) for _ in range(depth))
-        self.down = nn.ModuleList(nn.Linear(4 * width, width) for _ in range(depth))
-        self.head, self.scores = nn.Linear(width, outputs, bias=False), outputs == 1
+class Sequences(CausalLM):
+    """With one output, a score of each sequence; else the logits behind each token."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.words(ids) + self.places[: ids.shape[1]]
-        for i, (qkv, out, up, down) in enumerate(zip(self.qkv, self.out, self.up, self.down, strict=True)):
-            q, k, v = qkv(self.norms[2 * i](x)).unflatten(-1, (3, -1, 64)).permute(2, 0, 3, 1, 4)
-            x = x + out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-            x = x + down(F.gelu(up(self.norms[2 * i + 1](x))))
-        x = self.norms[-1](x)
-        scored: Tensor = self.head(x.mean(1))[:, 0] if self.scores else self.head(x)
+        h = self.hidden(ids)
+        scored: Tensor = self.head(h.mean(1))[:, 0] if self.head.out_features == 1 else self.head(h)
         return scored
 
 
 def sequences(words: int, width: int, depth: int, length: int, rows: int, device: str) -> Subject:
     """A rater of sequences and a language model (:class:`metapl.problems.DataRater`)."""
-    student = CausalLM(words, width, depth, length, words).to(device)
-    teacher = CausalLM(words, max(64, width // 4), max(1, depth // 3), length, 1).to(device)
+    student = Sequences(words, width, depth, length, 64, words).to(device)
+    teacher = Sequences(words, max(64, width // 4), max(1, depth // 3), length, 64, 1).to(device)
     ids, clean = (torch.randint(0, words, (rows, length), device=device) for _ in range(2))
 
     def losses(outputs: Tensor, ids: Tensor) -> Tensor:
@@ -182,25 +154,20 @@ def sequences(words: int, width: int, depth: int, length: int, rows: int, device
     )
 
 
-def wide_resnet(miniature: bool, device: str) -> Subject:
-    if miniature:
-        return pictures(lambda: metapl.models.small_cnn(), 16, 2, 6, device)
-    return pictures(lambda: metapl.models.wide_resnet28_2(), 32, 128, 896, device)
+def convolutional(build: Callable[[], nn.Module], side: int, labeled: int, unlabeled: int) -> Any:
+    def subject(miniature: bool, device: str) -> Subject:
+        if miniature:
+            return inputs(lambda: metapl.models.small_cnn(), (3, 16, 16), 2, 6, device)
+        return inputs(build, (3, side, side), labeled, unlabeled, device)
 
-
-def resnet50(miniature: bool, device: str) -> Subject:
-    if miniature:
-        return pictures(lambda: metapl.models.small_cnn(), 16, 2, 6, device)
-    return pictures(lambda: torchvision.models.resnet50(num_classes=10), 224, 32, 128, device)
+    return subject
 
 
 def vit_small(miniature: bool, device: str) -> Subject:
-    depth, width, side = (1, 32, 32) if miniature else (12, 384, 224)
-    few, many = (2, 4) if miniature else (32, 128)
+    depth, width, side, few, many = (1, 32, 32, 2, 4) if miniature else (12, 384, 224, 32, 128)
     sizes: Row = {"num_layers": depth, "hidden_dim": width, "num_heads": max(1, width // 64), "mlp_dim": 4 * width}
-    return pictures(
-        lambda: torchvision.models.VisionTransformer(side, 16, num_classes=10, **sizes), side, few, many, device
-    )
+    build = partial(torchvision.models.VisionTransformer, side, 16, num_classes=10, **sizes)
+    return inputs(build, (3, side, side), few, many, device)
 
 
 def causal_lm(miniature: bool, device: str) -> Subject:
@@ -209,12 +176,9 @@ def causal_lm(miniature: bool, device: str) -> Subject:
 
 def perceptron(miniature: bool, device: str) -> Subject:
     """Of a step that is nothing but the host's overhead."""
-    few, many, width = (4, 4, 8) if miniature else (64, 64, 64)
-
-    def build() -> nn.Module:
-        return nn.Linear(8, 10) if miniature else metapl.models.mlp([width, width, 10])
-
-    return inputs(build, (width,), few, many, device)
+    if miniature:
+        return inputs(lambda: nn.Linear(8, 10), (8,), 4, 4, device)
+    return inputs(lambda: metapl.models.mlp([64, 64, 10]), (64,), 64, 64, device)
 
 
 def tokens(miniature: bool, device: str) -> Subject:
@@ -222,15 +186,15 @@ def tokens(miniature: bool, device: str) -> Subject:
 
 
 NETWORKS: dict[str, Callable[[bool, str], Subject]] = {
-    "WRN-28-2": wide_resnet,
+    "WRN-28-2": convolutional(metapl.models.wide_resnet28_2, 32, 128, 896),
     "ViT-S": vit_small,
     "causal LM, 124 M": causal_lm,
-    "ResNet-50": resnet50,
+    "ResNet-50": convolutional(partial(torchvision.models.resnet50, num_classes=10), 224, 32, 128),
 }
 COMPILED: dict[str, Callable[[bool, str], Subject]] = {
     "MLP": perceptron,
     "transformer": tokens,
-    "WRN-28-2": lambda miniature, device: (perceptron if miniature else wide_resnet)(miniature, device),
+    "WRN-28-2": lambda miniature, device: (perceptron if miniature else NETWORKS["WRN-28-2"])(miniature, device),
 }
 PASSES: dict[str, dict[str, int]] = {
     "none": {"teacher reads": 1, "student": 1},
@@ -249,13 +213,15 @@ class Bench:
         self.subject, self.place, self.failed = subject, place, dict[str, str]()
         self.along = {name: torch.randn_like(p) for name, p in subject.student.named_parameters()}
         self.optimizers = [torch.optim.SGD(n.parameters(), RATE) for n in (subject.teacher, subject.student)]
+        teacher, student = subject.teacher, subject.student
+        passes = {
+            "teacher": (teacher, subject.unlabeled, False),
+            "student": (student, subject.unlabeled, False),
+            "outer": (student, _input(subject.labeled), True),
+        }
         self.runs: dict[str, Callable[[], Any]] = {
-            "teacher": partial(self.teacher, True),
-            "teacher reads": partial(self.teacher, False),
-            "student": partial(self.student, True),
-            "student reads": partial(self.student, False),
-            "outer": partial(self.outer, True),
-            "outer reads": partial(self.outer, False),
+            **{name: partial(self.passed, *of, backward=True) for name, of in passes.items()},
+            **{f"{name} reads": partial(self.passed, *of, backward=False) for name, of in passes.items()},
             "dual": self.dual,
             "optimizers": self.moves,
             **{mode: self.step(mode) for mode in subject.modes},
@@ -266,26 +232,13 @@ class Bench:
         if importlib.util.find_spec("torchopt"):
             self.runs["TorchOpt"] = self.torchopt
 
-    def teacher(self, backward: bool) -> None:
-        s = self.subject
+    def passed(self, network: nn.Module, x: Tensor, outer: bool, backward: bool) -> None:
         with torch.set_grad_enabled(backward):
-            outputs = s.teacher(s.unlabeled)
+            outputs = network(x)
+            loss = self.subject.outer_loss(outputs) if outer else outputs
         if backward:
-            torch.autograd.grad(outputs.float().square().mean(), list(s.teacher.parameters()), allow_unused=True)
-
-    def student(self, backward: bool) -> None:
-        s = self.subject
-        with torch.set_grad_enabled(backward):
-            outputs = s.student(s.unlabeled)
-        if backward:
-            torch.autograd.grad(outputs.float().square().mean(), list(s.student.parameters()))
-
-    def outer(self, backward: bool) -> None:
-        s = self.subject
-        with torch.set_grad_enabled(backward):
-            loss = s.outer_loss(s.student(_input(s.labeled)))
-        if backward:
-            torch.autograd.grad(loss, list(s.student.parameters()))
+            loss = loss if outer else loss.float().square().mean()
+            torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
 
     def dual(self) -> None:
         s = self.subject
@@ -304,14 +257,8 @@ class Bench:
         s = self.subject
         teacher, student = copy.deepcopy(s.teacher), copy.deepcopy(s.student)
         inner, outer = (torch.optim.SGD(network.parameters(), RATE) for network in (student, teacher))
-        trainer = metapl.BilevelTrainer(
-            *(teacher, student, mode),
-            problem=s.problem,
-            inner_optimizer=inner,
-            outer_optimizer=outer,
-            teacher_losses=(),
-            **options,
-        )
+        options |= {"problem": s.problem, "inner_optimizer": inner, "outer_optimizer": outer, "teacher_losses": ()}
+        trainer = metapl.BilevelTrainer(teacher, student, mode, **options)
         return lambda: trainer.step(s.labeled, s.unlabeled)
 
     def double_backward(self, kernel: Callable[[], Any]) -> None:
@@ -458,19 +405,18 @@ def file_of(name: str, folder: Path) -> Path:
 
 def table(folder: Path) -> str:
     """The parts that are done, and what became of the others."""
-    lines = ["| what | result | goal |", "|---|---|---|"]
+    lines: list[Any] = []
     for name, part in PARTS.items():
         done = file_of(name, folder)
         log = done.with_suffix(".log")
         if done.exists():
-            lines += [
-                f"| {what} | {result} | {goal} |" for what, result, goal in part.told(json.loads(done.read_text()))
-            ]
+            lines += part.told(loaded(done))
         else:
             last = log.read_text().strip().splitlines()[-1:] if log.exists() else []
-            lines.append(f"| {name} | {'failed: ' + last[0][:160] if last else 'not measured'} | |")
-    made = json.loads((folder / "made_with.json").read_text())
-    return "\n".join([*lines, "", f"{made['device']}, {made['cpu']}, torch {made['torch']}."])
+            lines.append([name, f"failed: {last[0][:160]}" if last else "not measured", ""])
+    made = loaded(folder / "made_with.json")
+    shown = grid(["what", "result", "goal"], lines, "lll").replace("|  |", "| |")
+    return f"{shown}\n\n{made['device']}, {made['cpu']}, torch {made['torch']}."
 
 
 def main() -> None:

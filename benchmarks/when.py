@@ -30,13 +30,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -76,64 +75,41 @@ Weights = dict[str, Tensor]  # by name, of all seeds: (S, ...)
 class Rule:
     """How teacher and student are trained.
 
-    Args:
-        student_lr, teacher_lr: base rates of SGD, which a cosine takes to 0.
-        momentum: the teacher's.
-        feedback: what sets its size: ``"none"``: there is none; ``"gradient"``: ``size`` is ``feedback_weight``, so
-            that it dies with the student's rate; ``"learning_rate"``: the same for h divided by that rate;
-            ``"ratio"``: ``size`` is ``feedback_ratio``.
-        size: see there.
-        alteration: of the feedback, see :func:`altered`, or ``"zero"``: none at these rates; None: as it is.
-        own_loss: whether the teacher learns from the labeled batch too.
-        lookahead: student steps a teacher step.
-        uda: weight of the teacher's consistency loss on unlabeled pictures, :class:`metapl.UDA`; 0: there is none.
-        temperature, threshold, align: of that loss; its prior is the labels' shares.
+    ``feedback`` says what sets its size: ``"gradient"``: ``size`` is ``feedback_weight``, so that it dies with the
+    student's rate; ``"learning_rate"``: the same for h divided by that rate; ``"ratio"``: ``size`` is
+    ``feedback_ratio``; ``"none"``: there is none.
     """
 
-    student_lr: float = 1.0
+    student_lr: float = 1.0  # base rates of SGD, which a cosine takes to 0
     teacher_lr: float = 0.06
-    momentum: float = MOMENTUM
+    momentum: float = MOMENTUM  # the teacher's
     feedback: Literal["none", "gradient", "learning_rate", "ratio"] = "gradient"
     size: float = 1.0
-    alteration: str | None = None
-    own_loss: bool = True
-    lookahead: int = 1
-    uda: float = 0.0
-    temperature: float = 1.0
+    alteration: str | None = None  # of the feedback, see altered(), or "zero": none at these rates
+    own_loss: bool = True  # the teacher learns from the labeled batch too
+    lookahead: int = 1  # student steps a teacher step
+    uda: float = 0.0  # weight of the teacher's consistency loss on unlabeled pictures, metapl.UDA; 0: there is none
+    temperature: float = 1.0  # of that loss, whose prior is the labels' shares; likewise:
     threshold: float = 0.0
     align: float = 0.0
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A run over all seeds.
+    """A run over all seeds."""
 
-    Args:
-        part: the question that it belongs to.
-        method: its name there.
-        tuned: the entry of :data:`GRIDS` that its settings are chosen from.
-        condition: what the teacher has learned before, see :data:`CONDITIONS`.
-        labels: a class, on average.
-        steps: of the teacher.
-        outer: labeled pictures in a batch.
-        alteration: of the feedback.
-        lookahead: student steps a teacher step.
-        uneven: how often the most frequent class is there for one of the least frequent.
-        begins: share of the steps after which the student begins, as the teacher's average: 0: from the start, with
-            weights of its own; 1: never, the teacher is what is trained.
-    """
-
-    part: str
-    method: str
-    tuned: str
-    condition: Condition = "right"
-    labels: int = 2
-    steps: int = 1500
-    outer: int = BATCH
+    part: str  # the question that it belongs to
+    method: str  # its name there
+    tuned: str  # the entry of GRIDS that its settings are chosen from
+    condition: Condition = "right"  # what the teacher has learned before, see CONDITIONS
+    labels: int = 2  # a class, on average
+    steps: int = 1500  # of the teacher
+    outer: int = BATCH  # labeled pictures in a batch
     alteration: str | None = None
     lookahead: int = 1
-    uneven: int = 1
-    begins: float = 0.0
+    uneven: int = 1  # how often the most frequent class is there for one of the least frequent
+    begins: float = 0.0  # share of the steps after which the student begins, as the teacher's average: 0: from the
+    # start, with weights of its own; 1: never, the teacher is what is trained
 
     @property
     def group(self) -> tuple[Any, ...]:
@@ -166,27 +142,23 @@ def _rules(**axes: Any) -> tuple[Rule, ...]:
 
 
 STUDENT_LR = (0.5, 1.0)
-METHODS: dict[str, tuple[Rule, ...]] = {
+SIZES_OF = {"gradient": (0.3, 1.0, 3.0), "learning_rate": (0.1, 0.3, 1.0), "ratio": (0.03, 0.1, 0.3)}
+LONG_RATES: dict[str, Any] = {"feedback": "none", "student_lr": STUDENT_LR, "teacher_lr": (0.06, 0.12, 0.24)}
+METHODS: dict[str, tuple[Rule, ...]] = {  # six configurations of each, beside right labels
     "none": _rules(feedback="none", student_lr=STUDENT_LR, teacher_lr=(0.03, 0.06, 0.12)),
-    "gradient": _rules(feedback="gradient", student_lr=STUDENT_LR, size=(0.3, 1.0, 3.0)),
-    "learning_rate": _rules(feedback="learning_rate", student_lr=STUDENT_LR, size=(0.1, 0.3, 1.0)),
-    "ratio": _rules(feedback="ratio", student_lr=STUDENT_LR, size=(0.03, 0.1, 0.3)),
+    **{how: _rules(feedback=how, student_lr=STUDENT_LR, size=sizes) for how, sizes in SIZES_OF.items()},
 }
-"""Six configurations of each, beside right labels."""
-
-WRONG: dict[str, tuple[Rule, ...]] = {
+WRONG: dict[str, tuple[Rule, ...]] = {  # four configurations of each, after a teacher has learned wrong labels
     "fixed": _rules(feedback="none", own_loss=False, student_lr=(0.25, 0.5, 1.0, 2.0)),
     "alone": _rules(feedback="learning_rate", own_loss=False, size=(0.03, 0.1, 0.3, 1.0)),
     "own": _rules(feedback="none", teacher_lr=(0.01, 0.03, 0.06, 0.12)),
     "own_and_feedback": _rules(feedback="learning_rate", teacher_lr=(0.03, 0.06), size=(0.3, 1.0)),
 }
-"""Four configurations of each, after a teacher has learned wrong labels."""
-
 # Of arms of 6,000 steps that were added when the others had been seen: the control tuned at its length, on a grid that
 # its choice at 1,500 steps is in the middle of, and UDA as a loss of the teacher.
 LATER: dict[str, tuple[Rule, ...]] = {
-    "none_long": _rules(feedback="none", student_lr=STUDENT_LR, teacher_lr=(0.06, 0.12, 0.24)),
-    "none_uda": _rules(feedback="none", uda=1.0, student_lr=STUDENT_LR, teacher_lr=(0.06, 0.12, 0.24)),
+    "none_long": _rules(**LONG_RATES),
+    "none_uda": _rules(**LONG_RATES, uda=1.0),
     "gradient_uda": _rules(feedback="gradient", uda=1.0, student_lr=STUDENT_LR, size=(0.3, 1.0, 3.0)),
 }
 
@@ -223,82 +195,57 @@ ALTERATIONS = (
 )
 
 
-def _lengths(steps: int, labels: int, methods: Sequence[str] = (*METHODS,)) -> list[Arm]:
-    return [Arm("length", method, method, labels=labels, steps=steps) for method in methods]
-
-
-def _altered(method: str, hows: Sequence[Any], **where: Any) -> list[Arm]:
-    return [Arm(method=f"{method} {how}", tuned=method, alteration=how, **where) for how in hows]
-
-
-def _wrong(condition: Condition) -> list[Arm]:
-    where: dict[str, Any] = {"part": "wrong", "condition": condition, "labels": 4}
-    arms = [Arm(method=method, tuned=method, **where) for method in WRONG]
-    return arms + _altered("alone", ALTERATIONS_OF_WRONG, **where)
-
-
-def _ahead(what: str) -> list[Arm]:
-    return [
-        Arm(
-            "ahead",
-            f"{method} as many {what}",
-            method,
-            steps=1500 // (K if what == "student steps" else 1),
-            lookahead=K,
-        )
-        for K in AHEAD
-        for method in ("none", "gradient")
-    ]
-
-
-def _worth(labels: int, uneven: int) -> list[Arm]:
-    arms = []
-    for method, (cost, begins, _) in WORTH.items():
-        arm = Arm("worth", method, "", labels=labels, steps=round(6000 / cost), uneven=uneven, begins=begins)
-        arms.append(dataclasses.replace(arm, tuned=f"{method}, {arm.place}"))
-    return arms
-
-
 def _arms() -> Iterator[Arm]:
+    def lengths(steps: int, labels: int, methods: Sequence[str] = (*METHODS,)) -> list[Arm]:
+        return [Arm("length", method, method, labels=labels, steps=steps) for method in methods]
+
+    def altered(method: str, hows: Sequence[str], **where: Any) -> list[Arm]:
+        return [Arm(method=f"{method} {how}", tuned=method, alteration=how, **where) for how in hows]
+
+    def wrong(condition: Condition) -> list[Arm]:
+        where: dict[str, Any] = {"part": "wrong", "condition": condition, "labels": 4}
+        arms = [Arm(method=method, tuned=method, **where) for method in WRONG]
+        return arms + altered("alone", ALTERATIONS_OF_WRONG, **where)
+
+    def ahead(what: str) -> list[Arm]:
+        pairs = itertools.product(AHEAD, ("none", "gradient"))
+        steps = {K: 1500 // (K if what == "student steps" else 1) for K in AHEAD}
+        return [Arm("ahead", f"{m} as many {what}", m, steps=steps[K], lookahead=K) for K, m in pairs]
+
     short, long, longest = LENGTHS
-    yield from [*_lengths(short, 4), *_lengths(short, 2)]
+    yield from [*lengths(short, 4), *lengths(short, 2)]
     # The control is tuned by itself; this one has the rates of the feedback.
     for steps in (long, short):
-        yield from _altered("gradient", ["zero"], part="length", steps=steps)
+        yield from altered("gradient", ["zero"], part="length", steps=steps)
     # The weight keeps what a part of h has; the ratio gives every part the same size.
-    yield from _altered("gradient", ALTERATIONS, part="part")
-    yield from _altered("ratio", ("balance", "rest"), part="part")
-    yield from [*_wrong("style"), *_lengths(long, 2)[:3], *_ahead("student steps")]
+    yield from altered("gradient", ALTERATIONS, part="part")
+    yield from altered("ratio", ("balance", "rest"), part="part")
+    yield from [*wrong("style"), *lengths(long, 2)[:3], *ahead("student steps")]
     yield from (Arm("outer", method, method, outer=outer) for outer in OUTER for method in ("none", "gradient"))
-    yield from [*_wrong("asymmetric"), *_wrong("half")]
-    yield from _altered("ratio", [how for how in ALTERATIONS if how != "rest"], part="part")
-    yield from [*_lengths(long, 2)[3:], *_lengths(long, 4), *_lengths(longest, 2), *_lengths(longest, 4)]
-    yield from [*_ahead("teacher steps"), *_altered("ratio", ["balance"], part="length", steps=long)]
-    yield from _lengths(long, 2, (*LATER,))
-    for place in PLACES:
-        yield from _worth(*place)
+    yield from [*wrong("asymmetric"), *wrong("half")]
+    yield from altered("ratio", [how for how in ALTERATIONS if how != "rest"], part="part")
+    yield from [*lengths(long, 2)[3:], *lengths(long, 4), *lengths(longest, 2), *lengths(longest, 4)]
+    yield from [*ahead("teacher steps"), *altered("ratio", ["balance"], part="length", steps=long)]
+    yield from lengths(long, 2, (*LATER,))
+    for (labels, uneven), (method, (cost, begins, _)) in itertools.product(PLACES, WORTH.items()):
+        arm = Arm("worth", method, "", labels=labels, steps=round(6000 / cost), uneven=uneven, begins=begins)
+        yield dataclasses.replace(arm, tuned=f"{method}, {arm.place}")
 
 
 ARMS: tuple[Arm, ...] = tuple(_arms())
 """In the order in which they are run."""
 
 PARTS = tuple(dict.fromkeys(arm.part for arm in ARMS))
-
-
-def _grids() -> Iterator[tuple[str, Arm, tuple[Rule, ...]]]:
-    for (condition, labels, steps), methods in {
-        ("right", 2, LENGTHS[0]): METHODS,
-        ("right", 2, LENGTHS[1]): LATER,
-        ("style", 4, LENGTHS[0]): WRONG,
-    }.items():
-        for name, rules in methods.items():
-            yield name, Arm("tuning", name, name, condition, labels, steps), rules  # type: ignore[arg-type]
-    for arm in ARMS:
-        if arm.part == "worth":
-            yield arm.tuned, dataclasses.replace(arm, part="tuning of worth"), WORTH[arm.method][2]
-
-
-GRIDS: dict[str, tuple[Arm, tuple[Rule, ...]]] = {name: (arm, rules) for name, arm, rules in _grids()}
+GRIDS: dict[str, tuple[Arm, tuple[Rule, ...]]] = {
+    **{name: (Arm("tuning", name, name), rules) for name, rules in METHODS.items()},
+    **{name: (Arm("tuning", name, name, steps=LENGTHS[1]), rules) for name, rules in LATER.items()},
+    **{name: (Arm("tuning", name, name, "style", labels=4), rules) for name, rules in WRONG.items()},
+    **{
+        arm.tuned: (dataclasses.replace(arm, part="tuning of worth"), WORTH[arm.method][2])
+        for arm in ARMS
+        if arm.part == "worth"
+    },
+}
 """What is chosen from: the configurations of a method, and where they are tried."""
 
 
@@ -318,7 +265,6 @@ class Size:
     miniature: bool = False
 
     def steps(self, steps: int) -> int:
-        """So many."""
         return 2 if self.miniature else steps
 
     def seeds(self, arm: Arm, final: bool) -> tuple[int, ...]:
@@ -374,13 +320,11 @@ class Labels(metapl.PseudoLabels):
 
     alteration: str | None = None
 
-    def teacher_input(self, batch: Any) -> Tensor:
-        weak: Tensor = batch[0]
-        return weak
+    def teacher_input(self, batch: Any) -> Any:
+        return batch[0]
 
-    def student_input(self, batch: Any) -> Tensor:
-        strong: Tensor = batch[1]
-        return strong
+    def student_input(self, batch: Any) -> Any:
+        return batch[1]
 
     def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
         if self.alteration is not None:
@@ -660,13 +604,13 @@ def drawn_to_alter(how: str | None, seeds: Sequence[int], step: int) -> tuple[Te
 # ------------------------------------------------------------------------------------------------------------ the runs
 
 
-def first_networks(seeds: Sequence[int]) -> tuple[list[nn.Module], list[nn.Module]]:
+def first_networks(seeds: Sequence[int]) -> tuple[list[nn.Module], ...]:
     """Teachers and students as they begin."""
     pairs = []
     for seed in seeds:
         torch.manual_seed(seed)
         pairs.append((mlp(SIZES), mlp(SIZES)))
-    return [teacher for teacher, _ in pairs], [student for _, student in pairs]
+    return tuple(map(list, zip(*pairs, strict=True)))
 
 
 def supervised(networks: Stack, x: Tensor, y: Tensor, seeds: Sequence[int], stream: int, steps: int) -> Stack:
@@ -692,10 +636,8 @@ def train(arm: Arm, rules: Sequence[Rule], seeds: tuple[int, ...], size: Size) -
     teachers, students = first_networks(seeds)
     begins, compiled = round(arm.begins * steps), steps >= COMPILED
 
-    def together(rule: Rule) -> Stack:
-        return Stack(rule, teachers, students, prior, compiled)
-
-    stacks = [Stack(rule, None, teachers, prior, compiled) if begins else together(rule) for rule in rules]
+    alone, together = (partial(Stack, prior=prior, compiled=compiled, students=of) for of in (teachers, students))
+    stacks = [alone(rule, None) if begins else together(rule, teachers) for rule in rules]
     if arm.condition != "right":
         first = taught(arm.condition, arm.labels, seeds, size.steps(TAUGHT))
         stacks = [each.going_on_from(first) for each in stacks]
@@ -707,7 +649,7 @@ def train(arm: Arm, rules: Sequence[Rule], seeds: tuple[int, ...], size: Size) -
         rates = cosine(step, steps), cosine(max(0, step - begins), max(1, steps - begins))
         for place, each in enumerate(stacks):
             if begins and step == begins:
-                each = stacks[place] = together(each.rule).going_on_from(each, averaged=True)
+                each = stacks[place] = together(each.rule, teachers).going_on_from(each, averaged=True)
             if each.alone:
                 each.step(batch, (*batch, *pairs[0]), rates[0])
             else:
@@ -761,18 +703,14 @@ def read(raw: Path = RAW) -> list[Row]:
     return [{**defaults, **row} for row in lines_of(raw, "method")]
 
 
-def _key(final: bool, steps_run: int, arm: Arm, rule: Rule) -> str:
-    return json.dumps([final, steps_run, dataclasses.asdict(arm), dataclasses.asdict(rule)], sort_keys=True)
-
-
 def arm_of(row: Row) -> Arm:
     return Arm(**{field.name: row[field.name] for field in dataclasses.fields(Arm)})
 
 
 def run_missing(jobs: Sequence[tuple[Arm, Rule]], size: Size, raw: Path, final: bool) -> None:
     """Run what the raw file does not hold yet; jobs that see the same batches side by side."""
-    done = {_key(row["final"], row["steps_run"], arm_of(row), Rule(**row["rule"])) for row in read(raw)}
-    missing = [job for job in jobs if _key(final, size.steps(job[0].steps), *job) not in done]
+    done = [(row["final"], row["steps_run"], arm_of(row), Rule(**row["rule"])) for row in read(raw)]
+    missing = [job for job in jobs if (final, size.steps(job[0].steps), *job) not in done]
     if missing:
         append(raw, {"made_with": environment(), "seeds": SEEDS, "finetuned": FINETUNED, "taught": TAUGHT})
     same = [[*jobs] for _, jobs in itertools.groupby(missing, key=lambda job: (job[0].of_worth, job[0].group))]
@@ -800,23 +738,18 @@ def rule_of(arm: Arm, rows: Sequence[Row]) -> Rule:
     return dataclasses.replace(rule, alteration=arm.alteration or rule.alteration, lookahead=arm.lookahead)
 
 
-def study(size: Size, raw: Path, arms: Sequence[Arm] = ARMS) -> None:
-    """Tune every method of these arms, then run them on the seeds that nothing was chosen on."""
-    arms = [arm for arm in arms if arm.lookahead <= LONGEST]
-    needed = {arm.tuned for arm in arms}
-    grids = [(arm, rules[:1] if size.miniature else rules) for arm, rules in GRIDS.values() if arm.tuned in needed]
-    run_missing([(arm, rule) for arm, rules in grids for rule in rules], size, raw, final=False)
-    rows = read(raw)
-    run_missing([(arm, rule_of(arm, rows)) for arm in arms], size, raw, final=True)
-
-
 def main() -> None:
     parser = arguments(__doc__, RAW)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="the questions whose arms are run")
     given = parsed(parser)
     torch.set_num_threads(1)
-    if given.runs:
-        study(Size(given.miniature), given.out, [arm for arm in ARMS if arm.part in given.parts])
+    if given.runs:  # tune every method of these arms, then run them on the seeds that nothing was chosen on
+        arms = [arm for arm in ARMS if arm.part in given.parts and arm.lookahead <= LONGEST]
+        needed, size = {arm.tuned for arm in arms}, Size(given.miniature)
+        grids = [(arm, rules[:1] if given.miniature else rules) for arm, rules in GRIDS.values() if arm.tuned in needed]
+        run_missing([(arm, rule) for arm, rules in grids for rule in rules], size, given.out, final=False)
+        rows = read(given.out)
+        run_missing([(arm, rule_of(arm, rows)) for arm in arms], size, given.out, final=True)
         return
     import when_tables
 
