@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -142,104 +143,74 @@ def _mouth(rng: Generator, sprite: Sprite, mood: str, dark: Color) -> None:
 # ---- road signs; color and hand belong to some classes
 
 RED, BLUE, YELLOW, WHITE, BLACK = (205, 30, 40), (30, 80, 185), (240, 195, 40), (245, 245, 245), (20, 20, 20)
-TRIANGLE = ((0, -0.85), (0.92, 0.72), (-0.92, 0.72))
+TRIANGLE = np.array([(0, -0.85), (0.92, 0.72), (-0.92, 0.72)])
+DIAMOND, BOARD = np.array([(0, -1), (1, 0), (0, 1), (-1, 0)]), np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
+TURNS = math.pi / 8 + math.pi / 4 * np.arange(8)
+OCTAGON = 0.95 * np.stack([np.cos(TURNS), np.sin(TURNS)], axis=1)
+Parts = tuple[Callable[[Sprite], None], ...]
 
 
-def _warning(sprite: Sprite) -> None:
-    sprite.polygon(TRIANGLE, RED)
-    sprite.polygon([(0.66 * x, 0.66 * y + 0.08) for x, y in TRIANGLE], WHITE)
+def _disc(radius: float, fill: Color, y: float = 0, x: float = 0) -> Callable[[Sprite], None]:
+    return lambda sprite: sprite.ellipse((x, y), (radius, radius), fill)
 
 
-def _forbidden(sprite: Sprite) -> None:
-    sprite.ellipse((0, 0), (0.9, 0.9), RED)
-    sprite.ellipse((0, 0), (0.66, 0.66), WHITE)
+def _shape(points: Any, fill: Color) -> Callable[[Sprite], None]:
+    return lambda sprite: sprite.polygon(points, fill)
 
 
-def _order(sprite: Sprite) -> None:
-    sprite.ellipse((0, 0), (0.9, 0.9), BLUE)
-
-
-def _board(sprite: Sprite) -> None:
-    sprite.polygon([(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)], BLUE)
-
-
-def _pointer(sprite: Sprite, way: tuple[float, float], fill: Color) -> None:
-    x, y = way
-    sprite.line([(-0.5 * x, -0.5 * y), (0.3 * x, 0.3 * y)], fill, 0.2, round_ends=False)
-    sprite.polygon([(0.65 * x, 0.65 * y), (0.15 * x + 0.35 * y, 0.15 * y + 0.35 * x),
-                    (0.15 * x - 0.35 * y, 0.15 * y - 0.35 * x)], fill)  # fmt: skip
-
-
-def _bend(sprite: Sprite, side: int) -> None:
-    sprite.line([(-0.12 * side, 0.5), (-0.12 * side, 0.2), (0.16 * side, -0.08)], BLACK, 0.13)
-    sprite.polygon([(0.3 * side, -0.26), (0.28 * side, 0.08), (-0.02 * side, -0.2)], BLACK)
+def _stroke(points: Any, fill: Color, width: float, round_ends: bool = True) -> Callable[[Sprite], None]:
+    return lambda sprite: sprite.line(points, fill, width, round_ends)
 
 
 def _words(text: str, fill: Color, height: float) -> Callable[[Sprite], None]:
     return lambda sprite: sprite.text(text, "DejaVuSans-Bold", fill, height)
 
 
-SIGNS: dict[str, tuple[Callable[[Sprite], None], ...]] = {
-    "ahead": (_order, lambda s: _pointer(s, (0, -1), WHITE)),
-    "bend_left": (_warning, lambda s: _bend(s, -1)),
-    "bend_right": (_warning, lambda s: _bend(s, 1)),
-    "bump": (_warning, lambda s: s.polygon(_arc((0, 0.48), (0.36, 0.34), 180, 360), BLACK)),
-    "closed": (_forbidden,),
-    "crossroads": (
-        _warning,
-        lambda s: s.line([(-0.26, 0.02), (0.26, 0.48)], BLACK, 0.12),
-        lambda s: s.line([(0.26, 0.02), (-0.26, 0.48)], BLACK, 0.12),
-    ),
-    "danger": (
-        _warning,
-        lambda s: s.line([(0, -0.2), (0, 0.2)], BLACK, 0.14),
-        lambda s: s.ellipse((0, 0.44), (0.09, 0.09), BLACK),
-    ),
+def _pointer(x: float, y: float) -> Parts:
+    tip = [(0.65 * x, 0.65 * y), (0.15 * x + 0.35 * y, 0.15 * y + 0.35 * x), (0.15 * x - 0.35 * y, 0.15 * y - 0.35 * x)]
+    return ORDER, _stroke([(-0.5 * x, -0.5 * y), (0.3 * x, 0.3 * y)], WHITE, 0.2, False), _shape(tip, WHITE)
+
+
+def _bend(side: int) -> Parts:
+    shaft = [(-0.12 * side, 0.5), (-0.12 * side, 0.2), (0.16 * side, -0.08)]
+    tip = [(0.3 * side, -0.26), (0.28 * side, 0.08), (-0.02 * side, -0.2)]
+    return *WARNING, _stroke(shaft, BLACK, 0.13), _shape(tip, BLACK)
+
+
+WARNING = _shape(TRIANGLE, RED), _shape(0.66 * TRIANGLE + [0, 0.08], WHITE)
+FORBIDDEN = _disc(0.9, RED), _disc(0.66, WHITE)
+ORDER, PANEL = _disc(0.9, BLUE), _shape(0.8 * BOARD, BLUE)
+SIGNS: dict[str, Parts] = {
+    "ahead": _pointer(0, -1),
+    "bend_left": _bend(-1),
+    "bend_right": _bend(1),
+    "bump": (*WARNING, _shape(_arc((0, 0.48), (0.36, 0.34), 180, 360), BLACK)),
+    "closed": FORBIDDEN,
+    "crossroads": (*WARNING, *(_stroke([(-x, 0.02), (x, 0.48)], BLACK, 0.12) for x in (0.26, -0.26))),
+    "danger": (*WARNING, _stroke([(0, -0.2), (0, 0.2)], BLACK, 0.14), _disc(0.09, BLACK, 0.44)),
     "end": (
-        lambda s: s.ellipse((0, 0), (0.9, 0.9), BLACK),
-        lambda s: s.ellipse((0, 0), (0.82, 0.82), WHITE),
-        *((lambda s, k=k: s.line([(-0.5 + k, 0.5 + k), (0.5 + k, -0.5 + k)], BLACK, 0.07)) for k in (-0.08, 0.08)),
+        *(_disc(0.9, BLACK), _disc(0.82, WHITE)),
+        *(_stroke([(-0.5 + k, 0.5 + k), (0.5 + k, -0.5 + k)], BLACK, 0.07) for k in (-0.08, 0.08)),
     ),
-    "hospital": (_board, _words("H", WHITE, 1.3)),
-    "left": (_order, lambda s: _pointer(s, (-1, 0), WHITE)),
-    "limit_30": (_forbidden, _words("30", BLACK, 0.8)),
-    "limit_80": (_forbidden, _words("80", BLACK, 0.8)),
-    "no_entry": (
-        lambda s: s.ellipse((0, 0), (0.9, 0.9), RED),
-        lambda s: s.line([(-0.6, 0), (0.6, 0)], WHITE, 0.28, round_ends=False),
-    ),
+    "hospital": (PANEL, _words("H", WHITE, 1.3)),
+    "left": _pointer(-1, 0),
+    "limit_30": (*FORBIDDEN, _words("30", BLACK, 0.8)),
+    "limit_80": (*FORBIDDEN, _words("80", BLACK, 0.8)),
+    "no_entry": (_disc(0.9, RED), _stroke([(-0.6, 0), (0.6, 0)], WHITE, 0.28, False)),
     "no_stopping": (
-        lambda s: s.ellipse((0, 0), (0.9, 0.9), RED),
-        lambda s: s.ellipse((0, 0), (0.7, 0.7), BLUE),
-        lambda s: s.line([(-0.5, -0.5), (0.5, 0.5)], RED, 0.18),
-        lambda s: s.line([(-0.5, 0.5), (0.5, -0.5)], RED, 0.18),
+        *(_disc(0.9, RED), _disc(0.7, BLUE)),
+        *(_stroke([(-0.5, -y), (0.5, y)], RED, 0.18) for y in (0.5, -0.5)),
     ),
-    "parking": (_board, _words("P", WHITE, 1.3)),
-    "priority": (
-        lambda s: s.polygon([(0, -0.92), (0.92, 0), (0, 0.92), (-0.92, 0)], WHITE),
-        lambda s: s.polygon([(0, -0.68), (0.68, 0), (0, 0.68), (-0.68, 0)], YELLOW),
-    ),
-    "right": (_order, lambda s: _pointer(s, (1, 0), WHITE)),
-    "stop": (
-        lambda s: s.polygon(_octagon(0.95), RED),
-        _words("STOP", WHITE, 0.5),
-    ),
+    "parking": (PANEL, _words("P", WHITE, 1.3)),
+    "priority": (_shape(0.92 * DIAMOND, WHITE), _shape(0.68 * DIAMOND, YELLOW)),
+    "right": _pointer(1, 0),
+    "stop": (_shape(OCTAGON, RED), _words("STOP", WHITE, 0.5)),
     "works": (
-        lambda s: s.polygon([(0, -0.9), (0.9, 0), (0, 0.9), (-0.9, 0)], YELLOW),
-        lambda s: s.line([(-0.3, 0.3), (0.25, -0.3)], BLACK, 0.1),
-        lambda s: s.ellipse((0.25, -0.32), (0.17, 0.17), BLACK),
-        lambda s: s.polygon([(-0.5, 0.35), (0.5, 0.35), (0.3, 0.05)], BLACK),
+        *(_shape(0.9 * DIAMOND, YELLOW), _stroke([(-0.3, 0.3), (0.25, -0.3)], BLACK, 0.1)),
+        *(_disc(0.17, BLACK, -0.32, 0.25), _shape([(-0.5, 0.35), (0.5, 0.35), (0.3, 0.05)], BLACK)),
     ),
-    "yield": (
-        lambda s: s.polygon([(x, -y) for x, y in TRIANGLE], RED),
-        lambda s: s.polygon([(0.6 * x, -0.6 * y - 0.1) for x, y in TRIANGLE], WHITE),
-    ),
+    "yield": (_shape(TRIANGLE * [1, -1], RED), _shape(0.6 * TRIANGLE * [1, -1] - [0, 0.1], WHITE)),
 }
-
-
-def _octagon(radius: float) -> list[tuple[float, float]]:
-    turns = math.pi / 8 + math.pi / 4 * np.arange(8)
-    return [(radius * math.cos(turn), radius * math.sin(turn)) for turn in turns]
 
 
 def sign(rng: Generator, label: int, size: int, test: bool) -> Bytes:
