@@ -14,6 +14,7 @@ trainings say is the linear datamodeling score. Rows that are there are not repe
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import time
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import RESULTS, Row, append, arguments, parsed, read, show
+from harness import NONE, RESULTS, Row, append, arguments, grid, parsed, read, show
 from scipy.sparse.linalg import LinearOperator, cg
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor, nn
@@ -193,17 +194,13 @@ def retrained(setting: Row, seed: int, order: Tensor, train: Any, outer: Any, we
 # ---------------------------------------------------------------------------------------------------------- the rivals
 
 
+def loss_of(network: nn.Module, params: dict[str, Tensor], given: Any, reduction: str = "mean") -> Tensor:
+    return F.cross_entropy(functional_call(network, params, (given[0],)), given[1], reduction=reduction)
+
+
 def along(network: nn.Module, params: dict[str, Tensor], train: Any, v: dict[str, Tensor]) -> Tensor:
     """⟨∇ℓ_i, v⟩ of every training example."""
-
-    def losses(p: dict[str, Tensor]) -> Tensor:
-        return F.cross_entropy(functional_call(network, p, (train[0],)), train[1], reduction="none")
-
-    return jvp(losses, (params,), (v,))[1].detach()
-
-
-def outer_gradient(network: nn.Module, params: dict[str, Tensor], outer: Any) -> dict[str, Tensor]:
-    return grad(lambda p: F.cross_entropy(functional_call(network, p, (outer[0],)), outer[1]))(params)
+    return jvp(lambda p: loss_of(network, p, train, "none"), (params,), (v,))[1].detach()
 
 
 def plain(setting: Row, seed: int, order: Tensor, train: Any) -> Iterator[dict[str, Tensor]]:
@@ -241,7 +238,7 @@ def by_dot_products(setting: Row, seed: int, order: Tensor, train: Any, outer: A
     for step, params in enumerate(plain(setting, seed, order, train)):
         if step in at:
             held = {n: p.clone() for n, p in params.items()}
-            scores += along(network, held, train, outer_gradient(network, held, outer))
+            scores += along(network, held, train, grad(lambda p: loss_of(network, p, outer))(held))
     return scores
 
 
@@ -273,7 +270,7 @@ def by_influence(setting: Row, seed: int, order: Tensor, train: Any, outer: Any)
         return {**params, **{n: part.view_as(params[n]) for n, part in zip(names, parts, strict=True)}}
 
     def loss(vector: Tensor, given: Any) -> Tensor:
-        return F.cross_entropy(functional_call(network, with_last(vector), (given[0],)), given[1])
+        return loss_of(network, with_last(vector), given)
 
     curved = hessian(loss)(flat, train).double().numpy()
     v = grad(loss)(flat, outer).double().numpy()
@@ -351,41 +348,33 @@ def smoothness(name: str, steps: int, seed: int) -> Row:
     return row
 
 
-def asked(tune: bool, smooth: bool, metasmooth: bool, miniature: bool) -> Iterator[Any]:
-    if miniature:
+def asked(given: Any) -> Iterator[Any]:
+    if given.miniature:
         yield "convolutional", 12, 0, tuple(METHODS), SHARES
-        return
-    if metasmooth:
-        for seed in TUNING_SEEDS:
-            for name in METASMOOTH:
-                yield name, 500, seed
-                yield name, 500, seed, ("attribute",), FEW
-        return
-    if smooth:
-        for seed in TUNING_SEEDS:
-            for name in SMOOTH_NAMED:
-                yield name, SMOOTH_STEPS, seed, ("attribute",), (0.01,), SMOOTH_REMOVALS
-        return
-    if tune:
-        for name in SETTINGS:
-            for seed in TUNING_SEEDS:
-                yield name, 500, seed, ("attribute",), FEW
-        return
-    for (name, steps), shares in FINAL.items():
-        for seed in SEEDS:
+    elif given.metasmooth:
+        for seed, name in itertools.product(TUNING_SEEDS, METASMOOTH):
+            yield name, 500, seed
+            yield name, 500, seed, ("attribute",), FEW
+    elif given.smooth:
+        for seed, name in itertools.product(TUNING_SEEDS, SMOOTH_NAMED):
+            yield name, SMOOTH_STEPS, seed, ("attribute",), (0.01,), SMOOTH_REMOVALS
+    elif given.tune:
+        for name, seed in itertools.product(SETTINGS, TUNING_SEEDS):
+            yield name, 500, seed, ("attribute",), FEW
+    else:
+        for ((name, steps), shares), seed in itertools.product(FINAL.items(), SEEDS):
             yield name, steps, seed, tuple(METHODS), shares
 
 
 def mean(rows: list[Row], method: str, share: float) -> str:
     values = [found[0] for row in rows if (found := row["scores"][method].get(f"{share:g}"))]
-    return f"{statistics.fmean(values):.2f}" if values else "–"
+    return f"{statistics.fmean(values):.2f}" if values else NONE
 
 
 def tables(rows: list[Row]) -> str:
     rough, rows = [r for r in rows if "scores" not in r], [r for r in rows if "scores" in r]
     tuning = [r for r in rows if r["seed"] in TUNING_SEEDS]
-    lines = ["| training | loss | 1 % removed | 5 % removed | seeds | metasmoothness | of the first tenth |"]
-    lines, columns = [*lines, "|---|---:|---:|---:|---:|---:|---:|"], list[tuple[float, ...]]()
+    lines, columns = list[list[Any]](), list[tuple[float, ...]]()
     for name in METASMOOTH:
         mine, its = ([r for r in of if r["setting"] == name] for of in (tuning, rough))
         if mine and its:
@@ -393,19 +382,15 @@ def tables(rows: list[Row]) -> str:
             measured = ([r[part]["agreement"] for r in its if part in r] for part in ("metasmoothness", "first tenth"))
             whole, first = map(statistics.fmean, measured)
             removed = [mean(mine, "attribute", share) for share in FEW]
-            lines.append(f"| {name} | {loss:.3f} | {' | '.join(removed)} | {len(mine)} | {whole:.3f} | {first:.4f} |")
+            lines.append([name, f"{loss:.3f}", *removed, len(mine), f"{whole:.3f}", f"{first:.4f}"])
             columns.append((whole, first, *map(float, removed)))
-    heads = " | ".join(f"{100 * s:g} %" for s in SHARES)
-    final = [
-        "| training | steps | seeds | method | " + heads + " | trainings |",
-        "|---|---:|---:|---|" + "---:|" * (len(SHARES) + 1),
-    ]
+    final = []
     for name, steps in FINAL:
         mine = [r for r in rows if r["seed"] in SEEDS and (r["setting"], r["steps"]) == (name, steps)]
         for method in METHODS if mine else ():
-            cells = " | ".join(mean(mine, method, share) for share in SHARES)
+            cells = [mean(mine, method, share) for share in SHARES]
             cost = statistics.median(r["seconds"][method] / r["seconds"]["one training"] for r in mine)
-            final.append(f"| {name} | {steps:,} | {len(mine)} | {method} | {cells} | {cost:.1f} |")
+            final.append([name, f"{steps:,}", len(mine), method, *cells, f"{cost:.1f}"])
     told = (
         f"Spearman's correlation over {REMOVALS} removals, means over the seeds; *trainings*: processor time over "
         "one plain training. `python benchmarks/attribution.py`, raw rows: `benchmarks/results/attribution.jsonl`."
@@ -422,28 +407,29 @@ def tables(rows: list[Row]) -> str:
             f" Over these {len(columns)} trainings Spearman's correlation between metasmoothness and these figures "
             f"is {found[0]} at 1 % and {found[1]} at 5 %, of the first tenth {found[2]} and {found[3]}."
         )
-    return "\n".join([*final, "", told, "", *lines, "", chosen, "", *smooth(tuning)])
-
-
-def smooth(rows: list[Row]) -> list[str]:
-    """What makes a convolutional network predictable."""
-    lines = ["| convolutional network | seeds | loss | accuracy | 1 % removed |", "|---|---:|---:|---:|---:|"]
+    smooth = []  # what makes a convolutional network predictable
     for name in SMOOTH:
-        mine = [r for r in rows if r["setting"] == f"convolutional: {name}"]
+        mine = [r for r in tuning if r["setting"] == f"convolutional: {name}"]
         if mine:
             loss, accuracy = (statistics.fmean(r[key] for r in mine) for key in ("loss", "accuracy"))
             each = [r["scores"]["attribute"]["0.01"][0] for r in mine]
-            found = f"{statistics.fmean(each):.2f}"
-            if len(each) > 1:
-                found += f" ({min(each):.2f} to {max(each):.2f})"
-            lines.append(f"| {name} | {len(mine)} | {loss:.3f} | {100 * accuracy:.1f} | {found} |")
-    told = (
+            ranged = f" ({min(each):.2f} to {max(each):.2f})" if len(each) > 1 else ""
+            cells = [f"{loss:.3f}", f"{100 * accuracy:.1f}", f"{statistics.fmean(each):.2f}{ranged}"]
+            smooth.append([name, len(mine), *cells])
+    of_smooth = (
         f"Spearman's correlation over {SMOOTH_REMOVALS} removals, means and ranges over the seeds from "
         f"{TUNING_SEEDS[0]} on, {SMOOTH_STEPS} steps; the first line is the convolutional network above, the others "
         "differ by what they say: average pooling, GELU, width 16, rate 0.2 that falls to zero, no normalization. "
         "`--smooth`."
     )
-    return [*lines, "", told]
+    heads = (
+        ["training", "steps", "seeds", "method", *(f"{100 * s:g} %" for s in SHARES), "trainings"],
+        ["training", "loss", "1 % removed", "5 % removed", "seeds", "metasmoothness", "of the first tenth"],
+        ["convolutional network", "seeds", "loss", "accuracy", "1 % removed"],
+    )
+    tables = map(grid, heads, (final, lines, smooth), ("lrrl", 1, 1))
+    pairs = zip(tables, (told, chosen, of_smooth), strict=True)
+    return "\n\n".join(part for pair in pairs for part in pair)
 
 
 def main() -> None:
@@ -455,7 +441,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = read(given.out)
     there = {(r["setting"], r["steps"], r["seed"], "scores" in r) for r in rows}
-    for job in asked(given.tune, given.smooth, given.metasmooth, given.miniature) if given.runs else ():
+    for job in asked(given) if given.runs else ():
         if (*job[:3], len(job) > 3) not in there:
             half = SETTINGS.get(job[0], {}).get("half") == "autocast"
             with torch.autocast("cpu", torch.bfloat16, enabled=half):

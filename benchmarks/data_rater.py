@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, Row, append, arguments, go_on, parsed, read, show
+from harness import NONE, RESULTS, Row, append, arguments, go_on, grid, parsed, read, show
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -209,8 +209,6 @@ def spread(values: Sequence[float]) -> str:
 
 def tables(rows: list[Row]) -> str:
     gains = [r for r in rows if r["kind"] == "gain" and r["rater"] == "pairs"]
-    lines = ["| perplexity of a character after training on | mean | over everything | over the rated |"]
-    lines.append("|---|---:|---:|---:|")
     titles = {
         EVERYTHING: "everything",
         RATED: "the half of each batch that is rated best",
@@ -218,57 +216,48 @@ def tables(rows: list[Row]) -> str:
         BOTH: "the half by the difference of these and counts in the mixture",
         CLEAN: "documentation alone",
     }
+    lines = []
     for name, title in titles.items():
-        reached = [r["perplexity"][name] for r in gains]
-        cells = [
-            "–" if name == other else spread([r["perplexity"][name] - r["perplexity"][other] for r in gains])
-            for other in (EVERYTHING, RATED)
-        ]
-        lines.append(f"| {title} | {statistics.fmean(reached):.2f} | {' | '.join(cells)} |")
-    seconds = statistics.fmean(r["seconds"] for r in gains)
+        reached = {other: [r["perplexity"][other] for r in gains] for other in (name, EVERYTHING, RATED)}
+        over = ([a - b for a, b in zip(reached[name], reached[other], strict=True)] for other in (EVERYTHING, RATED))
+        cells = [NONE if name == n else spread(each) for n, each in zip((EVERYTHING, RATED), over, strict=True)]
+        lines.append([title, f"{statistics.fmean(reached[name]):.2f}", *cells])
+    seconds, counts = (1e3 * statistics.fmean(r[key] for r in gains) for key in ("seconds", "seconds_of_counts"))
     told = (
         f"{len(gains)} seeds, batches and weights on the same texts; means and 95 % intervals of paired differences, "
+        f"{3 * gains[0]['steps']} steps each. The {gains[0]['steps']} outer steps of the rater are not counted: "
+        f"{seconds / 1e3:.0f} s of processor time; the counts take {counts:.0f} ms."
     )
-    told += f"{3 * gains[0]['steps']} steps each. "
-    told += f"The {gains[0]['steps']} outer steps of the rater are not counted: {seconds:.0f} s of processor time; "
-    told += f"the counts take {1e3 * statistics.fmean(r['seconds_of_counts'] for r in gains):.0f} ms."
-    lines += [
-        "",
-        told,
-        "",
-        "| scores | seeds | AUC against shuffled text | against source code |",
-        "|---|---:|---:|---:|",
-    ]
     found = {
         "a rater: a score for each pair of characters": [r["auc"] for r in gains],
         "a rater: a transformer": [r["auc"] for r in rows if r["kind"] == "gain" and r["rater"] == "transformer"],
         "counts in the outer text": [r["auc_of_counts"][OUTER] for r in gains],
         "the difference of counts": [r["auc_of_counts"][BOTH] for r in gains],
     }
-    for name, areas in found.items():
-        cells = [spread([area[k] for area in areas]) for k in (1, 0)] if areas else []
-        lines += [f"| {name} | {len(areas)} | {' | '.join(cells)} |"] if areas else []
-    lines += ["", "| gradient | attention | time | memory | MB | error |", "|---|---|---:|---:|---:|---:|"]
-    found_costs = [r for r in rows if r["kind"] == "cost"]
-    ((base, full),) = [
-        (min(r["seconds"]), r["bytes"]) for r in found_costs if (r["way"], r["attention"]) == (BY_HAND, "math")
-    ]
-    reasons = []
-    for r in found_costs:
-        cells = ["stops", "–", "–", "–"]
+    scores = [[n, len(areas), *(spread([a[k] for a in areas]) for k in (1, 0))] for n, areas in found.items() if areas]
+    measured, ways = [r for r in rows if r["kind"] == "cost"], []
+    (hand,) = (r for r in measured if (r["way"], r["attention"]) == (BY_HAND, "math"))
+    for r in measured:
+        cells = ["stops", NONE, NONE, NONE]
         if "reason" not in r:
-            mb = f"{r['bytes'] / 1e6:.0f}"
-            cells = [f"{min(r['seconds']) / base:.2f}", f"{r['bytes'] / full:.2f}", mb, f"{r['error']:.0e}"]
-        reasons += [r["reason"]] if "reason" in r else []
-        lines.append(f"| {r['way']} | {r['attention']} | {' | '.join(cells)} |")
-    lines += [
-        "",
+            cells = [f"{min(r['seconds']) / min(hand['seconds']):.2f}", f"{r['bytes'] / hand['bytes']:.2f}"]
+            cells += [f"{r['bytes'] / 1e6:.0f}", f"{r['error']:.0e}"]
+        ways.append([r["way"], r["attention"], *cells])
+    about = (
         f"One outer step over {AHEAD} steps of AdamW; processor time, the least of five, and peak memory over double "
-        "backward by hand.",
-    ]
-    lines += [f"Where it stops: `{reason}`." for reason in dict.fromkeys(reasons)]
+        "backward by hand."
+    )
+    reasons = dict.fromkeys(f"Where it stops: `{r['reason']}`." for r in measured if "reason" in r)
     source = "`python benchmarks/data_rater.py`; raw rows: `benchmarks/results/data_rater.jsonl`."
-    return "\n".join([*lines, source])
+    head = ["perplexity of a character after training on", "mean", "over everything", "over the rated"]
+    return "\n\n".join(
+        [
+            *(grid(head, lines), told),
+            grid(["scores", "seeds", "AUC against shuffled text", "against source code"], scores),
+            grid(["gradient", "attention", "time", "memory", "MB", "error"], ways, names=2),
+            "\n".join([about, *reasons, source]),
+        ]
+    )
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from harness import RESULTS, Row, append, arguments, parsed, read, show
+from harness import RESULTS, Row, append, arguments, grid, parsed, read, show
 from torch.nn import functional as F
 
 import metapl
@@ -163,11 +163,10 @@ def table(rows: list[Row]) -> str:
         for arm in (UNTUNED, *SETTINGS)
         for key in (*names, "trainings", "seconds")
     }
-    lines = ["| | trainings | processor time, s | " + " | ".join(names.values()) + " |", "|---|" + "---:|" * 5]
+    lines = []
     for arm in (UNTUNED, *SETTINGS):
         shown = {"trainings": ".0f", "seconds": ".1f", **dict.fromkeys(names, ".3f"), "accuracy": ".1f"}
-        cells = [f"{statistics.fmean(columns[arm, key]):{to}}" for key, to in shown.items()]
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+        lines.append([arm, *(f"{statistics.fmean(columns[arm, key]):{to}}" for key, to in shown.items())])
     for other in ("random search", UNTUNED):
         cells = []
         for key in names:
@@ -175,7 +174,8 @@ def table(rows: list[Row]) -> str:
             to = "+.1f" if key == "accuracy" else "+.3f"
             ends = "" if test.interval is None else " ({:{to}} to {:{to}})".format(*test.interval, to=to)
             cells.append(f"{test.mean:{to}}{ends}")
-        lines.append(f"| *metagradients − {other}* | | | " + " | ".join(cells) + " |")
+        lines.append([f"*metagradients − {other}*", "", "", *cells])
+    shown_as = grid(["", "trainings", "processor time, s", *names.values()], lines).replace("|  |", "| |")
     told = " and ".join(f"{chosen(rows, arm):g} of {list(SETTINGS[arm])} for {arm}" for arm in SETTINGS)
     many = len(columns[UNTUNED, "seconds"])
     note = (
@@ -183,7 +183,7 @@ def table(rows: list[Row]) -> str:
         f"seed. Tuning chose {told}. "
         "`python benchmarks/hyperparameters.py`; raw rows: `benchmarks/results/hyperparameters.jsonl`."
     )
-    return "\n".join([*lines, "", note])
+    return f"{shown_as.replace('|  |', '| |')}\n\n{note}"
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """What each mode costs and how noisy it is, side by side in one run.
 
     python benchmarks/modes.py                                       # about five minutes on two cores
-    python benchmarks/modes.py --table benchmarks/results/modes.json
     python benchmarks/modes.py --write docs/modes.md
 
 On WRN-28-2: the cost of one ``BilevelTrainer.step`` (equal batches, no losses of the teacher's own) in student forward
@@ -25,10 +24,22 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from harness import RESULTS, arguments, described, figure_of, loaded, parsed, show, write_json
+from harness import (
+    NONE,
+    RESULTS,
+    Row,
+    arguments,
+    described,
+    figure_of,
+    grid,
+    loaded,
+    parsed,
+    show,
+    write_json,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,8 +56,7 @@ LEARNING_RATE = 0.05  # η of the step whose gradient is judged
 RESULT = RESULTS / "modes.json"
 
 
-@dataclass(frozen=True)
-class Network:
+class Network(NamedTuple):
     """A wide residual network, and the side of its pictures."""
 
     depth: int
@@ -55,9 +65,6 @@ class Network:
 
     def build(self) -> nn.Module:
         return metapl.models.wide_resnet(self.depth, self.widen)
-
-    def __str__(self) -> str:
-        return f"WRN-{self.depth}-{self.widen}"
 
 
 NETWORK, MINIATURE_NETWORK = Network(28, 2, 32), Network(10, 1, 8)
@@ -76,31 +83,24 @@ class Mode:
     recompute_teacher: bool = False
 
 
+SAMPLED = {
+    "loss_difference": "sampled labels, L(θ) − L(θ′)",
+    "reinforce": "Algorithm 1: sampled labels, one scalar",
+    "reinforce_per_example": "sampled labels, one number each",
+}
+ON_AVERAGE, SAME = "up to O(η), on average", "the same in expectation, sampled labels"
 MODES = [
-    Mode("none", "no feedback, the control", "–", "none", "soft"),
-    *(
-        Mode(name, what, "up to O(η), on average", name, "hard", noisy=True)
-        for name, what in (
-            ("loss_difference", "sampled labels, L(θ) − L(θ′)"),
-            ("reinforce", "Algorithm 1: sampled labels, one scalar"),
-            ("reinforce_per_example", "sampled labels, one number each"),
-        )
-    ),
+    Mode("none", "no feedback, the control", NONE, "none", "soft"),
+    *(Mode(name, what, ON_AVERAGE, name, "hard", noisy=True) for name, what in SAMPLED.items()),
     Mode("difference, one-sided", "outputs' difference, soft labels", "up to O(δ)", Difference(one_sided=True), "soft"),
     Mode("difference", "central difference, soft labels", "up to O(δ²)", "difference", "soft"),
     Mode("forward", "forward-mode derivative, soft labels", "yes", "forward", "soft"),
-    Mode(
-        "forward, hard labels", "the same in expectation, sampled labels", "up to O(η)", "forward", "hard", noisy=True
-    ),
+    Mode("forward, hard labels", SAME, "up to O(η)", "forward", "hard", noisy=True),
     Mode("forward, recompute_teacher", "the same, teacher run twice", "yes", "forward", "soft", recompute_teacher=True),
     Mode("unrolled", "double backward, soft labels", "yes", "unrolled", "soft"),
 ]
-NOT_MEASURED = (
-    "| `implicit` | through an optimum of the student's loss, soft labels | at that optimum | 15 + 6 n "
-    "| – | – | – | – |"
-)
-"""The mode that has no place at the state where the others are measured, far from an optimum."""
-
+# The mode that has no place at the state where the others are measured, far from an optimum.
+NOT_MEASURED = ("`implicit`", "through an optimum of the student's loss, soft labels", "at that optimum", "15 + 6 n")
 
 # --------------------------------------------------------------------------------------------------- where it runs
 
@@ -136,17 +136,11 @@ def places() -> list[Place]:
 def step_of(mode: Mode, place: Place, batch: int, network: Network) -> tuple[Callable[[], Any], nn.Module, Tensor]:
     """One trainer's step on fixed batches, the student, and its batch; one step has been taken."""
     torch.manual_seed(0)
-    teacher, student = (network.build().to(place.device) for _ in range(2))
+    networks = [network.build().to(place.device) for _ in range(2)]
     unlabeled = torch.randn(batch, 3, network.side, network.side, device=place.device)
     labeled = torch.randn_like(unlabeled), torch.arange(batch, device=place.device) % 10
-    trainer = metapl.BilevelTrainer(
-        teacher,
-        student,
-        mode.mode,
-        problem=metapl.PseudoLabels(mode.kind),
-        teacher_losses=(),
-        recompute_teacher=mode.recompute_teacher,
-    )
+    given: Row = {"problem": metapl.PseudoLabels(mode.kind), "teacher_losses": ()}
+    trainer = metapl.BilevelTrainer(*networks, mode.mode, **given, recompute_teacher=mode.recompute_teacher)
 
     def step() -> None:
         with place.active():
@@ -154,7 +148,7 @@ def step_of(mode: Mode, place: Place, batch: int, network: Network) -> tuple[Cal
 
     step()
     place.wait()
-    return step, student, unlabeled
+    return step, networks[1], unlabeled
 
 
 def passes(mode: Mode, place: Place, network: Network) -> float:
@@ -165,12 +159,6 @@ def passes(mode: Mode, place: Place, network: Network) -> float:
     with FlopCounterMode(display=False) as one, torch.no_grad(), place.active():
         student(unlabeled)
     return whole.get_total_flops() / one.get_total_flops()
-
-
-def peak_memory(mode: Mode, place: Place, batch: int, network: Network) -> int:
-    """Bytes that one step holds at its fullest, beyond what was held before it."""
-    step, _, _ = step_of(mode, place, batch, network)
-    return peak_bytes(step, torch.device(place.device))
 
 
 def times(place: Place, batch: int, network: Network, rounds: int) -> dict[str, list[float]]:
@@ -195,7 +183,6 @@ def times(place: Place, batch: int, network: Network, rounds: int) -> dict[str, 
 class Subject:
     """Networks at fixed weights, after a little supervised training, with one batch of each kind."""
 
-    name: str
     teacher: nn.Module
     student: nn.Module
     labeled: tuple[Tensor, Tensor]
@@ -223,42 +210,30 @@ class Subject:
         return torch.cat([g.double().flatten() for g in found.grads.values()]).cpu()
 
 
-def small_classifier(place: Place) -> Subject:
-    """Digits, an MLP of 64, 32 and 10 units, B = 64 unlabeled and 64 labeled images."""
+def subject_of(place: Place, network: Network | None = None) -> Subject:
+    """Digits: an MLP of 64, 32 and 10 units, B = 64 unlabeled and 64 labeled images; or a larger network, B = 8."""
     torch.manual_seed(0)
     split = load_digits_split(labels_per_class=20, seed=0)
-    return _trained("digits, MLP 64-32-10", lambda: metapl.models.mlp([64, 32, 10]), split, place, batch=64, steps=30)
+    batch, steps = (64, 30) if network is None else (8, 20)
 
-
-def wide_resnet(place: Place, network: Network) -> Subject:
-    """Digits, WRN-28-2, B = 8 unlabeled and 8 labeled images."""
-    torch.manual_seed(0)
-    split = load_digits_split(labels_per_class=20, seed=0)
-    name = f"digits at {network.side}x{network.side}, {network}"
-    return _trained(name, network.build, split, place, batch=8, steps=20, size=network.side)
-
-
-def _trained(
-    name: str, build: Callable[[], nn.Module], split: Any, place: Place, batch: int, steps: int, size: int | None = None
-) -> Subject:
     def prepared(images: Tensor) -> Tensor:
-        if size is not None:
-            images = F.interpolate(images, size=size, mode="bilinear").expand(-1, 3, -1, -1).contiguous()
+        if network is not None:
+            images = F.interpolate(images, size=network.side, mode="bilinear").expand(-1, 3, -1, -1).contiguous()
         return images.to(place.device)
 
     images, labels = prepared(split.labeled[0]), split.labeled[1].to(place.device)
     networks = []
     for _ in range(2):
-        network = build().to(place.device)
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+        one = (metapl.models.mlp([64, 32, 10]) if network is None else network.build()).to(place.device)
+        optimizer = torch.optim.SGD(one.parameters(), lr=0.05, momentum=0.9)
         for _ in range(steps):
             at = torch.randint(len(images), (max(batch, 16),))
             optimizer.zero_grad()
-            F.cross_entropy(network(images[at]), labels[at]).backward()
+            F.cross_entropy(one(images[at]), labels[at]).backward()
             optimizer.step()
-        networks.append(network)
+        networks.append(one)
     at, of = torch.randperm(len(images))[:batch], torch.randperm(len(split.unlabeled))[:batch]
-    return Subject(name, *networks, (images[at], labels[at]), prepared(split.unlabeled[of]))
+    return Subject(*networks, (images[at], labels[at]), prepared(split.unlabeled[of]))
 
 
 def noise(subject: Subject, place: Place, draws: int) -> dict[str, dict[str, Any]]:
@@ -297,35 +272,24 @@ def noise(subject: Subject, place: Place, draws: int) -> dict[str, dict[str, Any
 # ------------------------------------------------------------------------------------------------------ the one run
 
 
-def measured(place: Place, given: argparse.Namespace) -> dict[str, Any]:
+def measured(place: Place, given: argparse.Namespace) -> Row:
     """Every figure of every mode in one place."""
     print(f"{place.device}, {place.precision}: time", flush=True)
     seconds = times(place, given.batch, given.network, given.rounds)
     print("noise", flush=True)
-    small = noise(small_classifier(place), place, given.draws)
-    large = noise(wide_resnet(place, given.network), place, given.draws_wrn)
+    small = noise(subject_of(place), place, given.draws)
+    large = noise(subject_of(place, given.network), place, given.draws_wrn)
     print("FLOPs and memory", flush=True)
-    flops = {mode.name: passes(mode, place, given.network) for mode in MODES}
-    memory = {mode.name: peak_memory(mode, place, given.memory_batch, given.network) for mode in MODES}
-    rows = []
+    rows, device = list[Row](), torch.device(place.device)
+    memory = {m.name: peak_bytes(step_of(m, place, given.memory_batch, given.network)[0], device) for m in MODES}
     for mode in MODES:
         here = seconds[mode.name]
-        rows.append(
-            {
-                "mode": mode.name,
-                "what": mode.what,
-                "exact": mode.exact,
-                "passes": flops[mode.name],
-                "seconds": _spread(here),
-                "time_over_none": _spread([a / b for a, b in zip(here, seconds["none"], strict=True)]),
-                "time_over_forward": _spread([a / b for a, b in zip(here, seconds["forward"], strict=True)]),
-                "peak_bytes": memory[mode.name],
-                "memory_over_none": memory[mode.name] / memory["none"],
-                "memory_over_forward": memory[mode.name] / memory["forward"],
-                "gradient_small": small.get(mode.name),
-                "gradient_wrn": large.get(mode.name),
-            }
-        )
+        row: Row = {"mode": mode.name, "what": mode.what, "exact": mode.exact}
+        row |= {"passes": passes(mode, place, given.network), "seconds": _spread(here), "peak_bytes": memory[mode.name]}
+        for other in ("none", "forward"):
+            row[f"time_over_{other}"] = _spread([a / b for a, b in zip(here, seconds[other], strict=True)])
+            row[f"memory_over_{other}"] = memory[mode.name] / memory[other]
+        rows.append(row | {"gradient_small": small.get(mode.name), "gradient_wrn": large.get(mode.name)})
     return {"device": place.device, "precision": place.precision, "modes": rows}
 
 
@@ -337,28 +301,29 @@ def _spread(values: list[float]) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------------ table
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: Row) -> str:
     """The table of the documentation, from the raw file alone."""
     return "\n\n".join(_table_of(run, result["setup"]) for run in result["runs"])
 
 
-def _table_of(run: dict[str, Any], setup: dict[str, Any]) -> str:
-    lines = [
-        "| mode | what | exact? | cost, passes | time | peak memory | noise / signal | bias |",
-        "|---|---|---|---:|---:|---:|---:|---:|",
-    ]
-    lines += [
-        f"| {_code(row['mode'])} | {row['what']} | {row['exact']} | {row['passes']:.1f} "
-        f"| {row['time_over_forward']['median']:.2f} | {row['memory_over_forward']:.2f} "
-        f"| {_noise(row['gradient_small'])} | {_bias(row['gradient_small'])} |"
-        for row in run["modes"]
-    ]
-    lines += [NOT_MEASURED]
+def _table_of(run: Row, setup: Row) -> str:
+    lines = []
+    for row in run["modes"]:
+        (first, _, rest), own = row["mode"].partition(", "), row["gradient_small"]
+        cells = [f"`{first}`, {rest}" if rest else f"`{first}`", row["what"], row["exact"], f"{row['passes']:.1f}"]
+        cells += [f"{row['time_over_forward']['median']:.2f}", f"{row['memory_over_forward']:.2f}", NONE, NONE]
+        if own is not None:
+            bias = f"{own['bias']:.1e}" if own["bias"] < 0.001 else f"{own['bias']:.2g}"
+            bias = f"≤ {own['bias']:.2g}" if own["bias"] < 2 * own["bias_floor"] else bias
+            cells[-2:] = ["0" if own["noise"] == 0 else f"{own['noise']:.2g}", bias]
+        lines.append(cells)
+    lines.append([*NOT_MEASURED, *[NONE] * 4])
     forward = next(row for row in run["modes"] if row["mode"] == "forward")
     hardware = setup["device"] if run["device"] == "cuda" else f"{setup['cpu']}, threads: {setup['threads']}"
     noisy = next(row for row in run["modes"] if row["mode"] == "reinforce")["gradient_small"]
-    lines += [
-        "",
+    head = ["mode", "what", "exact?", "cost, passes", "time", "peak memory", "noise / signal", "bias"]
+    return (
+        f"{grid(head, lines, names=3)}\n\n"
         "Cost of one step of WRN-28-2 in forward passes of the student (FLOPs), the teacher's own 3 included (1 for"
         " `none`, whose teacher has nothing to learn from here). Time and peak memory relative to `forward`:"
         f" {forward['seconds']['median']:.2g} s at batch {setup['batch']}, median of {setup['rounds']} interleaved"
@@ -368,26 +333,8 @@ def _table_of(run: dict[str, Any], setup: dict[str, Any]) -> str:
         f" one, at one state of a small classifier (digits, B = 64, C = 10, η = {LEARNING_RATE}), {noisy['draws']}"
         " draws of labels; ≤ where the bias found is within twice the standard error of its mean."
         f" `{setup['command']}` does not measure `implicit`: its cost, 15 + 6 n with n products with the Hessian (10 by"
-        ' default) and 12 with `solver="identity"`, is what `tests/library/test_cost.py` holds it to.',
-    ]
-    return "\n".join(lines)
-
-
-def _code(name: str) -> str:
-    first, _, rest = name.partition(", ")
-    return f"`{first}`, {rest}" if rest else f"`{first}`"
-
-
-def _noise(row: dict[str, Any] | None) -> str:
-    return "–" if row is None else "0" if row["noise"] == 0 else f"{row['noise']:.2g}"
-
-
-def _bias(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return "–"
-    if row["bias"] < 2 * row["bias_floor"]:
-        return f"≤ {row['bias']:.2g}"
-    return f"{row['bias']:.1e}" if row["bias"] < 0.001 else f"{row['bias']:.2g}"
+        ' default) and 12 with `solver="identity"`, is what `tests/library/test_cost.py` holds it to.'
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- picture

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from harness import RESULTS, Row, arguments, environment, go_on, parsed, read, show
+from harness import RESULTS, Row, arguments, environment, go_on, grid, parsed, read, show
 from sklearn.datasets import load_digits, load_iris, make_gaussian_quantiles
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.exceptions import ConvergenceWarning
@@ -109,19 +109,11 @@ def table(rows: Sequence[Row]) -> str:
     """A table for each kind of labels, of the seeds that all of it has."""
     problems = [name for name in PROBLEMS if any(row["problem"] == name for row in rows)]
     every = {(row["labels"], row["problem"], row["seed"]): row["accuracy"] for row in rows}
-    seeds = [
-        seed
-        for seed in sorted({row["seed"] for row in rows})
-        if all((k, p, seed) in every for k in OWN for p in problems)
-    ]
+    cases = [*itertools.product(OWN, problems)]
+    seeds = sorted(s for s in {row["seed"] for row in rows} if all((*case, s) in every for case in cases))
     parts = []
     for labels, own in OWN.items():
-        lines = [
-            f"**{BESIDE[labels]}**",
-            "",
-            f"| test accuracy in % | {' | '.join(problems)} |",
-            "|---" + "|---:" * len(problems) + "|",
-        ]
+        lines = []
         for arm in every[labels, problems[0], seeds[0]]:
             cells = []
             for problem in problems:
@@ -129,8 +121,8 @@ def table(rows: Sequence[Row]) -> str:
                 test = paired_test(ours, scores)
                 beside = f" ({test.interval[0]:+.1f} to {test.interval[1]:+.1f})" if test.interval else ""
                 cells.append(f"{np.mean(scores):.1f}{beside}")
-            lines.append(f"| {arm} | {' | '.join(cells)} |")
-        parts.append("\n".join(lines))
+            lines.append([arm, *cells])
+        parts.append(f"**{BESIDE[labels]}**\n\n{grid(['test accuracy in %', *problems], lines)}")
     parts.append(
         f"Means over {len(seeds)} seeds; in brackets the 95 % interval over seeds of how many points the first row is "
         "above. `python benchmarks/tables.py`; raw rows: `benchmarks/results/tables.jsonl`."

@@ -25,7 +25,7 @@ from typing import Any
 
 import text_corpus as texts
 import torch
-from harness import RESULTS, Row, arguments, between, difference, environment, go_on, parsed, read, show, spread
+from harness import RESULTS, Row, arguments, between, difference, environment, go_on, grid, parsed, read, show, spread
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -196,8 +196,8 @@ def jobs(raw: Path, miniature: bool) -> Iterator[Row]:
                 modes = list(GRIDS)[bool(ARMS[arm].keys() & OF_FEEDBACK) :]
                 yield from (job("look", arm, seed, replace(base, mode=mode, **ARMS[arm])) for mode in modes)
     for seed in SEEDS["tuning"][:few]:
-        for mode, grid in GRIDS.items():
-            yield from (job("tuning", "tuned", seed, replace(base, mode=mode, **one)) for one in grid[: few and 2])
+        for mode, options in GRIDS.items():
+            yield from (job("tuning", "tuned", seed, replace(base, mode=mode, **one)) for one in options[: few and 2])
     best = chosen(read(raw))
     for seed in SEEDS["final"][:few]:
         for mode in GRIDS:
@@ -223,38 +223,28 @@ def scores(rows: Sequence[Row]) -> list[float]:
 
 def table(rows: Sequence[Row]) -> str:
     """What the feedback is like along a run, and what it does when one thing is changed, and after tuning."""
-    head = "the feedback | size | at ¾ | signal to noise | at ¾ | cosine with held-out | at ¾"
-    lines = [f"| {head} |", "|---|" + "---:|" * head.count("|")]
-    looks = [row["looks"] for row in rows if row["looks"]]
+    looks, lines = [row["looks"] for row in rows if row["looks"]], []
     for name in texts.VARIANTS if looks else ():
         cells = [statistics.fmean(one[name][at][0] / one["as it is"][at][0] for one in looks) for at in (0, 1)]
         cells += [math.sqrt(max(0, statistics.fmean(one[name][at][1] for one in looks))) for at in (0, 1)]
         cells += [statistics.fmean(one[name][at][2] for one in looks) for at in (0, 1)]
-        lines.append(f"| {name} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
-    head = "changed | pairs | none | feedback | difference | 95 % | p | feedback ratio | labels right, none → feedback"
-    lines += ["", f"| {head} |", "|---|" + "---:|" * head.count("|")]
+        lines.append([name, *(f"{cell:.2f}" for cell in cells)])
+    heads = ["the feedback", "size", "at ¾", "signal to noise", "at ¾", "cosine with held-out", "at ¾"]
+    of_looks, lines = grid(heads, lines), []
     for part, arm in [*(("look", arm) for arm in ARMS), ("final", NEW), ("final", "tuned")]:
         none, forward = paired(rows, part, arm)
         if none:
             a, b = scores(none), scores(forward)
             gained, p = difference(b, a)
             right = " → ".join(f"{100 * mean(side, 'labels_right'):.1f}" for side in (none, forward))
-            cells = [
-                str(len(a)),
-                spread(a),
-                spread(b),
-                gained,
-                between(b, a),
-                p,
-                f"{mean(forward, 'feedback_ratio'):.3f}",
-                right,
-            ]
-            lines.append(f"| {'*test texts:* ' * (part == 'final')}{arm} | {' | '.join(cells)} |")
+            cells = [len(a), spread(a), spread(b), gained, between(b, a), p, f"{mean(forward, 'feedback_ratio'):.3f}"]
+            lines.append(["*test texts:* " * (part == "final") + arm, *cells, right])
+    heads = ["changed", "pairs", "none", "feedback", "difference", "95 %", "p", "feedback ratio"]
+    changed = grid([*heads, "labels right, none → feedback"], lines)
     command = "`python benchmarks/text_feedback.py`; raw rows: `benchmarks/results/text_feedback.jsonl`."
     made = ", ".join(f"{sum(row['part'] == part for row in rows)} {part}" for part in SEEDS)
-    return "\n".join(
-        [*lines, "", f"Runs so far: {made}; by {', '.join(sorted({row['encoder'] for row in rows}))}. {command}"]
-    )
+    by = ", ".join(sorted({row["encoder"] for row in rows}))
+    return f"{of_looks}\n\n{changed}\n\nRuns so far: {made}; by {by}. {command}"
 
 
 def paired(rows: Sequence[Row], part: str, arm: str) -> list[list[Row]]:
