@@ -45,25 +45,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
-from harness import (
-    BLUE,
-    GREEN,
-    NONE,
-    RESULTS,
-    Bar,
-    Row,
-    append,
-    arguments,
-    bars,
-    environment,
-    figure_of,
-    go_on,
-    grid,
-    parsed,
-    read,
-    show,
-)
+from harness import BLUE, GREEN, NONE, RESULTS, Bar, Row
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -413,7 +397,7 @@ def costs(raw: Path) -> None:
             run, since = Run(name, entry.grid[0], "asymmetric_40", 0, size), time.process_time()
             run.train()
             seconds[name] = round(time.process_time() - since, 2)
-    append(raw, {"costs": seconds, "of": "One seed", "made_with": environment()})
+    harness.append(raw, {"costs": seconds, "of": "One seed", "made_with": harness.environment()})
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -453,12 +437,12 @@ def gain(a: Sequence[float] | None, b: Sequence[float] | None) -> str:
 def by_condition(first: str, lines: Iterable[tuple[str, Callable[[str], str]]], noisy: bool = False) -> str:
     """A table of a title and a function of the condition in each line."""
     named = {name: title for name, title in CONDITIONS.items() if not (noisy and name.startswith("imbalance"))}
-    return grid([first, *named.values()], ([title, *(cell(name) for name in named)] for title, cell in lines))
+    return harness.grid([first, *named.values()], ([title, *(cell(name) for name in named)] for title, cell in lines))
 
 
 def block(raw: Path) -> str:
     """What stands in the documentation."""
-    rows = read(raw, "method")
+    rows = harness.read(raw, "method")
     found = columns(rows)
     there = [name for name in ENTRIES if all((name, at, STUDENT) in found for at in CONDITIONS)]
     titles = {name: ENTRIES[name].title for name in there}
@@ -506,9 +490,9 @@ def block(raw: Path) -> str:
             ],
         ),
     ]
-    for row in read(raw, "costs")[-1:]:
+    for row in harness.read(raw, "costs")[-1:]:
         cells = [[ENTRIES[n].title, f"{s:.1f}", f"{s / row['costs']['plain']:.1f}"] for n, s in row["costs"].items()]
-        parts += [grid(["cost", "processor time, s", "over plain training"], cells)]
+        parts += [harness.grid(["cost", "processor time, s", "over plain training"], cells)]
         parts += [f"{row.get('of', '20 seeds side by side')}, one thread, by `--costs`."]
     tuning = [row for row in rows if not row["final"]]
     parts.append(
@@ -540,24 +524,24 @@ def draw(path: Path, found: Columns) -> None:
     ]
     heading = "Learned weights (ExampleWeights): their own feedback is "
     heading += f"{min(gains):+.1f} to {max(gains):+.1f} points above feedback given to the wrong examples"
-    bars(path, panels, heading, "points of the student's test accuracy, 95 %", columns=2)
+    harness.bars(path, panels, heading, "points of the student's test accuracy, 95 %", columns=2)
 
 
 def main() -> None:
-    parser = arguments(__doc__, RAW)
+    parser = harness.arguments(__doc__, RAW)
     parser.add_argument("--costs", action="store_true", help="measure what each method costs and stop")
-    given = parsed(parser)
+    given = harness.parsed(parser)
     torch.set_num_threads(1)
     if given.costs:
         costs(given.out)
     elif given.runs:
         size = MINIATURE if given.miniature else FULL
-        run, about = partial(one_run, size=size), {"made_with": environment(), **dataclasses.asdict(size)}
-        go_on(given.out, jobs([], size), run, **about)
-        go_on(given.out, jobs(read(given.out, "method"), size), run, **about)
-    show(given.write, "label_noise", block(given.out))
+        run, about = partial(one_run, size=size), {"made_with": harness.environment(), **dataclasses.asdict(size)}
+        harness.go_on(given.out, jobs([], size), run, **about)
+        harness.go_on(given.out, jobs(harness.read(given.out, "method"), size), run, **about)
+    harness.show(given.write, "label_noise", block(given.out))
     if given.write:
-        draw(figure_of(given.write, f"{given.out.stem}.png"), columns(read(given.out, "method")))
+        draw(harness.figure_of(given.write, f"{given.out.stem}.png"), columns(harness.read(given.out, "method")))
 
 
 if __name__ == "__main__":

@@ -26,20 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import harness
 import torch
-from harness import (
-    NONE,
-    RESULTS,
-    Row,
-    arguments,
-    described,
-    figure_of,
-    grid,
-    loaded,
-    parsed,
-    show,
-    write_json,
-)
+from harness import NONE, RESULTS, Row
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -323,7 +312,7 @@ def _table_of(run: Row, setup: Row) -> str:
     noisy = next(row for row in run["modes"] if row["mode"] == "reinforce")["gradient_small"]
     head = ["mode", "what", "exact?", "cost, passes", "time", "peak memory", "noise / signal", "bias"]
     return (
-        f"{grid(head, lines, names=3)}\n\n"
+        f"{harness.grid(head, lines, names=3)}\n\n"
         "Cost of one step of WRN-28-2 in forward passes of the student (FLOPs), the teacher's own 3 included (1 for"
         " `none`, whose teacher has nothing to learn from here). Time and peak memory relative to `forward`:"
         f" {forward['seconds']['median']:.2g} s at batch {setup['batch']}, median of {setup['rounds']} interleaved"
@@ -433,13 +422,13 @@ def _draw_noise(axes: Any, rows: list[dict[str, Any]], colors: list[str]) -> Non
 
 
 def main() -> None:
-    parser = arguments(__doc__, RESULT)
+    parser = harness.arguments(__doc__, RESULT)
     parser.add_argument("--batch", type=int, help="images of each kind, for time; default 8, on CUDA 128")
     parser.add_argument("--rounds", type=int, help="timed steps per mode; default 21")
     parser.add_argument("--memory-batch", type=int, help="the same for memory; default 32, on CUDA 128")
     parser.add_argument("--draws", type=int, help="draws of labels on the small classifier; default 2000")
     parser.add_argument("--draws-wrn", type=int, help="draws of labels on WRN-28-2; default 24")
-    given = parsed(parser)
+    given = harness.parsed(parser)
     if given.runs:
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit\._script")
         where, start = places(), time.perf_counter()
@@ -452,12 +441,12 @@ def main() -> None:
         options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in sizes.items())
         small = argparse.Namespace(**sizes, network=MINIATURE_NETWORK if given.miniature else NETWORK)
         result = {"runs": [measured(place, small) for place in where]}
-        setup = {**described(where[0].device), "command": f"python benchmarks/modes.py{options}", **sizes}
-        write_json(given.out, {"setup": setup | {"minutes": (time.perf_counter() - start) / 60}, **result})
-    result = loaded(given.out)
-    show(given.write, "modes", table(result))
+        setup = {**harness.described(where[0].device), "command": f"python benchmarks/modes.py{options}", **sizes}
+        harness.write_json(given.out, {"setup": setup | {"minutes": (time.perf_counter() - start) / 60}, **result})
+    result = harness.loaded(given.out)
+    harness.show(given.write, "modes", table(result))
     if given.write:
-        draw(result, figure_of(given.write, f"{given.out.stem}.png"))
+        draw(result, harness.figure_of(given.write, f"{given.out.stem}.png"))
 
 
 if __name__ == "__main__":

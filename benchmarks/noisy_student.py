@@ -30,25 +30,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import harness
 import torch
-from harness import (
-    NONE,
-    RESULTS,
-    Bar,
-    Row,
-    arguments,
-    bars,
-    between,
-    difference,
-    environment,
-    figure_of,
-    go_on,
-    grid,
-    parsed,
-    read,
-    show,
-    spread,
-)
+from harness import NONE, RESULTS, Bar, Row
 from torch import Tensor, nn
 from torch.nn import functional as F
 from when import CLASSES, drawn, views
@@ -517,9 +501,9 @@ def study(seeds: tuple[int, ...], tuning_seeds: tuple[int, ...], divisor: int, o
 
     grid = itertools.product(RATES, DROPOUTS)
     tuning = ({"final": False, "seeds": tuning_seeds, "lr": lr, "dropout": dropout} for lr, dropout in grid)
-    lr, dropout = tuned([row for row in go_on(out, tuning, run, about=environment()) if "final" in row])
+    lr, dropout = tuned([row for row in harness.go_on(out, tuning, run, about=harness.environment()) if "final" in row])
     chosen = {"seeds": seeds, "lr": lr, "dropout": dropout}
-    go_on(out, ({"final": True, "arm": dataclasses.asdict(arm), **chosen} for arm in ARMS), run)
+    harness.go_on(out, ({"final": True, "arm": dataclasses.asdict(arm), **chosen} for arm in ARMS), run)
 
 
 # --------------------------------------------------------------------------------------------------- beside the paper
@@ -601,13 +585,13 @@ def block(rows: Sequence[Row]) -> str:
     for study, arms in comparisons(rows).items():
         lines = []
         for name, each in arms.items():
-            cells, printed = [name, spread(each.first), *[NONE] * 4], STUDIES[study][1][name][1]
+            cells, printed = [name, harness.spread(each.first), *[NONE] * 4], STUDIES[study][1][name][1]
             if each.second:
-                gain, p = difference(each.first, each.second)
-                cells[2:] = [each.beside, gain, between(each.first, each.second), p]
+                gain, p = harness.difference(each.first, each.second)
+                cells[2:] = [each.beside, gain, harness.between(each.first, each.second), p]
             cells.append(NONE if printed is None else f"{printed:.1f}")
             lines.append([*cells, NONE if each.paper is None else f"{each.paper:+.1f}", each.verdict])
-        parts.append(f"**{STUDIES[study][0]}**\n\n{grid(head, lines, 'lrlrrrrrl')}")
+        parts.append(f"**{STUDIES[study][0]}**\n\n{harness.grid(head, lines, 'lrlrrrrrl')}")
     seeds = "/".join(str(len(each)) for each in {tuple(row["seeds"]) for row in rows if row["final"]})
     lr, dropout = tuned(rows)
     minutes = sum(row["seconds"] for row in rows) / 60
@@ -640,20 +624,20 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
         f"{counts['the reverse']} the other way round, and {counts['not shown']} are not shown"
     )
     axis = "points, digits, 95 %; diamonds: the paper, ImageNet"
-    bars(path, panels, heading, axis, columns=2)
+    harness.bars(path, panels, heading, axis, columns=2)
 
 
 def main() -> None:
-    given = parsed(arguments(__doc__, RAW))
+    given = harness.parsed(harness.arguments(__doc__, RAW))
     torch.set_num_threads(1)
     if given.runs and given.miniature:
         study((300, 301), (320,), 10**9, given.out)
     elif given.runs:
         study(tuple(range(300, 312)), (320, 321, 322), 1, given.out)
-    rows = read(given.out, "final")
-    show(given.write, "noisy-student-studies", block(rows))
+    rows = harness.read(given.out, "final")
+    harness.show(given.write, "noisy-student-studies", block(rows))
     if given.write:
-        draw(figure_of(given.write, f"{given.out.stem}.png"), rows)
+        draw(harness.figure_of(given.write, f"{given.out.stem}.png"), rows)
 
 
 if __name__ == "__main__":

@@ -25,22 +25,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
-from harness import (
-    NONE,
-    RESULTS,
-    Row,
-    apart,
-    arguments,
-    described,
-    difference,
-    grid,
-    loaded,
-    parsed,
-    show,
-    spread,
-    write_json,
-)
+from harness import NONE, RESULTS, Row
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -128,7 +115,7 @@ def steps_measured(miniature: bool) -> list[Row]:
     random.Random(0).shuffle(jobs)
     found: dict[tuple[str, str], list[Row]] = {}
     for number, job in enumerate(jobs, 1):
-        found.setdefault(job, []).append(apart(f"reduced.measure{(*job, each)!r}"))
+        found.setdefault(job, []).append(harness.apart(f"reduced.measure{(*job, each)!r}"))
         print(f"[{number}/{len(jobs)}] {job}: {found[job][-1]}", file=sys.stderr, flush=True)
     return [
         {"case": case, "name": name, **{key: statistics.median(row[key] for row in rows) for key in rows[0]}}
@@ -184,34 +171,34 @@ def table(result: Row) -> str:
             lines.append([case, name, *over, *size])
         order = list(dict.fromkeys(row["case"] for row in result["steps"]))
         head = ["network", "step", "time / plain", "memory / plain", "ms", "MB", "million weights"]
-        parts.append(grid(head, sorted(lines, key=lambda line: order.index(line[0])), names=2))
+        parts.append(harness.grid(head, sorted(lines, key=lambda line: order.index(line[0])), names=2))
     if "digits" in result:
         final, lines = result["digits"]["final"], []
         own = column_of(final, "student_test", method="reduced_mpl")
         for method in dict.fromkeys(row["method"] for row in final):
             student, finetuned = (column_of(final, f"{name}_test", method=method) for name in READOUTS)
-            other = (NONE, NONE) if method == "reduced_mpl" else difference(own, student)
-            lines.append([KNOWN[method].title, spread(student), spread(finetuned), *other])
+            other = (NONE, NONE) if method == "reduced_mpl" else harness.difference(own, student)
+            lines.append([KNOWN[method].title, harness.spread(student), harness.spread(finetuned), *other])
         parts += [
             f"Test accuracy on the digits in %, {len(own)} seeds, {result['digits']['steps']:,} steps. The difference: "
             "Reduced MPL's student minus this one.",
-            grid(["method", "student", "finetuned", "difference", "p"], lines),
+            harness.grid(["method", "student", "finetuned", "difference", "p"], lines),
         ]
     return "\n\n".join(parts)
 
 
 def main() -> None:
-    parser = arguments(__doc__, RESULT)
+    parser = harness.arguments(__doc__, RESULT)
     parser.add_argument("--only", choices=("steps", "digits"), help="this part alone; the other stays as it was")
-    given = parsed(parser)
+    given = harness.parsed(parser)
     if given.runs:
-        result: Row = loaded(given.out) if given.only and given.out.is_file() else {}
+        result: Row = harness.loaded(given.out) if given.only and given.out.is_file() else {}
         if given.only != "digits":
-            result |= {"measured_on": described(), "steps": steps_measured(given.miniature)}
+            result |= {"measured_on": harness.described(), "steps": steps_measured(given.miniature)}
         if given.only != "steps":
             result["digits"] = digits_measured(given.miniature)
-        write_json(given.out, result)
-    show(given.write, "reduced", table(loaded(given.out)))
+        harness.write_json(given.out, result)
+    harness.show(given.write, "reduced", table(harness.loaded(given.out)))
 
 
 if __name__ == "__main__":

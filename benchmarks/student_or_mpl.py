@@ -22,23 +22,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from digits_study import training
-from harness import (
-    NONE,
-    RESULTS,
-    Row,
-    arguments,
-    difference,
-    environment,
-    go_on,
-    grid,
-    loaded,
-    parsed,
-    points,
-    read,
-    show,
-)
+from harness import NONE, RESULTS, Row
 
 from metapl.ablation.cost import flops
 from metapl.apps.compare import Job
@@ -177,7 +164,7 @@ def train(method: str, seed: int, settings: dict[str, tuple[Digits, Any]]) -> Ro
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "run"
         result = Job(config, named, folder, resume=False, threads=1).run()
-        stored = loaded(folder / TAUGHT) if (folder / TAUGHT).exists() else None
+        stored = harness.loaded(folder / TAUGHT) if (folder / TAUGHT).exists() else None
     taught = result["rounds"][0]["teacher"] if "rounds" in result else stored
     row: Row = {"steps": config.fitting.steps}
     row["operations"] = sum(operations(config, named, config.data(print, False, None)).values())
@@ -207,11 +194,11 @@ def table(rows: Sequence[Row]) -> str:
         values, own = found[method], found[rows[0]["method"]]
         lead = [NONE, NONE]
         if values is not own:
-            gain, p = difference(own, values)
+            gain, p = harness.difference(own, values)
             lead = [f"{gain} ± {error([a - b for a, b in zip(own, values, strict=True)]):.1f}", p]
-        shown = f"{points(values):.1f} ± {error(values):.1f}"
+        shown = f"{harness.points(values):.1f} ± {error(values):.1f}"
         lines.append([COMPARED[method][0], f"{steps[method]:,}", shown, *lead])
-    return grid(["method", "steps", "test accuracy", "Noisy Student above it", "p"], lines)
+    return harness.grid(["method", "steps", "test accuracy", "Noisy Student above it", "p"], lines)
 
 
 def block(rows: Sequence[Row], about: Row) -> str:
@@ -228,21 +215,22 @@ def block(rows: Sequence[Row], about: Row) -> str:
         f"{seeds[-1]}); differences in points, with the p of the paired t-test "
         "over draws of these images, not corrected for the number of rows. "
         f"Steps are those of each round, and of the main phase of methods without rounds. The first teacher takes "
-        f"{teacher:,}, and reaches {points([*taught.values()]):.1f} %. Operations differ by {apart:.2f} % at most. "
-        f"{made}`python benchmarks/student_or_mpl.py` trains the same methods; raw rows: "
+        f"{teacher:,}, and reaches {harness.points([*taught.values()]):.1f} %. Operations differ by {apart:.2f} % at "
+        f"most. {made}`python benchmarks/student_or_mpl.py` trains the same methods; raw rows: "
         f"`benchmarks/results/{RAW.name}`."
     )
 
 
 def main() -> None:
-    given = parsed(arguments(__doc__, RAW))
+    given = harness.parsed(harness.arguments(__doc__, RAW))
     if given.runs:
-        small, about = given.miniature, {} if given.out.exists() else {"about": environment()}
+        small, about = given.miniature, {} if given.out.exists() else {"about": harness.environment()}
         for seed in MINIATURE_SEEDS if small else SEEDS:
             settings, jobs = sized(MINIATURE if small else SIZES, seed), ({"method": m, "seed": seed} for m in COMPARED)
-            go_on(given.out, jobs, partial(train, settings=settings), **about)
+            harness.go_on(given.out, jobs, partial(train, settings=settings), **about)
             about = {}
-    show(given.write, "student-or-mpl", block(read(given.out, "method"), read(given.out, "about")[0]))
+    rows, (about, *_) = (harness.read(given.out, column) for column in ("method", "about"))
+    harness.show(given.write, "student-or-mpl", block(rows, about))
 
 
 if __name__ == "__main__":

@@ -7,24 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import harness
 import numpy as np
-from harness import (
-    BLUE,
-    GREEN,
-    GREY,
-    NONE,
-    ORANGE,
-    Bar,
-    Row,
-    bars,
-    between,
-    difference,
-    figure_of,
-    grid,
-    points,
-    show,
-    spread,
-)
+from harness import BLUE, GREEN, GREY, NONE, ORANGE, Bar, Row
 from when import ARMS, CONDITIONS, GRIDS, Arm, arm_of, chosen, read
 
 from metapl.metrics import paired_test
@@ -123,8 +108,8 @@ def against(first: Found, second: Found | None) -> tuple[str, str, str]:
     """The difference in points, its 95 % interval, and p."""
     if second is None or first is second:
         return NONE, NONE, NONE
-    gain, p = difference(first.accuracy, second.accuracy)
-    return gain, between(first.accuracy, second.accuracy), p
+    gain, p = harness.difference(first.accuracy, second.accuracy)
+    return gain, harness.between(first.accuracy, second.accuracy), p
 
 
 def title(arm: Arm) -> str:
@@ -172,14 +157,14 @@ def table(found: Study, part: str) -> str:
         if place != before:
             before = place
             lines.append([f"*{place}*", *[""] * (len(head) - 1)])
-        cells = [title(arm), spread(row["student"]), spread(row["finetuned"])]
-        cells += [f"{points(row['labels_right']):.1f}", f"{points(row['frequency_error']):.1f}"]
+        cells = [title(arm), harness.spread(row["student"]), harness.spread(row["finetuned"])]
+        cells += [f"{harness.points(row['labels_right']):.1f}", f"{harness.points(row['frequency_error']):.1f}"]
         cells += against(found[arm], control(found, arm))
         if altered:
             true = beside(found, arm, arm.method.split()[0]) if arm.alteration else None
             cells += against(found[arm], true)[::2]
         lines.append(cells)
-    return f"**{HEADINGS[part]}**\n\n{grid(head, lines)}".replace("|  |", "| |").replace("|  |", "| |")
+    return f"**{HEADINGS[part]}**\n\n{harness.grid(head, lines)}".replace("|  |", "| |").replace("|  |", "| |")
 
 
 def settings(rows: Sequence[Row]) -> str:
@@ -264,7 +249,7 @@ def gap(first: Found, second: Found) -> tuple[str, str, str]:
     """The mean difference in points, its 95 % interval, and p of sign flips."""
     one, other = first.accuracy, second.accuracy
     p = f"{sign_flip(one, other):.2g}"
-    return f"{100 * paired_test(one, other).mean:+.1f}", between(one, other), p
+    return f"{100 * paired_test(one, other).mean:+.1f}", harness.between(one, other), p
 
 
 def primary(arms: dict[str, Found]) -> str:
@@ -306,7 +291,7 @@ def place_table(rows: Sequence[Row], arms: dict[str, Found]) -> str:
     added = f"Added when the others' tuning runs had been seen, and run after them: {TITLES['mpl_aligned']}, is"
     place, chose = next(iter(arms)), "; ".join(choices)
     return (
-        f"**{arms[place].arm.place}**\n\n{grid(head, lines)}\n\n{added} {' and '.join(said)}.\n\n"
+        f"**{arms[place].arm.place}**\n\n{harness.grid(head, lines)}\n\n{added} {' and '.join(said)}.\n\n"
         f"Chosen on the tuning seeds: {chose}."
     )
 
@@ -350,7 +335,7 @@ def draw(path: Path, found: Study) -> None:
         if (arm.method, arm.condition, arm.labels, arm.part) == ("gradient", "right", 2, "length")
     ]
     heading = f"What feedback adds, in points, by steps (2 labels a class): {', '.join(told)}"
-    bars(path, by, heading, "points against the loop without feedback, 95 %", least=-14)
+    harness.bars(path, by, heading, "points against the loop without feedback, 95 %", least=-14)
 
 
 def draw_worth(path: Path, found: Study) -> None:
@@ -366,7 +351,7 @@ def draw_worth(path: Path, found: Study) -> None:
     above = [gap(arms["mpl"], arms[name])[0] for name in ("uda", "uda_aligned")]
     heading = f"At equal time MPL is {above[0]} points against UDA and {above[1]} against aligned UDA ({first})"
     axis = f"points of test accuracy, {len(arms['mpl'].accuracy)} seeds, 95 %; right of 0 Meta Pseudo Labels is ahead"
-    bars(path, by, heading, axis, least=-14)
+    harness.bars(path, by, heading, axis, least=-14)
 
 
 def write(page: Path | None, raw: Path) -> None:
@@ -374,10 +359,10 @@ def write(page: Path | None, raw: Path) -> None:
     rows = read(raw)
     found = collected(rows)
     if any(not arm.of_worth for arm in found):
-        show(page, "when", block(rows))
+        harness.show(page, "when", block(rows))
         if page is not None:
-            draw(figure_of(page, f"{raw.stem}.png"), found)
+            draw(harness.figure_of(page, f"{raw.stem}.png"), found)
     if places(found):
-        show(page, "feedback-worth", worth_block(rows))
+        harness.show(page, "feedback-worth", worth_block(rows))
         if page is not None:
-            draw_worth(figure_of(page, "feedback_worth.png"), found)
+            draw_worth(harness.figure_of(page, "feedback_worth.png"), found)

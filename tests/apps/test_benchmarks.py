@@ -186,8 +186,9 @@ def test_what_a_gpu_has_to_show_runs_on_the_cpu_in_miniature(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["digits_study", "label_noise", "noisy_student", "when", "text_feedback"])
 def test_settings_are_of_other_seeds_and_the_test_set_is_opened_by_final_runs_alone(name: str) -> None:
-    study, tests = importlib.import_module(name), ("test_accuracy", "test", "teacher", "student_test")
-    rows = study.read(study.RAW) if name == "when" else [r for r in study.read(study.RAW) if {"final", "part"} & {*r}]
+    study, harness = importlib.import_module(name), importlib.import_module("harness")
+    tests = ("test_accuracy", "test", "teacher", "student_test")
+    rows = study.read() if name == "when" else [r for r in harness.read(study.RAW) if {"final", "part"} & {*r}]
     seeds: dict[bool, set[int]] = {True: set(), False: set()}
     for row in rows:
         final = row["part"] == "final" if name == "text_feedback" else row["final"]
@@ -198,14 +199,13 @@ def test_settings_are_of_other_seeds_and_the_test_set_is_opened_by_final_runs_al
 
 
 def test_each_study_has_every_arm_with_the_settings_that_tuning_chose() -> None:
-    digits, noise, when, student = map(
-        importlib.import_module, ("digits_study", "label_noise", "when", "noisy_student")
-    )
-    rows = digits.read(digits.RAW, "method")
+    names = ("digits_study", "label_noise", "when", "noisy_student", "harness")
+    digits, noise, when, student, harness = map(importlib.import_module, names)
+    rows = harness.read(digits.RAW, "method")
     best, final = digits.chosen(rows), [row for row in rows if row["final"]]
     assert all(row["config"] == best[row["method"]] for row in final)
     assert len(final) == len(digits.FULL.seeds) * sum(map(len, digits.COMPARED.values()))
-    rows = noise.read(noise.RAW, "method")
+    rows = harness.read(noise.RAW, "method")
     final = [row for row in rows if row["final"]]
     chosen = {at: noise.chosen(rows, *at) for at in {(row["method"], row["condition"]) for row in final}}
     assert all(row["config"] == chosen[row["method"], row["condition"]] for row in final)
@@ -214,7 +214,7 @@ def test_each_study_has_every_arm_with_the_settings_that_tuning_chose() -> None:
     found = {when.arm_of(row): row for row in rows if row["final"]}
     assert {*found} == {*when.ARMS}
     assert all(when.Rule(**row["rule"]) == when.rule_of(arm, rows) for arm, row in found.items())
-    rows = student.read(student.RAW, "final")
+    rows = harness.read(student.RAW, "final")
     assert len([row for row in rows if row["final"]]) == len(student.ARMS)
     assert all((row["lr"], row["dropout"]) == student.tuned(rows) for row in rows if row["final"])
 
