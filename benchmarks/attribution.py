@@ -191,9 +191,6 @@ def retrained(setting: Row, seed: int, order: Tensor, train: Any, outer: Any, we
     return judged(params)
 
 
-# ---------------------------------------------------------------------------------------------------------- the rivals
-
-
 def loss_of(network: nn.Module, params: dict[str, Tensor], given: Any, reduction: str = "mean") -> Tensor:
     return F.cross_entropy(functional_call(network, params, (given[0],)), given[1], reduction=reduction)
 
@@ -289,9 +286,6 @@ METHODS: dict[str, Callable[..., Tensor]] = {
     "gradient dot products, at the end": lambda *given: by_dot_products(*given, 1),
     "influence functions, last layer": by_influence,
 }
-
-
-# ----------------------------------------------------------------------------------------------------------- the study
 
 
 def one(

@@ -46,9 +46,6 @@ OUTER = "the half that is likeliest by counts in the outer text"
 BOTH = "the half that is likeliest beside counts in the mixture"
 
 
-# ------------------------------------------------------------------------------------------------------------- the gain
-
-
 class Mean(nn.Module):
     """A rater that is a transformer as the students are: the mean over the places of one of its outputs."""
 
@@ -100,9 +97,6 @@ def gain(example: Any, rater: str, seed: int, steps: int) -> Row:
     text = torch.cat([data.clean, data.outer, data.test]).sort(0).values, data.code
     row["corpus"] = hashlib.sha256(b"".join(t.to(torch.uint8).numpy().tobytes() for t in text)).hexdigest()[:12]
     return row
-
-
-# ------------------------------------------------------------------------------------------------------------- the cost
 
 
 def inner_loss(student: Callable[[Tensor], Tensor], rater: nn.Module, ids: Tensor) -> Tensor:
@@ -194,9 +188,6 @@ def costs(example: Any, rounds: int, width: int) -> Iterator[Row]:
                         gradient(rater, student, outer, inner)
                         rows[name]["seconds"].append(time.process_time() - start)
         yield from rows.values()
-
-
-# ----------------------------------------------------------------------------------------------------------- the tables
 
 
 def spread(values: Sequence[float]) -> str:

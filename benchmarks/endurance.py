@@ -60,9 +60,6 @@ PARTS = {
 Faults = Iterator[str | None]  # one for each try: what was wrong with it
 
 
-# ------------------------------------------------------------------------------------------------------------ processes
-
-
 def forked(words: tuple[str | Path, ...], out: Path) -> int:
     """The number of a process that runs the command; what it says goes to a file."""
     sys.stdout.flush()
@@ -143,9 +140,6 @@ def outcome(run: Path) -> dict[str, bytes]:
     """What two runs that went alike have in common to the byte."""
     names = [*run.glob("*.safetensors"), run / "metrics.jsonl", run / "result.json"]
     return {path.name: path.read_bytes() for path in names if path.is_file()}
-
-
-# ------------------------------------------------------------------------------------------------------------ the parts
 
 
 class Parts:

@@ -16,8 +16,8 @@ import metapl
 
 RESULT = RESULTS / "fresh_adam.json"
 STEPS, MINIATURE_STEPS = (0, 1, 2, 5, 10, 40), (0, 1)
-DOUBLE = ("double backward, float32", "`forward`, float32", "`difference`, float32", "`difference`, float64")
-HEAD = ("steps of AdamW", *DOUBLE)
+WAYS = (("unrolled", "float32"), ("forward", "float32"), ("difference", "float32"), ("difference", "float64"))
+HEAD = ("steps of AdamW", "double backward, float32", *(f"`{mode}`, {dtype}" for mode, dtype in WAYS[1:]))
 
 
 class Classifier(nn.Module):
@@ -26,8 +26,8 @@ class Classifier(nn.Module):
         from transformers import BertConfig, BertForSequenceClassification
 
         sizes = {"vocab_size": 1000, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
-        drops = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        config = BertConfig(**sizes, **drops, num_hidden_layers=layers, max_position_embeddings=32, num_labels=4)
+        rest = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 32}
+        config = BertConfig(**sizes, **rest, num_hidden_layers=layers, num_labels=4)
         self.bert = BertForSequenceClassification(config)
 
     def forward(self, tokens: dict[str, Tensor]) -> Tensor:
@@ -66,15 +66,10 @@ def measure(steps: tuple[int, ...], layers: int) -> list[dict[str, Any]]:
         if step in steps:
             given = teacher, student, adam, held
             exact = gradient(*given, "unrolled", torch.float64)
-            kinds = [(mode, torch.float32) for mode in ("unrolled", "forward", "difference")]
-            found = [gradient(*given, *kind) for kind in [*kinds, ("difference", torch.float64)]]
+            found = [gradient(*given, mode, getattr(torch, dtype)) for mode, dtype in WAYS]
             rows.append({"steps": step, "errors": [float((g - exact).norm() / exact.norm()) for g in found]})
         trainer.step(labeled(), tokens(32))
     return rows
-
-
-def table(result: dict[str, Any]) -> str:
-    return grid(HEAD, ([row["steps"], *(f"{e:.1e}" for e in row["errors"])] for row in result["rows"]), names=0)
 
 
 def main() -> None:
@@ -82,7 +77,9 @@ def main() -> None:
     if given.runs:
         rows = measure(MINIATURE_STEPS, 1) if given.miniature else measure(STEPS, 2)
         write_json(given.out, {"setup": described() | {"command": "python benchmarks/fresh_adam.py"}, "rows": rows})
-    show(given.write, "fresh_adam", table(loaded(given.out)))
+    rows = loaded(given.out)["rows"]
+    lines = ([row["steps"], *(f"{e:.1e}" for e in row["errors"])] for row in rows)
+    show(given.write, "fresh_adam", grid(HEAD, lines, names=0))
 
 
 if __name__ == "__main__":

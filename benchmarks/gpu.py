@@ -95,9 +95,6 @@ def told_tests(row: Row) -> Iterator[Told]:
     yield "tests on the device", f"{row['passed']} passed, {len(row['failed'])} failed{failed}", "none failed"
 
 
-# ---------------------------------------------------------------------------------------------------------------- steps
-
-
 @dataclass
 class Subject:
     """Two networks, their batches, and both losses for those who do not call metapl."""
@@ -380,8 +377,6 @@ def told_steps(name: str, row: Row) -> Iterator[Told]:
     for other, reason in row["failed"].items():
         yield f"{name}: {other}", reason, ""
 
-
-# -------------------------------------------------------------------------------------------------------------- the run
 
 PARTS: dict[str, Part] = {
     **{

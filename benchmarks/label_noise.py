@@ -167,8 +167,6 @@ ENTRIES: dict[str, Entry] = {
 BILEVEL = tuple(LEARNED)
 BASELINES = ("plain", "clean", "early_stopping")
 
-# ------------------------------------------------------------------------------------------------------------ the data
-
 
 @dataclass(frozen=True, eq=False)
 class Data:
@@ -200,9 +198,6 @@ def drawn(condition: str, seed: int) -> Data:
         others = torch.randint(1, CLASSES, y.shape, generator=generator)  # any class but the true one
         given = torch.where(noisy, (y + (others if kind == "symmetric" else 1)) % CLASSES, y)
     return Data(x, given, given != y, split.labeled, split.validation, split.test)
-
-
-# ---------------------------------------------------------------------------------------------------------------- runs
 
 
 class Corrector(nn.Module):
@@ -399,8 +394,6 @@ def costs(raw: Path) -> None:
             seconds[name] = round(time.process_time() - since, 2)
     harness.append(raw, {"costs": seconds, "of": "One seed", "made_with": harness.environment()})
 
-
-# --------------------------------------------------------------------------------------------------------------- tables
 
 Columns = dict[tuple[str, str, str], list[float]]
 

@@ -51,9 +51,6 @@ Gradient = Sequence[Tensor]
 Case = tuple[nn.Module, nn.Module, tuple[Tensor, Tensor], Tensor]
 
 
-# --------------------------------------------------------------------------------------------------------- the problem
-
-
 class Tokens(nn.Module):
     """A small transformer on sequences of 16 vectors."""
 
@@ -132,9 +129,6 @@ def inner_loss(
     """Cross-entropy with the teacher's class probabilities; of the student at these weights."""
     outputs = student(u) if params is None else functional_call(student, params, (u,))  # type: ignore[arg-type]
     return F.cross_entropy(outputs, teacher(u).softmax(-1))
-
-
-# ----------------------------------------------------------------------------------------------------------- libraries
 
 
 def by_hand(teacher: nn.Module, student: nn.Module, labeled: tuple[Tensor, Tensor], u: Tensor, steps: int) -> Gradient:
@@ -307,9 +301,6 @@ def gradient_of(library: str) -> Any:
         return by_hand
     options = {RECOMPUTED: {"recompute_teacher": True}, COMPILED: {"compile": True}}.get(library, {})
     return by_metapl(library.split(", ")[1], **options) if library in OWN else PEERS[library][1]
-
-
-# ---------------------------------------------------------------------------------------------------------- measurement
 
 
 def measure(library: str, network: str, steps: int, calls: int, truth: str, device: str) -> Row:

@@ -65,9 +65,6 @@ WEIGHTS = (1.0, 3.0, 10.0, 30.0, 100.0)
 READOUTS = ("student", "finetuned")
 
 
-# ---------------------------------------------------------------------------------------------------------------- steps
-
-
 def measure(case: str, name: str, steps: int) -> Row:
     """Seconds and memory of a step of a method, and its weights, all networks together."""
     (method, mode), (network, batch, side) = STEPS[name], (CASES | SMALL)[case]
@@ -121,9 +118,6 @@ def steps_measured(miniature: bool) -> list[Row]:
         {"case": case, "name": name, **{key: statistics.median(row[key] for row in rows) for key in rows[0]}}
         for (case, name), rows in sorted(found.items())
     ]
-
-
-# --------------------------------------------------------------------------------------------------------------- digits
 
 
 def digits_run(method: str, seed: int, weight: float, steps: int) -> Row:

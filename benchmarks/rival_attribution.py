@@ -97,9 +97,6 @@ def begun(given: Row) -> tuple[nn.Module, torch.optim.Optimizer]:
     return network, optimizer
 
 
-# ---------------------------------------------------------------------------------------------------- the two libraries
-
-
 HELD = dict[Tensor, Any]()  # a compiled training is known by its problem, student and optimizer
 
 
@@ -187,9 +184,6 @@ def by_bergson(given: Row, way: str = "") -> Any:
         adjoint = BackwardState(grads, zeros, torch.zeros_like(stream.weights))
         adjoint = trainer.backward(folder, stream, adjoint, state, inplace=True, save_mode=mode)
     return -adjoint.weight_grads.detach(), outer.detach()
-
-
-# --------------------------------------------------------------------------------------------------------- measurements
 
 
 def measure(library: str, given: Row, rounds: int, ways: tuple[str, ...]) -> list[Row]:

@@ -46,9 +46,6 @@ ALONE = "one process"
 WIDTHS, ROWS = (128, 512, 512, 512, 10), 64
 
 
-# ------------------------------------------------------------------------------------------------------------- measured
-
-
 class Group:
     """Processes of one layout, which measure one case after another."""
 

@@ -34,7 +34,7 @@ import torch
 from harness import RESULTS, Row, arguments, environment, go_on, grid, loaded, parsed, read, show, spread
 from PIL import Image
 from scipy.stats import rankdata, t
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from metapl.apps.pictures import load_digits_split
@@ -46,15 +46,11 @@ METHODS = {
     "noise_transition": "noise_transition",
     "plain": "plain, given and clean labels",
 }
-FLAGS = ("--steps", "150", "--precision", "float32")
-FEW = ("--steps", "3", "--finetune-steps", "1")
+FLAGS, FEW = ("--steps", "150", "--precision", "float32"), ("--steps", "3", "--finetune-steps", "1")
 
 PICTURES = 600
 CONDITIONS = {
-    "symmetric, 20 %": (0.2, False),
-    "symmetric, 40 %": (0.4, False),
-    "asymmetric, 20 %": (0.2, True),
-    "asymmetric, 40 %": (0.4, True),
+    f"{'a' * next_one}symmetric, {100 * p:g} %": (p, next_one) for next_one in (False, True) for p in (0.2, 0.4)
 }
 TUNED_ON, RATES, TUNING_SEEDS, SEEDS = "asymmetric, 40 %", (0.01, 0.03, 0.1), (100, 101), (0, 1, 2, 3, 4)
 CHECKED = (*TUNING_SEEDS, 0)  # of the others the predictions are not checked, which costs more than the scores
@@ -77,22 +73,18 @@ def write_pictures(
     wrong = torch.zeros(len(truth), dtype=torch.bool)
     wrong[torch.randperm(len(truth), generator=draw)[: round(share * len(truth))]] = True
     away = torch.ones_like(truth) if next_one else torch.randint(1, 10, truth.shape, generator=draw)
-    noisy = write_folders(root / "noisy", split.unlabeled[:most], torch.where(wrong, (truth + away) % 10, truth))
-    write_folders(root / "clean", *split.labeled)
-    write_folders(root / "test", split.test[0][:most], split.test[1][:most])
-    return {path for path, planted in zip(noisy, wrong.tolist(), strict=True) if planted}
-
-
-def write_folders(root: Path, images: Tensor, labels: Tensor) -> list[str]:
-    paths = []
-    for digit in range(10):
-        (root / str(digit)).mkdir(parents=True)
-    for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-        levels = (image[0].numpy() * 255).round().astype(np.uint8)
-        path = root.resolve() / str(label) / f"{number:04}.png"
-        Image.fromarray(levels).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(path)
-        paths.append(str(path))
-    return paths
+    test = split.test[0][:most], split.test[1][:most]
+    given = split.unlabeled[:most], torch.where(wrong, (truth + away) % 10, truth)
+    planted = set()
+    for name, (images, labels) in {"noisy": given, "clean": split.labeled, "test": test}.items():
+        for digit in range(10):
+            (root / name / str(digit)).mkdir(parents=True)
+        for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+            levels = (image[0].numpy() * 255).round().astype(np.uint8)
+            path = (root / name).resolve() / str(label) / f"{number:04}.png"
+            Image.fromarray(levels).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(path)
+            planted |= {str(path)} if name == "noisy" and wrong[number] else set()
+    return planted
 
 
 def by_clean(root: Path, seed: int, out: Path) -> None:

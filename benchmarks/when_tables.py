@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import harness
 import numpy as np
@@ -63,8 +63,7 @@ HEADINGS = {
 }
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """An arm with its row, and the read-out that it is judged by: at equal time the one that tuning chose, elsewhere
     the better one, by the mean."""
 
@@ -74,7 +73,6 @@ class Found:
 
     @property
     def accuracy(self) -> list[float]:
-        """Of that read-out."""
         values: list[float] = self.row[self.read_out]
         return values
 
@@ -167,25 +165,6 @@ def table(found: Study, part: str) -> str:
     return f"**{HEADINGS[part]}**\n\n{harness.grid(head, lines)}".replace("|  |", "| |").replace("|  |", "| |")
 
 
-def settings(rows: Sequence[Row]) -> str:
-    """What tuning chose."""
-    said = []
-    for name, (arm, _) in GRIDS.items():
-        if not arm.of_worth and any(row["tuned"] == name and not row["final"] for row in rows):
-            rule = chosen(rows, name)[0]
-            size = "" if rule.feedback == "none" else f", size {rule.size:g}"
-            said.append(f"{name}: rates {rule.student_lr:g} and {rule.teacher_lr:g}{size}")
-    return "; ".join(said)
-
-
-def not_run(found: Study) -> str:
-    """The arms of the list that have no row."""
-    left = [arm for arm in ARMS if arm not in found and not arm.of_worth]
-    places = [f"{arm.part} ({where(arm) or arm.method.split()[0]})" for arm in left]
-    said = "; ".join(f"{place}: {places.count(place)}" for place in dict.fromkeys(places))
-    return f"Arms in the list that were not run: {said}." if said else "All arms of the list were run."
-
-
 def effort(rows: Sequence[Row]) -> str:
     runs, minutes = sum(len(row["seeds"]) for row in rows), sum(row["seconds"] for row in rows) / 60
     return f"{runs:,} runs in {minutes:.0f} minutes of one core. "
@@ -207,11 +186,18 @@ def block(rows: Sequence[Row]) -> str:
         "of the means as shown, so up to 0.1 from those of the pairs; intervals and p are of the paired t-test "
         f"over draws of these images, not corrected for the number of rows. {effort(rows)}" + RUN.format("")
     )
-    parts.append(f"Settings that were chosen on the tuning seeds (rates of student and teacher): {settings(rows)}.")
-    return "\n\n".join([*parts, not_run(found)])
-
-
-# ------------------------------------------------------------------------------------------------------- at equal time
+    told = []
+    for name, (arm, _) in GRIDS.items():
+        if not arm.of_worth and any(row["tuned"] == name and not row["final"] for row in rows):
+            rule = chosen(rows, name)[0]
+            size = "" if rule.feedback == "none" else f", size {rule.size:g}"
+            told.append(f"{name}: rates {rule.student_lr:g} and {rule.teacher_lr:g}{size}")
+    parts.append(f"Settings that were chosen on the tuning seeds (rates of student and teacher): {'; '.join(told)}.")
+    left = [arm for arm in ARMS if arm not in found and not arm.of_worth]
+    places = [f"{arm.part} ({where(arm) or arm.method.split()[0]})" for arm in left]
+    said = "; ".join(f"{place}: {places.count(place)}" for place in dict.fromkeys(places))
+    parts.append(f"Arms in the list that were not run: {said}." if said else "All arms of the list were run.")
+    return "\n\n".join(parts)
 
 
 def sign_flip(first: Sequence[float], second: Sequence[float], flips: int = 200_000) -> float:
@@ -313,8 +299,6 @@ def worth_block(rows: Sequence[Row]) -> str:
     )
     return "\n\n".join([*first, *(place_table(rows, arms) for arms in found.values()), told])
 
-
-# --------------------------------------------------------------------------------------------------------- the figures
 
 COLORS = {"gradient": BLUE, "learning_rate": GREEN, "ratio": ORANGE, "alone": BLUE}
 

@@ -25,9 +25,6 @@ LUMA = np.array([0.299, 0.587, 0.114])
 FONT_FOLDER = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
 
-# ---- colors: lightness is chosen, hue is left to chance, so that colored drawings stay legible
-
-
 def color(rng: np.random.Generator, low: float, high: float) -> Color:
     """A color of any hue whose lightness lies between two levels of 0..255."""
     rgb = rng.uniform(0, 255, 3)
@@ -53,9 +50,6 @@ def tones(rng: np.random.Generator, gap: float = 70) -> tuple[tuple[float, float
     middle = rng.uniform(0.35, 0.65) * 255
     dark, light = (10.0, middle - gap / 2), (middle + gap / 2, 245.0)
     return (dark, light) if rng.random() < 0.5 else (light, dark)
-
-
-# ---- grounds
 
 
 def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> Floats:
@@ -95,9 +89,6 @@ def ground(rng: np.random.Generator, size: int, levels: tuple[float, float], clu
                 ends = [(x, y), (x + rng.uniform(-2, 2) * w, y + rng.uniform(-2, 2) * h)]
                 pen.line(ends, fill=fill, width=max(1, size // 16))
     return np.asarray(image, dtype=float)
-
-
-# ---- sprites
 
 
 class Sprite:
@@ -193,9 +184,6 @@ def view(
 @cache
 def load_font(name: str, pixels: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(FONT_FOLDER / f"{name}.ttf"), pixels)
-
-
-# ---- photographs and the camera
 
 
 @cache

@@ -55,12 +55,12 @@ TUNED_IN = ("seen", "smoothing", "feedback")  # raw files of runs on the seen ha
 USED = 0.85  # share of the minutes that steps get, as in the recipe; the rest is for finetuning and looking
 
 HEARD: Row = {"feedback_ratio": 0.3}
-TOGETHER: Row = {"wait": 0, "warm_start": False, "feedback_ratio": 0.3}
-UDA_FROM_THE_START: Row = {"uda_start": 0}
+TOGETHER: Row = {"wait": 0, "warm_start": False, **HEARD}
+FROM_THE_START: Row = {**TOGETHER, "uda_start": 0}
 CONFIGURATIONS: dict[str, dict[str, Row]] = {
     "uda": {
         "as it is": {},
-        "UDA from the start": UDA_FROM_THE_START,
+        "UDA from the start": {"uda_start": 0},
         "half the rate": {"lr": 0.005},
         "threshold 0.7": {"uda_threshold": 0.7},
         "threshold 0.5": {"uda_threshold": 0.5},
@@ -71,14 +71,19 @@ CONFIGURATIONS: dict[str, dict[str, Row]] = {
     "mpl": {
         "as it was": {},
         "together": TOGETHER,
-        "together, UDA from the start": TOGETHER | UDA_FROM_THE_START,
-        "together, UDA from the start, SGD": TOGETHER | UDA_FROM_THE_START | {"sgd": True},
+        "together, UDA from the start": FROM_THE_START,
+        "together, UDA from the start, SGD": FROM_THE_START | {"sgd": True},
         "ratio 0.3": HEARD,
         "ratio 0.3, from half, student's rate 0.002": HEARD | {"wait": 0.5, "student_lr": 0.002},
         "ratio 0.3, student's rate 0.002, constant rates": HEARD | {"student_lr": 0.002, "schedule": "constant"},
         "ratio 0.3, from nine tenths, threshold 0.7": HEARD | {"wait": 0.9, "uda_threshold": 0.7},
     },
 }
+UNFED = {  # what the loop without feedback takes of the configurations with feedback
+    label: {name: value for name, value in settings.items() if name not in ("feedback_ratio", "feedback_weight")}
+    for label, settings in CONFIGURATIONS["mpl"].items()
+}
+EVERY = CONFIGURATIONS | {"none": UNFED}
 
 ARMS = [(method, label) for method, labels in CONFIGURATIONS.items() for label in labels]
 AS_IT_IS = ARMS[0]
@@ -114,15 +119,6 @@ def costs(names: Iterable[str], configurations: dict[str, dict[str, Row]], round
     return found
 
 
-def _unfed() -> dict[str, Row]:
-    """What the loop without feedback takes of the configurations with feedback."""
-    feedback = ("feedback_ratio", "feedback_weight")
-    return {
-        label: {name: value for name, value in settings.items() if name not in feedback}
-        for label, settings in CONFIGURATIONS["mpl"].items()
-    }
-
-
 def at(settings: Row, steps: int) -> Row:
     """The settings with --wait in steps; CONFIGURATIONS has its share of them."""
     return {name: round(value * steps) if name == "wait" else value for name, value in settings.items()}
@@ -134,7 +130,7 @@ def steps_of(costs: Row, name: str, method: str, label: str, minutes: float) -> 
 
 def one(problem: str, method: str, configuration: str, seed: int, minutes: float, costs: Row) -> Row:
     """A run as a row."""
-    settings = (_unfed() if method == "none" else CONFIGURATIONS[method])[configuration]
+    settings = EVERY[method][configuration]
     steps = steps_of(costs, problem, method, configuration, minutes)
     settings = at(settings, steps) | {"steps": steps}
     return {"settings": settings, **run(at_size(problem), method, seed, minutes, settings)}
@@ -177,7 +173,7 @@ def unseen_configurations(rows: list[Row]) -> dict[str, dict[str, Row]]:
     """What is run on the unseen half."""
     found: dict[str, dict[str, Row]] = {}
     for method, label in final_arms(rows):
-        found.setdefault(method, {})[label] = (CONFIGURATIONS | {"none": _unfed()})[method][label]
+        found.setdefault(method, {})[label] = EVERY[method][label]
     return found
 
 
@@ -299,7 +295,7 @@ def main() -> None:
     given = parser.parse_args()
     rows = read(given.out)
     if given.costs:
-        where = (PROBLEMS, CONFIGURATIONS | {"none": _unfed()})
+        where = (PROBLEMS, EVERY)
         if given.unseen:  # the seen half's problems tell how fast the machine is
             where = ((*PROBLEMS, *UNSEEN), unseen_configurations(rows))
         append(given.out, {"costs": costs(*where)})
