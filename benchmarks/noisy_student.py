@@ -26,7 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -62,39 +62,22 @@ Weights = list[Tensor]  # (S, in, out) and (S, 1, out) of the first layer, of th
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """A network and how it is trained.
+    """A network and how it is trained."""
 
-    Args:
-        width: of its hidden layers.
-        teacher: width of the network that labels; None: it learns from the labeled examples alone.
-        rounds: students that the teacher itself is the last of, each of its width.
-        ratio: unlabeled examples in a batch for each labeled one.
-        share: of the unlabeled examples that there are, drawn evenly.
-        fifth: of the unlabeled examples by the teacher's confidence, the least confident first; None: by the threshold.
-        hard: learn the most probable class, not the distribution.
-        balanced: as many of each class, the most confident ones, and copies where there are fewer; else all above the
-            threshold.
-        augment, dropout: on unlabeled examples; labeled ones always have both.
-        noisy_teacher: the teacher labels augmented examples, with dropout.
-        training: on labeled and unlabeled examples together; or on the unlabeled ones, and then on the labeled ones.
-        steps: of all, in percent of the usual.
-        warm: begin with the teacher's weights, at a rate that ends as usual.
-    """
-
-    width: int
-    teacher: int | None = None
-    rounds: int = 0
-    ratio: int = 1
-    share: float = 1.0
-    fifth: int | None = None
-    hard: bool = False
-    balanced: bool = True
-    augment: bool = True
-    dropout: bool = True
-    noisy_teacher: bool = False
-    training: Literal["joint", "pretrain", "pretrain_finetune"] = "joint"
-    steps: float = 100.0
-    warm: bool = False
+    width: int  # of its hidden layers
+    teacher: int | None = None  # width of the network that labels; None: it learns from the labeled examples alone
+    rounds: int = 0  # students that the teacher itself is the last of, each of its width
+    ratio: int = 1  # unlabeled examples in a batch for each labeled one
+    share: float = 1.0  # of the unlabeled examples that there are, drawn evenly
+    fifth: int | None = None  # of them by the teacher's confidence, the least confident first; None: by the threshold
+    hard: bool = False  # learn the most probable class, not the distribution
+    balanced: bool = True  # as many of each class, the most confident ones, and copies where there are fewer
+    augment: bool = True  # unlabeled examples; labeled ones always are
+    dropout: bool = True  # on unlabeled examples, likewise
+    noisy_teacher: bool = False  # the teacher labels augmented examples, with dropout
+    training: Literal["joint", "pretrain", "pretrain_finetune"] = "joint"  # on both, or first on the unlabeled ones
+    steps: float = 100.0  # of all, in percent of the usual
+    warm: bool = False  # begin with the teacher's weights, at a rate that ends as usual
 
 
 def _same(width: int, **changes: Any) -> Arm:
@@ -107,137 +90,98 @@ BEST = {"teacher": WIDTHS[-1], "rounds": 2}
 """The largest network after two rounds, in the place of the iterated L2."""
 
 Arms = dict[str, tuple[Arm, float | None]]
+KINDS: dict[str, Callable[[int], Arm]] = {  # by their width
+    "supervised": lambda width: Arm(width=width),
+    "same teacher": partial(_same, ratio=3),
+    "best teacher": lambda width: Arm(width=width, **BEST, ratio=3),
+    "Noisy Student": _same,
+    "without balancing": partial(_same, balanced=False),
+    "pretraining only": partial(_same, training="pretrain"),
+    "pretraining + finetuning": partial(_same, training="pretrain_finetune"),
+    "joint": _same,
+    **{f"{ratio}:1": partial(_same, ratio=ratio) for ratio in (1, 3, 7)},
+}
+NOISE: dict[str, Callable[[float], Arm]] = {  # by the share of the unlabeled examples
+    "supervised": lambda share: Arm(width=32),
+    "Noisy Student": lambda share: _same(32, share=share),
+    "student without augmentation": lambda share: _same(32, share=share, augment=False),
+    "student without augmentation and dropout": lambda share: _same(32, share=share, augment=False, dropout=False),
+    "teacher with augmentation and dropout": lambda share: _same(32, share=share, noisy_teacher=True),
+}
 
 
-def by_width(widths: Sequence[int], arms: Callable[[int], dict[str, Arm]], papers: Any) -> Arms:
-    """Arms with what the paper prints of them; a row of it for each width, which may be shorter."""
+def by_width(widths: Sequence[int], kinds: Sequence[str]) -> dict[str, Arm]:
+    return {f"width {width}: {kind}": KINDS[kind](width) for width in widths for kind in kinds}
+
+
+def capacity(teacher: int) -> dict[str, Arm]:
     return {
-        f"width {width}: {name}": (arm, paper)
-        for width, row in zip(widths, papers, strict=True)
-        for (name, arm), paper in itertools.zip_longest(arms(width).items(), row)
-    }
-
-
-def noise(share: float, of: str, papers: Sequence[float]) -> Arms:
-    arms = {
-        "supervised": Arm(width=32),
-        "Noisy Student": _same(32, share=share),
-        "student without augmentation": _same(32, share=share, augment=False),
-        "student without augmentation and dropout": _same(32, share=share, augment=False, dropout=False),
-        "teacher with augmentation and dropout": _same(32, share=share, noisy_teacher=True),
-    }
-    return {f"{n}, {of} of the unlabeled": (arm, p) for (n, arm), p in zip(arms.items(), papers, strict=True)}
-
-
-def capacity(teacher: int, papers: Sequence[float]) -> Arms:
-    arms = {
         f"teacher {teacher}": Arm(width=teacher),
         f"teacher {teacher}, student {teacher}": _same(teacher),
         f"teacher {teacher}, student {2 * teacher}": Arm(width=2 * teacher, teacher=teacher),
         f"supervised {2 * teacher}": Arm(width=2 * teacher),
     }
-    return {name: (arm, paper) for (name, arm), paper in itertools.zip_longest(arms.items(), papers)}
 
 
-STUDIES: dict[str, tuple[str, Arms]] = {
-    "noise": (
-        "Noise (Table 6; B5, with 1.3M and with 130M unlabeled images)",
-        {
-            **noise(1 / 16, "a sixteenth", (83.3, 83.9, 83.6, 83.2, 83.7)),
-            **noise(1.0, "all", (84.0, 85.1, 84.6, 84.3, 84.4)),
-        },
+def printed(arms: dict[str, Arm], values: str) -> Arms:
+    """Each with the top-1 accuracy on ImageNet in % that the paper prints of it; "-": it does not."""
+    found = [None if value == "-" else float(value) for value in values.split()]
+    return {name: (arm, value) for (name, arm), value in zip(arms.items(), found, strict=True)}
+
+
+HEADINGS = {
+    "noise": "Noise (Table 6; B5, with 1.3M and with 130M unlabeled images)",
+    "1": "Study 1, teacher capacity (Table 9; widths for B0, B2, B4, B6, B7, best teacher for L2)",
+    "2": "Study 2, unlabeled size (Table 10; B4)",
+    "3": "Study 3, hard and soft labels by the teacher's confidence (Figure 5; B0; its values are not printed)",
+    "4": "Study 4, student capacity (Table 11; widths 8, 16, 32, 64 for teachers B0, B2, B4, B7)",
+    "5": "Study 5, balancing (Table 12; widths for B0 to B3)",
+    "6": "Study 6, joint training (Table 13; widths for B0 to B3)",
+    "7": "Study 7, batch ratio (Table 14; widths for B4 and for L2 with the teacher of 87.0)",
+    "8": "Study 8, warm start (Table 15; B0)",
+}
+SOME, FIFTHS = ((1 / 16, "a sixteenth"), (1.0, "all")), [*itertools.product(range(5), ("soft", "hard"))]
+STUDIES: dict[str, Arms] = {
+    "noise": printed(
+        {f"{name}, {of} of the unlabeled": made(share) for share, of in SOME for name, made in NOISE.items()},
+        "83.3 83.9 83.6 83.2 83.7 84.0 85.1 84.6 84.3 84.4",
     ),
-    "1": (
-        "Study 1, teacher capacity (Table 9; widths for B0, B2, B4, B6, B7, best teacher for L2)",
-        by_width(
-            WIDTHS,
-            lambda width: {
-                "supervised": Arm(width=width),
-                "same teacher": _same(width, ratio=3),
-                "best teacher": Arm(width=width, **BEST, ratio=3),
-            },
-            ((77.3, 78.1, 78.8), (80.0, 81.1, 82.4), (83.2, 84.4, 85.3), (84.5, 85.9, 86.4), (85.0, 86.4, 86.9)),
-        ),
+    "1": printed(
+        by_width(WIDTHS, ("supervised", "same teacher", "best teacher")),
+        "77.3 78.1 78.8 80.0 81.1 82.4 83.2 84.4 85.3 84.5 85.9 86.4 85.0 86.4 86.9",
     ),
-    "2": (
-        "Study 2, unlabeled size (Table 10; B4)",
-        {
-            "supervised": (Arm(width=32), 83.2),
-            **{
-                f"1/{round(1 / share)}": (_same(32, share=share), paper)
-                for share, paper in zip(SHARES, (83.4, 83.3, 83.7, 83.9, 83.8, 84.0), strict=True)
-            },
-        },
+    "2": printed(
+        {"supervised": Arm(width=32)} | {f"1/{round(1 / share)}": _same(32, share=share) for share in SHARES},
+        "83.2 83.4 83.3 83.7 83.9 83.8 84.0",
     ),
-    "3": (
-        "Study 3, hard and soft labels by the teacher's confidence (Figure 5; B0; its values are not printed)",
-        {
-            "supervised": (Arm(width=16), None),
-            **{
-                f"{name}, fifth {fifth + 1}": (_same(16, fifth=fifth, hard=name == "hard", balanced=False), None)
-                for fifth in range(5)
-                for name in ("soft", "hard")
-            },
-        },
+    "3": printed(
+        {"supervised": Arm(width=16)}
+        | {f"{q}, fifth {n + 1}": _same(16, fifth=n, hard=q == "hard", balanced=False) for n, q in FIFTHS},
+        "- " * 11,
     ),
-    "4": (
-        "Study 4, student capacity (Table 11; widths 8, 16, 32, 64 for teachers B0, B2, B4, B7)",
-        {
-            **capacity(8, (77.3, 77.9, 79.5)),
-            **capacity(16, (80.0, 80.7, 82.0)),
-            **capacity(32, (83.2, 84.0, 84.7)),
-            **capacity(64, (86.9, 86.9, 87.2)),
-        },
+    "4": printed(
+        {name: arm for teacher in SMALL for name, arm in capacity(teacher).items()},
+        "77.3 77.9 79.5 - 80.0 80.7 82.0 - 83.2 84.0 84.7 - 86.9 86.9 87.2 -",
     ),
-    "5": (
-        "Study 5, balancing (Table 12; widths for B0 to B3)",
-        by_width(
-            SMALL,
-            lambda width: {
-                "supervised": Arm(width=width),
-                "Noisy Student": _same(width),
-                "without balancing": _same(width, balanced=False),
-            },
-            ((77.3, 77.9, 77.6), (79.2, 79.9, 79.6), (80.0, 80.7, 80.6), (81.7, 82.1, 82.1)),
-        ),
+    "5": printed(
+        by_width(SMALL, ("supervised", "Noisy Student", "without balancing")),
+        "77.3 77.9 77.6 79.2 79.9 79.6 80.0 80.7 80.6 81.7 82.1 82.1",
     ),
-    "6": (
-        "Study 6, joint training (Table 13; widths for B0 to B3)",
-        by_width(
-            SMALL,
-            lambda width: {
-                "supervised": Arm(width=width),
-                "pretraining only": _same(width, training="pretrain"),
-                "pretraining + finetuning": _same(width, training="pretrain_finetune"),
-                "joint": _same(width),
-            },
-            ((77.3, 72.6, 77.5, 77.9), (79.2, 75.1, 79.4, 79.9), (80.0, 75.9, 80.3, 80.7), (81.7, 76.5, 81.7, 82.1)),
-        ),
+    "6": printed(
+        by_width(SMALL, ("supervised", "pretraining only", "pretraining + finetuning", "joint")),
+        "77.3 72.6 77.5 77.9 79.2 75.1 79.4 79.9 80.0 75.9 80.3 80.7 81.7 76.5 81.7 82.1",
     ),
-    "7": (
-        "Study 7, batch ratio (Table 14; widths for B4 and for L2 with the teacher of 87.0)",
-        by_width(
-            (16, WIDTHS[-1]),
-            lambda width: {f"{ratio}:1": _same(width, ratio=ratio) for ratio in (1, 3, 7)},
-            ((84.0, 84.0), (86.7, 87.4)),
-        ),
-    ),
-    "8": (
-        "Study 8, warm start (Table 15; B0)",
-        {
-            "supervised": (Arm(width=16), 77.3),
-            **{
-                f"{percent} %, warm": (_same(16, steps=percent, warm=True), paper)
-                for percent, paper in zip((10, 20, 40, 80), (77.4, 77.5, 77.7, 77.8), strict=True)
-            },
-            "100 %, no warm start": (_same(16), 77.9),
-        },
+    "7": printed(by_width((16, WIDTHS[-1]), ("1:1", "3:1", "7:1")), "84.0 84.0 - 86.7 87.4 -"),
+    "8": printed(
+        {"supervised": Arm(width=16)}
+        | {f"{percent} %, warm": _same(16, steps=percent, warm=True) for percent in (10, 20, 40, 80)}
+        | {"100 %, no warm start": _same(16)},
+        "77.3 77.4 77.5 77.7 77.8 77.9",
     ),
 }
-"""A heading, and the arms by their names, each with the top-1 accuracy on ImageNet in % that the paper prints of it; an
-arm that several studies have is run once."""
+"""The arms by their names; one that several studies have is run once."""
 
-ARMS: tuple[Arm, ...] = tuple(dict.fromkeys(arm for _, arms in STUDIES.values() for arm, _ in arms.values()))
+ARMS: tuple[Arm, ...] = tuple(dict.fromkeys(arm for arms in STUDIES.values() for arm, _ in arms.values()))
 
 
 # -------------------------------------------------------------------------------------------------------- the networks
@@ -554,7 +498,7 @@ def comparisons(rows: Sequence[Row]) -> dict[str, dict[str, Compared]]:
     """By study and arm; of the arms that have a row."""
     known = [(row["arm"], row["test"]) for row in rows if row["final"]]
     found: dict[str, dict[str, Compared]] = {}
-    for study, (_, arms) in STUDIES.items():
+    for study, arms in STUDIES.items():
         own = {n: test for n, (arm, _) in arms.items() for of, test in known if of == dataclasses.asdict(arm)}
         for name, values in own.items():
             other, paper, beside = reference(study, name), None, NONE
@@ -585,13 +529,13 @@ def block(rows: Sequence[Row]) -> str:
     for study, arms in comparisons(rows).items():
         lines = []
         for name, each in arms.items():
-            cells, printed = [name, harness.spread(each.first), *[NONE] * 4], STUDIES[study][1][name][1]
+            cells, printed = [name, harness.spread(each.first), *[NONE] * 4], STUDIES[study][name][1]
             if each.second:
                 gain, p = harness.difference(each.first, each.second)
                 cells[2:] = [each.beside, gain, harness.between(each.first, each.second), p]
             cells.append(NONE if printed is None else f"{printed:.1f}")
             lines.append([*cells, NONE if each.paper is None else f"{each.paper:+.1f}", each.verdict])
-        parts.append(f"**{STUDIES[study][0]}**\n\n{harness.grid(head, lines, 'lrlrrrrrl')}")
+        parts.append(f"**{HEADINGS[study]}**\n\n{harness.grid(head, lines, 'lrlrrrrrl')}")
     seeds = "/".join(str(len(each)) for each in {tuple(row["seeds"]) for row in rows if row["final"]})
     lr, dropout = tuned(rows)
     minutes = sum(row["seconds"] for row in rows) / 60
@@ -610,7 +554,7 @@ def block(rows: Sequence[Row]) -> str:
 def draw(path: Path, rows: Sequence[Row]) -> None:
     """Each difference with its interval, beside the paper's, a panel a study."""
     panels = {
-        STUDIES[study][0].partition(" (")[0]: [
+        HEADINGS[study].partition(" (")[0]: [
             Bar(f"{name.replace('augmentation', 'aug.').replace(' of the unlabeled', '')} − {each.beside}",
                 each.first, each.second, other=each.paper)
             for name, each in arms.items()

@@ -202,29 +202,15 @@ def by_boat(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, ste
     for p in teacher.parameters():
         p.grad = None
     with tempfile.TemporaryDirectory() as folder:
-        config = {
-            "fo_op": None,
-            "gm_op": ["NGD"],
-            "na_op": ["RAD"],
-            "lower_level_model": student,
-            "upper_level_model": teacher,
-            "lower_level_var": list(student.parameters()),
-            "upper_level_var": list(teacher.parameters()),
-            "lower_level_opt": torch.optim.SGD(student.parameters(), lr=LEARNING_RATE),
-            "upper_level_opt": torch.optim.SGD(teacher.parameters(), lr=LEARNING_RATE),
-            "lower_iters": steps,
-            "device": str(u.device),
-            "accumulate_grad": False,
-            "copy_last_param": False,
-            "return_grad": True,
-            "loss_log_path": str(Path(folder) / "loss.json"),
-            "GDA": {"alpha_init": 0.0, "alpha_decay": 1.0},
-            "RGT": {"truncate_iter": 0},
-        }
-        losses = {
-            "lower_level_loss": {"function": f"{__name__}.lower_level"},
-            "upper_level_loss": {"function": f"{__name__}.upper_level"},
-        }
+        networks = {"lower_level_model": student, "upper_level_model": teacher}
+        variables = {"lower_level_var": list(student.parameters()), "upper_level_var": list(teacher.parameters())}
+        config: Row = {"fo_op": None, "gm_op": ["NGD"], "na_op": ["RAD"], "lower_iters": steps, **networks, **variables}
+        for level, network in (("lower", student), ("upper", teacher)):
+            config[f"{level}_level_opt"] = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE)
+        config |= {"accumulate_grad": False, "copy_last_param": False, "return_grad": True, "device": str(u.device)}
+        config |= {"GDA": {"alpha_init": 0.0, "alpha_decay": 1.0}, "RGT": {"truncate_iter": 0}}
+        config["loss_log_path"] = str(Path(folder) / "loss.json")
+        losses = {f"{name}_loss": {"function": f"{__name__}.{name}"} for name in ("lower_level", "upper_level")}
         problem = Problem(config, losses)
         problem.build_ll_solver()
         problem.build_ul_solver()

@@ -36,7 +36,7 @@ from typing import Any
 import numpy
 import peers
 import torch
-from harness import RESULTS, Row, arguments, described, loaded, parsed, show, write_json
+from harness import RESULTS, Row, arguments, described, grid, loaded, parsed, show, write_json
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -370,21 +370,23 @@ def table(result: Row) -> str:
     """How often each way is right, and what it says of each student."""
     rows = {(row["kind"], row["way"]): row for row in result["rows"]}
     ways, outcomes = [way for way in WAYS if any(way == w for _, w in rows)], ("right", "refused", "warned", "wrong")
-    lines = ["| way | students | right | refused | warned | silently wrong | on purpose |", "|---" + "|---:" * 6 + "|"]
+    lines = []
     for way in ways:
         found = [row for (_, w), row in rows.items() if w == way]
         counts = [sum(row["outcome"] == what for row in found) for what in outcomes]
         purpose = sum(row["outcome"] == "wrong" and row["kind"] in ON_PURPOSE for row in found)
-        lines.append(f"| {way} | {len(found)} | {' | '.join(map(str, counts))} | {purpose} |")
-    lines += ["", f"| student | {' | '.join(ways)} |", "|---|" + "---|" * len(ways)]
+        lines.append([way, len(found), *counts, purpose])
+    counted = grid(["way", "students", "right", "refused", "warned", "silently wrong", "on purpose"], lines)
+    lines = []
     for kind in (kind for kind in KINDS if any(kind == k for k, _ in rows)):
         cells = []
         for row in (rows.get((kind, way), {}) for way in ways):
             off = f", {row['error']:.0e}" if row.get("error", 0) > 1e-6 else ""  # beyond rounding and differences
             cells.append(f"**wrong{off}**" if row.get("outcome") == "wrong" else row.get("outcome", "") + off)
-        lines.append(f"| {kind}{STAR * (kind in ON_PURPOSE)} | {' | '.join(cells)} |")
+        lines.append([kind + STAR * (kind in ON_PURPOSE), *cells])
+    each = grid(["student", *ways], lines, names=1 + len(ways))
     notes = [f"{way}: {reason}." for way, reason in result["not_installed"].items()]
-    return "\n".join(lines) + ("\n\nNot installed: " + " ".join(notes) if notes else "")
+    return f"{counted}\n\n{each}" + ("\n\nNot installed: " + " ".join(notes) if notes else "")
 
 
 def main() -> None:
