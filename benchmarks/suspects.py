@@ -2,7 +2,6 @@
 
     python benchmarks/suspects.py            # the list of `metapl train noisy`; goes on where it was stopped
     python benchmarks/suspects.py --write docs/images.md
-    python benchmarks/suspects.py --pictures DIR --seed 0    # write the folders of a seed alone, to try the command
     python benchmarks/suspects.py --harmful --tune           # beside `metapl attribute`: its rates, on other seeds
     python benchmarks/suspects.py --harmful                  # seeds 0 to 4
     python benchmarks/suspects.py --harmful --write benchmarks/results/harmful_pictures.md
@@ -219,13 +218,7 @@ def main() -> None:
     parser = arguments(__doc__, RAW)
     parser.add_argument("--harmful", action="store_true", help="beside the lists of `metapl attribute`")
     parser.add_argument("--tune", action="store_true", help="with --harmful, the rates")
-    parser.add_argument("--pictures", type=Path, metavar="DIR", help="write the folders of a seed there and stop")
-    parser.add_argument("--seed", type=int, default=0, help="with --pictures")
     given = parsed(parser)
-    if given.pictures is not None:
-        wrong = write_pictures(given.pictures, given.seed)
-        print(f"{given.pictures} has noisy, clean and test; {len(wrong)} pictures of noisy are in a wrong folder")
-        return
     small, out = given.miniature, given.out
     jobs: list[Row]
     if given.harmful:

@@ -131,10 +131,8 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RAW)
-    parser.add_argument("--seeds", type=int, default=5, help="how many")
-    given = parsed(parser)
-    problems, seeds = (PROBLEMS[1:2], 2) if given.miniature else (PROBLEMS, given.seeds)
+    given = parsed(arguments(__doc__, RAW))
+    problems, seeds = (PROBLEMS[1:2], 2) if given.miniature else (PROBLEMS, 5)
     names = ("seed", "labels", "problem")
     jobs = (dict(zip(names, job, strict=True)) for job in itertools.product(range(seeds), OWN, problems))
     with warnings.catch_warnings():

@@ -12,19 +12,8 @@ from functools import cache
 import numpy as np
 from sklearn.datasets import load_digits
 
-from benchmarks.pictures.drawing import (
-    Bytes,
-    Floats,
-    Problem,
-    Sprite,
-    color,
-    finish,
-    grey,
-    ground,
-    smooth_noise,
-    tones,
-    view,
-)
+from benchmarks.pictures import drawing
+from benchmarks.pictures.drawing import Bytes, Floats, Problem, Sprite, color, finish, grey, ground, tones, view
 
 Generator = np.random.Generator
 
@@ -37,14 +26,14 @@ def texture(rng: Generator, label: int, size: int, test: bool) -> Bytes:
     fine = 2 * size
     y, x = np.mgrid[0:fine, 0:fine] / fine - 0.5
     angle, cells = rng.uniform(0, 2 * math.pi), rng.uniform(3.5, 7)
-    bend = 0.5 * (smooth_noise(rng, fine, 2) - 0.5)  # the surface is not quite flat
+    bend = 0.5 * (drawing.smooth_noise(rng, fine, 2) - 0.5)  # the surface is not quite flat
     u = cells * (x * math.cos(angle) - y * math.sin(angle)) + bend + rng.uniform(0, 1)
     v = cells * (x * math.sin(angle) + y * math.cos(angle)) + bend.T + rng.uniform(0, 1)
     mix = _pattern(rng, TEXTURES[label], u, v, fine)
     mix = mix.reshape(size, 2, size, 2).mean(axis=(1, 3))[..., None]
     levels, ink = tones(rng, gap=60)
     base, top = (np.array(color(rng, *level), dtype=float) for level in (levels, ink))
-    shade = 1 + 0.5 * (smooth_noise(rng, size, 2)[..., None] - 0.5)
+    shade = 1 + 0.5 * (drawing.smooth_noise(rng, size, 2)[..., None] - 0.5)
     return finish(rng, (base + (top - base) * mix) * shade, noise=16, blur=0.8)
 
 
@@ -78,7 +67,7 @@ def _pattern(rng: Generator, name: str, u: Floats, v: Floats, fine: int) -> Floa
         mix = nearest[..., 1] - nearest[..., 0] < fine * rng.uniform(0.015, 0.035)
     else:  # clouds
         start = int(rng.integers(3, 6))
-        octaves = np.stack([smooth_noise(rng, fine, start * 2**k) / 2**k for k in range(4)])
+        octaves = np.stack([drawing.smooth_noise(rng, fine, start * 2**k) / 2**k for k in range(4)])
         return np.asarray(np.clip(0.5 + 1.5 * (octaves.sum(axis=0) / 1.875 - 0.5), 0, 1))
     return mix.astype(float)
 

@@ -11,22 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.pictures.drawing import (
-    Bytes,
-    Color,
-    Floats,
-    Problem,
-    Sprite,
-    color,
-    finish,
-    grey,
-    ground,
-    hsv,
-    photographs,
-    to_color,
-    tones,
-    view,
-)
+from benchmarks.pictures import drawing
+from benchmarks.pictures.drawing import Bytes, Color, Floats, Problem, Sprite, color, finish, grey, ground, tones, view
 
 Generator = np.random.Generator
 
@@ -98,7 +84,7 @@ MOODS = ("happy", "sad", "calm", "surprised", "angry", "winking")
 
 def face(rng: Generator, label: int, size: int, test: bool) -> Bytes:
     mood, sprite = MOODS[label], Sprite(size)
-    skin = hsv(rng.uniform(0, 1), rng.uniform(0.15, 0.6), rng.uniform(0.7, 1))
+    skin = drawing.hsv(rng.uniform(0, 1), rng.uniform(0.15, 0.6), rng.uniform(0.7, 1))
     dark, hair = color(rng, 5, 50), color(rng, 20, 180)
     width, height = rng.uniform(0.65, 0.85), rng.uniform(0.75, 0.9)
     style = rng.integers(4)
@@ -379,7 +365,7 @@ def _curve(rng: Generator, count: int) -> Floats:
 
 
 def _paper(sprite: Sprite) -> Color:
-    return to_color(np.asarray(sprite.image.crop((2, 2, 3, 3)), dtype=float)[0, 0, :3])
+    return drawing.to_color(np.asarray(sprite.image.crop((2, 2, 3, 3)), dtype=float)[0, 0, :3])
 
 
 def _line(rng: Generator, sprite: Sprite, fills: list[Color]) -> None:
@@ -474,7 +460,9 @@ MARGIN = 80
 @cache
 def _extended(which: int) -> Image.Image:
     """A photograph reflected at its edges, which would give some places away."""
-    return Image.fromarray(np.pad(photographs()[which], ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)), "reflect"))
+    return Image.fromarray(
+        np.pad(drawing.photographs()[which], ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)), "reflect")
+    )
 
 
 def place(rng: Generator, label: int, size: int, test: bool) -> Bytes:
@@ -508,23 +496,23 @@ CELLS = ("lobed", "round", "red_grains")
 
 
 def cell(rng: Generator, label: int, size: int, test: bool) -> Bytes:
-    plasma = hsv(rng.uniform(0.85, 1.1) % 1, rng.uniform(0.03, 0.15), rng.uniform(0.85, 1))
+    plasma = drawing.hsv(rng.uniform(0.85, 1.1) % 1, rng.uniform(0.03, 0.15), rng.uniform(0.85, 1))
     sprite = Sprite(size)
-    pale = hsv(rng.uniform(0.94, 1.06) % 1, rng.uniform(0.25, 0.45), rng.uniform(0.75, 0.95))
+    pale = drawing.hsv(rng.uniform(0.94, 1.06) % 1, rng.uniform(0.25, 0.45), rng.uniform(0.75, 0.95))
     for _ in range(rng.integers(2, 6)):  # red cells around it
         angle, radius = rng.uniform(0, 2 * math.pi), rng.uniform(0.25, 0.38)
         at = (1.05 * math.cos(angle), 1.05 * math.sin(angle))
         sprite.ellipse(at, (radius, radius), pale)
     body = rng.uniform(0.58, 0.75)
-    stain = hsv(rng.uniform(0.66, 0.8), rng.uniform(0.5, 0.8), rng.uniform(0.35, 0.6))
+    stain = drawing.hsv(rng.uniform(0.66, 0.8), rng.uniform(0.5, 0.8), rng.uniform(0.35, 0.6))
     sprite.ellipse(
-        (0, 0), (body, body * rng.uniform(0.85, 1)), hsv(rng.uniform(0.65, 0.95), 0.2, rng.uniform(0.75, 0.95))
+        (0, 0), (body, body * rng.uniform(0.85, 1)), drawing.hsv(rng.uniform(0.65, 0.95), 0.2, rng.uniform(0.75, 0.95))
     )
     name = CELLS[label]
     if name == "red_grains":
         for _ in range(rng.integers(30, 50)):
             angle, away = rng.uniform(0, 2 * math.pi), body * 0.88 * math.sqrt(rng.uniform(0, 1))
-            grain = hsv(rng.uniform(0.97, 1.05) % 1, rng.uniform(0.6, 0.9), rng.uniform(0.7, 0.95))
+            grain = drawing.hsv(rng.uniform(0.97, 1.05) % 1, rng.uniform(0.6, 0.9), rng.uniform(0.7, 0.95))
             sprite.ellipse((away * math.cos(angle), away * math.sin(angle)), (0.06, 0.06), grain)
     if name == "round":
         large = body * rng.uniform(0.6, 0.85)
