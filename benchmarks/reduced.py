@@ -1,7 +1,6 @@
 """Reduced Meta Pseudo Labels: what a step costs beside full MPL and plain training, and what it reaches on the digits.
 
     python benchmarks/reduced.py                       # both, and writes results/reduced.json
-    python benchmarks/reduced.py --only steps
     python benchmarks/reduced.py --write benchmarks/results/reduced.md
 
 A step: WRN-28-2 on 16 pictures of 32 px and EfficientNet-B0 on 8 of 64 px, whose teacher is as large; SGD with Nesterov
@@ -154,44 +153,35 @@ def column_of(rows: list[Row], column: str, **which: Any) -> list[float]:
 
 
 def table(result: Row) -> str:
-    """The costs of a step, and the accuracies on the digits; of what has been measured."""
-    parts = []
-    if "steps" in result:
-        known = {(row["case"], row["name"]): row for row in result["steps"]}
-        lines = []
-        for (case, name), row in sorted(known.items(), key=lambda one: [*STEPS].index(one[0][1])):
-            over = [f"{row[key] / known[case, PLAIN][key]:.2f}" for key in ("seconds", "bytes")]
-            size = [f"{1e3 * row['seconds']:.0f}", f"{row['bytes'] / 1e6:.0f}", f"{row['weights'] / 1e6:.2f}"]
-            lines.append([case, name, *over, *size])
-        order = list(dict.fromkeys(row["case"] for row in result["steps"]))
-        head = ["network", "step", "time / plain", "memory / plain", "ms", "MB", "million weights"]
-        parts.append(harness.grid(head, sorted(lines, key=lambda line: order.index(line[0])), names=2))
-    if "digits" in result:
-        final, lines = result["digits"]["final"], []
-        own = column_of(final, "student_test", method="reduced_mpl")
-        for method in dict.fromkeys(row["method"] for row in final):
-            student, finetuned = (column_of(final, f"{name}_test", method=method) for name in READOUTS)
-            other = (NONE, NONE) if method == "reduced_mpl" else harness.difference(own, student)
-            lines.append([KNOWN[method].title, harness.spread(student), harness.spread(finetuned), *other])
-        parts += [
-            f"Test accuracy on the digits in %, {len(own)} seeds, {result['digits']['steps']:,} steps. The difference: "
-            "Reduced MPL's student minus this one.",
-            harness.grid(["method", "student", "finetuned", "difference", "p"], lines),
-        ]
-    return "\n\n".join(parts)
+    """The costs of a step, and the accuracies on the digits."""
+    known = {(row["case"], row["name"]): row for row in result["steps"]}
+    cases = dict.fromkeys(case for case, _ in known)
+    costs, lines = list[Any](), list[Any]()
+    for case, name in ((case, name) for case in cases for name in STEPS if (case, name) in known):
+        row, plain = known[case, name], known[case, PLAIN]
+        over = [f"{row[key] / plain[key]:.2f}" for key in ("seconds", "bytes")]
+        size = [f"{1e3 * row['seconds']:.0f}", f"{row['bytes'] / 1e6:.0f}", f"{row['weights'] / 1e6:.2f}"]
+        costs.append([case, name, *over, *size])
+    final = result["digits"]["final"]
+    own = column_of(final, "student_test", method="reduced_mpl")
+    for method in dict.fromkeys(row["method"] for row in final):
+        student, finetuned = (column_of(final, f"{name}_test", method=method) for name in READOUTS)
+        other = (NONE, NONE) if method == "reduced_mpl" else harness.difference(own, student)
+        lines.append([KNOWN[method].title, harness.spread(student), harness.spread(finetuned), *other])
+    told = (
+        f"Test accuracy on the digits in %, {len(own)} seeds, {result['digits']['steps']:,} steps. The difference: "
+        "Reduced MPL's student minus this one."
+    )
+    head = ["network", "step", "time / plain", "memory / plain", "ms", "MB", "million weights"]
+    reached = harness.grid(["method", "student", "finetuned", "difference", "p"], lines)
+    return "\n\n".join([harness.grid(head, costs, names=2), told, reached])
 
 
 def main() -> None:
-    parser = harness.arguments(__doc__, RESULT)
-    parser.add_argument("--only", choices=("steps", "digits"), help="this part alone; the other stays as it was")
-    given = harness.parsed(parser)
+    given = harness.parsed(harness.arguments(__doc__, RESULT))
     if given.runs:
-        result: Row = harness.loaded(given.out) if given.only and given.out.is_file() else {}
-        if given.only != "digits":
-            result |= {"measured_on": harness.described(), "steps": steps_measured(given.miniature)}
-        if given.only != "steps":
-            result["digits"] = digits_measured(given.miniature)
-        harness.write_json(given.out, result)
+        steps = {"measured_on": harness.described(), "steps": steps_measured(given.miniature)}
+        harness.write_json(given.out, steps | {"digits": digits_measured(given.miniature)})
     harness.show(given.write, "reduced", table(harness.loaded(given.out)))
 
 
