@@ -144,10 +144,8 @@ def sized(sizes: dict[str, Any], seed: int) -> dict[str, tuple[Digits, Any]]:
     """The digits and each method, with the steps by which it costs what the first one does."""
     hidden, rates = TINY if sizes is MINIATURE else HIDDEN, {"schedule": "exponential", "lr": 0.2}
     config = Digits(hidden=hidden, fitting=fitting(**sizes, **rates, seed=seed))
-    methods, data = (
-        {name: made(first=sizes["steps"]) for name, (_, made) in COMPARED.items()},
-        config.data(print, False, None),
-    )
+    methods = {name: made(first=sizes["steps"]) for name, (_, made) in COMPARED.items()}
+    data = config.data(print, False, None)
     spent = {name: operations(config, method, data) for name, method in methods.items()}
     whole, settings = sum(spent["noisy_student"].values()), {}
     for name, cost in spent.items():

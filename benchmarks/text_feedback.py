@@ -163,10 +163,8 @@ def one_run(job: Row, miniature: bool) -> Row:
         progress=False,
     )
 
-    part, logged = (
-        "test" if job["part"] == "final" else "validation",
-        [row for row in told.history if "agreement" in row],
-    )
+    part = "test" if job["part"] == "final" else "validation"
+    logged = [row for row in told.history if "agreement" in row]
     row: Row = {
         f"student_{part}": measured(student, data[part])[0],
         f"teacher_{part}": measured(teacher, data[part])[0],
