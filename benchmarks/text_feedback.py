@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import metapl
-from metapl.apps.fitting import fit
 from metapl.feedback import Forward
 from metapl.metrics import predict_logits
 
@@ -150,8 +149,7 @@ def one_run(job: Row, miniature: bool) -> Row:
             if weight := twin.step(labeled[step - 1], unlabeled[step - 1]).feedback_weight:  # 0: the student waits
                 ratios.append(given.weight / weight)
 
-    told = fit(
-        trainer,
+    told = trainer.fit(
         labeled,
         unlabeled,
         steps=given.steps,
