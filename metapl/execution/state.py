@@ -7,12 +7,13 @@ keeps elsewhere, in attributes or in Python objects, is not carried (docs/contra
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from itertools import chain
 from operator import attrgetter
 from threading import RLock
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -170,13 +171,18 @@ def swapped(held: Sequence[Slot]) -> Iterator[None]:
 
 
 _LOCK = RLock()
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-@contextmanager
-def one_at_a_time() -> Iterator[None]:
+def one_at_a_time(step: Function) -> Function:
     """A step for which those of other threads wait: replays set PyTorch's default generators."""
-    with _LOCK:
-        yield
+
+    @wraps(step)
+    def locked(*args: Any, **options: Any) -> Any:
+        with _LOCK:  # a decorator of contextlib would take ten calls
+            return step(*args, **options)
+
+    return cast(Function, locked)
 
 
 @contextmanager

@@ -101,7 +101,7 @@ def stacked_settings(found: Sequence[Any], names: Sequence[str]) -> dict[str, Te
     return {name: torch.stack([of_groups(groups, name) for groups in found]) for name in names}
 
 
-@one_at_a_time()
+@one_at_a_time
 def hypergradient(
     teacher: nn.Module | None,
     student: nn.Module,
