@@ -18,11 +18,12 @@ the number of steps and the precision.
 from __future__ import annotations
 
 import csv
-import json
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -146,9 +147,12 @@ def listed(condition: str, seed: int, tuned: bool, miniature: bool, lr: float | 
         metapl("train", "noisy", "--labeled", root / "noisy", "--clean", root / "clean", "--out", out, *few)
         given = ["--lr", lr] if tuned else []
         given += ["--steps", "4", "--removals", "8"] if miniature else ["--removals", "0"] * (seed not in CHECKED)
-        found = json.loads(metapl("attribute", out, "--out", out, "--json", *given))
+        since = time.perf_counter()
+        told = " ".join(metapl("attribute", out, "--out", out, *given).split())
+        found = {name: re.search(rf"{name} [a-z ]+ (-?[0-9.]*[0-9])", told) for name in ("Spearman", "loss there")}
         by_clean(root, seed, out / "clean.csv")
-        row: Row = {name: found[name] for name in ("lr", "steps", "loss", "spearman", "seconds")} | {"lists": {}}
+        row: Row = {"lr": lr or 0.03, "seconds": round(time.perf_counter() - since, 1), "lists": {}}
+        row |= {name.split()[0].lower(): float(one[1]) for name, one in found.items() if one is not None}
         for name, (file, key, sign) in LISTS.items():
             if not tuned or file == "attribution.csv":
                 values = {path: sign * float(value) for path, value in column(out / file, key).items()}
