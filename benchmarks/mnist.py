@@ -18,6 +18,8 @@ of 0.2, a square of 4 x 4 left out. The network is that of the digits with 196 i
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -64,14 +66,13 @@ def drawn_from(x: Tensor, y: Tensor, labels: int, seeds: tuple[int, ...]) -> whe
     return when.Data(*[tuple(map(torch.stack, zip(*part, strict=True))) for part in zip(*parts, strict=True)])  # type: ignore[arg-type]
 
 
-def arms() -> list[when.Arm]:
+def arms(labels: int, methods: Sequence[str]) -> list[when.Arm]:
     """A method's settings are chosen at each number of labels, where it is run."""
     found = []
-    for labels in LABELS:
-        for arm in when._worth(labels, 1):
-            if arm.method in METHODS:
-                when.GRIDS[arm.tuned] = dataclasses.replace(arm, part="tuning of worth"), when.WORTH[arm.method][2]
-                found.append(arm)
+    for method in methods:
+        cost, begins, _ = when.WORTH[method]
+        arm = when.Arm("worth", method, "", labels=labels, steps=round(6000 / cost), begins=begins)
+        found.append(dataclasses.replace(arm, tuned=f"{method}, {arm.place}"))
     return found
 
 
@@ -80,9 +81,13 @@ def run(size: when.Size, raw: Path) -> None:
     x, y = pictures(size.miniature)
     when.SIDE, when.CUTOUT, when.SIZES = 14, 4, [196, *when.SIZES[1:]]
     when.drawn = lru_cache(maxsize=2)(lambda labels, seeds, uneven=1: drawn_from(x, y, labels, seeds))
-    for labels in LABELS:
-        for methods in (METHODS[:2], METHODS):  # those of the primary test first
-            when.study(size, raw, [arm for arm in arms() if arm.labels == labels and arm.method in methods])
+    for labels, methods in itertools.product(LABELS, (METHODS[:2], METHODS)):  # those of the primary test first
+        some = arms(labels, methods)
+        grids = {arm: when.WORTH[arm.method][2][: 1 if size.miniature else None] for arm in some}
+        tuning = [(dataclasses.replace(arm, part="tuning of worth"), rule) for arm in some for rule in grids[arm]]
+        when.run_missing(tuning, size, raw, final=False)
+        rows = when.read(raw)
+        when.run_missing([(arm, when.rule_of(arm, rows)) for arm in some], size, raw, final=True)
 
 
 def table(rows: list[Row]) -> str:
