@@ -32,6 +32,7 @@ SCRIPTS = {  # what is given to a miniature, and the marks of its tables in a pa
     "hyperparameters": ((), ["hyperparameters", "schedule"]),
     "label_noise": ((), ["label_noise"]),
     "long_paths": ((), ["long_paths"]),
+    "mnist": ((), ["mnist"]),
     "modes": ((), ["modes"]),
     "noisy_student": ((), ["noisy-student-studies"]),
     "peers": ((), ["peers"]),
