@@ -286,7 +286,8 @@ class Compare:
 
     def run(self) -> int:
         if not self.folders or len({path.resolve() for path in self.folders}) < len(self.folders):
-            raise MetaplError(f"metapl compare {few(self.folders)}: expected some runs, each once.")
+            given = few(self.folders) if self.folders else "no run"
+            raise MetaplError(f"metapl compare RUN RUN...: expected runs, each once, and {given} was given.")
         runs = [EndedRun.load(path) for path in self.folders]
         if len(names := {run.result["recipe"] for run in runs}) > 1:
             raise MetaplError(f"the runs are of {few(sorted(names))}, whose test sets differ; expected one of these.")
