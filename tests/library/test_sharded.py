@@ -189,7 +189,11 @@ LATER: dict[str, tuple[int, int, list[dict[str, Any]]]] = {
 }
 
 
-@pytest.mark.parametrize("what", [*OTHERS, *(pytest.param(name, marks=ELSEWHERE) for name in LATER)])
+QUICK = {"altered feedback", "a replicated teacher", "shards and products", "replicas of shards, AdamW"}
+NAMES: list[Any] = [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in OTHERS]
+
+
+@pytest.mark.parametrize("what", [*NAMES, *(pytest.param(name, marks=ELSEWHERE) for name in LATER)])
 def test_other_layouts_are_as_one_process(two: Ranks, four: Ranks, what: str) -> None:
     number, alike, cases = {**OTHERS, **LATER}[what]
     check(two if number == 2 else four, cases, alike)
@@ -200,7 +204,7 @@ def test_other_layouts_are_as_one_process(two: Ranks, four: Ranks, what: str) ->
     [
         ("ddp", [{"mode": "forward"}, {"mode": Forward(keep_every=2), "accumulate": 2}]),
         ("fsdp", [{"mode": "forward"}, {"mode": Forward(keep_every=2), "optimizer": "adamw"}]),
-        ("fsdp", [{"mode": Forward()}, {"mode": Forward(truncate=2)}]),
+        pytest.param("fsdp", [{"mode": Forward()}, {"mode": Forward(truncate=2)}], marks=pytest.mark.long),
         ("shard_checkpoint", [{"mode": "forward", "recompute_teacher": True}]),
     ],
 )
@@ -232,7 +236,7 @@ def test_whole_trainings_are_as_in_one_process(four: Ranks, layout: str, optimiz
             assert float((own[name] - t).norm()) <= 1e-12 * float(t.norm()), name
 
 
-@pytest.mark.parametrize("inside", ["dropout", "norm"])
+@pytest.mark.parametrize("inside", ["dropout", pytest.param("norm", marks=pytest.mark.long)])
 def test_blocks_that_run_again_have_their_masks_and_statistics(two: Ranks, inside: str) -> None:
     """As replicas have, whose blocks do not."""
     found, expected = (two.run("whole_training", layout=layout, inside=inside) for layout in ("fsdp", "ddp"))
@@ -361,7 +365,7 @@ def test_tied_weights_and_buffers_that_move(two: Ranks, replicate: bool) -> None
         assert error(first, expected[role]) < 1e-10
 
 
-@pytest.mark.parametrize("inside", ["plain", "norm"])
+@pytest.mark.parametrize("inside", [pytest.param("plain", marks=pytest.mark.long), "norm"])
 def test_weights_gathered_in_bfloat16(two: Ranks, inside: str) -> None:
     """Forward mode goes along; a difference of outputs would be noise. Batch norms stay in float32, on their own."""
     for found in two.run("in_bfloat16", inside=inside):
@@ -444,7 +448,10 @@ def test_a_fit_that_was_stopped_goes_on_bit_for_bit_in_as_many_processes(
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("fsdp", "hsdp"), ("fsdp", None), (None, "fsdp"), pytest.param("ddp", "fsdp", marks=pytest.mark.long)],
+    [
+        ("fsdp", "hsdp"),
+        *(pytest.param(*p, marks=pytest.mark.long) for p in (("fsdp", None), (None, "fsdp"), ("ddp", "fsdp"))),
+    ],
 )
 def test_a_fit_goes_on_in_another_layout(
     two: Ranks, four: Ranks, before: str | None, after: str | None, tmp_path: Path
