@@ -63,7 +63,7 @@ def drawn_from(x: Tensor, y: Tensor, labels: int, seeds: tuple[int, ...]) -> whe
         few = torch.cat([rows[y[rows] == c][:labels] for c in range(when.CLASSES)])
         many = rows[~torch.isin(rows, few)]
         parts.append([(x[each], y[each]) for each in (few, many, torch.tensor(validation), torch.tensor(test))])
-    return when.Data(*[tuple(map(torch.stack, zip(*part, strict=True))) for part in zip(*parts, strict=True)])  # type: ignore[arg-type]
+    return when.Data(*[tuple(map(torch.stack, zip(*part, strict=True))) for part in zip(*parts, strict=True)])
 
 
 def arms(labels: int, methods: Sequence[str]) -> list[when.Arm]:
