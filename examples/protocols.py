@@ -30,7 +30,7 @@ from torchvision import datasets
 
 import metapl
 from metapl.apps.fitting import Truth
-from metapl.apps.networks import Architecture, create, normalized, parameter_groups
+from metapl.apps.networks import Architecture, Normalized, create, parameter_groups
 from metapl.apps.pictures import (
     CIFAR_OPERATIONS,
     SVHN_OPERATIONS,
@@ -203,7 +203,7 @@ def views(c: Any) -> tuple[View, View, ResizedCrop | None]:
 def network(c: Any, classes: int, dropout: float, name: str | None = None) -> nn.Module:
     """A network with fresh weights that normalizes pictures in [0, 1]."""
     noise = {"dropout": dropout, "stochastic_depth": getattr(c, "stochastic_depth", 0.0)}
-    made = normalized(create(name or c.network, classes, image_size=c.image_size, **noise), (0.5,) * 3, (0.25,) * 3)
+    made = Normalized(create(name or c.network, classes, image_size=c.image_size, **noise), (0.5,) * 3, (0.25,) * 3)
     return made.to(c.device, memory_format=torch.channels_last if c.channels_last else torch.preserve_format)
 
 

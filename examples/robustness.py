@@ -31,7 +31,7 @@ from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from metapl.apps.export import read_metadata
 from metapl.apps.look import IMAGENET
 from metapl.apps.machine.cores import available_cores
-from metapl.apps.networks import Architecture, head_outputs, load_weights, normalized
+from metapl.apps.networks import Architecture, Normalized, head_outputs, load_weights
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.folders import LabeledFiles, scan_labeled
 from metapl.apps.pictures.reader import SUFFIXES, UnreadableImage, fitted, read_image
@@ -113,20 +113,20 @@ def of_weights(file: Path, name: str | None) -> Subject:
             raise MetaplError(f"{file} does not say which network it is of; expected --network NAME, such as resnet50.")
         network = Architecture(name=name, num_classes=OUTPUTS)
         with torch.device("meta"):
-            module = network.family.build(network)
+            module = network.create()
         if network.library == "timm":
             evaluated: dict[str, Any] = getattr(module, "pretrained_cfg", None) or {}
             side, middle = evaluated.get("input_size", (3, side, side))[-1], evaluated.get("crop_pct") or middle
             mean, std = evaluated.get("mean", mean), evaluated.get("std", std)
         elif network.library == "metapl":
             raise MetaplError(f"{file} does not say how its pictures are normalized; expected one of metapl export.")
-        outputs = head_outputs(file, network.family.heads(module))
+        outputs = head_outputs(file, network.heads(module))
         if outputs is None:
-            raise MetaplError(f"{file} has no tensors of {few(network.family.heads(module))}, the head of {name}.")
+            raise MetaplError(f"{file} has no tensors of {few(network.heads(module))}, the head of {name}.")
         network = replace(network, num_classes=outputs)
     module = network.create()
-    load_weights(module, file, adapt=network.family.adapt)
-    module = (module if mean is None else normalized(module, mean, std)).eval()
+    load_weights(module, file)
+    module = (module if mean is None else Normalized(module, mean, std)).eval()
     module = module.to("cuda" if torch.cuda.is_available() else "cpu")
     return Subject(module, side, told.get("classes"), network.num_classes, network.in_channels == 1, middle)
 

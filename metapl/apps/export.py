@@ -30,11 +30,11 @@ from torch import nn
 
 from metapl.apps.errors import require_extra
 from metapl.apps.inputs import Factory, Network, Run, Switch, held, unset
-from metapl.apps.networks import Architecture, Normalized, normalized
+from metapl.apps.machine.sealed import sha256_of
+from metapl.apps.networks import Architecture, Normalized
 from metapl.apps.run import EndedRun, counts_of, stored_data
 from metapl.apps.words import tell
 from metapl.errors import MetaplError, few, reason_of
-from metapl.metrics import Evaluation
 from metapl.runs.atomic import replacing
 from metapl.words import shown
 
@@ -80,10 +80,9 @@ class Export:
             written = export(network, self.out, card=about, **how)
         tell(f"{run.heading(name)}\n")
         for file in filter(None, (written.weights, written.program, written.onnx)):
-            done = "not run: onnxruntime is not installed" if file == written.onnx else ""
-            done = "it gives what the network gives" if file != written.onnx or _can_run_onnx() else done
-            done = f"SHA-256 {written.sha256}" if file == written.weights else done
-            tell(f"{file}: {file.stat().st_size / 1e6:.3g} MB\n  {done}")
+            tell(f"{file}: {file.stat().st_size / 1e6:.3g} MB, SHA-256 {sha256_of(file)}")
+        if self.onnx and not _can_run_onnx():
+            tell(f"{written.onnx} was not run: onnxruntime is not installed")
         tell(f"{written.card}: how to load them, and how good they are")
         return 0
 
@@ -93,40 +92,39 @@ def _card(run: EndedRun, name: str) -> dict[str, Any]:
     result, card, source = run.result, run.cards[name], run.source
     metrics: dict[str, Any] = {}
     if "evaluation" in result:
-        evaluation = Evaluation(**result["evaluation"])
-        metrics |= {"test accuracy": result[f"{name}_test_accuracy"], "test examples": evaluation.n}
-        metrics["test chance level"] = evaluation.chance
+        evaluation = result["evaluation"]
+        examples = sum(map(sum, evaluation["confusion"]))
+        metrics |= {"test accuracy": result[f"{name}_test_accuracy"], "test examples": examples}
         if name == result["delivered"]:  # the evaluation is of that one
-            metrics |= {f"test {words}": result["evaluation"][figure] for figure, words in FIGURES.items()}
+            metrics |= {f"test {words}": evaluation[figure] for figure, words in FIGURES.items()}
     if f"{name}_validation_accuracy" in result:
         metrics["validation accuracy"] = result[f"{name}_validation_accuracy"]
         metrics["validation examples"] = result["validation_size"]
     data = stored_data(source)
-    examples = {part: f"{count:,} examples" if count else "none" for part, count in counts_of(data).items()}
+    examples_of = {part: f"{count:,} examples" if count else "none" for part, count in counts_of(data).items()}
     fields = {
         # Of the places of files, the last names are left.
         field: PurePath(value).name if isinstance(value, str) and "/" in value else value
         for field, value in source.recipe().get("fields", {}).items()
         if field != "classes"
     }
-    run_by = {"name": result["recipe"], "method": result["method"], "best_step": result["best_step"]}
-    chosen = f"{card.title} of step {result['best_step']:,} of {result['steps']:,}"
-    names, delivered = (", ".join(run.cards[each].title for each in of) for of in (run.networks, [result["delivered"]]))
+    when = "the last step" if name == "teacher" else f"step {result['best_step']:,} of {result['steps']:,}"
     notes = [
-        f"The weights are those of the {chosen if name != 'teacher' else 'teacher after the last step'}.",
-        f"Of its networks ({names}) the run delivers the {delivered}, by {result['delivered_by']}.",
+        f"The weights are those of the {card.title}, of {when}.",
+        f"The run delivers the {run.cards[result['delivered']].title}, by {result['delivered_by']}.",
+        "Nothing was chosen by the test examples." if "evaluation" in result else "No test set was given.",
+        card.input.note,
     ]
     if "methods" in result:
         methods, seeds = (", ".join(map(str, result[part])) for part in ("methods", "seeds"))
         notes.append(f"It was compared: methods {methods}; seeds {seeds}; {result['delivery']}.")
-    notes.append("Nothing was chosen by the test examples." if "evaluation" in result else "No test set was given.")
     return {
         "title": f"{result['recipe']}: {result['title']}, {card.title}",
         "classes": run.classes,
         "metrics": {figure: value for figure, value in metrics.items() if value is not None},
-        "data_hash": examples | {f"SHA-256 of {part}": f"`{digest}`" for part, digest in data["hash"].items()},
-        "recipe": run_by | {"fields": fields},
-        "notes": "\n".join(f"- {note}" for note in (*notes, card.input.note)),
+        "data_hash": examples_of | {f"SHA-256 of {part}": digest for part, digest in data["hash"].items()},
+        "recipe": {"name": result["recipe"], "method": result["method"], "fields": fields},
+        "notes": "\n".join(f"- {note}" for note in notes),
         "center": card.input.center,
     }
 
@@ -153,7 +151,7 @@ def export(
 ) -> Exported:
     """Write a network's weights, the network as a program, and their model card into a folder.
 
-    The weights go under the network's own names: wrappers by :func:`metapl.apps.networks.normalized` and
+    The weights go under the network's own names: wrappers by :func:`metapl.apps.networks.Normalized` and
     ``torch.compile`` are taken off, so ``torchvision.models.…().load_state_dict(…)`` takes the file as it is. Mean and
     std of a normalized network, the classes and the architecture stand in the file's metadata and on the card, whose
     code normalizes. The programs normalize themselves, and are compared with the network before anything is written.
@@ -165,8 +163,8 @@ def export(
         card: ``recipe`` (a mapping), ``data_hash`` (text, or a mapping of texts), ``metrics`` (numbers by name); if
             wanted ``title``, ``classes`` (in the order of the outputs), ``notes`` (Markdown), and ``center``, the share
             of a picture's sides that the network is evaluated on.
-        architecture: what builds the network; checked against the weights. None, for a network of your own: the card's
-            code spells out a plain sequence of layers, and leaves the building of any other to you.
+        architecture: what builds the network; checked against the weights. None, for a network of your own, whose
+            building the card's code leaves to you.
         shape: (C, H, W) of a picture, for ``model.pt2``: any number of pictures of this size to logits, loaded by
             ``torch.export.load``. None: no program is written.
         onnx: ``model.onnx`` too, which needs ``pip install 'metapl[onnx]'``.
@@ -217,7 +215,7 @@ def export(
     # One entry, for safetensors writes several in an order that changes from call to call.
     files = {WEIGHTS: save(plain, {"metapl": json.dumps(metadata, sort_keys=True)})}
     if shape is not None:
-        files |= programs(module if normalization is None else normalized(module, **normalization), shape, onnx)
+        files |= programs(module if normalization is None else Normalized(module, **normalization), shape, onnx)
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     files[CARD] = _rendered(card, module, normalization, architecture, digests).encode()
     try:
@@ -315,24 +313,14 @@ def _rendered(
     digests: Mapping[str, str],
 ) -> str:
     """The text of the card, in Markdown; ``digests`` are the SHA-256 of each file by its name."""
-    name, library, summary = "A network", "torch", []
-    building = "model = build_network()"
+    summary = [f"- Weights: {sum(p.numel() for p in module.parameters()):,} parameters"]
+    building = "model = build_network()  # the code that builds the network"
     if architecture is not None:
-        name, library, side = architecture.name, architecture.library, architecture.image_size
-        size = "" if side is None else f" of {side}x{side} pixels"
-        takes = f"pictures{size} with {architecture.in_channels} channels, {architecture.num_classes} classes"
-        summary.append(f"- Network: `{name}`, {takes}")
-        building = architecture.code()
-    elif type(module) is nn.Sequential and all(
-        type(layer) in (nn.Flatten, nn.Linear, nn.ReLU, nn.Dropout) for layer in module
-    ):  # their text is the code that makes them
-        building = "model = torch.nn.Sequential(\n" + "".join(f"    torch.nn.{layer},\n" for layer in module) + ")"
-    needs = "This needs metapl and safetensors."
-    if library != "metapl":
-        needs = f"This needs {library} and safetensors; metapl itself is not needed."
-    if "build_network" in building:
-        needs = "`build_network()` stands for the code that builds the network."
-    summary.append(f"- Weights: {sum(p.numel() for p in module.parameters()):,} parameters")
+        fields = {field: value for field, value in asdict(architecture).items() if value is not None}
+        fields = {field: value for field, value in fields.items() if field not in ("dropout", "stochastic_depth")}
+        arguments = ", ".join(f"{field}={value!r}" for field, value in fields.items())
+        summary.append(f"- Network: `{arguments}`; its weights have the names of {architecture.library}")
+        building = f"model = metapl.apps.networks.create({arguments})"
     summary += [f"- `{file}`: SHA-256 `{digest}`" for file, digest in digests.items()]
     takes, normalize = "in the range of the training", ""
     if normalization is None:
@@ -344,7 +332,6 @@ def _rendered(
         normalize += "    images = (images - mean) / std\n"
     if card.get("classes") is not None:
         summary.append(f"- Classes, in the order of the outputs: {', '.join(map(_text, card['classes']))}")
-    imports = sorted({"import metapl.apps.networks" if library == "metapl" else f"import {library}", "import torch"})
     predict = f'''
 
 def predict(images):
@@ -358,9 +345,11 @@ def predict(images):
             f'import torch\n\nmodel = torch.export.load("{PROGRAM}").module()\n{predict}{by_torch}',
         ),
         WEIGHTS: (
-            f"The weights. {needs}",
-            "\n".join([*imports, "from safetensors.torch import load_file", "", building])
-            + f'\nmodel.load_state_dict(load_file("{WEIGHTS}"))\nmodel.eval()\n{predict}{normalize}{by_torch}',
+            "The weights:",
+            "import torch\nfrom safetensors.torch import load_file\n"
+            + "import metapl.apps.networks\n" * (architecture is not None)
+            + f'\n{building}\nmodel.load_state_dict(load_file("{WEIGHTS}"))\nmodel.eval()\n'
+            + f"{predict}{normalize}{by_torch}",
         ),
         ONNX: (
             "As ONNX, with onnxruntime and NumPy; the pictures are NumPy's, float32:",
@@ -372,7 +361,7 @@ def predict(images):
         ),
     }
     versions = {"python": platform.python_version()}
-    for package in ("metapl", "torch", "safetensors", library, *(("onnx", "onnxscript") if ONNX in digests else ())):
+    for package in ("metapl", "torch", "torchvision", "timm", *(("onnx", "onnxscript") if ONNX in digests else ())):
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
     data = card["data_hash"]
@@ -381,14 +370,14 @@ def predict(images):
             f"{what}\n\n```python\n{code}```" for file, (what, code) in loading.items() if file in digests
         ),
         "Metrics": _table("metric", card["metrics"]),
-        "Data": _table("part", data) if isinstance(data, Mapping) else f"Hash of the data: `{data}`",
+        "Data": _table("part", data if isinstance(data, Mapping) else {"hash": data}),
         "Recipe": f"```json\n{json.dumps(card['recipe'], indent=2, sort_keys=True, default=str)}\n```",
         "Versions": _table("package", versions),
-        **({"Notes": card["notes"]} if card.get("notes") else {}),
+        "Notes": card.get("notes", ""),
     }
-    title, about = _text(card.get("title") or name), "\n".join(summary)
-    below = "".join(f"\n## {head}\n\n{text}\n" for head, text in sections.items())
-    return f"# {title}\n\nA classifier trained with metapl.\n\n{about}\n{below}"
+    below = "".join(f"\n## {head}\n\n{text}\n" for head, text in sections.items() if text)
+    title = _text(card.get("title") or "A network")
+    return f"# {title}\n\nA classifier trained with metapl.\n\n" + "\n".join(summary) + f"\n{below}"
 
 
 def _table(head: str, values: Mapping[str, Any]) -> str:
@@ -397,11 +386,9 @@ def _table(head: str, values: Mapping[str, Any]) -> str:
 
 
 def _text(value: object) -> str:
-    r"""A name or a value in the card's text, where nothing of it is taken for Markdown or HTML; a hash may stand
-    between backquotes.
+    r"""A name or a value in the card's text, where nothing of it is taken for Markdown or HTML.
 
-    >>> _text("<b>|a*b[c]"), _text("n02012849_x"), _text("`sha256:01ab`")
-    ('\\<b\\>\\|a\\*b\\[c\\]', 'n02012849_x', '`sha256:01ab`')
+    >>> _text("<b>|a*b[c]"), _text("n02012849_x")
+    ('\\<b\\>\\|a\\*b\\[c\\]', 'n02012849_x')
     """
-    text = shown(value).replace("\n", " ")
-    return text if re.fullmatch("`[0-9a-z:]*`", text) else re.sub(r"([\\`*\[\]<>|])", r"\\\1", text)
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", shown(value).replace("\n", " "))

@@ -185,10 +185,10 @@ class Pictures:
         architecture = self.architecture(classes)
         module = architecture.create(self.weights)
         if self.tuning is None or self.weights is None:
-            network = networks.normalized(module, self.mean, self.std)
+            network = networks.Normalized(module, self.mean, self.std)
         else:
             how: Any = {"tuning": self.tuning, "rank": self.lora_rank}
-            network = networks.Tuned(module, self.mean, self.std, heads=architecture.family.heads(module), **how)
+            network = networks.Tuned(module, self.mean, self.std, heads=architecture.heads(module), **how)
         return network.to(memory_format=torch.channels_last)
 
     def card(self, title: str, classes: int) -> NetworkCard:

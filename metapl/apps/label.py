@@ -14,7 +14,7 @@ import tyro
 from metapl.apps.inputs import Factory, Network, Run, Switch, counted, unset
 from metapl.apps.labeling import BATCH, provenance, rows_per_part, to_label, write_labels
 from metapl.apps.labels import LabelStore, LabelWriter
-from metapl.apps.labels.queries import Statistics, select, statistics
+from metapl.apps.labels.queries import select, statistics
 from metapl.apps.machine.progress import counting
 from metapl.apps.machine.sealed import sha256_of, write_whole
 from metapl.apps.run import WEIGHTS, EndedRun
@@ -28,9 +28,6 @@ from metapl.words import shown
 Store = Annotated[Path, tyro.conf.Positional, unset("STORE")]
 
 LIST = "list.txt"  # in a selection's folder: the paths of its pictures
-
-# Classes that are all shown; of more, so many of the largest and the smallest.
-MOST_CLASSES, LISTED = 30, 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,23 +66,21 @@ class Label:
 
     def run(self) -> int:
         run = EndedRun.load(self.folder)
-        name, classes = run.name(self.network), run.classes
-        reads = run.cards[name].input
+        name = run.name(self.network)
         network = run.network(name, self.factory).to(run.device)
-        labeled = to_label(self.pictures, reads, self.batch)
+        labeled = to_label(self.pictures, run.cards[name].input, self.batch)
         model = {key: run.result[key] for key in ("recipe", "method", "seed")}
         model |= {"network": name, "weights_sha256": sha256_of(run.folder.path / WEIGHTS[name])}
         about = provenance(network, labeled, temperature=self.temperature)
-        writer = LabelWriter(
+        unread: list[str] = []
+        with LabelWriter(
             self.out,
-            classes,
+            run.classes,
             top_k=self.top_k,
             provenance={"run": str(self.folder), "model": model, **about},
             rows_per_part=rows_per_part(len(labeled.ids)),
             resume=self.resume,
-        )
-        unread: list[str] = []
-        with writer:
+        ) as writer:
             try:
                 write_labels(
                     network,
@@ -101,10 +96,8 @@ class Label:
             except KeyboardInterrupt:
                 tell(f"\nmetapl: {writer.rows:,} labels are in {self.out}; go on with --resume.", file=sys.stderr)
                 raise
-        store = LabelStore(self.out)
-        tell(f"{self.out}: labels of {len(store):,} pictures, {len(store.classes):,} classes, {_kept(self.top_k)}")
-        tell(f"what is in it: metapl labels stats {self.out}")
-        left_out = len(labeled.ids) - len(store)
+        left_out = len(labeled.ids) - writer.rows
+        tell(f"{self.out}: labels of {writer.rows:,} pictures; what is in it: metapl labels stats {self.out}")
         if left_out:
             tell(f"metapl: {left_out:,} of {len(labeled.ids):,} files left out", file=sys.stderr)
         if unread:
@@ -129,13 +122,25 @@ class Stats:
 
     def run(self) -> int:
         store = LabelStore(self.store)
-        found = statistics(store)
+        found, about = statistics(store), dict(store.provenance)
         if self.json:
-            about = {"store": str(self.store), "top_k": store.top_k, "provenance": dict(store.provenance)}
-            tell(json.dumps({**about, **asdict(found)}, indent=2))
-        else:
-            tell(f"{_heading(store, found)}\n\n{_by_class(found)}\n")
-            tell(f"mean confidence {found.mean_confidence:.1%}, mean entropy {found.mean_entropy:.2f} nats")
+            tell(json.dumps({"store": str(self.store), "top_k": store.top_k, "provenance": about, **asdict(found)}))
+            return 0
+        lines = [f"{self.store}: {found.rows:,} examples, {found.copies:,} with copies, {len(store.classes):,} classes"]
+        if "model" in about:
+            what = ", ".join(about["model"][name] for name in ("recipe", "method", "network"))
+            lines.append(f"by {about['run']} ({what}) of {about['pictures']}, {about['begun'][:10]}")
+        for asked in about.get("selected", []):
+            given = [f"{name} {value}" for name, value in asked.items() if value and not name.startswith("of_")]
+            lines.append(f"selected from {asked['of_rows']:,}: {', '.join(given)}")
+        rows = [("class", "examples", "with copies", "share", "mean confidence")]
+        of_classes = found.classes, found.counts, found.class_copies, found.class_confidence
+        for name, count, copies, mean in zip(*of_classes, strict=True):
+            confidence = "-" if mean is None else f"{mean:.1%}"
+            rows.append((short(name), f"{count:,}", f"{copies:,}", f"{copies / found.copies:.1%}", confidence))
+        lines += ["", table(rows), ""]
+        lines.append(f"mean confidence {found.mean_confidence:.1%}, mean entropy {found.mean_entropy:.2f} nats")
+        tell("\n".join(lines))
         return 0
 
 
@@ -175,16 +180,16 @@ class Select:
             found = select(LabelStore(self.store), self.out, **asked, progress=update)
         whose = "of any class" if self.any_class else "of its class"
         lines = [
-            (True, found.rows, "examples in the store"),
-            (self.drop_overlap is not None, found.overlapping, f"dropped: in {shown(self.drop_overlap)}"),
-            (found.unread > 0, found.unread, f"files cannot be read in {shown(self.drop_overlap)}"),
-            (self.threshold is not None, found.unsure, f"dropped: confidence not above {self.threshold or 0:g}"),
-            (self.per_class is not None, found.beyond, f"dropped: not among the {self.per_class or 0:,} {whose}"),
-            (True, found.kept, "kept"),
-            (found.copies != found.kept, found.copies, "with copies"),
+            (found.rows, "examples in the store"),
+            (found.overlapping, f"dropped: in {shown(self.drop_overlap)}"),
+            (found.unread, f"files cannot be read in {shown(self.drop_overlap)}"),
+            (found.unsure, f"dropped: confidence not above {self.threshold or 0:g}"),
+            (found.beyond, f"dropped: not among the {self.per_class or 0:,} {whose}"),
+            (found.kept, "kept"),
+            (found.copies, "with copies"),
         ]
         width = len(f"{max(found.rows, found.copies):,}")
-        tell("\n".join(f"{number:>{width},}  {text}" for known, number, text in lines if known))
+        tell("\n".join(f"{number:>{width},}  {text}" for number, text in lines if number))
         chosen = LabelStore(self.out)
         pictures = Path(str(chosen.provenance.get("pictures")))
         if pictures.is_dir():
@@ -197,36 +202,3 @@ class Select:
 
 
 COMMANDS = {"stats": Stats, "select": Select}
-
-
-def _kept(top_k: int | None) -> str:
-    return "all probabilities" if top_k is None else f"the {top_k} greatest probabilities"
-
-
-def _heading(store: LabelStore, found: Statistics) -> str:
-    copies = f", {found.copies:,} with copies" * (found.copies != found.rows)
-    lines = [f"{store.folder}: {found.rows:,} examples{copies}, {len(found.classes):,} classes, {_kept(store.top_k)}"]
-    about = store.provenance
-    if "model" in about:
-        what = ", ".join(about["model"][name] for name in ("recipe", "method", "network"))
-        lines.append(f"by {about['run']} ({what}), temperature {about['temperature']}")
-    if "pictures" in about:
-        lines.append(f"of {about['pictures']}, {about['begun'][:10]}")
-    for asked in about.get("selected", []):
-        given = [f"{name} {value}" for name, value in asked.items() if value and not name.startswith("of_")]
-        lines.append(f"selected from {asked['of_rows']:,}: {', '.join(given)}")
-    return "\n".join(lines)
-
-
-def _by_class(found: Statistics) -> str:
-    order, note, classes = [*range(len(found.classes))], "", len(found.classes)
-    if classes > MOST_CLASSES:
-        order.sort(key=lambda label: -found.counts[label])
-        order = [*order[:LISTED], *order[-LISTED:]]
-        note = f"\n(the {LISTED} largest and the {LISTED} smallest of {classes:,} classes)"
-    rows = [("class", "examples", "with copies", "share", "mean confidence")]
-    for label in order:
-        mean, copies = found.class_confidence[label], found.class_copies[label]
-        confidence, share = "-" if mean is None else f"{mean:.1%}", f"{copies / found.copies:.1%}"
-        rows.append((short(found.classes[label]), f"{found.counts[label]:,}", f"{copies:,}", share, confidence))
-    return table(rows) + note

@@ -70,25 +70,24 @@ class ToLabel(StepBatches[Read]):
     def batch(self, step: int) -> Read:
         start = step * self.batch_size
         numbers = range(start, min(start + self.batch_size, len(self.ids)))
-        used, images = torch.tensor(numbers), self.images
-        skipped: list[tuple[int, str]] = []
-        if not isinstance(images, Files | FileImages):
-            x = images[used] if isinstance(images, Tensor) else images.fetch(used)[0]
-            return in_unit_range(x) if x.dtype == torch.uint8 else x, used, torch.empty(len(used), 0), skipped
-        if isinstance(images, FileImages):
-            x, used = images.fetch_sound(used)
-            read = dict(zip(used.tolist(), in_unit_range(x), strict=True))
-        else:
-            read = {}
-            for number in numbers:
-                try:
-                    read[number] = self.input.read(images.path(number))
-                except MetaplError as error:
-                    skipped.append((number, str(error)))
-        digests = {number: ask(digest, str(images.path(number))) for number in read}
-        sound = [number for number, content in digests.items() if content]  # it was read a moment ago
-        x = torch.stack([read[number] for number in sound]) if sound else torch.empty(0, *self.input.shape)
-        contents = [list((digests[number] or b"")[:DIGEST_BYTES]) for number in sound]
+        if self.file(0) is None:
+            used, images = torch.tensor(numbers), self.images
+            x = images[used] if isinstance(images, Tensor) else images.fetch(used)[0]  # type: ignore[union-attr]
+            return in_unit_range(x) if x.dtype == torch.uint8 else x, used, torch.empty(len(used), 0), []
+        sound, pictures, contents, skipped = [], [], [], []
+        for number in numbers:
+            path = self.file(number)
+            assert path is not None
+            try:
+                picture = self.input.read(path)
+                content = digest(str(path))
+            except (MetaplError, OSError) as error:
+                skipped.append((number, str(error)))
+            else:
+                sound.append(number)
+                pictures.append(picture)
+                contents.append(list(content[:DIGEST_BYTES]))
+        x = torch.stack(pictures) if sound else torch.empty(0, *self.input.shape)
         return x, torch.tensor(sound, dtype=torch.int64), torch.tensor(contents, dtype=torch.uint8), skipped
 
 
@@ -167,22 +166,26 @@ def refuse_other_pictures(
     ``file`` gives the file of an id, or None, which is not compared; nor is one that cannot be read, which ``unread``
     takes. Cost: one reading of a file; of a million of 100 KB some four minutes of a local disk, and no decoding.
     """
-    known = list(store.digests())
-    if not check and len(known) > COMPARED:  # evenly over the store, which is in the order of the names
-        known = [known[row] for row in np.linspace(0, len(known) - 1, COMPARED).astype(int)]
-    others = []
+    if not store.has_digests:
+        return
+    compared = len(store) if check else min(len(store), COMPARED)
+    rows = np.linspace(0, len(store) - 1, compared).astype(int)  # evenly over the store, in the order of the names
+    others, done = [], 0
     with counting("comparing pictures with those that were labeled", tell_progress) as update:
-        for count, (name, content) in enumerate(known, 1):
-            path = file(name)
-            found = None if path is None else ask(digest, str(path))
-            if found is not None and found[:DIGEST_BYTES] != content:
-                others.append(name)
-            elif path is not None and found is None:
-                unread(str(path))
-            update(count)
+        for number, where in store.by_part(rows):
+            some = store.tables[number].select(["id", "digest"]).take(rows[where] - store.starts[number])
+            for row in some.to_pylist():
+                path = file(row["id"])
+                found = None if path is None else ask(digest, str(path))
+                if found is not None and found[:DIGEST_BYTES] != row["digest"]:
+                    others.append(row["id"])
+                elif path is not None and found is None:
+                    unread(str(path))
+            done += len(where)
+            update(done)
     if others:
         raise MetaplError(
-            f"{len(others):,} of {len(known):,} pictures that {store.folder} has labels of are other ones now: "
+            f"{len(others):,} of {compared:,} pictures that {store.folder} has labels of are other ones now: "
             f"{few(others)}; put back those that were labeled, or label these (metapl label) to another folder."
         )
 
@@ -221,38 +224,36 @@ def write_labels(
     if complete:
         return
     first, steps = done // labeled.batch_size, len(labeled)
-    batches = loader(labeled, first, steps, num_workers)
     with progress(tell_progress, name="labels", start=first, steps=steps) as bar:
-        for step, (x, numbers, digests, skipped) in enumerate(batches, first):
-            reasons = [reason for number, reason in skipped if number >= done]
+        for step, (x, numbers, digests, skipped) in enumerate(loader(labeled, first, steps, num_workers), first):
+            for number, reason in skipped:
+                if number >= done:
+                    skip(reason)
             if len(numbers):
                 # Of a batch of which some are done, all are run again: a smaller batch may round otherwise.
-                logits_BC = logits_of(network, [x]).float()
-                names = [ids[number] for number in numbers.tolist()]
-                refuse_infinite(logits_BC, names)
-                kept = []
-                for row, (name, number) in enumerate(zip(names, numbers.tolist(), strict=True)):
+                logits_BC = logits_of(network, [x]).float() / temperature
+                refuse_infinite(logits_BC, [ids[number] for number in numbers.tolist()])
+                kept, names = [], []
+                for row, number in enumerate(numbers.tolist()):
+                    name = ids[number]
                     if number >= done and isinstance(name, str) and not is_text(name):
-                        reasons.append(f"{shown(name)}: its name is not UTF-8; rename it.")
+                        skip(f"{shown(name)}: its name is not UTF-8; rename it.")
                     elif number >= done:
                         kept.append(row)
-                scaled_BC, names = logits_BC[kept] / temperature, [names[row] for row in kept]
-                refuse_infinite(scaled_BC, names, f"divided by the temperature {temperature}: expected a greater one")
+                        names.append(name)
                 contents = [bytes(row) for row in digests[kept].tolist()] if digests.shape[1] else None
                 if kept and writer is not None:
-                    writer.add(names, scaled_BC.softmax(dim=1), contents)
-            for reason in reasons:
-                skip(reason)
+                    writer.add(names, logits_BC[kept].softmax(dim=1), contents)
             bar.advance([x], {}, due=(step + 1) % max(1, steps // 10) == 0 or step + 1 == steps)
 
 
-DIVERGED = "its training diverged: train again with a smaller learning rate"
-
-
-def refuse_infinite(logits_BC: Tensor, names: Sequence[Any], why: str = DIVERGED) -> None:
+def refuse_infinite(logits_BC: Tensor, names: Sequence[Any]) -> None:
     finite = logits_BC.isfinite().all(dim=1).tolist()
     if bad := [name for name, fine in zip(names, finite, strict=True) if not fine]:
-        raise MetaplError(f"the network's outputs are not finite for {few(bad)}; {why}.")
+        raise MetaplError(
+            f"the network's outputs are not finite for {few(bad)}: its training diverged (train again with a smaller "
+            "learning rate), or the temperature is too small."
+        )
 
 
 # --------------------------------------------------------------------------------------------------------- Reduced MPL
@@ -268,18 +269,21 @@ def label_by(teacher: nn.Module, given: Input, folder: Path, data: Data, say: Sa
         labeled = ToLabel(images=batches.images, ids=range(len(batches.images)), name=name, input=given)
         about = provenance(teacher, labeled)
         store = store_labels(teacher, labeled, folder / FOLDER / name, data.classes, about, say, ranks)
-        stored[name] = rows_of(store, labeled.ids)
+        stored[name] = rows_of(store, labeled.ids, say)
     say(f"the teacher's labels are in {folder / FOLDER}")
     return stored
 
 
-def rows_of(store: LabelStore, ids: Any) -> Tensor:
+def rows_of(store: LabelStore, ids: Any, say: Say) -> Tensor:
     """The distributions of these examples, float32 (n, C); even ones for examples that the store leaves out."""
-    known = [(row, name) for row, name in enumerate(ids) if name in store]
-    if not known:
+    found = store.find(ids)
+    missing = [ids[row] for row in np.flatnonzero(found < 0)]
+    if len(missing) == len(ids):
         raise MetaplError(f"the store {store.folder} has none of the {len(ids):,} examples; expected their labels.")
+    if missing:
+        say(f"note: {store.folder} has no labels of {len(missing):,} pictures ({few(missing)}): even ones are taken.")
     rows = torch.full((len(ids), len(store.classes)), 1 / len(store.classes))
-    rows[[row for row, _ in known]] = store[[name for _, name in known]]
+    rows[torch.from_numpy(found >= 0)] = store.at(found[found >= 0])
     return rows
 
 
@@ -295,8 +299,7 @@ def check_labels_given(config: Any, method: ReducedMpl) -> None:
         own = scan_labeled(config.labeled).classes
         if classes != own:
             raise MetaplError(
-                f"the {'run' if store is None else 'store'} {place} has the classes {few(classes)}; expected those of "
-                f"{config.labeled}, in this order: {few(own)}."
+                f"{place} has the classes {few(classes)}; expected those of {config.labeled}: {few(own)}."
             )
         if store is not None:
             files = scan_unlabeled(getattr(config, PICTURES_OF[name]))
@@ -309,28 +312,24 @@ def labels_given(
 ) -> dict[str, Tensor]:
     """The labels that a method's settings name; those of another run are stored in ``folder``."""
     given = {name: place for name, place in method.labels_from.items() if place is not None}
-    folders, stores = {part: getattr(config, part) for part in PICTURES_OF.values()}, {}
+    folders, found = {part: getattr(config, part) for part in PICTURES_OF.values()}, {}
     if "teacher" in given:
         run = EndedRun.load(Path(given["teacher"]))
         delivered = run.name("delivered")
         reads = run.cards[delivered].input
         say(f"labels are those of {run.heading(delivered)}")
+        stores = {}
         for part, pictures in folders.items():
             network, labeled = run.network(delivered).to(run.device), to_label(pictures, reads)
             about = {"run": str(run.folder.path), **provenance(network, labeled)}
-            place = folder / FOLDER / part
-            stores[part] = store_labels(network, labeled, place, run.classes, about, say, ranks)
+            stores[part] = store_labels(network, labeled, folder / FOLDER / part, run.classes, about, say, ranks)
     else:
         stores = {PICTURES_OF[name]: LabelStore(place) for name, place in given.items()}
         if "labeled" not in stores:
             say("note: without --labeled-labels, the labels are adjusted by the student's feedback alone.")
-    found = {}
     for part, store in stores.items():
         images, root = getattr(data, part).images, Path(folders[part])
         # In a store, pictures are called by their paths in the folder.
         names = [images.path(number).relative_to(root).as_posix() for number in range(len(images))]
-        if missing := [name for name in names if name not in store]:
-            which = f"{len(missing):,} pictures ({few(missing)})"
-            say(f"note: {store.folder} has no labels of {which}: even ones are taken.")
-        found[part] = rows_of(store, names)
+        found[part] = rows_of(store, names, say)
     return found

@@ -110,7 +110,7 @@ def test_a_run_goes_on_from_the_backbone_that_it_was_started_with_alone(root: Pa
 def tuned(tuning: Any, name: str = "pooled_cnn", **options: Any) -> Tuned:
     config = Pictures(network=name, weights="", backbone="given", tuning=tuning, lora_rank=4, **options)
     module = config.architecture(classes=3).create()
-    heads = config.architecture(classes=3).family.heads(module)
+    heads = config.architecture(classes=3).heads(module)
     return Tuned(module, (0.5,) * 3, (0.5,) * 3, heads=heads, tuning=tuning, rank=4)
 
 

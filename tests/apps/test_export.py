@@ -20,7 +20,7 @@ from torch import nn
 
 from metapl.apps.export import CARD as CARD_FILE
 from metapl.apps.export import WEIGHTS, Exported, export, programs
-from metapl.apps.networks import Architecture, create, normalized
+from metapl.apps.networks import Architecture, Normalized, create
 from metapl.errors import MetaplError
 from metapl.models import mlp
 
@@ -51,7 +51,7 @@ def trained_like(architecture: Architecture, size: int) -> nn.Module:
     """Fresh weights, with the statistics of some pictures and a head that tells them apart."""
     torch.manual_seed(0)
     channels = architecture.in_channels
-    model = normalized(architecture.create(), MEAN[:channels], STD[:channels])
+    model = Normalized(architecture.create(), MEAN[:channels], STD[:channels])
     model(torch.rand(8, channels, size, size))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -70,7 +70,7 @@ def test_the_cards_code_predicts_the_same(
     model: Any = trained_like(architecture, 32)
     model = model if normalizes else model.module
     written = export(model, tmp_path / "out", card=CARD, architecture=architecture)
-    predict = run(written, monkeypatch, own=architecture.library == "metapl")
+    predict = run(written, monkeypatch, own=True)
     images = torch.rand(3, 1, 32, 32)
     torch.testing.assert_close(predict(images), model.eval()(images).softmax(1).detach())
 
@@ -78,22 +78,17 @@ def test_the_cards_code_predicts_the_same(
 def test_torchvision_loads_it(tmp_path: Path) -> None:
     architecture = Architecture(name="resnet18", num_classes=7)
     model = architecture.create()
-    written = export(normalized(model, MEAN, STD), tmp_path, card=CARD, architecture=architecture)
+    written = export(Normalized(model, MEAN, STD), tmp_path, card=CARD, architecture=architecture)
     theirs = torchvision.models.resnet18(num_classes=7)
     theirs.load_state_dict(load_file(written.weights), strict=True)
     assert all(torch.equal(t, theirs.state_dict()[key]) for key, t in model.state_dict().items())
 
 
 def test_the_cards_code_for_a_network_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain layers are spelled out; of others, the building is left to whoever has them."""
-    images = torch.rand(6, 3, 2, 2)
-    for model, spelled in ((mlp([12, 5, 4, 3], dropout=0.5), True), (mlp([12, 5, 3], activation=nn.GELU), False)):
-        written = export(normalized(model, [0.5] * 3, [0.25] * 3), tmp_path / f"{spelled}", card=CARD)
-        assert ("build_network()" in written.card.read_text()) != spelled
-        with monkeypatch.context() as patch:
-            predict = run(written, patch, build_network=lambda: mlp([12, 5, 3], activation=nn.GELU))
-        expected = model.eval()((images - 0.5) / 0.25).softmax(1).detach()
-        torch.testing.assert_close(predict(images), expected)
+    images, model = torch.rand(6, 3, 2, 2), mlp([12, 5, 3], activation=nn.GELU)
+    written = export(Normalized(model, [0.5] * 3, [0.25] * 3), tmp_path, card=CARD)
+    predict = run(written, monkeypatch, build_network=lambda: mlp([12, 5, 3], activation=nn.GELU))
+    torch.testing.assert_close(predict(images), model.eval()((images - 0.5) / 0.25).softmax(1).detach())
 
 
 # ------------------------------------------------------------------------------------------------------------ programs
@@ -181,7 +176,7 @@ def test_a_program_that_gives_something_else_is_refused(
 
 
 def test_same_network_same_bytes_and_the_file_says_what_it_is(tmp_path: Path) -> None:
-    model, card = normalized(SMALL.create(), MEAN, STD), {**CARD, "classes": ["cat", "dog"]}
+    model, card = Normalized(SMALL.create(), MEAN, STD), {**CARD, "classes": ["cat", "dog"]}
     before = {key: (t.data_ptr(), t.clone()) for key, t in model.state_dict().items()}
     first = export(model, tmp_path / "a", card=card, architecture=SMALL)
     assert model.training
@@ -202,9 +197,9 @@ def test_same_network_same_bytes_and_the_file_says_what_it_is(tmp_path: Path) ->
 def test_the_card_says_it_all(tmp_path: Path) -> None:
     hashes = {"labeled": "aa11", "unlabeled": "bb22"}
     more = {"title": "Cats and dogs", "classes": ["cat", "dog"], "data_hash": hashes, "notes": "On a **laptop**."}
-    written = export(normalized(SMALL.create(), MEAN, STD), tmp_path, card={**CARD, **more}, architecture=SMALL)
+    written = export(Normalized(SMALL.create(), MEAN, STD), tmp_path, card={**CARD, **more}, architecture=SMALL)
     text = written.card.read_text()
-    parts = ["# Cats and dogs\n", "`small_cnn`", "79,746 parameters", written.sha256, f"mean {MEAN}, std {STD}"]
+    parts = ["# Cats and dogs\n", "name='small_cnn'", "79,746 parameters", written.sha256, f"mean {MEAN}, std {STD}"]
     parts += ["cat, dog", "| test accuracy | 0.971235 |", "| n | 5 |", "| labeled | aa11 |", '"lr": 0.1']
     parts += [f"| torch | {torch.__version__.split('+')[0]}", "On a **laptop**."]
     assert not [part for part in parts if part not in text]
@@ -223,7 +218,7 @@ def test_wrappers_are_taken_off_and_tied_weights_written(tmp_path: Path) -> None
             self._orig_mod = module
 
     model = create("small_cnn", 2)
-    written = export(Compiled(normalized(Compiled(model), MEAN, STD)), tmp_path, card=CARD)
+    written = export(Compiled(Normalized(Compiled(model), MEAN, STD)), tmp_path, card=CARD)
     assert load_file(written.weights).keys() == model.state_dict().keys()
     tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     tied[1].weight = tied[0].weight

@@ -21,7 +21,7 @@ from metapl.apps.evaluation.attacks import ALEXNET, FLIPS_OF_ALEXNET, flip_proba
 from metapl.apps.evaluation.corruptions import CORRUPTIONS
 from metapl.apps.export import export
 from metapl.apps.main import main as metapl
-from metapl.apps.networks import Architecture, normalized
+from metapl.apps.networks import Architecture, Normalized
 from metapl.errors import MetaplError
 from metapl.metrics import evaluate_logits
 
@@ -231,7 +231,7 @@ def test_weights_by_what_the_export_says(
     """Every set at once, of a network of ImageNet's thousand classes."""
     architecture = Architecture(name="small_cnn", num_classes=1000, image_size=SIDE)
     torch.manual_seed(0)
-    network = normalized(architecture.create(), [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]).eval()
+    network = Normalized(architecture.create(), [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]).eval()
     card = {"recipe": {}, "data_hash": "x", "metrics": {}, "classes": list(WNIDS), "center": 0.875}
     file = export(network, tmp_path / "out", card=card, architecture=architecture).weights
     for number in range(4):

@@ -134,7 +134,7 @@ def test_of_any_class_the_most_probable_are_kept(
     import pyarrow as pa
 
     store = made(tmp_path / "store", top_k=top_k)
-    table = pa.concat_tables([store.table(number) for number in range(len(store.parts))])
+    table = pa.concat_tables(store.tables)
     p = np.full((400, 6), -1.0)  # of a class that is not stored
     for row, values in enumerate(table["probabilities"].to_pylist()):
         p[row, table["classes"][row].as_py() if top_k else slice(None)] = values
@@ -147,7 +147,7 @@ def test_of_any_class_the_most_probable_are_kept(
         expected |= {*sorted(known, key=lambda row, label=label: (-p[row, label], row))[:15]}
     dropped = {"drop_overlap": held_out(tmp_path / "held", *gone)} if gone else {}
     found = select(store, tmp_path / "out", per_class=15, any_class=True, threshold=threshold, **dropped)
-    assert store.rows([*LabelStore(tmp_path / "out")]).tolist() == sorted(expected)
+    assert store.find([*LabelStore(tmp_path / "out")]).tolist() == sorted(expected)
     assert (found.kept, found.overlapping) == (len(expected), len(gone))
 
 
@@ -186,7 +186,6 @@ def test_the_same_selection_gives_the_same_files_and_goes_on_where_it_was_stoppe
 @pytest.mark.parametrize(
     ("asked", "word"),
     [
-        ({}, "nothing"),
         ({"threshold": 1.0}, "threshold"),
         ({"threshold": math.nan}, "threshold"),
         ({"per_class": 0}, "per_class"),

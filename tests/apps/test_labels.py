@@ -7,7 +7,6 @@ import os
 import pickle
 import resource
 import signal
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +69,7 @@ def test_what_is_read_is_off_by_two_parts_in_2048_at_most(classes: int, tmp_path
 
 @pytest.mark.parametrize("top_k", [None, 1, 3, 5])
 @pytest.mark.parametrize("kind", ["names", "numbers"])
-def test_what_is_read_follows_the_equation_in_any_order(
-    top_k: int | None, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where more parts are read than are kept mapped."""
-    for name in ("_table", "matrices", "_places"):
-        monkeypatch.setattr(reading, name, lru_cache(2)(getattr(reading, name).__wrapped__))
+def test_what_is_read_follows_the_equation_in_any_order(top_k: int | None, kind: str, tmp_path: Path) -> None:
     p = softmax(53)
     p[5] = torch.tensor([0.2, 0.2, 0.2, 0.2, 0.2])  # ties: the first classes are kept
     p[6] = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0])
@@ -88,16 +82,16 @@ def test_what_is_read_follows_the_equation_in_any_order(
     assert (found.dtype, found.shape) == (torch.float32, (200, 5))
     assert torch.allclose(found, expected[order], atol=1e-6)
     assert torch.equal(store[ids[3]], store[[ids[3]]][0])
-    assert store.rows([ids[52], ids[0]]).tolist() == [52, 0]
-    assert (store.rows([]).tolist(), store.at([]).shape) == ([], (0, 5))
+    assert store.find([ids[52], ids[0]]).tolist() == [52, 0]
+    assert (store.find([]).tolist(), store.at([]).shape) == ([], (0, 5))
     assert store.rows_with_copies().tolist() == [*range(53)]
     assert np.allclose(store.column("confidence"), p.max(dim=1).values)
     if kind == "numbers":
         for wanted in (np.array([6, 0]), torch.tensor([6, 0]), (6, 0), np.array([6, 0], dtype=np.int32)):
             assert torch.equal(store[wanted], store[[6, 0]])
-    assert not store.lists(0)["probabilities"].flags.owndata  # as they lie in the file
+    assert not store.matrix(0, "probabilities").flags.owndata  # as they lie in the file
     copy = pickle.loads(pickle.dumps(store))
-    assert (store._sound >= {0}, copy._sound) == (True, set())  # which checks what it reads for itself
+    assert "tables" not in vars(copy)  # which checks what it reads for itself
     served = DataLoader([[i, 29 - i] for i in range(6)], batch_size=None, num_workers=2, collate_fn=copy.at)
     assert torch.equal(torch.stack([*served]), torch.stack([store.at([i, 29 - i]) for i in range(6)]))
 
@@ -105,12 +99,10 @@ def test_what_is_read_follows_the_equation_in_any_order(
 @pytest.mark.parametrize("ids", [names(30), [*range(0, 60, 2)]], ids=["names", "numbers"])
 def test_an_example_that_is_not_there_is_named(ids: list[Any], tmp_path: Path) -> None:
     store = written(tmp_path / "store", ids, softmax(30))
-    others = ["", "sub/0001.png", "zzz", "sub/\udce9.png", 3] if isinstance(ids[0], str) else [-1, 1, 59, 10**30, "0"]
-    for missing in others:
-        assert missing not in store
+    for missing in ["", "sub/0001.png", "zzz", "sub/\udce9.png"] if isinstance(ids[0], str) else [-1, 1, 59]:
+        assert store.find([ids[3], missing]).tolist() == [3, -1]
         with pytest.raises(MetaplError, match="expected"):
             _ = store[[ids[2], missing]]
-    assert ids[3] in store
     with pytest.raises(MetaplError, match="30"):
         store.at([0, 30])
 
@@ -235,10 +227,9 @@ def test_one_flipped_bit_is_refused_and_named(store: LabelStore) -> None:
             spoiled = bytearray(content)
             spoiled[generator.integers(len(content))] ^= 1 << int(generator.integers(8))
             path.write_bytes(spoiled)
-            for use in (lambda: read_everything(store.folder), lambda: LabelStore(store.folder).verify()):
-                with pytest.raises(MetaplError) as told:
-                    use()
-                assert str(path) in str(told.value)
+            with pytest.raises(MetaplError) as told:
+                read_everything(store.folder)
+            assert str(path) in str(told.value)
         path.write_bytes(content)
         read_everything(store.folder)
 
@@ -255,12 +246,6 @@ def test_a_spoiled_file_is_named_and_not_gone_on_with(kind: str, tmp_path: Path)
             with pytest.raises(MetaplError) as told:
                 read_everything(there) if there == whole else go_on(folder).__enter__()
             assert path.name in str(told.value)
-    opened = written(tmp_path / "part", names(30), softmax(30))
-    last = opened.folder / files(opened.folder)[2]
-    last.write_bytes(last.read_bytes()[:-1] + b"X")
-    opened.at(range(20))  # which does not read it
-    with pytest.raises(MetaplError, match="damaged"):
-        opened.at([20])
 
 
 @pytest.mark.parametrize("text", ["{", "[" * 100_000, "[]", "\x00", '{"format": 1}'])
@@ -272,7 +257,7 @@ def test_a_description_of_something_else_is_named(text: str, store: LabelStore) 
 
 def test_a_description_of_another_version_is_named(store: LabelStore) -> None:
     content = json.loads((store.folder / reading.DESCRIPTION).read_text())
-    for other, word in (({**content, "format": 3}, "format"), ({**content, "complete": False}, "damaged")):
+    for other, word in (({**content, "format": 2}, "format"), ({**content, "complete": False}, "damaged")):
         (store.folder / reading.DESCRIPTION).write_text(json.dumps(other))
         with pytest.raises(MetaplError, match=word):
             read_everything(store.folder)

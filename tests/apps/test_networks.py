@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models.efficientnet import MBConv
 from torchvision.ops import StochasticDepth
 
-from metapl.apps.networks import NAMES, Architecture, create, normalized, parameter_groups
+from metapl.apps.networks import NAMES, Architecture, Normalized, create, parameter_groups
 from metapl.apps.networks.architecture import FAMILIES
 from metapl.errors import MetaplError
 from metapl.feedback.hypergradient import hypergradient
@@ -43,33 +43,6 @@ def test_each_network_has_its_weights() -> None:
         own = Architecture(name=name, num_classes=5).library == "metapl"
         assert sum(p.numel() for p in on_meta(name, 10 if own else 1000).parameters()) == weights, name
     assert {name for name, _ in COUNTS} == set(NAMES)
-
-
-KINDS = ["pooled_cnn", "wide_resnet28_2", "resnet18", "efficientnet_b0_svhn", "vit_b_32"]
-
-
-LARGE = [
-    pytest.param(name, marks=pytest.mark.long) for name in ("efficientnet_b1", "efficientnet_b6_wide", "vit_1b_14")
-]
-
-
-@pytest.mark.parametrize("name", [*KINDS, *LARGE])
-def test_the_code_of_a_network_builds_it(name: str) -> None:
-    import torchvision
-
-    import metapl.apps.networks
-
-    scope: dict[str, Any] = {"torch": torch, "torchvision": torchvision, "metapl": metapl}
-    for fields in ({}, {"in_channels": 1, "image_size": 224}):
-        architecture = Architecture(name=name, num_classes=5, **fields)
-        with torch.device("meta"):
-            exec(architecture.code(), scope)
-            made = architecture.create()
-        assert architecture.library == "metapl" or "metapl" not in architecture.code()
-        shapes = [{key: t.shape for key, t in net.state_dict().items()} for net in (scope["model"], made)]
-        strides = [[m.stride for m in net.modules() if isinstance(m, nn.Conv2d)] for net in (scope["model"], made)]
-        assert shapes[0] == shapes[1]
-        assert strides[0] == strides[1]
 
 
 @pytest.mark.parametrize(("name", "size", "side"), [("b0", 32, 1), ("b0_svhn", 32, 4), ("b0_svhn", 64, 8)])
@@ -239,11 +212,6 @@ def test_timm_networks(tmp_path: Path) -> None:
     network = create("timm:resnet10t", 10, dropout=0.3, stochastic_depth=0.1, in_channels=1, image_size=32)
     assert network.eval()(torch.randn(2, 1, 32, 32)).shape == (2, 10)
     assert network.drop_rate == 0.3
-    for name, fields in (("vit_tiny_patch16_224", {"image_size": 32}), ("resnet10t", {"image_size": 32})):
-        architecture, scope = Architecture(name=f"timm:{name}", num_classes=3, **fields), {"timm": timm}
-        exec(architecture.code(), scope)
-        made = [{key: t.shape for key, t in m.state_dict().items()} for m in (scope["model"], architecture.create())]
-        assert made[0] == made[1]
     for name, word in (("resnet5", "resnet50"), ("vgg11", "stochastic_depth")):
         with torch.device("meta"), pytest.raises(MetaplError, match=word):
             create(f"timm:{name}", 10, stochastic_depth=0.1)
@@ -259,7 +227,7 @@ def test_normalized_takes_pictures_as_they_are_and_feedback_goes_through_it() ->
     torch.manual_seed(0)
     inner, teacher = create("small_cnn", 3).double(), mlp([192, 3]).double()
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.1]
-    network, images = normalized(inner, mean, std).double(), torch.rand(4, 3, 8, 8).double()
+    network, images = Normalized(inner, mean, std).double(), torch.rand(4, 3, 8, 8).double()
 
     def by_hand(x: torch.Tensor) -> torch.Tensor:
         return (x - network.mean) / network.std
@@ -284,12 +252,12 @@ def test_normalized_takes_pictures_as_they_are_and_feedback_goes_through_it() ->
         network((images * 255).to(torch.uint8))
     for wrong in (([], []), ([0.5], [0.2, 0.2]), ([0.5], [0.0]), ([float("nan")], [1.0]), ([0.5], [float("inf")])):
         with pytest.raises(MetaplError, match="channel"):
-            normalized(nn.Identity(), *wrong)
+            Normalized(nn.Identity(), *wrong)
 
 
 def test_a_normalized_network_of_bfloat16_weights_takes_bfloat16_pictures() -> None:
     """As a sharded network does that gathers its weights in bfloat16: the mean and std stay in float32."""
-    network = normalized(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), [0.5] * 3, [0.25] * 3)
+    network = Normalized(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), [0.5] * 3, [0.25] * 3)
     network.module.bfloat16()
     images = torch.rand(2, 3, 2, 2).bfloat16()
     found = network(images)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,14 +32,13 @@ class Statistics:
 def statistics(store: LabelStore) -> Statistics:
     """Counts by class, and how confident the labels are; memory for 16 bytes a row."""
     label, confidence, entropy, copies = map(store.column, ("label", "confidence", "entropy", "copies"))
-    classes = len(store.classes)
-    counts, sums = np.bincount(label, minlength=classes), np.bincount(label, confidence, classes)
+    counts, sums, copied = (np.bincount(label, of, len(store.classes)) for of in (None, confidence, copies))
     return Statistics(
         rows=len(store),
-        copies=int(copies.sum(dtype=np.int64)),
+        copies=int(copied.sum()),
         classes=store.classes,
         counts=tuple(counts.tolist()),
-        class_copies=tuple(np.bincount(label, copies, classes).astype(np.int64).tolist()),
+        class_copies=tuple(copied.astype(np.int64).tolist()),
         class_confidence=tuple(float(total / n) if n else None for total, n in zip(sums, counts, strict=True)),
         mean_confidence=float(confidence.mean(dtype=np.float64)),
         mean_entropy=float(entropy.mean(dtype=np.float64)),
@@ -112,8 +110,6 @@ def select(
     import pyarrow.compute as pc
 
     check_arguments(select, locals())
-    if threshold is None and per_class is None and not balance and drop_overlap is None:
-        raise MetaplError("nothing was asked for; expected a threshold, per_class, balance or drop_overlap.")
     if any_class and (per_class is None or balance):
         raise MetaplError("any_class needs per_class, and no balance: an example can be of several classes.")
     if drop_overlap is not None and not store.has_digests:
@@ -137,8 +133,8 @@ def select(
         rows = np.arange(len(store))
         if drop_overlap is not None:
             held_out = pa.array(known, pa.binary(DIGEST_BYTES))
-            digests = (store.table(number)["digest"] for number in range(len(store.parts)))
-            rows = np.flatnonzero(~np.concatenate([pc.is_in(each, value_set=held_out).to_numpy() for each in digests]))
+            overlaps = [pc.is_in(table["digest"], value_set=held_out).to_numpy() for table in store.tables]
+            rows = np.flatnonzero(~np.concatenate(overlaps))
         apart = len(rows)
         if threshold is not None:
             rows = rows[confidence[rows] > np.float32(threshold)]  # 0.3 of float64 is below that of float32
@@ -151,33 +147,27 @@ def select(
             dropped = f"{len(store) - apart:,} overlap, and {apart - sure:,} are not above the threshold"
             raise MetaplError(f"nothing is left of the {len(store):,} examples of {store.folder}: {dropped}.")
         counts = np.bincount(label[rows], minlength=len(store.classes))
+
+        def chosen(number: int, where: Values) -> pa.Table:
+            return store.tables[number].take(pa.array(rows[where] - store.starts[number]))
+
         if balance:
             whole, rest = np.divmod(per_class or int(counts.max()), np.maximum(counts, 1))
-            hashes = []
-            for number, places in _by_part(store, rows):
-                names = store.table(number)["id"].take(pa.array(places)).to_pylist()
-                hashes += [hashlib.md5(str(name).encode(), usedforsecurity=False).digest()[8:] for name in names]
+            names = (str(name) for part in store.by_part(rows) for name in chosen(*part)["id"].to_pylist())
+            hashes = [hashlib.md5(name.encode(), usedforsecurity=False).digest()[8:] for name in names]
             once_more = _first_of_each(label[rows], np.frombuffer(b"".join(hashes), "<u8"), rest)
             copies[rows] = whole[label[rows]]
             copies[rows[once_more]] += 1
         done = writer.rows
-        for number, places in _by_part(store, rows[done:]):
-            table, counted = store.table(number).take(pa.array(places)), copies[store.starts[number] + places]
-            if not writer.complete:
-                writer.add_table(table.set_column(table.schema.get_field_index("copies"), "copies", pa.array(counted)))
-            done += len(places)
-            (progress or silent)(done)
+        for number, behind in store.by_part(rows[done:]) if not writer.complete else ():
+            table = chosen(number, behind + done)
+            counted = pa.array(copies[rows[behind + done]])
+            writer.add_table(table.set_column(table.schema.get_field_index("copies"), "copies", counted))
+            (progress or silent)(done + int(behind[-1]) + 1)
     missing = tuple(name for name, count in zip(store.classes, counts.tolist(), strict=True) if not count)
     dropped_for = len(store) - apart, apart - sure, sure - len(rows)
     total = int(copies[rows].sum(dtype=np.int64))
     return Selection(len(store), *dropped_for, len(rows), total, missing, unread=found.count(None))
-
-
-def _by_part(store: LabelStore, rows: Values) -> Iterator[tuple[int, Values]]:
-    """Each part that has some of the ascending rows, and the places of these in it."""
-    for number, piece in enumerate(np.split(rows, np.searchsorted(rows, store.starts[1:-1]))):
-        if len(piece):
-            yield number, piece - store.starts[number]
 
 
 def _first_of_each(classes: Values, keys: Values, most: Values) -> Values:
@@ -191,13 +181,13 @@ def _first_of_each(classes: Values, keys: Values, most: Values) -> Values:
 def _most_probable(store: LabelStore, rows: Values, most: int) -> Values:
     """Those of the rows that have one of the ``most`` greatest stored probabilities of some class."""
     kept: list[Values] = [np.empty(0, kind) for kind in (np.int64, np.float16, np.int64)]  # classes, keys and rows
-    for number, places in _by_part(store, rows):
-        lists = store.lists(number)
-        p_BK = lists["probabilities"][places]
-        classes_BK = (
-            lists["classes"][places] if "classes" in lists else np.tile(np.arange(p_BK.shape[1]), (len(p_BK), 1))
-        )
-        new = classes_BK.ravel(), -p_BK.ravel(), np.repeat(places + store.starts[number], p_BK.shape[1])
+    for number, where in store.by_part(rows):  # part by part, for the probabilities of all may not fit into memory
+        places = rows[where] - store.starts[number]
+        p_BK = store.matrix(number, "probabilities")[places]
+        classes_BK = np.broadcast_to(np.arange(p_BK.shape[1]), p_BK.shape)
+        if store.top_k is not None:
+            classes_BK = store.matrix(number, "classes")[places]
+        new = classes_BK.ravel(), -p_BK.ravel(), np.repeat(rows[where], p_BK.shape[1])
         kept = [np.concatenate(both) for both in zip(kept, new, strict=True)]
         first = _first_of_each(kept[0], kept[1], np.full(len(store.classes), most))
         kept = [column[first] for column in kept]

@@ -12,7 +12,6 @@ replaced. So a writer that was killed goes on behind the last part that the desc
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import json
 import os
@@ -20,11 +19,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import lru_cache, partial
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -36,18 +35,14 @@ from metapl.apps.machine.ownership import owned
 from metapl.apps.machine.sealed import is_temporary, read_json, remove_temporary, sha256_of, write_whole
 from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.checks import described
-from metapl.words import shown
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT, DESCRIPTION = 2, "store.json"
+FORMAT, DESCRIPTION = 3, "store.json"
 
 # Of the SHA-256 of a picture's file: the chance that any two of a billion pictures share them is 1 in 10^21.
 DIGEST_BYTES = 16
-
-MAPPED_PARTS = 16_384  # parts that are mapped; Linux gives a process 65,530 maps
-KNOWN_PARTS = 16  # parts whose ids are held in memory
 
 # How far the sum of an example's probabilities may be from 1; those of a softmax are within a few 1e-6.
 TOLERANCE = 1e-3
@@ -57,8 +52,6 @@ FREE = ("begun", "made_with", "run", "pictures")
 
 AGAIN = "Put the file back from a copy, or write the labels again to another folder (--out)."
 
-LISTS = "probabilities", "classes"  # of the classes alone where not all are kept
-
 Values = np.ndarray[Any, Any]
 Ids = Sequence[str] | Sequence[int] | Values | Tensor
 
@@ -67,52 +60,16 @@ require = partial(require_extra, "labels", "stored labels need", "pyarrow")
 
 @dataclass(frozen=True)
 class Part:
-    """A file of a store, as the description has it, with its first and last id and the SHA-256 of its bytes."""
+    """A file of a store, as the description has it."""
 
     file: str
     rows: int
-    first: str | int
-    last: str | int
     sha256: str
 
 
 def _seal(content: Mapping[str, Any]) -> str:
     plain = {name: value for name, value in content.items() if name != "seal"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-
-
-def _description(folder: Path) -> dict[str, Any]:
-    file = folder / DESCRIPTION
-    if not file.exists():
-        raise MetaplError(f"{folder} holds no {DESCRIPTION}; expected a store, as metapl label writes it.")
-    content = read_json(file, needed=["format"], mend=AGAIN)
-    if content["format"] != FORMAT:
-        fault = f"{file} is of format {shown(content['format'])!s:.20}; this metapl reads format {FORMAT}"
-        raise MetaplError(f"{fault}: take the metapl that wrote it, or write the labels again.")
-    if content.get("seal") != _seal(content):
-        raise MetaplError(f"{file} is damaged: its checksum (seal) is of another content. {AGAIN}")
-    return content | {"parts": [Part(**part) for part in content["parts"]]}
-
-
-@lru_cache(MAPPED_PARTS)
-def _table(path: Path) -> pa.Table:
-    """The rows of a part, in a memory map."""
-    import pyarrow as pa
-
-    # pyarrow's map does not need its file to stay open: a process may have few of these.
-    return pa.ipc.open_file(pa.memory_map(os.fsencode(path))).read_all()
-
-
-@lru_cache(MAPPED_PARTS)
-def matrices(path: Path) -> dict[str, Values]:
-    """The columns of lists of a part, each (rows, K), where they lie in the file."""
-    lists = {name: _table(path)[name].chunk(0) for name in _table(path).schema.names if name in LISTS}
-    return {name: each.flatten().to_numpy().reshape(len(each), -1) for name, each in lists.items()}
-
-
-@lru_cache(KNOWN_PARTS)
-def _places(path: Path) -> dict[str | int, int]:
-    return {name: place for place, name in enumerate(_table(path)["id"].to_pylist())}
 
 
 class LabelStore:
@@ -127,12 +84,11 @@ class LabelStore:
     they are off by two parts in 2,048 at most, one of their own and one of the sum that is divided by.
 
     Args:
-        folder: of the store. Worker processes may be given a copy, which reads for itself.
+        folder: of the store.
 
-    Cost: a part is checked whole by its SHA-256 when something of it is first read (about 1 ms a MB); then its numbers
-    are read from a memory map: 2 K bytes a row (6 K with classes), in any order. To find rows by their ids, a part's
-    ids are decoded (about 1 ms for 10,000) and kept for the 16 parts used last: of examples that are read again and
-    again, ask for the rows once, by :meth:`rows`, and read by :meth:`at`.
+    Cost: all parts are checked by their SHA-256 when something is first read (about 1 ms a MB); then numbers are read
+    from memory maps: 2 K bytes a row (6 K with classes), in any order. To find rows by their ids, all ids are hashed:
+    of examples that are read again and again, ask for the rows once, by :meth:`find`, and read by :meth:`at`.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp()) / "store"
@@ -142,35 +98,61 @@ class LabelStore:
     >>> store[[9, 7]]
     tensor([[0.0000, 0.0000, 1.0000],
             [0.5000, 0.2500, 0.2500]])
-    >>> store.rows([9]), list(store), len(store)
-    (array([1]), [7, 9], 2)
+    >>> store.find([9, 8]), list(store), len(store)
+    (array([ 1, -1]), [7, 9], 2)
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, whole: bool = True) -> None:
         require()
         self.folder = Path(folder)
-        content = _description(self.folder)
+        file = self.folder / DESCRIPTION
+        if not file.exists():
+            raise MetaplError(f"{folder} holds no {DESCRIPTION}; expected a store, as metapl label writes it.")
+        content = read_json(file, needed=["format"], mend=AGAIN)
+        if content["format"] != FORMAT:
+            raise MetaplError(f"{file} is of another format; expected {FORMAT}: write the labels again.")
+        if content.get("seal") != _seal(content):
+            raise MetaplError(f"{file} is damaged: its checksum (seal) is of another content. {AGAIN}")
         if whole and not content["complete"]:
-            fault = f"the store in {folder} is not whole: its writer was stopped"
-            raise MetaplError(f"{fault}. Go on with the command that began it, and resume=True (--resume).")
+            raise MetaplError(f"the store in {folder} is not whole: go on with resume=True (--resume).")
         self.complete: bool = content["complete"]
         self.classes: tuple[str, ...] = tuple(content["classes"])
         self.top_k: int | None = content["top_k"]
         self.rows_per_part: int = content["rows_per_part"]
         self.provenance: Mapping[str, Any] = content["provenance"]
-        self.parts: tuple[Part, ...] = tuple(content["parts"])
-        self.has_digests: bool = content["digests"]
+        self.parts = tuple(Part(**part) for part in content["parts"])
         self.starts = np.cumsum([0, *(part.rows for part in self.parts)])
-        self._firsts: list[Any] = [part.first for part in self.parts]
-        self._sound: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_sound": set()}  # what was found sound stays with the process
+        return {name: value for name, value in vars(self).items() if name != "tables"}  # a process maps its own
+
+    @cached_property
+    def tables(self) -> list[pa.Table]:
+        """The rows of each part, in a memory map; a MetaplError names a file that is not as it was written."""
+        import pyarrow as pa
+
+        found = []
+        for part in self.parts:
+            path = self.folder / part.file
+            try:
+                whole = sha256_of(path) == part.sha256
+            except OSError as error:
+                raise MetaplError(f"{path} cannot be read: {reason_of(error)}. {AGAIN}") from error
+            if not whole:
+                raise MetaplError(f"{path} is damaged: its SHA-256 is not the one in {DESCRIPTION}. {AGAIN}")
+            # pyarrow's map does not need its file to stay open: a process may have few of these.
+            found.append(pa.ipc.open_file(pa.memory_map(os.fsencode(path))).read_all())
+        return found
 
     @property
     def sha256(self) -> str:
         """SHA-256 of the labels, from the checksums of the parts; when they were written is left out."""
         return hashlib.sha256("".join(part.sha256 for part in self.parts).encode()).hexdigest()
+
+    @property
+    def has_digests(self) -> bool:
+        """Whether the examples are files, of which the store has the beginning of the SHA-256."""
+        return "digest" in self.tables[0].column_names
 
     def __len__(self) -> int:
         """Number of rows, each of another example."""
@@ -178,43 +160,30 @@ class LabelStore:
 
     def __iter__(self) -> Iterator[str | int]:
         """The ids, in the order of the rows, a part at a time."""
-        for number in range(len(self.parts)):
-            yield from self.table(number)["id"].to_pylist()
-
-    def __contains__(self, example: object) -> bool:
-        return bool(self._find([example])[0] >= 0)
+        for table in self.tables:
+            yield from table["id"].to_pylist()
 
     def __getitem__(self, ids: str | int | Ids) -> Tensor:
         """The distributions of examples by B ids in any order, float32 (B, C) on the CPU, each row summing to 1; (C,)
         of one id. A MetaplError where there is no such example."""
         if isinstance(ids, str | int | np.integer):
-            return self.at(self.rows([cast(Any, ids)]))[0]
-        return self.at(self.rows(ids))
-
-    def rows(self, ids: Ids) -> Values:
-        """The rows of examples, int64 (B,). A MetaplError where there is no such example."""
-        wanted = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
-        rows = self._find(wanted)
-        if missing := [name for name, row in zip(wanted, rows.tolist(), strict=True) if row < 0]:
+            return self[np.asarray([ids])][0]
+        rows = self.find(ids)
+        if missing := [name for name, row in zip(ids, rows.tolist(), strict=True) if row < 0]:
             raise MetaplError(f"{self.folder} has no labels of {few(missing)}; expected examples that it was made of.")
-        return rows
+        return self.at(rows)
 
-    def _find(self, ids: Sequence[Any]) -> Values:
-        """The rows of examples; −1 where there is none."""
-        rows, kinds = np.full(len(ids), -1, dtype=np.int64), (str,) if self.kind is str else (int, np.integer)
-        known = np.array([i for i, name in enumerate(ids) if isinstance(name, kinds)], dtype=np.int64)
-        parts = np.array([bisect.bisect_right(self._firsts, ids[i]) - 1 for i in known], dtype=np.int64)
-        for number, where in _by_part(parts):
-            if number >= 0:  # before the first part there is nothing
-                places = _places(self._checked(number))
-                for i in known[where]:
-                    rows[i] = self.starts[number] + places[ids[i]] if ids[i] in places else -1
-        return rows
+    def find(self, ids: Ids) -> Values:
+        """The rows of examples, int64 (B,); −1 where there is none."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
 
-    @property
-    def kind(self) -> type:
-        """Of the ids: str or int."""
-        return type(self._firsts[0])
+        wanted: list[Any] = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
+        known = pa.chunked_array([table["id"].chunk(0) for table in self.tables])
+        if known.type == pa.string():  # as bytes, since a name that is not UTF-8 may be asked for
+            wanted, known = [name.encode("utf-8", "surrogatepass") for name in wanted], known.cast(pa.binary())
+        rows = pc.index_in(pa.array(wanted, known.type), value_set=known).fill_null(-1)
+        return np.asarray(rows.to_numpy(zero_copy_only=False), dtype=np.int64)
 
     def at(self, rows: Sequence[int] | Values | Tensor) -> Tensor:
         """The distributions of B rows of 0, …, len − 1 in any order, float32 (B, C) on the CPU, each summing to 1; read
@@ -224,11 +193,11 @@ class LabelStore:
             raise MetaplError(f"{self.folder} has no row {few(outside)}; expected 0 to {len(self) - 1:,}.")
         width = self.top_k or len(self.classes)
         s_BK, classes_BK = np.empty((len(wanted), width), np.float32), np.empty((len(wanted), width), np.int32)
-        for number, where in _by_part(np.searchsorted(self.starts, wanted, side="right") - 1):
-            lists, places = self.lists(number), wanted[where] - self.starts[number]
-            s_BK[where] = lists["probabilities"][places]
+        for number, where in self.by_part(wanted):
+            places = wanted[where] - self.starts[number]
+            s_BK[where] = self.matrix(number, "probabilities")[places]
             if self.top_k is not None:
-                classes_BK[where] = lists["classes"][places]
+                classes_BK[where] = self.matrix(number, "classes")[places]
         # By numpy, in one thread: torch's threads would wait for each other at every small batch.
         sum_B1 = s_BK.sum(axis=1, keepdims=True)
         if self.top_k is None:
@@ -240,54 +209,27 @@ class LabelStore:
         np.put_along_axis(q_BC, classes_BK, s_BK / whole_B1, axis=1)
         return torch.from_numpy(q_BC)
 
-    def rows_with_copies(self) -> Values:
-        """The rows, int64, each as often as it counts: what to draw from where classes were balanced by duplication."""
-        return np.repeat(np.arange(len(self)), self.column("copies"))
+    def by_part(self, rows: Values) -> Iterator[tuple[int, Values]]:
+        """Each part that has some of the rows, in the order of the parts, and where these stand among ``rows``."""
+        parts = np.searchsorted(self.starts, rows, side="right") - 1
+        order = np.argsort(parts, kind="stable")
+        for where in np.split(order, np.flatnonzero(np.diff(parts[order])) + 1):
+            if len(where):
+                yield int(parts[where[0]]), where
+
+    def matrix(self, number: int, name: str) -> Values:
+        """The ``probabilities``, or with ``top_k`` their ``classes``, of a part by its number, (rows, K), as they lie
+        in the file."""
+        lists = self.tables[number][name].chunk(0)
+        return np.asarray(lists.flatten().to_numpy().reshape(len(lists), -1))
 
     def column(self, name: str) -> Values:
         """The numbers of all rows in a column: their label, confidence, entropy or copies, or an id that is one."""
-        return np.concatenate([self.table(number)[name].to_numpy() for number in range(len(self.parts))])
+        return np.concatenate([table[name].to_numpy() for table in self.tables])
 
-    def table(self, number: int) -> pa.Table:
-        """The rows of a part by its number, as pyarrow has them."""
-        return _table(self._checked(number))
-
-    def lists(self, number: int) -> dict[str, Values]:
-        """The probabilities, and with ``top_k`` their classes, of a part by its number, each (rows, K)."""
-        return matrices(self._checked(number))
-
-    def digests(self) -> Iterator[tuple[Any, bytes]]:
-        """The ids, each with the first 16 bytes of the SHA-256 of its file; none where the store does not have them."""
-        for number in range(len(self.parts) if self.has_digests else 0):
-            table = self.table(number)
-            yield from zip(table["id"].to_pylist(), table["digest"].to_pylist(), strict=True)
-
-    def verify(self) -> None:
-        """Check the bytes of all parts, whether or not they were read; a MetaplError names one that is damaged."""
-        self._sound.clear()
-        for number in range(len(self.parts)):
-            self._checked(number)
-
-    def _checked(self, number: int) -> Path:
-        """The file of a part, which is refused where it is not as it was written; asked once."""
-        path = self.folder / self.parts[number].file
-        if number not in self._sound:
-            try:
-                found = sha256_of(path)
-            except OSError as error:
-                raise MetaplError(f"{path} cannot be read: {reason_of(error)}. {AGAIN}") from error
-            if found != self.parts[number].sha256:
-                raise MetaplError(f"{path} is damaged: its SHA-256 is not the one in {DESCRIPTION}. {AGAIN}")
-            self._sound.add(number)
-        return path
-
-
-def _by_part(parts: Values) -> Iterator[tuple[int, Values]]:
-    """Each part that occurs, and where."""
-    order = np.argsort(parts, kind="stable")
-    for where in np.split(order, np.flatnonzero(np.diff(parts[order])) + 1):
-        if len(where):
-            yield int(parts[where[0]]), where
+    def rows_with_copies(self) -> Values:
+        """The rows, int64, each as often as it counts: what to draw from where classes were balanced by duplication."""
+        return np.repeat(np.arange(len(self)), self.column("copies"))
 
 
 def is_text(name: str) -> bool:
@@ -341,21 +283,16 @@ class LabelWriter:
         self.provenance: Mapping[str, Any] = {"begun": begun, "made_with": environment(), **(provenance or {})}
         self.there: LabelStore | None = None  # what was on disk when this writer was entered
         self.complete = False  # whether that is whole, so that there is nothing to add
+        self.last: str | int | None = None  # the id of the last row that was added; of a writer that resumes, on disk
         self._parts: list[Part] = []
         self._schema: pa.Schema | None = None
         self._waiting: list[pa.Table] = []
-        self._last: str | int | None = None
         self._stack = ExitStack()
 
     @property
     def rows(self) -> int:
         """How many rows are on disk."""
         return sum(part.rows for part in self._parts)
-
-    @property
-    def last(self) -> str | int | None:
-        """The id of the last row on disk; a writer that resumes goes on behind it. None where there is none."""
-        return self._parts[-1].last if self._parts else None
 
     def __enter__(self) -> Self:
         if self.folder.exists() and not self.folder.is_dir():
@@ -401,10 +338,10 @@ class LabelWriter:
                 begun, asked = (few([repr(each.get(name))], longest=60) for each in (then, now))
                 fault = f"the store in {self.folder} was begun with {name} {begun}, and now it is {asked}"
                 raise MetaplError(f"{fault}; go on as it was begun, or give another folder (--out).")
-        there.verify()
         self.there, self.provenance, self.complete = there, there.provenance, there.complete
-        self._parts, self._last = [*there.parts], there.parts[-1].last if there.parts else None
-        self._schema = there.table(0).schema if there.parts else None
+        self._parts = [*there.parts]
+        if there.tables:
+            self._schema, self.last = there.tables[0].schema, there.tables[-1]["id"][-1].as_py()
 
     def add(self, ids: Ids, probabilities: Tensor, digests: Sequence[bytes] | None = None) -> None:
         """Add examples behind those that are there.
@@ -426,7 +363,7 @@ class LabelWriter:
             fault = "some of the probabilities are negative or not finite, or those of an example do not sum to 1"
             raise MetaplError(f"{fault}; expected what softmax gives.")
         names: list[Any] = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
-        in_order = names if self._last is None else [self._last, *names]
+        in_order = names if self.last is None else [self.last, *names]
         kinds = {type(name) for name in in_order}
         if kinds not in (set(), {str}, {int}) or not all(is_text(name) for name in names if isinstance(name, str)):
             fault = f"the ids are {described(ids)}"
@@ -465,7 +402,7 @@ class LabelWriter:
             fault = f"the store in {self.folder} has the columns {', '.join(self._schema.names)}"
             raise MetaplError(f"{fault}; expected the same of all that is added: either all with digests or none.")
         if len(table):
-            self._schema, self._last = table.schema, table["id"][-1].as_py()
+            self._schema, self.last = table.schema, table["id"][-1].as_py()
             self._waiting.append(table)
         while sum(map(len, self._waiting)) >= self.rows_per_part:
             self._flush(self.rows_per_part)
@@ -480,10 +417,8 @@ class LabelWriter:
         with pa.ipc.new_file(sink, table.schema) as file:
             file.write_table(table)
         content = sink.getvalue()
-        sha256, ids = hashlib.sha256(content).hexdigest(), table["id"]
-        part = Part(
-            f"part-{len(self._parts):05}-{sha256[:16]}.arrow", rows, ids[0].as_py(), ids[-1].as_py(), sha256=sha256
-        )
+        sha256 = hashlib.sha256(content).hexdigest()
+        part = Part(f"part-{len(self._parts):05}-{sha256[:16]}.arrow", rows, sha256)
         if not self._parts:
             self._describe(complete=False)
         self._write(part.file, content)
@@ -499,7 +434,6 @@ class LabelWriter:
             "top_k": self.top_k,
             "rows_per_part": self.rows_per_part,
             "provenance": self.provenance,
-            "digests": self._schema is not None and "digest" in self._schema.names,
             "parts": [asdict(part) for part in self._parts],
         }
         self._write(DESCRIPTION, (json.dumps({**content, "seal": _seal(content)}, indent=1) + "\n").encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +19,6 @@ from metapl.models.networks import PooledFeatures, small_cnn, wide_resnet
 from metapl.runs.fields import AtLeastOne, Range, check_arguments, check_fields
 from metapl.words import did_you_mean
 
-_log = logging.getLogger(__name__)
-
 Noise = Annotated[float, Range(0, 1)]
 
 
@@ -36,7 +33,7 @@ class Architecture:
         stochastic_depth: probability in [0, 1) of dropping the last block.
         in_channels: channels of a picture: 3 for color, 1 for grey.
         image_size: side of the pictures in pixels. Vision transformers (None: 224) and pooled_cnn are built for one,
-            and position embeddings of another are interpolated; the others take any.
+            and timm's position embeddings of another are interpolated; the others take any.
 
     Raises:
         MetaplError: an unknown name, a number out of its range, or a field that the network does not have.
@@ -58,8 +55,7 @@ class Architecture:
         for field in ("dropout", "stochastic_depth"):
             if getattr(self, field) > 0.0 and not getattr(family, field):
                 having = ", ".join(name for name, known in FAMILIES.items() if getattr(known, field))
-                given = f"{self.name} has no {field}, and {field}={getattr(self, field)} was given"
-                raise MetaplError(f"{given}; leave it out, or take a network that has it: {having}.")
+                raise MetaplError(f"{self.name} has no {field}; leave it out, or take a network that has it: {having}.")
         if family.patch is not None and self.image_size is not None and self.image_size % family.patch:
             expected = f"expected a multiple of its patch, {family.patch}"
             raise MetaplError(f"{self.name} got image_size={self.image_size}; {expected}.")
@@ -80,22 +76,21 @@ class Architecture:
         """The network, with fresh weights from the default generator or with those of a file; see :func:`create`."""
         module = self.family.build(self)
         if weights is not None:
-            heads = self.family.heads(module)
-            _log.info("%s", load_weights(module, weights, heads=heads, adapt=self.family.adapt))
+            load_weights(module, weights, heads=self.heads(module))
         return module
 
     @property
     def library(self) -> str:
-        """The package that builds it without help: torchvision, timm or metapl."""
+        """The package whose names its weights have: torchvision, timm or metapl."""
         return self.family.library
 
-    def code(self) -> str:
-        """Lines of Python that build it as ``model`` by :attr:`library` alone (``torch`` and it being imported).
-
-        >>> print(Architecture(name="resnet50", num_classes=7).code())
-        model = torchvision.models.resnet50(num_classes=7)
-        """
-        return "\n".join(self.family.code(self))
+    def heads(self, module: nn.Module) -> tuple[str, ...]:
+        """The names of the layers that turn features into classes; a distilled network of timm has several."""
+        if self.library != "timm":
+            return (self.family.head,)
+        classifier = module.get_classifier()  # type: ignore[operator]  # every network of timm has it
+        wanted = {id(m) for m in (classifier if isinstance(classifier, tuple) else (classifier,))}
+        return tuple(name for name, part in module.named_modules() if id(part) in wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,46 +99,11 @@ class Family:
 
     library: str
     build: Callable[[Architecture], nn.Module]
-    code: Callable[[Architecture], list[str]]  # without noise, which has no weights
     stem: str = ""  # the layer that sees the channels
     head: str = "head"
     dropout: bool = True
     stochastic_depth: bool = False
     patch: int | None = None  # what the side of a picture is a multiple of, where the network is built for one size
-
-    def heads(self, module: nn.Module) -> tuple[str, ...]:
-        """The names of the layers that turn features into classes; a distilled network of timm has several."""
-        if self.library != "timm":
-            return (self.head,)
-        classifier = module.get_classifier()  # type: ignore[operator]  # every network of timm has it
-        wanted = {id(m) for m in (classifier if isinstance(classifier, tuple) else (classifier,))}
-        return tuple(name for name, part in module.named_modules() if id(part) in wanted)
-
-    def adapt(self, module: nn.Module, state: dict[str, Tensor]) -> tuple[str, ...]:
-        """Bring the position embeddings of a file to a network's resolution, in place, and name what was changed."""
-        if self.library == "timm":
-            vit: Any = module
-            embedded, own = state.get("pos_embed"), getattr(vit, "pos_embed", None)
-            if embedded is None or own is None or embedded.shape == own.shape or embedded.ndim != 3:
-                return ()
-            from timm.layers.pos_embed import resample_abs_pos_embed
-
-            first = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
-            grid = [*vit.patch_embed.grid_size]
-            state["pos_embed"] = resample_abs_pos_embed(embedded, grid, num_prefix_tokens=first)
-            return ("pos_embed",)
-        key = "encoder.pos_embedding"
-        own = module.state_dict().get(key) if self.patch is not None else None
-        if own is None or key not in state or state[key].shape == own.shape or state[key].ndim != 3:
-            return ()
-        from torchvision.models.vision_transformer import interpolate_embeddings
-
-        try:
-            interpolate_embeddings(module.image_size, module.patch_size, state)
-        except ValueError as error:
-            what = f"{key} in the file cannot be interpolated to pictures of {module.image_size} pixels"
-            raise MetaplError(f"{what}: {error}.") from error
-        return (key,)
 
 
 # ----------------------------------------------------------------------------------------------------------------- own
@@ -152,12 +112,6 @@ class Family:
 def _own(a: Architecture) -> nn.Module:
     sized = {"image_size": a.image_size} if a.name == "pooled_cnn" else {}
     return _OWN[a.name](a.num_classes, in_channels=a.in_channels, dropout=a.dropout, **sized)
-
-
-def _own_code(a: Architecture) -> list[str]:
-    channels = f", in_channels={a.in_channels}" * (a.in_channels != 3)
-    size = f", image_size={a.image_size}" * (a.name == "pooled_cnn" and a.image_size is not None)
-    return [f'model = metapl.apps.networks.create("{a.name}", num_classes={a.num_classes}{channels}{size})']
 
 
 def pooled_cnn(
@@ -243,8 +197,11 @@ def _torchvision(a: Architecture) -> nn.Module:
         norm = partial(nn.BatchNorm2d, eps=0.001, momentum=0.01)  # of B5 to B7
         module: Any = EfficientNet(stages, a.dropout, num_classes=a.num_classes, norm_layer=norm)
     else:
-        name, given = _call(a)
-        module = getattr(models, name)(**given, **({} if is_resnet else {"dropout": a.dropout}))
+        how: dict[str, Any] = {"num_classes": a.num_classes} | ({} if is_resnet else {"dropout": a.dropout})
+        if a.name.startswith("vit"):
+            how |= {"image_size": a.image_size or 224}
+        build = partial(models.VisionTransformer, **_LARGE_VIT) if a.name == "vit_1b_14" else None
+        module = (build or models.get_model_builder(a.name.removesuffix("_svhn")))(**how)
     if is_resnet and a.dropout > 0:
         module.fc = _DroppedLinear(module.fc.in_features, a.num_classes, a.dropout)
     if a.name.startswith("efficientnet"):
@@ -272,42 +229,6 @@ def _torchvision(a: Architecture) -> nn.Module:
     return module  # type: ignore[no-any-return]
 
 
-def _call(a: Architecture) -> tuple[str, dict[str, Any]]:
-    """What torchvision calls it, and the arguments without those of noise."""
-    classes = {"num_classes": a.num_classes}
-    if a.name == "vit_1b_14":
-        return "VisionTransformer", {"image_size": a.image_size or 224, **_LARGE_VIT, **classes}
-    size = {"image_size": a.image_size} if a.name.startswith("vit") and a.image_size is not None else {}
-    return a.name.removesuffix("_svhn"), {**classes, **size}
-
-
-def _torchvision_code(a: Architecture) -> list[str]:
-    if a.name in _SCALES:
-        width, depth = _SCALES[a.name]
-        lines = [
-            "nets = torchvision.models.efficientnet",
-            f"stages = {_STAGES}",
-            f"stages = [nets.MBConvConfig(*s, width_mult={width}, depth_mult={depth}) for s in stages]",
-            f"model = nets.EfficientNet(stages, dropout=0.0, num_classes={a.num_classes}, "
-            "norm_layer=lambda c: torch.nn.BatchNorm2d(c, eps=0.001, momentum=0.01))",
-        ]
-    else:
-        name, given = _call(a)
-        lines = [f"model = torchvision.models.{name}({_arguments(given)})"]
-    if a.name.endswith("_svhn"):
-        lines += [f"for stage in {_KEEPING_STAGES}:", "    model.features[stage][0].block[1][0].stride = (1, 1)"]
-    if a.in_channels != 3:
-        with torch.device("meta"):
-            conv = _torchvision(a).get_submodule(a.family.stem)
-        head, *indices = a.family.stem.split(".")
-        lines.append(f"model.{head}{''.join(f'[{i}]' for i in indices)} = torch.nn.{conv}")
-    return lines
-
-
-def _arguments(given: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in given.items())
-
-
 class _DroppedLinear(nn.Linear):
     """A linear layer behind dropout, under the names of a plain one."""
 
@@ -322,8 +243,7 @@ class _DroppedLinear(nn.Linear):
 # ---------------------------------------------------------------------------------------------------------------- timm
 
 
-def _timm(a: Architecture) -> tuple[nn.Module, dict[str, Any]]:
-    """The network, and the arguments that timm took for it."""
+def _timm(a: Architecture) -> nn.Module:
     require_extra("timm", f"{a.name} needs", "timm")
     import timm
 
@@ -334,14 +254,12 @@ def _timm(a: Architecture) -> tuple[nn.Module, dict[str, Any]]:
     # Only what differs from timm's defaults, for not every network takes every argument.
     fields: dict[str, Any] = {"num_classes": a.num_classes}
     own = {"in_chans": "in_channels", "drop_rate": "dropout", "drop_path_rate": "stochastic_depth"}
-    for theirs, ours in own.items():
-        if getattr(a, ours) != getattr(Architecture, ours):
-            fields[theirs] = getattr(a, ours)
+    fields |= {theirs: getattr(a, n) for theirs, n in own.items() if getattr(a, n) != getattr(Architecture, n)}
     if a.image_size is not None:
         fields["img_size"] = a.image_size
     while True:
         try:
-            return timm.create_model(name, pretrained=False, **fields), fields
+            return timm.create_model(name, pretrained=False, **fields)
         except TypeError as error:
             refused = next((field for field in fields if f"'{field}'" in str(error)), "")
             if refused in own:
@@ -351,23 +269,16 @@ def _timm(a: Architecture) -> tuple[nn.Module, dict[str, Any]]:
             del fields["img_size"]  # a network that takes any
 
 
-def _timm_code(a: Architecture) -> list[str]:
-    with torch.device("meta"):
-        _, fields = _timm(a)
-    given = {name: value for name, value in fields.items() if name not in ("drop_rate", "drop_path_rate")}
-    return [f'model = timm.create_model("{a.name.removeprefix("timm:")}", {_arguments(given)})']
-
-
 # -------------------------------------------------------------------------------------------------------- the registry
 
-_TORCHVISION = partial(Family, library="torchvision", build=_torchvision, code=_torchvision_code)
+_TORCHVISION = partial(Family, library="torchvision", build=_torchvision)
 _RESNET = _TORCHVISION(stem="conv1", head="fc")
 _EFFICIENTNET = _TORCHVISION(stem="features.0.0", head="classifier.1", stochastic_depth=True)
 _VITS = {"b_16": 16, "b_32": 32, "l_16": 16, "l_32": 32, "h_14": 14, "1b_14": 14}
-_TIMM = Family(library="timm", build=lambda a: _timm(a)[0], code=_timm_code, stochastic_depth=True)
+_TIMM = Family(library="timm", build=_timm, stochastic_depth=True)
 
 FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(_OWN, Family(library="metapl", build=_own, code=_own_code)),
+    **dict.fromkeys(_OWN, Family(library="metapl", build=_own)),
     **{f"resnet{depth}": _RESNET for depth in (18, 34, 50, 101, 152)},
     **{f"efficientnet_b{scale}": _EFFICIENTNET for scale in (*range(8), "0_svhn")},
     **dict.fromkeys(_SCALES, _EFFICIENTNET),

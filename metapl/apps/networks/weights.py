@@ -6,8 +6,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -21,47 +20,18 @@ from torch.nn.modules.batchnorm import _NormBase
 from metapl.errors import MetaplError, few, reason_of
 
 
-@dataclass(frozen=True)
-class LoadedWeights:
-    """What :func:`load_weights` did.
-
-    Args:
-        file: where the weights came from.
-        loaded: names of the tensors taken from it.
-        fresh: names of the head's tensors that stayed as they were, for the file has none that fit.
-        interpolated: names of those brought to another resolution.
-    """
-
-    file: Path
-    loaded: tuple[str, ...]
-    fresh: tuple[str, ...] = ()
-    interpolated: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        text = f"{len(self.loaded)} tensors loaded from {self.file}"
-        text += f"; fresh, for the head is of another size: {', '.join(self.fresh)}" if self.fresh else ""
-        return text + (f"; interpolated: {', '.join(self.interpolated)}" if self.interpolated else "")
-
-
-def load_weights(
-    module: nn.Module,
-    file: str | os.PathLike[str],
-    *,
-    heads: Iterable[str] = (),
-    adapt: Callable[[nn.Module, dict[str, Tensor]], tuple[str, ...]] | None = None,
-) -> LoadedWeights:
+def load_weights(module: nn.Module, file: str | os.PathLike[str], *, heads: Iterable[str] = ()) -> list[str]:
     """Put the weights of a local file into a network, which is changed in place, or not at all.
 
     Args:
-        module: the network.
+        module: the network. Position embeddings of a vision transformer of timm are brought to its resolution.
         file: a state dict, ``.safetensors`` or by ``torch.save``, alone or under "state_dict" or "model". It is read
             without running code from it. Prefixes of data parallelism and ``torch.compile`` are taken off its names.
         heads: names of the layers that give the classes. One whose number of classes differs from the file's, or that
             the file does not have, keeps the weights that it has.
-        adapt: called with the network and the file's tensors, may change the latter and names those it changed.
 
     Returns:
-        What was loaded and what was not; its text is one line.
+        Names of the heads' tensors that stayed as they were.
 
     Raises:
         MetaplError: the file is missing, damaged, holds something else than finite tensors, or its names or shapes
@@ -70,15 +40,21 @@ def load_weights(
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
     >>> torch.save(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1000)).state_dict(), folder / "weights.pt")
-    >>> load_weights(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), folder / "weights.pt", heads=["1"]).fresh
-    ('1.weight', '1.bias')
+    >>> load_weights(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), folder / "weights.pt", heads=["1"])
+    ['1.weight', '1.bias']
     """
     path, own = Path(file), module.state_dict()
     state = _state_dict(path)
     if all(name in ("mean", "std") or name.startswith("module.") for name in state):  # of a run: see Normalized
         state = {name: t for name, t in state.items() if name not in ("mean", "std")}
     state = _without_prefixes(state, own.keys())
-    interpolated = () if adapt is None else adapt(module, state)
+    vit: Any = module
+    embedded, grid = state.get("pos_embed"), getattr(vit, "patch_embed", None)
+    if embedded is not None and grid is not None and embedded.ndim == 3 and embedded.shape != own["pos_embed"].shape:
+        from timm.layers.pos_embed import resample_abs_pos_embed
+
+        first = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
+        state["pos_embed"] = resample_abs_pos_embed(embedded, [*grid.grid_size], num_prefix_tokens=first)
     fresh: list[str] = []
     for head in heads:
         names = [name for name in own if name.startswith(f"{head}.")]
@@ -96,7 +72,7 @@ def load_weights(
             "classes; create the network that the weights are of."
         )
     module.load_state_dict({**own, **fits})
-    return LoadedWeights(path, tuple(fits), tuple(fresh), interpolated)
+    return fresh
 
 
 def _kind(tensor: Tensor | None) -> str:
@@ -118,22 +94,17 @@ def fetch_imagenet_weights(name: str) -> Path:
     from torchvision.models import get_model_weights
 
     try:
-        weights = get_model_weights(name).DEFAULT
+        url = get_model_weights(name).DEFAULT.url
+        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
+        if not file.exists():
+            torch.hub.load_state_dict_from_url(url, str(file.parent), check_hash=True, weights_only=True)
     except ValueError as error:
         raise MetaplError(
-            f"torchvision has no ImageNet weights of {name!r}; take one of its networks, --network resnet18 say, or a "
-            "file: --weights FILE."
+            f"torchvision has no ImageNet weights of {name!r}; take resnet18, or --weights FILE."
         ) from error
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    file = folder / Path(urlparse(weights.url).path).name
-    if not file.exists():
-        try:
-            torch.hub.load_state_dict_from_url(weights.url, str(folder), check_hash=True, weights_only=True)
-        except (URLError, OSError, RuntimeError) as error:
-            raise MetaplError(
-                f"the ImageNet weights of {name} could not be downloaded ({error}). Download {weights.url} elsewhere "
-                f"and give it as --weights {file.name}, or leave --weights out."
-            ) from error
+    except (URLError, OSError, RuntimeError) as error:
+        mend = f"download {url} elsewhere and give it as --weights {file.name}, or leave --weights out"
+        raise MetaplError(f"the ImageNet weights of {name} could not be downloaded ({error}); {mend}.") from error
     return file
 
 
@@ -148,24 +119,19 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about how others have written it
                 stored = torch.load(path, map_location="cpu", weights_only=True)
+        for _ in range(8):  # how deep training programs wrap it
+            inside = [stored.get(key) for key in ("state_dict", "model")] if isinstance(stored, Mapping) else []
+            stored = next((part for part in inside if isinstance(part, Mapping)), stored)
+        if not isinstance(stored, Mapping) or not stored or not all(isinstance(t, Tensor) for t in stored.values()):
+            raise TypeError(f"it holds {few(stored) if isinstance(stored, Mapping) else type(stored).__name__}")
+        if bad := [name for name, t in stored.items() if not bool(t.isfinite().all())]:
+            raise ValueError(f"values that are not finite, in {few(bad)}")
     except Exception as error:  # damage shows in many types: safetensors' own, pickle's, zip's, OSError, EOFError
         raise MetaplError(
-            f"{path} cannot be read as weights: {reason_of(error)}. Expected a state dict: .safetensors, or tensors "
-            "alone as torch.save(model.state_dict(), path) writes them."
+            f"{path} cannot be read as weights: {reason_of(error)}. Expected a state dict of finite tensors: "
+            ".safetensors, or as torch.save(model.state_dict(), path) writes it."
         ) from error
-    for _ in range(8):  # how deep training programs wrap it
-        inside = [stored.get(key) for key in ("state_dict", "model")] if isinstance(stored, Mapping) else []
-        stored = next((part for part in inside if isinstance(part, Mapping)), stored)
-    if not isinstance(stored, Mapping) or not stored or not all(isinstance(t, Tensor) for t in stored.values()):
-        kind = f"a {type(stored).__name__}" if not isinstance(stored, Mapping) else f"the entries {few(stored)}"
-        raise MetaplError(f"{path} holds {kind}; expected tensors by name, as model.state_dict() gives them.")
-    state = {str(name): t for name, t in stored.items()}
-    if bad := [name for name, t in state.items() if t.layout != torch.strided or t.is_meta or t.is_quantized]:
-        fault = f"{path} holds tensors that are sparse, quantized or without values: {few(bad)}"
-        raise MetaplError(f"{fault}; expected dense ones.")
-    if bad := [name for name, t in state.items() if not t.isfinite().all()]:
-        raise MetaplError(f"{path} holds values that are not finite, in {few(bad)}; expected finite weights.")
-    return state
+    return {str(name): t for name, t in stored.items()}
 
 
 def _without_prefixes(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
@@ -212,51 +178,44 @@ def parameter_groups(module: nn.Module, weight_decay: float, *, on_norms: bool =
 
 
 class Normalized(nn.Module):
-    """A network behind the normalisation of its input; see :func:`normalized`."""
+    r"""A network behind the normalization of pictures: what goes in is in [0, 1].
+
+    .. math:: \mathrm{logits} = f\big((x_c - \mathrm{mean}_c) / \mathrm{std}_c\big)
+
+    It takes images (B, C, H, W) to logits (B, K). :func:`metapl.apps.export.export` writes the weights of ``module``
+    under its own names, and mean and std beside them.
+
+    Args:
+        module: a network f of normalized pictures.
+        mean, std: one finite number per channel, in units of [0, 1], ``std`` above 0. They are buffers, saved with the
+            weights (beside ``module.…``) and never trained.
+
+    Raises:
+        MetaplError: another mean or std; on a call, pictures of whole numbers.
+
+    >>> Normalized(nn.Flatten(), mean=[0.5], std=[0.25])(torch.ones(2, 1, 1, 1))
+    tensor([[2.],
+            [2.]])
+    """
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, module: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
+        if not mean or len(mean) != len(std) or not all(map(math.isfinite, [*mean, *std])) or min(std) <= 0:
+            expected = "one finite number per channel in each, those of std above 0"
+            raise MetaplError(f"Normalized got mean={list(mean)}, std={list(std)}; expected {expected}.")
         self.module = module
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         if not images.is_floating_point():
-            given = f"a normalized network got {images.dtype} pictures"
-            raise MetaplError(f"{given}; expected floating-point values in [0, 1]: images / 255.")
+            raise MetaplError(f"the network got {images.dtype} pictures; expected values in [0, 1]: images / 255.")
         # Mean and std are float32; in a network of bfloat16 weights, the pictures stay as they came.
         logits: Tensor = self.module(((images - self.mean) / self.std).to(images.dtype))
         return logits
 
     def extra_repr(self) -> str:
         return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
-
-
-def normalized(module: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Normalized:
-    r"""Put the normalisation of pictures into the network: what goes in is in [0, 1].
-
-    .. math:: \mathrm{logits} = f\big((x_c - \mathrm{mean}_c) / \mathrm{std}_c\big)
-
-    Args:
-        module: a network f of normalised pictures.
-        mean, std: one finite number per channel, in units of [0, 1], ``std`` above 0. They are buffers, saved with the
-            weights (beside ``module.…``) and never trained.
-
-    Returns:
-        A module from images (B, C, H, W) in [0, 1] to logits (B, K). :func:`metapl.apps.export.export` writes the
-        weights of ``module`` under its own names, and mean and std beside them.
-
-    Raises:
-        MetaplError: another mean or std; on a call, pictures of whole numbers.
-
-    >>> normalized(nn.Flatten(), mean=[0.5], std=[0.25])(torch.ones(2, 1, 1, 1))
-    tensor([[2.],
-            [2.]])
-    """
-    if not mean or len(mean) != len(std) or not all(map(math.isfinite, [*mean, *std])) or min(std) <= 0:
-        expected = "one finite number per channel in each, those of std above 0"
-        raise MetaplError(f"normalized got mean={list(mean)}, std={list(std)}; expected {expected}.")
-    return Normalized(module, mean, std)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from metapl.apps.networks.architecture import Architecture
-from metapl.apps.networks.weights import normalized
+from metapl.apps.networks.weights import Normalized
 from metapl.apps.pictures.input import Input
 from metapl.errors import MetaplError
 from metapl.models import mlp
@@ -52,5 +52,5 @@ class NetworkCard:
                 "the run's network is one of its own; expected --factory FILE.py:FUNCTION, which builds it."
             )
         if self.mean is not None and self.std is not None:
-            network = normalized(network, self.mean, self.std)
+            network = Normalized(network, self.mean, self.std)
         return network.to(memory_format=torch.channels_last) if self.channels_last else network
