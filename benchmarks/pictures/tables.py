@@ -19,8 +19,8 @@ from benchmarks.pictures.problems import class_counts, half
 from metapl.metrics import chance_level
 
 TITLES = {
-    "uda": "UDA (the default)",
-    "fixmatch": "FixMatch-like",
+    "uda": "UDA, half aligned (the default)",
+    "fixmatch": "FixMatch",
     "pseudo_labels": "pseudo labels of a fixed teacher",
     "supervised": "supervised, the same views",
     "label_smoothing": "supervised with label smoothing, the same views",
@@ -100,7 +100,7 @@ def table(rows: list[Row], name: str) -> str:
     chance = [100 * chance_level(class_counts(len(p.classes), p.test, p.imbalance)) for p in half(name)]
     chance = [value for value, p in zip(chance, half(name), strict=True) if p.name in problems]
     lines.append(["chance", *(f"{value:.1f}" for value in (*chance, statistics.fmean(chance))), *[""] * 4])
-    return grid(["method", *problems, "mean", "against supervised: mean", "worst", "seconds", "seeds"], lines)
+    return grid(["method", *problems, "mean", "minus supervised: mean", "lowest", "seconds", "seeds"], lines)
 
 
 def draw(rows: list[Row], name: str, file: Path) -> None:

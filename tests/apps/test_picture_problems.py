@@ -141,8 +141,8 @@ def test_the_table_and_the_figure_are_of_the_means_over_seeds(tmp_path: Path) ->
     by = {row[0]: row[1:] for row in cells[2:]}
     supervised = [*(f"{50.5 + 3 * number:.1f}" for number in range(9)), "62.5", "–", "–", "60", "2"]
     assert by["supervised, the same views"] == supervised
-    assert by["UDA (the default)"][-5:] == ["70.5", "+8.0", "+0.0", "60", "2"]
-    assert by["UDA (the default), wait 3"][-5:-2] == ["90.0", "+27.5", "+15.5"]
+    assert by["UDA, half aligned (the default)"][-5:] == ["70.5", "+8.0", "+0.0", "60", "2"]
+    assert by["UDA, half aligned (the default), wait 3"][-5:-2] == ["90.0", "+27.5", "+15.5"]
     for problem, chance in zip(half("unseen"), by["chance"], strict=False):
         counts = class_counts(len(problem.classes), problem.test, problem.imbalance)
         assert chance == f"{100 * chance_level(counts):.1f}"
