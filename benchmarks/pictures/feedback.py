@@ -5,7 +5,6 @@
     python -m benchmarks.pictures.feedback --minutes 3  # what was chosen, on other seeds; 3, 10 and 30
     python -m benchmarks.pictures.feedback --unseen --costs         # the same on the unseen half: costs, then runs
     python -m benchmarks.pictures.feedback --unseen --minutes 10
-    python -m benchmarks.pictures.feedback --table      # of the rows so far; runs nothing
     python -m benchmarks.pictures.feedback --write benchmarks/results/pictures_feedback.md
 
 Three problems of the seen half, with 2,000 unlabeled pictures each. Tuning runs take seed 0 and 1.5 minutes of one
@@ -27,7 +26,6 @@ import dataclasses
 import math
 import statistics
 import time
-from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -52,7 +50,6 @@ UNSEEN = tuple(problem.name for problem in half("unseen"))
 TUNING_SEED, SEEDS, TUNING_MINUTES = 0, (1, 2, 3), 1.5
 UNSEEN_SEED = 1  # earlier openings of the unseen half had the pictures of seed 0
 QUALITIES = ("labels_right", "frequency_error")
-TUNED_IN = ("seen", "smoothing", "feedback")  # raw files of runs on the seen half, but for those of finetuning alone
 USED = 0.85  # share of the minutes that steps get, as in the recipe; the rest is for finetuning and looking
 
 HEARD: Row = {"feedback_ratio": 0.3}
@@ -86,7 +83,8 @@ UNFED = {  # what the loop without feedback takes of the configurations with fee
 }
 EVERY = CONFIGURATIONS | {"none": UNFED}
 
-ARMS = [(method, label) for method, labels in CONFIGURATIONS.items() for label in labels]
+EVERY_ARM = [(method, label) for method, labels in EVERY.items() for label in labels]
+ARMS = [arm for arm in EVERY_ARM if arm[0] != "none"]
 AS_IT_IS = ARMS[0]
 
 
@@ -96,8 +94,8 @@ def at_size(name: str) -> Problem:
     return dataclasses.replace(found, unlabeled=UNLABELED) if found.half == "seen" else found
 
 
-def costs(names: Iterable[str], configurations: dict[str, dict[str, Row]], rounds: int = 5) -> Row:
-    """Seconds of a step of each configuration on each problem: of UDA as it is, the median of some rounds; of others,
+def costs(names: Iterable[str], arms: list[tuple[str, str]]) -> Row:
+    """Seconds of a step of each configuration on each problem: of UDA as it is, the median of five rounds; of others,
     this times the median of the ratios in a round."""
     torch.set_num_threads(1)
     found: Row = {}
@@ -105,12 +103,11 @@ def costs(names: Iterable[str], configurations: dict[str, dict[str, Row]], round
         with TemporaryDirectory() as folder:
             make(dataclasses.replace(named(name), unlabeled=200, test=100), 0, Path(folder) / "pictures")
             complete = {}
-            for method, labels in configurations.items():
-                for label, settings in labels.items():
-                    asked = at(settings, REHEARSED) | {"steps": REHEARSED, "precision": "bfloat16"}
-                    complete[method, label] = settled(*configured(Path(folder) / "pictures", method, asked), quiet)
+            for method, label in arms:
+                asked = at(EVERY[method][label], REHEARSED) | {"steps": REHEARSED, "precision": "bfloat16"}
+                complete[method, label] = settled(*configured(Path(folder) / "pictures", method, asked), quiet)
             taken: dict[tuple[str, str], list[float]] = {which: [] for which in complete}
-            for _ in range(rounds):
+            for _ in range(5):
                 for which, settings in complete.items():
                     taken[which].append(seconds_per_step(*settings, time.process_time))
         usual = taken["uda", "as it is"]
@@ -170,14 +167,6 @@ def final_arms(rows: list[Row]) -> list[tuple[str, str]]:
     return [AS_IT_IS, *((method, chosen(rows, method)) for method in ("uda", "mpl", "none"))]
 
 
-def unseen_configurations(rows: list[Row]) -> dict[str, dict[str, Row]]:
-    """What is run on the unseen half."""
-    found: dict[str, dict[str, Row]] = {}
-    for method, label in final_arms(rows):
-        found.setdefault(method, {})[label] = EVERY[method][label]
-    return found
-
-
 def accuracy(row: Row) -> float:
     """Test accuracy of the network that the run delivers, in %."""
     return 100 * float(row[f"{row['delivered']}_test_accuracy"])
@@ -205,11 +194,6 @@ def called(method: str, label: str) -> tuple[str, str]:
 
 def table(rows: list[Row]) -> str:
     """The tuning runs, and the final ones of seeds whose runs are all there."""
-
-    def ratio(row: Row) -> float:
-        """As it was set; rows of 0.2 have what was measured, at the teacher's outputs."""
-        return float(row.get("feedback_ratio", row["settings"].get("feedback_ratio", math.nan)))
-
     lines = []
     for method, label in ARMS:
         mine = of_arm(runs_in(rows, (TUNING_SEED,)), method, label)
@@ -217,7 +201,9 @@ def table(rows: list[Row]) -> str:
         if reached.keys() >= {*PROBLEMS}:
             values = [*(reached[name] for name in PROBLEMS), statistics.fmean(reached.values())]
             values += [100 * statistics.fmean(row[name] for row in mine) for name in QUALITIES]
-            fed = f"{statistics.fmean(map(ratio, mine)):.2f}" if method == "mpl" else "–"
+            # As it was set; rows of 0.2 have what was measured, at the teacher's outputs.
+            sizes = [row.get("feedback_ratio", row["settings"].get("feedback_ratio", math.nan)) for row in mine]
+            fed = f"{statistics.fmean(sizes):.2f}" if method == "mpl" else "–"
             lines.append([TITLES[method], label, *(f"{value:.1f}" for value in values), fed])
     tuning = grid(["method", "configuration", *PROBLEMS, "mean", "right", "off", "ratio"], lines, names=2)
     lines = []
@@ -231,7 +217,7 @@ def table(rows: list[Row]) -> str:
                 means = [f"{statistics.fmean(values):.1f}" for values in [*found, [v for vs in found for v in vs]]]
                 lines.append([f"{minutes:g}", len(found[0]), *called(method, label), *means])
     head = ["minutes", "seeds", "method", "configuration", *PROBLEMS, "mean"]
-    return f"{tuning}\n\n{grid(head, lines, 'rrll')}" if lines else tuning
+    return f"{tuning}\n\n{grid(head, lines, 'rrll')}"
 
 
 def unseen_table(rows: list[Row]) -> str:
@@ -258,30 +244,6 @@ def unseen_table(rows: list[Row]) -> str:
     return f"{shown}\n\n{grid(['difference', 'mean', '95 % over problems', 'sign-flip p'], differences)}"
 
 
-def tuned() -> str:
-    """How many tuning runs of each method, in all committed files."""
-    counts: Counter[str] = Counter()
-    for file in TUNED_IN:
-        rows = [row for row in read(RESULTS / f"pictures_{file}.jsonl") if "method" in row]
-        counts.update(row["method"] for row in (runs_in(rows, (TUNING_SEED,)) if file == "feedback" else rows))
-    said = ", ".join(f"{TITLES[method]} {count}" for method, count in counts.most_common())
-    return f"Tuning runs whose rows are kept, with these and beside those of finetuning alone: {said}."
-
-
-def block(rows: list[Row]) -> str:
-    """The tables, and what they were made with."""
-    told = (
-        "Test accuracy in % of what each run delivers. Tuning runs have one seed and 1.5 minutes of processor time, by "
-        "the costs of a step that were measured in turn for all configurations; *right* is the share of the unlabeled "
-        "pictures that the network which labels them calls right at the end, *off* the share that it would "
-        "have to call otherwise for the classes' frequencies to be right, *ratio* the size of the feedback beside the "
-        "teacher's own losses over the second half of the run. `python -m benchmarks.pictures.feedback`; raw rows: "
-        "`benchmarks/results/pictures_feedback.jsonl`."
-    )
-    unseen = f"On the unseen half, 10 minutes, pictures of seed {UNSEEN_SEED}:\n\n{unseen_table(rows)}"
-    return f"{table(rows)}\n\n{told} {tuned()}\n\n{unseen}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what: Any = parser.add_mutually_exclusive_group(required=True)
@@ -289,25 +251,21 @@ def main() -> None:
     what.add_argument("--tune", action="store_true", help="the tuning runs")
     what.add_argument("--minutes", type=float, help="the final runs, of processor time on one core each")
     what.add_argument("--write", type=Path, metavar="PAGE", help="put the tables there")
-    what.add_argument("--table", action="store_true", help="print the tables of the rows so far")
     parser.add_argument("--unseen", action="store_true", help="costs or final runs of the unseen half")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RAW)
     given = parser.parse_args()
     rows = read(given.out)
     if given.costs:
-        where = (PROBLEMS, EVERY)
-        if given.unseen:  # the seen half's problems tell how fast the machine is
-            where = ((*PROBLEMS, *UNSEEN), unseen_configurations(rows))
-        append(given.out, {"costs": costs(*where)})
+        # The seen half's problems tell how fast the machine is.
+        names, arms = ((*PROBLEMS, *UNSEEN), final_arms(rows)) if given.unseen else (PROBLEMS, EVERY_ARM)
+        append(given.out, {"costs": costs(names, arms)})
         return
     if given.write:
-        show(given.write, "picture-feedback", block(rows))
+        show(given.write, "picture-feedback", table(rows))
+        show(given.write, "picture-feedback-unseen", unseen_table(rows))
         return
-    if not given.table:
-        taken = partial(one, costs=costs_in(rows))
-        go_on(given.out, jobs(rows, given.minutes, given.unseen), taken, workers=given.jobs)
-    print(unseen_table(read(given.out)) if given.unseen else table(read(given.out)))
+    go_on(given.out, jobs(rows, given.minutes, given.unseen), partial(one, costs=costs_in(rows)), workers=given.jobs)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""The registry of problems, their pictures as arrays and as folders, and contact sheets to look at.
+"""The registry of problems, and their pictures as arrays and as folders.
 
     python -m benchmarks.pictures.problems                      # a table of the seen half
-    python -m benchmarks.pictures.problems --show sheets        # a contact sheet of each problem of the seen half
     python -m benchmarks.pictures.problems --write arrows data/arrows --seed 3
 
 README.md in this folder says what the two halves are for.
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from benchmarks.harness import grid
 from benchmarks.pictures import seen, unseen
@@ -45,11 +44,7 @@ class Pictures:
 
 def named(name: str) -> Problem:
     """The problem of a name."""
-    found = [problem for problem in PROBLEMS if problem.name == name]
-    if not found:
-        seen_names = ", ".join(problem.name for problem in seen.PROBLEMS)
-        raise SystemExit(f"there is no problem {name!r}; those of the seen half are {seen_names}")
-    return found[0]
+    return {problem.name: problem for problem in PROBLEMS}[name]
 
 
 def half(name: str) -> tuple[Problem, ...]:
@@ -82,7 +77,7 @@ def make(problem: Problem, seed: int, folder: Path) -> None:
         images, labels = getattr(pictures, part), getattr(pictures, f"{part}_labels")
         for number, (image, label) in enumerate(zip(images, labels, strict=True)):
             place = folder / part / problem.classes[label] if labeled else folder / part
-            _image(image).save(place / f"{number:05}.png")
+            Image.fromarray(image[..., 0] if problem.channels == 1 else image).save(place / f"{number:05}.png")
 
 
 def class_counts(classes: int, total: int, imbalance: float) -> list[int]:
@@ -135,27 +130,6 @@ def _foreign(rng: np.random.Generator, others: tuple[Problem, ...], problem: Pro
     return np.asarray(image.convert(mode))
 
 
-def _image(picture: Bytes) -> Image.Image:
-    return Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
-
-
-def contact_sheet(problem: Problem, seed: int = 0, columns: int = 10, side: int = 96) -> Image.Image:
-    """``columns`` pictures of each class, a class a row, and foreign ones in the last row where there are some."""
-    labels = [*range(len(problem.classes)), *([FOREIGN] if problem.foreign else [])]
-    names = [*problem.classes, "foreign"]
-    left = 120
-    sheet = Image.new("RGB", (left + columns * (side + 4), len(labels) * (side + 4)), "white")
-    pen = ImageDraw.Draw(sheet)
-    drawn = _drawn(problem, seed, "unlabeled", np.repeat(labels, columns))
-    for number, picture in enumerate(drawn):
-        row, column = divmod(number, columns)
-        image = _image(picture).resize((side, side), Image.Resampling.NEAREST)
-        sheet.paste(image, (left + column * (side + 4), row * (side + 4)))
-        if column == 0:
-            pen.text((4, row * (side + 4) + side // 2), names[labels[row]], fill="black")
-    return sheet
-
-
 def table(problems: tuple[Problem, ...]) -> str:
     """The problems' numbers as a Markdown table."""
     lines = []
@@ -170,21 +144,13 @@ def table(problems: tuple[Problem, ...]) -> str:
 def main() -> None:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--half", choices=("seen", "unseen"), default="seen", help="seen unless said otherwise")
-    parser.add_argument("--show", type=Path, metavar="FOLDER", help="write a contact sheet of each problem of the half")
     parser.add_argument("--write", nargs=2, metavar=("PROBLEM", "FOLDER"), help="write a problem's pictures")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.write:
         make(named(args.write[0]), args.seed, Path(args.write[1]))
-    elif args.show:
-        args.show.mkdir(parents=True, exist_ok=True)
-        for problem in half(args.half):
-            path = args.show / f"{problem.name}.png"
-            contact_sheet(problem, args.seed).save(path)
-            print(path)
     else:
-        print(table(half(args.half)))
+        print(table(half("seen")))
 
 
 if __name__ == "__main__":

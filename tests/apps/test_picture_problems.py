@@ -7,7 +7,6 @@ import dataclasses
 import doctest
 import io
 import json
-import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -126,46 +125,37 @@ def test_a_run_leaves_a_row_and_is_not_repeated(tmp_path: Path) -> None:
 
 
 def test_the_table_and_the_figure_are_of_the_means_over_seeds(tmp_path: Path) -> None:
-    """And rows of other settings or minutes are not averaged: each is a line of its own."""
     rows, names = list[dict[str, Any]](), [problem.name for problem in half("unseen")]
     for (number, name), seed in ((one, seed) for one in enumerate(names) for seed in (0, 1)):
         for method, more in (("supervised", 0.0), ("uda", 0.02 * number)):
             reached = 0.5 + 0.03 * number + more + 0.01 * seed
             row = {"problem": name, "method": method, "test_accuracy": reached, "seconds": 60 + seed, "minutes": 1.5}
-            rows.append(row | {"settings": {}})
-    better = [row | {"settings": {"wait": 3}, "test_accuracy": 0.9} for row in rows if row["method"] == "uda"]
-    cells = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in tables.table([*rows, *better], "unseen").splitlines()
-    ]
-    by = {row[0]: row[1:] for row in cells[2:]}
+            rows.append(row)
+    shown = tables.table(rows)
+    by = {row[0]: row[1:] for row in ([c.strip() for c in line.strip("|").split("|")] for line in shown.splitlines())}
     supervised = [*(f"{50.5 + 3 * number:.1f}" for number in range(9)), "62.5", "–", "–", "60", "2"]
     assert by["supervised, the same views"] == supervised
     assert by["UDA, half aligned (the default)"][-5:] == ["70.5", "+8.0", "+0.0", "60", "2"]
-    assert by["UDA, half aligned (the default), wait 3"][-5:-2] == ["90.0", "+27.5", "+15.5"]
     for problem, chance in zip(half("unseen"), by["chance"], strict=False):
         counts = class_counts(len(problem.classes), problem.test, problem.imbalance)
         assert chance == f"{100 * chance_level(counts):.1f}"
-    assert names[2] not in tables.table([r for r in rows if (r["method"], r["problem"]) != ("uda", names[2])], "unseen")
-    with pytest.raises(SystemExit, match="every one of"):
-        tables.table([r for r in rows if (r["problem"] == names[0]) == (r["method"] == "uda")], "unseen")
-    raw, page, figure = tmp_path / "rows.jsonl", tmp_path / "page.md", tmp_path / "figure.png"
+    raw, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
     raw.write_text("".join(json.dumps(row) + "\n" for row in rows))
     page.write_text("before\n<!-- unseen:begin -->\nold\n<!-- unseen:end -->\nafter\n")
-    command(tables, "--half", "unseen", "--rows", raw, "--write", page, "--figure", figure)
-    assert (
-        page.read_text()
-        == f"before\n<!-- unseen:begin -->\n{tables.table(rows, 'unseen')}\n<!-- unseen:end -->\nafter\n"
-    )
-    assert figure.read_bytes().startswith(b"\x89PNG")
+    command(tables, "--out", raw, "--write", page)
+    assert page.read_text() == f"before\n<!-- unseen:begin -->\n{shown}\n<!-- unseen:end -->\nafter\n"
+    assert (tmp_path / "pictures.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_pages_have_the_tables_of_the_committed_rows() -> None:
-    (shown,) = re.findall(r"<!-- unseen:begin -->\n(.*?)\n<!-- unseen:end -->", PAGE.read_text(), re.DOTALL)
-    assert shown == tables.table(read(RESULTS / "pictures_unseen.jsonl"), "unseen")
-    rows, page = read(feedback.RAW), (RESULTS / "pictures_feedback.md").read_text()
-    (shown,) = re.findall(r"<!-- picture-feedback:begin -->\n(.*?)\n<!-- picture-feedback:end -->", page, re.DOTALL)
-    assert shown == feedback.block(rows)
+    rows = read(feedback.RAW)
+    page, every = PAGE.read_text(), (RESULTS / "pictures_feedback.md").read_text()
+    for mark, text, made in (
+        ("unseen", page, tables.table(read(tables.RAW))),
+        ("picture-feedback", every, feedback.table(rows)),
+        ("picture-feedback-unseen", every, feedback.unseen_table(rows)),
+    ):
+        assert f"<!-- {mark}:begin -->\n{made}\n<!-- {mark}:end -->" in text
     costs = feedback.costs_in(rows)
     for row in (row for row in rows if "problem" in row):
         asked = row["problem"], row["method"], row["configuration"]
