@@ -4,29 +4,29 @@
     python benchmarks/noisy_student.py --write benchmarks/results/noisy_student.md  # tables there, figure in docs/
     python benchmarks/noisy_student.py --miniature --out FILE          # all of it in seconds, to see that it runs
 
-A teacher learns from the labeled digits with noise and labels the unlabeled ones without; they are selected as
-``metapl labels select`` does; a student learns from both by the mean over the batch, as ``metapl noisy-student`` does.
-A test holds a step and a selection against the library's. All seeds of an arm are trained at once, a network a seed, by
-batched matrix products.
+A teacher learns from the labeled digits with noise and labels the unlabeled ones without; they are selected, and a
+student learns from both by the mean over the batch, with the losses, batches and selection of ``metapl noisy-student``.
+The committed rows are older: steps for all seeds at once, written by hand, gave them (last in commit 9007a994).
 
-Data: the splits of ``when.py``, 4 labels a class. Networks: two hidden layers of a width of 8 to 128, in the place of
-EfficientNet-B0 to L2. Noise: the digits' shift, noise and hole in the place of RandAugment, and dropout; there is no
-stochastic depth, for these networks have no blocks to drop. Tuning: the learning rate and the dropout, on 3 other
-seeds, by the validation accuracy of a student of width 32. Nothing else is chosen but the length of study 6's
-finetuning, by validation. The test images are read once, after the last step of each network.
+4 labels a class. Networks: two hidden layers of a width of 8 to 128, in the place of EfficientNet-B0 to L2. Noise: the
+digits' shift, noise and hole in the place of RandAugment, and dropout; there is no stochastic depth, for these networks
+have no blocks to drop. Tuning: the learning rate and the dropout, on 3 other seeds, by the validation accuracy of a
+student of width 32. Nothing else is chosen but the length of study 6's finetuning, by validation. The test images are
+read once, after the last step of each network.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import hashlib
 import itertools
 import statistics
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -34,16 +34,32 @@ import harness
 import torch
 from harness import NONE, RESULTS, Bar, Row
 from torch import Tensor, nn
-from torch.nn import functional as F
-from when import CLASSES, drawn, views
 
-from metapl.apps.noisy_student import decay_interval
+from metapl.apps.digits import Digits, fitting
+from metapl.apps.labels import LabelStore, LabelWriter
+from metapl.apps.labels.queries import select
+from metapl.apps.methods import Data
+from metapl.apps.noisy_student import (
+    Chosen,
+    Noised,
+    PseudoLabeledBatches,
+    StoredLabelLoss,
+    decay_interval,
+    end_matched,
+    noisy_view,
+)
+from metapl.apps.pictures.views.base import Identity
+from metapl.apps.train import evaluated
+from metapl.data.draws import fold_in
+from metapl.data.sampler import StepSampler
 from metapl.metrics import paired_test
-from metapl.models import mlp
-from metapl.training.options import DECAY
+from metapl.metrics.predictions import logits_of
+from metapl.problems.losses import CrossEntropy
+from metapl.problems.stored import NoisyStudentLoss
+from metapl.training.loss_trainer import LossTrainer
 
 RAW = RESULTS / "noisy_student.jsonl"
-LABELS, LABELED_BATCH, STEPS, MOMENTUM, FINETUNE_LR = 4, 32, 1500, 0.9, 0.02
+LABELS, LABELED_BATCH, STEPS, FINETUNE_LR = 4, 32, 1500, 0.02
 THRESHOLD = 0.3
 """Confidence above which unlabeled examples are kept: Noisy Student's."""
 
@@ -53,8 +69,6 @@ RATES, DROPOUTS = (0.1, 0.2), (0.05, 0.1)
 
 FINETUNINGS = (50, 150, 500)
 """Lengths of study 6's finetuning, of which the best by validation is taken."""
-
-Weights = list[Tensor]  # (S, in, out) and (S, 1, out) of the first layer, of the second, ...
 
 
 # ------------------------------------------------------------------------------------------------------------ the arms
@@ -184,244 +198,117 @@ STUDIES: dict[str, Arms] = {
 ARMS: tuple[Arm, ...] = tuple(dict.fromkeys(arm for arms in STUDIES.values() for arm, _ in arms.values()))
 
 
-# -------------------------------------------------------------------------------------------------------- the networks
-
-
-def passed(weights: Weights, x: Tensor, masks: Sequence[Tensor | None] = (None, None)) -> Tensor:
-    """The outputs, (S, B, C).
-
-    Args:
-        masks: for each hidden layer, what its values are multiplied by; None: they stay.
-    """
-    *hidden, (last, bias) = zip(weights[::2], weights[1::2], strict=True)
-    for (weight, b), mask in zip(hidden, masks, strict=True):
-        x = torch.baddbmm(b, x, weight).relu()
-        x = x if mask is None else x * mask
-    return torch.baddbmm(bias, x, last)
-
-
-def dropped(weights: Weights, batch: int, p: float, draw: torch.Generator, rows: int | None = None) -> list[Tensor]:
-    """Masks that drop hidden units of a stack of networks with this probability, (S, B, H) for each hidden layer; in
-    the first ``rows`` alone, where there are any."""
-    masks = [torch.ones(len(bias), batch, bias.shape[-1]) for bias in weights[1:-1:2]]
-    for mask in masks:
-        part = mask[:, :rows]
-        part.copy_((torch.rand(part.shape, generator=draw) >= p).float() / (1 - p))
-    return masks
-
-
-@dataclass
-class Learner:
-    """A stack of networks that SGD with momentum trains.
-
-    Args:
-        weights: theirs, changed in place.
-        lr: learning rate.
-    """
-
-    weights: Weights
-    lr: float
-    velocity: Weights | None = None
-
-    def step(self, x: Tensor, targets: Tensor, masks: Sequence[Tensor | None], factor: float) -> None:
-        """One on the mean cross-entropy of the batch, at this factor of the rate."""
-        with torch.enable_grad():
-            leaves = [w.detach().requires_grad_() for w in self.weights]
-            loss = -(targets * passed(leaves, x, masks).log_softmax(-1)).sum() / x.shape[1]
-        gradient = list(torch.autograd.grad(loss, leaves))
-        if self.velocity is not None:
-            gradient = list(torch._foreach_add(gradient, self.velocity, alpha=MOMENTUM))
-        self.velocity = gradient
-        torch._foreach_add_(self.weights, gradient, alpha=-self.lr * factor)
-
-
-def first_weights(width: int, seeds: Sequence[int], student: int) -> Weights:
-    """Networks as they begin; ``student``: 0 for the first teacher, then the number of the round."""
-    weights: list[Weights] = []
-    for seed in seeds:
-        torch.manual_seed(10 * seed + student)
-        layers = [m for m in mlp([64, width, width, CLASSES]) if isinstance(m, nn.Linear)]
-        weights.append([t for layer in layers for t in (layer.weight.detach().T, layer.bias.detach()[None])])
-    return [torch.stack(same) for same in zip(*weights, strict=True)]
-
-
-# --------------------------------------------------------------------------------------------------------- the batches
-
-
-def selected(q: Tensor, *, threshold: float, per_class: int | None, balanced: bool) -> Tensor:
-    """Examples that are kept, each as often as it counts: what ``metapl.apps.labels.queries.select`` keeps of a store.
-
-    Args:
-        q: (n, C), their labels.
-        threshold: of the confidence; 0 where none is above it.
-        per_class: the most of a class, and with ``balanced`` how many of each count.
-        balanced: fill up classes that have fewer.
-    """
-    confidence, label = q.max(1)
-    kept = confidence > (threshold if float(confidence.max()) > threshold else 0.0)
-    chosen: list[int] = []
-    groups: list[list[int]] = []
-    for c in range(q.shape[1]):
-        mine = (kept & (label == c)).nonzero()[:, 0]
-        order = mine[confidence[mine].argsort(descending=True, stable=True)]
-        groups.append(sorted(order[:per_class].tolist()))
-    goal = (per_class or max(map(len, groups))) if balanced else 0
-    for group in groups:
-        times, more = divmod(goal, len(group)) if group and balanced else (1, 0)
-        once_more = set(sorted(group, key=lambda example: hashlib.md5(str(example).encode()).digest()[:7:-1])[:more])
-        for example in group:
-            chosen += [example] * (times + (example in once_more))
-    return torch.tensor(sorted(chosen))
-
-
-def shuffled(positions: Tensor, length: int, seed: int, stream: int) -> Tensor:
-    """The first so many of an endless stream of shuffled epochs of some examples."""
-    generator = torch.Generator().manual_seed(1_000 * seed + 500 + stream)
-    epochs = -(-length // len(positions))
-    return torch.cat([positions[torch.randperm(len(positions), generator=generator)] for _ in range(epochs)])[:length]
-
-
-def batches(
-    x: Tensor,
-    kept: Sequence[Tensor],
-    targets: Tensor,
-    setting: Setting,
-    stream: int,
-    batch: int,
-    steps: int,
-    seen: bool,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pictures and targets.
-
-    Args:
-        x, targets: (S, n, 64) and (S, n, C).
-        kept: of each seed, the examples that are drawn.
-        stream: keeps apart what is drawn for different purposes.
-        seen: augmented.
-    """
-    pairs = zip(kept, setting.seeds, strict=True)
-    order = torch.stack([shuffled(positions, batch * steps, seed, stream) for positions, seed in pairs])
-    order, rows = order.unflatten(1, (steps, batch)), torch.arange(len(setting.seeds))[:, None]
-    for one, altered in views(x, setting.seeds, stream, batch, steps, order):
-        yield (altered if seen else x[rows, one]), targets[rows, one]
-
-
 # ------------------------------------------------------------------------------------------------------------ the runs
 
 
 class Setting(NamedTuple):
-    """What was tuned, and how much is run: all numbers of steps are divided."""
+    """What was tuned, the seed, and how much is run: all numbers of steps are divided."""
 
     lr: float
     dropout: float
-    seeds: tuple[int, ...]
+    seed: int
     divisor: int = 1
 
     def steps(self, steps: int) -> int:
         return max(2, steps // self.divisor)
 
-    def labeled(self, stream: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-        x, y = drawn(LABELS, self.seeds).labeled
-        everything = [torch.arange(x.shape[1])] * len(self.seeds)
-        return batches(x, everything, F.one_hot(y, CLASSES).to(x), self, stream, LABELED_BATCH, steps, seen=True)
-
-
-def trained(arm: Arm, setting: Setting) -> Weights:
-    """The networks of an arm, one a seed."""
-    if arm.teacher is None:
-        return supervised(arm.width, setting)
-    return student(arm, labeler(arm.teacher, arm.rounds, setting), setting, arm.rounds + 1)
-
-
-@lru_cache(maxsize=64)
-def supervised(width: int, setting: Setting) -> Weights:
-    """Networks that learn from the labeled examples alone, with noise."""
-    learner = Learner(first_weights(width, setting.seeds, 0), setting.lr)
-    _learn_labels(learner, setting, setting.steps(STEPS), stream=0, decay=True)
-    return learner.weights
+    def config(self, width: int) -> Digits:
+        of = fitting(seed=self.seed, labeled_batch=LABELED_BATCH, lr=self.lr, schedule="exponential")
+        return Digits(labels_per_class=LABELS, hidden=(width, width), dropout=self.dropout, fitting=of)
 
 
 @lru_cache(maxsize=16)
-def labeler(width: int, rounds: int, setting: Setting) -> Weights:
-    """The networks that label: the first teachers, or the students after so many rounds."""
+def drawn(seed: int) -> Data:
+    return Setting(0.1, 0.0, seed).config(32).data(print, False, None)
+
+
+def learned(network: nn.Module, losses: Any, optimizer: Any, *sources: Any, steps: int, **options: Any) -> nn.Module:
+    trainer = LossTrainer(network, losses, optimizer=optimizer)
+    trainer.fit(*sources, steps=steps, log_every=steps, progress=False, **options)
+    return network
+
+
+@cache
+def supervised(width: int, setting: Setting) -> nn.Module:
+    """A network that learns from the labeled examples alone, with noise."""
+    config, steps = setting.config(width), setting.steps(STEPS)
+    torch.manual_seed(fold_in(setting.seed, 0))
+    network = config.network()
+    optimizer, decay = config.optimizer("teacher", network), decay_interval(steps)
+    sources, rates = (drawn(setting.seed).labeled, None), {"schedule": "exponential", "decay_every": decay}
+    return learned(network, (CrossEntropy(),), optimizer, *sources, steps=steps, **rates)
+
+
+@cache
+def labeler(width: int, rounds: int, setting: Setting) -> nn.Module:
+    """The network that labels: the first teacher, or the student after so many rounds."""
     if not rounds:
         return supervised(width, setting)
     return student(_same(width, ratio=3), labeler(width, rounds - 1, setting), setting, rounds)
 
 
-def _learn_labels(learner: Learner, setting: Setting, steps: int, stream: int, decay: bool) -> None:
-    draw = torch.Generator().manual_seed(stream)
-    for step, (seen, right) in enumerate(setting.labeled(stream, steps)):
-        masks = dropped(learner.weights, seen.shape[1], setting.dropout, draw)
-        learner.step(seen, right, masks, decayed(step, steps) if decay else 1.0)
+def kept_of(arm: Arm, q: Tensor, seed: int) -> Tensor:
+    """The examples that the student learns from, each as often as it counts."""
+    pool = torch.arange(len(q))
+    if arm.share < 1:
+        drawn_evenly = torch.randperm(len(q), generator=torch.Generator().manual_seed(seed))
+        pool = drawn_evenly[: round(arm.share * len(q))].sort().values
+    confidence = q[pool].max(1).values
+    if arm.fifth is not None:
+        return pool[confidence.argsort().tensor_split(5)[arm.fifth]]
+    threshold = THRESHOLD if float(confidence.max()) > THRESHOLD else 0.0
+    most = -(-len(pool) // q.shape[1]) if arm.balanced else None
+    with tempfile.TemporaryDirectory() as folder:
+        every, kept = Path(folder) / "every", Path(folder) / "kept"
+        with LabelWriter(every, Digits.classes, provenance={}) as writer:
+            writer.add(pool.tolist(), q[pool])
+        select(LabelStore(every), kept, threshold=threshold, per_class=most, balance=arm.balanced)
+        store = LabelStore(kept)
+        return torch.from_numpy(store.column("id"))[store.rows_with_copies()].sort().values
 
 
-def decayed(step: int, steps: int) -> float:
-    """The factor of the rate: Noisy Student's schedule for so many steps."""
-    return float(DECAY ** (step / decay_interval(steps)))
-
-
-def labels_of(arm: Arm, teacher: Weights, setting: Setting) -> Tensor:
-    """The teacher's distributions on the unlabeled examples, (S, n, C)."""
-    x, _ = drawn(LABELS, setting.seeds).unlabeled
-    if not arm.noisy_teacher:
-        return passed(teacher, x).softmax(-1)
-    everything = torch.arange(x.shape[1]).expand(len(setting.seeds), 1, -1)
-    _, seen = next(views(x, setting.seeds, 7, x.shape[1], 1, everything))
-    masks = dropped(teacher, x.shape[1], setting.dropout, torch.Generator().manual_seed(7))
-    return passed(teacher, seen, masks).softmax(-1)
-
-
-def kept_of(arm: Arm, q: Tensor, seeds: Sequence[int]) -> list[Tensor]:
-    """The examples that each seed's student learns from, each as often as it counts."""
-    kept = []
-    for labels, seed in zip(q, seeds, strict=True):
-        pool = torch.arange(len(labels))
-        if arm.share < 1:
-            drawn_evenly = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-            pool = drawn_evenly[: round(arm.share * len(labels))].sort().values
-        mine = labels[pool]
-        if arm.fifth is not None:
-            parts = mine.max(1).values.argsort().tensor_split(5)
-            kept.append(pool[parts[arm.fifth]])
-            continue
-        most = -(-len(mine) // CLASSES) if arm.balanced else None
-        kept.append(pool[selected(mine, threshold=THRESHOLD, per_class=most, balanced=arm.balanced)])
-    return kept
-
-
-def student(arm: Arm, teacher: Weights, setting: Setting, number: int) -> Weights:
-    """Networks that learn from the labels of their teachers."""
-    q = labels_of(arm, teacher, setting)
-    targets = F.one_hot(q.argmax(-1), CLASSES).to(q) if arm.hard else q
-    weights = [w.clone() for w in teacher] if arm.warm else first_weights(arm.width, setting.seeds, number)
+def student(arm: Arm, teacher: nn.Module, setting: Setting, number: int) -> nn.Module:
+    """A network that learns from the labels of its teacher, in the round of this number."""
+    config, data, seed = setting.config(arm.width), drawn(setting.seed), fold_in(setting.seed, number)
+    x, view = data.unlabeled.images, noisy_view(data)
+    if arm.noisy_teacher:
+        teacher, x = Noised(teacher, seed), view(x, seed=seed, step=0, examples=torch.arange(len(x)))
+    q = logits_of(teacher, x.split(256)).softmax(dim=1)
+    kept = kept_of(arm, q, setting.seed)
+    chosen = Chosen(kept, kept, lambda rows: q[rows])
+    sampler = StepSampler(len(kept), arm.ratio * LABELED_BATCH, seed=seed, stream=1)
+    seen = view if arm.augment else Identity()
+    pairs = PseudoLabeledBatches(data.unlabeled.images[kept], sampler, seen, None, seed, chosen=chosen)
+    labeled = dataclasses.replace(data.labeled, seed=seed, sampler=dataclasses.replace(data.labeled.sampler, seed=seed))
+    losses: Any = (NoisyStudentLoss("mean", arm.hard, arm.dropout),)
+    sources: Any = (labeled, pairs)
+    if arm.training != "joint":
+        losses, sources = (StoredLabelLoss(arm.hard, arm.dropout),), (pairs, None)
+    torch.manual_seed(seed)
+    network = copy.deepcopy(teacher) if arm.warm else config.network()
     usual, steps = setting.steps(STEPS), setting.steps(round(STEPS * arm.steps / 100))
-    # A run that is shorter ends at the rate of a usual one: study 8.
-    learner = Learner(weights, setting.lr * decayed(usual - steps, usual))
-    kept, x, draw = kept_of(arm, q, setting.seeds), drawn(LABELS, setting.seeds).unlabeled[0], torch.Generator()
-    draw.manual_seed(number)
-    unlabeled = batches(x, kept, targets, setting, 1, arm.ratio * LABELED_BATCH, steps, arm.augment)
-    joint = arm.training == "joint"
-    rows = None if arm.dropout else LABELED_BATCH if joint else 0
-    for step, ((x_l, y_l), (x_u, q_u)) in enumerate(zip(setting.labeled(2, steps), unlabeled, strict=True)):
-        seen, target = (torch.cat([x_l, x_u], 1), torch.cat([y_l, q_u], 1)) if joint else (x_u, q_u)
-        masks = dropped(weights, seen.shape[1], setting.dropout, draw, rows)
-        learner.step(seen, target, masks, decayed(step, usual))
+    optimizer, decay = config.optimizer("teacher", network), decay_interval(usual)
+    for group in optimizer.param_groups:  # a run that is shorter ends at the rate of a usual one: study 8
+        group["lr"] *= end_matched(steps, usual)
+    learned(network, losses, optimizer, *sources, steps=steps, schedule="exponential", decay_every=decay)
     if arm.training != "pretrain_finetune":
-        return learner.weights
-    found = []  # finetuned on the labeled examples, for as many steps as validate best
-    for steps in FINETUNINGS:
-        tuned = Learner([w.clone() for w in weights], FINETUNE_LR)
-        _learn_labels(tuned, setting, setting.steps(steps), stream=3, decay=False)
-        found.append((statistics.fmean(right(tuned.weights, "validation", setting)), tuned.weights))
-    return max(found, key=lambda pair: pair[0])[1]
+        return network
+    tuned = [copy.deepcopy(network) for _ in FINETUNINGS]  # for as many steps as validate best
+    for one, steps in zip(tuned, FINETUNINGS, strict=True):
+        slow = torch.optim.SGD(one.parameters(), lr=FINETUNE_LR, momentum=0.9)
+        learned(one, (CrossEntropy(),), slow, data.finetuning, None, steps=setting.steps(steps), schedule="constant")
+    return max(tuned, key=lambda one: evaluated(one, data.validation).accuracy)
 
 
-def right(weights: Weights, part: Literal["validation", "test", "unlabeled"], setting: Setting) -> list[float]:
-    """The share of a part that each network is right on."""
-    x, y = getattr(drawn(LABELS, setting.seeds), part)
-    shares: list[float] = (passed(weights, x).argmax(-1) == y).double().mean(1).tolist()
-    return shares
+def reached(arm: Arm, setting: Setting, parts: Sequence[str]) -> list[float]:
+    """The share of each part that the network of an arm is right on."""
+    if arm.teacher is None:
+        network = supervised(arm.width, setting)
+    else:
+        network = student(arm, labeler(arm.teacher, arm.rounds, setting), setting, arm.rounds + 1)
+    data = drawn(setting.seed)
+    of: dict[str, Any] = {"validation": data.validation, "test": data.test, "unlabeled": data.truth}
+    return [evaluated(network, of[part]).accuracy for part in parts]
 
 
 # ----------------------------------------------------------------------------------------------------------- the study
@@ -433,21 +320,21 @@ def tuned(rows: Sequence[Row]) -> tuple[float, float]:
     return best["lr"], best["dropout"]
 
 
-def study(seeds: tuple[int, ...], tuning_seeds: tuple[int, ...], divisor: int, out: Path) -> None:
+def study(seeds: tuple[int, ...], tuning_seeds: tuple[int, ...], arms: Sequence[Arm], divisor: int, out: Path) -> None:
     """Tune and run what has no row yet; each row is written when it is there."""
 
     def run(final: bool, seeds: tuple[int, ...], lr: float, dropout: float, arm: Row | None = None) -> Row:
-        began, setting = time.perf_counter(), Setting(lr, dropout, seeds, divisor)
-        weights = trained(Arm(**arm) if arm else _same(32), setting)
-        parts: Any = ("test", "unlabeled") if final else ("validation",)
-        found = {part: right(weights, part, setting) for part in parts}
+        began, parts = time.perf_counter(), ("test", "unlabeled") if final else ("validation",)
+        trained = Arm(**arm) if arm else _same(32)
+        each = [reached(trained, Setting(lr, dropout, seed, divisor), parts) for seed in seeds]
+        found: Row = dict(zip(parts, map(list, zip(*each, strict=True)), strict=True))
         return {**found, "seconds": round(time.perf_counter() - began, 1)}
 
     grid = itertools.product(RATES, DROPOUTS)
     tuning = ({"final": False, "seeds": tuning_seeds, "lr": lr, "dropout": dropout} for lr, dropout in grid)
     lr, dropout = tuned([row for row in harness.go_on(out, tuning, run, about=harness.environment()) if "final" in row])
     chosen = {"seeds": seeds, "lr": lr, "dropout": dropout}
-    harness.go_on(out, ({"final": True, "arm": dataclasses.asdict(arm), **chosen} for arm in ARMS), run)
+    harness.go_on(out, ({"final": True, "arm": dataclasses.asdict(arm), **chosen} for arm in arms), run)
 
 
 # --------------------------------------------------------------------------------------------------- beside the paper
@@ -536,18 +423,6 @@ def block(rows: Sequence[Row]) -> str:
             cells.append(NONE if printed is None else f"{printed:.1f}")
             lines.append([*cells, NONE if each.paper is None else f"{each.paper:+.1f}", each.verdict])
         parts.append(f"**{HEADINGS[study]}**\n\n{harness.grid(head, lines, 'lrlrrrrrl')}")
-    seeds = "/".join(str(len(each)) for each in {tuple(row["seeds"]) for row in rows if row["final"]})
-    lr, dropout = tuned(rows)
-    minutes = sum(row["seconds"] for row in rows) / 60
-    arms_run = len({str(row["arm"]) for row in rows if row["final"]})
-    parts.append(
-        f"Test accuracy in %, mean ± standard deviation over {seeds} seeds (400 test images each, drawn anew per seed "
-        "from the same 1,797); differences in points, with the paired t-test's interval and p "
-        "over draws of these images, not corrected for the "
-        f"number of rows. Paper: top-1 on ImageNet. {arms_run} arms, {STEPS:,} steps each, learning rate {lr:g} and "
-        f"dropout {dropout:g} by validation on other seeds; {minutes:.0f} minutes, on a machine with other work. "
-        "`python benchmarks/noisy_student.py`; raw rows: `benchmarks/results/noisy_student.jsonl`."
-    )
     return "\n\n".join(parts)
 
 
@@ -575,9 +450,9 @@ def main() -> None:
     given = harness.parsed(harness.arguments(__doc__, RAW))
     torch.set_num_threads(1)
     if given.runs and given.miniature:
-        study((300, 301), (320,), 10**9, given.out)
+        study((300, 301), (320,), ARMS[::5], 10**9, given.out)
     elif given.runs:
-        study(tuple(range(300, 312)), (320, 321, 322), 1, given.out)
+        study(tuple(range(300, 312)), (320, 321, 322), ARMS, 1, given.out)
     rows = harness.read(given.out, "final")
     harness.show(given.write, "noisy-student-studies", block(rows))
     if given.write:

@@ -8,21 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import metapl
 from metapl.ablation import Altered
-from metapl.apps.labels import LabelStore, LabelWriter
-from metapl.apps.labels.queries import select
 from metapl.apps.pictures.views import base
 from metapl.feedback import Forward
 from metapl.models import mlp
-from metapl.problems.base import Signal
 from metapl.problems.losses import UDA, CrossEntropy
-from metapl.problems.stored import NoisyStudentLoss
 from metapl.training.loss_trainer import LossTrainer
 
 pytestmark = pytest.mark.docs
@@ -222,54 +217,3 @@ def test_the_planted_noise_is_as_it_is_called() -> None:
             assert (counts[0], counts[-1], bool(data.wrong.any())) == (5, 100, False)
         else:
             assert abs(float(data.wrong.double().mean()) - int(percent) / 100) < 0.05
-
-
-# ---------------------------------------------------------------------------------------------------- Noisy Student
-
-
-def test_steps_are_those_of_the_librarys_loss_by_sgd() -> None:
-    """Three steps on the mean over labeled and pseudo-labeled examples, for two seeds at once and one by one."""
-    import noisy_student as study
-
-    def plain(weights: list[Tensor], seed: int) -> nn.Sequential:
-        network = mlp([weights[0].shape[1], *(w.shape[2] for w in weights[::2])])
-        layers = [m for m in network if isinstance(m, nn.Linear)]
-        with torch.no_grad():
-            for layer, weight, bias in zip(layers, weights[::2], weights[1::2], strict=True):
-                layer.weight.copy_(weight[seed].T)
-                layer.bias.copy_(bias[seed, 0])
-        return network
-
-    torch.manual_seed(0)
-    weights = study.first_weights(8, (1, 2), 0)
-    both, learner = [plain(weights, seed) for seed in range(2)], study.Learner(weights, lr=0.3)
-    optimizers = [torch.optim.SGD(n.parameters(), lr=0.3, momentum=study.MOMENTUM) for n in both]
-    for step in range(3):
-        x_l, y, x_u = torch.rand(2, 4, 64), torch.randint(10, (2, 4)), torch.rand(2, 12, 64)
-        q, one_hot = torch.rand(2, 12, 10).softmax(-1), nn.functional.one_hot(y, 10).float()
-        learner.step(torch.cat([x_l, x_u], 1), torch.cat([one_hot, q], 1), [None, None], 0.5**step)
-        for seed, (network, optimizer) in enumerate(zip(both, optimizers, strict=True)):
-            optimizer.param_groups[0]["lr"] = 0.3 * 0.5**step
-            given = {"labeled": (x_l[seed], y[seed]), "unlabeled": (x_u[seed], q[seed])}
-            optimizer.zero_grad()
-            NoisyStudentLoss()(network, **given, signal=Signal(torch.zeros(0)), step=step).backward()
-            optimizer.step()
-    for seed, network in enumerate(both):
-        for ours, theirs in zip(plain(learner.weights, seed).parameters(), network.parameters(), strict=True):
-            assert torch.allclose(ours, theirs, atol=1e-6)
-
-
-@pytest.mark.parametrize(("per_class", "balanced"), [(None, False), (7, True), (None, True), (9, False)])
-def test_what_is_kept_is_what_the_librarys_selection_keeps(
-    tmp_path: Path, per_class: int | None, balanced: bool
-) -> None:
-    import noisy_student as study
-
-    q = (3 * torch.randn(60, 4, generator=torch.Generator().manual_seed(0))).softmax(1)
-    with LabelWriter(tmp_path / "all", tuple("abcd"), provenance={}, rows_per_part=25) as writer:
-        writer.add(list(range(60)), q)
-    select(LabelStore(tmp_path / "all"), tmp_path / "some", threshold=0.6, per_class=per_class, balance=balanced)
-    store = LabelStore(tmp_path / "some")
-    expected = sorted(np.fromiter(store, dtype=np.int64, count=len(store))[store.rows_with_copies()].tolist())
-    assert study.selected(q, threshold=0.6, per_class=per_class, balanced=balanced).tolist() == expected
-    assert 0 < len(set(expected)) < 60
