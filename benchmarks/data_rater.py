@@ -202,9 +202,9 @@ def tables(rows: list[Row]) -> str:
     gains = [r for r in rows if r["kind"] == "gain" and r["rater"] == "pairs"]
     titles = {
         EVERYTHING: "everything",
-        RATED: "the half of each batch that is rated best",
-        OUTER: "the half of least surprise, by counts of neighbours in the outer text",
-        BOTH: "the half by the difference of these and counts in the mixture",
+        RATED: "the half of each batch that the rater puts first",
+        OUTER: "the half that is likeliest by bigrams of the outer text",
+        BOTH: "the half by the difference of log-likelihoods, outer text − mixture (bigrams)",
         CLEAN: "documentation alone",
     }
     lines = []
@@ -215,15 +215,16 @@ def tables(rows: list[Row]) -> str:
         lines.append([title, f"{statistics.fmean(reached[name]):.2f}", *cells])
     seconds, counts = (1e3 * statistics.fmean(r[key] for r in gains) for key in ("seconds", "seconds_of_counts"))
     told = (
-        f"{len(gains)} seeds, batches and weights on the same texts; means and 95 % intervals of paired differences, "
+        f"{len(gains)} seeds, batches and weights on the same texts; means, and this row minus another with its paired "
+        "95 % interval: lower is better. "
         f"{3 * gains[0]['steps']} steps each. The {gains[0]['steps']} outer steps of the rater are not counted: "
         f"{seconds / 1e3:.0f} s of processor time; the counts take {counts:.0f} ms."
     )
     found = {
         "a rater: a score for each pair of characters": [r["auc"] for r in gains],
         "a rater: a transformer": [r["auc"] for r in rows if r["kind"] == "gain" and r["rater"] == "transformer"],
-        "counts in the outer text": [r["auc_of_counts"][OUTER] for r in gains],
-        "the difference of counts": [r["auc_of_counts"][BOTH] for r in gains],
+        "bigrams of the outer text": [r["auc_of_counts"][OUTER] for r in gains],
+        "the difference, outer text − mixture": [r["auc_of_counts"][BOTH] for r in gains],
     }
     scores = [[n, len(areas), *(spread([a[k] for a in areas]) for k in (1, 0))] for n, areas in found.items() if areas]
     measured, ways = [r for r in rows if r["kind"] == "cost"], []
@@ -240,7 +241,7 @@ def tables(rows: list[Row]) -> str:
     )
     reasons = dict.fromkeys(f"Where it stops: `{r['reason']}`." for r in measured if "reason" in r)
     source = "`python benchmarks/data_rater.py`; raw rows: `benchmarks/results/data_rater.jsonl`."
-    head = ["perplexity of a character after training on", "mean", "over everything", "over the rated"]
+    head = ["perplexity of a character after training on", "mean", "minus everything", "minus the rated half"]
     return "\n\n".join(
         [
             *(grid(head, lines), told),
