@@ -568,19 +568,19 @@ class Share(list[Any]):
 
 
 def whole_training(layout: str | None, optimizer: str = "sgd", inside: str = "plain", **options: Any) -> dict[str, Any]:
-    """Scores of examples through six steps, and the derivative in the start through three; every rank is given all
+    """Scores of examples through four steps, and the derivative in the start through two; every rank is given all
     rows of the first, and its share of the second."""
     network = networks(inside)[1]
     student = laid_out(network, layout)
     inner = OPTIMIZERS[optimizer](student.parameters())
     torch.manual_seed(3 + (dist.get_rank() if dist.is_initialized() else 0))  # of dropout
-    ((x, y), _), (outer, _), *more = batches(5)
+    ((x, y), _), (outer, _), *more = batches(4)
     before = [whole(t) for t in (*network.parameters(), *network.buffers())]
-    given = {"optimizer": inner, "steps": 6, "batch_size": 8, "mode": metapl.feedback.Forward(keep_every=2)}
+    given = {"optimizer": inner, "steps": 4, "batch_size": 8, "mode": metapl.feedback.Forward(keep_every=2)}
     found = metapl.attribute(student, (x, y), outer, progress=False, **{**given, **options})
     ahead = metapl.Lookahead([share(labeled) for labeled, _ in more])
     problem = metapl.problems.EqualWeights()
-    given = {"inner_optimizer": inner, "problem": problem, "wrt": ("teacher", "start"), "accumulate": 3}
+    given = {"inner_optimizer": inner, "problem": problem, "wrt": ("teacher", "start"), "accumulate": 2}
     gradient = metapl.hypergradient(None, student, outer=share(outer), inner=ahead, **given)
     after = [whole(t) for t in (*network.parameters(), *network.buffers())]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -589,8 +589,8 @@ def whole_training(layout: str | None, optimizer: str = "sgd", inside: str = "pl
     return {**numbers, **{f"{kind} {n}": whole(t) for kind, tree in trees.items() for n, t in tree.items()}}
 
 
-def gathered_at_once() -> dict[str, Any]:
-    """How many weights of which blocks a process holds whole at once in the second derivatives of a step."""
+def gathered_at_once(**case: Any) -> tuple[dict[str, Any], int, int]:
+    """A whole training; the most weights that were whole at once in it, and those of a block and the root."""
     alive: list[tuple[int, Any]] = []  # numbers of weights, and whether they are still there
     most = 0
     real = sharded.whole_together
@@ -604,10 +604,10 @@ def gathered_at_once() -> dict[str, Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharded, "whole_together", spied)
-        whole_training("fsdp")
+        training = whole_training(**case)
     student = networks()[1]
     block, every = (sum(p.numel() for p in part.parameters()) for part in (student.blocks[0], student))
-    return {"most": most, "block": block, "root": every - 2 * block}
+    return training, most, every - block
 
 
 class Aside(Block):
@@ -662,11 +662,9 @@ REFUSED |= {
 }
 
 
-def fitted(
-    layout: str | None, out: str | None = None, mode: str = "forward", ema_decay: float | None = None, **options: Any
-) -> dict[str, Any]:
+def fitted(layout: str | None, out: str | None = None, ema_decay: float | None = None) -> dict[str, Any]:
     """A short fit on the same whole batches everywhere, with validation."""
-    trainer = built(mode, layout, "adamw", **options)
+    trainer = built("reinforce", layout, "adamw")
     drawn = batches(4)
     (x, y), _ = batches(5)[4]
     result = trainer.fit(
@@ -719,7 +717,7 @@ def resumed(
     layout: str | None, out: str, stop: int | None = None, resume: bool = False, inside: str = "dropout"
 ) -> dict[str, Any]:
     """A fit of four steps, from the beginning or on from where it was stopped."""
-    trainer = built("forward", layout, "adamw", inside=inside)
+    trainer = built("reinforce", layout, "adamw", inside=inside)
     torch.manual_seed(7 + (dist.get_rank() if inside == "dropout" and dist.is_initialized() else 0))
     drawn = batches(4)
     (x, y), _ = batches(5)[4]

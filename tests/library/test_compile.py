@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import copy
 import shutil
+import warnings
 from typing import Any
 
 import pytest
 import torch
 import torchopt
+from kinds import KINDS, C, Own
 from problems_zoo import everything, noisy_teacher, same, toy
+from test_functional import FEATURES, MODES, OPTIMIZERS, batches, build, but_for_bfloat16, error, fits
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import metapl
 from metapl import MetaplError
+from metapl.execution.kernels import no_fast_path
 from metapl.feedback import Reinforce
 from metapl.functional import compiled
+from metapl.training.verify import VerificationWarning
 
 pytestmark = pytest.mark.slow
 
@@ -45,23 +50,10 @@ def pair(mode: Any, build: Any = None, views: bool = False, **options: Any) -> l
     made = []
     for on in (False, True):
         case = toy("batch_norm", teacher=noisy_teacher, views=views)
-        given = (
-            {
-                name: build(net)
-                for name, net in zip(("inner_optimizer", "outer_optimizer"), (case.student, case.teacher), strict=True)
-            }
-            if build
-            else {}
-        )
-        generator = torch.Generator().manual_seed(5)
-        made.append(
-            (
-                case,
-                metapl.BilevelTrainer(
-                    **case.networks(), mode=mode, compile=on, generator=generator, **given, **options
-                ),
-            )
-        )
+        given = {"mode": mode, "compile": on, "generator": torch.Generator().manual_seed(5), **options}
+        if build:
+            given |= {"inner_optimizer": build(case.student), "outer_optimizer": build(case.teacher)}
+        made.append((case, metapl.BilevelTrainer(**case.networks(), **given)))
     return made
 
 
@@ -233,3 +225,78 @@ def test_a_network_alone_is_compiled_too(accumulate: int) -> None:
         assert (counters["stats"]["unique_graphs"] > graphs) == on
         ends.append([t.double() for t in network.state_dict().values()])
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------- the pure step
+
+PAIRWISE = [
+    (MODES[i % 7], [*OPTIMIZERS][i % 4], feature)
+    for i in range(24)
+    if fits(MODES[i % 7], feature := [f for f in FEATURES if fits(MODES[i % 7], f)][(5 * i) % 7])
+]
+QUICK = "reinforce_per_example", "sgd", "clip"
+MUON = "forward", "muon_and_adamw", "batch_norm"
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+
+
+@pytest.mark.parametrize(
+    ("backend", "mode", "optimizer", "feature"),
+    [pytest.param("aot_eager", *row, marks=[pytest.mark.long] * (row != QUICK)) for row in PAIRWISE]
+    + [pytest.param(backend, *MUON, marks=[needs_compiler, pytest.mark.long]) for backend in ("aot_eager", "inductor")]
+    + [pytest.param("inductor", *row, marks=[needs_compiler, pytest.mark.long]) for row in PAIRWISE],
+)
+def test_a_step_is_captured_whole(backend: str, mode: str, optimizer: str, feature: str) -> None:
+    """In one graph, with the labels and masks of the plain function, and no new one for another rate."""
+    trainer, data = build(mode, optimizer, feature), batches(feature)
+    step, state = trainer.functional()
+    options = {"options": {"fallback_random": True}} if backend == "inductor" else {}
+    before = counters["stats"]["unique_graphs"]
+    captured = torch.compile(step, fullgraph=True, backend=backend, dynamic=False, **options)
+    for _ in range(2):
+        with torch.no_grad(), no_fast_path(math=True):
+            torch.manual_seed(4)
+            expected = step(state, *data)
+            torch.manual_seed(4)
+            found = captured(state, *data)
+        found, expected = ((s, r._replace(outer_loss=r.flag) if mode == "none" else r) for s, r in (found, expected))
+        given = but_for_bfloat16(found, expected) if optimizer == "muon_and_adamw" else (found, expected)
+        assert error(*given) < (1e-6 if mode == "difference" else 1e-9)
+        state = expected[0]
+        state.inner.settings[0]["lr"] = state.inner.settings[0]["lr"] / 2
+    assert counters["stats"]["unique_graphs"] == before + 1
+
+
+STATUSES = {  # a first step with compile=True: taken, taken with a warning, or refused
+    "plain": "R",
+    "a hook that scales outputs": "R",
+    "a buffer that counts": "R",
+    "float32 within": "R",
+    "straight-through": "A",
+    "a detached branch": "A",
+    "a checkpoint": "X",
+    "an attribute that counts": "X",
+    "python's random numbers": "X",
+    "weights written by .data": "X",
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in ("straight-through", "weights written by .data") else pytest.param(kind, marks=pytest.mark.long)
+        for kind in STATUSES
+    ],
+)
+def test_kinds_of_students_compiled(kind: str) -> None:
+    torch.manual_seed(0)
+    batches = {"labeled": (torch.randn(8, 4), torch.randint(C, (8,))), "unlabeled": torch.randn(8, 4)}
+    made = metapl.BilevelTrainer(nn.Linear(4, C), Own(*KINDS[kind][1:]), "forward", compile=True)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", VerificationWarning)
+        try:
+            made.step(**batches)
+            status = "A" if found else "R"
+        except MetaplError:
+            status = "X"
+    assert status == STATUSES[kind]
+    assert torch._C._autograd._saved_tensors_hooks_is_enabled()  # checkpoints go on

@@ -32,7 +32,7 @@ BOUNDS: list[tuple[str | Estimator, float]] = [
 def passes(mode: str | Estimator) -> float:
     """FLOPs of a step on equal batches, after the first, over those of a forward pass of the student."""
     torch.manual_seed(0)
-    teacher, student = (metapl.models.wide_resnet28_2(num_classes=10) for _ in range(2))
+    teacher, student = (metapl.models.wide_resnet(16, 2) for _ in range(2))
     unlabeled, labeled = torch.randn(2, 3, 16, 16), (torch.randn(2, 3, 16, 16), torch.tensor([3, 7]))
     trainer = metapl.BilevelTrainer(teacher, student, mode, teacher_losses=(), verify=False)
     trainer.step(labeled, unlabeled)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from typing import Any
 
 import pytest
 import torch
 import torchopt
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
 import metapl
 from metapl import UDA, CrossEntropy, MetaplError, Signal
-from metapl.execution.kernels import no_fast_path
 from metapl.execution.numerics import as_real
 from metapl.execution.ranks import gumbel
 from metapl.feedback import Difference, Forward, LossDifference, Reinforce, ReinforcePerExample, Unrolled
@@ -25,7 +22,6 @@ from metapl.functional.state import State
 
 CLASSES, WIDE = 3, 5
 ROWS = 6
-QUICK = {0, 1, 4, 6}  # of the captured rows, in make test
 MODES = ["forward", "unrolled", "difference", "reinforce", "reinforce_per_example", "loss_difference", "none"]
 
 
@@ -304,47 +300,3 @@ def test_stacked_steps_are_single_ones(mode: str, optimizer: str) -> None:
             if mode == "reinforce":
                 continue
         assert error(a, b) < 1e-6 if mode == "difference" else error(a, b) < 1e-12
-
-
-# ------------------------------------------------------------------------------------------------------------ captured
-
-PAIRWISE = [
-    (MODES[i % 7], [*OPTIMIZERS][i % 4], feature)
-    for i in range(24)
-    if fits(MODES[i % 7], feature := [f for f in FEATURES if fits(MODES[i % 7], f)][(5 * i) % 7])
-]
-MUON = "forward", "muon_and_adamw", "batch_norm"
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
-
-
-@pytest.mark.parametrize(
-    ("backend", "mode", "optimizer", "feature"),
-    [
-        ("aot_eager", *row) if i in QUICK else pytest.param("aot_eager", *row, marks=pytest.mark.long)
-        for i, row in enumerate(PAIRWISE)
-    ]
-    + [pytest.param(backend, *MUON, marks=[needs_compiler, pytest.mark.long]) for backend in ("aot_eager", "inductor")]
-    + [
-        pytest.param("inductor", *row, marks=[needs_compiler] + [pytest.mark.long] * (i > 0))
-        for i, row in enumerate(PAIRWISE)
-    ],
-)
-def test_a_step_is_captured_whole(backend: str, mode: str, optimizer: str, feature: str) -> None:
-    """In one graph, with the labels and masks of the plain function, and no new one for another rate."""
-    trainer, data = build(mode, optimizer, feature), batches(feature)
-    step, state = trainer.functional()
-    options = {"options": {"fallback_random": True}} if backend == "inductor" else {}
-    before = counters["stats"]["unique_graphs"]
-    captured = torch.compile(step, fullgraph=True, backend=backend, dynamic=False, **options)
-    for _ in range(2):
-        with torch.no_grad(), no_fast_path(math=True):
-            torch.manual_seed(4)
-            expected = step(state, *data)
-            torch.manual_seed(4)
-            found = captured(state, *data)
-        found, expected = ((s, r._replace(outer_loss=r.flag) if mode == "none" else r) for s, r in (found, expected))
-        given = but_for_bfloat16(found, expected) if optimizer == "muon_and_adamw" else (found, expected)
-        assert error(*given) < (1e-6 if mode == "difference" else 1e-9)
-        state = expected[0]
-        state.inner.settings[0]["lr"] = state.inner.settings[0]["lr"] / 2
-    assert counters["stats"]["unique_graphs"] == before + 1

@@ -19,7 +19,7 @@ from metapl import Lookahead, MetaplError
 from metapl.feedback import Forward, keeping
 from metapl.problems import EqualWeights
 
-STEPS = 60
+STEPS = 40
 Optimizer = Callable[[Any], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Optimizer] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3),
@@ -115,9 +115,9 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("optimizer", "truncate"),
     [
-        ("adamw_amsgrad", 30),
+        ("adamw_amsgrad", 20),
         *(pytest.param(name, of, marks=pytest.mark.long) for name in ("nesterov", "adamw_amsgrad") for of in (None, 1)),
-        pytest.param("nesterov", 30, marks=pytest.mark.long),
+        pytest.param("nesterov", 20, marks=pytest.mark.long),
     ],
 )
 def test_what_is_kept_changes_nothing(optimizer: str, truncate: int | None, tmp_path: Path) -> None:
@@ -138,8 +138,8 @@ def test_teachers_whose_passes_are_computed_again(kind: Any, accumulate: int) ->
     """With dropout, batch norm and drawn labels, on lazy batches of which most steps are computed again."""
     found = []
     for ahead, mode in (
-        (Lookahead([batch(k)[0] for k in range(60)]), Forward(keep_every=1)),
-        (Lookahead(lambda k: batch(k)[0], steps=60), Forward(keep="tree")),
+        (Lookahead([batch(k)[0] for k in range(STEPS)]), Forward(keep_every=1)),
+        (Lookahead(lambda k: batch(k)[0], steps=STEPS), Forward(keep="tree")),
     ):
         student, teacher, draws = network(), network(), torch.Generator().manual_seed(3)
         result = metapl.hypergradient(
@@ -155,7 +155,7 @@ def test_teachers_whose_passes_are_computed_again(kind: Any, accumulate: int) ->
             recompute_teacher=True,
         )
         found.append((result.feedback, result.grads, result.student_params, draws.get_state()))
-    assert [h.shape for h in found[0][0]] == [(8, 3)] * 60
+    assert [h.shape for h in found[0][0]] == [(8, 3)] * STEPS
     leaves = [torch.utils._pytree.tree_leaves(one) for one in found]
     assert all(torch.equal(a, b) for a, b in zip(*leaves, strict=True))
 
@@ -173,12 +173,12 @@ def reused() -> Callable[[int], tuple[Tensor, Tensor]]:
 
 
 WRONG: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
-    "another batch": lambda _: Lookahead(lambda k: (batch(k)[0] + torch.rand(()), batch(k)[1]), steps=60),
+    "another batch": lambda _: Lookahead(lambda k: (batch(k)[0] + torch.rand(()), batch(k)[1]), steps=STEPS),
     "batches in the same tensors": lambda _: Lookahead(reused(), steps=3),
     "no steps": lambda _: Lookahead(batch),
     "more steps than batches": lambda _: Lookahead([batch(0)], steps=2),
     "a schedule that needs a metric": lambda o: Lookahead(
-        batch, steps=60, schedule=torch.optim.lr_scheduler.ReduceLROnPlateau(o)
+        batch, steps=STEPS, schedule=torch.optim.lr_scheduler.ReduceLROnPlateau(o)
     ),
 }
 
@@ -196,7 +196,7 @@ def test_wrong_paths_are_refused(case: str) -> None:
 def test_the_default_keeps_what_half_of_the_free_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     student = network()
     monkeypatch.setattr(keeping, "free_bytes", lambda _: 200_000)
-    found = gradient(student, OPTIMIZERS["adam"](student.parameters()), Lookahead(batch, steps=STEPS), Forward())
+    found = gradient(student, OPTIMIZERS["adam"](student.parameters()), Lookahead(batch, steps=60), Forward())
     assert found.kept == "one step in 8, of 60"
 
 
@@ -205,7 +205,7 @@ def test_a_path_longer_than_memory_is_refused_before_its_first_step(
     compile: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     student, read = network(), set[int]()
-    ahead = Lookahead(lambda k: (read.add(k), batch(k))[1], steps=STEPS)  # type: ignore[func-returns-value]
+    ahead = Lookahead(lambda k: (read.add(k), batch(k))[1], steps=60)  # type: ignore[func-returns-value]
     given: Any = {"outer": batch(-1), "inner": ahead, "problem": EqualWeights(), "compile": compile}
     given["inner_optimizer"] = OPTIMIZERS["adam"](student.parameters())
     monkeypatch.setattr(keeping.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))

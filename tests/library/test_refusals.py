@@ -592,7 +592,7 @@ def fused(mode: Any, ahead: int, own_generator: bool, steps: int, **options: Any
     return case, fuse, batches
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data(), situations())
 def test_an_error_anywhere_in_a_step_moves_nothing(data: st.DataObject, situation: dict[str, Any]) -> None:
     """And the next step is that of a trainer that never met one."""

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 import metapl
 from metapl import Lookahead, MetaplError, PseudoLabels
 from metapl.feedback import Forward, Implicit, Reinforce
-from metapl.functional import compiled
 from metapl.training import real_step, verify
 from metapl.training.verify import GradientCheck, VerificationWarning
 
@@ -74,70 +73,51 @@ def by_the_pure_step(teacher: Any, student: Any, *, unlabeled: Any, labeled: Any
     return SimpleNamespace(feedback=h, grads=grads, outer_loss=report.outer_loss)
 
 
-def statuses(expected: str, student: Callable[[], nn.Module], patch: pytest.MonkeyPatch, **options: Any) -> None:
-    """Compare the statuses in all columns."""
-    found = ""
-    for column, (mode, steps) in COLUMNS.items():
-        if column == "pure":
+def rows_of(kinds: dict[str, tuple[Any, ...]], long: set[str]) -> list[Any]:
+    """Each kind in every column; allowed ones, which are also compared with double backward, in some by default."""
+    rows = []
+    for kind, (letters, *_) in kinds.items():
+        expected = dict(zip(COLUMNS, letters.replace(" ", ""), strict=True))
+        first = {letter: column for column, letter in reversed(expected.items())}
+        few = {column: letter for column, letter in expected.items() if column in (*first.values(), "pure")}
+        if "A" in letters and kind not in long:
+            rows.append(pytest.param(kind, few, id=kind))
+        marks = [pytest.mark.long] * ("A" in letters)
+        rows.append(pytest.param(kind, expected, id=f"{kind}, every column", marks=marks))
+    return rows
+
+
+def statuses(expected: dict[str, str], student: Callable[[], nn.Module], patch: Any, **options: Any) -> None:
+    """Compare the statuses in these columns."""
+    found = {}
+    for column in expected:
+        mode, steps = COLUMNS[column]
+        if column.startswith("pure"):
             patch.setattr(real_step, "hypergradient", by_the_pure_step)
         torch.manual_seed(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the old norms are deprecated
             made = student()
         status = checked(made, mode, steps, **options)
-        found += next((letter for letter, name in LETTERS.items() if name == status), status)
-    assert found == expected.replace(" ", "")
+        found[column] = next((letter for letter, name in LETTERS.items() if name == status), status)
+    assert found == expected
 
 
-# Allowed kinds cost most: each is also compared with double backward. The others of them run in make test-long.
 LONG = {"a momentum encoder", "a hook on an activation", "a detached average", "an average in a buffer"}
 LONG |= {"a binary layer", "a doubled backward", "the old weight norm"}
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.long] * (kind in LONG)) for kind in KINDS])
-def test_kinds_of_students(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, *how = KINDS[kind]
-    statuses(expected, lambda: Own(*how), monkeypatch)
-
-
-COMPILED = {  # a first step with compile=True: taken, taken with a warning, or refused
-    "plain": "R",
-    "a hook that scales outputs": "R",
-    "a buffer that counts": "R",
-    "float32 within": "R",
-    "straight-through": "A",
-    "a detached branch": "A",
-    "a checkpoint": "X",
-    "an attribute that counts": "X",
-    "python's random numbers": "X",
-    "weights written by .data": "X",
-}
-
-
-QUICK = {"plain", "straight-through", "a checkpoint", "weights written by .data"}
-
-
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.long] * (k not in QUICK)) for k in COMPILED])
-def test_kinds_of_students_compiled(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "backend_of", lambda device: {"backend": "aot_eager"})
-    made, batches = trainer(Own(*KINDS[kind][1:]), compile=True)
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always", VerificationWarning)
-        try:
-            made.step(**batches)
-            status = "A" if found else "R"
-        except MetaplError:
-            status = "X"
-    assert status == COMPILED[kind]
-    assert torch._C._autograd._saved_tensors_hooks_is_enabled()  # checkpoints go on
+@pytest.mark.parametrize(("kind", "expected"), rows_of(KINDS, LONG))
+def test_kinds_of_students(kind: str, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    statuses(expected, lambda: Own(*KINDS[kind][1:]), monkeypatch)
 
 
 # ------------------------------------------------------------------------------------------------------------ problems
 
 
-@pytest.mark.parametrize("kind", PROBLEMS)
-def test_kinds_of_problems(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, change, options = PROBLEMS[kind]
+@pytest.mark.parametrize(("kind", "expected"), rows_of(PROBLEMS, set()))
+def test_kinds_of_problems(kind: str, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, change, options = PROBLEMS[kind]
     statuses(expected, lambda: Own(plain), monkeypatch, problem=Problem(**change), **options)
 
 
@@ -183,11 +163,16 @@ CLEAN: dict[str, Callable[[], nn.Module]] = {
     "a zero in a relu": lambda: model(nn.Linear(4, 6), Own(lambda s, x: (0 * x).relu() + x)),
 }
 MODES = [mode for mode in metapl.MODES if mode not in ("implicit", "none")]
+EACH = [*MODES, Forward(by="tangent")]
 
 
-@pytest.mark.parametrize("student", CLEAN)
-def test_clean_students_are_right_in_every_mode(student: str) -> None:
-    for mode in [*MODES, Forward(by="tangent")]:
+@pytest.mark.parametrize(
+    ("student", "modes"),
+    [pytest.param(name, (EACH * 2)[i % len(EACH) :][:3], id=name) for i, name in enumerate(CLEAN)]
+    + [pytest.param(name, EACH, id=f"{name}, every mode", marks=pytest.mark.long) for name in CLEAN],
+)
+def test_clean_students_are_right_in_every_mode(student: str, modes: list[Any]) -> None:
+    for mode in modes:
         torch.manual_seed(0)
         found = check(CLEAN[student](), mode)
         assert (mode, found.status) == (mode, "right"), str(found)
