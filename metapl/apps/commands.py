@@ -31,7 +31,7 @@ from metapl.apps.report import control, summary
 from metapl.apps.run import RunFolder, stored_result
 from metapl.apps.settings import Flat, Switch, unset
 from metapl.apps.train import check_shares, describe, device, train
-from metapl.apps.words import tell, wrapped
+from metapl.apps.words import table, tell, wrapped
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError, few
 from metapl.runs.fields import Range
@@ -274,7 +274,7 @@ def _compare(
     chosen = {name: one.scheduled(config.fitting.steps) for name, one in chosen.items()}
     found = compare(config, chosen, seeds, folder, resume=resume, jobs=where.jobs)
     tell(f"figures, report and the delivered networks are in {folder.path}")
-    tell(f"\n{wrapped(found.caption())}\n\n{found.table()}\n")
+    tell(f"\n{wrapped(found.caption())}\n\n{table(found.rows(), left=4)}\n")
     for text in (found.sentence(), found.delivery(), *control(stored_result(folder))):
         tell(wrapped(text))
 

@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import tyro
@@ -24,7 +24,6 @@ from metapl.apps import report
 from metapl.apps.comparison import ENOUGH_SEEDS, STUDENT, Comparison, seeds_in_words, spread, with_chance
 from metapl.apps.errors import placed
 from metapl.apps.machine.cores import available_cores, default_threads
-from metapl.apps.machine.progress import duration
 from metapl.apps.machine.sealed import read_sealed
 from metapl.apps.run import (
     ANOTHER,
@@ -108,7 +107,7 @@ def compare(
         report.draw_report(
             out / "report.png",
             title=f"{config.name}: {len(methods)} methods, {seeds_in_words(len(seeds))}",
-            curves=report.mean_curves(out, comparison, results),
+            curves=report.curves_of(out, comparison),
             evaluation=Evaluation(**run.result["evaluation"]),
             network="network",
         )
@@ -131,29 +130,21 @@ def run_jobs(
             place = out / name / f"seed-{seed}"
             begun = resume or (place / "recipe.json").exists()
             to_compare.append(Job(replaced(config, seed=seed), method, place, begun, threads))
+    total = len(to_compare)
     words = f"{len(methods)} method{'s' if len(methods) != 1 else ''} x {seeds_in_words(len(seeds))}"
     aloud(f"{words}, {workers} at a time -> {out}")
     results = {}
-    left = [job for job in to_compare if not (job.folder / "result.json").exists()]
-    total, times = len(to_compare), list[float]()
     with closing(run_all(to_compare, workers)) as running:  # workers end before the command does
-        for number, (job, result, seconds) in enumerate(running, 1):
+        for number, (job, result) in enumerate(running, 1):
             results[job.method.name, job.config.fitting.seed] = result
-            if job in left:
-                left.remove(job)
-                times.append(seconds)
-            until = ""
-            if left and times:
-                remaining = len(left) * statistics.fmean(times) / min(workers, len(left))
-                until = f", about {duration(remaining)} left"
             on = Evaluation(**result["evaluation"])
             reached = with_chance(result["test_accuracy"], on.n, on.chance)
-            aloud(f"[{number:>{len(str(total))}}/{total}] {job.title}: {reached}{until}")
+            aloud(f"[{number:>{len(str(total))}}/{total}] {job.title}: {reached}")
     return results
 
 
-def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str, Any], float], None, None]:
-    """Run the jobs, ``workers`` at a time, and give each with its result and the seconds it took as it ends.
+def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str, Any]], None, None]:
+    """Run the jobs, ``workers`` at a time, and give each with its result as it ends.
 
     One worker is this process. However this ends, no worker is left: where it is stopped, or a job fails, the others
     save the step under way and go; and a worker whose parent was killed ends itself, so that nobody goes on writing to
@@ -162,8 +153,8 @@ def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str,
     if workers <= 1 or len(jobs) == 1:
         for job in jobs:
             with placed(f"{job.title}: "):
-                result, seconds = _run(job)
-            yield job, result, seconds
+                result = job.run()
+            yield job, result
         return
     spawned: Any = {"mp_context": multiprocessing.get_context("spawn")}
     pool = ProcessPoolExecutor(workers, **spawned, initializer=_end_with_parent, initargs=(os.getpid(),))
@@ -178,8 +169,8 @@ def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str,
     try:
         for future in as_completed(running):
             with placed(f"{running[future].title}: "):
-                result, seconds = future.result()
-            yield running[future], result, seconds
+                result = future.result()
+            yield running[future], result
     except BrokenProcessPool as error:
         fault = "the process of one of the runs was killed"
         raise MetaplError(f"{fault}: was there too little memory? Go on with --resume.") from error
@@ -200,21 +191,11 @@ def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str,
         pool.shutdown(cancel_futures=True)
 
 
-def _run(job: Job) -> tuple[dict[str, Any], float]:
-    since = time.monotonic()
-    return job.run(), time.monotonic() - since
-
-
-_stopped = False  # whether this worker was stopped, and begins no other job
-
-
-def _run_apart(job: Job) -> tuple[dict[str, Any], float]:
-    global _stopped
+def _run_apart(job: Job) -> dict[str, Any]:
     try:
-        return ({}, 0.0) if _stopped else _run(job)
-    except KeyboardInterrupt:  # stopped and saved; nobody waits for the result
-        _stopped = True
-        return {}, 0.0
+        return job.run()
+    except KeyboardInterrupt:  # stopped and saved: no other job is begun, and nobody waits for a result
+        os._exit(1)
 
 
 def _end_with_parent(parent: int) -> None:
@@ -229,45 +210,36 @@ def _end_with_parent(parent: int) -> None:
 # ---------------------------------------------------------------------------------------- metapl compare RUN RUN...
 
 # Fields in which runs may differ: the seed, what a method is called by, which is looked at apart, and what changes no
-# number. Those that decide which examples a recipe draws from its data set. And those that follow from how many steps
-# fitted into a run's minutes.
+# number; and those that follow from how many steps fitted into a run's minutes.
 IRRELEVANT = ("seed", "feedback", "everything", "kind", "clean_alone", "log_every", "save_every", "num_workers")
-DRAWN_BY = ("seed", "labels_per_class")
 BY_STEPS = ("steps", "warmup", "validate_every", "wait", "uda_start", "uda_ramp", "warm_steps")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One method with one seed, and how it did on the test set; those that are drawn alike have the same data."""
+class Entry(NamedTuple):
+    """A run, or one of those of a comparison."""
 
-    method: str
-    seed: int
-    fields: dict[str, Any]
-    result: Mapping[str, Any]
+    given: Path  # the folder that was named
     place: Path
-    hashes: dict[str, str]
-    drawn_by: tuple[Any, ...]
+    fields: dict[str, str]  # in which it may differ from others
+    result: Mapping[str, Any]
+    data: tuple[str, ...]  # what its examples are drawn by: runs of which it is the same have the same hashes
+    hashes: Mapping[str, str]
 
-    @classmethod
-    def of(cls, run: EndedRun) -> Iterator[Entry]:
-        """The run itself, or those of a comparison."""
-        fields, path = dict(run.description["fields"]), run.folder.path
-        unlike = {*IRRELEVANT, *(BY_STEPS if fields.get("minutes") else ())}
-        results = {(run.result["method"], run.result["seed"]): dict(run.result)}
-        if run.is_comparison:
-            results = results_within(path, run.result)
-        for (method, seed), result in results.items():
-            place = path / method / f"seed-{seed}" if run.is_comparison else path
-            if "evaluation" not in result:
-                raise MetaplError(f"{place} has no test accuracy; train it again with --test.")
-            # A folder of pictures is the data; the digits are drawn from a data set.
-            drawn_by = DRAWN_BY if result["recipe"] == "digits" else ()
-            drawn = tuple(str((fields | {"seed": seed}).get(name)) for name in drawn_by)
-            relevant = {name: value for name, value in fields.items() if name not in unlike}
-            yield cls(method, seed, relevant, result, place, stored_data(RunFolder(place))["hash"], drawn)
 
-    def accuracy(self, readout: str) -> float:
-        return float(self.result.get(readout, self.result[STUDENT]))
+def entries_of(path: Path) -> Iterator[Entry]:
+    """The run in a folder, or those of a comparison."""
+    run = EndedRun.load(path)
+    fields = {name: str(value) for name, value in run.description["fields"].items()}
+    unlike = {*IRRELEVANT, *(BY_STEPS if run.description["fields"].get("minutes") else ())}
+    within = results_within(path, run.result) if run.is_comparison else {("", 0): run.result}
+    for (method, seed), result in within.items():
+        place = path / method / f"seed-{seed}" if run.is_comparison else path
+        if "evaluation" not in result:
+            raise MetaplError(f"{place} has no test accuracy; train it again with --test.")
+        # A folder of pictures is the data; the digits are drawn from a data set.
+        drawn = (str(result["seed"]), fields["labels_per_class"]) if result["recipe"] == "digits" else ()
+        relevant = {name: value for name, value in fields.items() if name not in unlike}
+        yield Entry(path, place, relevant, result, drawn, stored_data(RunFolder(place))["hash"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,51 +260,41 @@ class Compare:
         if not self.folders or len({path.resolve() for path in self.folders}) < len(self.folders):
             given = few(self.folders) if self.folders else "no run"
             raise MetaplError(f"metapl compare RUN RUN...: expected runs, each once, and {given} was given.")
-        runs = [EndedRun.load(path) for path in self.folders]
-        if len(names := {run.result["recipe"] for run in runs}) > 1:
-            raise MetaplError(f"the runs are of {few(sorted(names))}, whose test sets differ; expected one of these.")
-        by_run = {run.folder.path: list(Entry.of(run)) for run in runs}
-        entries = [entry for members in by_run.values() for entry in members]
-        _refuse_other_data(entries)
+        entries = [entry for path in self.folders for entry in entries_of(path)]
+        # Accuracies on other test pictures, or of students of other classes, say nothing of which method is better.
+        first, like = entries[0], dict[tuple[str, ...], Entry]()
+        for entry in entries:
+            same = like.setdefault(entry.data, entry)
+            parts = sorted({part for part, _ in same.hashes.items() ^ entry.hashes.items()})
+            if entry.result["recipe"] != first.result["recipe"]:
+                parts = ["test sets"]
+            elif entry.result["evaluation"]["classes"] != first.result["evaluation"]["classes"]:
+                own, others = (each.result["evaluation"]["classes"] for each in (entry, first))
+                parts = [f"classes ({few(sorted({*own} ^ {*others})) or 'their order'})"]
+            if parts:
+                raise MetaplError(f"{entry.place} and {first.place} are on different data: {', '.join(parts)} differ.")
+        groups: dict[tuple[str, str], list[Entry]] = {}
+        for entry in entries:
+            groups.setdefault((str(entry.given), entry.result["method"]), []).append(entry)
         rows: list[tuple[str, ...]] = [("run", "method", "seeds", "delivered", "student", "finetuned")]
-        for place, members in by_run.items():
-            for method in dict.fromkeys(entry.method for entry in members):
-                by_seed = [entry for entry in members if entry.method == method]
-                shares = [spread([entry.accuracy(readout) for entry in by_seed], digits=2) for readout in READOUTS]
-                rows.append((str(place), method, _ranges([entry.seed for entry in by_seed]), *shares))
-        on, chance = entries[0].result["evaluation"]["n"], 100 * _chance(entries)
-        caption = f"test accuracy in % on {on:,} examples (chance {chance:.1f})"
-        tell(f"{caption}\n\n{table(rows, left=3)}\n\n{wrapped(_verdict(entries))}")
+        for key, group in groups.items():
+            shares = [spread([reached(entry, each) for entry in group], digits=2) for each in READOUTS]
+            rows.append((*key, spoken_seeds([entry.result["seed"] for entry in group]), *shares))
+        on = first.result["evaluation"]["n"]
+        chance = statistics.fmean(Evaluation(**entry.result["evaluation"]).chance for entry in entries)
+        caption = f"test accuracy in % on {on:,} examples (chance {100 * chance:.1f})"
+        tell(f"{caption}\n\n{table(rows, left=3)}\n\n{wrapped(verdict(entries, on, chance))}")
         return 0
 
 
-def _refuse_other_data(entries: Sequence[Entry]) -> None:
-    """Accuracies on other test pictures, or of students of other classes, say nothing of which method is better."""
-    first: dict[tuple[Any, ...], Entry] = {}
-    names = entries[0].result["evaluation"]["classes"]
-    for entry in entries:
-        own = entry.result["evaluation"]["classes"]
-        if names is not None and own is not None and list(names) != list(own):
-            alone = few([name for name in (*own, *names) if name not in own or name not in names])
-            what = f"{entry.place} and {entries[0].place} are of different classes"
-            raise MetaplError(f"{what}, or in another order; only one of them has {alone or 'none'}.")
-        same = first.setdefault(entry.drawn_by, entry)
-        parts = {part for part, _ in same.hashes.items() ^ entry.hashes.items()}
-        # Of the whole data set, whatever is drawn from it.
-        parts |= {"labels"} if entries[0].hashes.get("labels") != entry.hashes.get("labels") else set()
-        if parts:
-            which = f"{' and '.join(sorted(parts))} differ by their hashes in data.json"
-            raise MetaplError(f"{entry.place} and {same.place} are on different data: {which}.")
+def reached(entry: Entry, readout: str) -> float:
+    return float(entry.result.get(readout, entry.result[STUDENT]))
 
 
-def _chance(entries: Sequence[Entry]) -> float:
-    return statistics.fmean(Evaluation(**entry.result["evaluation"]).chance for entry in entries)
-
-
-def _ranges(seeds: Sequence[int]) -> str:
+def spoken_seeds(seeds: Sequence[int]) -> str:
     """Seeds as ``--seeds`` takes them.
 
-    >>> _ranges([0, 1, 2, 7])
+    >>> spoken_seeds([0, 1, 2, 7])
     '0-2,7'
     """
     firsts = [seed for seed in sorted(seeds) if seed - 1 not in seeds]
@@ -340,42 +302,36 @@ def _ranges(seeds: Sequence[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(firsts, lasts, strict=True))
 
 
-def _verdict(entries: Sequence[Entry]) -> str:
+def verdict(entries: Sequence[Entry], examples: int, chance: float) -> str:
     """Whether the feedback helps, where that was run, else each against the first; or why they are not paired."""
-    # Methods have fields of their own: what the entries have of each is looked at.
-    values: dict[str, set[str]] = {}
+    values: dict[str, set[str]] = {}  # methods have fields of their own: what the entries have of each is looked at
     for entry in entries:
         for name, value in entry.fields.items():
-            values.setdefault(name, set()).add(str(value))
-    differing = [name for name, found in values.items() if len(found) > 1]
-    if "labels_per_class" in differing:
-        return f"Not paired: the runs have different numbers of labels ({few(sorted(values['labels_per_class']))})."
+            values.setdefault(name, set()).add(value)
     variants: dict[str, dict[int, Entry]] = {}
+    titles: dict[str, str] = {}
     for entry in entries:
-        options = (f"{name} {entry.fields[name]}" for name in differing if name in entry.fields)
-        name = ", ".join([entry.method, *options])
-        if entry.seed in variants.setdefault(name, {}):
-            return f"Not paired: {name} with seed {entry.seed} is there twice."
-        variants[name][entry.seed] = entry
+        options = "".join(f", {name} {value}" for name, value in entry.fields.items() if len(values[name]) > 1)
+        name, seed = f"{entry.result['method']}{options}", entry.result["seed"]
+        titles[name] = f"{entry.result['title']}{options}"
+        if seed in variants.setdefault(name, {}):
+            return f"Not paired: {name} with seed {seed} is there twice."
+        variants[name][seed] = entry
     first, *others = variants
     seeds = tuple(sorted(variants[first]))
     for name in others:
         if {*variants[name]} != {*seeds}:
-            return f"Not paired: {first} has seeds {_ranges(seeds)}, {name} has {_ranges([*variants[name]])}."
+            return f"Not paired: {first} has seeds {spoken_seeds(seeds)}, {name} has {spoken_seeds([*variants[name]])}."
     if not others:
         return "Nothing to pair: one method with one set of options."
     methods = {
-        name: {readout: [by_seed[seed].accuracy(readout) for seed in seeds] for readout in READOUTS}
+        name: {readout: [reached(by_seed[seed], readout) for seed in seeds] for readout in READOUTS}
         for name, by_seed in variants.items()
     }
-    titles = {
-        name: f"{by_seed[seeds[0]].result['title']}{name.removeprefix(by_seed[seeds[0]].method)}"
-        for name, by_seed in variants.items()
-    }
-    comparison = Comparison(seeds, methods, titles, entries[0].result["evaluation"]["n"], _chance(entries))
+    comparison = Comparison(seeds, methods, titles, examples, chance)
     if comparison.against_control() is not None:
         return comparison.sentence()
-    lines = [f"The students by seed ({_ranges(seeds)}), against those of {first}:"]
+    lines = [f"The students by seed ({spoken_seeds(seeds)}), against those of {first}:"]
     for name in others:
         test = paired_test(methods[name][STUDENT], methods[first][STUDENT])
         p = f"at least {ENOUGH_SEEDS} seeds are needed for a test"

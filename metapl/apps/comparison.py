@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from metapl.apps.run import READOUTS
-from metapl.apps.words import table
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, PairedTest, paired_test
 
@@ -80,34 +80,32 @@ class Comparison:
 
         The test set has no say in it. Where validation cannot tell them apart, it is the first method's first seed.
         """
-        names = self._methods()
-        if not self._validated():
-            return names[0], self.seeds[0]
-        method = max(names, key=lambda name: self.mean(name, "validation_accuracy"))
+        if not self.validated:
+            return self.usable[0], self.seeds[0]
+        method = max(self.usable, key=lambda name: self.mean(name, "validation_accuracy"))
         by_seed = dict(zip(self.seeds, self.methods[method]["validation_accuracy"], strict=True))
         return method, max(self.seeds, key=by_seed.__getitem__)
 
-    def _methods(self) -> list[str]:
-        """The methods that can be used, or all where the headroom is alone."""
+    @property
+    def usable(self) -> list[str]:
+        """The methods without the headroom, unless that is alone."""
         return [name for name in self.methods if name != HEADROOM] or list(self.methods)
 
-    def _validated(self) -> bool:
-        return all("validation_accuracy" in self.methods[name] for name in self._methods())
+    @property
+    def validated(self) -> bool:
+        return all("validation_accuracy" in self.methods[name] for name in self.usable)
 
-    def table(self) -> str:
-        """The methods with mean ± standard deviation of all read-outs, in %.
+    def rows(self) -> list[tuple[str, ...]]:
+        """The methods with mean ± standard deviation of all read-outs, in %, below a head.
 
         >>> accuracies = {"mpl": dict.fromkeys(READOUTS, [0.8, 0.9])}
-        >>> print(Comparison((0, 1), accuracies, {"mpl": "Meta Pseudo Labels"}, examples=400, chance=0.1).table())
-        method              delivered   student     finetuned
-        Meta Pseudo Labels  85.0 ± 7.1  85.0 ± 7.1  85.0 ± 7.1
-        chance              10.0        10.0        10.0
+        >>> Comparison((0, 1), accuracies, {"mpl": "Meta Pseudo Labels"}, examples=400, chance=0.1).rows()[1]
+        ('Meta Pseudo Labels', '85.0 ± 7.1', '85.0 ± 7.1', '85.0 ± 7.1')
         """
-        rows: list[tuple[str, ...]] = [("method", "delivered", "student", "finetuned")]
-        for name, accuracies in self.methods.items():
-            rows.append((self.titles[name], *(spread(accuracies[readout], digits=1) for readout in READOUTS)))
-        rows.append(("chance", *[f"{100 * self.chance:.1f}"] * len(READOUTS)))
-        return table(rows, left=len(rows[0]))
+        found: list[tuple[str, ...]] = [("method", "delivered", "student", "finetuned")]
+        for name, of in self.methods.items():
+            found.append((self.titles[name], *(spread(of[readout], digits=1) for readout in READOUTS)))
+        return [*found, ("chance", *[f"{100 * self.chance:.1f}"] * len(READOUTS))]
 
     def caption(self) -> str:
         over = f", mean ± standard deviation over {seeds_in_words(len(self.seeds))}" if len(self.seeds) > 1 else ""
@@ -115,7 +113,7 @@ class Comparison:
 
     def sentence(self) -> str:
         """Whether what was run beside its control helped, with its statistics, and which method is the best."""
-        best = max(self._methods(), key=lambda name: self.mean(name, DELIVERED))
+        best = max(self.usable, key=lambda name: self.mean(name, DELIVERED))
         reached = with_chance(self.mean(best, DELIVERED), self.examples, self.chance)
         said = f"The best on the test set is {self.titles[best]} with {reached}."
         if (found := self.against_control()) is None:
@@ -142,7 +140,7 @@ class Comparison:
         """Which run the comparison delivers, and why that one."""
         method, seed = self.delivered()
         why = ", the first one named; there was no validation that could tell them apart"
-        if self._validated():
+        if self.validated:
             why = "; of all methods it has the best mean validation accuracy"
         return f"delivered: {self.titles[method]}, seed {seed}{why}"
 
@@ -175,23 +173,19 @@ def seeds_in_words(n: int) -> str:
     return f"{n} seed{'s' if n != 1 else ''}"
 
 
-def parse_seeds(text: str, flag: str = "--seeds") -> tuple[int, ...]:
-    """Seeds from ``"0-9"``, ``"0,3,5"`` or a mixture; ``flag`` is named in errors.
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Seeds from ``"0-9"``, ``"0,3,5"`` or a mixture.
 
     >>> parse_seeds("0-2,7")
     (0, 1, 2, 7)
     """
-    seeds: list[int] = []
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*([0-9]{1,10})(?:-([0-9]{1,10}))?\s*", part)
-        if found is None:
-            raise MetaplError(f"{flag}={text!r:.60}: expected numbers and ranges, such as 0-9 or 0,3,5.")
-        named = range(int(found[1]), int(found[2] or found[1]) + 1)
-        if not named or named.stop > 2**32 or len(seeds) + len(named) > MOST_SEEDS:
-            raise MetaplError(f"{flag}={text!r:.60}: expected at most {MOST_SEEDS:,} seeds, rising and below 2^32.")
-        seeds += named
-    if len({*seeds}) < len(seeds):
-        raise MetaplError(f"{flag}={text!r:.60}: expected each seed once.")
+    parts = [re.fullmatch(r"\s*([0-9]{1,10})(?:-([0-9]{1,10}))?\s*", part) for part in text.split(",")]
+    ranges = [range(int(part[1]), int(part[2] or part[1]) + 1) for part in parts if part is not None]
+    sound = None not in parts and all(each and each.stop <= 2**32 for each in ranges)
+    seeds = [*itertools.chain(*ranges)] if sound and sum(map(len, ranges)) <= MOST_SEEDS else []
+    if not seeds or len({*seeds}) < len(seeds):
+        expected = f"rising numbers and ranges below 2^32, such as 0-9 or 0,3,5, each once, {MOST_SEEDS:,} at most"
+        raise MetaplError(f"--seeds {text:.60}: expected {expected}.")
     return tuple(seeds)
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import sys
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from metapl.apps import web
-from metapl.apps.comparison import Comparison, seeds_in_words, spread
+from metapl.apps.comparison import Comparison, seeds_in_words
 from metapl.apps.held_out import HeldOut
 from metapl.apps.machine.sealed import write_whole
-from metapl.apps.run import READOUTS, EndedRun, RunFolder, counts_of, refuse_changed, results_within, stored_data
+from metapl.apps.run import EndedRun, RunFolder, counts_of, refuse_changed, results_within, stored_data, stored_result
 from metapl.apps.suspects import suspects_shown
 from metapl.apps.words import short, tell
 from metapl.errors import MetaplError
@@ -115,13 +114,9 @@ def _compared(run: EndedRun, evaluation: Evaluation) -> Iterator[str]:
     result, path = run.result, run.folder.path
     chance = result.get("chance", evaluation.chance)
     found = Comparison(tuple(result["seeds"]), result["methods"], result["titles"], evaluation.n, chance)
-    cells = [
-        (found.titles[name], *(spread(of[readout], digits=1) for readout in READOUTS))
-        for name, of in found.methods.items()
-    ]
+    head, *cells = found.rows()
     yield web.paragraph(found.sentence())
-    table = web.rows(cells, ("method", "delivered", "student", "finetuned"))
-    yield web.section("Methods", table, web.paragraph(found.caption(), "quiet"))
+    yield web.section("Methods", web.rows(cells, head), web.paragraph(found.caption(), "quiet"))
     if (compared := found.against_control()) is not None:
         test, pair = compared[4], [found.titles[compared[0]], found.titles[compared[2]]]
         figures = {"difference": f"{100 * test.mean:+.2f} points", "pairs of one seed": test.n}
@@ -133,9 +128,9 @@ def _compared(run: EndedRun, evaluation: Evaluation) -> Iterator[str]:
     if not all(RunFolder(path / name / f"seed-{seed}").exists for name in found.methods for seed in found.seeds):
         yield web.section("Curves", web.paragraph("The folders of the runs are not there any more."))
         return
-    curves = mean_curves(path, found, results_within(path, result))
-    plots = web.plots(curves, "network")
-    yield web.section("Curves", plots, web.paragraph("means over the seeds", "quiet"))
+    results_within(path, result)  # they are those that were compared
+    plots = web.plots(curves_of(path, found), "network")
+    yield web.section("Curves", plots, web.paragraph(f"of seed {found.seeds[0]}", "quiet"))
 
 
 def _mistakes(run: EndedRun, found: Mistakes | None) -> str:
@@ -189,31 +184,10 @@ def made(folder: RunFolder, description: Mapping[str, Any], source: RunFolder) -
     yield web.folded("Versions and hardware", web.rows([*by.get("made_with", {}).items()]))
 
 
-def mean_curves(
-    folder: Path, comparison: Comparison, results: Mapping[tuple[str, int], Mapping[str, Any]]
-) -> dict[str, list[dict[str, float]]]:
-    """The rows of the first methods, averaged over seeds."""
-    return {
-        method: mean_rows([last_fit(folder / method / f"seed-{s}", results[method, s]) for s in comparison.seeds])
-        for method in list(comparison.methods)[:CURVES]
-    }
-
-
-def mean_rows(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, float]]:
-    """Rows averaged over runs, step by step, of the figures that every run has there.
-
-    >>> mean_rows([[{"step": 1, "x": 1.0}], [{"step": 1, "x": 3.0}]])
-    [{'step': 1, 'x': 2.0}]
-    """
-    by_step: defaultdict[int, list[Mapping[str, Any]]] = defaultdict(list)
-    for row in (row for rows in runs for row in rows):
-        by_step[row["step"]].append(row)
-    found = []
-    for step, rows in sorted(by_step.items()):
-        if len(rows) == len(runs):
-            names = [k for k in rows[0] if k != "step" and all(isinstance(row.get(k), float) for row in rows)]
-            found.append({"step": step, **{name: sum(row[name] for row in rows) / len(rows) for name in names}})
-    return found
+def curves_of(folder: Path, comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
+    """The rows of the first methods of a comparison, each with the first seed."""
+    runs = {method: RunFolder(folder / method / f"seed-{comparison.seeds[0]}") for method in comparison.methods}
+    return {method: last_fit(run.path, stored_result(run)) for method, run in [*runs.items()][:CURVES]}
 
 
 # ------------------------------------------------------------------------------------------------------- in sentences

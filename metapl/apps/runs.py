@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Annotated, Any
 import tyro
 
 from metapl.apps import web
-from metapl.apps.comparison import DELIVERED, spread
 from metapl.apps.inputs import Run, Switch, check_file, unset
 from metapl.apps.machine.ownership import is_owned
 from metapl.apps.machine.sealed import read_plain, write_whole
@@ -36,8 +34,8 @@ class Runs:
     """List the runs below a folder, the newest last.
 
     Of a finished run it says the accuracy of the network that it delivers, on test or on validation examples; of
-    another one, how many of its steps are done, and whether it is running, interrupted or damaged, and how. Below a
-    comparison stand its methods. A run is a folder with a recipe.json; all others are passed over.
+    another one, how many of its steps are done, and whether it is running, interrupted or damaged, and how. A run is a
+    folder with a recipe.json; all others are passed over.
 
     Args:
         folder: where to look, in all folders below it; or a run.
@@ -49,10 +47,12 @@ class Runs:
 
     def run(self) -> int:
         if not self.folder.is_dir():
-            state = "is a file" if self.folder.exists() else "is not there"
-            raise MetaplError(f"the folder {self.folder} {state}; expected one that holds runs: metapl runs FOLDER.")
-        refused = list[OSError]()
-        found = [glance(place, self.folder) for place in run_folders(self.folder, refused.append)]
+            raise MetaplError(f"{self.folder} is no folder; expected one that holds runs: metapl runs FOLDER.")
+        refused, found = list[OSError](), list[dict[str, Any]]()
+        for where, folders, files in walk(self.folder, refused.append):
+            folders[:] = [name for name in folders if not name.startswith(".") and "recipe.json" not in files]
+            if "recipe.json" in files:
+                found.append(glance(Path(where)))
         for error in refused:
             tell(f"metapl: left out {error.filename}: {error.strerror}", file=sys.stderr)
         if not found:
@@ -62,29 +62,14 @@ class Runs:
         return 1 if refused else 0
 
 
-def run_folders(folder: Path, refuse: Callable[[OSError], None]) -> Iterator[Path]:
-    """The runs in a folder, not those of a comparison; links are followed where they lead to a run. ``refuse`` is
-    called with the error where a folder cannot be listed."""
-    for where, folders, files in walk(folder, refuse):
-        if "recipe.json" in {*folders, *files}:
-            folders.clear()
-            yield Path(where)
-        links = {name for name in folders if os.path.islink(os.path.join(where, name))}
-        runs = {name for name in links if os.path.lexists(os.path.join(where, name, "recipe.json"))}
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in links - runs]
-
-
-def glance(path: Path, within: Path) -> dict[str, Any]:
+def glance(path: Path) -> dict[str, Any]:
     """What a run is, how far it has come and what it reached; of a damaged one, why it cannot be read."""
-    name = str(path if path == within else path.relative_to(within))
-    times = (file.stat().st_mtime for file in map(path.joinpath, WRITTEN) if os.path.exists(file))
-    written = max(times, default=path.stat().st_mtime)
-    about = {"run": name, "date": datetime.fromtimestamp(written).isoformat(timespec="seconds")}
+    times = (file.stat().st_mtime for file in map(path.joinpath, WRITTEN) if file.exists())
+    date = datetime.fromtimestamp(max(times, default=path.stat().st_mtime)).isoformat(timespec="seconds")
     try:
-        return about | state_of(RunFolder(path))
+        return {"run": str(path), "date": date, **state_of(RunFolder(path))}
     except (MetaplError, OSError) as error:
-        why = reason_of(error).replace(f"{path}{os.sep}", "").replace(f"{path} ", "")
-        return about | {"state": "damaged", "why": why.partition(". ")[0]}  # not how to mend it
+        return {"run": str(path), "date": date, "state": "damaged", "why": reason_of(error)}
 
 
 def state_of(folder: RunFolder) -> dict[str, Any]:
@@ -104,46 +89,38 @@ def state_of(folder: RunFolder) -> dict[str, Any]:
         if "evaluation" in result:
             on, accuracy, n = "test", result["evaluation"]["accuracy"], result["evaluation"]["n"]
         if accuracy is not None:
-            between = interval(round(accuracy * n), n)
-            entry |= {"accuracy": accuracy, "interval": between, "n": n, "on": on}
-        of_methods = {name: {"accuracies": found[DELIVERED]} for name, found in result.get("methods", {}).items()}
-        return entry | ({"compared": of_methods} if of_methods else {})
-    entry |= {"state": "running" if is_owned(folder.path) else "interrupted", "steps": fields.get("steps", 0)}
+            entry |= {"accuracy": accuracy, "interval": interval(round(accuracy * n), n), "n": n, "on": on}
+        return entry
+    entry |= {"state": "running" if is_owned(folder.path) else "interrupted"}
     if methods is not None:
-        places = {name: [folder.path / name / f"seed-{seed}" for seed in seeds] for name in methods}
-        done = {name: sum((place / "result.json").exists() for place in runs) for name, runs in places.items()}
-        return entry | {"compared": {name: {"finished": count} for name, count in done.items()}}
-    rows = Metrics(folder.path / "metrics.jsonl").rows()
-    return entry | ({"done": rows[-1]["step"], "phase": rows[-1]["phase"]} if rows else {"done": 0, "phase": "fit"})
+        places = [folder.path / name / f"seed-{seed}" for name in methods for seed in seeds]
+        done = sum((place / "result.json").exists() for place in places)
+        return entry | {"phase": "runs", "done": done, "steps": len(places)}
+    rows = Metrics(folder.path / "metrics.jsonl").rows() or [{"step": 0, "phase": "fit"}]
+    return entry | {"phase": rows[-1]["phase"], "done": rows[-1]["step"], "steps": fields.get("steps", 0)}
 
 
 def listing(found: Sequence[Mapping[str, Any]]) -> str:
     """The table of what :func:`glance` says."""
     rows, notes = [("run", "method", "data", "steps", "accuracy, %", "date")], "accuracy with its 95 % interval"
     for entry in found:
-        name, date, compared = entry["run"], datetime.fromisoformat(entry["date"]), entry.get("compared") or {}
+        name, state, date = shown(entry["run"]), entry["state"], datetime.fromisoformat(entry["date"])
         day = f"{date:%d %b}" if date.year == datetime.now().year else f"{date:%b %Y}"
-        if entry["state"] == "damaged":
-            rows.append((name, "", "", "", "damaged", day))
-            notes += f"\n{shown(name)}: {shown(entry['why'])}"
+        if state == "damaged":
+            rows.append((name, "", "", "", state, day))
+            notes += f"\n{name}: {shown(entry['why'])}"
             continue
-        said = entry["state"]
         if "accuracy" in entry:
             low, high = entry["interval"]
             on = entry["on"].removesuffix("idation")
-            said = f"{100 * entry['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f}) {on}"
-        methods, steps, phase = entry["methods"], f"{entry['steps']:,}", entry.get("phase")
-        if phase is not None:
-            steps = f"{entry['done']:,}/{steps}" if phase == "fit" else f"{phase} {entry['done']:,}"
-        method = f"{len(compared)} methods" if compared else methods[0]
-        rows.append((name, method, entry["data"], steps, said, day))
-        for method, of in compared.items():
-            count = f"{of.get('finished', len(entry['seeds']))}/{len(entry['seeds'])} runs"
-            rows.append(("", method, "", count, spread(of["accuracies"], digits=1) if "accuracies" in of else "", ""))
-    if any(entry.get("compared") for entry in found):
-        notes += "\nof a comparison, that of the run it delivers, and of its methods mean ± std over seeds"
-    cells = [[short(text) if column in (1, 2) else shown(text) for column, text in enumerate(row)] for row in rows]
-    return f"{table(cells, left=len(cells[0]))}\n\n{notes}"
+            state = f"{100 * entry['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f}) {on}"
+        methods, steps = entry["methods"], f"{entry['steps']:,}"
+        if "phase" in entry:
+            phase, done = entry["phase"], f"{entry['done']:,}"
+            steps = {"fit": f"{done}/{steps}", "runs": f"{done}/{steps} runs"}.get(phase, f"{phase} {done}")
+        method = methods[0] if len(methods) == 1 else f"{len(methods)} methods"
+        rows.append((name, short(method), short(entry["data"]), steps, state, day))
+    return f"{table(rows, left=len(rows[0]))}\n\n{notes}"
 
 
 # --------------------------------------------------------------------------------------------------- metapl report RUN
@@ -187,23 +164,17 @@ class Report:
 
 
 def _unfinished(folder: RunFolder) -> tuple[str, list[str]]:
-    description = folder.recipe()
-    fields = description["fields"]
-    found, metrics = state_of(folder), Metrics(folder.path / "metrics.jsonl")
-    method, done = description["method"], found.get("compared")
-    said, curves = f"Not finished: {found['state']}", ""
-    if done is not None:
-        method, seeds = f"{len(done)} methods", len(found["seeds"])
-        ended = [(name, f"{of['finished']} of {seeds}") for name, of in done.items()]
-        curves = web.section("Runs that have ended", web.rows(ended, ("method", "runs")))
-    else:
-        said += f", at step {found['done']:,} of {found['phase']} (of {fields['steps']:,} steps)"
-        lines = metrics.file.read_bytes().split(b"\n")[:-1] if metrics.file.exists() else []
-        lost = len(lines) - len(metrics.rows())
+    description, found = folder.recipe(), state_of(folder)
+    title, phase = " and ".join(found["methods"]), found["phase"]
+    said = f"Not finished: {found['state']}, {found['done']:,} of {found['steps']:,} runs have ended"
+    curves = ""
+    if phase != "runs":
+        said = f"Not finished: {found['state']}, at step {found['done']:,} of {phase} (of {found['steps']:,} steps)"
+        metrics = Metrics(folder.path / "metrics.jsonl")
+        lines = metrics.file.read_bytes().count(b"\n") if metrics.file.exists() else 0
+        lost = lines - len(metrics.rows())
         said += f"; damaged lines of {metrics.file.name}, left out: {lost}" if lost else ""
-        curves = web.section(
-            f"Curves of {found['phase']}", web.plots({method: metrics.rows(found["phase"])}, "network")
-        )
+        curves = web.section(f"Curves of {phase}", web.plots({title: metrics.rows(phase)}, "network"))
     said += "; it goes on by its command with --resume" if found["state"] == "interrupted" else ""
     parts = [f'<p class="state">{web.text(said)}</p>', curves, *made(folder, description, folder)]
-    return f"{description['name']}: {method}, seed {fields['seed']}", parts
+    return f"{description['name']}: {title}, seed {description['fields']['seed']}", parts

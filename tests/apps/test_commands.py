@@ -350,8 +350,9 @@ def test_runs_of_every_state_are_listed(tiny: Path, tmp_path: Path, capsys: pyte
         entries = {entry["run"]: entry for entry in json.loads(said(capsys, "runs", tmp_path, "--json"))}
         table = said(capsys, "runs", tmp_path)
     states = {"mine": "finished", "stopped": "interrupted", "held": "running", "deep/er/broken": "damaged"}
-    assert {name: entry["state"] for name, entry in entries.items()} == states | {"link": "finished"}
-    mine, told = entries["mine"], result(tiny)
+    found = {str(Path(name).relative_to(tmp_path)): entry["state"] for name, entry in entries.items()}
+    assert found == states | {"link": "finished"}
+    mine, told = entries[str(tmp_path / "mine")], result(tiny)
     assert (mine["accuracy"], mine["on"], mine["n"], mine["steps"]) == (told["test_accuracy"], "test", 400, 6)
     assert mine["interval"][0] < mine["accuracy"] < mine["interval"][1]
     for words in ("running", "interrupted", "result.json", f"{100 * mine['accuracy']:.1f} ("):
