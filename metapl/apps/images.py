@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -26,7 +26,7 @@ from metapl.apps.pictures.check import (
     verify_files,
     without_copies,
 )
-from metapl.apps.pictures.folders import Files, FilesT, LabeledFiles, Progress, hash_files, scan_labeled, scan_unlabeled
+from metapl.apps.pictures.folders import Files, LabeledFiles, Progress, hash_files, scan_labeled, scan_unlabeled, silent
 from metapl.apps.pictures.input import LARGEST_SIDE, Input
 from metapl.apps.pictures.splits import stratified_split
 from metapl.apps.pictures.store import FileImages
@@ -191,11 +191,6 @@ class Pictures:
             network = networks.Tuned(module, self.mean, self.std, heads=architecture.heads(module), **how)
         return network.to(memory_format=torch.channels_last)
 
-    def card(self, title: str, classes: int) -> NetworkCard:
-        normalization: Any = {"mean": self.mean, "std": self.std}
-        made: Any = {"input": self.input, "architecture": self.architecture(classes), "channels_last": True}
-        return NetworkCard(title=title, **made, **normalization)
-
     @property
     def rate(self) -> float:
         """The learning rate with which such a network trains."""
@@ -203,24 +198,103 @@ class Pictures:
             return TUNING_RATES[self.tuning or "all"]
         return next((rate for stem, rate in RATES.items() if str(self.network).startswith(stem)), OTHER_RATE)
 
-    @property
-    def clip_norm(self) -> float | None:
-        """Some of the deeper networks diverge at first without it."""
-        return None if str(self.network).endswith("_cnn") else CLIPPED
 
-    def optimizer(self, module: nn.Module, lr: float | None) -> torch.optim.Optimizer:
+class OfPictures:
+    """What trainings on folders of pictures have in common."""
+
+    name: ClassVar[str]
+    places: ClassVar[tuple[str, ...]]  # fields that are folders
+    few_and_many: ClassVar[tuple[str, str]]  # those of the pictures whose labels are right, and of the others
+    batch_of_few: ClassVar[str]
+    said: ClassVar[str]  # what there is to train on, in words
+    threads: ClassVar[int | None] = None  # those of the process
+
+    pictures: Any  # Pictures
+    fitting: Any  # Fitting
+    val_fraction: Any  # of each class, set aside for validation
+    classes: Any  # names, once they were found
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def input(self) -> Input:
+        found: Input = self.pictures.input
+        return found
+
+    def scan(self, name: str, progress: Progress = silent) -> Any:
+        """The files of a folder by the name of its flag."""
+        scanned: Any = scan_unlabeled if name == "unlabeled" else scan_labeled
+        return scanned(getattr(self, name), progress)
+
+    def check_first(self) -> None:
+        """Refuse what can be seen of the folders at once, before anything is measured."""
+        raise NotImplementedError
+
+    def sources(self, few: LabeledFiles, many: Any, log: Path | None) -> dict[str, Any]:
+        """What is learned from: fields of :class:`Data`."""
+        raise NotImplementedError
+
+    def data(self, say: Say, progress: bool, log: Path | None) -> Data:
+        # 1. The files: listed, looked at, and compared; what would be learned from and measured on is refused.
+        found, skipped = sound_files(self, say, progress)
+        few, many = (found[name] for name in self.few_and_many)
+        val, test = found.get("val"), found.get("test")
+        compare_files(few, many, val, test, say, progress)
+        hashes = {name: hash_files(files) for name, files in found.items()}
+        # 2. Some are set aside to select on; nothing may be learned from copies of those.
+        if val is None and self.val_fraction:
+            train, aside = stratified_split(few.targets(), self.val_fraction, self.fitting.seed)
+            few, val = few.keep(train.tolist()), few.keep(aside.tolist())
+            with counting("comparing files", progress):
+                many = apart(many, val, say)
+        classes = f"{len(self.classes)} classes ({some(self.classes, most=6, longest=24)})"
+        what = self.said.format(few=len(few), many=len(many), classes=classes)
+        say(f"{what}, {len(val) if val else 'none'} for validation, {f'{len(test):,}' if test else 'none'} to test on")
+        # 3. What is learned from, and measured on.
+        listed, measured = {self.few_and_many[0]: few, "validation": val, "test": test}, dict[str, Any]()
+        for name, files in (("validation", val), ("test", test)):
+            if files is not None:
+                images, labels = self.pictures.images(files.paths(), log), files.targets(self.classes)
+                measured[name] = EvaluationBatches(images, labels, EVALUATED_AT_ONCE)
+        names = {name: list(files.names) if files else [] for name, files in listed.items()}
+        return Data(
+            **self.sources(few, many, log),
+            **measured,
+            classes=self.classes,
+            test_names=test.names if test else None,
+            skipped=skipped,
+            record={**names, self.few_and_many[1]: len(many), "hash": hashes},
+        )
+
+    def network(self) -> nn.Module:
+        found: nn.Module = self.pictures.build(len(self.classes))
+        return found
+
+    def card(self, title: str) -> NetworkCard:
+        pictures, made = self.pictures, self.pictures.architecture(len(self.classes))
+        normalization: Any = {"mean": pictures.mean, "std": pictures.std}
+        return NetworkCard(title=title, input=self.input, architecture=made, channels_last=True, **normalization)
+
+    def optimizer(self, role: Role, module: nn.Module, lr: float | None = None) -> torch.optim.Optimizer:
         groups = networks.parameter_groups(module, WEIGHT_DECAY, on_norms=False)
-        return torch.optim.AdamW(groups, lr=lr or self.rate)
+        return torch.optim.AdamW(groups, lr=(self.fitting.lr if role == "teacher" else lr) or self.pictures.rate)
 
     def finetuner(self, module: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(networks.parameter_groups(module, 0.0, on_norms=True), lr=FINETUNED_AT)
 
-    def trainer_options(self, fitting: Fitting) -> dict[str, Any]:
-        return {"clip_norm": self.clip_norm, "accumulate": fitting.accumulate, "precision": fitting.precision}
+    def trainer_options(self) -> dict[str, Any]:
+        clip = None if str(self.pictures.network).endswith("_cnn") else CLIPPED  # deeper ones may diverge at first
+        return {"clip_norm": clip, "accumulate": self.fitting.accumulate, "precision": self.fitting.precision}
+
+    def finetuning(self) -> dict[str, Any]:
+        """A rate that stays: section 2.3 of the paper."""
+        found: dict[str, Any] = self.fitting.finetuning(schedule="constant")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
-class Images:
+class Images(OfPictures):
     """Train on pictures: a few of them in one folder a class, many without labels.
 
     What is not given is chosen by looking at the pictures, and by how many steps fit into the minutes.
@@ -235,9 +309,10 @@ class Images:
     """
 
     name: ClassVar[str] = "images"
-    places: ClassVar[tuple[str, ...]] = ("labeled", "unlabeled", "val", "test")  # fields that are folders
+    places: ClassVar[tuple[str, ...]] = ("labeled", "unlabeled", "val", "test")
+    few_and_many: ClassVar[tuple[str, str]] = ("labeled", "unlabeled")
     batch_of_few: ClassVar[str] = "labeled_batch"
-    threads: ClassVar[int | None] = None  # those of the process
+    said: ClassVar[str] = "{few:,} labeled pictures of {classes}, {many:,} unlabeled"
 
     labeled: Folder
     unlabeled: Folder
@@ -247,23 +322,11 @@ class Images:
     minutes: Minutes = None
     pictures: Flat[Pictures] = field(default_factory=Pictures)
     fitting: Flat[Fitting] = field(default_factory=lambda: Fitting(ema_decay=0.99))
-    val_fraction: Hidden[float | None] = None  # of each class, set aside for validation
+    val_fraction: Hidden[float | None] = None
     classes: Hidden[tuple[str, ...]] = ()
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    @property
-    def input(self) -> Input:
-        return self.pictures.input
-
-    def few_and_many(self) -> tuple[LabeledFiles, Files]:
-        """The pictures whose labels are right, and the others."""
-        return scan_labeled(self.labeled), scan_unlabeled(self.unlabeled)
-
     def check_first(self) -> None:
-        """Refuse what can be seen of the folders at once, before anything is measured."""
-        labeled, unlabeled = self.few_and_many()
+        labeled, unlabeled = scan_labeled(self.labeled), scan_unlabeled(self.unlabeled)
         held_out = {name: Path(folder) for name, folder in (("validation", self.val), ("test", self.test)) if folder}
         refuse_errors([*find_nested(labeled, {"unlabeled": unlabeled.root} | held_out).values()])
         for name, folder in held_out.items():
@@ -271,34 +334,9 @@ class Images:
         if not verify_files(labeled).skipped:  # else the files that are left out are listed first
             refuse_errors(check_folders(labeled))
 
-    def data(self, say: Say, progress: bool, log: Path | None) -> Data:
-        # 1. The files: listed, looked at, and compared; what would be learned from and measured on is refused.
-        found, skipped = sound_files(self, say, progress)
-        few, many = found["labeled"], found["unlabeled"]
-        val, test = found.get("val"), found.get("test")
-        compare_files(few, many, val, test, say, progress)
-        hashes = {name: hash_files(files) for name, files in found.items()}
-        # 2. Some are set aside to select on; nothing may be learned from copies of those.
-        if val is None and self.val_fraction:
-            train, aside = stratified_split(few.targets(), self.val_fraction, self.fitting.seed)
-            few, val = few.keep(train.tolist()), few.keep(aside.tolist())
-            with counting("comparing files", progress):
-                many = apart(many, val, say)
-        of = f"{len(few):,} labeled pictures of {spoken_classes(self.classes)}, {len(many):,} unlabeled"
-        say(f"{of}, {len(val) if val else 'none'} for validation, {f'{len(test):,}' if test else 'none'} to test on")
-        # 3. Their batches.
-        listed = {"labeled": few, "validation": val, "test": test}
-        names = {name: list(files.names) if files else [] for name, files in listed.items()}
+    def sources(self, few: LabeledFiles, many: Files, log: Path | None) -> dict[str, Any]:
         images = self.pictures.images
-        return Data(
-            **self.batches(images(few.paths(), log), few.targets(self.classes), images(many.paths(), log)),
-            validation=held_out(self, val, log),
-            test=held_out(self, test, log),
-            classes=self.classes,
-            test_names=test.names if test else None,
-            skipped=skipped,
-            record={**names, "unlabeled": len(many), "hash": hashes},
-        )
+        return self.batches(images(few.paths(), log), few.targets(self.classes), images(many.paths(), log))
 
     def batches(self, few: Stored, labels: Tensor, many: Stored) -> dict[str, Any]:
         """The sources of batches: the pictures of step t, and how they are seen, follow from the seed and t."""
@@ -316,25 +354,6 @@ class Images:
             "finetuning": LabeledBatches(few, labels, samplers[2], views["finetuned"], seed + 1, crop=crop),
         }
 
-    def network(self) -> nn.Module:
-        return self.pictures.build(len(self.classes))
-
-    def card(self, title: str) -> NetworkCard:
-        return self.pictures.card(title, len(self.classes))
-
-    def optimizer(self, role: Role, module: nn.Module, lr: float | None = None) -> torch.optim.Optimizer:
-        return self.pictures.optimizer(module, self.fitting.lr if role == "teacher" else lr)
-
-    def finetuner(self, module: nn.Module) -> torch.optim.Optimizer:
-        return self.pictures.finetuner(module)
-
-    def trainer_options(self) -> dict[str, Any]:
-        return self.pictures.trainer_options(self.fitting)
-
-    def finetuning(self) -> dict[str, Any]:
-        """A rate that stays: section 2.3 of the paper."""
-        return self.fitting.finetuning(schedule="constant")
-
     def with_network(self, name: str) -> Images:
         """With another network of the same pictures, and its rate where none was given; weights are of one network."""
         if name == self.pictures.network:
@@ -346,31 +365,24 @@ class Images:
         return replaced(found, lr=found.pictures.rate) if usual else found
 
     def at_size(self, size: int) -> Images:
-        found: Images = at_size(self, size)
-        return found
-
-
-def at_size(config: Any, size: int) -> Any:
-    """The settings with larger pictures, where the network takes those."""
-    if size <= (config.pictures.image_size or 0):
-        raise MetaplError(
-            f"--finetune-size {size}: expected more pixels than the {config.pictures.image_size} of --image-size, "
-            "which the student is trained on."
-        )
-    if config.fitting.finetune_steps < 1:
-        raise MetaplError(f"--finetune-size {size} was given with --finetune-steps 0; expected 1 step or more.")
-    larger = replaced(config, image_size=size)
-    with torch.device("meta"):
-        own, other = (
-            {name: value.shape for name, value in replaced(sized, weights=None).network().state_dict().items()}
-            for sized in (config, larger)
-        )
-    if own != other:
-        raise MetaplError(
-            f"--finetune-size {size}: {config.pictures.network} is built for pictures of one size; expected a network "
-            "that takes any, such as small_cnn, a resnet or an efficientnet."
-        )
-    return larger
+        """With larger pictures, where the network takes those."""
+        if size <= (self.pictures.image_size or 0):
+            raise MetaplError(
+                f"--finetune-size {size}: expected more pixels than the {self.pictures.image_size} of --image-size, "
+                "which the student is trained on."
+            )
+        if self.fitting.finetune_steps < 1:
+            raise MetaplError(f"--finetune-size {size} was given with --finetune-steps 0; expected 1 step or more.")
+        larger: Images = replaced(self, image_size=size)
+        with torch.device("meta"):
+            states = (replaced(sized, weights=None).network().state_dict() for sized in (self, larger))
+            own, other = ({name: value.shape for name, value in state.items()} for state in states)
+        if own != other:
+            raise MetaplError(
+                f"--finetune-size {size}: {self.pictures.network} is built for pictures of one size; expected a "
+                "network that takes any, such as small_cnn, a resnet or an efficientnet."
+            )
+        return larger
 
 
 # -------------------------------------------------------------------------------------------------------- the files
@@ -380,28 +392,23 @@ def sound_files(config: Any, say: Say, progress: bool) -> tuple[dict[str, Any], 
     """The files of each folder that can be read, by the names of their flags; and the others, each with the reason."""
     found, skipped = dict[str, Any](), dict[str, str]()
     for name in config.places:
-        if (folder := getattr(config, name)) is not None:
-            scan: Any = scan_unlabeled if name == "unlabeled" else scan_labeled
-            found[name] = _listed(scan, folder, name, say, progress)
-    for name, files in found.items():
-        with counting(f"looking at {_word(name)} files", progress, len(files)) as count:
+        if getattr(config, name) is None:
+            continue
+        word = "validation" if name == "val" else name
+        with counting(f"listing {word} files", progress) as count:
+            files = config.scan(name, count)
+        if files.passed_over:
+            others = ", ".join(f"{count:,} with {suffix}" for suffix, count in sorted(files.passed_over.items()))
+            say(f"{name}: files without the name of a picture are passed over: {others}")
+        with counting(f"looking at {word} files", progress, len(files)) as count:
             verified = verify_files(files, progress=count)
         if verified.skipped:
             say(f"{name}: {len(verified.skipped):,} of {len(files):,} files are left out\n{verified.summary()}")
         if not verified.sound:
             raise MetaplError(f"none of the {len(files)} pictures in {files.root} can be read.")
-        skipped.update({str(files.root / one): reason for one, reason in verified.skipped.items()})
+        skipped |= {str(files.root / one): reason for one, reason in verified.skipped.items()}
         found[name] = files.keep(verified.sound) if verified.skipped else files
     return found, skipped
-
-
-def _listed(scan: Callable[[str, Progress], FilesT], folder: str, name: str, say: Say, progress: bool) -> FilesT:
-    with counting(f"listing {_word(name)} files", progress) as count:
-        files = scan(folder, count)
-    if files.passed_over:
-        others = ", ".join(f"{count:,} with {suffix}" for suffix, count in sorted(files.passed_over.items()))
-        say(f"{name}: files without the name of a picture are passed over: {others}")
-    return files
 
 
 def compare_files(few: Any, many: Any, val: Any, test: Any, say: Say, progress: bool) -> None:
@@ -427,26 +434,6 @@ def apart(unlabeled: Files, val: Files, say: Say) -> Files:
             "that are set aside for validation"
         )
     return others
-
-
-def held_out(config: Any, files: LabeledFiles | None, log: Path | None) -> EvaluationBatches | None:
-    if files is None:
-        return None
-    labels = files.targets(config.classes)
-    return EvaluationBatches(config.pictures.images(files.paths(), log), labels, EVALUATED_AT_ONCE)
-
-
-def _word(folder: str) -> str:
-    return "validation" if folder == "val" else folder
-
-
-def spoken_classes(classes: Sequence[str]) -> str:
-    """How many classes there are, and what the first few are called.
-
-    >>> spoken_classes(["cat", "dog"])
-    '2 classes (cat, dog)'
-    """
-    return f"{len(classes)} classes ({some(classes, most=6, longest=24)})"
 
 
 def refuse_errors(findings: Sequence[Finding]) -> None:

@@ -49,14 +49,22 @@ def settled(config: Any, method: Any, say: Say, before: Mapping[str, Any] | None
 
     What was chosen ``before``, by the names of the settings, in the run that is resumed, is not chosen anew.
     """
-    labeled, unlabeled = config.few_and_many()
-    places: dict[str, Any] = {name: whole(getattr(config, name)) for name in config.places}
+    # 1. Files of weights that are not there are refused before anything is listed.
     weights, asked = config.pictures.weights, config.pictures.backbone
     if weights is not None and asked != "none":
         raise MetaplError(f"--backbone {asked} has its own weights, and --weights {weights} was given; leave one out.")
     if weights == IMAGENET_WEIGHTS:
-        weights = str(fetch_imagenet_weights(config.pictures.network or PRETRAINED_NETWORK))
-    config = replaced(config, **places, weights=whole(weights), classes=labeled.classes)
+        weights = fetch_imagenet_weights(config.pictures.network or PRETRAINED_NETWORK)
+    if weights is not None and not Path(weights).expanduser().is_file():
+        raise MetaplError(f"--weights {weights}: there is no such file; expected one of weights, or imagenet.")
+    found = None
+    if asked not in ("none", "auto") and before is None:
+        found = backbone.find(asked, config.pictures.network)
+    # 2. A run that is resumed has been settled.
+    few, many = (config.scan(name) for name in config.few_and_many)
+    places: dict[str, Any] = {name: getattr(config, name) for name in config.places} | {"weights": weights}
+    whole = {name: str(Path(one).expanduser().resolve()) for name, one in places.items() if one is not None}
+    config = replaced(config, classes=few.classes, **whole)
     if before is not None:
         if asked != "none" and before.get("weights") is not None:
             weights = Path(before["weights"])
@@ -68,28 +76,37 @@ def settled(config: Any, method: Any, say: Say, before: Mapping[str, Any] | None
             return config, filled(method, before)
         except (MetaplError, TypeError) as error:
             raise MetaplError(f"the run's settings are damaged or of another version: {error}") from error
-    found = backbone.find(asked, config.pictures.network) if asked not in ("none", "auto") else None
+    # 3. What the folders and some of their pictures show.
     config.check_first()
-    of_few = config.batch_of_few
-    size, count = getattr(config, of_few, None) or config.fitting.labeled_batch, len(labeled)
+    of_few, count = config.batch_of_few, len(few)
+    size = getattr(config, of_few, None) or config.fitting.labeled_batch
     if size > MANY_COPIES * count:
         say(
             f"note: --{of_few.replace('_', '-')} {size:,} is {size // count:,} times the {count:,} pictures that it is "
             "drawn from: each is in every batch so often, and each copy costs the time of a picture"
         )
-    seen = look([*map(Path, labeled.paths())], labeled.targets(), [*map(Path, unlabeled.paths())])
+    seen = look([*map(Path, few.paths())], few.targets(), [*map(Path, many.paths())])
     config = on_backbone(config, found, seen, say)
     aside = round(SET_ASIDE * count) if not config.val else 0
     # Too few to select on train better.
     config = fitted(config, seen, val_fraction=SET_ASIDE if aside >= SELECTED_ON else 0.0)
     method = filled(method, {"uda_prior": seen.shares, "student_lr": config.pictures.rate})
+    # 4. The steps; and what was chosen, in a line, and what pictures lose by it; each has a flag.
     steps = config.fitting.steps
     config, method = with_steps(config, method)
-    say(chosen(config, method, seen))
-    if steps is None and config.fitting.steps < FEW_STEPS:
-        few = config.fitting.steps
-        say(f"note: {few} steps are few, for this machine is slow or busy: give more --minutes, or --steps")
-    pictures = config.pictures
+    pictures, fitting = config.pictures, config.fitting
+    cut = [] if seen.square else ["cut to squares"]
+    cut += [f"shrunk from about {seen.side}"] if seen.side > pictures.image_size else []
+    lost = f" ({', '.join(cut)})" if cut else ""
+    kind, of = ("grey", "light and dark") if pictures.grey else ("color", "colors")
+    changed = f"{of} {'exchanged' if pictures.recolor else 'kept'}, {'' if pictures.mirror else 'not '}mirrored"
+    networks = ", then ".join(flat(method).get("networks") or (pictures.network,))
+    say(
+        f"chosen: {networks} on {pictures.image_size}x{pictures.image_size} {kind} pictures{lost}, {changed}; adamw at "
+        f"{fitting.lr:g}, {fitting.precision}, {fitting.steps:,} steps"
+    )
+    if steps is None and fitting.steps < FEW_STEPS:
+        say(f"note: {fitting.steps} steps are few, for this machine is slow or busy: give more --minutes, or --steps")
     if seen.colors.may_tell and pictures.recolor and not pictures.grey:
         say(
             f"note: by their colors alone {seen.colors.right:.0%} of the labeled pictures are told apart, and by "
@@ -130,11 +147,6 @@ def on_backbone(config: Any, found: Backbone | None, seen: Look, say: Say) -> An
 
 # What a run that is resumed is given anew, with what it was started with, or does not need.
 GIVEN = ("labeled", "unlabeled", "clean", "val", "test", "weights", "feedback_ratio")
-
-
-def whole(path: str | None) -> str | None:
-    """A path as it can be stored; None stays None."""
-    return None if path is None else str(Path(path).expanduser().resolve())
 
 
 def fitted(config: Any, seen: Look, val_fraction: float) -> Any:
@@ -178,22 +190,6 @@ def with_steps(config: Any, method: Any) -> tuple[Any, Any]:
         steps = steps_within(*of(max(steps, asked + 1)), minutes)
     config = replaced(config, minutes=minutes)
     return of(steps)
-
-
-def chosen(config: Any, method: Any, seen: Look) -> str:
-    """What was chosen, in a line, and what pictures that were looked at lose by it; each has a flag."""
-    pictures, fitting = config.pictures, config.fitting
-    cut = [] if seen.square else ["cut to squares"]
-    cut += [f"shrunk from about {seen.side}"] if seen.side > pictures.image_size else []
-    lost = f" ({', '.join(cut)})" if cut else ""
-    size, kind = f"{pictures.image_size}x{pictures.image_size}", "grey" if pictures.grey else "color"
-    colors = f"{'light and dark' if pictures.grey else 'colors'} {'exchanged' if pictures.recolor else 'kept'}"
-    changed = f"{colors}, {'mirrored' if pictures.mirror else 'not mirrored'}"
-    networks = ", then ".join(flat(method).get("networks") or (pictures.network,))
-    return (
-        f"chosen: {networks} on {size} {kind} pictures{lost}, {changed}; adamw at {fitting.lr:g}, {fitting.precision}, "
-        f"{fitting.steps:,} steps"
-    )
 
 
 # ------------------------------------------------------------------------------------------- what the pictures show

@@ -14,26 +14,13 @@ from torch import Tensor, nn
 from metapl import feedback
 from metapl.ablation import Altered
 from metapl.apps import networks
-from metapl.apps.images import (
-    EVALUATED_AT_ONCE,
-    Folder,
-    Minutes,
-    OtherFolder,
-    Pictures,
-    compare_files,
-    held_out,
-    refuse_errors,
-    sound_files,
-    spoken_classes,
-)
+from metapl.apps.images import EVALUATED_AT_ONCE, Folder, Minutes, OfPictures, OtherFolder, Pictures, refuse_errors
 from metapl.apps.methods import Data, Doubtful, Trained, Training
 from metapl.apps.pictures.batches import EvaluationBatches, LabeledBatches
-from metapl.apps.pictures.card import NetworkCard
 from metapl.apps.pictures.check import check_folders, same_pictures
-from metapl.apps.pictures.folders import Files, LabeledFiles, hash_files, scan_labeled
-from metapl.apps.pictures.input import Input
+from metapl.apps.pictures.folders import LabeledFiles, scan_labeled
 from metapl.apps.pictures.store import Images
-from metapl.apps.settings import Batch, Fitting, Flat, Hidden, Role, SomeSteps, unset
+from metapl.apps.settings import Batch, Fitting, Flat, Hidden, SomeSteps, unset
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError, few
 from metapl.models import Corrector
@@ -145,7 +132,8 @@ class Learned:
             mode = Altered(mode, self.feedback, seed=fitting.seed)
         groups = networks.parameter_groups(teacher, 0.0, on_norms=False)
         own = torch.optim.AdamW(groups, lr=self.label_lr or RATES[self.kind])
-        trainer = t.bilevel(teacher, mode, problem, outer_optimizer=own, teacher_losses=())
+        options = {"outer_optimizer": own, "student_lr": fitting.lr}
+        trainer = t.bilevel(teacher, mode, problem, teacher_losses=(), **options)
         rest = {"steps": fitting.steps - warm, "warmup": 0 if warm else fitting.warmup}
         return Trained(trainer, t.fit(trainer, t.data.labeled, noisy, **rest))
 
@@ -173,7 +161,7 @@ class IndexedBatches(LabeledBatches):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Noisy:
+class Noisy(OfPictures):
     """Train on pictures some of which are in the folder of a wrong class, and a few whose labels are right.
 
     What is not given is chosen by looking at the pictures, and by how many steps fit into the minutes.
@@ -189,8 +177,9 @@ class Noisy:
 
     name: ClassVar[str] = "noisy"
     places: ClassVar[tuple[str, ...]] = ("labeled", "clean", "val", "test")
+    few_and_many: ClassVar[tuple[str, str]] = ("clean", "labeled")
     batch_of_few: ClassVar[str] = "clean_batch"
-    threads: ClassVar[int | None] = None  # those of the process
+    said: ClassVar[str] = "{many:,} pictures of {classes} with labels that may be wrong, {few:,} with clean ones"
 
     labeled: Folder
     clean: Folder
@@ -202,17 +191,6 @@ class Noisy:
     fitting: Flat[Fitting] = field(default_factory=lambda: Fitting(ema_decay=0.99, labeled_batch=64))
     val_fraction: Hidden[float | None] = 0.0  # nothing is set aside of the few
     classes: Hidden[tuple[str, ...]] = ()
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    @property
-    def input(self) -> Input:
-        return self.pictures.input
-
-    def few_and_many(self) -> tuple[LabeledFiles, Files]:
-        """The pictures whose labels are right, and the others."""
-        return scan_labeled(self.clean), scan_labeled(self.labeled)
 
     def check_first(self) -> None:
         first, second = (Path(folder).expanduser().resolve() for folder in (self.labeled, self.clean))
@@ -243,33 +221,16 @@ class Noisy:
 
     def data(self, say: Say, progress: bool, log: Path | None) -> Data:
         self.check_first()
-        found, skipped = sound_files(self, say, progress)
-        noisy, clean = found["labeled"], found["clean"]
-        val, test = found.get("val"), found.get("test")
-        compare_files(clean, noisy, val, test, say, progress)
-        hashes = {name: hash_files(files) for name, files in found.items()}
-        of = f"pictures of {spoken_classes(self.classes)} with labels that may be wrong, {len(clean):,} with clean ones"
-        say(
-            f"{len(noisy):,} {of}, {len(val) if val else 'none'} for validation, "
-            f"{f'{len(test):,}' if test else 'none'} to test on"
-        )
+        return super().data(say, progress, log)
+
+    def sources(self, few: LabeledFiles, many: LabeledFiles, log: Path | None) -> dict[str, Any]:
         # Noisy and clean pictures are together in one list of files.
-        both, count = self.pictures.images([*noisy.paths(), *clean.paths()], log), len(noisy)
-        labels = torch.cat([noisy.targets(self.classes), clean.targets(self.classes)])
-        parts = both.select(torch.arange(count, len(both))), labels[count:], both.select(torch.arange(count))
-        listed = {"clean": clean, "validation": val, "test": test}
-        names = {name: list(files.names) if files else [] for name, files in listed.items()}
-        examples = EvaluationBatches(parts[2], torch.arange(count), EVALUATED_AT_ONCE)
-        return Data(
-            **self.batches(*parts, given=labels[:count], both=(both, labels)),
-            validation=held_out(self, val, log),
-            test=held_out(self, test, log),
-            classes=self.classes,
-            test_names=test.names if test else None,
-            skipped=skipped,
-            record={**names, "labeled": count, "hash": hashes},
-            doubtful=Doubtful(examples, labels[:count], tuple(noisy.paths())),
-        )
+        both, count = self.pictures.images([*many.paths(), *few.paths()], log), len(many)
+        labels = torch.cat([many.targets(self.classes), few.targets(self.classes)])
+        noisy, clean = both.select(torch.arange(count)), both.select(torch.arange(count, len(both)))
+        examples = EvaluationBatches(noisy, torch.arange(count), EVALUATED_AT_ONCE)
+        batches = self.batches(clean, labels[count:], noisy, given=labels[:count], both=(both, labels))
+        return {**batches, "doubtful": Doubtful(examples, labels[:count], tuple(many.paths()))}
 
     def batches(
         self,
@@ -294,21 +255,3 @@ class Noisy:
             "finetuning": of(few, labels, self.clean_batch, 2, seed + 1, "finetuned"),
             "everything": of(*(both or (few, labels)), size, 0, seed, "labeled"),
         }
-
-    def network(self) -> nn.Module:
-        return self.pictures.build(len(self.classes))
-
-    def card(self, title: str) -> NetworkCard:
-        return self.pictures.card(title, len(self.classes))
-
-    def optimizer(self, role: Role, module: nn.Module, lr: float | None = None) -> torch.optim.Optimizer:
-        return self.pictures.optimizer(module, self.fitting.lr)
-
-    def finetuner(self, module: nn.Module) -> torch.optim.Optimizer:
-        return self.pictures.finetuner(module)
-
-    def trainer_options(self) -> dict[str, Any]:
-        return self.pictures.trainer_options(self.fitting)
-
-    def finetuning(self) -> dict[str, Any]:
-        return self.fitting.finetuning(schedule="constant")

@@ -16,7 +16,6 @@ from metapl import MetaplError
 from metapl.apps import images, look, methods
 from metapl.apps.images import HUE, OTHER_RATE, PRETRAINED_RATE, RATES, Images, Pictures
 from metapl.apps.look import Colors, Look, colors_tell, fitted, settled, steps_within, with_steps
-from metapl.apps.noisy_labels import Noisy
 from metapl.apps.settings import Fitting, filled, flat, replaced
 from metapl.problems.losses import UDA
 
@@ -151,8 +150,6 @@ def test_the_rates_are_those_of_the_networks_family_or_as_given(network: str, ra
     assert own.fitting.lr == 0.5
     module = torch.nn.Linear(2, 2)
     assert [own.optimizer(role, module).param_groups[0]["lr"] for role in ("teacher", "student")] == [0.5, rate]
-    noisy = Noisy(labeled="a", clean="b", pictures=own.pictures, fitting=own.fitting)
-    assert noisy.optimizer("student", module).param_groups[0]["lr"] == 0.5
 
 
 # --------------------------------------------------------------------------------------------------------- the steps

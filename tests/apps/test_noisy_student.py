@@ -129,7 +129,7 @@ def test_each_round_has_a_network_of_its_own_and_the_rate_that_is_settled() -> N
     settled = replaced(config, lr=config.pictures.rate)  # as where none was given
     found = configs_of(settled, NoisyStudent(rounds=2, networks=("pooled_cnn", "resnet18")))
     assert [one.pictures.network for one in found] == ["pooled_cnn", "resnet18", "resnet18"]
-    assert [one.pictures.clip_norm for one in found] == [None, 1.0, 1.0]
+    assert [one.trainer_options()["clip_norm"] for one in found] == [None, 1.0, 1.0]
     rates = [optimizer(one, nn.Linear(2, 2), 0.5).param_groups[0]["lr"] for one in found]
     assert rates == [0.5 * 0.01, 0.5 * 0.001, 0.5 * 0.001]
     given = configs_of(replaced(config, lr=0.02), NoisyStudent(rounds=1, networks=("pooled_cnn", "resnet18")))
