@@ -5,10 +5,9 @@ from __future__ import annotations
 import shlex
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias
 
 import torch
 import tyro
@@ -63,10 +62,6 @@ class Place:
     replicate: Annotated[int, tyro.conf.arg(name="mesh.replicate")] = 1
     shard: Annotated[int, tyro.conf.arg(name="mesh.shard")] = 1
 
-    @property
-    def mesh(self) -> Mesh:
-        return Mesh(replicate=self.replicate, shard=self.shard)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Comparing:
@@ -86,93 +81,105 @@ class Comparing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainImages:
+class Train:
+    """A training by a method."""
+
+    config: Any
+    place: Flat[Place] = field(default_factory=Place)
+    method: Any
+
+    def run(self) -> int:
+        return go(self.config, self.method, self.place)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOrCompare(Train):
+    """A training by one of the METHODS ``of`` a module, or by several."""
+
+    comparing: Flat[Comparing] = field(default_factory=Comparing)
+
+    of: ClassVar[Any]
+
+    def run(self) -> int:
+        return go(self.config, self.method, self.place, self.comparing, self.of)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainImages(TrainOrCompare):
     __doc__ = Images.__doc__
 
     config: Flat[Images]
-    place: Flat[Place] = field(default_factory=Place)
-    comparing: Flat[Comparing] = field(default_factory=Comparing)
     method: OfImages = images.METHODS["uda"]
-
-    def run(self) -> int:
-        return go(self.config, self.method, self.place, self.comparing, images.METHODS, images.COMPARED)
+    of: ClassVar[Any] = images
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainDigits:
+class TrainDigits(TrainOrCompare):
     __doc__ = Digits.__doc__
 
     config: Flat[Digits] = field(default_factory=Digits)
-    place: Flat[Place] = field(default_factory=Place)
-    comparing: Flat[Comparing] = field(default_factory=Comparing)
     method: OfDigits = digits.METHODS["mpl"]
-
-    def run(self) -> int:
-        return go(self.config, self.method, self.place, self.comparing, digits.METHODS, digits.COMPARED)
+    of: ClassVar[Any] = digits
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainNoisy:
+class TrainNoisy(TrainOrCompare):
     __doc__ = Noisy.__doc__
 
     config: Flat[Noisy]
-    place: Flat[Place] = field(default_factory=Place)
-    comparing: Flat[Comparing] = field(default_factory=Comparing)
     method: OfNoisy = noisy_labels.METHODS["example_weights"]
-
-    def run(self) -> int:
-        return go(self.config, self.method, self.place, self.comparing, noisy_labels.METHODS, noisy_labels.COMPARED)
-
-
-ROUNDS = """Train by Noisy Student: a teacher labels, a student learns its labels with noise, and becomes the teacher.
-
-Round 0 trains the first teacher on the labeled examples. In each later round the last network labels the unlabeled
-examples without noise; those it is confident of are kept, as many of each class; and a new network of the same size, or
-larger, learns from both with augmentation, dropout and stochastic depth. --steps are those of each round, and
---minutes, of your own pictures, those of all rounds together.
-"""
+    of: ClassVar[Any] = noisy_labels
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundsOfImages:
-    __doc__ = ROUNDS
+class RoundsOfImages(Train):
+    """Train by Noisy Student: a teacher labels, a student learns its labels with noise, and becomes the teacher.
+
+    Round 0 trains the first teacher on the labeled examples. In each later round the last network labels the unlabeled
+    examples without noise; those it is confident of are kept, as many of each class; and a new network of the same
+    size, or larger, learns from both with augmentation, dropout and stochastic depth. --steps are those of each round,
+    and --minutes, of your own pictures, those of all rounds together.
+    """
 
     config: Flat[ImagesOfRounds]
-    place: Flat[Place] = field(default_factory=Place)
     method: Flat[NoisyStudent] = field(default_factory=NoisyStudent)
-
-    def run(self) -> int:
-        return go(self.config, self.method, self.place)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundsOfDigits:
-    __doc__ = ROUNDS
+class RoundsOfDigits(Train):
+    __doc__ = RoundsOfImages.__doc__
 
     config: Flat[DigitsOfRounds] = noisy_student.DIGITS
-    place: Flat[Place] = field(default_factory=Place)
     method: Flat[NoisyStudent] = field(default_factory=NoisyStudent)
 
-    def run(self) -> int:
-        return go(self.config, self.method, self.place)
 
+def go(config: Any, method: Any, where: Place, comparing: Comparing | None = None, of: Any = None) -> int:
+    """Train in a run folder, or compare methods ``of`` a module: what is wrong is refused before anything is written.
 
-def go(
-    config: Any,
-    method: Any,
-    where: Place,
-    comparing: Comparing | None = None,
-    methods: Mapping[str, Any] | None = None,
-    usual: Sequence[str] = (),
-) -> int:
-    """Train in a run folder, or compare ``methods``: what is wrong is refused before anything is written."""
-    mesh = where.mesh
+    Returns: the exit code.
+    """
+    # 1. What can be refused by the words alone.
+    mesh, fitting = Mesh(replicate=where.replicate, shard=where.shard), config.fitting
     check_started(mesh)
-    place = device(config.fitting.device)
+    place = device(fitting.device)
     if not where.resume:
         check_out(where.out or Path("runs"), {name: getattr(config, name) for name in config.places})
     compares = comparing is not None and comparing.compare
-    names = () if comparing is None else _compared(config, method, mesh, comparing, methods or {}, usual)
+    seeds: tuple[int, ...] = (fitting.seed,)
+    names = [method.name]
+    if comparing is not None:
+        for name in ("seeds", "methods", "jobs"):
+            if getattr(comparing, name) and not compares:
+                raise MetaplError(f"--{name} goes with --compare.")
+        seeds = parse_seeds(comparing.seeds) if comparing.seeds else seeds
+        # The own method is the first, which is delivered where validation cannot tell.
+        names = [*dict.fromkeys(comparing.methods.split(",") if comparing.methods else (method.name, *of.COMPARED))]
+        if unknown := [name for name in names if name not in of.METHODS]:
+            raise MetaplError(f"--methods {few(unknown)}: expected some of {', '.join(of.METHODS)}.")
+    if compares and mesh.size > 1:
+        raise MetaplError("--compare runs methods side by side, in one process each; leave --mesh out.")
+    if compares and config.places and config.test is None:
+        raise MetaplError("--compare reports on pictures that nothing was selected on: expected --test beside it.")
     check_shares(config, method, mesh)
     if isinstance(method, ReducedMpl):
         check_labels_given(config, method)
@@ -185,46 +192,55 @@ def go(
                 if sys.argv[1:2] in (["train"], ["noisy-student"]):  # else another program calls this
                     folder.command = f"{program()} {shlex.join(sys.argv[1:])}"
                 try:
+                    # 2. Settings that were left open.
                     before = folder.recipe()["fields"] if where.resume and folder.exists else None
                     torch.set_num_threads(config.threads or default_threads())
                     if config.places:
                         config, method = settled(config, method, aloud, before)
                     else:
-                        method = method.scheduled(config.fitting.steps)
+                        method = method.scheduled(fitting.steps)
                     if isinstance(method, NoisyStudent):
                         noisy_student.configs_of(config, method)  # refused before anything is written
-                    if compares:
-                        _compare(config, method, where.resume, comparing, methods, names, folder)
+                    # 3. Several methods, or one.
+                    if comparing is not None and compares:
+                        like = {name: beside(of.METHODS[name], method, of.METHODS[method.name]) for name in names}
+                        chosen = {name: one.scheduled(config.fitting.steps) for name, one in like.items()}
+                        found = compare(config, chosen, seeds, folder, resume=where.resume, jobs=comparing.jobs)
+                        tell(f"figures, report and the delivered networks are in {folder.path}")
+                        tell(f"\n{wrapped(found.caption())}\n\n{table(found.rows(), left=4)}\n")
+                        for text in (found.sentence(), found.delivery(), *control(stored_result(folder))):
+                            tell(wrapped(text))
                         return 0
+                    torch.set_num_threads(config.threads or folder.threads())
                     if not folder.ended:
                         others = None
                         from_first((config, method, folder.threads()))
-                    _train(config, method, where.resume, folder, processes)
+                    with folder.claimed(describe(config, method), resume=where.resume):
+                        if folder.ended:
+                            tell(f"{folder.path} is finished already.")
+                            result = stored_result(folder)
+                        else:
+                            tell(f"{config.name} by {method.title}, seed {fitting.seed} -> {folder.path}")
+                            own: Any = {"progress": True, "say": aloud, "processes": processes}
+                            result = train(config, method, folder, resume=where.resume, **own)
+                    for line in summary(result):
+                        tell(wrapped(line))
+                    tell(f"the networks, the report and the figures are in {folder.path}")
+                    if method.name == "mpl":
+                        tell("whether the teacher's feedback helped, only a comparison tells: --compare --seeds 0-4")
                     others = None if others is None else 0
                 except KeyboardInterrupt as stopped:
-                    return _say_how_to_go_on(stopped, folder.path)
+                    # Exit as a process that the signal ended would, after the line that resumes.
+                    given = [word for word in sys.argv[1:] if word != "--resume"]
+                    if not any(word == "--out" or word.startswith("--out=") for word in given):
+                        given += ["--out", str(folder.path)]
+                    at = f"{stopped}; " if isinstance(stopped, Interrupted) else "stopped; "
+                    tell(f"\n{at}go on with:\n  {program()} {shlex.join([*given, '--resume'])}", file=sys.stderr)
+                    return exit_code(stopped)
         finally:
             if others is not None:
                 from_first(others)
     return 0
-
-
-def _train(config: Any, method: Any, resume: bool, folder: RunFolder, processes: Processes) -> None:
-    out = folder.path
-    torch.set_num_threads(config.threads or folder.threads())
-    with folder.claimed(describe(config, method), resume=resume):
-        if folder.ended:
-            tell(f"{out} is finished already.")
-            result = stored_result(folder)
-        else:
-            tell(f"{config.name} by {method.title}, seed {config.fitting.seed} -> {out}")
-            own: Any = {"progress": True, "say": aloud, "processes": processes}
-            result = train(config, method, folder, resume=resume, **own)
-    for line in summary(result):
-        tell(wrapped(line))
-    tell(f"the networks, the report and the figures are in {out}")
-    if method.name == "mpl":
-        tell("whether the teacher's feedback helped, only a comparison tells: --compare --seeds 0-4")
 
 
 def _beside(processes: Processes) -> int:
@@ -242,48 +258,3 @@ def _beside(processes: Processes) -> int:
         except KeyboardInterrupt as stopped:
             return exit_code(stopped)
     return 0
-
-
-def _compared(
-    config: Any, method: Any, mesh: Mesh, where: Comparing, methods: Mapping[str, Any], usual: Sequence[str]
-) -> tuple[str, ...]:
-    """The methods that are compared by name, first the own one, which is delivered where validation cannot tell."""
-    for name in ("seeds", "methods", "jobs"):
-        if getattr(where, name) and not where.compare:
-            raise MetaplError(f"--{name} goes with --compare.")
-    parse_seeds(where.seeds or "0")
-    asked = where.methods.split(",") if where.methods else (method.name, *usual)
-    names = tuple(dict.fromkeys(asked))
-    if unknown := [name for name in names if name not in methods]:
-        raise MetaplError(f"--methods {few(unknown)}: expected some of {', '.join(methods)}.")
-    if where.compare and mesh.size > 1:
-        raise MetaplError("--compare runs methods side by side, in one process each; leave --mesh out.")
-    if where.compare and config.places and config.test is None:
-        raise MetaplError(
-            "--compare reports on pictures that nothing was selected on, and no --test was given; name a folder of "
-            "labeled pictures for it."
-        )
-    return names
-
-
-def _compare(
-    config: Any, method: Any, resume: bool, where: Any, methods: Any, names: Sequence[str], folder: RunFolder
-) -> None:
-    seeds = parse_seeds(where.seeds) if where.seeds else (config.fitting.seed,)
-    chosen = {name: beside(methods[name], method, methods[method.name]) for name in names}
-    chosen = {name: one.scheduled(config.fitting.steps) for name, one in chosen.items()}
-    found = compare(config, chosen, seeds, folder, resume=resume, jobs=where.jobs)
-    tell(f"figures, report and the delivered networks are in {folder.path}")
-    tell(f"\n{wrapped(found.caption())}\n\n{table(found.rows(), left=4)}\n")
-    for text in (found.sentence(), found.delivery(), *control(stored_result(folder))):
-        tell(wrapped(text))
-
-
-def _say_how_to_go_on(stopped: KeyboardInterrupt, out: Path) -> int:
-    """Exit as a process that the signal ended would, after the line that resumes."""
-    given = [a for a in sys.argv[1:] if a != "--resume"]
-    if not any(a == "--out" or a.startswith("--out=") for a in given):
-        given += ["--out", str(out)]
-    where = f"{stopped}; " if isinstance(stopped, Interrupted) else "stopped; "
-    tell(f"\n{where}go on with:\n  {program()} {shlex.join([*given, '--resume'])}", file=sys.stderr)
-    return exit_code(stopped)

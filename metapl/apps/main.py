@@ -68,18 +68,6 @@ Each says more with --help. metapl --print-completion SHELL completes commands
 and flags in bash, zsh or tcsh; metapl --version says which metapl this is.
 """
 
-# What is said of words that meant something before.
-GONE = {
-    "finetune": "train again with --finetune-steps",
-    "plan": "python examples/plan.py --help",
-    "shards": "tar --sort=name --mtime=@0 -cf, and sha256sum",
-    "train two-moons": "python examples/two_moons.py --help",
-    "train torchvision": "metapl train images, or python examples/protocols.py --help",
-    "noisy-student imagenet": "python examples/noisy_student_imagenet.py --help",
-}
-_PROTOCOLS = ("cifar10-4k", "cifar10-4k-paper", "svhn-1k", "imagenet-10pct", "imagenet-10pct-paper")
-GONE |= {f"train {name}": f"python examples/protocols.py {name}" for name in _PROTOCOLS}
-
 CONFIG = (
     tyro.conf.FlagCreatePairsOff,
     tyro.conf.DisallowNone,
@@ -162,8 +150,6 @@ def _named(given: list[str]) -> tuple[str, list[str]]:
     for name in (two, given[0]):
         if name in COMMANDS:
             return name, given[len(name.split()) :]
-        if name in GONE:
-            raise MetaplError(f"there is no metapl {name}: {GONE[name]}.")
     if given[0] == "ablate" and any(word.partition("=")[0] == "--factory" for word in given):
         return "ablate own", given[1:]
     ends = [name.split()[1] for name in COMMANDS if name.startswith(f"{given[0]} ")]

@@ -25,7 +25,7 @@ from tiny_runs import color_folders, color_run
 from metapl.apps import look
 from metapl.apps.digits import Digits
 from metapl.apps.labels import LabelStore
-from metapl.apps.main import COMMANDS, CONFIG, GONE, _method_first, _named, found, main
+from metapl.apps.main import COMMANDS, CONFIG, _method_first, _named, found, main
 from metapl.apps.run import RunFolder
 from metapl.apps.settings import flat
 from metapl.errors import MetaplError
@@ -133,7 +133,6 @@ NOISY = "train noisy --labeled {few} --clean {few} --out {new}"
 REFUSED = {
     "trian": "train?",
     "train dgits": "digits?",
-    **{name: words.partition(" ")[0] for name, words in GONE.items()},
     "train digits --stepz 3": "--stepz",
     f"{DIGITS} --method fixmach": "fixmatch",
     f"{DIGITS} --mode forwad": "forward",
