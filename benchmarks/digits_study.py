@@ -118,18 +118,7 @@ def training(config: Digits, data: Data, fit: Callable[..., FitResult]) -> Train
     """What a method trains, without a folder, from the weights that the seed gives."""
     torch.manual_seed(config.fitting.seed)
     teacher, student = (config.network() for _ in range(2))
-    return Training(
-        config=config,
-        data=data,
-        teacher=teacher,
-        student=student,
-        optimizer=config.optimizer,
-        options=config.trainer_options(),
-        fit=fit,
-        label=lambda network: {},
-        laid_out=lambda network, small=False: network,
-        seed=torch.manual_seed,
-    )
+    return Training(config=config, data=data, teacher=teacher, student=student, fit=fit, label=lambda network: {})
 
 
 def one_run(method: str, config: Config, seed: int, labels_per_class: int, final: bool, size: Size) -> Row:

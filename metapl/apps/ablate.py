@@ -103,19 +103,8 @@ def _of_training(config: Any, method: Any) -> dict[str, Any]:
     data, place = config.data(print, True, None), device(config.fitting.device)
     teacher, student = (config.network().to(place) for _ in range(2))
     begin_as(teacher, student)
-    own: dict[str, Any] = {"optimizer": config.optimizer, "options": config.trainer_options()}
     unused: Any = None
-    training = Training(
-        config=config,
-        data=data,
-        teacher=teacher,
-        student=student,
-        **own,
-        fit=unused,
-        label=unused,
-        laid_out=unused,
-        seed=unused,
-    )
+    training = Training(config=config, data=data, teacher=teacher, student=student, fit=unused, label=unused)
     sources = {"labeled": data.labeled, "unlabeled": data.unlabeled}
     return {"trainer": method.trainer(training), "steps": config.fitting.steps, **sources}
 

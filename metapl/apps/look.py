@@ -390,8 +390,6 @@ def seconds_per_step(config: Any, method: Any, clock: Clock = time.monotonic) ->
             data=data,
             teacher=teacher,
             student=student,
-            optimizer=config.optimizer,
-            options=config.trainer_options(),
             fit=timed,
             label=even,
             laid_out=lambda network, small=False: network.to(place),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import torch
 import tyro
@@ -89,61 +89,63 @@ class Trained:
 class Training:
     """What a method trains, on what, and how a phase of it is run."""
 
-    config: Any  # the settings of the training
+    config: Any  # the settings of the training; see metapl.apps.train
     data: Data
     teacher: nn.Module  # both with fresh weights, on their device, over the processes that train together
     student: nn.Module
-    optimizer: Callable[..., torch.optim.Optimizer]  # optimizer(role, network, lr)
-    options: Mapping[str, Any]  # of every trainer
     # fit(trainer, labeled, unlabeled, **options): one phase, which goes on where it was stopped.
     fit: Callable[..., FitResult]
     # Stored class distributions of the unlabeled examples and perhaps the labeled ones, by a network, or by what a
     # method's settings name.
     label: Callable[[nn.Module | None], dict[str, Tensor]]
-    laid_out: Callable[..., nn.Module]  # a further network over the processes; small=True: each has all of it
-    seed: Callable[[int], None]  # seeds the default generators, each process's as it has to be
+    # A further network over the processes; small=True: each has all of it.
+    laid_out: Callable[..., nn.Module] = lambda network, small=False: network
+    seed: Callable[[int], Any] = torch.manual_seed  # seeds the default generators, each process's as it has to be
     run: Any = None  # the folder, for what stores more: see metapl.apps.noisy_student
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of every trainer."""
+        found: dict[str, Any] = self.config.trainer_options()
+        return found
 
     def alone(self, network: nn.Module, losses: Losses, **options: Any) -> Trained:
         """Train a network by itself, on labeled examples and, where a loss reads them, unlabeled ones."""
-        trainer = LossTrainer(network, losses, optimizer=self.optimizer("teacher", network), **self.options)
+        trainer = LossTrainer(network, losses, optimizer=self.config.optimizer("teacher", network), **self.options)
         unlabeled = self.data.unlabeled if len(losses) > 1 else None
         labeled = options.pop("labeled", self.data.labeled)
         return Trained(trainer, self.fit(trainer, labeled, unlabeled, **options))
 
     def bilevel(self, teacher: nn.Module, mode: Any, problem: Any, **options: Any) -> BilevelTrainer:
         """The trainer of the student beside a teacher. It is not verified: the tests verify these problems."""
-        optimizers = {
-            "inner_optimizer": self.optimizer("student", self.student, options.pop("student_lr", None)),
-            "outer_optimizer": options.pop("outer_optimizer", None) or self.optimizer("teacher", teacher),
-        }
-        options = {"verify": False, "problem": problem, **optimizers, **self.options, **options}
-        return BilevelTrainer(teacher, self.student, mode, **options)
+        inner = self.config.optimizer("student", self.student, options.pop("student_lr", None))
+        outer = options.pop("outer_optimizer", None) or self.config.optimizer("teacher", teacher)
+        options = {"inner_optimizer": inner, "outer_optimizer": outer, **self.options, **options}
+        return BilevelTrainer(teacher, self.student, mode, verify=False, problem=problem, **options)
 
 
-class Method(Protocol):
-    """A frozen dataclass whose fields are flags."""
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A method, whose fields are flags; each has a ``name`` in commands and files, and a ``title`` in words."""
 
-    @property
-    def name(self) -> str:
-        """In commands and files."""
-
-    @property
-    def title(self) -> str:
-        """In words."""
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def scheduled(self, steps: int) -> Self:
         """With a value for every field that is a share of the steps; refused where it does not go with them."""
+        parts: dict[str, Any] = {"uda": self.uda.scheduled(steps)} if hasattr(self, "uda") else {}
+        return dataclasses.replace(self, **parts)
 
     def train(self, t: Training) -> Trained:
         """Go through its phases."""
+        raise NotImplementedError
 
 
 # --------------------------------------------------------------------------------------------------------- one network
 
 
 @dataclass(frozen=True, kw_only=True)
-class Supervised:
+class Supervised(Method):
     """The labeled examples alone.
 
     Args:
@@ -153,9 +155,6 @@ class Supervised:
 
     label_smoothing: Share = 0.0
     everything: Hidden[bool] = False
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     @property
     def name(self) -> str:
@@ -168,9 +167,6 @@ class Supervised:
         if self.everything:
             return "supervised with all true labels (headroom)"
         return "supervised with label smoothing" if self.label_smoothing else "supervised, labeled data only"
-
-    def scheduled(self, steps: int) -> Self:
-        return self
 
     def train(self, t: Training) -> Trained:
         labeled = t.data.everything if self.everything else t.data.labeled
@@ -207,13 +203,17 @@ class Consistency:
 
     def losses(self) -> Losses:
         """The supervised loss, and UDA's where it has a weight."""
-        return (CrossEntropy(self.label_smoothing), *([self._uda()] if self.uda_weight else []))
-
-    def _uda(self) -> UDA:
-        named = {
-            name: getattr(self, f"uda_{name}") for name in ("weight", "temperature", "threshold", "align", "prior")
-        }
-        return UDA(ramp=self.uda_ramp or 0, start=self.uda_start or 0, **named)
+        plain = CrossEntropy(self.label_smoothing)
+        uda = UDA(
+            weight=self.uda_weight,
+            temperature=self.uda_temperature,
+            threshold=self.uda_threshold,
+            align=self.uda_align,
+            start=self.uda_start or 0,
+            ramp=self.uda_ramp or 0,
+            prior=self.uda_prior,
+        )
+        return (plain, uda) if self.uda_weight else (plain,)
 
     def scheduled(self, steps: int) -> Self:
         shares = {"uda_start": round(START * steps), "uda_ramp": round(RAMP * steps)}
@@ -222,7 +222,7 @@ class Consistency:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uda:
+class Uda(Method):
     """One network, on the labeled examples and on its own labels of examples that it is sure of."""
 
     uda: Flat[Consistency] = field(default_factory=Consistency)
@@ -230,15 +230,12 @@ class Uda:
     name: ClassVar[str] = "uda"
     title: ClassVar[str] = "UDA alone"
 
-    def scheduled(self, steps: int) -> Self:
-        return dataclasses.replace(self, uda=self.uda.scheduled(steps))
-
     def train(self, t: Training) -> Trained:
         return t.alone(t.teacher, self.uda.losses())
 
 
 @dataclass(frozen=True, kw_only=True)
-class FixMatch:
+class FixMatch(Uda):
     """UDA with the most probable class as the label where the network is sure of it."""
 
     uda: Flat[Consistency] = field(
@@ -248,15 +245,9 @@ class FixMatch:
     name: ClassVar[str] = "fixmatch"
     title: ClassVar[str] = "FixMatch alone"
 
-    def scheduled(self, steps: int) -> Self:
-        return dataclasses.replace(self, uda=self.uda.scheduled(steps))
-
-    def train(self, t: Training) -> Trained:
-        return t.alone(t.teacher, self.uda.losses())
-
 
 @dataclass(frozen=True, kw_only=True)
-class EntMin:
+class EntMin(Method):
     """Entropy minimization: one network, on the labeled examples and towards predictions that are sure.
 
     Args:
@@ -269,12 +260,6 @@ class EntMin:
 
     name: ClassVar[str] = "ent_min"
     title: ClassVar[str] = "entropy minimization"
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    def scheduled(self, steps: int) -> Self:
-        return self
 
     def train(self, t: Training) -> Trained:
         return t.alone(t.teacher, (CrossEntropy(), Entropy(self.entropy_weight)))
@@ -309,7 +294,6 @@ class Feedback:
         feedback: whole, none, or an altered control.
         feedback_weight: beside the teacher's own losses.
         feedback_ratio: its norm by theirs, instead.
-        normalization: gradient, learning_rate or cosine.
         baseline: decay of an average to subtract.
     """
 
@@ -321,7 +305,6 @@ class Feedback:
     feedback: Annotated[FeedbackKind, tyro.conf.arg(metavar="KIND")] = "whole"
     feedback_weight: float = 1.0
     feedback_ratio: Annotated[Weight | None, unset()] = None
-    normalization: Annotated[Literal["gradient", "learning_rate", "cosine"] | None, unset("NAME")] = None
     baseline: Annotated[float | None, unset()] = None
 
     def __post_init__(self) -> None:
@@ -331,15 +314,13 @@ class Feedback:
 
     def estimator(self, seed: int) -> Any:
         """The mode, altered as it may be; "none" where nothing is fed back."""
-        plain: Any = feedback.estimator(self.mode)
-        cosine = self.normalization == "cosine" and isinstance(plain, feedback.Reinforce)
-        fields = {"baseline": self.baseline, "similarity" if cosine else "normalization": self.normalization}
-        given = {name: value for name, value in fields.items() if value is not None}
-        for name in given.keys() - {each.name for each in dataclasses.fields(plain)}:
-            raise MetaplError(f"mode '{self.mode}' has no {name}; leave {name} out, or take a mode that has it.")
+        made: Any = feedback.estimator(self.mode)
+        if self.baseline is not None:
+            if not hasattr(made, "baseline"):
+                raise MetaplError(f"mode '{self.mode}' has no baseline; leave it out, or take a mode that has one.")
+            made = dataclasses.replace(made, baseline=self.baseline)
         if self.feedback == "none":
             return "none"
-        made = dataclasses.replace(plain, **given)
         return made if self.feedback == "whole" else Altered(made, self.feedback, seed=seed)
 
     def problem(self) -> problems.PseudoLabels:
@@ -366,7 +347,7 @@ ALTERED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mpl:
+class Mpl(Method):
     """Meta Pseudo Labels: a teacher learns from how the student does that learns its labels.
 
     Args:
@@ -378,9 +359,6 @@ class Mpl:
     uda: Flat[Consistency] = field(default_factory=Consistency)
     wait: Annotated[SomeSteps | None, unset()] = None
     warm_start: tyro.conf.FlagConversionOff[bool] = True
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     @property
     def name(self) -> str:
@@ -399,8 +377,8 @@ class Mpl:
 
     def trainer(self, t: Training) -> BilevelTrainer:
         mode = self.feedback.estimator(t.config.fitting.seed)
-        own = {"teacher_losses": self.uda.losses(), **self.feedback.size()}
-        return t.bilevel(t.teacher, mode, self.feedback.problem(), student_lr=self.feedback.student_lr, **own)
+        own = {"teacher_losses": self.uda.losses(), "student_lr": self.feedback.student_lr, **self.feedback.size()}
+        return t.bilevel(t.teacher, mode, self.feedback.problem(), **own)
 
     def train(self, t: Training) -> Trained:
         trainer = self.trainer(t)
@@ -413,7 +391,7 @@ class Mpl:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PseudoLabels:
+class PseudoLabels(Method):
     """A student on the labels of a teacher that learned from the labeled examples alone: eq. (1) of the paper.
 
     Args:
@@ -442,9 +420,6 @@ class PseudoLabels:
     def title(self) -> str:
         return f"pseudo labels of a fixed teacher, {self.pseudo_labels}"
 
-    def scheduled(self, steps: int) -> Self:
-        return self
-
     def problem(self) -> problems.PseudoLabels:
         smoothing = self.student_smoothing
         return problems.PseudoLabels(kind=self.pseudo_labels, temperature=self.temperature, label_smoothing=smoothing)
@@ -457,7 +432,7 @@ class PseudoLabels:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReducedMpl:
+class ReducedMpl(Method):
     """Reduced Meta Pseudo Labels: a student on stored labels, which a small network adjusts by its feedback.
 
     Args:
@@ -491,9 +466,6 @@ class ReducedMpl:
         if self.feedback.feedback == "none":
             return "stored labels, adjusted without feedback"
         return "Reduced MPL (stored labels, adjusted)"
-
-    def scheduled(self, steps: int) -> Self:
-        return dataclasses.replace(self, uda=self.uda.scheduled(steps))
 
     def train(self, t: Training) -> Trained:
         if any(self.labels_from.values()):

@@ -15,7 +15,7 @@ from metapl import feedback
 from metapl.ablation import Altered
 from metapl.apps import networks
 from metapl.apps.images import EVALUATED_AT_ONCE, Folder, Minutes, OfPictures, OtherFolder, Pictures, refuse_errors
-from metapl.apps.methods import Data, Doubtful, Trained, Training
+from metapl.apps.methods import Data, Doubtful, Method, Trained, Training
 from metapl.apps.pictures.batches import EvaluationBatches, LabeledBatches
 from metapl.apps.pictures.check import check_folders, same_pictures
 from metapl.apps.pictures.folders import LabeledFiles, scan_labeled
@@ -26,7 +26,7 @@ from metapl.errors import MetaplError, few
 from metapl.models import Corrector
 from metapl.problems import ExampleWeights, LabelCorrection, MetaWeightNet, NoiseTransition, Table, WeightNet
 from metapl.problems.losses import CrossEntropy
-from metapl.runs.fields import AboveZero, check_fields
+from metapl.runs.fields import AboveZero
 from metapl.training import Say
 
 TRUSTED = 4.0  # logit of "no noise" in a matrix of label noise, and of the given label in a corrector, at first
@@ -46,7 +46,7 @@ LearnedKind = Literal["example_weights", "meta_weight_net", "label_correction", 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plain:
+class Plain(Method):
     """All labels as they are, or the clean ones alone."""
 
     clean_alone: Hidden[bool] = False
@@ -59,15 +59,12 @@ class Plain:
     def title(self) -> str:
         return "plain, clean labels alone" if self.clean_alone else "plain, given and clean labels"
 
-    def scheduled(self, steps: int) -> Self:
-        return self
-
     def train(self, t: Training) -> Trained:
         return t.alone(t.student, PLAIN, labeled=t.data.labeled if self.clean_alone else t.data.everything)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Learned:
+class Learned(Method):
     """Something about labels is learned from what helps on the clean ones.
 
     A weight for each picture (example_weights), a weight as a function of its loss (meta_weight_net), another network
@@ -87,9 +84,6 @@ class Learned:
     warm_steps: Annotated[SomeSteps | None, unset()] = None
     label_lr: Annotated[AboveZero | None, unset()] = None
     feedback: Annotated[Literal["whole", "permuted", "random_sign"], tyro.conf.arg(metavar="KIND")] = "whole"
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     @property
     def name(self) -> str:

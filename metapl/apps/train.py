@@ -153,8 +153,6 @@ def train(
         data=data,
         teacher=teacher,
         student=student,
-        optimizer=config.optimizer,
-        options=config.trainer_options(),
         fit=phase,
         label=label,
         laid_out=partial(processes.another, place=place, seed=fitting.seed),

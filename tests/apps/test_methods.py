@@ -64,10 +64,7 @@ def training(phases: list[Phase], data: Any = DATA) -> Training:
         assert network is teacher
         return {"unlabeled": torch.eye(10)[torch.arange(len(DATA.unlabeled.images)) % 10]}
 
-    own: Any = {"optimizer": DIGITS.optimizer, "options": {}, "fit": fit, "label": label}
-    laid_out: Any = lambda network, small=False: network  # noqa: E731  # keyword-only elsewhere
-    networks: Any = {"teacher": teacher, "student": student}
-    return Training(config=DIGITS, data=data, **networks, laid_out=laid_out, seed=torch.manual_seed, **own)
+    return Training(config=DIGITS, data=data, teacher=teacher, student=student, fit=fit, label=label)
 
 
 def trained(method: Any, data: Any = DATA) -> list[Phase]:

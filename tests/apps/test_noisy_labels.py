@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from command import metapl, result, rows, said
 from shapes import FLAGS, given, write
 from tiny_runs import built_once, trained
@@ -118,9 +117,8 @@ def phases(method: Any, root: Path) -> tuple[Data, list[tuple[Any, Any, Any, dic
         seen.append((trainer, labeled, unlabeled, options))
         return FitResult(None, 2, {})
 
-    own: Any = {"laid_out": lambda network, small=False: network, "seed": torch.manual_seed, "label": None, "fit": fit}
-    networks: Any = {"teacher": config.network(), "student": config.network()}
-    t = Training(config=config, data=data, **networks, optimizer=config.optimizer, options={}, **own)
+    networks, unused = {"teacher": config.network(), "student": config.network()}, None
+    t = Training(config=config, data=data, **networks, fit=fit, label=unused)
     method.scheduled(10).train(t)
     assert all(trainer.student is t.student for trainer, *_ in seen)
     return data, seen

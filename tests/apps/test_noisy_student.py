@@ -173,9 +173,8 @@ def phases(settings: NoisyStudent, config: Any = DIGITS) -> list[dict[str, Any]]
         found.append({**of, "rates": rates, **options})
         return FitResult(None, 4, {})
 
-    own: Any = {"laid_out": lambda network, small=False: network, "seed": torch.manual_seed, "label": None, "fit": fit}
-    networks: Any = {"teacher": config.network(), "student": config.network()}
-    settings.train(Training(config=config, data=data, **networks, optimizer=config.optimizer, options={}, **own))
+    networks, unused = {"teacher": config.network(), "student": config.network()}, None
+    settings.train(Training(config=config, data=data, **networks, fit=fit, label=unused))
     return found
 
 
