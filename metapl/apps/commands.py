@@ -149,7 +149,7 @@ class RoundsOfImages(Train):
 class RoundsOfDigits(Train):
     __doc__ = RoundsOfImages.__doc__
 
-    config: Flat[DigitsOfRounds] = noisy_student.DIGITS
+    config: Flat[DigitsOfRounds] = field(default_factory=DigitsOfRounds)
     method: Flat[NoisyStudent] = field(default_factory=NoisyStudent)
 
 

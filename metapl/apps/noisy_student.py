@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -28,7 +28,7 @@ from metapl.apps.images import Images
 from metapl.apps.labeling import Read, ToLabel, provenance, store_labels
 from metapl.apps.labels import LabelStore
 from metapl.apps.labels.queries import Selection, select, statistics
-from metapl.apps.methods import Data, Trained, Training
+from metapl.apps.methods import Data, Method, Trained, Training
 from metapl.apps.networks import begin_as
 from metapl.apps.pictures import LabeledBatches, UnlabeledBatches
 from metapl.apps.pictures.batches import Fetched
@@ -59,7 +59,7 @@ MOST_ROUNDS, MOST_RATIO = 1000, 2**12
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoisyStudent:
+class NoisyStudent(Method):
     """Noisy Student: a teacher labels, a student learns its labels with noise, and becomes the teacher.
 
     Args:
@@ -134,7 +134,21 @@ class NoisyStudent:
             folder, ranks = run.processes.shared(run.folder.path), run.processes.ranks(place)
             rounds = Rounds(self, config, data, folder, run.say, ranks)
 
+        def drawn(source: LabeledBatches, number: int, **own: Any) -> LabeledBatches:
+            """Labeled batches as a round draws them: each its own."""
+            sampler = dataclasses.replace(source.sampler, seed=fold_in(source.sampler.seed, number))
+            return dataclasses.replace(source, sampler=sampler, seed=fold_in(source.seed, number), **own)
+
+        def finetuned(sized: Any, network: nn.Module, labeled: Any, phase: str, **own: Any) -> tuple[Any, FitResult]:
+            trainer = LossTrainer(network, optimizer=sized.finetuner(network), **t.options)
+            options = {**sized.finetuning(), "schedule": "cosine", **own}
+            return trainer, t.fit(trainer, labeled, None, phase=phase, **options)
+
+        def even(rows: Tensor) -> Tensor:
+            return torch.full((len(rows), len(data.classes)), 1 / len(data.classes))
+
         # Round 0, on labeled examples alone, with noise.
+        noisy = noisy_view(data)
         torch.manual_seed(fold_in(seed, 0))
         network = first.network().to(place)
         begin_as(t.student, network)
@@ -144,14 +158,24 @@ class NoisyStudent:
         usual, warmup = config.fitting.steps, config.fitting.warmup or 0
         decay = {"decay_every": decay_interval(usual)} if config.fitting.schedule == "exponential" else {}
         options = {"steps": usual, "warmup": min(warmup, usual), **decay}
-        result = t.fit(trainer, _with_noise(config, data, 0), None, phase=FIRST, **options)
+        result = t.fit(trainer, drawn(data.labeled, 0, view=noisy), None, phase=FIRST, **options)
         teacher = trainer.student
-        every, classes = torch.arange(len(data.unlabeled.images)), len(data.classes)
-        timed = Chosen(
-            every, every, lambda rows: torch.full((len(rows), classes), 1 / classes)
-        )  # where a step is timed
+        every = torch.arange(len(data.unlabeled.images))
         for number, sized in enumerate(others, 1):
-            chosen = timed if rounds is None else rounds.choose(number, teacher)
+            # The labels of the last network, and what is kept of them; where a step is timed, even ones of all.
+            chosen = Chosen(every, every, even) if rounds is None else rounds.choose(number, teacher)
+            source, augmented = data.unlabeled, self.unlabeled_noise == "all"
+            images, of, size = source.images, chosen.positions, self.ratio * config.fitting.labeled_batch
+            pairs = PseudoLabeledBatches(
+                images=images[of] if isinstance(images, Tensor) else images.select(of),
+                sampler=StepSampler(len(of), size, seed=fold_in(seed, number), stream=1),
+                weak=noisy if augmented else Identity(),
+                strong=None,
+                seed=fold_in(seed, number),
+                crop=source.crop if augmented else None,
+                chosen=chosen,
+            )
+            # A new network learns from both.
             torch.manual_seed(fold_in(seed, number))  # whatever was drawn before
             network, steps, rate = sized.network().to(place), usual, 1.0
             begin_as(t.student, network)
@@ -159,9 +183,8 @@ class NoisyStudent:
                 network.load_state_dict(weights_of(teacher))
                 steps = self.warm_steps or usual
                 rate = end_matched(steps, usual)
-            labeled, pairs = _with_noise(config, data, number), _pseudo_labeled(self, config, data, number, chosen)
             losses = (NoisyStudentLoss(self.loss, hard, model_noise, self.label_smoothing),)
-            sources: tuple[Any, Any] = (labeled, pairs)
+            sources: tuple[Any, Any] = (drawn(data.labeled, number, view=noisy), pairs)
             if self.training != "joint":
                 losses, sources = (StoredLabelLoss(hard, model_noise),), (pairs, None)
             given = t.laid_out(network)
@@ -169,30 +192,41 @@ class NoisyStudent:
             options = {"steps": steps, "warmup": min(warmup, steps), **decay}
             result = t.fit(trainer, *sources, phase=f"round-{number}", **options)
             if self.training == "pretrain_finetune":
-                trainer, result = _finetuned(t, sized, given, number)
+                torch.manual_seed(fold_in(seed + 1, number))  # whatever was drawn before
+                trainer, result = finetuned(sized, given, drawn(data.finetuning, number), f"round-{number}{FINETUNED}")
             if rounds is not None:
-                rounds.trained(number, network, result)
+                rounds.records[-1] |= {
+                    "parameters": sum(p.numel() for p in network.parameters()),
+                    "best_step": result.step,
+                    "weights_fingerprint": int(digest(weights_of(network))),
+                    **rounds.measured(number, network),
+                }
             last, teacher = teacher, network
-        weights = weights_of(last)
+        records = None if rounds is None else rounds.records
         kept = {"student": others[-1], "teacher": first if len(others) == 1 else others[-2]}
+        own: Any = {"teacher": (last, weights_of(last)), "rounds": records, "configs": kept}
         if self.finetune_size is None:
-            records = None if rounds is None else rounds.records
-            return Trained(trainer, result, (last, weights), finetunes=False, rounds=records, configs=kept)
+            return Trained(trainer, result, finetunes=False, **own)
 
-        larger = others[-1].at_size(self.finetune_size)
-        student, before = trainer.as_given, result
+        # The last student is finetuned where it is, at a larger size: its first layers are frozen, with the statistics
+        # of their norms, and pictures are as they are. The paper ("Fixing the train-test resolution discrepancy") does
+        # not tell which layers are frozen.
+        larger = kept["finetuned"] = others[-1].at_size(self.finetune_size)
+        student = trainer.as_given
 
         def finetunes() -> Any:
-            run = t.run
             seen = larger.data(lambda text: None, run.progress, run.folder.path / "skipped.jsonl")
-            tuned = finetuned_larger(t, larger, self, student, seen)
+            torch.manual_seed(fold_in(seed, self.rounds + 1))
+            layers = [part for part in student.modules() if any(True for _ in part.parameters(recurse=False))]
+            for layer in layers[: int(self.frozen * len(layers))]:
+                layer.eval()
+                for p in layer.parameters(recurse=False):
+                    p.requires_grad_(False)
+            plain = dataclasses.replace(seen.finetuning, view=Identity(), crop=None)
+            _, tuned = finetuned(larger, student, plain, LARGER, validation=seen.validation, truth=seen.truth)
             return measured(seen, trainer.student, tuned.validation_accuracy, tuned.weights)
 
-        kept["finetuned"] = larger
-        return Trained(trainer, before, (last, weights), finetunes, rounds.records if rounds else [], kept)
-
-
-METHODS = {"noisy_student": NoisyStudent()}
+        return Trained(trainer, result, finetunes=finetunes, **own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,9 +244,6 @@ class ImagesOfRounds(Images):
 
     unlabeled_batch: Hidden[Batch] = 32
     fitting: Flat[Fitting] = field(default_factory=lambda: Fitting(ema_decay=0.99, schedule="exponential"))
-
-
-DIGITS = DigitsOfRounds()
 
 
 @dataclass(frozen=True)
@@ -288,41 +319,6 @@ def decay_interval(steps: int) -> float:
     return steps * DECAY_EPOCHS / EPOCHS
 
 
-def _finetuned(t: Training, config: Any, network: nn.Module, number: int) -> tuple[LossTrainer, FitResult]:
-    """A student that learned from pseudo-labels alone, finetuned on labeled examples; each round draws its own."""
-    torch.manual_seed(fold_in(config.fitting.seed + 1, number))  # whatever was drawn before
-    labeled: LabeledBatches = t.data.finetuning
-    sampler = dataclasses.replace(labeled.sampler, seed=fold_in(labeled.sampler.seed, number))
-    labeled = dataclasses.replace(labeled, sampler=sampler, seed=fold_in(labeled.seed, number))
-    return _finetuning(t, config, network, labeled, f"round-{number}{FINETUNED}")
-
-
-def finetuned_larger(t: Training, config: Any, settings: NoisyStudent, student: nn.Module, data: Data) -> FitResult:
-    """The last student finetuned where it is, by the settings at a larger size and the data of that.
-
-    The first layers are frozen, with the statistics of their norms, and pictures are as they are.
-    Source: Noisy Student, "Fixing the train-test resolution discrepancy"; it does not tell which layers are frozen.
-    """
-    torch.manual_seed(fold_in(config.fitting.seed, settings.rounds + 1))
-    layers = [part for part in student.modules() if any(True for _ in part.parameters(recurse=False))]
-    for layer in layers[: int(settings.frozen * len(layers))]:
-        layer.eval()
-        for p in layer.parameters(recurse=False):
-            p.requires_grad_(False)
-    labeled = dataclasses.replace(data.finetuning, view=Identity(), crop=None)
-    looked_at = {"validation": data.validation, "truth": data.truth}
-    return _finetuning(t, config, student, labeled, LARGER, **looked_at)[1]
-
-
-def _finetuning(
-    t: Training, config: Any, network: nn.Module, labeled: Any, name: str, **options: Any
-) -> tuple[LossTrainer, FitResult]:
-    trainer = LossTrainer(network, optimizer=config.finetuner(network), **t.options)
-    return trainer, t.fit(
-        trainer, labeled, None, phase=name, **{**config.finetuning(), "schedule": "cosine", **options}
-    )
-
-
 # ------------------------------------------------------------------------------------------------------------ batches
 
 
@@ -353,26 +349,6 @@ class PseudoLabeledBatches(UnlabeledBatches):
 def noisy_view(data: Data) -> View:
     view: View = data.unlabeled.weak if data.unlabeled.strong is None else data.unlabeled.strong
     return view
-
-
-def _with_noise(config: Any, data: Data, number: int) -> LabeledBatches:
-    labeled, seed = data.labeled, fold_in(config.fitting.seed, number)
-    sampler = dataclasses.replace(labeled.sampler, seed=seed)
-    noisy: LabeledBatches = dataclasses.replace(labeled, view=noisy_view(data), sampler=sampler, seed=seed)
-    return noisy
-
-
-def _pseudo_labeled(
-    settings: NoisyStudent, config: Any, data: Data, number: int, chosen: Chosen
-) -> PseudoLabeledBatches:
-    """Batches (x, stored) of selected examples as the student meets them."""
-    source, seed, augmented = data.unlabeled, fold_in(config.fitting.seed, number), settings.unlabeled_noise == "all"
-    view, positions = noisy_view(data) if augmented else Identity(), chosen.positions
-    images = source.images[positions] if isinstance(source.images, Tensor) else source.images.select(positions)
-    size = settings.ratio * config.fitting.labeled_batch
-    sampler = StepSampler(len(chosen.positions), size, seed=seed, stream=1)
-    crop = source.crop if augmented else None
-    return PseudoLabeledBatches(images, sampler, view, None, seed, crop=crop, chosen=chosen)
 
 
 # ------------------------------------------------------------------------------------------------- labels of a round
@@ -424,19 +400,33 @@ class Rounds:
 
     def choose(self, number: int, teacher: nn.Module) -> Chosen:
         """Store the labels by the network of the round before, and select from them for round ``number``, from 1."""
-        settings, names, place = self.settings, self.data.classes, self._place(number, SELECTED)
-        labels = self._labeled(number, teacher)
-        threshold = self.threshold(labels)
-        how: Any = {"per_class": settings.per_class, "threshold": threshold, "balance": settings.balance}
-        selected = select(labels, place, resume=place.exists(), **how) if self.ranks.first else None
+        settings, data, place = self.settings, self.data, self.folder / FOLDER
+        images, view = data.unlabeled.images, noisy_view(data)
+        seed = fold_in(self.config.fitting.seed, number)
+        how: Any = {"images": images, "ids": range(len(images)), "name": "unlabeled", "input": self.config.input}
+        noisy = settings.noisy_teacher
+        source = Augmented(**how, view=view, seed=seed) if noisy else ToLabel(**how)
+        about = provenance(teacher, source)
+        if noisy:
+            about["views"] = f"augmented by {view!r}, seed {seed}, with dropout and stochastic depth"
+        labeler = Noised(teacher, seed) if noisy else teacher
+        stored = place / str(number) / LABELS
+        labels = store_labels(labeler, source, stored, data.classes, about, self.say, self.ranks)
+        threshold, kept = self.threshold(labels), place / str(number) / SELECTED
+        how = {"per_class": settings.per_class, "threshold": threshold, "balance": settings.balance}
+        selected = select(labels, kept, resume=kept.exists(), **how) if self.ranks.first else None
         selection: Selection = self.ranks.gathered(selected)[0]
-        chosen = LabelStore(place)
+        chosen, changed = LabelStore(kept), None
         before, after = statistics(labels), statistics(chosen)
-        reached = self._measured(number - 1, teacher)
-        weights = int(digest(weights_of(teacher)))
+        if number > 1:  # of how many examples the label is another; a file that became unreadable is in one store alone
+            last = LabelStore(place / str(number - 1) / LABELS)
+            ids = (last.column("id"), labels.column("id"))
+            _, old, new = np.intersect1d(*ids, assume_unique=True, return_indices=True)
+            changed = int((last.column("label")[old] != labels.column("label")[new]).sum())
+        reached = self.measured(number - 1, teacher)
         record: dict[str, Any] = {
             "round": number,
-            "teacher": {"round": number - 1, "weights_fingerprint": weights, **reached},
+            "teacher": {"round": number - 1, "weights_fingerprint": int(digest(weights_of(teacher))), **reached},
             "store": labels.folder.relative_to(self.folder).as_posix(),
             "store_sha256": labels.sha256,
             "threshold": threshold,
@@ -444,31 +434,25 @@ class Rounds:
             "unsure": selection.unsure,
             "kept": selection.kept,
             "copies": selection.copies,
-            "labeled_per_class": dict(zip(names, before.class_copies, strict=True)),
-            "kept_per_class": dict(zip(names, after.counts, strict=True)),
-            "copies_per_class": dict(zip(names, after.class_copies, strict=True)),
-            "changed_labels": None if number == 1 else self.changed(number),
+            "labeled_per_class": dict(zip(data.classes, before.class_copies, strict=True)),
+            "kept_per_class": dict(zip(data.classes, after.counts, strict=True)),
+            "copies_per_class": dict(zip(data.classes, after.class_copies, strict=True)),
+            "changed_labels": changed,
         }
         self.records.append(record)
-        self._tell(record, selection.missing)
+        copies = f", {selection.copies:,} with copies" if selection.copies != selection.kept else ""
+        tested = f", whose test accuracy is {reached['test_accuracy']:.1%}" if "test_accuracy" in reached else ""
+        self.say(
+            f"round {number}: {selection.kept:,} of {selection.rows:,} unlabeled examples are learned from{copies}, by "
+            f"labels of the network of round {number - 1}{tested}"
+        )
+        if threshold != settings.threshold:
+            self.say(f"note: of no example is that network more confident than {settings.threshold:g}; all are kept")
+        if selection.missing:
+            without = few(selection.missing)
+            self.say(f"note: of these classes no unlabeled example is kept: {without}; a lower --threshold keeps more")
         rows = torch.from_numpy(chosen.rows_with_copies())
-        ids = torch.from_numpy(chosen.column("id"))
-        return Chosen(ids[rows], rows, chosen.at)
-
-    def trained(self, number: int, network: nn.Module, result: FitResult) -> None:
-        self.records[number - 1] |= {
-            "parameters": sum(p.numel() for p in network.parameters()),
-            "best_step": result.step,
-            "weights_fingerprint": int(digest(weights_of(network))),
-            **self._measured(number, network),
-        }
-
-    def changed(self, number: int) -> int:
-        """Of how many examples the label is another than in the round before."""
-        before, after = (LabelStore(self._place(each, LABELS)) for each in (number - 1, number))
-        # A file that became unreadable is in one of them alone.
-        _, old, new = np.intersect1d(before.column("id"), after.column("id"), assume_unique=True, return_indices=True)
-        return int((before.column("label")[old] != after.column("label")[new]).sum())
+        return Chosen(torch.from_numpy(chosen.column("id"))[rows], rows, chosen.at)
 
     def threshold(self, labels: LabelStore) -> float:
         """The confidence above which examples are kept; 0 where no example reaches the one in the settings."""
@@ -476,42 +460,10 @@ class Rounds:
         above = labels.column("confidence") > np.float32(self.settings.threshold)
         return self.settings.threshold if above.any() else 0.0
 
-    def _place(self, number: int, store: str) -> Path:
-        return self.folder / FOLDER / str(number) / store
-
-    def _measured(self, number: int, network: nn.Module) -> dict[str, float]:
+    def measured(self, number: int, network: nn.Module) -> dict[str, float]:
+        """What the network of a round reaches."""
         if number not in self.reached:
             parts = {"validation_accuracy": self.data.validation, "test_accuracy": self.data.test}
-            self.reached[number] = {
-                name: evaluated(network, data).accuracy for name, data in parts.items() if data is not None
-            }
+            on = {name: data for name, data in parts.items() if data is not None}
+            self.reached[number] = {name: evaluated(network, data).accuracy for name, data in on.items()}
         return self.reached[number]
-
-    def _labeled(self, number: int, teacher: nn.Module) -> LabelStore:
-        images, view = self.data.unlabeled.images, noisy_view(self.data)
-        seed, noisy = fold_in(self.config.fitting.seed, number), self.settings.noisy_teacher
-        how: Any = {"images": images, "ids": range(len(images)), "name": "unlabeled", "input": self.config.input}
-        labeled = Augmented(**how, view=view, seed=seed) if noisy else ToLabel(**how)
-        about = provenance(teacher, labeled)
-        if noisy:
-            about["views"] = f"augmented by {view!r}, seed {seed}, with dropout and stochastic depth"
-        labeler = Noised(teacher, seed) if noisy else teacher
-        place = self._place(number, LABELS)
-        return store_labels(labeler, labeled, place, self.data.classes, about, self.say, self.ranks)
-
-    def _tell(self, record: dict[str, Any], missing: Sequence[str]) -> None:
-        copies = f", {record['copies']:,} with copies" if record["copies"] != record["kept"] else ""
-        reached = record["teacher"].get("test_accuracy")
-        tested = "" if reached is None else f", whose test accuracy is {reached:.1%}"
-        self.say(
-            f"round {record['round']}: {record['kept']:,} of {record['unlabeled']:,} unlabeled examples are learned "
-            f"from{copies}, by labels of the network of round {record['round'] - 1}{tested}"
-        )
-        if record["threshold"] != self.settings.threshold:
-            self.say(
-                f"note: of no example is that network more confident than {self.settings.threshold:g}; all are kept"
-            )
-        if missing:
-            self.say(
-                f"note: of these classes no unlabeled example is kept: {few(missing)}; a lower --threshold keeps more"
-            )
