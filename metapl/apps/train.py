@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +19,13 @@ from metapl.apps.fitting import fit
 from metapl.apps.labeling import label_by, labels_given
 from metapl.apps.labels.store import DESCRIPTION
 from metapl.apps.launch import Processes
-from metapl.apps.machine.sealed import read_plain, sha256_of
-from metapl.apps.methods import Data, ReducedMpl, Trained, Training
+from metapl.apps.machine.sealed import sha256_of
+from metapl.apps.methods import Data, ReducedMpl, Training
 from metapl.apps.networks import Tuned, begin_as, merged
-from metapl.apps.pictures.card import NetworkCard
-from metapl.apps.pictures.input import Input
 from metapl.apps.pictures.store import record_files, replaced_files
 from metapl.apps.report import Mistakes, draw_report, last_fit, mistakes, write_page
 from metapl.apps.run import WEIGHTS, EndedRun, RunFolder, describe_networks
-from metapl.apps.settings import Fitting, Role, flat
+from metapl.apps.settings import flat
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
 from metapl.execution.shards import load_whole
@@ -39,37 +36,6 @@ from metapl.training.loss_trainer import LossTrainer
 
 TOLD = ("data.json", "metrics.jsonl")  # what a run says of itself beside its result, which has their SHA-256
 SELECTED_ON = 50  # the fewest validation examples to choose a student by: one standard error is 7 points then
-
-
-class Config(Protocol):
-    """What is trained on and how long: a frozen dataclass whose fields, and those of dataclasses in it, are flags."""
-
-    name: ClassVar[str]
-
-    @property
-    def fitting(self) -> Fitting: ...
-    @property
-    def input(self) -> Input:
-        """How a file becomes the network's input."""
-
-    def data(self, say: Say, progress: bool, log: Path | None) -> Data:
-        """What is trained on, checked; ``log`` lists files that turn out to be unreadable later."""
-
-    def network(self) -> nn.Module:
-        """A teacher or a student with fresh weights, from the default generator."""
-
-    def card(self, title: str) -> NetworkCard:
-        """What network.json says of it, and what messages call it."""
-
-    def optimizer(self, role: Role, module: nn.Module, lr: float | None = None) -> torch.optim.Optimizer:
-        """``lr`` is that of a student; None: the usual one."""
-
-    def finetuner(self, module: nn.Module) -> torch.optim.Optimizer: ...
-    def trainer_options(self) -> dict[str, Any]:
-        """Of every trainer, finetuning included."""
-
-    def finetuning(self) -> dict[str, Any]:
-        """Options of the fit that finetunes."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +71,7 @@ def train(
     """Train by a method, finetune, test once, and write the run folder, which the caller holds.
 
     Args:
-        config: a :class:`Config`, every field of which has a value.
+        config: what is trained on and how long, such as :class:`metapl.apps.digits.Digits`; every field has a value.
         method: one of :mod:`metapl.apps.methods`, or of what is trained on; with a value for every field.
         resume: go on with what the folder has; it ends bit for bit as without the interruption.
         processes: those that train together; None: one.
@@ -118,8 +84,22 @@ def train(
     torch.manual_seed(fitting.seed)
     skipped = folder.path / "skipped.jsonl"
     data = config.data(say, progress, skipped)
-    note(folder, data, hashes_of_labels(method.labels_from) if isinstance(method, ReducedMpl) else {})
-    select = len(validation_labels(data)) >= SELECTED_ON
+    hashes = dict(data.record["hash"])
+    given = method.labels_from if isinstance(method, ReducedMpl) else {}
+    for name, store in given.items():  # what describes stored labels has the hashes of their parts, or of weights
+        if store is not None:
+            hashes[name] = sha256_of(Path(store) / ("result.json" if name == "teacher" else DESCRIPTION))
+    record, noted = json.loads(json.dumps({**data.record, "hash": hashes})), folder.path / "data.json"
+    if noted.exists() and folder.read_json("data.json") != record:
+        since = f"since the run in {folder.path} was started (see its data.json)"
+        raise MetaplError(f"the data have changed {since}; put them back, or start another run with another --out.")
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.write_json("data.json", record)
+    record_files(skipped, data.skipped)
+    validated: Any = getattr(
+        data.validation, "labels", data.validation[1] if isinstance(data.validation, tuple) else ()
+    )
+    select = len(validated) >= SELECTED_ON
 
     # 2. Both networks from the seed, the teacher first.
     place = device(fitting.device)
@@ -157,7 +137,7 @@ def train(
         label=label,
         laid_out=partial(processes.another, place=place, seed=fitting.seed),
         seed=partial(processes.seed, student),
-        run=Run(folder, resume, progress, say, processes, phase),
+        run=Run(folder, progress, say, processes),
     )
     trained = method.train(training)
 
@@ -166,8 +146,8 @@ def train(
     kept["student"] = measured(data, trained.trainer.student, result.validation_accuracy, result.weights)
     if trained.teacher is not None:
         network, weights = trained.teacher
-        validated = None if data.validation is None else evaluated(network, data.validation).accuracy
-        kept["teacher"] = measured(data, network, validated, weights)
+        reached = None if data.validation is None else evaluated(network, data.validation).accuracy
+        kept["teacher"] = measured(data, network, reached, weights)
     if callable(trained.finetunes):
         kept["finetuned"] = trained.finetunes()
     elif trained.finetunes:
@@ -181,49 +161,7 @@ def train(
                 result = trained.result
         kept["finetuned"] = measured(data, inside(network), result.validation_accuracy, result.weights)
 
-    # 5. The run folder.
-    last: Any = {"say": say, "select": select, "first": processes.first, "beside": beside}
-    return deliver(config, method, folder, data, trained, kept, **last)
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where a training stores more than its phases."""
-
-    folder: RunFolder
-    resume: bool
-    progress: bool
-    say: Say
-    processes: Processes
-    fit: Callable[..., FitResult]
-
-
-def note(folder: RunFolder, data: Data, hashes: Mapping[str, str]) -> None:
-    """Leave behind on which data this runs, and their hashes; refuse to go on with a run on other data."""
-    path, record = folder.path / "data.json", {**data.record, "hash": {**data.record["hash"], **hashes}}
-    record = json.loads(json.dumps(record))
-    if path.exists() and folder.read_json("data.json") != record:
-        since = f"since the run in {folder.path} was started (see its data.json)"
-        raise MetaplError(f"the data have changed {since}; put them back, or start another run with another --out.")
-    folder.path.mkdir(parents=True, exist_ok=True)
-    folder.write_json("data.json", record)
-    record_files(folder.path / "skipped.jsonl", data.skipped)
-
-
-def deliver(
-    config: Any,
-    method: Any,
-    folder: RunFolder,
-    data: Data,
-    trained: Trained,
-    kept: Mapping[str, Measured],
-    *,
-    say: Say,
-    select: bool,
-    first: bool,
-    beside: tuple[float, str] | None = None,
-) -> dict[str, Any]:
-    """Write what a training ended with: the networks, what they are and reach, and the page of the run."""
+    # 5. Labels that may be wrong, the networks, what they are and reach, and the page of the run.
     if data.doubtful is not None:
         found = suspects.find_suspects(data.doubtful, trained.trainer)
         suspects.write_suspects(folder.path, found, data.classes)
@@ -232,25 +170,27 @@ def deliver(
     one = trained.trainer.teacher is None and trained.rounds is None  # no student of a teacher
     words = {"student": "network" if one else "student", "teacher": "teacher"}
     words = {name: words.get(name, f"finetuned {words['student']}") for name in kept}
-    chosen, by = delivered(kept, select, trained.rounds is not None), "validation" if select else "rule"
+    chosen = delivered(kept, select, trained.rounds is not None)
     cards = {name: trained.configs.get(name, config).card(words[name]) for name in kept}
-    called = f"{config.name}, {method.name}, seed {config.fitting.seed}"
+    called = f"{config.name}, {method.name}, seed {fitting.seed}"
     sealed = describe_networks(folder, called, data.classes, cards)
     sealed |= {WEIGHTS[name]: folder.write_weights(WEIGHTS[name], merged(one.weights)) for name, one in kept.items()}
     sealed |= {name: sha256_of(folder.path / name) for name in TOLD if (folder.path / name).is_file()}
-    evaluation, labels = kept[chosen].evaluation, validation_labels(data)
+    evaluation, counts = kept[chosen].evaluation, None
+    if len(validated):
+        counts = torch.bincount(validated, minlength=len(data.classes)).tolist()
     content: dict[str, Any] = {
         "recipe": config.name,
         "method": method.name,
         "title": method.title,
         "networks": words,
-        "seed": config.fitting.seed,
-        "steps": config.fitting.steps,
+        "seed": fitting.seed,
+        "steps": fitting.steps,
         "best_step": trained.result.step,
-        "validation_size": len(labels),
-        "validation_chance": chance_of(labels, len(data.classes)),
+        "validation_size": len(validated),
+        "validation_chance": None if counts is None else chance_level(counts),
         "delivered": chosen,
-        "delivered_by": by,
+        "delivered_by": "validation" if select else "rule",
         "sha256": sealed,
         **({} if trained.rounds is None else {"rounds": trained.rounds}),
         **({} if beside is None else {"control_accuracy": beside[0], "control_of": beside[1]}),
@@ -261,18 +201,28 @@ def deliver(
         content |= network.accuracies(f"{name}_")
     draw_report(
         folder.path / "report.png",
-        title=f"{config.name}: {method.title}, seed {config.fitting.seed}",
+        title=f"{config.name}: {method.title}, seed {fitting.seed}",
         curves={method.title: last_fit(folder.path, content)},
         evaluation=evaluation,
         network=words["student"],
     )
     folder.write_json("result.json", content)
-    if first:  # what the others leave is not kept
+    if processes.first:  # what the others leave is not kept
         run = EndedRun(folder, called, data.classes, cards, describe(config, method), content)
         write_page(run, kept[chosen].mistakes)
-    if unread := replaced_files(folder.path / "skipped.jsonl"):
-        say(f"files that could not be read: {len(unread):,}, listed in {folder.path / 'skipped.jsonl'}")
+    if unread := replaced_files(skipped):
+        say(f"files that could not be read: {len(unread):,}, listed in {skipped}")
     return content
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a training stores more than its phases."""
+
+    folder: RunFolder
+    progress: bool
+    say: Say
+    processes: Processes
 
 
 def delivered(kept: Mapping[str, Measured], select: bool, rounds: bool) -> str:
@@ -285,25 +235,6 @@ def delivered(kept: Mapping[str, Measured], select: bool, rounds: bool) -> str:
     if select:
         return max(names, key=lambda name: kept[name].validation_accuracy or 0.0)
     return "finetuned" if "finetuned" in kept else "student"
-
-
-def hashes_of_labels(labels_from: Mapping[str, str | None]) -> dict[str, str]:
-    """What describes stored labels has the hashes of their parts, or of the weights of a run."""
-    found = {}
-    for name, place in labels_from.items():
-        if place is not None:
-            content = read_plain(Path(place) / ("result.json" if name == "teacher" else DESCRIPTION))
-            found[name] = hashlib.sha256(content).hexdigest()
-    return found
-
-
-def validation_labels(data: Data) -> Any:
-    return getattr(data.validation, "labels", data.validation[1] if isinstance(data.validation, tuple) else ())
-
-
-def chance_of(labels: Any, classes: int) -> float | None:
-    """What guessing reaches, see :func:`metapl.metrics.chance_level`; None without examples."""
-    return chance_level(torch.bincount(labels, minlength=classes).tolist()) if len(labels) else None
 
 
 def measured(data: Data, network: nn.Module, validated: float | None, weights: Mapping[str, Tensor]) -> Measured:
