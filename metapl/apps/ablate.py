@@ -26,9 +26,6 @@ from metapl.feedback import MODES, estimator
 from metapl.runs.fields import Range
 from metapl.training.trainer import BilevelTrainer
 
-# Options of :func:`metapl.ablate` that are flags by the same name.
-ASKED = ("modes", "draws", "rounds", "altered")
-
 Steps = Annotated[int, Range(0, most=10**9)]
 
 
@@ -53,7 +50,7 @@ class Looking:
         for name in self.modes or ():
             estimator(name)
         with held(self.out):
-            asked = {name: getattr(self, name) for name in ASKED}
+            asked: Any = {"modes": self.modes, "draws": self.draws, "rounds": self.rounds, "altered": self.altered}
             found = ablate(**subject, **asked, progress=True)
             several = len(found.points) > 1
             where = f"steps {', '.join(map(str, found.points))}" if several else "the start"
@@ -124,23 +121,20 @@ class AblateFactory:
     looking: Flat[Looking] = field(default_factory=Looking)
 
     def run(self) -> int:
-        made = made_by(self.factory)
+        expected = "expected module:function, such as my_networks:build of my_networks.py in this folder"
+        if ":" not in self.factory:  # of os.getcwd, say, the function would be called before anything is known of it
+            raise MetaplError(f"--factory {self.factory} names no function; {expected}.")
+        sys.path.insert(0, os.getcwd())  # the function may import from there too
+        try:
+            made = pkgutil.resolve_name(self.factory)()
+        except (ImportError, AttributeError, TypeError, SystemExit) as error:
+            raise MetaplError(
+                f"--factory {self.factory} failed: {type(error).__name__}: {error}; {expected}."
+            ) from error
+        finally:
+            sys.path.pop(0)
         if not isinstance(made, tuple) or len(made) != 3 or not isinstance(made[0], BilevelTrainer):
             expected = "(trainer, labeled, unlabeled), a metapl.BilevelTrainer and sources of batches as for its fit"
             raise MetaplError(f"--factory {self.factory} returned {made!r:.60}; expected {expected}.")
         own = dict(zip(("trainer", "labeled", "unlabeled"), made, strict=True))
         return self.looking.look({"steps": self.steps, **own})
-
-
-def made_by(name: str) -> Any:
-    """What ``module:function`` returns; the module may lie in the current folder."""
-    expected = "expected module:function, such as my_networks:build of my_networks.py in this folder"
-    if ":" not in name:  # of os.getcwd, say, the function would be called before anything is known of it
-        raise MetaplError(f"--factory {name} names no function; {expected}.")
-    sys.path.insert(0, os.getcwd())  # the function may import from there too
-    try:
-        return pkgutil.resolve_name(name)()
-    except (ImportError, AttributeError, TypeError, SystemExit) as error:
-        raise MetaplError(f"--factory {name} failed: {type(error).__name__}: {error}; {expected}.") from error
-    finally:
-        sys.path.pop(0)

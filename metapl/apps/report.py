@@ -150,7 +150,6 @@ def _mistakes(run: EndedRun, found: Mistakes | None) -> str:
 
 def _rounds(rounds: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What each round reached and kept, and the classes of the last one."""
-    yield from map(web.paragraph, spoken_rounds(rounds))
     cells = [(0, "", "", "", _share(rounds[0]["teacher"].get("test_accuracy")))]
     for each in rounds:
         changed = "" if each["changed_labels"] is None else f"{each['changed_labels']:,}"
@@ -217,7 +216,10 @@ def summary(content: Mapping[str, Any]) -> list[str]:
         lines.append(f"On {part}: {shown}; delivered is the {words[name]} ({why}).")
     lines += control(content)
     if tested is not None and rounds:
-        lines += better_before(rounds, tested["accuracy"])
+        reached = [each.get("test_accuracy") or 0.0 for each in (rounds[0]["teacher"], *rounds[:-1])]
+        if (best := max(reached)) > tested["accuracy"]:
+            which = f"Round {reached.index(best)} reached {100 * best:.1f} % on test, more than the last"
+            lines.append(f"{which}, which is delivered by rule: the test set chooses nothing.")
     return lines
 
 
@@ -239,44 +241,9 @@ def spoken(accuracy: float, n: int, chance: float | None) -> str:
     >>> spoken(131 / 150, 150, 0.1)
     '87.3 % (n = 150, 95 % interval 81.1-91.7, chance 10.0 %)'
     """
-    if not 0 <= accuracy <= 1 or not 0 <= (chance or 0) <= 1:
-        raise MetaplError(f"accuracy {accuracy} beside chance {chance} was given; expected fractions, 0 to 1")
     low, high = (f"{100 * end:.1f}" for end in interval(round(accuracy * n), n))
     guessed = "" if chance is None else f", chance {100 * chance:.1f} %"
     return f"{accuracy * 100:.1f} % (n = {n:,}, 95 % interval {low}-{high}{guessed})"
-
-
-def spoken_rounds(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the rounds reached and kept, in sentences.
-
-    >>> counts = {"round": 1, "kept": 90, "copies": 90, "unlabeled": 100}
-    >>> spoken_rounds([{"teacher": {"test_accuracy": 0.8}, "test_accuracy": 0.9, **counts}])[0]
-    'Test accuracy by round: 80.0 %, 90.0 %.'
-    """
-    last, lines = rounds[-1], []
-    if "test_accuracy" in last:
-        reached = [rounds[0]["teacher"]["test_accuracy"], *(each["test_accuracy"] for each in rounds)]
-        lines.append(f"Test accuracy by round: {', '.join(f'{100 * each:.1f} %' for each in reached)}.")
-    kept = f"{last['kept']:,} of {last['unlabeled']:,}"
-    copies = f", which count as {last['copies']:,}" if last["copies"] != last["kept"] else ""
-    lines.append(f"In round {last['round']}, {kept} unlabeled examples were learned from{copies}.")
-    return lines
-
-
-def better_before(rounds: Sequence[Mapping[str, Any]], delivered: float) -> list[str]:
-    """A sentence where an earlier network did better on the test set than the one that is delivered.
-
-    >>> better_before([{"test_accuracy": 0.8, "teacher": {"test_accuracy": 0.7}}, {"test_accuracy": 0.75}], 0.75)
-    ['Round 1 reached 80.0 % on test, more than the last, which is delivered by rule: the test set chooses nothing.']
-    """
-    reached = [each.get("test_accuracy") or 0.0 for each in (rounds[0]["teacher"], *rounds[:-1])]
-    best = max(range(len(reached)), key=reached.__getitem__)
-    if reached[best] <= delivered:
-        return []
-    return [
-        f"Round {best} reached {100 * reached[best]:.1f} % on test, more than the last, which is delivered by rule: "
-        "the test set chooses nothing."
-    ]
 
 
 # --------------------------------------------------------------------------------------------------------- report.png

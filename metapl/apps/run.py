@@ -52,6 +52,7 @@ SPEED_ALONE = ("num_workers",)
 PLACES = ("labeled", "unlabeled", "clean", "val", "test")
 
 NETWORK = "network.json"
+TOLD = ("data.json", "metrics.jsonl")  # what a run says of itself beside its result, which has their SHA-256
 WEIGHTS = {
     "student": "student.safetensors",
     "finetuned": "finetuned_student.safetensors",
@@ -219,13 +220,19 @@ def results_within(path: Path, compared: Mapping[str, Any]) -> dict[tuple[str, i
     return found
 
 
-def describe_networks(
-    folder: RunFolder, title: str, classes: Sequence[str], cards: Mapping[str, NetworkCard]
+def seal(
+    folder: RunFolder,
+    title: str,
+    classes: Sequence[str],
+    cards: Mapping[str, NetworkCard],
+    weights: Mapping[str, Mapping[str, Tensor]],
 ) -> dict[str, str]:
-    """Write ``network.json``; its SHA-256 by its name, for ``result.json``."""
+    """Write ``network.json`` and the weights; the SHA-256 of these and of what is told beside them by their names."""
     networks = {name: dataclasses.asdict(card) for name, card in cards.items()}
     folder.write_json(NETWORK, {"title": title, "classes": list(classes), "networks": networks})
-    return {NETWORK: sha256_of(folder.path / NETWORK)}
+    found = {WEIGHTS[name]: folder.write_weights(WEIGHTS[name], state) for name, state in weights.items()}
+    there = (name for name in (NETWORK, *TOLD) if (folder.path / name).is_file())
+    return found | {name: sha256_of(folder.path / name) for name in there}
 
 
 def refuse_changed(file: Path, result: Mapping[str, Any]) -> None:
@@ -248,17 +255,6 @@ def counts_of(data: Mapping[str, Any]) -> dict[str, int]:
     return {part: len(of) if isinstance(of, list) else of for part, of in found.items()}
 
 
-def begun(path: Path) -> RunFolder:
-    """The folder of a run, whether that has ended or not."""
-    if not path.is_dir():
-        state = f"{path} is a file" if path.exists() else f"there is no folder {path}"
-        raise MetaplError(f"{state}; expected the folder of a run that metapl train wrote, such as runs/digits-001.")
-    folder = RunFolder(path)
-    if not folder.exists:
-        raise MetaplError(f"{path} is not a run folder: there is no recipe.json in it.")
-    return folder
-
-
 @dataclass(frozen=True)
 class EndedRun:
     """A run that has ended, read from its folder alone; of a comparison, the run whose networks it delivers."""
@@ -273,7 +269,10 @@ class EndedRun:
     @classmethod
     def load(cls, path: Path) -> EndedRun:
         """The run in a folder, where it is finished, whole and of this version."""
-        folder = begun(path)
+        folder = RunFolder(path)
+        if not path.is_dir() or not folder.exists:
+            state = "there is no recipe.json in it" if path.is_dir() else "there is no such folder"
+            raise MetaplError(f"{path}: {state}; expected the folder of a run, such as runs/digits-001.")
         if not folder.ended:
             command = folder.description().get("command", f"the command that started it, with --out {path}")
             more = "" if "--resume" in command.split() else " --resume"
@@ -394,8 +393,7 @@ def save(
     fields = {"seed": 0, "steps": 0, **config}
     about = {"name": name, "method": name, "fields": fields}
     with folder.claimed(about, resume=False):
-        sha256 = describe_networks(folder, name, classes, {"student": card})
-        sha256 |= {WEIGHTS["student"]: folder.write_weights(WEIGHTS["student"], network.state_dict())}
+        folder.write_json("data.json", {"hash": {}})
         result: dict[str, Any] = {
             "recipe": name,
             "method": name,
@@ -407,10 +405,9 @@ def save(
             "validation_size": 0,
             "delivered": "student",
             "delivered_by": "rule",
-            "sha256": sha256,
+            "sha256": seal(folder, name, classes, {"student": card}, {"student": network.state_dict()}),
         }
         if evaluation is not None:
             reached = {"test_accuracy": evaluation.accuracy, "student_test_accuracy": evaluation.accuracy}
             result |= {"evaluation": evaluation.to_json(), **reached}
-        folder.write_json("data.json", {"hash": {}})
         folder.write_json("result.json", result)

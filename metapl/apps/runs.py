@@ -18,8 +18,7 @@ from metapl.apps.machine.ownership import is_owned
 from metapl.apps.machine.sealed import read_plain, write_whole
 from metapl.apps.pictures.folders import walk
 from metapl.apps.report import PAGE, html_of, made, page_of
-from metapl.apps.run import EndedRun, RunFolder, refuse_changed, stored_result
-from metapl.apps.train import TOLD
+from metapl.apps.run import TOLD, EndedRun, RunFolder, refuse_changed, stored_result
 from metapl.apps.words import short, table, tell
 from metapl.errors import MetaplError, reason_of
 from metapl.metrics import interval

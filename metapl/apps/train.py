@@ -24,7 +24,7 @@ from metapl.apps.methods import Data, ReducedMpl, Training
 from metapl.apps.networks import Tuned, begin_as, merged
 from metapl.apps.pictures.store import record_files, replaced_files
 from metapl.apps.report import Mistakes, draw_report, last_fit, mistakes, write_page
-from metapl.apps.run import WEIGHTS, EndedRun, RunFolder, describe_networks
+from metapl.apps.run import EndedRun, RunFolder, seal
 from metapl.apps.settings import flat
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
@@ -34,7 +34,6 @@ from metapl.metrics.predictions import batches_of
 from metapl.training import FitResult, Say, Trainer
 from metapl.training.loss_trainer import LossTrainer
 
-TOLD = ("data.json", "metrics.jsonl")  # what a run says of itself beside its result, which has their SHA-256
 SELECTED_ON = 50  # the fewest validation examples to choose a student by: one standard error is 7 points then
 
 
@@ -173,9 +172,6 @@ def train(
     chosen = delivered(kept, select, trained.rounds is not None)
     cards = {name: trained.configs.get(name, config).card(words[name]) for name in kept}
     called = f"{config.name}, {method.name}, seed {fitting.seed}"
-    sealed = describe_networks(folder, called, data.classes, cards)
-    sealed |= {WEIGHTS[name]: folder.write_weights(WEIGHTS[name], merged(one.weights)) for name, one in kept.items()}
-    sealed |= {name: sha256_of(folder.path / name) for name in TOLD if (folder.path / name).is_file()}
     evaluation, counts = kept[chosen].evaluation, None
     if len(validated):
         counts = torch.bincount(validated, minlength=len(data.classes)).tolist()
@@ -191,7 +187,7 @@ def train(
         "validation_chance": None if counts is None else chance_level(counts),
         "delivered": chosen,
         "delivered_by": "validation" if select else "rule",
-        "sha256": sealed,
+        "sha256": seal(folder, called, data.classes, cards, {name: merged(one.weights) for name, one in kept.items()}),
         **({} if trained.rounds is None else {"rounds": trained.rounds}),
         **({} if beside is None else {"control_accuracy": beside[0], "control_of": beside[1]}),
         **kept[chosen].accuracies(),
