@@ -98,17 +98,11 @@ def from_first(value: Any) -> Any:
 def check_started(mesh: Mesh) -> None:
     """Refuse a mesh that is not of the processes that were started."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
-    if mesh.size == count:
-        return
-    if mesh.size == 1:
+    if mesh.size != count:
         raise MetaplError(
-            f"{count} processes were started, and no mesh says what each of them does; give --mesh.replicate {count}, "
-            f"which shares the batches among them, or --mesh.shard {count}, which shares the weights too."
+            f"{count} process{'es were' if count > 1 else ' was'} started for a mesh of {mesh.size}; expected as many: "
+            f"torchrun --nproc-per-node=N -m metapl.apps ... --mesh.replicate N, or --mesh.shard N for shared weights."
         )
-    raise MetaplError(
-        f"the mesh is of {mesh.size} processes and {count} {'was' if count == 1 else 'were'} started; expected as "
-        f"many. Start them with: torchrun --nproc-per-node={mesh.size} -m metapl.apps ..."
-    )
 
 
 @contextmanager

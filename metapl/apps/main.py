@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated, Any, Union
 
@@ -76,6 +75,20 @@ CONFIG = (
 )
 
 
+class Messages(logging.Handler):
+    """What the library logs, such as which layers pretrained weights leave fresh: each message once, for networks are
+    built several times."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.told = set[str]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (text := self.format(record)) not in self.told:
+            self.told.add(text)
+            tell(f"metapl: {text}", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -84,12 +97,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     accept_all_letters()
+    logger, messages = logging.getLogger("metapl"), Messages(logging.INFO)
+    logger.addHandler(messages)
+    logger.setLevel(logging.INFO)
     with stoppable(for_good=arguments is None):
         try:
             try:
-                with _messages_shown():
-                    return _run(given)
+                return _run(given)
             finally:
+                logger.removeHandler(messages)
                 sys.stdout.flush()
         except SystemExit as end:  # tyro has printed help, or what is wrong
             return int(end.code or 0)
@@ -97,12 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\nmetapl: stopped.", file=sys.stderr)
             return exit_code(stopped)
         except Exception as error:  # what is a fault of metapl passes through
-            whose = out_of_memory(error)
+            whose, rank = out_of_memory(error), os.environ.get("RANK", "0")
             if whose is not None or isinstance(error, MetaplError):
                 text = error if whose is None else f"the memory {whose} does not suffice; {LESS}."
-                rank = os.environ.get("RANK", "0")
-                where = "" if rank == "0" else f"process {rank}: "
-                tell(f"metapl: {where}{text}", file=sys.stderr)
+                tell(f"metapl: {'' if rank == '0' else f'process {rank}: '}{text}", file=sys.stderr)
                 return 2
             if not isinstance(error, OSError):
                 raise
@@ -182,26 +196,3 @@ def _method_first(words: list[str]) -> list[str]:
 def found(name: str) -> Any:
     module, _, kind = COMMANDS[name].rpartition(".")
     return getattr(import_module(f"metapl.apps.{module}"), kind)
-
-
-@contextmanager
-def _messages_shown() -> Iterator[None]:
-    """Show on standard error what the library logs, such as which layers pretrained weights leave fresh: each message
-    once, for networks are built several times."""
-    logger, messages, told = logging.getLogger("metapl"), logging.Handler(logging.INFO), set[str]()
-
-    def emit(record: logging.LogRecord) -> None:
-        text = messages.format(record)
-        if text not in told:
-            told.add(text)
-            tell(f"metapl: {text}", file=sys.stderr)
-
-    messages.emit = emit  # type: ignore[method-assign]
-    before = logger.level
-    logger.addHandler(messages)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(messages)
-        logger.setLevel(before)

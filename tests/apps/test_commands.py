@@ -130,6 +130,10 @@ def test_bash_completes_commands_and_flags(tmp_path: Path) -> None:
 IMAGES = "train images --labeled {few} --unlabeled {few} --test {few} --out {new}"
 DIGITS = "train digits --steps 6 --finetune-steps 4 --out {new}"
 NOISY = "train noisy --labeled {few} --clean {few} --out {new}"
+TOO_LARGE = (
+    *("--labeled-batch 100000000000", "--hidden 1000000000000", f"--hidden {'1 ' * 100}", "--threads 2147483647"),
+    *("--steps 100000000000000", "--compare --seeds 0-99999999999", "--compare --seeds 0-5000,10000-15000"),
+)
 REFUSED = {
     "trian": "train?",
     "train dgits": "digits?",
@@ -149,6 +153,8 @@ REFUSED = {
     f"{DIGITS} --seeds 0-1": "--compare",
     **{f"{DIGITS} --compare --seeds {wrong}": "seeds" for wrong in ("²", "٣", "0-²", "4-2", "3-5,4", "-")},
     f"{DIGITS} --method uda --mode forward": "--mode",
+    **{f"{DIGITS} {flag}": "expected" for flag in TOO_LARGE},
+    **{f"{IMAGES} {flag}": "expected" for flag in ("--num-workers 2147483647", "--image-size 1000000")},
     "train digits --out {run}": "--resume",
     "train digits --out {few}": "another --out",
     "train digits --steps 7 --out {run} --resume": "steps",
@@ -163,10 +169,6 @@ REFUSED = {
     IMAGES.replace("{few}", "{new}"): "new",
     NOISY: "same folder",
     "noisy-student digits --out {new} --networks 16x16 8": "smaller",
-    "noisy-student digits --out {new} --rounds 1 --networks 8 16 32": "2",
-    "noisy-student digits --out {new} --rounds 0": "--rounds",
-    "noisy-student digits --out {new} --frozen 0.2": "--frozen",
-    "noisy-student digits --out {new} --warm-start --warm-steps 5000": "--warm-steps",
     "predict {run}": "FILE_OR_FOLDER",
     "predict {run} {new}": "new",
     "predict {run} {few}/blue/blue-0.png --top 11": "--top",

@@ -19,14 +19,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command import metapl, refused, rows, said, unprompted
+from command import metapl, rows, said, unprompted
 from PIL import Image
 from special_files import KINDS
 from test_folders import opened
 from test_readers import BROKEN, SOUND, promptly
 from tiny_runs import color_folders, images_command
 
-from metapl.apps.comparison import parse_seeds
 from metapl.apps.images import METHODS, Images, Pictures
 from metapl.apps.look import settled
 from metapl.apps.main import main
@@ -199,36 +198,6 @@ def test_a_link_that_leads_nowhere_stops_no_selection_and_no_suspects(
     said(capsys, "label", tmp_path / "run", root / "unlabeled", "--out", tmp_path / "store")
     select = ("labels", "select", tmp_path / "store", "--out", tmp_path / "few", "--drop-overlap", root / "labeled")
     assert " 2  files cannot be read in " in said(capsys, *select)
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--labeled-batch", "100000000000"),
-        ("--hidden", "1000000000000"),
-        ("--hidden", *["1"] * 100),
-        ("--threads", "2147483647"),
-        ("--steps", "100000000000000"),
-        ("--compare", "--seeds", "0-99999999999"),
-        ("--compare", "--seeds", ",".join(f"{10_000 * k}-{10_000 * k + 9_999}" for k in range(3))),
-    ],
-)
-def test_sizes_that_no_machine_has_are_refused(
-    flags: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with promptly():
-        assert "expected" in refused(capsys, "train", "digits", *flags, "--out", tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-    assert len(parse_seeds("0-9999")) == 10_000
-
-
-@pytest.mark.parametrize(
-    "flag", ["--num-workers=2147483647", "--image-size=1000000", "--unlabeled-batch=1000000000000"]
-)
-def test_sizes_of_pictures_that_no_machine_has_are_refused(
-    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert "expected" in refused(capsys, *images_command(tmp_path), flag, "--out", tmp_path / "run")
 
 
 # ------------------------------------------------------------------------------------------------------------- memory

@@ -5,19 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command import metapl
-from tiny_runs import TINY
 from torch import Tensor, nn
 
 from metapl import UDA, BilevelTrainer, CrossEntropy, LossTrainer, MetaplError, problems
 from metapl.ablation import Altered
 from metapl.apps import digits, images, noisy_labels
-from metapl.apps.methods import Consistency, EntMin, Entropy, Feedback, Mpl, Training, Uda, beside
+from metapl.apps.methods import Consistency, EntMin, Entropy, Feedback, Training, Uda, beside
 from metapl.apps.settings import flat, replaced
 from metapl.feedback import Forward
 from metapl.training import FitResult
@@ -104,10 +101,7 @@ def test_every_method_fits_into_any_number_of_steps_with_a_value_for_each_settin
 @pytest.mark.parametrize(
     ("make", "word"),
     [
-        (lambda: Mpl(wait=8).scheduled(8), "wait"),
         (lambda: noisy_labels.Learned(warm_steps=9).scheduled(8), "warm-steps"),
-        (lambda: Feedback(mode="none", baseline=0.9), "baseline"),
-        (lambda: Feedback(mode="reinforce", pseudo_labels="soft"), "labels"),
         (lambda: Feedback(mode="psychic"), "psychic"),
         (lambda: Consistency(uda_threshold=1.5), "uda_threshold"),
         (lambda: Consistency(uda_prior=(0.5, 0.2)), "prior"),
@@ -183,15 +177,6 @@ def test_entropy_minimization_adds_the_mean_entropy_of_the_weak_view() -> None:
     with torch.no_grad():
         network.weight -= down
         assert Entropy(0.5)(network, unlabeled=weak, **given) < expected
-
-
-def test_entropy_minimization_runs_by_name(tmp_path: Path) -> None:
-    metapl(*TINY, "--method", "ent_min", "--entropy-weight", "0.7", "--out", tmp_path / "run")
-    rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    found = [row for row in rows if "loss_entropy" in row]
-    assert len(found) == 6
-    assert all(0 < row["loss_entropy"] < 0.7 * 2.303 for row in found)
-    assert "unlabeled (entropy)" in (tmp_path / "run" / "report.html").read_text()
 
 
 # --------------------------------------------------------------------------------------------- a teacher and a student

@@ -4,16 +4,16 @@ import csv
 import io
 import json
 import runpy
-from contextlib import redirect_stderr, redirect_stdout
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from command import metapl
 from safetensors.torch import load_file
 from test_goldens import COLORS, pictures
 
 from metapl.apps.labels import LabelStore
-from metapl.apps.main import main
 from metapl.apps.run import EndedRun
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "own_run.py"
@@ -21,10 +21,8 @@ FACTORY = ("--factory", f"{SCRIPT}:network")
 
 
 def run(*command: object) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = main([*map(str, command)])
-    return code, out.getvalue(), err.getvalue()
+    done = metapl(*map(str, command), code=None)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(name="made", scope="module")
@@ -108,10 +106,7 @@ def test_a_damaged_description_is_named(
     path: tuple[str, ...], value: object, made: tuple[Path, Path, float], tmp_path: Path
 ) -> None:
     root, folder, _ = made
-    copy = tmp_path / "run"
-    copy.mkdir()
-    for file in folder.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
+    copy = Path(shutil.copytree(folder, tmp_path / "run"))
     said = json.loads((copy / "network.json").read_text())
     *above, last = path
     at = said

@@ -109,8 +109,8 @@ def test_other_trainings_in_two_processes(kind: str, two: Ranks, tmp_path: Path)
     ("started", "flags", "word"),
     [
         ("2", (), "2 processes were started"),
-        ("1", ("--mesh.shard", "2"), "1 was started"),
-        ("2", ("--mesh.replicate", "3"), "2 were started"),
+        ("1", ("--mesh.shard", "2"), "1 process was started"),
+        ("2", ("--mesh.replicate", "3"), "2 processes were"),
         ("2", ("--mesh.shard", "2", "--labeled-batch", "9"), "--labeled-batch 9"),
         ("2", ("--mesh.replicate", "2", "--accumulate", "8", "--labeled-batch", "24"), "multiple of 16"),
         ("2", ("--mesh.replicate", "2", "--compare"), "--compare"),

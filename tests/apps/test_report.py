@@ -159,8 +159,9 @@ def evaluated(counts: Any, classes: Any = None) -> Evaluation:
             evaluated(np.eye(3, dtype=int) * 7, ("$\\frac{$", "猫\n\udcff", "c" * 90)),
         ),
         ({"uda": rows(1)}, evaluated(np.eye(70, dtype=int))),
+        ({f"method {number}": rows(2) for number in range(15)}, None),
     ],
-    ids=("nothing", "zeros", "names", "many"),
+    ids=("nothing", "zeros", "names", "many classes", "many methods"),
 )
 def test_curves_and_confusion_of_any_size_and_name_are_drawn(
     curves: Any, evaluation: Evaluation | None, tmp_path: Path

@@ -17,8 +17,6 @@ from forked import Forked
 from test_bits import one_thread
 from test_goldens import RUNS, pictures
 
-from metapl.apps import train, web
-
 KINDS = ("digits forward", "digits reduced", "images uda", "images pseudo labels", "noisy example weights")
 KINDS = (*KINDS, "noisy student")
 POINTS = (
@@ -224,16 +222,6 @@ def test_with_other_settings_or_data_it_is_refused_and_left_as_it_was(
     out.rename(tmp_path / "moved")
     gone_on_with("images uda", Path(shutil.copytree(root, tmp_path / "elsewhere")), tmp_path / "moved")
     assert_equal(tmp_path / "moved", wholes["images uda"][0])
-
-
-def test_a_figure_has_a_line_for_each_of_many_methods_and_quantities(drawn: None, tmp_path: Path) -> None:
-    keys = [key for panel in web.PANELS for key, _ in panel.series]
-    rows = [{"step": step, **dict.fromkeys(keys, 0.5)} for step in (1.0, 2.0)]
-    told: Any = {"title": "", "evaluation": None, "network": "student"}
-    for methods in (1, 15):
-        curves: Any = {f"method {number}": rows for number in range(methods)}
-        train.draw_report(tmp_path / "report.png", curves=curves, **told)
-        assert (tmp_path / "report.png").stat().st_size > 10_000
 
 
 @pytest.mark.long
