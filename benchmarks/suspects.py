@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import RESULTS, Row, arguments, environment, go_on, grid, loaded, parsed, read, show, spread
+from harness import RESULTS, Row, arguments, environment, go_on, grid, loaded, parsed, read, show
 from PIL import Image
 from scipy.stats import rankdata, t
 from torch import nn
@@ -169,13 +169,13 @@ def quality(values: dict[str, float], wrong: set[str]) -> tuple[float, float]:
     return round(float(area), 4), round(statistics.fmean(file in wrong for file in first), 4)
 
 
-def with_interval(values: Sequence[float], sign: str = "") -> str:
+def with_interval(values: Sequence[float], sign: str = "", digits: int = 2) -> str:
     """Mean and 95 % interval over the seeds, by Student's t."""
     mean = statistics.fmean(values)
     if len(values) < 2:
-        return f"{mean:{sign}.2f}"
+        return f"{mean:{sign}.{digits}f}"
     half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:{sign}.2f} ± {half:.2f}"
+    return f"{mean:{sign}.{digits}f} ± {half:.{digits}f}"
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -184,11 +184,14 @@ def table(rows: Sequence[Row]) -> str:
     by = {name: own for name, own in by.items() if own}
     seeds = sorted(set.intersection(*(set(own) for own in by.values())))
     columns = ("precision", "student_test_accuracy", "finetuned_test_accuracy")
-    lines = [[METHODS[name], *(spread([own[s][key] for s in seeds]) for key in columns)] for name, own in by.items()]
+    lines = [
+        [METHODS[name], *(with_interval([100 * own[s][key] for s in seeds], digits=1) for key in columns)]
+        for name, own in by.items()
+    ]
     head = ["method", "mislabeled among the first tenth, %", "test accuracy, student, %", "finetuned, %"]
     return (
         f"{grid(head, lines)}\n\n"
-        f"Mean ± standard deviation over {len(seeds)} seeds; {rows[0]['listed']:,} pictures with given labels, of "
+        f"Mean ± 95 % interval over {len(seeds)} seeds; {rows[0]['listed']:,} pictures with given labels, of "
         f"which {rows[0]['wrong']:,} are wrong, 100 clean ones; `metapl train noisy` with "
         f"{' '.join(rows[0]['flags'])}. "
         "`python benchmarks/suspects.py`; raw rows: `benchmarks/results/suspects.jsonl`."
