@@ -163,18 +163,22 @@ def table(result: Row) -> str:
         size = [f"{1e3 * row['seconds']:.0f}", f"{row['bytes'] / 1e6:.0f}", f"{row['weights'] / 1e6:.2f}"]
         costs.append([case, name, *over, *size])
     final = result["digits"]["final"]
-    own = column_of(final, "student_test", method="reduced_mpl")
+    own = [column_of(final, f"{name}_test", method="reduced_mpl") for name in READOUTS]
     for method in dict.fromkeys(row["method"] for row in final):
-        student, finetuned = (column_of(final, f"{name}_test", method=method) for name in READOUTS)
-        other = (NONE, NONE) if method == "reduced_mpl" else harness.difference(own, student)
-        lines.append([KNOWN[method].title, harness.spread(student), harness.spread(finetuned), *other])
+        reached = [column_of(final, f"{name}_test", method=method) for name in READOUTS]
+        beside = [NONE] * 6
+        if method != "reduced_mpl":
+            pairs = zip(own, reached, strict=True)
+            beside = [cell for a, b in pairs for cell in (*harness.difference(a, b), harness.between(a, b))]
+        lines.append([KNOWN[method].title, *map(harness.spread, reached), *beside])
     told = (
-        f"Test accuracy on the digits in %, {len(own)} seeds, {result['digits']['steps']:,} steps. The difference: "
-        "Reduced MPL's student minus this one."
+        f"Test accuracy on the digits in %, mean ± standard deviation over {len(own[0])} seeds, "
+        f"{result['digits']['steps']:,} steps. The differences are Reduced MPL minus this row, paired by seed, with p "
+        "of the paired t-test."
     )
     head = ["network", "step", "time / plain", "memory / plain", "ms", "MB", "million weights"]
-    reached = harness.grid(["method", "student", "finetuned", "difference", "p"], lines)
-    return "\n\n".join([harness.grid(head, costs, names=2), told, reached])
+    found = ["method", *READOUTS, *(f"{name}: {what}" for name in READOUTS for what in ("difference", "p", "95 %"))]
+    return "\n\n".join([harness.grid(head, costs, names=2), told, harness.grid(found, lines)])
 
 
 def main() -> None:
