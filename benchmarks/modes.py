@@ -313,17 +313,16 @@ def _table_of(run: Row, setup: Row) -> str:
     head = ["mode", "what", "exact?", "cost, passes", "time", "peak memory", "noise / signal", "bias"]
     return (
         f"{harness.grid(head, lines, names=3)}\n\n"
-        "*Cost*: one step of WRN-28-2 in forward passes of the student, by FLOPs; a backward pass counts as two. 3 are the"
-        " teacher's own (1 in `none`, where this teacher has no loss). *Time* and *peak memory* are relative to `forward`:"
-        f" {forward['seconds']['median']:.2g} s at batch {setup['batch']}, median of {setup['rounds']} interleaved"
-        f" rounds; {forward['peak_bytes'] / 1e6:.0f} MB at batch {setup['memory_batch']}, beyond weights and optimizer"
-        f" states ({run['precision']};"
-        f" {hardware}; torch {setup['torch']}).\n\n"
+        "*Cost*: one step of WRN-28-2 in forward passes of the student, by FLOPs; a backward pass counts as two. 3 are"
+        " the teacher's own (1 in `none`, where this teacher has no loss). *Time* and *peak memory* are relative to"
+        f" `forward`: {forward['seconds']['median']:.2g} s at batch {setup['batch']}, median of {setup['rounds']}"
+        f" interleaved rounds; {forward['peak_bytes'] / 1e6:.0f} MB at batch {setup['memory_batch']}, beyond weights and"
+        f" optimizer states ({run['precision']}; {hardware}; torch {setup['torch']}).\n\n"
         "*Noise* and *bias* of the teacher's gradient are over the norm of the exact one (*signal*), at one state of a"
         f" small classifier (digits, B = 64, C = 10, η = {LEARNING_RATE}), by {noisy['draws']} draws of labels. ≤: the"
         f" bias found is within twice the standard error of its mean. `{setup['command']}` measures all rows but"
-        " `implicit`, whose cost `tests/library/test_cost.py` checks: n products with the Hessian, 10 by default, and 12"
-        ' passes in all with `solver="identity"`.'
+        " `implicit`, whose cost `tests/library/test_cost.py` checks: n products with the Hessian, 10 by default, and"
+        ' 12 passes in all with `solver="identity"`.'
     )
 
 
