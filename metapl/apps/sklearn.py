@@ -18,7 +18,6 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
-from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.metrics import accuracy_score
 from sklearn.preprocessing import StandardScaler
@@ -72,24 +71,8 @@ class _Rows(StepBatches[Any]):
         return found[0], found[0] + self.noise * noise.to(found[0].device)
 
 
-@contextmanager
-def _refused(kinds: tuple[type[Exception], ...] = (ValueError,)) -> Iterator[None]:
-    """What scikit-learn says of wrong rows and labels, as an error of metapl."""
-    try:
-        yield
-    except kinds as error:
-        raise MetaplError(str(error)) from error
-
-
-_BLANK = ("", "nan", "<na>", "nat")  # what a missing label becomes as a text, in files and by astype(str)
-
-
-def _has_label(label: object, partly: bool) -> bool:
-    """Whether a label is not missing (None, NaN, pandas' NA and NaT), nor, of labels of a part of the rows, -1 as a
-    number or a text."""
-    if isinstance(label, str):
-        return label != "-1" or not partly
-    return str(label) not in ("None", "nan", "<NA>", "NaT", *("-1", "-1.0") * partly)
+# How a missing label reads; the last two where some of the rows may have none.
+_MISSING = ("None", "nan", "<NA>", "NaT", "-1", "-1.0")
 
 
 @dataclass(eq=False, repr=False)
@@ -112,7 +95,7 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
     def predict_proba(self, X: Any) -> Array:
         """Class probabilities (n, classes) of the rows of X, in the order of ``classes_``."""
         check_is_fitted(self)
-        x = self._standardized(self._rows(X, reset=False))
+        x = self._standardized(validate_data(self, X, reset=False, dtype=np.float64))
         return logits_of(self.network_, x.split(1024)).double().softmax(-1).numpy()
 
     def predict(self, X: Any) -> Array:
@@ -121,96 +104,65 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
         labels: Array = self.classes_[self.predict_proba(X).argmax(1)]
         return labels
 
-    def _rows(self, X: Any, *, reset: bool) -> Array:
-        if issparse(X):
-            raise MetaplError("X is a sparse matrix; expected a dense one, of which each entry is read: X.toarray().")
-        with _refused():
-            rows: Array = validate_data(self, X, reset=reset, dtype=np.float64, ensure_min_samples=1 + reset)
-        return rows
-
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """The accuracy on the rows of X that have a label in y, so that cross-validation does without the others."""
         predicted = self.predict(X)
-        with _refused((ValueError, TypeError)):
-            known, y = self._known(predicted, y)
-            check_consistent_length(predicted, sample_weight)
-            if not known.any():
-                raise ValueError("score() was given y without a label; expected labels of one row or more.")
-            weights = None if sample_weight is None else np.asarray(sample_weight)[known]
-            return float(accuracy_score(y, predicted[known], sample_weight=weights))
+        known, y = self._known(predicted, y)
+        weights = None if sample_weight is None else np.asarray(sample_weight)[known]
+        return float(accuracy_score(y, predicted[known], sample_weight=weights))
 
     def _known(self, X: Array, y: Any, *, warn: bool = False) -> tuple[Array, Array]:
         """Which rows have a label, and these labels."""
         # As objects, for an array of texts would take NaN for one of them.
         y = column_or_1d(np.array(y, object) if isinstance(y, list | tuple) else y, warn=warn)
         check_consistent_length(X, y)
-        blank = sorted({str(label) for label in y if isinstance(label, str) and label.strip().lower() in _BLANK})
-        if blank:
-            missing = "None, NaN or -1 where a row has no label" if self._partly else "a label for each row"
-            raise ValueError(f"y has the texts {few(map(repr, blank))}, which are no classes; expected {missing}.")
-        known = np.array([_has_label(label, self._partly) for label in y], bool)
+        known = ~np.isin([str(label) for label in y], _MISSING[: None if self._partly else -2])
         if not self._partly and not known.all():
-            raise ValueError(f"y contains NaN or None, in {np.sum(~known):,} rows; expected a label for each row.")
+            raise MetaplError(f"y contains NaN or None, in {np.sum(~known):,} rows; expected a label for each row.")
         y = y[known]
         if y.dtype == object and not any(isinstance(label, str) for label in y):
             y = np.array(y.tolist())  # numbers, of a column with None
         return known, y
 
-    def _labels(self, X: Array, y: Any) -> tuple[Array, Array]:
-        """Which rows have a label, and the classes of these by number; they are noted by name."""
-        with _refused((ValueError, TypeError)):  # the latter of labels that cannot be compared
-            known, y = self._known(X, y, warn=True)
-            assert_all_finite(y, input_name="y")
-            check_classification_targets(y)
-            classes, codes = np.unique(y, return_inverse=True)
-        if len(classes) < 2:
-            has = f"the class {few(classes)} alone" if len(classes) else "no label"
-            mend = "; -1 is a missing label here, and no class" * self._partly
-            raise MetaplError(f"y has {has}; expected labels of two classes or more{mend}.")
-        self.classes_ = classes
-        return known, codes
-
     def _standardized(self, X: Array) -> Tensor:
-        with _refused(), np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             x = self.scaler_.transform(X).astype(np.float32)
             assert_all_finite(x, input_name="standardized X")
         return torch.from_numpy(x)
 
     @contextmanager
     def _fitting(self, X: Any, y: Any) -> Iterator[tuple[Tensor, Array, Array, int]]:
-        """Standardized rows where the networks are trained, what :meth:`_labels` gives, and a seed, whose draws are the
-        only ones in the block. Where that fails, the classifier is as it was."""
+        """Standardized rows where the networks are trained, which of them have a label, the classes of these by number,
+        and a seed, whose draws are the only ones in the block."""
         check_fields(self)
-        before = dict(vars(self))
-        try:
-            X = self._rows(X, reset=True)
-            known, codes = self._labels(X, y)
-            with _refused(), np.errstate(over="ignore", invalid="ignore"):
-                self.scaler_ = StandardScaler().fit(X)
-                assert_all_finite(self.scaler_.var_, input_name="the variance of X")
-                seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-            x = self._standardized(X).to(self.device)
-            with _DRAWING:
-                generators = rng_state()
-                try:
-                    torch.manual_seed(seed)
-                    yield x, known, codes, seed
-                finally:
-                    set_rng_state(generators)
-        except BaseException:
-            self.__dict__ = before
-            raise
+        X = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
+        known, y = self._known(X, y, warn=True)
+        assert_all_finite(y, input_name="y")
+        check_classification_targets(y)
+        self.classes_, codes = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            mend = "; -1 is a missing label here, and no class" * self._partly
+            raise MetaplError(f"y has the classes {few(self.classes_)}; expected labels of two or more{mend}.")
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.scaler_ = StandardScaler().fit(X)
+            assert_all_finite(self.scaler_.var_, input_name="the variance of X")
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        x = self._standardized(X).to(self.device)
+        with _DRAWING:
+            generators = rng_state()
+            try:
+                torch.manual_seed(seed)
+                yield x, known, codes, seed
+            finally:
+                set_rng_state(generators)
 
     def _built(self, x: Tensor) -> nn.Module:
         """A network for the rows x, with first weights of its own."""
         columns, classes = x.shape[1], len(self.classes_)
         if self.network is None:
             return mlp([columns, *np.atleast_1d(self.hidden_layer_sizes).tolist(), classes]).to(x)
-        found = None if isinstance(self.network, nn.Module) else self.network(columns, classes)
-        if not isinstance(found, nn.Module):
-            expected = "a function (columns, classes) -> torch.nn.Module: two networks are made by it"
-            raise MetaplError(f"network= is or returns {described(found or self.network)}; expected {expected}.")
-        shape = tuple(logits_of(found.to(x), [x[:2]]).shape)
+        found = self.network(columns, classes).to(x)
+        shape = tuple(logits_of(found, [x[:2]]).shape)
         if shape != (2, classes):
             raise MetaplError(f"the network of network= gives outputs {shape} for 2 rows; expected {(2, classes)}.")
         return found
@@ -274,15 +226,12 @@ class MetaPseudoLabelsClassifier(_Classifier):
                 NaN. Where every row has a label, a warning says so, and the training goes on.
 
         Returns: this classifier.
-        Raises: :class:`metapl.MetaplError`, a ``ValueError``.
+        Raises: ValueError; :class:`metapl.MetaplError` is one.
         """
         with self._fitting(X, y) as (x, known, codes, seed):
             if known.all():
-                warnings.warn(
-                    "every row of y has a label, of which -1 would say that there is none; a VotingClassifier, or "
-                    "another that numbers the labels anew, makes a class of -1",
-                    stacklevel=2,
-                )
+                why = "a VotingClassifier, or another that numbers the labels anew, makes a class of -1"
+                warnings.warn(f"every row of y has a label, and none -1 for a missing one; {why}", stacklevel=2)
             teacher, student = self._built(x), self._built(x)
             trainer = BilevelTrainer(
                 teacher,
@@ -343,7 +292,7 @@ class MetaReweightedClassifier(_Classifier):
                 ``trusted_fraction``, which is as wrong as the rest.
 
         Returns: this classifier.
-        Raises: :class:`metapl.MetaplError`, a ``ValueError``.
+        Raises: ValueError; :class:`metapl.MetaplError` is one.
         """
         with self._fitting(X, y) as (x, _, codes, seed):
             if trusted is None:  # a part of each class, and at least one row of it
@@ -354,8 +303,7 @@ class MetaReweightedClassifier(_Classifier):
             else:
                 mask = np.asarray(trusted)
                 if mask.shape != codes.shape or mask.dtype != bool:
-                    given = f"trusted= has the shape {mask.shape} and the type {mask.dtype}"
-                    raise MetaplError(f"{given}; expected {len(codes)} truth values, one for each row of X.")
+                    raise MetaplError(f"trusted= is {described(mask)}; expected {len(codes)} truth values, one a row.")
                 if len(missing := np.setdiff1d(np.arange(len(self.classes_)), codes[mask])):
                     # The weights of a class that is not among them would fall to 0.
                     raise MetaplError(f"no trusted row is of {few(self.classes_[missing])}; expected all classes.")
