@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import mmap
 import os
 import pickle
-import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -150,7 +148,7 @@ def test_a_kept_picture_is_decoded_once_by_whichever_process(
     assert all(1 <= counts[number] <= max(workers, 1) for number in SOUND)
     assert all(counts[number] > workers for number in BROKEN)
     before = counts[SOUND].tolist()
-    for again in (images, images.select(torch.tensor(SOUND)), images.select(torch.arange(COUNT)).logged(None)):
+    for again in (images, images.select(torch.tensor(SOUND)), images.select(torch.arange(COUNT))):
         again.fetch(torch.tensor([0, 1, 2]))
     list(loader(batches, 30, 36, 2))
     assert counts[SOUND].tolist() == before
@@ -298,36 +296,6 @@ def test_batches_end_and_refuse_what_does_not_fit() -> None:
     for start, stop in ((-1, 2), (2, 1), (0, 4)):
         with pytest.raises(MetaplError, match="steps"):
             loader(batches(3), start, stop)
-
-
-def test_a_worker_that_dies_names_its_file_and_another_failure_none(
-    paths: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images = FileImages(paths, size=(6, 6)).select(torch.tensor(SOUND[:8]))
-
-    def fail(images: Tensor, **how: Any) -> Tensor:
-        raise ValueError("a view")
-
-    batches = UnlabeledBatches(images, StepSampler(8, 2, seed=0), fail, None, seed=0)
-    served = iter(loader(batches, 0, 8, num_workers=2))
-    with pytest.raises(ValueError, match="a view"):
-        next(served)
-    served._shutdown_workers()  # the traceback keeps the iterator alive
-    assert batches.explain() is None
-
-    def deadly(path: str, **how: Any) -> Tensor:
-        if path.endswith("08.png"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return read_image(path, **how)
-
-    monkeypatch.setattr("metapl.apps.pictures.store.read_image", deadly)  # forked workers have it too
-    served = iter(loader(batches.raw(), 0, 8, num_workers=2))
-    # What the loader fails of depends on the moment: a signal, a lost connection, or a worker missed.
-    with pytest.raises((RuntimeError, OSError, EOFError)):
-        list(served)
-    assert "08.png" in str(batches.raw().explain())
-    with contextlib.suppress(RuntimeError):  # the other worker may die of it too, while it is waited for
-        served._shutdown_workers()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

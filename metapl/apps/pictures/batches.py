@@ -7,7 +7,6 @@ Normalization is not a view: it belongs to the network, which sees the same numb
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,39 +29,23 @@ Fetched = tuple[Tensor, ...]
 ROLES = ("view", "weak", "strong")
 
 
-class PictureBatches(StepBatches[BatchT]):
-    """Batches of pictures."""
-
-    images: Tensor | Images
-
-    def explain(self) -> str | None:
-        for _ in range(3):  # torch's handler raises once for a worker that died, wherever this process is at
-            with suppress(RuntimeError):
-                files = self.images.dead_readers() if isinstance(self.images, FileImages) else []
-                dead = " or ".join(map(str, files))
-                return f"a worker died while reading {dead}; remove or replace it" if files else None
-        return None
-
-
-class ExampleBatches(PictureBatches[BatchT]):
+class ExampleBatches(StepBatches[BatchT]):
     """Batches of sampled examples: columns of a data set, of which the first is seen through one view or several."""
 
+    images: Tensor | Images
     sampler: StepSampler
     seed: int
     crop: ResizedCrop | None
 
     def __post_init__(self) -> None:
         counts = {"images": len(self.images), **{key: len(column) for key, column in self.columns.items()}}
-        fault = None
-        if {*counts.values()} != {self.sampler.size}:
-            given = ", ".join(f"{count} {key}" for key, count in counts.items())
-            fault = f"{given} and a sampler of size {self.sampler.size}; expected the same number everywhere"
-        elif self.steps is not None and self.steps < 0:
-            fault = f"steps {self.steps}; expected 0 or more, or None for an endless stream"
-        elif self.crop is not None and not isinstance(self.images, FileImages):
-            fault = f"a crop for {type(self.images).__name__}; images in memory are cropped by a view, files by a crop"
-        if fault is not None:
-            raise MetaplError(f"{type(self).__name__} got {fault}")
+        if {*counts.values()} != {self.sampler.size} or (self.steps or 0) < 0:
+            given = f"{counts}, a sampler of size {self.sampler.size} and steps={self.steps}"
+            raise MetaplError(
+                f"{type(self).__name__} got {given}; expected the same number everywhere, and steps >= 0."
+            )
+        if self.crop is not None and not isinstance(self.images, FileImages):
+            raise MetaplError("images in memory are cropped by a view; expected files for crop=.")
 
     @property
     def views(self) -> dict[str, View]:
@@ -151,9 +134,6 @@ class RawBatches(StepBatches[Fetched]):
     def batch(self, step: int) -> Fetched:
         return self.batches.fetch(step)
 
-    def explain(self) -> str | None:
-        return self.batches.explain()
-
 
 @dataclass(frozen=True, eq=False)
 class LabeledBatches(ExampleBatches[tuple[Tensor, Tensor]]):
@@ -214,7 +194,7 @@ class UnlabeledBatches(ExampleBatches[Tensor | tuple[Tensor, Tensor]]):
 
 
 @dataclass(frozen=True, eq=False)
-class EvaluationBatches(PictureBatches[tuple[Tensor, Tensor]]):
+class EvaluationBatches(StepBatches[tuple[Tensor, Tensor]]):
     """All labeled images once, in order and as they are: (x, y), float32 (B, C, H, W) in [0, 1] and int64 (B,). A file
     that cannot be read is left out.
 

@@ -9,22 +9,19 @@ import mmap
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from multiprocessing import active_children
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from metapl.apps.machine.sealed import read_plain
 from metapl.apps.pictures.reader import Crop, UnreadableImage, read_crops, read_image
 from metapl.errors import MetaplError
 from metapl.execution.batch import to_device
 
-_IN_A_ROW, _WORKERS = 32, 256
+_IN_A_ROW = 32  # broken files, after which the disk is taken to be gone
 
 
 class Images(Protocol):
@@ -115,8 +112,6 @@ class FileImages:
         # Whether a picture is kept, and the pictures. Two that read the same one at once write the same bytes.
         self._kept: tuple[np.ndarray[Any, Any], Tensor] | None = None
         self._recorded = shared_bytes(len(encoded))
-        # What each worker is reading: its process and the file, 0 for none. Whoever waits for it can look.
-        self._reading = torch.zeros(_WORKERS, 2, dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -127,10 +122,6 @@ class FileImages:
 
     def select(self, indices: Tensor) -> FileImages:
         return self._with(_indices=self._indices[indices])
-
-    def logged(self, log: Path | None) -> FileImages:
-        """The same images, with another ``log``."""
-        return self._with(log=log)
 
     def cached(self) -> FileImages:
         """The same pictures, each kept in memory once it was read whole, which forked worker processes share; C·H·W + 1
@@ -197,9 +188,7 @@ class FileImages:
         there, kept = self._kept if self._kept is not None and not crops else (None, torch.empty(0))
         if there is not None and there[number]:
             return [kept[number]]
-        path, worker = self._path(number), get_worker_info()
-        slot = self._reading.numpy()[worker.id] if worker is not None and worker.id < _WORKERS else np.zeros(2)
-        slot[:] = os.getpid(), number + 1
+        path = self._path(number)
         try:
             if crops:
                 return read_crops(path, crops, size=self.size, mode=self.mode)
@@ -212,32 +201,10 @@ class FileImages:
                 else:
                     record_files(self.log, {path: error.reason})
             return None
-        finally:
-            slot[1] = 0
         if there is not None:
             kept[number] = picture
             there[number] = 1
         return [picture]
-
-    def dead_readers(self) -> list[Path]:
-        """The files that worker processes were reading when they died, each reported once; to be called after a loader
-        failed and before its workers are stopped."""
-        slots = self._reading.numpy()
-        reading = {int(pid): worker for worker, (pid, number) in enumerate(slots) if number > 0}
-        alive = {child.pid: child for child in active_children()}
-        if reading and reading.keys() <= alive.keys():
-            # A process loses its connections, which is what a loader may fail of, a moment before it counts as dead.
-            # When it does, torch's signal handler raises wherever this process is at.
-            with contextlib.suppress(RuntimeError):
-                ending = wait([alive[pid].sentinel for pid in reading], timeout=1)
-                for pid in reading:
-                    if alive[pid].sentinel in ending:
-                        alive[pid].join()
-            alive = {child.pid: child for child in active_children()}
-        dead = [worker for pid, worker in reading.items() if pid not in alive]
-        numbers = sorted({int(slots[worker, 1]) - 1 for worker in dead})
-        slots[dead, 1] = 0
-        return [Path(self._path(number)) for number in numbers]
 
 
 def shared_bytes(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
