@@ -27,8 +27,10 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,23 +38,25 @@ from typing import Any
 import mnist
 import torch
 import when
-from harness import RESULTS, Row, arguments, between, go_on, grid, parsed, points, show, spread
-from torch import Tensor, nn
+from harness import RESULTS, Row, append, arguments, between, grid, parsed, points, read, show, spread
+from torch import Tensor, nn, vmap
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from when_tables import sign_flip
 
 import metapl
+from metapl.functional import stack
 from metapl.models import label_adjuster, mlp
-from metapl.problems import ReducedLabels
-from metapl.problems.losses import UDA, CrossEntropy
+from metapl.problems import EqualWeights, ReducedLabels
 
 RAW = RESULTS / "stored_labels.jsonl"
 TUNING, SEEDS = (100, 101, 102), (0, 1, 2, 3, 4)
 MEMBERS, BATCH, STEPS, FINETUNED = 5, 64, 1000, 200
-CHEAPER = 4.4  # how many steps of ``plain`` cost one of ``reduced_mpl``; each row has what its step took
+CHEAPER = 3.0  # how many steps of ``plain`` cost one of ``reduced_mpl``; each row has what its step took
 NAMES = {"reduced_mpl": "Reduced MPL", "reduced_none": "the same, no feedback", "plain": "self-training"}
 RULES: dict[str, list[Row]] = {
-    "reduced_mpl": [{"lr": lr, "weight": weight} for lr in (0.05, 0.1) for weight in (3.0, 30.0)],
+    "reduced_mpl": [{"lr": lr, "weight": weight} for weight in (10.0, 100.0) for lr in (0.05, 0.1)],
     "plain": [{"lr": lr, "temperature": t} for lr in (0.02, 0.1) for t in (1.0, 0.5)],
 }
 Parts = list[tuple[Tensor, Tensor]]  # labeled, unlabeled and test: inputs (n, d) and labels (n,)
@@ -94,101 +98,140 @@ def textures(seed: int, backbone: Path | None) -> Parts:
     return parts
 
 
-def batches(x: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Which examples, in shuffled epochs, and a view of them."""
-    size = min(BATCH, len(x))
-    while True:
-        for rows in torch.randperm(len(x), generator=generator).split(size):
-            if len(rows) == size:
-                yield rows, view(x[rows], generator)
-
-
-def view(x: Tensor, generator: torch.Generator) -> Tensor:
-    kept = torch.rand(x.shape, generator=generator) > 0.2
-    return (x + 0.2 * torch.randn(x.shape, generator=generator)) * kept
-
-
 def network(x: Tensor, classes: int, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return mlp([x.shape[1], 64, 64, classes])
+    return mlp([x.shape[-1], 64, 64, classes])
 
 
 def sgd(module: nn.Module, lr: float) -> torch.optim.SGD:
     return torch.optim.SGD(module.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
-@lru_cache(maxsize=2)
-def stored(name: str, seed: int, backbone: Path | None, steps: int) -> tuple[Tensor, Tensor, Parts]:
-    """The ensemble's mean distributions of the labeled and of the unlabeled examples, and these."""
-    parts = problem_of(name, seed, backbone)
-    (x, y), (u, _), _ = parts
-    sums = [torch.zeros(len(rows), int(y.max()) + 1) for rows in (x, u)]
-    for member in range(MEMBERS):
-        own = network(u, sums[0].shape[1], 1000 + 10 * seed + member)
-        generator = torch.Generator().manual_seed(1000 + 10 * seed + member)
-        losses = CrossEntropy(label_smoothing=0.1), UDA(temperature=0.5, threshold=0.85, start=steps // 3)
-        trainer = metapl.LossTrainer(own, losses, optimizer=sgd(own, 0.05))
-        of_labeled, of_unlabeled = batches(x, generator), batches(u, generator)
-        for _ in range(steps):
-            (rows, seen), (others, strong) = next(of_labeled), next(of_unlabeled)
-            trainer.step((seen, y[rows]), (u[others], strong))
-        with torch.no_grad():
-            sums = [q + own(rows).softmax(-1) / MEMBERS for q, rows in zip(sums, (x, u), strict=True)]
-    return sums[0], sums[1], parts
+@dataclass(frozen=True)
+class BothLosses(EqualWeights):
+    """Self-training: the mean cross-entropy on given labels, plus that on distributions; (x, y, views, q)."""
+
+    def student_input(self, batch: Any) -> Tensor:
+        return torch.cat([batch[0], batch[2]])
+
+    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        given, seen = outputs.split([len(batch[0]), len(batch[2])])
+        losses = F.cross_entropy(given, batch[1], reduction="none") / len(given)
+        return len(outputs) * torch.cat([losses, F.cross_entropy(seen, batch[3], reduction="none") / len(seen)])
 
 
-def run(problem: str, arm: str, seed: int, rule: Row, steps: int, backbone: Path | None = None) -> Row:
-    """One student, and what it reaches before and after finetuning."""
-    q_x, q_u, ((x, y), (u, truth), (t, labels)) = stored(problem, seed, backbone, steps)
-    student, generator = network(u, q_x.shape[1], seed), torch.Generator().manual_seed(seed)
-    optimizer, of_labeled, of_unlabeled = sgd(student, rule["lr"]), batches(x, generator), batches(u, generator)
-    step: Callable[..., Any]
-    if arm == "plain":
-        steps = round(CHEAPER * steps)
-        target_u = (q_u.log() / rule["temperature"]).softmax(-1)
+def alone(student: nn.Module, problem: EqualWeights, lr: float) -> metapl.BilevelTrainer:
+    """A network without a teacher."""
+    return metapl.BilevelTrainer(None, student, "none", problem=problem, inner_optimizer=sgd(student, lr))
 
-        def step(rows: Tensor, seen: Tensor, others: Tensor, strong: Tensor) -> None:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(student(strong), target_u[others]) + F.cross_entropy(student(seen), y[rows])
-            loss.backward()
-            optimizer.step()
 
-    else:
-        teacher = label_adjuster(q_x.shape[1])
-        trainer = metapl.BilevelTrainer(
-            teacher,
-            student,
-            "forward" if arm == "reduced_mpl" else "none",
-            problem=ReducedLabels(),
-            inner_optimizer=optimizer,
-            outer_optimizer=sgd(teacher, 0.05),
-            feedback_weight=rule["weight"],
-            verify=False,
-        )
+class Stacked:
+    """Networks of several seeds and rates that take the pure step of their trainers at once, recorded as operations on
+    the tensors of all: of networks this small, most of a step would be the dispatch of ``vmap``."""
 
-        def step(rows: Tensor, seen: Tensor, others: Tensor, strong: Tensor) -> None:
-            trainer.step((seen, y[rows], q_x[rows]), (strong, q_u[others]))
+    graph: Any = None
 
-    since = time.process_time()
+    def __init__(self, trainers: Sequence[metapl.BilevelTrainer]) -> None:
+        made = [trainer.functional() for trainer in trainers]
+        self.like, self.one, self.state = trainers[0].student, made[0][0], stack([state for _, state in made])
+        self.rates = self.state.inner.settings[0]["lr"]
+
+    def step(self, outer: Any, inner: Any, factor: float) -> None:
+        """One step of all networks, at this factor of their learning rates."""
+        settings = [own | {"lr": factor * self.rates} for own in self.state.inner.settings]
+        given = self.state._replace(inner=self.state.inner._replace(settings=settings)), outer, inner
+        if self.graph is None:
+            self.graph = make_fx(lambda *given: vmap(self.one)(*given)[0])(*given)
+            self.graph.graph.eliminate_dead_code()
+            self.graph.recompile()
+        self.state = self.graph(*given)
+
+    @torch.no_grad()
+    def probabilities(self, x: Tensor) -> Tensor:
+        """Of all networks, (S, n, C), from inputs (S, n, d)."""
+        found: Tensor = vmap(functional_call, (None, 0, 0))(self.like, self.state.student.params, x)
+        return found.softmax(-1)
+
+
+def batches(x: Tensor, generators: Sequence[torch.Generator]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Which examples of (S, n, d), (S, B), in shuffled epochs, and a view of them, (S, B, d)."""
+    size, each = min(BATCH, x.shape[1]), torch.arange(len(x))[:, None]
+    while True:
+        orders = torch.stack([torch.randperm(x.shape[1], generator=g) for g in generators])
+        for rows in orders.split(size, 1):
+            if rows.shape[1] == size:
+                seen, shape = x[each, rows], (size, x.shape[2])
+                noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+                kept = torch.stack([torch.rand(shape, generator=g) for g in generators]) > 0.2
+                yield rows, (seen + 0.2 * noise) * kept
+
+
+@lru_cache(maxsize=1)
+def stored(name: str, seeds: tuple[int, ...], backbone: Path | None, steps: int) -> tuple[list[Tensor], Parts]:
+    """The ensembles' mean distributions of the labeled and of the unlabeled examples, (S, n, C), and all examples."""
+    of_seeds = [problem_of(name, seed, backbone) for seed in seeds]
+    parts: Parts = [
+        (torch.stack([x for x, _ in p]), torch.stack([y for _, y in p])) for p in zip(*of_seeds, strict=True)
+    ]
+    x, y, u = (t.repeat_interleave(MEMBERS, 0) for t in (*parts[0], parts[1][0]))
+    networks = [network(u, int(y.max()) + 1, 1000 + number) for number in range(len(u))]
+    members = Stacked([alone(own, when.NoTeacher(metapl.UDA(0.5, 0.85)), 0.05) for own in networks])
+    generators = [torch.Generator().manual_seed(1000 * seed + n) for seed in seeds for n in range(MEMBERS)]
+    of_labeled, of_unlabeled, each = batches(x, generators), batches(u, generators), torch.arange(len(u))[:, None]
     for number in range(steps):
-        optimizer.param_groups[0]["lr"] = rule["lr"] * when.cosine(number, steps)
-        step(*next(of_labeled), *next(of_unlabeled))
-    each = (time.process_time() - since) / steps
-    found = {"student": accuracy(student, t, labels)}
-    optimizer = sgd(student, 1e-3)
+        (rows, seen), (others, strong) = next(of_labeled), next(of_unlabeled)
+        labeled = seen, y.gather(1, rows)
+        members.step(labeled, (*labeled, u[each, others], strong), when.cosine(number, steps))
+    return [members.probabilities(rows).unflatten(0, (-1, MEMBERS)).mean(1) for rows in (x, u)], parts
+
+
+def run(
+    problem: str, arm: str, seeds: tuple[int, ...], rules: Sequence[Row], steps: int, backbone: Path | None
+) -> list[Row]:
+    """A student for each seed and rule, and what each reaches before and after finetuning."""
+    (q_x, q_u), parts = stored(problem, seeds, backbone, steps)
+    pairs = [(number, rule) for number in range(len(seeds)) for rule in rules]
+    which, each = torch.tensor([number for number, _ in pairs]), torch.arange(len(pairs))[:, None]
+    (x, y), (u, truth), (t, labels) = [(a[which], b[which]) for a, b in parts]
+    q_x, q_u, students = q_x[which], q_u[which], [network(u, q_x.shape[-1], seeds[number]) for number, _ in pairs]
+    right = (q_u.argmax(-1) == truth).float().mean(1)
+    if arm == "plain":
+        sharper = torch.tensor([rule["temperature"] for _, rule in pairs])[:, None, None]
+        q_u, steps = (q_u.log() / sharper).softmax(-1), round(CHEAPER * steps)
+        trainers = [alone(own, BothLosses(), rule["lr"]) for own, (_, rule) in zip(students, pairs, strict=True)]
+    else:
+        given: Row = {"mode": "none", "problem": ReducedLabels()}
+        if arm == "reduced_mpl":
+            given |= {"mode": "forward", "feedback_weight": rules[0]["weight"]}
+        trainers = []
+        for own, (_, rule) in zip(students, pairs, strict=True):
+            teacher = label_adjuster(q_x.shape[-1])
+            both = {"inner_optimizer": sgd(own, rule["lr"]), "outer_optimizer": sgd(teacher, 0.05)}
+            trainers.append(metapl.BilevelTrainer(teacher, own, **given, **both))
+    generators = [torch.Generator().manual_seed(seeds[number]) for number, _ in pairs]
+    stacked, of_labeled, of_unlabeled = Stacked(trainers), batches(x, generators), batches(u, generators)
+    for step in range(steps):
+        if step < 2:
+            since = time.process_time()  # the first step records the graph
+        (rows, seen), (others, strong) = next(of_labeled), next(of_unlabeled)
+        labeled, target = (seen, y.gather(1, rows)), q_u[each, others]
+        if arm == "plain":
+            stacked.step(labeled, (*labeled, strong, target), when.cosine(step, steps))
+        else:
+            stacked.step((*labeled, q_x[each, rows]), (strong, target), when.cosine(step, steps))
+    seconds = time.process_time() - since
+    tuned = Stacked([alone(own, EqualWeights(), 1e-3) for own in students])
+    tuned.state = tuned.state._replace(student=stacked.state.student)
     for _ in range(FINETUNED):
         rows, seen = next(of_labeled)
-        optimizer.zero_grad()
-        F.cross_entropy(student(seen), y[rows]).backward()
-        optimizer.step()
-    found["finetuned"] = accuracy(student, t, labels)
-    right = float((q_u.argmax(-1) == truth).float().mean())
-    return found | {"labels_right": round(right, 4), "ms": round(1e3 * each, 3)}
-
-
-@torch.no_grad()
-def accuracy(module: nn.Module, x: Tensor, y: Tensor) -> float:
-    return round(float((module(x).argmax(-1) == y).float().mean()), 4)
+        tuned.step((seen, y.gather(1, rows)), (seen, y.gather(1, rows)), 1.0)
+    before, after = ((of.probabilities(t).argmax(-1) == labels).float().mean(1).tolist() for of in (stacked, tuned))
+    found = zip(pairs, before, after, right.tolist(), strict=True)
+    about = {"problem": problem, "arm": arm, "steps": steps, "ms": round(1e3 * seconds / (steps - 1) / len(pairs), 3)}
+    return [
+        {**about, "seed": seeds[n], "rule": rule, "student": a, "finetuned": b, "labels_right": right}
+        for (n, rule), a, b, right in found
+    ]
 
 
 def best(rows: list[Row], problem: str, arm: str) -> Row:
@@ -212,7 +255,7 @@ def table(rows: list[Row]) -> str:
             student, finetuned = ([row[column] for row in some] for column in ("student", "finetuned"))
             pairs.setdefault(arm, []).append(finetuned)
             gap = "" if arm == "reduced_mpl" else f"{points(own) - points(finetuned):+.1f}"
-            cells = [spread(student), spread(finetuned), gap, f"{statistics.median(r['ms'] for r in some):.1f}"]
+            cells = [spread(student), spread(finetuned), gap, f"{statistics.median(r['ms'] for r in some):.2f}"]
             lines.append([problem if arm == "reduced_mpl" else "", spread(labels), NAMES[arm], *cells])
     head = ["problem", "stored right, %", "arm", "student, %", "finetuned, %", "Reduced MPL above it", "ms a step"]
     joined = {arm: list(itertools.chain(*values)) for arm, values in pairs.items()}
@@ -220,8 +263,8 @@ def table(rows: list[Row]) -> str:
     for arm in ("plain", "reduced_none"):
         gap, p = between(joined["reduced_mpl"], joined[arm]), sign_flip(joined["reduced_mpl"], joined[arm])
         mean = points(joined["reduced_mpl"]) - points(joined[arm])
-        told.append(f"Reduced MPL minus {NAMES[arm]}, finetuned, over {len(own) * len(pairs[arm])} runs: "
-                    f"{mean:+.1f} (95 % {gap}; sign-flip p {p:.2g}).")  # fmt: skip
+        what = f"Reduced MPL minus {NAMES[arm]}, finetuned, over {len(joined[arm])} runs"
+        told.append(f"{what}: {mean:+.1f} (95 % {gap}; sign-flip p {p:.2g}).")
     return "\n\n".join([grid(head, lines, "llllrrr"), *told])
 
 
@@ -231,25 +274,20 @@ def main() -> None:
     given = parsed(parser)
     torch.set_num_threads(1)
     if not given.runs:
-        show(given.write, "stored_labels", table(go_on(given.out, (), run)))
+        show(given.write, "stored_labels", table(read(given.out)))
         return
-    names = ("digits",) if given.miniature else ("digits", "mnist", "textures")
     tuning, final, steps = (TUNING[:1], SEEDS[:2], 5) if given.miniature else (TUNING, SEEDS, STEPS)
-
-    def measured(**job: Any) -> Row:
-        return run(**job, backbone=given.backbone)
-
-    asked = [
-        {"problem": name, "seed": seed, "arm": arm, "rule": rule, "steps": steps}
-        for name, seed, arm in itertools.product(names, tuning, RULES)
-        for rule in (RULES[arm][:2] if given.miniature else RULES[arm])
-    ]
-    rows = go_on(given.out, asked, measured)
-    asked = []
-    for name, seed, arm in itertools.product(names, final, NAMES):
-        rule = best(rows, name, "plain" if arm == "plain" else "reduced_mpl")
-        asked.append({"problem": name, "seed": seed, "arm": arm, "rule": rule, "steps": steps})
-    go_on(given.out, asked, measured)
+    for problem in ("digits",) if given.miniature else ("digits", "mnist", "textures"):
+        for seeds in (tuning, final):
+            for arm, rules in RULES.items() if seeds == tuning else ((arm, []) for arm in NAMES):
+                rows = read(given.out)
+                if any((r["problem"], r["arm"], r["seed"]) == (problem, arm, seeds[-1]) for r in rows):
+                    continue
+                kind = "plain" if arm == "plain" else "reduced_mpl"
+                groups = [list(own) for _, own in itertools.groupby(rules, lambda rule: rule.get("weight"))]
+                for group in groups or [[best(rows, problem, kind)]]:
+                    append(given.out, *run(problem, arm, seeds, group, steps, given.backbone))
+                    print(problem, arm, seeds, group, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
