@@ -72,7 +72,7 @@ def planned(kind: str, mode: str = "forward", **sizes: int) -> tuple[Any, int]:
     return step, max(sum(held.values()) for held in step.phases.values())
 
 
-@pytest.mark.parametrize(("kind", "within"), [("mlp", 0.15), ("text", 0.05)])
+@pytest.mark.parametrize(("kind", "within"), [("mlp", 0.15), pytest.param("text", 0.05, marks=pytest.mark.long)])
 def test_a_step_is_planned_as_it_is(kind: str, within: float) -> None:
     assert planned(kind)[1] == pytest.approx(taken(kind, {}), rel=within)
 

@@ -145,9 +145,9 @@ def nothing_is_learned_from_what_is_selected_on(here: Here) -> None:
 
 
 def delivered_by_validation(here: Here) -> None:
-    for seed in (3, 4, 5):  # in one of them test would choose another
+    for seed in (2, 5):  # in one of them test would choose another
         out = here.out.with_name(f"run-{seed}")
-        metapl(*TINY, "--steps", "30", "--finetune-steps", "30", "--seed", str(seed), "--out", out)
+        metapl(*TINY, "--steps", "10", "--finetune-steps", "10", "--seed", str(seed), "--out", out)
         found = result(out)
         best = max(found[f"{name}_validation_accuracy"] for name in ("student", "teacher", "finetuned"))
         assert found["validation_accuracy"] == best

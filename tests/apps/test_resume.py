@@ -193,6 +193,16 @@ def another_test(root: Path) -> None:
     shutil.copy(root / "test/red/red-1.png", root / "test/red/more.png")
 
 
+@pytest.fixture(scope="module")
+def begun(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures, and a run on them that was stopped."""
+    place = tmp_path_factory.mktemp("begun")
+    own = Path(shutil.copytree(root, place / "own"))
+    with one_thread():
+        interrupted("images uda", own, place / "run", (2, 5), KeyboardInterrupt())
+    return place
+
+
 @pytest.mark.parametrize(
     ("change", "flags", "word"),
     [
@@ -207,21 +217,22 @@ def another_test(root: Path) -> None:
     ],
 )
 def test_with_other_settings_or_data_it_is_refused_and_left_as_it_was(
-    change: Any, flags: tuple[str, ...], word: str, root: Path, tmp_path: Path, wholes: dict[str, Whole]
+    change: Any, flags: tuple[str, ...], word: str, begun: Path, tmp_path: Path
 ) -> None:
-    own, out = Path(shutil.copytree(root, tmp_path / "own")), tmp_path / "run"
-    interrupted("images uda", own, out, (2, 5), KeyboardInterrupt())
+    own, out = (Path(shutil.copytree(begun / name, tmp_path / name)) for name in ("own", "run"))
     before = files(out)
     if change is not None:
         change(own)
     said = metapl(*command("images uda", own, out), *flags, "--resume", code=2)
     assert word in " ".join(said.stderr.split())
     assert files(out) == before
-    # Folders that were moved, the pictures and the run, are gone on with.
-    shutil.rmtree(own)
-    out.rename(tmp_path / "moved")
-    gone_on_with("images uda", Path(shutil.copytree(root, tmp_path / "elsewhere")), tmp_path / "moved")
-    assert_equal(tmp_path / "moved", wholes["images uda"][0])
+
+
+def test_folders_that_were_moved_are_gone_on_with(begun: Path, tmp_path: Path, wholes: dict[str, Whole]) -> None:
+    """The pictures and the run."""
+    elsewhere, moved = (Path(shutil.copytree(begun / name, tmp_path / name)) for name in ("own", "run"))
+    gone_on_with("images uda", elsewhere, moved)
+    assert_equal(moved, wholes["images uda"][0])
 
 
 @pytest.mark.long

@@ -84,7 +84,7 @@ def test_fits_in_several_threads_are_those_of_one(kind: type) -> None:
 
     def rows(seed: int) -> Any:
         return fitted(
-            kind, steps=30, random_state=seed, network=lambda n, c: mlp([n, 8, c], dropout=0.5)
+            kind, steps=10, random_state=seed, network=lambda n, c: mlp([n, 8, c], dropout=0.5)
         ).predict_proba(X)
 
     alone = rows(0), rows(1)

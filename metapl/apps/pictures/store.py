@@ -223,7 +223,7 @@ def record_files(log: Path, reasons: Mapping[str, str]) -> None:
     known = replaced_files(log)
     new = [{"file": path, "reason": reason} for path, reason in reasons.items() if path not in known]
     if new:
-        torn = log.exists() and not read_plain(log).endswith(b"\n")  # by a process that was killed
+        torn = log.exists() and read_plain(log)[-1:] not in (b"", b"\n")  # by a process that was killed
         with log.open("a", encoding="utf-8") as file:  # in one piece, for workers add to it too
             file.write("\n" * torn + "".join(json.dumps(entry) + "\n" for entry in new))
 
