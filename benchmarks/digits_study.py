@@ -91,7 +91,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     "supervised": Entry("supervised, labeled data only", "supervised", ALONE),
     "pseudo_labels": Entry("pseudo labels, fixed teacher, soft", "pseudo_labels", FIXED),
-    "pseudo_labels_hard": Entry("pseudo labels, fixed teacher, hard", "pseudo_labels_hard", FIXED),
+    "pseudo_labels_hard": Entry("pseudo labels, fixed teacher, hard", "pseudo_labels", FIXED, labels="hard"),
     "uda": Entry("UDA alone", "uda", _grid(teacher_lr=(0.03, 0.06, 0.12), uda_weight=(0.5, 1.0, 2.0, 4.0))),
     "permuted": Entry("control: feedback permuted over the batch", "permuted", EXACT),
     "class_means": Entry("control: class means of the feedback only", "class_means", EXACT),

@@ -211,7 +211,7 @@ def _end_with_parent(parent: int) -> None:
 
 # Fields in which runs may differ: the seed, what a method is called by, which is looked at apart, and what changes no
 # number; and those that follow from how many steps fitted into a run's minutes.
-IRRELEVANT = ("seed", "feedback", "everything", "kind", "clean_alone", "log_every", "save_every", "num_workers")
+IRRELEVANT = ("seed", "feedback", "kind", "clean_alone", "log_every", "save_every", "num_workers")
 BY_STEPS = ("steps", "warmup", "validate_every", "wait", "uda_start", "uda_ramp", "warm_steps")
 
 

@@ -20,10 +20,9 @@ MOST_SEEDS = 10_000
 # one that it finds is as often luck.
 ENOUGH_SEEDS = 5
 
-# What each method with feedback is tested against, and the headroom, which no run can deliver.
+# What each method with feedback is tested against.
 CONTROL = {"mpl": "none", "reduced_mpl": "reduced_none"}
 CONTROL |= dict.fromkeys(("example_weights", "meta_weight_net", "label_correction", "noise_transition"), "plain")
-HEADROOM = "supervised_everything"
 
 
 @dataclass(frozen=True)
@@ -81,19 +80,14 @@ class Comparison:
         The test set has no say in it. Where validation cannot tell them apart, it is the first method's first seed.
         """
         if not self.validated:
-            return self.usable[0], self.seeds[0]
-        method = max(self.usable, key=lambda name: self.mean(name, "validation_accuracy"))
+            return next(iter(self.methods)), self.seeds[0]
+        method = max(self.methods, key=lambda name: self.mean(name, "validation_accuracy"))
         by_seed = dict(zip(self.seeds, self.methods[method]["validation_accuracy"], strict=True))
         return method, max(self.seeds, key=by_seed.__getitem__)
 
     @property
-    def usable(self) -> list[str]:
-        """The methods without the headroom, unless that is alone."""
-        return [name for name in self.methods if name != HEADROOM] or list(self.methods)
-
-    @property
     def validated(self) -> bool:
-        return all("validation_accuracy" in self.methods[name] for name in self.usable)
+        return all("validation_accuracy" in of for of in self.methods.values())
 
     def rows(self) -> list[tuple[str, ...]]:
         """The methods with mean ± standard deviation of all read-outs, in %, below a head.
@@ -113,7 +107,7 @@ class Comparison:
 
     def sentence(self) -> str:
         """Whether what was run beside its control helped, with its statistics, and which method is the best."""
-        best = max(self.usable, key=lambda name: self.mean(name, DELIVERED))
+        best = max(self.methods, key=lambda name: self.mean(name, DELIVERED))
         reached = with_chance(self.mean(best, DELIVERED), self.examples, self.chance)
         said = f"The best on the test set is {self.titles[best]} with {reached}."
         if (found := self.against_control()) is None:

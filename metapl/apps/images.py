@@ -62,9 +62,7 @@ METHODS = {
     "fixmatch": FixMatch(),
     "ent_min": EntMin(),
     "supervised": Supervised(),
-    "label_smoothing": Supervised(label_smoothing=0.1),
     "pseudo_labels": PseudoLabels(),
-    "pseudo_labels_hard": PseudoLabels(pseudo_labels="hard"),
     "mpl": Mpl(),
     "none": Mpl(feedback=Fed(feedback="none")),
     "permuted": Mpl(feedback=Fed(feedback="permuted")),
@@ -130,34 +128,26 @@ class Pictures:
         assert self.image_size is not None  # settled
         return Input(channels=1 if self.grey else 3, size=self.image_size)
 
-    def strong(self) -> View:
-        """What is learned from."""
-        return Chain((*self._moved(1.0), *self._colored()))
-
-    def weak(self) -> View:
-        """What is labeled: a quarter of the movement, and nothing else but mirroring."""
-        return Chain(self._moved(0.25))
-
-    def _moved(self, share: float) -> tuple[View, ...]:
-        degrees, shift, zoom, shear = MOVED
-        zoom = math.exp(share * math.log(zoom))
-        moved = Affine(share * degrees, share * shift, (1 / zoom, zoom), share * shear)
-        return (*((Flip(),) if self.mirror else ()), moved)
-
-    def _colored(self) -> tuple[View, ...]:
-        color = Color(*COLORED, HUE if self.recolor else 0.0)
-        return (color, Hole((HOLE / 5, HOLE)), *((Recolor(),) if self.recolor else ()))
-
     def views(self) -> dict[str, Any]:
         """How the pictures of a step are seen: unlabeled ones by who labels and by who learns, labeled ones, and in
         finetuning; ``crop`` draws the box that is cut out of a file before."""
+        color = Color(*COLORED, HUE if self.recolor else 0.0)
+        colored = (color, Hole((HOLE / 5, HOLE)), *((Recolor(),) if self.recolor else ()))
         if self.crop:
-            changed: View = Chain(self._colored())
+            changed: View = Chain(colored)
             crop = ResizedCrop(self.input.size, flip=self.mirror)
             return {"weak": Identity(), "strong": changed, "labeled": changed, "finetuned": changed, "crop": crop}
-        strong = self.strong()
+
+        def moved(share: float) -> tuple[View, ...]:
+            degrees, shift, zoom, shear = MOVED
+            zoom = math.exp(share * math.log(zoom))
+            affine = Affine(share * degrees, share * shift, (1 / zoom, zoom), share * shear)
+            return (*((Flip(),) if self.mirror else ()), affine)
+
+        # Labels are given to what has a quarter of the movement, and nothing else but mirroring.
+        weak, strong = Chain(moved(0.25)), Chain((*moved(1.0), *colored))
         finetuned = Sometimes(strong, FINETUNED_ON_CHANGED)
-        return {"weak": self.weak(), "strong": strong, "labeled": strong, "finetuned": finetuned, "crop": None}
+        return {"weak": weak, "strong": strong, "labeled": strong, "finetuned": finetuned, "crop": None}
 
     def images(self, paths: Iterable[str], log: Path | None) -> FileImages:
         """Each file is read when it is first drawn, and kept where all fit: training starts at once."""

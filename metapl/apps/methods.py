@@ -150,27 +150,15 @@ class Supervised(Method):
 
     Args:
         label_smoothing: label smoothing of the loss.
-        everything: train on the true labels of all examples, where they are known: the headroom.
     """
 
     label_smoothing: Share = 0.0
-    everything: Hidden[bool] = False
 
-    @property
-    def name(self) -> str:
-        return (
-            "supervised_everything" if self.everything else "label_smoothing" if self.label_smoothing else "supervised"
-        )
-
-    @property
-    def title(self) -> str:
-        if self.everything:
-            return "supervised with all true labels (headroom)"
-        return "supervised with label smoothing" if self.label_smoothing else "supervised, labeled data only"
+    name: ClassVar[str] = "supervised"
+    title: ClassVar[str] = "supervised, labeled data only"
 
     def train(self, t: Training) -> Trained:
-        labeled = t.data.everything if self.everything else t.data.labeled
-        return t.alone(t.teacher, (CrossEntropy(self.label_smoothing),), labeled=labeled)
+        return t.alone(t.teacher, (CrossEntropy(self.label_smoothing),))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -408,17 +396,12 @@ class PseudoLabels(Method):
     student_lr: Annotated[AboveZero | None, unset()] = None
     label_smoothing: Share = 0.0
 
+    name: ClassVar[str] = "pseudo_labels"
+    title: ClassVar[str] = "pseudo labels of a fixed teacher"
+
     def __post_init__(self) -> None:
         check_fields(self)
         self.problem()
-
-    @property
-    def name(self) -> str:
-        return "pseudo_labels" if self.pseudo_labels == "soft" else "pseudo_labels_hard"
-
-    @property
-    def title(self) -> str:
-        return f"pseudo labels of a fixed teacher, {self.pseudo_labels}"
 
     def problem(self) -> problems.PseudoLabels:
         smoothing = self.student_smoothing

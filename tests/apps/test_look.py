@@ -123,7 +123,7 @@ def test_colors_are_exchanged_where_they_tell_nothing_and_what_was_given_stays(t
     for asked in (True, False):
         found = chosen(seen(tell=tell), recolor=asked)
         assert found.recolor == asked
-        assert (f"hue={HUE}" in repr(found.strong())) == asked
+        assert (f"hue={HUE}" in repr(found.views()["strong"])) == asked
 
 
 def test_pretrained_weights_bring_their_own_network_size_and_normalization() -> None:

@@ -71,7 +71,7 @@ def chosen_by_test(patch: pytest.MonkeyPatch) -> None:
 
 def finetuned_on_changed_pictures_alone(patch: pytest.MonkeyPatch) -> None:
     real = Pictures.views
-    patch.setattr(Pictures, "views", lambda self: {**real(self), "finetuned": self.strong()})
+    patch.setattr(Pictures, "views", lambda self: {**real(self), "finetuned": real(self)["strong"]})
 
 
 def resume_skips_a_phase(patch: pytest.MonkeyPatch) -> None:
