@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import nn
 
 from metapl.apps import networks
 from metapl.apps.machine.progress import counting
@@ -30,7 +30,6 @@ from metapl.apps.pictures.folders import Files, LabeledFiles, Progress, hash_fil
 from metapl.apps.pictures.input import LARGEST_SIDE, Input
 from metapl.apps.pictures.splits import stratified_split
 from metapl.apps.pictures.store import FileImages
-from metapl.apps.pictures.store import Images as Stored
 from metapl.apps.pictures.views.base import Chain, Identity, View
 from metapl.apps.pictures.views.transforms import Affine, Color, Flip, Hole, Recolor, ResizedCrop, Sometimes
 from metapl.apps.settings import Batch, Fitting, Flat, Hidden, Role, Share, Switch, replaced, require, unset
@@ -325,13 +324,10 @@ class Images(OfPictures):
             refuse_errors(check_folders(labeled))
 
     def sources(self, few: LabeledFiles, many: Files, log: Path | None) -> dict[str, Any]:
-        images = self.pictures.images
-        return self.batches(images(few.paths(), log), few.targets(self.classes), images(many.paths(), log))
-
-    def batches(self, few: Stored, labels: Tensor, many: Stored) -> dict[str, Any]:
-        """The sources of batches: the pictures of step t, and how they are seen, follow from the seed and t."""
+        """The pictures of step t, and how they are seen, follow from the seed and t."""
         fitting, views, crop = self.fitting, self.pictures.views(), self.pictures.views()["crop"]
-        seed = fitting.seed
+        labeled, unlabeled = (self.pictures.images(files.paths(), log) for files in (few, many))
+        labels, seed = few.targets(self.classes), fitting.seed
         samplers = [
             StepSampler(len(images), size, seed=seed, stream=stream)
             for stream, (images, size) in enumerate(
@@ -339,9 +335,9 @@ class Images(OfPictures):
             )
         ]
         return {
-            "labeled": LabeledBatches(few, labels, samplers[0], views["labeled"], seed, crop=crop),
-            "unlabeled": UnlabeledBatches(many, samplers[1], views["weak"], views["strong"], seed, crop=crop),
-            "finetuning": LabeledBatches(few, labels, samplers[2], views["finetuned"], seed + 1, crop=crop),
+            "labeled": LabeledBatches(labeled, labels, samplers[0], views["labeled"], seed, crop=crop),
+            "unlabeled": UnlabeledBatches(unlabeled, samplers[1], views["weak"], views["strong"], seed, crop=crop),
+            "finetuning": LabeledBatches(labeled, labels, samplers[2], views["finetuned"], seed + 1, crop=crop),
         }
 
     def with_network(self, name: str) -> Images:

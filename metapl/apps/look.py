@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from metapl.apps import backbone
@@ -23,7 +21,6 @@ from metapl.apps.methods import Data, Training
 from metapl.apps.networks import begin_as
 from metapl.apps.networks.weights import fetch_imagenet_weights
 from metapl.apps.pictures.reader import LUMA, UnreadableImage, read_image
-from metapl.apps.pictures.store import FileImages, Images, MemoryImages
 from metapl.apps.settings import filled, flat, replaced
 from metapl.apps.train import SELECTED_ON, device
 from metapl.data.feed import feed
@@ -330,7 +327,7 @@ def _found(colors_NC: Tensor, labels: Tensor) -> float:
 
 SHARE = 0.85  # part of the time that steps get; the rest is for reading, validation, finetuning and the report
 WARM, TIMED, SECONDS = 2, 20, 4.0  # steps before the timing, the most timed steps, and the most time that they take
-PICTURES, LARGER = 128, 1.25  # pictures of noise that steps are taken on; how much larger in files than seen
+PICTURES = 128  # that steps are taken on
 
 Clock = Callable[[], float]  # seconds from some moment on
 
@@ -350,10 +347,9 @@ def kinds_of_steps(trainer: Any, steps: int, wait: int) -> list[tuple[int, int, 
 
 
 def seconds_per_step(config: Any, method: Any, clock: Clock = time.monotonic) -> float:
-    """What a step of a method takes on this machine, on pictures of noise.
+    """What a step of a method takes on this machine, on a few of the labeled pictures.
 
-    Each kind of step is timed, and counts as often as it comes. Where views are cut out of the files themselves, these
-    are files too, and reading them is a part of the step. Cost: some seconds; the default generator is put back.
+    Each kind of step is timed, and counts as often as it comes. Cost: some seconds; the default generator is put back.
     """
     seconds, fitting, place = 0.0, config.fitting, device(config.fitting.device)
 
@@ -368,21 +364,26 @@ def seconds_per_step(config: Any, method: Any, clock: Clock = time.monotonic) ->
                 opened.callback(fed.close)
                 feeds.append(fed)
             for first, last, step in kinds_of_steps(trainer, fitting.steps, options.get("wait", 0)):
-                trainer.steps_done = first
-                each = _seconds(lambda step=step: step(*(fed.next() for fed in feeds)), clock)  # type: ignore[misc]
-                seconds += share * (last - first) / fitting.steps * each
+                trainer.steps_done, times, begun = first, list[float](), time.monotonic()
+                while len(times) < WARM + TIMED and (len(times) <= WARM or time.monotonic() - begun < SECONDS):
+                    since = clock()
+                    step(*(fed.next() for fed in feeds)).as_dict()  # waits for the device
+                    times.append(clock() - since)
+                seconds += share * (last - first) / fitting.steps * statistics.median(times[WARM:])
         return FitResult(None, 0, {name: value.clone() for name, value in trainer.student.state_dict().items()})
 
     def even(network: Any) -> dict[str, Tensor]:
-        return {
-            name: torch.full((PICTURES, len(config.classes)), 1 / len(config.classes))
-            for name in ("unlabeled", "labeled")
-        }
+        share = 1 / len(config.classes)
+        sources = {"unlabeled": data.unlabeled, "labeled": data.labeled}
+        return {name: torch.full((len(of.images), len(config.classes)), share) for name, of in sources.items()}
 
-    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
+    with torch.random.fork_rng():
         torch.manual_seed(0)
-        images, labels = _noise(config, Path(folder)), torch.arange(PICTURES) % len(config.classes)
-        data = Data(**config.batches(images, labels, images), classes=config.classes, record={})
+        few = config.scan(config.few_and_many[0])
+        few = few.keep(range(min(len(few), PICTURES)))
+        data = Data(**config.sources(few, few, None), classes=config.classes, record={})
+        for source in () if config.pictures.crop else (data.labeled, data.unlabeled):
+            source.images.fetch(torch.arange(len(source.images)))  # as after the first epoch, which reads the files
         teacher, student = (config.network().to(place) for _ in range(2))
         begin_as(teacher, student)
         training = Training(
@@ -397,31 +398,3 @@ def seconds_per_step(config: Any, method: Any, clock: Clock = time.monotonic) ->
         )
         method.train(training)
     return seconds
-
-
-def _seconds(step: Callable[[], Any], clock: Clock) -> float:
-    """The median of a step, the making of its batches included."""
-    times: list[float] = []
-    begun = time.monotonic()
-    while len(times) < WARM + TIMED and (len(times) <= WARM or time.monotonic() - begun < SECONDS):
-        since = clock()
-        step().as_dict()  # waits for the device
-        times.append(clock() - since)
-    return statistics.median(times[WARM:])
-
-
-def _noise(config: Any, folder: Path) -> Images:
-    """Pictures as the own ones are kept: in memory, or in files of ``folder`` where views are cut out of these."""
-    generator = torch.Generator().manual_seed(0)
-    pictures = config.pictures
-    channels = 1 if pictures.grey else 3
-
-    def levels(side: int) -> Tensor:
-        return torch.randint(0, 256, (PICTURES, channels, side, side), dtype=torch.uint8, generator=generator)
-
-    if not pictures.crop:
-        return MemoryImages(levels(pictures.image_size))
-    paths = [folder / f"{number}.png" for number in range(PICTURES)]
-    for path, picture in zip(paths, levels(round(LARGER * pictures.image_size)), strict=True):
-        Image.fromarray(picture.squeeze(0).numpy() if pictures.grey else picture.permute(1, 2, 0).numpy()).save(path)
-    return FileImages(paths, size=(pictures.image_size,) * 2, mode="L" if pictures.grey else "RGB")

@@ -218,34 +218,23 @@ class Noisy(OfPictures):
         return super().data(say, progress, log)
 
     def sources(self, few: LabeledFiles, many: LabeledFiles, log: Path | None) -> dict[str, Any]:
+        """Clean pictures are the labeled ones, the others with their labels the unlabeled ones; and both together."""
+        views, seed, size = self.pictures.views(), self.fitting.seed, self.fitting.labeled_batch
         # Noisy and clean pictures are together in one list of files.
         both, count = self.pictures.images([*many.paths(), *few.paths()], log), len(many)
         labels = torch.cat([many.targets(self.classes), few.targets(self.classes)])
         noisy, clean = both.select(torch.arange(count)), both.select(torch.arange(count, len(both)))
-        examples = EvaluationBatches(noisy, torch.arange(count), EVALUATED_AT_ONCE)
-        batches = self.batches(clean, labels[count:], noisy, given=labels[:count], both=(both, labels))
-        return {**batches, "doubtful": Doubtful(examples, labels[:count], tuple(many.paths()))}
-
-    def batches(
-        self,
-        few: Images,
-        labels: Tensor,
-        many: Images,
-        given: Tensor | None = None,
-        both: tuple[Images, Tensor] | None = None,
-    ) -> dict[str, Any]:
-        """The sources of batches: clean ones as "labeled", the others with their labels as "unlabeled", and both."""
-        fitting, views, crop = self.fitting, self.pictures.views(), self.pictures.views()["crop"]
-        seed, size = fitting.seed, fitting.labeled_batch
-        given = torch.zeros(len(many), dtype=torch.int64) if given is None else given
+        given, right = labels[:count], labels[count:]
 
         def of(images: Images, labels: Tensor, size: int, stream: int, seed: int, view: str) -> LabeledBatches:
-            sampler = StepSampler(len(images), size, seed=fitting.seed, stream=stream)
-            return LabeledBatches(images, labels, sampler, views[view], seed, crop=crop)
+            sampler = StepSampler(len(images), size, seed=self.fitting.seed, stream=stream)
+            return LabeledBatches(images, labels, sampler, views[view], seed, crop=views["crop"])
 
+        examples = EvaluationBatches(noisy, torch.arange(count), EVALUATED_AT_ONCE)
         return {
-            "labeled": of(few, labels, self.clean_batch, 0, seed, "labeled"),
-            "unlabeled": of(many, given, size, 1, seed + 2, "labeled"),
-            "finetuning": of(few, labels, self.clean_batch, 2, seed + 1, "finetuned"),
-            "everything": of(*(both or (few, labels)), size, 0, seed, "labeled"),
+            "labeled": of(clean, right, self.clean_batch, 0, seed, "labeled"),
+            "unlabeled": of(noisy, given, size, 1, seed + 2, "labeled"),
+            "finetuning": of(clean, right, self.clean_batch, 2, seed + 1, "finetuned"),
+            "everything": of(both, labels, size, 0, seed, "labeled"),
+            "doubtful": Doubtful(examples, given, tuple(many.paths())),
         }

@@ -26,6 +26,15 @@ def config(**fields: Any) -> Any:
     return replaced(Images(labeled="few", unlabeled="many"), **fields)
 
 
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return color_folders(tmp_path_factory.mktemp("colors"), side=130)
+
+
+def given(root: Path, **fields: Any) -> Any:
+    return config(labeled=str(root / "labeled"), unlabeled=str(root / "unlabeled"), steps=40, **fields)
+
+
 # ---------------------------------------------------------------------------------------------- a look at the pictures
 
 
@@ -155,9 +164,9 @@ def test_the_rates_are_those_of_the_networks_family_or_as_given(network: str, ra
 # --------------------------------------------------------------------------------------------------------- the steps
 
 
-def test_steps_are_as_many_as_fit_into_the_minutes_by_the_clock() -> None:
+def test_steps_are_as_many_as_fit_into_the_minutes_by_the_clock(root: Path) -> None:
     """Each look at the clock moves it on by so much; a step is timed by two looks."""
-    settings = replaced(config(), classes=("a", "b"), network="small_cnn", labeled_batch=2, unlabeled_batch=2)
+    settings = replaced(given(root), classes=("blue", "red"), network="small_cnn", labeled_batch=2, unlabeled_batch=2)
     settings = fitted(replaced(settings, image_size=8, device="cpu", steps=1000), seen(), 0.0)
     state = torch.get_rng_state()
     for method, seconds, minutes, steps in (
@@ -207,15 +216,6 @@ def test_phases_given_in_steps_are_measured_again_with_what_fits(monkeypatch: py
 
 
 # ----------------------------------------------------------------------------------------------------- all of it, once
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return color_folders(tmp_path_factory.mktemp("colors"), side=130)
-
-
-def given(root: Path, **fields: Any) -> Any:
-    return config(labeled=str(root / "labeled"), unlabeled=str(root / "unlabeled"), steps=40, **fields)
 
 
 def test_a_look_gives_every_setting_a_value_says_it_and_a_run_that_is_resumed_takes_it(root: Path) -> None:

@@ -47,10 +47,6 @@ def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path
     return folder
 
 
-PROVENANCE = ("pictures", "examples", "ids_sha256", "weights_fingerprint", "temperature", "views", "batch")
-"""What every store of labels says of itself, whoever wrote it."""
-
-
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, which tests leave as it is."""
