@@ -86,11 +86,28 @@ def compare(
 ) -> Comparison:
     """Train by each method with each seed, ``jobs`` runs at a time, and compare; config and methods are settled."""
     out, names = folder.path, list(methods)
-    first = methods[names[0]]
-    with folder.claimed(describe(config, first, compare=names, seeds=list(seeds)), resume=resume):
+    with folder.claimed(describe(config, methods[names[0]], compare=names, seeds=list(seeds)), resume=resume):
         if not folder.ended:
             config.data(aloud, True, None)  # shows its notes once: the jobs are silent
-        results = run_jobs(config, methods, seeds, out, resume=resume, jobs=jobs)
+        # 1. The runs, side by side; finished ones are not run again. Two threads add up a sum in another order than one
+        # does, and round it otherwise: after one step of small_cnn the weights differ already. So a job has as many
+        # threads whatever --jobs is, and when it is resumed.
+        on_gpu, todo, results = device(config.fitting.device).type == "cuda", list[Job](), dict[tuple[str, int], Any]()
+        for seed in seeds:
+            for name, method in methods.items():
+                place = out / name / f"seed-{seed}"
+                begun = resume or (place / "recipe.json").exists()
+                todo.append(Job(replaced(config, seed=seed), method, place, begun, default_threads() if on_gpu else 1))
+        workers = min(jobs or (1 if on_gpu else available_cores()), len(todo))
+        of_methods = f"{len(names)} method{'s' if len(names) != 1 else ''}"
+        aloud(f"{of_methods} x {seeds_in_words(len(seeds))}, {workers} at a time -> {out}")
+        with closing(run_all(todo, workers)) as running:  # workers end before the command does
+            for number, (job, result) in enumerate(running, 1):
+                results[job.method.name, job.config.fitting.seed] = result
+                on = Evaluation(**result["evaluation"])
+                reached = with_chance(result["test_accuracy"], on.n, on.chance)
+                aloud(f"[{number:>{len(str(len(todo)))}}/{len(todo)}] {job.title}: {reached}")
+        # 2. What they reach, and the networks of the one that is delivered.
         comparison = Comparison.of(tuple(seeds), names, results)
         method, seed = comparison.delivered()
         source = RunFolder(out / method / f"seed-{seed}")
@@ -106,41 +123,13 @@ def compare(
         run = EndedRun.load(out)
         report.draw_report(
             out / "report.png",
-            title=f"{config.name}: {len(methods)} methods, {seeds_in_words(len(seeds))}",
+            title=f"{config.name}: {of_methods}, {seeds_in_words(len(seeds))}",
             curves=report.curves_of(out, comparison),
             evaluation=Evaluation(**run.result["evaluation"]),
             network="network",
         )
         report.write_page(run)
     return comparison
-
-
-def run_jobs(
-    config: Any, methods: Mapping[str, Any], seeds: Sequence[int], out: Path, *, resume: bool, jobs: int | None
-) -> dict[tuple[str, int], dict[str, Any]]:
-    """The result of each method and seed, from runs side by side; finished ones are not run again."""
-    on_gpu = device(config.fitting.device).type == "cuda"
-    workers = min(jobs or (1 if on_gpu else available_cores()), len(methods) * len(seeds))
-    # Two threads add up a sum in another order than one does, and round it otherwise: after one step of small_cnn the
-    # weights differ already. So a job has as many threads whatever --jobs is, and when it is resumed.
-    threads = default_threads() if on_gpu else 1
-    to_compare = []
-    for seed in seeds:
-        for name, method in methods.items():
-            place = out / name / f"seed-{seed}"
-            begun = resume or (place / "recipe.json").exists()
-            to_compare.append(Job(replaced(config, seed=seed), method, place, begun, threads))
-    total = len(to_compare)
-    words = f"{len(methods)} method{'s' if len(methods) != 1 else ''} x {seeds_in_words(len(seeds))}"
-    aloud(f"{words}, {workers} at a time -> {out}")
-    results = {}
-    with closing(run_all(to_compare, workers)) as running:  # workers end before the command does
-        for number, (job, result) in enumerate(running, 1):
-            results[job.method.name, job.config.fitting.seed] = result
-            on = Evaluation(**result["evaluation"])
-            reached = with_chance(result["test_accuracy"], on.n, on.chance)
-            aloud(f"[{number:>{len(str(total))}}/{total}] {job.title}: {reached}")
-    return results
 
 
 def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str, Any]], None, None]:

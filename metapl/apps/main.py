@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with stoppable(for_good=arguments is None):
         try:
             try:
-                return _run(given)
+                return run(given)
             finally:
                 logger.removeHandler(messages)
                 sys.stdout.flush()
@@ -127,7 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
 
 
-def _run(given: list[str]) -> int:
+def run(given: list[str]) -> int:
+    """Print what is asked for, or run the command that the words name."""
     first = given[0] if given else "help"
     if first in ("-h", "--help", "help"):
         print(HELP, end="")

@@ -112,14 +112,6 @@ class NoisyStudent(Method):
         most = f"{self.rounds + 1} names at most: the first teacher's, then one a round"
         require(self, len(self.networks) <= self.rounds + 1, "networks", most)
 
-    def network(self, number: int) -> str | None:
-        """The network of a round by its name, of -1 that of the last; None is the usual one.
-
-        >>> [NoisyStudent(networks=("a", "b")).network(number) for number in range(-1, 3)]
-        ['b', 'a', 'b', 'b']
-        """
-        return self.networks[min(number, len(self.networks) - 1)] if self.networks else None
-
     def scheduled(self, steps: int) -> Self:
         if self.warm_steps is not None and self.warm_steps > steps:
             raise MetaplError(f"--warm-steps {self.warm_steps:,}: expected 1 to {steps:,}, or more --steps.")
@@ -270,7 +262,8 @@ class StoredLabelLoss:
 
 def configs_of(config: Any, settings: NoisyStudent) -> list[Any]:
     """The settings with the network of each round, the first teacher's first; refused if they do not go on."""
-    names = [settings.network(number) for number in range(settings.rounds + 1)]
+    given = settings.networks or (None,)  # the usual one; the last of several serves on
+    names = [given[min(number, len(given) - 1)] for number in range(settings.rounds + 1)]
     configs = [config if name is None else config.with_network(name) for name in names]
     with torch.device("meta"):
         sizes = {

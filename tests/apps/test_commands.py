@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import tyro
-from command import edited, metapl, reseal, result, rows, said
+from command import metapl, reseal, result, rows, said
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
@@ -227,44 +227,6 @@ def test_what_is_refused_leaves_every_file_as_it_was(
     assert REFUSED[line] in " ".join(told.stderr.split()), told.stderr
     assert "Traceback" not in told.stderr
     assert content(tmp_path, tiny, few.parent, colors / "run") == before
-
-
-def damage(run: Path, kind: str) -> None:
-    weights = run / "finetuned_student.safetensors"
-    edited(run / "result.json", delivered="finetuned")
-    if kind == "no weights":
-        weights.unlink()
-    elif kind == "torn weights":
-        weights.write_bytes(b"torn")
-    elif kind == "no result":
-        (run / "result.json").unlink()
-    elif kind == "a torn recipe":
-        (run / "recipe.json").write_text("{")
-    elif kind == "another network":
-        text = (run / "network.json").read_text()
-        (run / "network.json").write_text(re.sub(r'"widths": \[\s*64,\s*4', '"widths": [64, 5', text))
-        reseal(run)
-    else:
-        text = (run / "result.json").read_text()
-        (run / "result.json").write_text(re.sub(r'"accuracy": [\d.]+', '"accuracy": 7', text))
-
-
-@pytest.mark.parametrize(
-    ("kind", "word"),
-    [
-        *(("no weights", "missing"), ("torn weights", "damaged"), ("no result", "not finished")),
-        ("a torn recipe", "recipe.json"),
-        *(("another network", "fit"), ("another accuracy", "edited")),
-    ],
-)
-def test_a_damaged_run_is_refused_in_a_line(kind: str, word: str, run: Path, pictures: Path) -> None:
-    damage(run, kind)
-    before = content(run)
-    for command in (("evaluate", run), ("predict", run, pictures)):
-        told = metapl(*command, code=2)
-        assert (told.stdout, len(told.stderr.splitlines())) == ("", 1)
-        assert word in told.stderr
-    assert content(run) == before
 
 
 # ------------------------------------------------------------------------------------------------- what reads a run

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command import metapl, rows, said, unprompted
+from command import metapl, rows, unprompted
 from PIL import Image
 from special_files import KINDS
 from test_folders import opened
@@ -182,22 +182,6 @@ def test_predict_passes_over_what_is_not_a_plain_file(
     told = capsys.readouterr()
     assert [Path(row["file"]).name for row in rows(told.out)] == ["b.png"]
     assert told.err.count("left out") == 2 + len(KINDS) + 1
-
-
-@pytest.mark.long
-def test_a_link_that_leads_nowhere_stops_no_selection_and_no_suspects(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = color_folders(tmp_path / "root")
-    links(root / "labeled" / "red"), links(root / "test" / "red")
-    flags = ("--steps", "2", "--image-size", "8", "--network", "small_cnn", "--finetune-steps", "1", "--device", "cpu")
-    noisy = ("train", "noisy", "--labeled", root / "labeled", "--clean", root / "test", *flags)
-    text = " ".join(said(capsys, *noisy, "--out", tmp_path / "run").split())
-    assert "labeled: 2 of 14 files are left out" in text
-    assert "clean: 2 of 14 files are left out" in text
-    said(capsys, "label", tmp_path / "run", root / "unlabeled", "--out", tmp_path / "store")
-    select = ("labels", "select", tmp_path / "store", "--out", tmp_path / "few", "--drop-overlap", root / "labeled")
-    assert " 2  files cannot be read in " in said(capsys, *select)
 
 
 # ------------------------------------------------------------------------------------------------------------- memory

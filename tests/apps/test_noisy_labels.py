@@ -84,16 +84,6 @@ def test_what_is_learned_about_labels_is_no_network_and_the_finetuned_student_is
     assert right / len(predicted) == told["test_accuracy"]
 
 
-@pytest.mark.parametrize("method", ["plain", "clean"])
-def test_plain_training_lists_suspects_without_weights(method: str, root: Path, tmp_path: Path) -> None:
-    flags = FLAGS.replace("--warm-steps 6 ", "").replace("--steps 24", "--steps 4").split()
-    metapl("train", "noisy", *given(root), "--method", method, *flags, "--out", tmp_path / "run")
-    listed = suspects(tmp_path / "run")
-    assert [*listed[0]] == ["file", "given", "probably", "p_given", "p_probably"]
-    assert len(listed) == 40
-    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"fit", "finetune"}
-
-
 # -------------------------------------------------------------------------------------------- what each method trains
 
 

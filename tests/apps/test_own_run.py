@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import runpy
-import shutil
 from pathlib import Path
 
 import pytest
@@ -90,30 +89,3 @@ def test_without_its_function_and_with_another_it_is_refused(made: tuple[Path, P
         code, out, err = run("predict", folder, root / "test", *words)
         assert (code, out) == (2, "")
         assert expected in err
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        (("networks", "student", "input", "size"), 0),
-        (("networks", "student", "input", "kind"), "sound"),
-        (("networks", "student"), {"title": "student"}),
-        (("networks", "pupil"), None),
-        (("classes",), "blue"),
-    ],
-)
-def test_a_damaged_description_is_named(
-    path: tuple[str, ...], value: object, made: tuple[Path, Path, float], tmp_path: Path
-) -> None:
-    root, folder, _ = made
-    copy = Path(shutil.copytree(folder, tmp_path / "run"))
-    said = json.loads((copy / "network.json").read_text())
-    *above, last = path
-    at = said
-    for name in above:
-        at = at[name]
-    at[last] = value
-    (copy / "network.json").write_text(json.dumps(said))
-    code, out, err = run("predict", copy, root / "test", *FACTORY)
-    assert (code, out) == (2, "")
-    assert "network.json" in err
