@@ -220,24 +220,6 @@ class Pass:
             self.inputs, self._sample = None, _sampled(self.outputs)
             self.outputs = self.outputs.new_zeros(()).expand(self.outputs.shape)  # which tells their shape alone
 
-    def record(self) -> list[Any]:
-        """What :meth:`recorded` makes a pass of, as it is after :meth:`forget`: plain values and tensors."""
-        outputs = self.outputs if self._sample is None else self.outputs.new_empty(0)
-        random = self._before.values(), self.after.values()
-        return [outputs, self._sample, self.outputs.shape, self._state.values(), random, str(self._dtype)]
-
-    @classmethod
-    def recorded(cls, student: LocalStudent, state: State, record: Sequence[Any]) -> Pass:
-        """A pass by its :meth:`record`; ``state`` is any of the same network."""
-        part = cls.__new__(cls)
-        outputs, part._sample, shape, values, random, dtype = record
-        part.student, part.params, part.inputs, part.graph = student, {}, None, None
-        part._graph_of_g, part._at, part._held = None, {}, []
-        part._state, part._dtype = state.with_values(values), getattr(torch, dtype.removeprefix("torch."))
-        part._before, part.after = (RandomState(student.device, **values) for values in random)
-        part.outputs = outputs if part._sample is None else outputs.new_zeros(()).expand(shape)
-        return part
-
     def recompute_gradient(self, params: Tree, loss: Loss) -> Tree:
         """The gradient of this pass's loss at its θ once more; ``params`` is that θ, which was forgotten."""
         self.params = params

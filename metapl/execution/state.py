@@ -6,7 +6,6 @@ keeps elsewhere, in attributes or in Python objects, is not carried (docs/contra
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -108,15 +107,6 @@ class State:
                 t.data = before
             elif all(n < 2 or by for n, by in zip(t.shape, t.stride(), strict=True)):  # nothing writes to expanded ones
                 t.data.copy_(before)
-
-    def values(self) -> list[Tensor]:
-        return [*self._values.values()]
-
-    def with_values(self, values: Sequence[Tensor]) -> State:
-        """This snapshot with the :meth:`values` of another one of the same network."""
-        other = copy.copy(self)
-        other._values = dict(zip(self._values, values, strict=True))
-        return other
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def check_mode(mode: Estimator, steps: int, problem: Problem, student: Layout) -
     if revising and getattr(mode, "normalization", None) == "cosine":
         raise MetaplError('normalization="cosine" divides by a gradient that is zero here; expected "gradient".')
     required = {*mode.requires, *[CURVATURE] * (steps > 1), *[THROUGH_INPUT] * (entering and mode.credits == "signal")}
-    required |= {ONE_PROCESS} if revising or mode.keep_on not in (None, "cpu") else set()
+    required |= {ONE_PROCESS} if revising else set()
     if lacking := sorted(need.value for need in required - student.offers):
         given = f"mode {mode.name!r} takes {' and '.join(lacking)} (with {kind}, steps={steps})"
         raise MetaplError(

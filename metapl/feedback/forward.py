@@ -62,8 +62,8 @@ class Forward(Estimator):
             time on small networks, about twice the memory); ``"tangent"``, by ż in forward mode. None: by the student's
             size alone, the graph up to :data:`SMALL` weights.
         keep_on: where kept states lie: None, with the student; ``"cpu"``, on the host; or an existing folder, of one
-            call of :func:`metapl.hypergradient` or :func:`metapl.attribute` at a time, in one process. A call that was
-            killed goes on when it is repeated, with a ``generator=`` as it stood at first, bit for bit.
+            call of :func:`metapl.hypergradient` or :func:`metapl.attribute` with ``compile=True`` at a time. A call
+            that was killed goes on when it is repeated, bit for bit.
 
     Takes: soft signals; hard labels by the expectation.
     Cost: 12 student passes a step with the teacher's 3; no graph beyond that of a plain step. Of K steps looked ahead,
@@ -107,10 +107,9 @@ class Forward(Estimator):
         return keeping(steps, size, student.device, self.keep or self.keep_every, self.keep_on, student.ranks)
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
-        feedback = [Feedback(**plain) for plain in path.feedback]  # of a path that is resumed from a folder
+        feedback = list[Feedback]()
         for step, w, gradients in path.adjoints(credited, self.truncate):
             # The earliest step's Hessian product is not needed.
             h = exact_feedback(step, w) if gradients is None else feedback_from(step, gradients)
             feedback.append(h.divided_by(divisor(self.normalization, step, w)))
-            path.feedback.append(vars(feedback[-1]))
         return padded(feedback[::-1], path), state

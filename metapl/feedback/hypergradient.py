@@ -20,10 +20,8 @@ from metapl.execution.sharded import student_of
 from metapl.execution.state import one_at_a_time, restored
 from metapl.feedback import Estimator, Mode, estimator
 from metapl.feedback.compatible import both_batches, check_mode, check_teacher, prepare
-from metapl.feedback.keeping import folder_of
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import take_steps
-from metapl.feedback.resuming import PathFolder, known_by
 from metapl.feedback.teacher import Teaching
 from metapl.problems.base import BilevelProblem
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
@@ -189,8 +187,9 @@ def hypergradient(
     update = update_of(inner_optimizer, of_student.parameters(), inner_state)
     update = update if clip_norm is None else Clipped(update, clip_norm, of_student.space)
     ahead = unlabeled if isinstance(unlabeled, Lookahead) else Lookahead([unlabeled])
-    folder = folder_of(estimate.keep_on) if ahead is unlabeled else None
-    batches = ahead if folder or callable(ahead.batches) else list(ahead)
+    if estimate.keep_on not in (None, "cpu") and not compile:
+        raise MetaplError(f"keep_on={estimate.keep_on!r} is a folder; expected compile=True with it, or keep_on='cpu'.")
+    batches = ahead if callable(ahead.batches) else list(ahead)
     labeled, options = problem.outer_batch(labeled), ahead.options(inner_optimizer)
     check_mode(estimate, len(batches), problem, of_student)
     wrt = [wrt] if isinstance(wrt, str) else [*wrt]
@@ -220,22 +219,15 @@ def hypergradient(
             held = [{n: group[n] for n in settings if n in group} for group in groups]  # betas are two
             leaves = pytree.tree_map(lambda x: torch.tensor(float(x), dtype=torch.float64, requires_grad=True), held)
             options[number] = [{**group, **own} for group, own in zip(groups, leaves, strict=True)]
-    how: dict[str, Any]
-    going_on: Any = NOTHING
-    if folder is not None:
-        asked = of_student.network, teach.network, problem, estimate, update, inner_optimizer, generator
-        of = known_by(*asked, options, wrt, labeled, batches[0], len(batches), accumulate)
-        going_on = PathFolder(folder, of, local_student, teach, update).opened()
     as_it_was = restored(teach.slots, local_student.slots, device=device, generator=generator, always=True)
 
-    with as_it_was, kernels, going_on as states:
-        with shown("steps", 0 if states is None else states.done) as tell:
-            how = {"parts": accumulate, "keep_graph": estimate.keep_graph, "graph_of": graph_of, "progress": tell}
-            how |= {"keep": estimate.keeping, "states": states, "updates": [update.at(of_step) for of_step in options]}
-            how |= {"wrt": [name for name in wrt if name != "teacher"]}
-            # θ′ = U(θ, g), g = ∇ (1/B) Σ ℓ_i(S(x_u; θ), signal)
-            path = take_steps(local_student, update, problem, labeled, batches, teach, **how)
-        with shown("steps back", len(path.feedback)) as path.progress:
+    how: dict[str, Any] = {"parts": accumulate, "keep_graph": estimate.keep_graph, "graph_of": graph_of}
+    how |= {"keep": estimate.keeping, "updates": [update.at(of_step) for of_step in options]}
+    how |= {"wrt": [name for name in wrt if name != "teacher"]}
+    with as_it_was, kernels:
+        with shown("steps", 0) as tell:  # θ′ = U(θ, g), g = ∇ (1/B) Σ ℓ_i(S(x_u; θ), signal)
+            path = take_steps(local_student, update, problem, labeled, batches, teach, progress=tell, **how)
+        with shown("steps back", 0) as path.progress:
             feedback, _ = estimate.checked_feedback(path, estimate.init())  # h = −dL(θ′)/d(signal)
         grads = teach.gradient(path, feedback) if "teacher" in wrt else {}  # of −Σ h·signal(θ_T)
         start, of_settings = path.start if "start" in wrt else {}, stacked_settings(path.in_settings[::-1], settings)

@@ -130,13 +130,6 @@ class States:
     done = 0  # steps that a process which was killed has taken
     adjoint: Any = None  # what it has of the way back
 
-    def resume(self, path: Any, updates: Any) -> Any: ...
-    def note(self, path: Any, number: int, params: Any, state: Any) -> None:
-        """Keep the state before step ``number`` of the run forward."""
-        self.keep(number, (params, state))
-
-    def passed(self, path: Any, number: int, v: Any, state_cotangent: Any) -> None: ...
-
     def __init__(self, on: str | None) -> None:
         self.on, self._held = on, dict[int, Any]()
 

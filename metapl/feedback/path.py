@@ -51,7 +51,6 @@ class Path:
     steps: list[InnerStep] = field(default_factory=list)
     keeping: Keeping = ALL  # which steps keep their states; the adjoint computes the others again
     states: States = field(init=False)  # of several steps, where some are computed again
-    feedback: list[Any] = field(default_factory=list, init=False)  # on the last steps so far, as plain values
     progress: Callable[[Any], None] | None = None  # called with the batch of each step of the adjoint
     wrt: Sequence[str] = ()  # settings of the optimizer, and "start": what the gradient is in besides the signals
     start: Tree = field(default_factory=dict, init=False)  # dL(θ′)/dθ, where it is asked for
@@ -113,11 +112,7 @@ class Path:
         which needs none."""
         end, spacings = len(self.steps), self.keeping.spacings
         first = 0 if truncate is None else max(0, end - truncate)
-        resumed = self.states.adjoint if end > 1 else None
-        if resumed is None:
-            v, state_bar = {name: t.to_dense() for name, t in self.outer_gradient().items()}, None
-        else:
-            end, v, state_bar = (resumed[name] for name in ("at", "v", "state_cotangent"))
+        v, state_bar = {name: t.to_dense() for name, t in self.outer_gradient().items()}, None
         for number, step in self._backwards(first, 0, end, *spacings):
             if self.rereads:
                 self.batch(number, step.batch)
@@ -134,8 +129,6 @@ class Path:
                 yield step, w, in_signal
             if self.progress is not None:
                 self.progress(step.batch)
-            if number > first and spacings and number % spacings[-1] == 0:
-                self.states.passed(self, number, v, state_bar)
 
     def _backwards(self, first: int, begin: int, end: int, *spacings: int) -> Iterator[tuple[int, InnerStep]]:
         """The steps from ``end`` back to ``begin``, none before ``first``, each with its θ, g and s. Each block between
@@ -256,7 +249,6 @@ def take_steps(
     keep_graph: bool = False,  # keep the path differentiable in the signals, for ``gradients_in_signals``
     graph_of: Credited | None = None,  # of one step, what g keeps a graph in
     keep: Callable[[int, int, LocalStudent], Keeping] | None = None,  # by the number of steps and the size of one
-    states: States | None = None,  # where these lie, with the steps that a killed process has taken
     updates: Sequence[Update] = (),  # of each step, where they differ by a schedule, or have settings that are leaves
     wrt: Sequence[str] = (),  # what the gradient is in besides the signals
     progress: Callable[[Any], None] | None = None,  # called with the batch of each step that has been taken
@@ -321,18 +313,14 @@ def take_steps(
 
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
     params = as_leaves(local.params) if (several or "start" in wrt) and keep_graph else local.params
-    state, done = update.read_state(), 0 if states is None else states.done
-    if states is not None and done:
-        path.states = states
-        params, state = states.resume(path, updates)
-        path.batch(done - 1)  # of a path that is truncated, no other is read again
-    for number in range(done, len(batches)):
-        if number > done:
+    state = update.read_state()
+    for number in range(len(batches)):
+        if number > 0:
             params, state = path.steps[-1].updated
             if path.keeping.spacings:
                 path.forget(number - 1)
                 if number % path.keeping.spacings[0] == 0:
-                    path.states.note(path, number, params, state)
+                    path.states.keep(number, (params, state))
         with ranks.agreed() if rereads else NOTHING:
             batch = batches[number]
         if number == 0 and several:  # what does not fit is refused before anything is computed
@@ -340,7 +328,7 @@ def take_steps(
             held = [*params.values()] * 2 + (pytree.tree_leaves(batch) if rereads else [])
             size = update.state_bytes() + sum(t.nbytes for t in held if isinstance(t, Tensor))
             path.keeping = ALL if keep is None else keep(len(batches), size, local)
-            path.states = states or States(path.keeping.on)
+            path.states = States(path.keeping.on)
             if path.keeping.spacings:
                 path.states.keep(0, (params, state))
         path.steps.append(taken(batch, params, state, updates[number] if updates else update))
@@ -351,6 +339,4 @@ def take_steps(
             path.batch(0)  # a function that always returns another batch is refused here, not after the path
         if progress is not None:
             progress(batch)
-    if states is not None and len(batches) > max(done, 1):  # a path of one step has no way back
-        states.note(path, len(batches), *path.steps[-1].updated)
     return path

@@ -1,4 +1,4 @@
-"""A long path in a folder, by which the same call goes on after the process was killed.
+"""A long compiled path in a folder, by which the same call goes on after the process was killed.
 
     path.ckpt      whose path it is, as a digest of what was given, and the generators at its beginning
     kept-N.ckpt    the state before step N, for the way back; of the last N, after all steps
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +22,12 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution.batch import digest
-from metapl.execution.local import LocalStudent
 from metapl.execution.rng import RandomState
-from metapl.execution.state import State
-from metapl.feedback.inner_step import InnerStep
-from metapl.feedback.keeping import Keeping, States, folder_of
-from metapl.feedback.teacher import TeacherPass, Teaching
-from metapl.problems.base import Problem, Signal, enters_input, kind_of
+from metapl.feedback.keeping import States, folder_of
+from metapl.problems.base import Problem, kind_of
 from metapl.runs import checkpoint
 from metapl.runs.folder import Folder as OwnedFolder
 from metapl.updates import Update
-
-if TYPE_CHECKING:
-    from metapl.feedback.path import Path
 
 _PATH, _ADJOINT = "path.ckpt", "adjoint.ckpt"
 
@@ -45,23 +38,22 @@ def known_by(
     problem: Problem,
     mode: Any,
     update: Update,
-    inner_optimizer: Any,
-    generator: torch.Generator | None,
+    optimizer: torch.optim.Optimizer,
     *given: Any,
 ) -> int:
-    """A number by which a path is known: by networks, losses, U, mode, generators, and what else was ``given``."""
+    """A number by which a path is known: by networks, losses, U, mode, autocast, and what else was ``given``."""
 
     def network(module: nn.Module) -> Any:
         modes = [part.training for part in module.modules()]
         return str(module), modes, dict(module.named_parameters()), dict(module.named_buffers())
 
     kind = next(student.parameters()).device.type
-    groups = [{**group, "params": len(group["params"])} for group in getattr(inner_optimizer, "param_groups", [])]
-    rule = type(inner_optimizer).__name__, str(groups), getattr(update, "max_norm", None), update.read_state()
+    groups = [{**group, "params": len(group["params"])} for group in optimizer.param_groups]
+    rule = type(optimizer).__name__, str(groups), update.read_state()
     losses = kind_of(problem), {name: str(value) for name, value in vars(problem).items()}
     how = mode.name, str({**vars(mode), "keep_on": None})
-    drawn = torch.is_autocast_enabled(kind), str(torch.get_autocast_dtype(kind)), generator and generator.get_state()
-    return int(digest((network(student), network(teacher), rule, losses, how, drawn, given)))
+    cast = torch.is_autocast_enabled(kind), str(torch.get_autocast_dtype(kind))
+    return int(digest((network(student), network(teacher), rule, losses, how, cast, given)))
 
 
 def generators_at_start(folder: str | None) -> RandomState | None:
@@ -141,79 +133,6 @@ class Folder(States):
         places = pytree.tree_leaves(found["places"], is_leaf=lambda place: place is None or isinstance(place, tuple))
         pairs = zip(leaves, places, strict=True)
         return pytree.tree_unflatten([t if at is None else placed(t, *at) for t, at in pairs], structure)
-
-
-class PathFolder(Folder):
-    """The states of a :class:`metapl.feedback.path.Path` in a folder."""
-
-    def __init__(self, folder: FilePath, of: int, student: LocalStudent, teach: Teaching, update: Update) -> None:
-        super().__init__(folder, of, teach.steps, student.device)
-        self.student, self.teach, self.update = student, teach, update
-        if enters_input(teach.problem):
-            raise MetaplError(f"keep_on={str(folder)!r}: of a signal in the student's input; expected 'cpu' or None.")
-
-    def resume(self, path: Path, updates: Sequence[Update]) -> Any:
-        """Give path, networks and generators what they had come to; θ and s after these steps."""
-        student, teach = self.student, self.teach
-        begun = [slots.state or State(slots) for slots in (student.slots, teach.slots)]
-        for found in self.known():
-            for signal, loss, known, records in found["steps"]:
-                rule = updates[len(path.steps)] if updates else path.update
-                passes = [student.pass_type.recorded(student, begun[0], part) for part in records]
-                given = path.problem, rule, passes, None, Signal(**signal), loss
-                path.steps.append(InnerStep(*given, grads={}, state=None, by_optimizer=True, digest=known))
-            for outputs, signal, random, state, drawn in found["passes"]:
-                asked = RandomState(student.device, **random), begun[1].with_values(state), drawn
-                teach.passes.append(TeacherPass(None, outputs, Signal(**signal), *asked))
-        path.keeping = Keeping(tuple(found["spacings"]), str(self.folder))
-        for state, values in zip(begun, found["states"], strict=True):
-            state.with_values(values).restore()
-        student.slots.state = None
-        RandomState(student.device, **found["random"]).restore()
-        if teach.generator is not None:
-            teach.generator.set_state(found["drawn"])
-        moved = self.take(self.done)
-        if self.done == teach.steps:
-            vars(path.steps[-1])["updated"] = moved
-        if self.adjoint is not None:
-            path.feedback, path.in_settings = self.adjoint["found"], self.adjoint["in_settings"]
-            vars(path)["outer_loss"] = self.adjoint["outer_loss"]
-        return moved
-
-    def note(self, path: Path, number: int, params: Any, state: Any) -> None:
-        """Keep the state before step ``number``, with the steps since the last one, so that the path goes on there."""
-        super().note(path, number, params, state)
-        parts, generator = self.teach.parts, self.teach.generator
-        self.came_to(
-            number,
-            steps=[
-                [vars(step.signal), step.inner_loss, step.digest, [part.record() for part in step.passes]]
-                for step in path.steps[self.done : number]
-            ],
-            passes=[
-                [p.student_outputs, vars(p.signal.detached()), p.random.values(), p.state.values(), p.drawn]
-                for p in self.teach.passes[self.done * parts : number * parts]
-                if p.random is not None and p.state is not None  # all are computed again
-            ],
-            states=[State(slots).values() for slots in (self.student.slots, self.teach.slots)],
-            random=RandomState.now(self.student.device).values(),
-            drawn=None if generator is None else generator.get_state(),
-            spacings=list(path.keeping.spacings),
-        )
-
-    def passed(self, path: Path, number: int, v: Any, state_cotangent: Any) -> None:
-        found, loss, own = path.feedback, path.outer_loss, path.in_settings
-        self.came_back_to(number, found=found, outer_loss=loss, in_settings=own, v=v, state_cotangent=state_cotangent)
-
-    def keep(self, number: int, state: Any) -> None:
-        params, inner = state
-        super().keep(number, [params, inner if type(inner) is dict else pytree.tree_leaves(inner)])  # TorchOpt's is not
-
-    def take(self, number: int) -> Any:
-        params, inner = super().take(number)
-        if type(inner) is not dict:
-            inner = pytree.tree_unflatten(inner, pytree.tree_structure(self.update.read_state()))
-        return params, inner
 
 
 def _has_path(folder: FilePath) -> bool:

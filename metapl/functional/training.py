@@ -378,8 +378,8 @@ def differentiate(
     begun, spacings, student_at = RandomState.now(device), (*chosen.spacings, 1), Function(student)
     going_on: Any = nullcontext()
     if folder is not None:
-        asked = student, teacher or nn.Module(), problem, mode, update, optimizer, None
-        of = known_by(*asked, "compiled", options, wrt, clip_norm, outer, ahead[0], steps)
+        asked = student, teacher or nn.Module(), problem, mode, update, optimizer
+        of = known_by(*asked, options, wrt, clip_norm, outer, ahead[0], steps)
         going_on = Folder(folder, of, steps, device).opened()
     feedback, in_settings, end, done = list[Any](), list[Any](), steps, 0
     try:

@@ -186,7 +186,7 @@ def attribute(
         each: the scores of each outer example's loss, (M, N), in place of the whole outer loss's; the network sees all
             M, as for that one.
         mode: default ``Forward()``, which keeps as many steps as half of the free memory holds. With
-            ``Forward(keep_on=folder)`` the same call goes on after a kill, compiled too.
+            ``Forward(keep_on=folder)`` and ``compile=True`` the same call goes on after a kill.
         clip_norm: the greatest global norm of the gradient in each step; None: no clipping.
         compile: one step and its adjoint as two compiled graphs, as for :func:`metapl.hypergradient`; with ``each``,
             the adjoint takes all M outer losses at once, in the memory of M sets of weights and optimizer states.

@@ -189,7 +189,7 @@ def refuse_hooks(student: nn.Module) -> None:
 def verified(given: Step, estimate: Any, parts: int = 1) -> GradientCheck:
     """A mode's gradient of a step beside its definition; nothing of the process is moved."""
     estimate = getattr(estimate, "base", estimate)  # whose feedback a control alters
-    plainly = {"normalization": "gradient", "similarity": "dot", "baseline": None, "truncate": None}
+    plainly = {"normalization": "gradient", "similarity": "dot", "baseline": None, "truncate": None, "keep_on": None}
     names = {one.name for one in fields(estimate)} if is_dataclass(estimate) else set()
     estimate = replace(estimate, **{name: value for name, value in plainly.items() if name in names})
     if estimate.credits == "nothing":
