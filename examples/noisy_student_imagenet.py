@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import metapl
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels.queries import select
+from metapl.apps.model_noise import NoisyStudentLoss
 from metapl.apps.networks import parameter_groups
 from metapl.apps.pictures import (
     EvaluationBatches,
@@ -38,7 +39,6 @@ from metapl.apps.pictures.batches import in_unit_range
 from metapl.data import StepSampler
 from metapl.data.draws import fold_in
 from metapl.problems.losses import CrossEntropy
-from metapl.problems.stored import NoisyStudentLoss
 
 
 @dataclass(frozen=True, kw_only=True)

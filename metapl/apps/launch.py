@@ -15,10 +15,10 @@ from torch import distributed as dist
 from torch import nn
 
 from metapl.apps.fitting import Share
+from metapl.apps.model_noise import model_noise
 from metapl.distributed.mesh import Mesh, shard
 from metapl.errors import MetaplError
 from metapl.execution.ranks import ALONE, Ranks
-from metapl.problems.stored import model_noise
 
 PATIENCE = timedelta(minutes=10)  # for which a process waits for another one before it gives up
 

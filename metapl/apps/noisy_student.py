@@ -29,6 +29,7 @@ from metapl.apps.labeling import Read, ToLabel, provenance, store_labels
 from metapl.apps.labels import LabelStore
 from metapl.apps.labels.queries import Selection, select, statistics
 from metapl.apps.methods import Data, Method, Trained, Training
+from metapl.apps.model_noise import NoisyStudentLoss, with_model_noise
 from metapl.apps.networks import begin_as
 from metapl.apps.pictures import LabeledBatches, UnlabeledBatches
 from metapl.apps.pictures.batches import Fetched
@@ -42,7 +43,7 @@ from metapl.execution.batch import digest
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.problems.losses import CrossEntropy
-from metapl.problems.stored import NoisyStudentLoss, check_stored, stored_pair, with_model_noise
+from metapl.problems.stored import check_stored, stored_pair
 from metapl.runs.fields import Range, check_fields
 from metapl.training import FitResult, Say
 from metapl.training.loss_trainer import LossTrainer

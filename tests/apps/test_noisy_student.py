@@ -23,6 +23,7 @@ from metapl.apps.images import Images
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels.queries import select
 from metapl.apps.methods import Training
+from metapl.apps.model_noise import NoisyStudentLoss, model_noise
 from metapl.apps.networks import Architecture
 from metapl.apps.noisy_student import (
     Noised,
@@ -35,7 +36,6 @@ from metapl.apps.noisy_student import (
 )
 from metapl.apps.settings import replaced
 from metapl.problems.base import Signal
-from metapl.problems.stored import NoisyStudentLoss, model_noise
 from metapl.training import FitOptions, FitResult
 
 NOTHING = Signal(torch.zeros(0))

@@ -22,7 +22,7 @@ FLOORS = (
     ("functional",),
     ("training",),
     ("ablation",),
-    ("apps.errors", "apps.words", "apps.sklearn", "apps.machine"),
+    ("apps.errors", "apps.words", "apps.sklearn", "apps.machine", "apps.model_noise"),
     ("apps.networks",),
     ("apps.pictures",),
     ("apps.labels", "apps.evaluation", "apps.settings", "apps.web", "apps.process"),
