@@ -25,33 +25,21 @@ class FieldError(MetaplError):
 
 
 def reason_of(error: BaseException) -> str:
-    """Why something failed, in a line without its period: the system's words, or what the message begins with.
-
-    >>> reason_of(RuntimeError("out of memory.\\nA traceback")), reason_of(KeyboardInterrupt())
-    ('out of memory', 'KeyboardInterrupt')
-    """
+    """Why something failed, in a line without its period: the system's words, or what the message begins with."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     first = next((line for line in map(str.strip, text.splitlines()) if line), type(error).__name__)
     return shown(f"{first:.300}".rstrip("."))
 
 
 def few(names: Iterable[object], most: int = 5, longest: int = 300) -> str:
-    """The first few names, as an error gives them: each cut where it is too long, and how many there are besides.
-
-    >>> few(["a", "b", "c", "d", "e"], 3), few([7])
-    ('a, b, c and 2 more', '7')
-    """
+    """The first few names, as an error gives them: each cut where it is too long, and how many there are besides."""
     texts = [shown(name) for name in names]
     first = [text if len(text) <= longest else f"{text[: longest - 3]}..." for text in texts[:most]]
     return ", ".join(first) + (f" and {len(texts) - most:,} more" if len(texts) > most else "")
 
 
 def either(**spellings: object) -> Any:
-    """The value of an argument that has two spellings, of which None is one that was not given.
-
-    >>> either(labeled=None, outer=3)
-    3
-    """
+    """The value of an argument that has two spellings, of which None is one that was not given."""
     given = {name: value for name, value in spellings.items() if value is not None}
     if len(given) > 1:
         raise MetaplError(f"{'= and '.join(given)}= were both given; they are two names of one argument: expected one.")

@@ -12,12 +12,8 @@ TURNS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\
 
 
 def shown(text: object, keep: str = "") -> str:
-    r"""A name or a message with control characters, turns of direction and bytes that are not UTF-8 escaped, but for
-    those to ``keep``, such as the newlines of a message.
-
-    >>> shown("a\x1b[2Jb\n"), shown("caf\udce9"), shown("größe 猫")
-    ('a\\x1b[2Jb\\n', 'caf\\xe9', 'größe 猫')
-    """
+    """A name or a message with control characters, turns of direction and bytes that are not UTF-8 escaped, but for
+    those to ``keep``."""
     letters = []
     for letter in str(text):
         if letter in keep or (letter not in TURNS and unicodedata.category(letter) not in ("Cc", "Cs")):
@@ -30,21 +26,13 @@ def shown(text: object, keep: str = "") -> str:
 
 
 def did_you_mean(given: str, known: Sequence[str]) -> str:
-    """A question to append to a refusal, or nothing where nothing known is like what was given.
-
-    >>> did_you_mean("trian", ["train", "evaluate"]), did_you_mean("xyz", ["train"])
-    ('; did you mean train?', '')
-    """
+    """A question to append to a refusal, or nothing where nothing known is like what was given."""
     close = difflib.get_close_matches(given, known, n=3, cutoff=0.75)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def summary(name: str, **parts: object) -> str:
-    """A short ``repr``: numbers to four digits, tensors of more by their shape, dicts by their names.
-
-    >>> summary("Report", step=3, loss=0.123456, grads={"weight": 1, "bias": 2})
-    'Report(step=3, loss=0.1235, grads={weight, bias})'
-    """
+    """A short ``repr``: numbers to four digits, tensors of more by their shape, dicts by their names."""
 
     def brief(part: object) -> str:
         if getattr(part, "shape", None) == ():  # a tensor of one number

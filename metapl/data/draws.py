@@ -52,9 +52,6 @@ def bits(seed: int, step: int, examples: Tensor, n: int, stream: int = 0) -> Ten
         seed, step, stream: any integers; ``stream`` keeps uses with the same seed and step apart.
         examples: (B,) int64, what identifies each example; equal entries draw equal bits.
         n: draws per example; a larger n continues the draws of a smaller one.
-
-    >>> bits(0, step=3, examples=torch.tensor([7, 9]), n=2).shape
-    torch.Size([2, 2])
     """
     key = fold_in(fold_in(seed, stream), step)
     draws = torch.arange(n, device=examples.device)
@@ -64,12 +61,7 @@ def bits(seed: int, step: int, examples: Tensor, n: int, stream: int = 0) -> Ten
 def uniform(
     seed: int, step: int, examples: Tensor, n: int, stream: int = 0, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Draws from [0, 1), u = ⌊bits / 2^(64−p)⌋ / 2^p with p = 24 in float32 and 53 in float64, (B, n), the same to the
-    last bit on every device; for the arguments see :func:`bits`.
-
-    >>> u = uniform(0, step=3, examples=torch.tensor([7, 9, 7]), n=2)
-    >>> torch.equal(u[0], u[2])
-    True
-    """
+    """Draws from [0, 1), (B, n): ⌊bits / 2^(64−p)⌋ / 2^p with p = 24 in float32 and 53 in float64, the same on every
+    device; for the arguments see :func:`bits`."""
     precision = {torch.float32: 24, torch.float64: 53}[dtype]
     return _shift_right(bits(seed, step, examples, n, stream), 64 - precision).to(dtype) * 2.0**-precision

@@ -94,13 +94,7 @@ def _begin_worker(worker: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class ArrayBatches(StepBatches[Any]):
-    """Batches of the rows of tensors, in endless shuffled epochs; of fewer rows than ``batch_size``, all of them.
-
-    >>> batches = ArrayBatches((torch.arange(4), torch.arange(4) % 2), batch_size=3)
-    >>> x, y = batches[0]
-    >>> len(x), torch.equal(y, x % 2), torch.equal(batches[0][0], x)
-    (3, True, True)
-    """
+    """Batches of the rows of tensors, in endless shuffled epochs; of fewer rows than ``batch_size``, all of them."""
 
     rows: Any  # tensors with a row for each example, in any nesting of dicts and tuples
     batch_size: int

@@ -186,12 +186,7 @@ def shard(
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
     """The blocks of a network: of the modules that its ``Sequential``, ``ModuleList`` and ``ModuleDict`` hold, the
-    innermost ones that hold more than a layer, such as residual blocks; in a network of plain layers, its layers.
-
-    >>> import metapl
-    >>> len(blocks_of(metapl.models.wide_resnet28_2())), len(blocks_of(metapl.models.mlp([4, 8, 3])))
-    (12, 2)
-    """
+    innermost ones that hold more than a layer, such as residual blocks; in a network of plain layers, its layers."""
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     composite: list[nn.Module] = []
     layers: list[nn.Module] = []

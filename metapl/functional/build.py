@@ -59,7 +59,7 @@ def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> 
         if isinstance(update, TorchUpdate):  # a number that is no setting is 0
             groups[place] = [group | dict.fromkeys(update.numbers, 0.0) for group in options_of(update.optimizer)]
     groups[1] = as_taken(groups[1])
-    step: Any = make_step(
+    return make_step(
         trainer.teacher,
         trainer.student,
         problem,
@@ -74,14 +74,12 @@ def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> 
         revises=has_own(problem, "revised_signal"),
         autocast=autocast,
     )
-    step.__code__ = step.__code__.replace()  # Dynamo counts graphs by code object, which all steps would share
-    made: Step = step
-    return made
 
 
 def functional(trainer: Any) -> tuple[Step, State]:
     updates = updates_of(trainer)
-    step = step_of(trainer, trainer.lookahead, updates)
+    step: Any = step_of(trainer, trainer.lookahead, updates)
+    step.__code__ = step.__code__.replace()  # Dynamo counts graphs by code object, which all steps would share
     return step, pytree.tree_map_only(Tensor, Tensor.clone, state_of(trainer, updates))
 
 

@@ -47,6 +47,16 @@ def backend_of(device: torch.device) -> dict[str, Any]:
     return {"options": BACKEND["options"] | lean | keep}
 
 
+def captured(function: Any, device: torch.device, **options: Any) -> Any:
+    """A function as one graph, once it is called."""
+    function.__code__ = function.__code__.replace()  # Dynamo counts graphs by code object
+    how = dict(backend_of(device))
+    how |= {"options": how.get("options", {}) | options} if options else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # while Inductor is imported
+        return torch.compile(function, fullgraph=True, dynamic=False, **how)
+
+
 @contextmanager
 def capturing() -> Iterator[None]:
     """Name what cannot be captured by a graph that is called in this block."""
@@ -155,12 +165,9 @@ class CompiledStep:
             raise MetaplError("inner_optimizer is a TorchOpt transform; expected torch.optim's, or compile=False.")
         trainer.update.follow({name: p for name, p in trainer.student.named_parameters() if p.requires_grad})
         updates = updates_of(trainer)
-        step, how = step_of(trainer, steps, updates), dict(backend_of(trainer.device))
-        if trainer.compile == "reduce-overhead":  # torch.compile's mode of that name, beside our options
-            how["options"] = how.get("options", {}) | {"triton.cudagraphs": True}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # while Inductor is imported
-            return torch.compile(step, fullgraph=True, dynamic=False, **how), updates
+        # torch.compile's mode of that name, beside our options.
+        graphs = {"triton.cudagraphs": True} if trainer.compile == "reduce-overhead" else {}
+        return captured(step_of(trainer, steps, updates), trainer.device, **graphs), updates
 
     def hold(self, state: State, moved: State, updates: Any) -> None:
         """Keep a state, whose tensors are those of the modules, and let the optimizers hold those that are new."""

@@ -29,15 +29,11 @@ def tensors_of(module: nn.Module | None) -> Network:
     return Network(params, {name: t.detach() for name, t in state.items() if name not in params})
 
 
-def _in_memory_order() -> bool:
-    """Whether PyTorch draws a transposed tensor in the order of its memory; with MKL, it does not."""
-    plain, transposed = torch.empty(8, 8), torch.empty(8, 8).t()
-    for t in (plain, transposed):
-        t.bernoulli_(0.5, generator=torch.Generator().manual_seed(0))
-    return torch.equal(plain, transposed.t())
-
-
-IN_MEMORY_ORDER = _in_memory_order()
+# Whether PyTorch draws a transposed tensor in the order of its memory; with MKL, it does not.
+_drawn = [
+    t.bernoulli_(0.5, generator=torch.Generator().manual_seed(0)) for t in (torch.empty(8, 8), torch.empty(8, 8).t())
+]
+IN_MEMORY_ORDER = torch.equal(_drawn[0], _drawn[1].t())
 
 
 class EagerMasks(TorchFunctionMode):

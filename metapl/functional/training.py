@@ -15,7 +15,6 @@ Source: Metagradient descent (Engstrom et al., 2025), REPLAY; MAGIC (Ilyas and E
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -41,7 +40,7 @@ from metapl.feedback.keeping import Keeping, States, folder_of, keeping
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import LOSS_NOT_FINITE, NOT_FINITE, OTHER_BATCH
 from metapl.feedback.resuming import Folder, known_by
-from metapl.functional.compiled import backend_of, capturing, refuse_gap
+from metapl.functional.compiled import captured, capturing, refuse_gap
 from metapl.functional.network import Function, tensors_of
 from metapl.functional.state import dot, held, norm, on_value, settings_of
 from metapl.problems.base import Problem, Signal, enters_input, has_own, sum_and_weight
@@ -194,11 +193,7 @@ def compiled_training(
         cast = nullcontext if dtype is None else partial(torch.autocast, device.type, dtype, cache_enabled=False)
         how: dict[str, Any] = {"in_settings": in_settings, "several": several, "autocast": cast}
         both = make_training(teacher, student, problem, rule, groups, **how)
-        for function in both:
-            function.__code__ = function.__code__.replace()  # Dynamo counts graphs by code object
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # while Inductor is imported
-            step, adjoint = (torch.compile(f, fullgraph=True, dynamic=False, **backend_of(device)) for f in both)
+        step, adjoint = (captured(function, device) for function in both)
         _KNOWN[key] = Compiled(step, adjoint, update, of, {})
     return _KNOWN[key]
 
@@ -269,27 +264,45 @@ def differentiate(
     moves = next((k for k, groups in enumerate(options) if any(now["lr"] != 0 for now in groups)), 0)
 
     def compare(batch: Any) -> None:
+        """Refuse graphs whose gradient through one step on such a batch is not that of the eager road."""
         if (kind := shapes_of(batch)) in made.compared:
             return
-        given: Any = {"clip_norm": clip_norm, "judging": judging, "wrt": wrt}
         empty = dict.fromkeys(update.numbers, 0.0) | {"betas": (0.0, 0.0)}
         row = {n: [now.get(n, empty[n]) for now in options[moves]] for n in update.numbers}
         # With all of the decay that there will be, which moves what no loss reaches.
         row["weight_decay"] = [max(now["weight_decay"] for now in groups) for groups in by_group]
         schedule = {n: torch.tensor([own], dtype=torch.float64) for n, own in row.items()}
+        one, begun = Lookahead([batch], schedule=ahead.schedule and schedule), RandomState.now(device)
         made.compared[kind] = None  # the step that is compared is none to compare
         try:
-            compiled = partial(differentiate, teacher, student, problem, optimizer, Forward(), outer, **given)
-            how = {"labeled": outer, "problem": [*judging, problem][0], "clip_norm": clip_norm}
-            eager = partial(hypergradient, teacher, student, inner_optimizer=optimizer, **how)
-            one = Lookahead([batch], schedule=ahead.schedule and schedule)
-            still = refuse_other_training(compiled, eager, one, theta, device)
+            given: Any = {"clip_norm": clip_norm, "judging": judging, "wrt": wrt}
+            ours = differentiate(teacher, student, problem, optimizer, Forward(), outer, one, **given)
+            after = RandomState.now(device)
+            begun.restore()
+            how: Any = {"labeled": outer, "unlabeled": one, "problem": [*judging, problem][0], "clip_norm": clip_norm}
+            with branching_to(after.branch()):
+                eager = hypergradient(teacher, student, inner_optimizer=optimizer, **how)
+            moved = {n: t - theta[n] for n, t in eager.student_params.items()}
+            least, eps = 1e3 * float(norm(moved)), torch.finfo(eager.inner_loss.dtype).eps
+            rounding = {n: eps * (least + 8 * float(t.norm())) for n, t in theta.items()}  # as of a bias before a norm
+            still = frozenset(n for n, t in moved.items() if float(t.norm()) <= rounding[n])
+            for name in (n for n in still if float((ours.params[n] - theta[n]).norm()) > rounding[n]):
+                raise MetaplError(f"no loss reaches the student's {name}; expected requires_grad=False.")
             for other in (own for own in made.compared.values() if own is not None and own != still):
                 names = few(sorted(other ^ still), 3)
                 raise MetaplError(f"no loss of some batches reaches {names}; leave compile out.")
+            h, L = ours.feedback[0], ours.outer_loss
+            if L.ndim:  # of several outer losses, by the first
+                h, L = pytree.tree_map(lambda t: t[0], (h, L))
+            pairs = {"h": (h, eager.feedback[0]), "the outer loss": (L, eager.outer_loss)}
+            for name, pair in (pairs | {"the teacher's gradient": (ours.teacher, eager.grads)}).items():
+                found, expected = (dict(enumerate(pytree.tree_leaves(tree))) for tree in pair)
+                refuse_gap(name, found, expected, eager.inner_loss, rounding=name == "h")
         except BaseException:
             del made.compared[kind]
             raise
+        finally:
+            begun.restore()
         made.compared[kind] = still
 
     compare(ahead[moves])
@@ -440,33 +453,3 @@ def differentiate(
 def shapes_of(batch: Any) -> tuple[Any, ...]:
     leaves, structure = pytree.tree_flatten(batch)
     return str(structure), *(tuple(t.shape) if isinstance(t, Tensor) else str(t) for t in leaves)
-
-
-def refuse_other_training(
-    compiled: Callable[..., Gradient], eager: Callable[..., Any], ahead: Lookahead, before: Tree, device: torch.device
-) -> frozenset[str]:
-    """Refuse graphs whose gradient through one step is not that of the eager road. Returns which weights stay."""
-    start = RandomState.now(device)
-    try:
-        ours = compiled(ahead)
-        after = RandomState.now(device)
-        start.restore()
-        with branching_to(after.branch()):
-            expected = eager(unlabeled=ahead)
-    finally:
-        start.restore()
-    by = {n: t - before[n] for n, t in expected.student_params.items()}
-    least, eps = 1e3 * float(norm(by)), torch.finfo(expected.inner_loss.dtype).eps
-    rounding = {n: eps * (least + 8 * float(t.norm())) for n, t in before.items()}  # as of a bias before a norm
-    still = frozenset(n for n, t in by.items() if float(t.norm()) <= rounding[n])
-    for name in (n for n in still if float((ours.params[n] - before[n]).norm()) > rounding[n]):
-        raise MetaplError(f"no loss reaches the student's {name}, which would decay; expected requires_grad=False.")
-    h, loss = ours.feedback[0], expected.inner_loss
-    if ours.outer_loss.ndim:  # of several outer losses, by the first
-        h = pytree.tree_map(lambda t: t[0], h)
-    pairs = {"h": (h, expected.feedback[0]), "the outer loss": (ours.outer_loss.flatten()[0], expected.outer_loss)}
-    pairs |= {"the teacher's gradient": (ours.teacher, expected.grads)}
-    for name, (found, tree) in pairs.items():
-        ours_by_place, eager_by_place = (dict(enumerate(pytree.tree_leaves(t))) for t in (found, tree))
-        refuse_gap(name, ours_by_place, eager_by_place, loss, rounding=name == "h")
-    return still

@@ -117,11 +117,7 @@ def _is_updated(given: Any) -> bool:
 
 
 def metric_of(given: Any, mode: Better | None = None) -> Metric | None:
-    """The metric that a user asks for, whose best value is the one that ``mode`` says; None: the default one.
-
-    >>> metric_of(lambda outputs, batch: 0.0, "max").improves(2.0, best=1.0)
-    True
-    """
+    """The metric that a user asks for, whose best value is the one that ``mode`` says; None: the default one."""
     if mode not in (None, "min", "max") or (given is None and mode is not None):
         raise MetaplError(f"mode={mode!r} was given with metric={given!r}; expected 'min' or 'max', and a metric.")
     if given is None:

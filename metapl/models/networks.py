@@ -174,11 +174,7 @@ def wide_resnet(
 
 
 def wide_resnet28_2(num_classes: int = 10, dropout: float = 0.0) -> nn.Module:
-    """WRN-28-2, the network of the CIFAR-10 and SVHN experiments; see :func:`wide_resnet`.
-
-    >>> sum(p.numel() for p in wide_resnet28_2().parameters())
-    1467610
-    """
+    """WRN-28-2, the network of the CIFAR-10 and SVHN experiments; see :func:`wide_resnet`."""
     return wide_resnet(28, 2, num_classes, dropout)
 
 

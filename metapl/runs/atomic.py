@@ -13,17 +13,10 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yields a new file that takes the name `path` only when the block ends well and its bytes are on disk.
+    """Give a new file that takes the name ``path`` only when the block ends well and its bytes are on disk.
 
-    When the block or the disk fails, it is removed and `path` is as it was. Of a link, the file that it leads to is
-    replaced; ``OSError`` where something that is no plain file has that name.
-
-    >>> import pathlib, tempfile
-    >>> folder = pathlib.Path(tempfile.mkdtemp())
-    >>> with replacing(folder / "note.txt") as file:
-    ...     _ = file.write(b"whole")
-    >>> [found.name for found in folder.iterdir()]
-    ['note.txt']
+    Else it is removed, and ``path`` is as it was. Of a link, the file that it leads to is replaced; ``OSError`` where
+    something that is no plain file has that name.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():  # to rename a file to the name of a device would take that away

@@ -43,12 +43,6 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
 
     Cost: one copy of the tensors on the host; for a moment room for the old file and the new.
     Raises: :class:`CheckpointError`; what had the name before is then as it was.
-
-    >>> import pathlib, tempfile
-    >>> path = pathlib.Path(tempfile.mkdtemp()) / "first.ckpt"
-    >>> save(path, {"step": 3, "weights": torch.ones(2)})
-    >>> load(path)
-    {'step': 3, 'weights': tensor([1., 1.])}
     """
     tensors = dict[str, Tensor]()
     tree = json.dumps(encoded(state, tensors))
@@ -151,18 +145,7 @@ class Found(NamedTuple):
 
 
 class CheckpointFolder:
-    """A folder that keeps the last few checkpoints, ``step-00001234.ckpt`` and so on; one process writes to it. The
-    disk needs room for one more than are kept.
-
-    >>> import tempfile
-    >>> checkpoints = CheckpointFolder(tempfile.mkdtemp(), keep=2)
-    >>> for step in (10, 20, 30):
-    ...     _ = checkpoints.write(step, {"step": step})
-    >>> [path.name for path in checkpoints.paths()]
-    ['step-00000030.ckpt', 'step-00000020.ckpt']
-    >>> checkpoints.newest().state
-    {'step': 30}
-    """
+    """The last few checkpoints, ``step-00001234.ckpt`` and so on; the disk needs room for one more than are kept."""
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 3) -> None:
         self.folder, self.keep = Path(folder), keep

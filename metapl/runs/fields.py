@@ -24,9 +24,6 @@ class Range:
         least, most: the smallest, the greatest.
         above, below: all are above, below it; each range has ``least`` or ``above``.
         of: what the number is, for the error, such as "a number of processes".
-
-    >>> Range(0, 1).words(float), Range(above=0).words(float), Range(1, of="a number of processes").words(int)
-    ('a number in [0, 1)', 'a number above 0', 'a number of processes, 1 or more')
     """
 
     least: float | None = None
@@ -61,15 +58,6 @@ def check_fields(value: Any) -> None:
 
     Looked at are switches, numbers, and annotations with a ``Literal`` or a :class:`Range`, also in unions and tuples.
     A field that has only another default than in a class above keeps its range.
-
-    >>> @dataclass(frozen=True)
-    ... class Smoothed:
-    ...     amount: Annotated[float, Range(0, 1)] = 0.0
-    ...     def __post_init__(self) -> None:
-    ...         check_fields(self)
-    >>> Smoothed(amount=1.5)
-    Traceback (most recent call last):
-    metapl.errors.FieldError: Smoothed(amount=1.5): expected a number in [0, 1).
     """
     kind: Any = type(value)
     given = {field.name: getattr(value, field.name) for field in dataclasses.fields(kind)}
@@ -77,14 +65,7 @@ def check_fields(value: Any) -> None:
 
 
 def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
-    """Refuse arguments that are not as annotated, among those that :func:`check_fields` looks at.
-
-    >>> def fit(*, steps: AtLeastOne, clip_norm: AboveZero | None = None) -> None:
-    ...     check_arguments(fit, locals())
-    >>> fit(steps=3, clip_norm=-1.0)
-    Traceback (most recent call last):
-    metapl.errors.FieldError: clip_norm=-1.0: expected a number above 0 or None.
-    """
+    """Refuse arguments that are not as annotated, among those that :func:`check_fields` looks at."""
     _refuse(given, _hints(function), "{}")
 
 
@@ -113,12 +94,7 @@ def _hints(of: Any) -> dict[str, Any]:
 
 
 def unmet(value: Any, hint: Any) -> str:
-    """What an annotation expects, in words, where a value is not so; empty where it is. A whole number is a float too,
-    and a list a tuple.
-
-    >>> unmet(3, AtLeastOne), unmet(0, AtLeastOne | None), unmet("mild", Literal["soft", "hard"])
-    ('', 'a whole number of 1 or more or None', "'soft' or 'hard'")
-    """
+    """What an annotation expects, in words, where a value is not so. A whole number is a float too, a list a tuple."""
     *first, last = _unmet(value, hint, []) or [""]
     return f"{', '.join(first)} or {last}" if first else last
 

@@ -1,22 +1,11 @@
-r"""What each training example did to a trained network: the derivative of an outer loss in the example's weight.
-
-Of a training on weighted examples, with the batches I_0, ..., I_{K-1} and w = 1,
-
-.. math:: (\theta_{k+1}, s_{k+1}) = U\Big(\theta_k,\ \nabla_\theta \frac1B \sum_{i \in I_k} w_i\,
-          \ell_i(\theta_k),\ s_k\Big), \qquad \mathrm{score}_i = -\frac{\partial L(\theta_K)}{\partial w_i}
-          = \sum_{k :\ i \in I_k} h_{k,i}
-
-with the feedback h of :func:`metapl.hypergradient` on the weight of i in step k: positive means that more of the
-example lowers the outer loss. Without the examples R, whose weights are then 0 while a batch's mean keeps its B, the
-loss is to first order L + Σ_{i∈R} score_i.
-"""
+"""What each training example did to a trained network: the derivative of an outer loss in the example's weight."""
 
 from __future__ import annotations
 
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -164,7 +153,15 @@ def attribute(
 ) -> Attribution:
     r"""What each training example does to the outer loss, through a whole training.
 
-    .. math:: \mathrm{score}_i = -\frac{\partial}{\partial w_i} L(\theta_K(w)) \Big|_{w=1}
+    Of a training on weighted examples, with the batches I_0, ..., I_{K-1} and w = 1,
+
+    .. math:: (\theta_{k+1}, s_{k+1}) = U\Big(\theta_k,\ \nabla_\theta \frac1B \sum_{i \in I_k} w_i\,
+              \ell_i(\theta_k),\ s_k\Big), \qquad \mathrm{score}_i = -\frac{\partial L(\theta_K)}{\partial w_i}
+              = \sum_{k :\ i \in I_k} h_{k,i}
+
+    with the feedback h of :func:`metapl.hypergradient` on the weight of i in step k: positive means that more of the
+    example lowers the outer loss. Without the examples R, whose weights are then 0 while a batch's mean keeps its B,
+    the loss is to first order L + Σ_{i∈R} score_i.
 
     Args:
         student: the network at the start of the training; it stays as it is (``student_params`` has θ_K). In several
@@ -213,12 +210,10 @@ def attribute(
 
     Source: MAGIC (Ilyas and Engstrom, 2025); metagradients (Engstrom et al., 2025).
     """
-    check_arguments(attribute, locals())
+    check_arguments(attribute, arguments := locals())
     mode, device = mode or Forward(), next(student.parameters()).device
     start = generators_at_start(mode.keep_on) or RandomState.now(device)
-    how: dict[str, Any] = {"optimizer": optimizer, "steps": steps, "batch_size": batch_size, "schedule": schedule}
-    how |= {"generator": generator, "problem": problem, "clip_norm": clip_norm, "start": start}
-    training = _Training(student, train, outer, **how)
+    training = _Training(arguments, start)
     problem, whole, order, ranks = training.problem, training.whole, training.order, training.layout.ranks
     if each and folder_of(mode.keep_on):
         raise MetaplError(f"keep_on={mode.keep_on!r} is the folder of one path; expected each=False, or None.")
@@ -322,10 +317,8 @@ def metasmoothness(
 
     Source: definition 2 of metagradient descent (Engstrom et al., 2025), whose metaparameters are here the weights.
     """
-    check_arguments(metasmoothness, locals())
-    how: dict[str, Any] = {"optimizer": optimizer, "steps": steps, "batch_size": batch_size, "schedule": schedule}
-    how |= {"generator": generator, "problem": problem, "clip_norm": clip_norm}
-    training = _Training(student, train, outer, **how)
+    check_arguments(metasmoothness, given := locals())
+    training = _Training(given)
     with counted(progress, 3, "trainings", 0) as tell:
         found, moved = training.smoothness(step, direction, steps, tell)
     if not 0 < moved < math.inf:
@@ -334,33 +327,20 @@ def metasmoothness(
 
 
 class _Training:
-    """A training on weighted examples, as :func:`attribute` is given it, which can be repeated."""
+    """A training on weighted examples, as ``given`` to :func:`attribute`, which can be repeated."""
 
-    def __init__(
-        self,
-        student: nn.Module,
-        train: Any,
-        outer: Any,
-        *,
-        optimizer: Any,
-        steps: int,
-        batch_size: int,
-        schedule: Schedule | None,
-        generator: torch.Generator | None,
-        problem: Problem | None,
-        clip_norm: float | None,
-        start: RandomState | None = None,
-    ) -> None:
+    def __init__(self, given: Mapping[str, Any], start: RandomState | None = None) -> None:
+        student, steps, batch_size = given["student"], given["steps"], given["batch_size"]
         first = next(student.parameters())
         _, self.layout, _ = layouts(None, student)
-        self.data, judged = _Rows(train, "train", first), _Rows(outer, "outer", first)
-        problem, self.whole, self.clip_norm = problem or EQUAL_WEIGHTS, as_one(optimizer, "optimizer"), clip_norm
+        self.data, judged = (_Rows(given[name], name, first) for name in ("train", "outer"))
+        problem, self.whole = given["problem"] or EQUAL_WEIGHTS, as_one(given["optimizer"], "optimizer")
         # A score is a derivative in weights that are 1.
         if not isinstance(problem, EqualWeights) or type(problem).signal is not EqualWeights.signal:
             raise MetaplError(f"problem is {type(problem).__name__}; expected an EqualWeights with its signal.")
-        self.problem = problem
+        self.problem, self.clip_norm, schedule = problem, given["clip_norm"], given["schedule"]
         # (K, B) examples, in shuffled passes.
-        draw, rows = generator or torch.Generator().manual_seed(0), len(self.data)
+        draw, rows = given["generator"] or torch.Generator().manual_seed(0), len(self.data)
         passes = [torch.randperm(rows, generator=draw) for _ in range(-(-steps * batch_size // rows))]
         self.order = torch.cat(passes)[: steps * batch_size].view(steps, batch_size)
         self.judges, self.outer_batch = len(judged), judged[torch.arange(len(judged))]
@@ -373,30 +353,25 @@ class _Training:
         if not self.layout.is_sharded:
             self.begun = copy.deepcopy((self.layout.network, self.whole), {id(t): t.detach() for t in left})
         self.start = start or RandomState.now(first.device)
-        self.options: Sequence[Any] = [[]] * steps
-        if schedule is not None:
-            self.options = options_by_step(self.whole, schedule, steps)
+        self.options: Sequence[Any] = [[]] * steps if schedule is None else options_by_step(self.whole, schedule, steps)
         kind = first.device.type  # in the precision of the scores, wherever it is called
-        how: dict[str, Any] = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
-        self.autocast = partial(torch.autocast, kind, **how)
+        cast = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        self.autocast = partial(torch.autocast, kind, *cast)
 
     def smoothness(
         self, h: float, v: Tensor | None, steps: int, tell: Callable[[Any], None]
     ) -> tuple[Metasmoothness, float]:
         """That of the first ``steps`` steps, and by how much all trained weights move along v, in sum."""
-        if v is None:
-            v = torch.randn(len(self.data), generator=torch.Generator().manual_seed(0))
-        trained, losses = list[dict[str, Tensor]](), list[Tensor]()
+        v = torch.randn(len(self.data), generator=torch.Generator().manual_seed(0)) if v is None else v
+        trained, losses = list[Tensor](), list[Tensor]()
         for number in range(3):
             params, (loss,) = self.repeated(1 + number * h * v, [self.problem], steps)
-            trained.append(params)
+            trained.append(torch.cat([t.flatten() for t in params.values()]))
             losses.append(loss)
             tell(self.order)
-        same = total = 0.0
-        for t0, t1, t2 in zip(*(params.values() for params in trained), strict=True):
-            moved = (t2 - t0).abs()
-            same += float((moved * (t1 - t0).sign() * (t2 - t1).sign()).double().sum())
-            total += float(moved.double().sum())
+        t0, t1, t2 = trained
+        moved = (t2 - t0).abs().double()
+        total, same = float(moved.sum()), float((moved * (t1 - t0).sign() * (t2 - t1).sign()).sum())
         return Metasmoothness(same / total if total else math.nan, torch.stack(losses)), total
 
     def repeated(

@@ -64,8 +64,8 @@ def about(source: Any, batch: Any) -> dict[str, Any]:
 
 
 def own_state(every: list[dict[str, Any]], trainer: Any, file: Path, sources: Sequence[Any]) -> dict[str, Any]:
-    """Of the states of each process of a fit, the one that this process goes on with: on another number of processes
-    that of the first one, and where the networks have dropout, a default generator seeded anew for each share."""
+    """The state of this process among those of each; on another number of processes that of the first one, and where
+    the networks have dropout, a default generator seeded anew for each share."""
     ranks: Ranks = trainer.ranks
     if len(every) == ranks.processes:
         return every[ranks.number]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import metapl
 from metapl import Lookahead, MetaplError
 from metapl.feedback import Forward, Unrolled
-from metapl.functional import training
+from metapl.functional import compiled, training
 from metapl.problems import EqualWeights, MetaWeightNet, WeightNet
 
 STEPS = 7
@@ -107,7 +107,7 @@ ROWS = [
 def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """As plain functions, where what they compute matters; captured, or by Inductor, where a test's name says so."""
     if "captured" in request.node.name:
-        monkeypatch.setattr(training, "backend_of", lambda device: {"backend": "aot_eager"})
+        monkeypatch.setattr(compiled, "backend_of", lambda device: {"backend": "aot_eager"})
     elif "inductor" not in request.node.name:
         monkeypatch.setattr(torch, "compile", lambda function, **how: function)
 
