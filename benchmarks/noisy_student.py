@@ -55,7 +55,7 @@ from metapl.data.sampler import StepSampler
 from metapl.metrics import paired_test
 from metapl.metrics.predictions import logits_of
 from metapl.problems.losses import CrossEntropy
-from metapl.problems.stored import NoisyStudentLoss
+from metapl.apps.model_noise import NoisyStudentLoss
 from metapl.training.loss_trainer import LossTrainer
 
 RAW = RESULTS / "noisy_student.jsonl"

@@ -36,7 +36,7 @@ from metapl.data.draws import fold_in
 from metapl.metrics.predictions import logits_of
 from metapl.training import FitResult
 from metapl.training.loss_trainer import LossTrainer
-from metapl.training.resuming import digest
+from metapl.execution.batch import digest
 from metapl.training.selection import weights_of
 
 RAW = RESULTS / "student_or_mpl.jsonl"

@@ -9,7 +9,6 @@ loop          the loop, from start or checkpoint to the student that is kept
 selection     the moving average of the weights, and the metric by which the best student is chosen
 stopping      what ends a fit early: callbacks, Ctrl-C, SIGTERM and SIGHUP
 records       rows with the figures of a step's feedback, and TensorBoard's copy of them
-resuming      what a resumed fit must have in common with its beginning
 options       how a fit runs, and the learning rates that its schedule moves
 
 Imports go down: trainer → loss_trainer → base → loop → selection, stopping, records → options.

@@ -6,6 +6,7 @@ the step's number and of what a checkpoint holds, so a run that was killed ends 
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
@@ -14,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, few
-from metapl.execution.batch import as_tensors, plain
+from metapl.execution.batch import as_tensors, digest, plain
 from metapl.execution.checks import Fault
+from metapl.execution.ranks import Ranks
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.shards import gathered, is_sharded, load_whole, local
 from metapl.feedback.lookahead import Lookahead
@@ -31,7 +33,6 @@ from metapl.runs import checkpoint_parts
 from metapl.runs.folder import Folder
 from metapl.runs.generators import rng_state, set_rng_state
 from metapl.runs.progress import progress
-from metapl.training import resuming
 from metapl.training.options import FitOptions, Rates
 from metapl.training.records import Records, figures
 from metapl.training.selection import Average, metric_for, weights_of
@@ -39,6 +40,11 @@ from metapl.training.stopping import Callback, Interrupted, call, stop_requests
 
 if TYPE_CHECKING:
     from metapl.data.feed import Feed
+
+# Options of a fit, and settings of an optimizer, that do not decide where it goes; the rate is compared as the schedule
+# found it.
+FREE = ("validate_every", "log_every", "save_every", "keep", "num_workers", "phase")
+OF_SPEED = ("params", "lr", "foreach", "fused", "capturable", "differentiable", "initial_lr", "param_names")
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ def fit(
     def draw(name: str) -> Any:
         batch = feeds[name].next()
         if name not in data:
-            data[name] = resuming.about(sources[name], batch)
+            data[name] = about(sources[name], batch)
         return batch
 
     def kept(role: str) -> AbstractContextManager[Any]:
@@ -157,7 +163,22 @@ def fit(
             raise MetaplError(f"weights were NaN or infinite after step {step}; lower the learning rates.")
 
     def compared() -> dict[str, str]:
-        return resuming.compared(options, trainer, metric, rates, data, stateful)
+        """What two parts of a fit have in common, by name: sources, options, settings, callbacks with a state."""
+        # The digests are on their device until here.
+        found = {f"{n}.{key}": int(v) if torch.is_tensor(v) else v for n, of in data.items() for key, v in of.items()}
+        found |= {name: value for name, value in vars(options).items() if name not in FREE}
+        if options.schedule == "constant" or options.decay_every is not None:
+            del found["steps"]  # the rates do not depend on it
+        found |= {"trainer": type(trainer).__name__, "dtype": trainer.dtype, **trainer.settings()}
+        found |= {"validation metric": metric and (metric.name, metric.better)}
+        found |= {"callbacks": [type(callback).__name__ for callback in stateful]}
+        for name, optimizer in rates.optimizers.items():
+            for i, (group, rate) in enumerate(zip(optimizer.param_groups, rates.base[name], strict=False)):
+                of = {key: value for key, value in group.items() if key not in OF_SPEED}
+                of |= {"optimizer": type(optimizer).__name__, "lr": float(rate), "parameters": len(group["params"])}
+                found |= {f"{name.removesuffix('_lr')}.{i}.{key}": value for key, value in of.items()}
+        # A frozen dataclass shows its fields; other values may show where they are in memory.
+        return {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in found.items()}
 
     def save(step: int) -> None:
         nonlocal saved
@@ -219,14 +240,14 @@ def fit(
             path = ranks.gathered(found and found.path)[0]
             if path is not None:
                 with ranks.agreed(waiting=True):
-                    like = None if parts is None else resuming.layouts(trainer, averages)
+                    like = None if parts is None else layouts(trainer, averages)
                     state = (found and found.state) or checkpoint_parts.load(path, like)
-                    done, own = state["step"], resuming.own_state(state["ranks"], trainer, path, [*sources.values()])
+                    done, own = state["step"], own_state(state["ranks"], trainer, path, [*sources.values()])
                     if done > steps:
                         raise MetaplError(f"{path} has done {done} steps; expected steps={done} or more.")
                     for name, source in sources.items():
                         with closing(new_feed(name)) as once:  # whose draws nobody else sees
-                            data[name] = resuming.about(source, once.next())
+                            data[name] = about(source, once.next())
                     before, now = own["compared"], compared()
                     names = [name for name in before | now if before.get(name) != now.get(name)]
                     if names and resume != "anyway":
@@ -340,3 +361,48 @@ def fit(
     # The first of several processes knows the rows of the earlier parts of a fit that was resumed.
     history = ranks.gathered(records.history)[0]
     return FitResult(best["value"], best["step"], best["weights"], taught, history, metric.name if metric else None)
+
+
+def about(source: Any, batch: Any) -> dict[str, Any]:
+    """How many examples a source has, and how many a batch, where that is known, and the digest of its first batch."""
+    from metapl.data.steps import StepBatches  # needed for fitting only
+
+    if hasattr(source, "whole"):  # of a share
+        source, batch = source.whole, source.whole[0]
+    examples, held = getattr(source, "examples", None), getattr(source, "dataset", source)
+    if examples is None and hasattr(held, "__len__") and not isinstance(held, StepBatches):  # which count steps
+        examples = len(held)
+    return {"examples": examples, "batch_size": getattr(source, "batch_size", None), "first_batch": digest(batch)}
+
+
+def own_state(every: list[dict[str, Any]], trainer: Any, file: Path, sources: Sequence[Any]) -> dict[str, Any]:
+    """The state of this process among those of each; on another number of processes that of the first one, and where
+    the networks have dropout, a default generator seeded anew for each share."""
+    ranks: Ranks = trainer.ranks
+    if len(every) == ranks.processes:
+        return every[ranks.number]
+    if ranks.size > 1 and not all(hasattr(source, "whole") for source in sources):
+        raise MetaplError(f"{file} is of a fit in {len(every)} processes with sources of their own; expected as many.")
+    own, parts = every[0], [part for network in trainer.networks.values() for part in network.modules()]
+    if any(isinstance(part, nn.modules.dropout._DropoutNd) for part in parts):
+        set_rng_state(own["rng"])
+        torch.manual_seed(int(torch.randint(2**62, ())) + ranks.rank)
+        own = own | {"rng": rng_state()}
+    return own
+
+
+def layouts(trainer: Any, averages: Mapping[str, Any]) -> checkpoint_parts.Like:
+    """The layouts of the sharded tensors of a fit's state, by their names."""
+    state = {"trainer": trainer.live_state(), "averages": {role: one.state_dict() for role, one in averages.items()}}
+    known = checkpoint_parts.layouts(state)
+    # An optimizer's state may not be there yet; it is laid out as its parameters are.
+    optimizers = [k for k, value in state["trainer"].items() if isinstance(value, dict) and "param_groups" in value]
+    for key, optimizer in zip(optimizers, trainer.schedulable, strict=True):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        known |= {f"trainer/{key}/state/{i}": p for i, p in enumerate(parameters) if is_sharded(p)}
+
+    def like(name: str, shape: torch.Size) -> Any:
+        layout = known.get(name, known.get(name.rpartition("/")[0]))
+        return layout if layout is not None and layout.shape == shape else None
+
+    return like

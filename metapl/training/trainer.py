@@ -26,8 +26,7 @@ from metapl.feedback.lookahead import Lookahead, inner_batches
 from metapl.feedback.path import take_steps
 from metapl.feedback.report import Report, StepReport
 from metapl.feedback.teacher import Teaching
-from metapl.functional.build import functional
-from metapl.functional.compiled import CompiledStep
+from metapl.functional.compiled import CompiledStep, functional
 from metapl.functional.state import State
 from metapl.functional.step import Step
 from metapl.metrics.metric import Term
