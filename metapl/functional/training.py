@@ -245,19 +245,14 @@ def differentiate(
 
     scheduled = options if ahead.schedule else options[:1]
     rates = [settings_of([*map(values, names, groups)], device) for groups in scheduled]
-    networks = {"state": student, "teacher_state": teacher}
-    frozen = {
-        field: [] if network is None else [n for n, p in network.named_parameters() if not p.requires_grad]
-        for field, network in networks.items()
-    }
     (theta, state), (phi, teacher_state) = tensors_of(student), tensors_of(teacher)
     # A first step with dampening is not the one from a buffer of zeros, nor is its derivative in the dampening.
     by_group = [*zip(*options, strict=True)]
     dampened = ["dampening" in wrt or any(now.get("dampening") for now in groups) for groups in by_group]
     first_groups = [{**group, "dampening": is_so} for group, is_so in zip(options[0], dampened, strict=True)]
     start = carry = Carry(theta, update.at(first_groups).complete_state(), state, teacher_state)
-    moving = [t for field, constant in frozen.items() for n, t in getattr(carry, field).items() if n not in constant]
-    size = update.state_bytes() + sum(t.nbytes for t in (*theta.values(), *moving))
+    buffers = [b for network in (student, teacher) if network is not None for b in network.buffers()]
+    size = update.state_bytes() + sum(t.nbytes for t in (*theta.values(), *buffers))
     how, on = getattr(mode, "keep", None) or getattr(mode, "keep_every", None), getattr(mode, "keep_on", None)
     chosen, folder = keeping(steps, size, device, how, on), folder_of(on)
     # The first step that moves: a schedule may begin with a rate of 0.
@@ -332,10 +327,6 @@ def differentiate(
             if "log_prob" in signal:
                 raise MetaplError("compile=True was given with a signal that is drawn; leave compile out.")
             zeros[shapes] = {n: torch.zeros_like(t) for n, t in Signal(**signal).differentiable().items()}
-        for field, constant in frozen.items():  # held once, where they have not moved
-            old, new = getattr(carry, field), getattr(after, field)
-            same = {n: old[n] for n in constant if torch.equal(old[n], new[n])}
-            after = after._replace(**{field: new | same}) if same else after
         return after, loss
 
     def walked(begin: int, end: int, carry: Carry, spacing: int, again: bool = False) -> Carry:
@@ -353,8 +344,8 @@ def differentiate(
 
     def keep(number: int, carry: Carry, where: States, again: bool = False) -> None:
         """Keep the state before a step; in a folder with what is known of the steps before it, to go on there."""
-        pairs = zip(carry[2:], start[2:], strict=True)
-        moved = [{n: t for n, t in now.items() if t is not before[n]} for now, before in pairs]
+        pairs = zip(carry[2:], start[2:], strict=True)  # what has not moved, such as frozen weights, is held once
+        moved = [{n: t for n, t in now.items() if not torch.equal(t, before[n])} for now, before in pairs]
         where.keep(number, [carry.params, carry.optimizer, *moved, RandomState.now(device).values()])
         if isinstance(where, Folder) and number > where.done and not again:
             taken = range(where.done, number)
