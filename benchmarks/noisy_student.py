@@ -39,6 +39,7 @@ from metapl.apps.digits import Digits, fitting
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels.queries import select
 from metapl.apps.methods import Data
+from metapl.apps.model_noise import NoisyStudentLoss
 from metapl.apps.noisy_student import (
     Chosen,
     Noised,
@@ -55,7 +56,6 @@ from metapl.data.sampler import StepSampler
 from metapl.metrics import paired_test
 from metapl.metrics.predictions import logits_of
 from metapl.problems.losses import CrossEntropy
-from metapl.apps.model_noise import NoisyStudentLoss
 from metapl.training.loss_trainer import LossTrainer
 
 RAW = RESULTS / "noisy_student.jsonl"

@@ -33,10 +33,10 @@ from metapl.apps.methods import Mpl, Trained, Training
 from metapl.apps.noisy_student import FIRST, NoisyStudent, decay_interval, noisy_view, optimizer
 from metapl.apps.train import evaluated
 from metapl.data.draws import fold_in
+from metapl.execution.batch import digest
 from metapl.metrics.predictions import logits_of
 from metapl.training import FitResult
 from metapl.training.loss_trainer import LossTrainer
-from metapl.execution.batch import digest
 from metapl.training.selection import weights_of
 
 RAW = RESULTS / "student_or_mpl.jsonl"
