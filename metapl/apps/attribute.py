@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ from torch.nn import functional as F
 from metapl.apps import web
 from metapl.apps.held_out import files_of
 from metapl.apps.inputs import Folder, Run, check_out, held, unset, written
-from metapl.apps.machine.progress import duration
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.check import verify_files
 from metapl.apps.pictures.csv_files import written_csv
@@ -90,7 +88,56 @@ class Attribute:
                 raise MetaplError(f"{self.folder} has no validation pictures to judge by; expected --val DIR.")
             assert files is not None  # a run has been trained on them
             train, outer = (Pictures(run, each.keep(verify_files(each).sound)) for each in (files, judges))
-            found, rows, scores = self._found(run, train, outer)
+            batch, seed = min(self.batch, len(train)), fields["seed"] if self.seed is None else self.seed
+            steps = self.steps or max(FEWEST_STEPS, -(-PASSES * len(train) // batch))
+            if steps * batch < len(train):  # which would leave some pictures out, which would have no score
+                least = -(-len(train) // batch)
+                raise MetaplError(f"--steps {steps}: expected {least:,} or more for {len(train):,} pictures.")
+            torch.set_num_threads(run.threads)
+            torch.manual_seed(seed)
+            network = run.cards["student"].create(weights=fields.get("weights")).to(run.device)
+            scores = attribute(
+                network,
+                train,
+                outer,
+                optimizer=torch.optim.SGD(network.parameters(), lr=self.lr, momentum=MOMENTUM),
+                steps=steps,
+                batch_size=batch,
+                schedule=lambda step: 1 - step / steps,
+                generator=torch.Generator().manual_seed(seed),
+            )
+            judged, guesses = float(scores.outer_loss), math.log(len(run.classes))
+            right = float((logits(network, scores, outer).argmax(1) == outer.labels).float().mean())
+            if not judged < guesses and right <= 1 / len(run.classes):
+                raise MetaplError(
+                    f"after {steps:,} steps the loss on the pictures that judge is {judged:.3f}, and the accuracy "
+                    f"{right:.1%}: nothing was learned that holds for them, and no score would count; try "
+                    f"--lr {self.lr / 3:.1g}, other --steps, or more labeled pictures."
+                )
+            losses = F.cross_entropy(logits(network, scores, train), train.labels, reduction="none").tolist()
+            labels = [run.classes[label] for label in train.labels.tolist()]
+            names = [str(train.images.path(number)) for number in range(len(train))]
+            rows = list(map(Scored, range(len(train)), names, labels, scores.scores.tolist(), losses))
+            rows.sort(key=lambda row: row.score)
+            found: dict[str, Any] = {
+                "run": str(self.folder),
+                "pictures": len(train),
+                "judged_on": len(outer),
+                "not_judged_on": [label for c, label in enumerate(run.classes) if c not in outer.labels],
+                "steps": steps,
+                "batch": batch,
+                "lr": self.lr,
+                "momentum": MOMENTUM,
+                "seed": seed,
+                "device": str(run.device),
+                "loss": judged,
+                "loss_of_guesses": guesses,
+                "harmful": sum(row.score < 0 for row in rows),
+                "spearman": None,
+                "interval": None,
+                "removals": self.removals,
+                "removed": max(1, round(REMOVED * len(train))),
+            }
             with written(self.out, PAGE, page(found, rows, train).decode()), written_csv(self.out / TABLE) as csv:
                 csv.writerow(["rank", "file", "label", "score", "effect", "loss"])
                 for rank, row in enumerate(rows, 1):
@@ -98,78 +145,17 @@ class Attribute:
                     csv.writerow([str(rank), row.file, row.label, f"{row.score:.6g}", effect, f"{row.loss:.6g}"])
             if self.removals:
                 tell(f"metapl: {self.out / TABLE} has all of them; now the check", file=sys.stderr)
-                began, draw = time.perf_counter(), torch.Generator().manual_seed(found["seed"])
+                draw = torch.Generator().manual_seed(seed)
                 drawn = (torch.randperm(len(train), generator=draw) for _ in range(self.removals))
                 rho = scores.validate([order[: found["removed"]] for order in drawn]).spearman
-                found["seconds"]["check"] = time.perf_counter() - began
                 found |= {"spearman": rho, "interval": interval(rho, self.removals)}
                 with written(self.out, PAGE, page(found, rows, train).decode()):
                     pass
-        tell(said(found, rows, self.out))
+        cells = [(short(row.file, 48), short(row.label, 16), f"{row.score:+.2g}") for row in rows[:LISTED]]
+        listed = table([("most harmful", "label", "score"), *cells], left=2)
+        told = wrapped("\n".join(sentences(found)))
+        tell(f"{told}\n\n{listed}\n\n{self.out / TABLE} has all of them, {self.out / PAGE} shows them")
         return 0
-
-    def _found(
-        self, run: EndedRun, train: Pictures, outer: Pictures
-    ) -> tuple[dict[str, Any], list[Scored], Attribution]:
-        """What was done and what came of it, by name; the pictures, the most harmful first; and what scored them."""
-        fields, card, classes = run.description["fields"], run.cards["student"], run.classes
-        batch, seed = min(self.batch, len(train)), fields["seed"] if self.seed is None else self.seed
-        steps = self.steps or max(FEWEST_STEPS, -(-PASSES * len(train) // batch))
-        if steps * batch < len(train):
-            least = -(-len(train) // batch)  # fewer would leave some pictures out, which would have no score
-            raise MetaplError(f"--steps {steps}: expected {least:,} or more for {len(train):,} pictures.")
-        torch.set_num_threads(run.threads)
-        torch.manual_seed(seed)
-        network = card.create(weights=fields.get("weights")).to(run.device)
-        began = time.perf_counter()
-        scores = attribute(
-            network,
-            train,
-            outer,
-            optimizer=torch.optim.SGD(network.parameters(), lr=self.lr, momentum=MOMENTUM),
-            steps=steps,
-            batch_size=batch,
-            schedule=lambda step: 1 - step / steps,
-            generator=torch.Generator().manual_seed(seed),
-        )
-        seconds, name = time.perf_counter() - began, "network" if card.architecture is None else card.architecture.name
-        judged, guesses = float(scores.outer_loss), math.log(len(classes))
-        if not judged < guesses and (
-            right := float((logits(network, scores, outer).argmax(1) == outer.labels).float().mean())
-        ) <= 1 / len(classes):
-            raise MetaplError(
-                f"after {steps:,} steps at --lr {self.lr:g} the loss of {name} on the pictures that judge is "
-                f"{judged:.3f}, and its accuracy {right:.1%}: it has learned nothing that holds for them, and no score "
-                f"would count; try --lr {self.lr / 3:.1g}, other --steps, or more labeled pictures."
-            )
-        losses = F.cross_entropy(logits(network, scores, train), train.labels, reduction="none").tolist()
-        labels = [classes[label] for label in train.labels.tolist()]
-        files = [str(train.images.path(number)) for number in range(len(train))]
-        rows = list(map(Scored, range(len(train)), files, labels, scores.scores.tolist(), losses))
-        found = {
-            "run": str(self.folder),
-            "network": name,
-            "image_size": card.input.size,
-            "pictures": len(train),
-            "judged_on": len(outer),
-            "not_judged_on": [label for c, label in enumerate(classes) if c not in outer.labels],
-            "steps": steps,
-            "batch": batch,
-            "lr": self.lr,
-            "momentum": MOMENTUM,
-            "seed": seed,
-            "device": str(run.device),
-            "loss": judged,
-            "loss_of_guesses": guesses,
-            "harmful": sum(row.score < 0 for row in rows),
-            "spearman": None,
-            "interval": None,
-            "removals": self.removals,
-            "removed": max(1, round(REMOVED * len(train))),
-            "kept": scores.kept,
-            "seconds": {"scores": seconds, "check": 0.0},
-        }
-        return found, sorted(rows, key=lambda row: row.score), scores
 
 
 class Scored(NamedTuple):
@@ -239,20 +225,10 @@ def sentences(found: dict[str, Any]) -> list[str]:
     missing = f", none of them of {few(found['not_judged_on'])}," * bool(found["not_judged_on"])
     return [
         f"{found['harmful']:,} of {found['pictures']:,} labeled pictures have a score below 0: more of one would raise "
-        f"the loss of {found['network']} on {found['judged_on']:,} others{missing} after {found['steps']:,} steps of "
-        f"{found['batch']}, at a rate of {found['lr']:g} that falls to 0. The loss there is {found['loss']:.3f}, that "
-        f"of even guesses {found['loss_of_guesses']:.3f}.",
+        f"the loss on {found['judged_on']:,} others{missing}, which is {found['loss']:.3f}, and of even guesses "
+        f"{found['loss_of_guesses']:.3f}.",
         check,
     ]
-
-
-def said(found: dict[str, Any], rows: list[Scored], out: Path) -> str:
-    """The same for a terminal, with the first of the list."""
-    cells = [(short(row.file, 48), short(row.label, 16), f"{row.score:+.2g}") for row in rows[:LISTED]]
-    scores, check = (duration(found["seconds"][part]) for part in ("scores", "check"))
-    end = f"{out / TABLE} has all of them, {out / PAGE} shows them; {scores} for the scores, {check} for the check"
-    listed = table([("most harmful", "label", "score"), *cells], left=2)
-    return "\n\n".join([wrapped("\n".join(sentences(found))), listed, wrapped(end)])
 
 
 def page(found: dict[str, Any], rows: list[Scored], train: Pictures) -> bytes:

@@ -110,11 +110,8 @@ class Evaluate:
 
 # ------------------------------------------------------------------------------------------------------- what is shown
 
-# Letters of a class that head a column, as many as there is room for, and that head a row; and from which on a name
-# loses its middle, not its end.
-MOST_LETTERS, LEAST_LETTERS, LEAST_WITH_DOTS = 16, 3, 9
-# Confusions, and classes, that are listed where a terminal has no room for the matrix.
-LISTED = 10
+# Letters of a class that head a row, and the least that head a column; classes listed where there is no room for all.
+MOST_LETTERS, LEAST_LETTERS, LISTED = 16, 3, 10
 
 
 def figures(evaluation: Evaluation, on: HeldOut) -> str:
@@ -155,21 +152,14 @@ def confusions(evaluation: Evaluation, classes: tuple[str, ...]) -> str:
     widest = max(len(str(n)) for counts in evaluation.confusion for n in counts)
     letters = min((WIDTH - MOST_LETTERS - 10) // len(classes) - 2, MOST_LETTERS)  # two spaces are between columns
     if letters >= max(LEAST_LETTERS, widest):
-        # Where few letters fit, a name's first ones say more than its ends.
-        heads = [short(name, letters) if letters >= LEAST_WITH_DOTS else shown(name)[:letters] for name in classes]
+        heads = [shown(name)[:letters] for name in classes]
         rows = [("class", *heads, "right")]
         for name, counts, right in zip(classes, evaluation.confusion, share, strict=True):
             rows.append((short(name, MOST_LETTERS), *(str(n) if n else "." for n in counts), right))
         return f"how many of a class (row) were taken for which (column), and how many rightly\n\n{table(rows)}"
-    cells = [
-        (n, true, p) for true, row in enumerate(evaluation.confusion) for p, n in enumerate(row) if n and true != p
-    ]
-    sizes = [f"{sum(row):,}" for row in evaluation.confusion]
-    most = [("class", "taken for", "times", "of")]
-    for n, true, taken in sorted(cells, key=lambda cell: -cell[0])[:LISTED]:
-        most.append((short(classes[true]), short(classes[taken]), f"{n:,}", sizes[true]))
-    pairs = table(most, left=2) if cells else "nothing is taken for anything else"
-    known = sorted((right, index) for index, right in enumerate(evaluation.per_class) if right is not None)[:LISTED]
-    worst = table([("class", "right", "of"), *((short(classes[i]), share[i], sizes[i]) for _, i in known)])
-    least = f"the {len(known)} of {len(classes):,} classes that are right least often"
-    return f"what is taken for what most often\n\n{pairs}\n\n{least}\n\n{worst}"
+    rows = [("class", "right", "most often taken for", "times")]
+    for index in sorted(range(len(classes)), key=lambda i: evaluation.per_class[i] or 0)[:LISTED]:
+        others = [0 if other == index else n for other, n in enumerate(evaluation.confusion[index])]
+        n = max(others)
+        rows.append((short(classes[index]), share[index], short(classes[others.index(n)]) if n else "-", str(n)))
+    return f"the {len(rows) - 1} of {len(classes):,} classes that are right least often\n\n{table(rows)}"

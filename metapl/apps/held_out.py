@@ -104,7 +104,7 @@ def files_of(run: EndedRun, part: Literal["labeled", "clean", "validation", "tes
 
 def _compared(files: LabeledFiles, classes: tuple[str, ...]) -> list[str]:
     """The classes of a run that a folder has no pictures of."""
-    counts, notes = files.counts(), []
+    counts = files.counts()
     if unknown := [name for name, count in counts.items() if count and name not in classes]:
         raise MetaplError(
             f"{files.root} has pictures of {few(unknown)}, which the run does not know; expected folders called as "
@@ -112,11 +112,9 @@ def _compared(files: LabeledFiles, classes: tuple[str, ...]) -> list[str]:
         )
     missing = [name for name in classes if not counts.get(name)]
     if missing:
-        notes.append(f"{files.root} has no picture of {few(missing)}: nothing is measured there.")
+        tell(f"metapl: note: {files.root} has no picture of {few(missing)}.", file=sys.stderr)
     if files.loose:
-        notes.append(f"{files.loose} pictures beside the class folders are not used.")
-    for note in notes:
-        tell(f"metapl: note: {note}", file=sys.stderr)
+        tell(f"metapl: note: {files.loose} pictures beside the class folders are not used.", file=sys.stderr)
     return missing
 
 

@@ -184,8 +184,7 @@ def test_a_tar_file_stands_for_the_folder(tmp_path: Path) -> None:
     files, inside = scan_unlabeled(tmp_path / "u"), tarred(tmp_path / "u", tmp_path / "tars")
     assert [name.partition("/")[2] for name in inside.names] == [*files.names]
     assert levels(inside) == levels(files) == [2, 3, 1]
-    for depth in ("size", "header", "decode"):
-        assert verify_files(inside, depth).sound == (0, 1, 2)
+    assert verify_files(inside).sound == (0, 1, 2)
     found = check_folders(
         labeled(tmp_path / "l", a=[7, 8], b=[9, 10]), inside, test=labeled(tmp_path / "t", a=[2], b=[5])
     )
@@ -395,26 +394,18 @@ def test_how_far_files_are_looked_into(tmp_path: Path, monkeypatch: pytest.Monke
     Image.new("RGB", (30, 30)).save(root / "cut.bmp")
     (root / "cut.bmp").write_bytes((root / "cut.bmp").read_bytes()[:1000])
     monkeypatch.setattr(reader, "MAX_PIXELS", 1000)
-    files, told, found = scan_unlabeled(root), list[int](), ["empty.png"]
-    for depth, more in (("size", []), ("header", ["large.png", "words too.jpg", "words.jpg"]), ("decode", ["cut.bmp"])):
-        found += more
-        verified = verify_files(files, depth, progress=told.append)
-        assert sorted(verified.skipped) == sorted(found)
-        assert {*files.keep(verified.sound).names} == {*files.names} - {*found}
-    assert told == [*range(1, 8)] * 3
+    files, told = scan_unlabeled(root), list[int]()
+    verified = verify_files(files, progress=told.append)
+    assert sorted(verified.skipped) == ["cut.bmp", "empty.png", "large.png", "words too.jpg", "words.jpg"]
+    assert {*files.keep(verified.sound).names} == {*files.names} - {*verified.skipped}
+    assert told == [*range(1, 8)]
     lines = verified.summary().splitlines()
     assert lines[0] == "2 skipped: not a picture of a known format (words too.jpg, words.jpg)"
     assert len(lines) == 4
-    for limit, value, depth in (
-        ("DECODE_UP_TO", 7, "decode"),
-        ("DECODE_UP_TO", 6, "header"),
-        ("HEADER_UP_TO", 6, "size"),
-    ):
-        monkeypatch.setattr(checks, limit, value)
-        assert verify_files(files).depth == depth
-    monkeypatch.undo()
-    monkeypatch.setattr(checks, "DECODE_BYTES", 10)
-    assert verify_files(files).depth == "header"
+    for limit, value in (("DECODE_UP_TO", 6), ("DECODE_BYTES", 10)):
+        with monkeypatch.context() as patch:
+            patch.setattr(checks, limit, value)
+            assert [*verify_files(files).skipped] == ["empty.png"]
 
 
 def test_large_folders_are_known_by_names_and_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -398,6 +398,6 @@ def test_digits_are_drawn_anew_per_seed_and_fewer_labels_lie_within_more(digits:
     assert len(rows(digits.test[0]) & rows(other.test[0])) < 130
     assert rows(digits.labeled[0]) < rows(more.labeled[0])
     assert torch.equal(digits.test[0], more.test[0])
-    for wrong in ({"labels_per_class": 0}, {"labels_per_class": 150}, {"seed": -1}, {"test": 1790}):
+    for wrong in ({"labels_per_class": 0}, {"labels_per_class": 150}):
         with pytest.raises(MetaplError, match=str(next(iter(wrong.values())))):
             load_digits_split(**{"labels_per_class": 2, "seed": 0, **wrong})

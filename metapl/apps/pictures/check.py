@@ -12,31 +12,28 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from metapl.apps.pictures.folders import Files, FilesT, LabeledFiles, Progress, ask, digest, silent
-from metapl.apps.pictures.reader import UnreadableImage, image_size, read_image
+from metapl.apps.pictures.reader import UnreadableImage, read_image
 from metapl.apps.pictures.tar import open_picture, size_of, status_of
 from metapl.errors import few
 from metapl.words import shown
 
 # ------------------------------------------------------------------------------------------------- files, one by one
 
-Depth = Literal["decode", "header", "size"]
-
-DECODE_UP_TO, DECODE_BYTES, HEADER_UP_TO = 5_000, 2**29, 50_000
+DECODE_UP_TO, DECODE_BYTES = 5_000, 2**29
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What :func:`verify_files` found: the indices of the files that passed, the names of the others with the reason,
-    and how far the files were examined."""
+    """What :func:`verify_files` found: the indices of the files that passed, and the names of the others with the
+    reason."""
 
     sound: tuple[int, ...]
     skipped: dict[str, str]
-    depth: Depth
 
     def summary(self) -> str:
         """One line a reason, the most frequent first, with the number of files and the first few.
 
-        >>> Verified((0,), {"a.png": "the file is empty", "b.png": "the file is empty"}, "size").summary()
+        >>> Verified((0,), {"a.png": "the file is empty", "b.png": "the file is empty"}).summary()
         '2 skipped: the file is empty (a.png, b.png)'
         """
         reasons = defaultdict(list)
@@ -46,17 +43,14 @@ class Verified:
         return "\n".join(f"{len(names)} skipped: {reason} ({few(names)})" for reason, names in ranked)
 
 
-def verify_files(files: Files, depth: Depth | None = None, *, progress: Progress = silent) -> Verified:
+def verify_files(files: Files, *, progress: Progress = silent) -> Verified:
     """Find which files can be used, and why the others cannot.
 
-    Args:
-        files: from a scan.
-        depth: "decode" reads each picture whole; "header" finds what is empty, no picture, or too large; "size" finds
-            empty files. None: decode up to 5,000 files and half a gigabyte, header up to 50,000 files, and size beyond.
-            What is found later, while training, is replaced there (see :class:`metapl.apps.pictures.FileImages`).
-        progress: called with the number of files examined.
+    Up to 5,000 files and half a gigabyte are decoded; of more, the size alone is asked for, and what is found broken
+    while training is replaced there (see :class:`metapl.apps.pictures.FileImages`). ``progress`` is called with the
+    number of files examined.
 
-    Cost: per file, about 0.01 ms for the size, 0.1 ms for the header, and one decoding.
+    Cost: per file, about 0.01 ms for the size, or one decoding.
     """
     sizes: list[int | str] = []  # or why it is not a file to read
     for path in files.paths():
@@ -65,17 +59,13 @@ def verify_files(files: Files, depth: Depth | None = None, *, progress: Progress
             sizes.append((size or "the file is empty") if stat.S_ISREG(mode) else "it is no plain file")
         except OSError as error:
             sizes.append(error.strerror or type(error).__name__)
-    if depth is None:
-        total = sum(size for size in sizes if isinstance(size, int))
-        few_enough = len(sizes) <= DECODE_UP_TO and total <= DECODE_BYTES
-        depth = "size" if len(sizes) > HEADER_UP_TO else "decode" if few_enough else "header"
+    total = sum(size for size in sizes if isinstance(size, int))
+    decode = len(sizes) <= DECODE_UP_TO and total <= DECODE_BYTES
     sound, skipped = [], {}
     for index, (path, found) in enumerate(zip(files.paths(), sizes, strict=True)):
         fault = found if isinstance(found, str) else None
         try:
-            if fault is None and depth == "header":
-                image_size(path)
-            elif fault is None and depth == "decode":
+            if fault is None and decode:
                 read_image(path, size=(1, 1))  # of a size, JPEGs are decoded several times as fast
         except UnreadableImage as error:
             fault = error.reason
@@ -84,7 +74,7 @@ def verify_files(files: Files, depth: Depth | None = None, *, progress: Progress
         else:
             skipped[files.names[index]] = fault
         progress(index + 1)
-    return Verified(tuple(sound), skipped, depth)
+    return Verified(tuple(sound), skipped)
 
 
 # ------------------------------------------------------------------------------------------------------------- folders

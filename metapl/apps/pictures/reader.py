@@ -137,12 +137,6 @@ def gray_image(path: str | Path, size: int) -> Tensor:
     return torch.from_numpy(grid / 255).clamp(0, 1)
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of a picture as its header has them, before any turning."""
-    with _opened(path) as image:
-        return image.height, image.width
-
-
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Image]:
     """The picture with its header read; whatever Pillow raises in the block says which file and why."""
