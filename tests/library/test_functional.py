@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torchopt
+from problems_zoo import product
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -153,6 +154,7 @@ def fits(mode: str, feature: str) -> bool:
     return (mode, feature) != ("difference", "dropout")
 
 
+USUAL = "forward", "reinforce_per_example", "nesterov", "plain"
 # From its first step on, Algorithm 1's scalar ⟨w, g⟩ of Muon, which knows no length of g, is rounding alone.
 TABLE = [
     row
@@ -164,7 +166,7 @@ TABLE = [
 
 @pytest.mark.parametrize(
     ("mode", "optimizer", "feature"),
-    [pytest.param(*row, marks=[pytest.mark.long] * (row[1] != "nesterov" and row[2] != "plain")) for row in TABLE],
+    [pytest.param(*row, marks=[pytest.mark.long] * (sum(one not in USUAL for one in row) > 1)) for row in TABLE],
 )
 def test_a_pure_step_is_the_eager_step(mode: str, optimizer: str, feature: str) -> None:
     """From fresh optimizers, and from warm ones."""
@@ -281,8 +283,10 @@ def noise_of(seed: int) -> Tensor:
     return gumbel(ROWS, CLASSES, like, torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("optimizer", ["nesterov", "adamw", "muon_and_adamw"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "optimizer"),
+    product(MODES, ("nesterov", "adamw", "muon_and_adamw"), usual=["forward", "reinforce_per_example", "adamw"]),
+)
 def test_stacked_steps_are_single_ones(mode: str, optimizer: str) -> None:
     """Of states that differ in everything, on data and noise of their own."""
     singles, data, noises = [], [batches(seed=seed) for seed in range(3)], [noise_of(seed) for seed in range(3)]

@@ -76,9 +76,13 @@ def test_the_feedback_on_every_step_is_exact(estimator: str, steps: int, student
     check(estimator, problem, optimiser, batches(steps, problem))
 
 
-@pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torch_adam"])
-@pytest.mark.parametrize("student", ["batch_norm", "dropout"])
-@pytest.mark.parametrize("estimator", ["forward", "unrolled", "every third kept"])
+@pytest.mark.parametrize(
+    ("estimator", "student", "optimiser"),
+    product(
+        ("forward", "unrolled", "every third kept"), ("batch_norm", "dropout"), ("torch_sgd_nesterov", "torch_adam"),
+        usual=["every third kept", "dropout", "torch_adam"],
+    ),
+)  # fmt: skip
 def test_twenty_steps(estimator: str, student: str, optimiser: str) -> None:
     problem = toy(student)
     check(estimator, problem, optimiser, batches(20, problem))
@@ -111,8 +115,13 @@ def test_truncation_differentiates_the_last_steps_alone(kind: Any) -> None:
 # ---------------------------------------------------------------------------------------------------------- the trainer
 
 
-@pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torch_adamw", "torchopt_sgd_nesterov"])
-@pytest.mark.parametrize("mode", ["forward", "unrolled", "none"])
+@pytest.mark.parametrize(
+    ("mode", "optimiser"),
+    product(
+        ("forward", "unrolled", "none"), ("torch_sgd_nesterov", "torch_adamw", "torchopt_sgd_nesterov"),
+        usual=["forward", "torch_adamw"],
+    ),
+)  # fmt: skip
 def test_the_student_takes_all_the_steps_and_the_teacher_one(mode: str, optimiser: str) -> None:
     problem = toy("batch_norm")
     ahead, rule = batches(3, problem), OPTIMISERS[optimiser]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from problems_zoo import CLASSES, everything, mlp, same
+from problems_zoo import CLASSES, everything, mlp, product, same
 from reference import error
 from replays import (
     BY_DIFFERENCE,
@@ -195,12 +195,10 @@ LACKING = {("tangent", "spectral norm")}
 DETACHED = {"frozen, moved in place", "buffer moved in place", "buffer exchanged", "buffer made late"}
 
 
-@pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize(
-    "way",
-    ["unrolled", "graph", "tangent", "difference"]
-    + [pytest.param(way, marks=pytest.mark.long) for way in ("one_sided", "per_example", "per_example_by_difference")],
-)
+USUAL = "tangent", "batch norm", "encoder layer", "frozen, moved in place", "buffer exchanged", "buffer made late"
+
+
+@pytest.mark.parametrize(("way", "student"), product(WAYS, STUDENTS, usual=USUAL))
 def test_the_gradient_is_right_and_the_state_moves_once(way: str, student: str) -> None:
     batches = 300 if "spectral" in student else 0 if "late" in student or "none" in student else 2
     problem = case(built(STUDENTS[student], batches))
