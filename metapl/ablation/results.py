@@ -88,7 +88,7 @@ class Ablation:
 
     def table(self) -> str:
         """The figures in lines of a terminal of 80 columns; the reasons for what is missing stand below."""
-        lines = ["mode                     cosinerel. error    noise   passes time, ms peak, KB"]
+        lines = ["mode                     cosine     error    noise   passes time, ms peak, KB"]
         reasons: list[str] = []
         for modes in (self.modes, self.altered):
             if modes is self.altered and modes:
