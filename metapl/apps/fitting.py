@@ -25,9 +25,8 @@ class Share(StepBatches[Any]):
     shares: int
 
     def __post_init__(self) -> None:
-        for name in ("raw", "explain"):  # half of a batch is made on the device; of what a worker has died
-            if hasattr(self.whole, name):
-                object.__setattr__(self, name, getattr(self.whole, name))
+        if hasattr(self.whole, "raw"):  # half of a batch is made on the device
+            object.__setattr__(self, "raw", self.whole.raw)
 
     @property
     def steps(self) -> int | None:  # type: ignore[override]  # the whole batches'

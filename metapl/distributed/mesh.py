@@ -133,19 +133,14 @@ def shard(
     unknown = [key for key in plan or () if not any(fnmatchcase(name, key) for name in names)]
     chosen = _untied(module, blocks_of(module)) if blocks is None else list(blocks(module))
     parameters = [p for _, part in named_parts(module) for p in part._parameters.values() if p is not None]
+    whole, tied = parameters and not any(map(is_sharded, parameters)), len(_untied(module, chosen)) < len(chosen)
     refusals = {
         "precision='bfloat16' was given with mesh.shard=1; expected more.": precision == "bfloat16" and mesh.shard == 1,
-        "the module has no parameters, or is sharded already; expected a network on one device.": (
-            not parameters or any(map(is_sharded, parameters))
-        ),
+        "the module has no parameters, or is sharded already; expected a network on one device.": not whole,
         "checkpoint=True would count each batch twice in batch norms; expected none.": checkpoint and bool(norms),
-        f"mesh.tensor is {mesh.tensor} and plan is {'not ' * (plan is None)}given; expected it above 1.": (
-            (mesh.tensor > 1) != (plan is not None)
-        ),
+        f"mesh.tensor is {mesh.tensor}; expected plan= where it is above 1.": (mesh.tensor > 1) != (plan is not None),
         f"plan names {few(unknown)}, and the network has no such layer.": bool(unknown),
-        "blocks returned a module that shares a weight with others; expected all places of its weights.": (
-            mesh.shard > 1 and len(_untied(module, chosen)) < len(chosen)
-        ),
+        "blocks share a weight with others; expected all places of their weights.": mesh.shard > 1 and tied,
     }
     for text, wrong in refusals.items():
         if wrong:

@@ -336,14 +336,10 @@ def fit(
                     save(done)
             if parts is not None:
                 saved = parts.finished() or saved
-        except Exception as error:
-            # A source may know which file a worker has died of; it is asked before the workers are stopped.
-            asked = (getattr(source, "explain", lambda: None)() for source in sources.values())
-            known = next(filter(None, asked), None)
-            if known is None and not (isinstance(error, MetaplError) and saved):
-                raise
-            last = f" (the last good checkpoint is {saved})" if saved else ""
-            raise MetaplError(f"{known or error}{last}") from error
+        except MetaplError as error:
+            if saved:
+                raise MetaplError(f"{error} (the last good checkpoint is {saved})") from error
+            raise
 
     if stops or stop:
         raise Interrupted(done, (*stop, signal.SIGTERM)[0], saved)

@@ -53,6 +53,7 @@ class Step:
     clip_norm: float | None
     generator: torch.Generator | None
     random: RandomState
+    parts: int = 1  # micro-batches, of which the batches are the first ones
     own: tuple[Tensor, ...] = ()  # what the problem holds that requires a gradient
 
     def copied(self, dtype: torch.dtype | None = None) -> Step:

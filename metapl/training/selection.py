@@ -27,15 +27,6 @@ class Average:
     so early in training the average is over the last few steps only. Buffers (running statistics) are copied.
     ``torch.optim.swa_utils.AveragedModel`` counts on the device, so that each step would wait for it, and copies the
     module, which a sharded one does not allow. Cost: a copy of the weights; one fused pass over them an update.
-
-    >>> network = nn.Linear(1, 1, bias=False)
-    >>> _ = nn.init.zeros_(network.weight)
-    >>> average = Average(network, decay=0.995)
-    >>> _ = nn.init.ones_(network.weight)
-    >>> average.update()
-    >>> with average.held() as averaged:
-    ...     print(round(averaged.weight.item(), 6))  # d_0 = 1/10
-    0.9
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:

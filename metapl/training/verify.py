@@ -136,8 +136,8 @@ def check_gradient(
     # Copies: a slice would be copied with all of the tensor that it is one of.
     labeled, *batches = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), given)
     networks = None if of_teacher is None else of_teacher.network, of_student.network, prepare(problem, estimate)
-    step = Step(*networks, update, labeled, batches, clip_norm, generator, RandomState.now(device))
-    return verified(step, estimate, accumulate)
+    step = Step(*networks, update, labeled, batches, clip_norm, generator, RandomState.now(device), accumulate)
+    return verified(step, estimate)
 
 
 class Verification:
@@ -186,7 +186,7 @@ def refuse_hooks(student: nn.Module) -> None:
 # -------------------------------------------------------------------------------------------------------- the verdict
 
 
-def verified(given: Step, estimate: Any, parts: int = 1) -> GradientCheck:
+def verified(given: Step, estimate: Any) -> GradientCheck:
     """A mode's gradient of a step beside its definition; nothing of the process is moved."""
     estimate = getattr(estimate, "base", estimate)  # whose feedback a control alters
     plainly = {"normalization": "gradient", "similarity": "dot", "baseline": None, "truncate": None, "keep_on": None}
@@ -202,26 +202,24 @@ def verified(given: Step, estimate: Any, parts: int = 1) -> GradientCheck:
             except (RuntimeError, TypeError, copy.Error) as error:  # locks, files, tensors with a graph
                 return GradientCheck("cannot tell", f"the step was not verified: no copies of it ({reason_of(error)}).")
             try:
-                return judged(base, estimate, parts)
+                return judged(base, estimate)
             except (RuntimeError, TypeError):  # of code that runs in its own type alone
-                return judged(given.copied(), estimate, parts, EPS32)
+                return judged(given.copied(), estimate, EPS32)
     finally:
         set_rng_state(before)
 
 
-def judged(base: Step, estimate: Estimator, parts: int, eps: float = EPS) -> GradientCheck:
+def judged(base: Step, estimate: Estimator, eps: float = EPS) -> GradientCheck:
     """The verdict at a point and, where it is a refusal, the likely causes."""
     groups = getattr(vars(base.update).get("optimizer"), "param_groups", [])
     if not any(group["lr"] for group in groups):  # the first step of a warm-up, in which nothing would move
         for group in groups:
             group["lr"] = group.get("initial_lr") or 1e-2
     at, name = Point(base, estimate, eps), f"mode {estimate.name!r}"
-    fault = at.fault() or (at.no_mean() if parts > 1 else "")
-    errors = {} if fault else at.errors()
+    fault, errors = at.compared_with_steps()
     if (fault or at.off(errors)) and (rounding := rounding_of(at.run)) > at.eps:
         at = Point(base, estimate, rounding)
-        fault = at.fault() or (at.no_mean() if parts > 1 else "")
-        errors = {} if fault else at.errors()
+        fault, errors = at.compared_with_steps()
     if at.off(errors):  # perhaps at a kink
         at = Point(base.beside(), estimate, at.eps)
         errors = at.errors()
@@ -282,6 +280,11 @@ class Point:
 
     def off(self, errors: Errors) -> list[str]:
         return [what for what, error in errors.items() if error is not None and error > self.tolerance]
+
+    def compared_with_steps(self) -> tuple[str, Errors]:
+        """What is against the contract whatever the differences say, and else these."""
+        fault = self.fault() or (self.no_mean() if self.base.parts > 1 else "")
+        return fault, {} if fault else self.errors()
 
     def errors(self) -> Errors:
         if self.gradient and self.moved == "signal" and not self.expected:
@@ -347,7 +350,6 @@ class Point:
         return {name: -t for name, t in w.items()}
 
     def fault(self) -> str:
-        """What is against the contract whatever the differences say."""
         run, loss, rounding = self.run, float(self.run.loss), max(1e-6, 1000 * self.eps)
         if run.written:
             return f"a pass of the student, or a loss, writes to its weights ({few(sorted(run.written), 3)})."
