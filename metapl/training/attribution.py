@@ -215,8 +215,8 @@ def attribute(
     start = generators_at_start(mode.keep_on) or RandomState.now(device)
     training = _Training(arguments, start)
     problem, whole, order, ranks = training.problem, training.whole, training.order, training.layout.ranks
-    if each and folder_of(mode.keep_on):
-        raise MetaplError(f"keep_on={mode.keep_on!r} is the folder of one path; expected each=False, or None.")
+    if folder_of(mode.keep_on) and (each or not compile):
+        raise MetaplError(f"keep_on={mode.keep_on!r} is a folder; expected compile=True and each=False with it.")
     if steps >= 100 and training.begun is not None:  # a sharded student's training cannot be repeated
         few = min(steps // 10, 50)
         agreement = training.smoothness(0.1, None, few, lambda _: None)[0].agreement
