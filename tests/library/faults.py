@@ -29,9 +29,6 @@ from metapl.updates.torch_optim import SGD
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 
-# ------------------------------------------------------------------------------------------ the teacher's gradient
-
-
 def flipped_sign(patch: pytest.MonkeyPatch) -> None:
     """The teacher climbs where it should descend."""
     real = base.Feedback.teacher_loss
@@ -63,9 +60,6 @@ def ratio_the_wrong_way_round(patch: pytest.MonkeyPatch) -> None:
         return real(self, *others, None if ratio is None else 1 / ratio)
 
     patch.setattr(Teaching, "backward", backward)
-
-
-# ------------------------------------------------------------------------------------------ the problem
 
 
 def sum_for_mean(patch: pytest.MonkeyPatch) -> None:
@@ -105,9 +99,6 @@ def batch_taken_in_parts(patch: pytest.MonkeyPatch) -> None:
         kinds += kind.__subclasses__()
 
 
-# ------------------------------------------------------------------------------------------ the update
-
-
 def momentum_ignored(patch: pytest.MonkeyPatch) -> None:
     """The pullback takes the step for −ηg whatever the optimizer."""
     patch.setattr(
@@ -123,9 +114,6 @@ def clip_without_derivative(patch: pytest.MonkeyPatch) -> None:
         return {name: scale * t for name, t in w.items()}
 
     patch.setattr(Clipped, "_through_clip", through_clip)
-
-
-# ------------------------------------------------------------------------------------------ passes and their replays
 
 
 def new_minus_old(patch: pytest.MonkeyPatch) -> None:
@@ -211,9 +199,6 @@ def slopes_unchecked(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("metapl.feedback.credit.same_slopes", lambda *given: None)
 
 
-# ------------------------------------------------------------------------------------------ settings, and data
-
-
 def excluded_end_taken(patch: pytest.MonkeyPatch) -> None:
     real = Range.holds
     patch.setattr(Range, "holds", lambda self, value: value == self.below or real(self, value))
@@ -233,9 +218,6 @@ def requirements_not_held(patch: pytest.MonkeyPatch) -> None:
 def same_order_every_epoch(patch: pytest.MonkeyPatch) -> None:
     real = sampler._permutation
     patch.setattr(sampler, "_permutation", lambda size, seed, stream, epoch: real(size, seed, stream, 0))
-
-
-# ------------------------------------------------------------------------------------------ over several steps
 
 
 def state_cotangent_dropped(patch: pytest.MonkeyPatch) -> None:

@@ -208,9 +208,6 @@ KINDS: dict[str, tuple[Any, ...]] = {  # by COLUMNS; after the space, on the pur
 }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------------ problems
-
-
 class Problem(PseudoLabels):
     """Pseudo-labels with other losses, or another signal: functions of what the library's have, by name."""
 

@@ -246,3 +246,12 @@ def unmoved(problem: Toy, *optimizers: torch.optim.Optimizer, generator: bool = 
     after = [[id(t) for t in net.state_dict(keep_vars=True).values()] for net in problem.networks().values()]
     assert slots == after, "a network holds other tensors than before"
     assert same(before, everything(problem, *optimizers, generator=generator)), "something moved"
+
+
+def trainer_for(case: Toy, mode: Any = "forward", **options: Any) -> metapl.BilevelTrainer:
+    networks = {name: options.pop(name, network) for name, network in case.networks().items()}
+    return metapl.BilevelTrainer(**networks, mode=mode, **{"verify": False, **options})
+
+
+def values(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}

@@ -23,9 +23,6 @@ Rule = Callable[[Tree, Tree, Any], tuple[Tree, Any]]
 """(θ, g, state or None) -> (θ′, state′), differentiable in g."""
 
 
-# ------------------------------------------------------------------------------------------------- update rules
-
-
 def sgd(
     lr: float,
     momentum: float = 0.0,
@@ -90,9 +87,6 @@ def clipped(max_norm: float, then: Rule) -> Rule:
         return then(params, {name: factor * g for name, g in grads.items()}, state)
 
     return rule
-
-
-# --------------------------------------------------------------------------------------------------- one step
 
 
 @dataclass(frozen=True)
@@ -245,9 +239,6 @@ def several_steps(
     total = sum((g * q).sum() for g, q in zip(signal_grads, told, strict=True))
     grads = torch.autograd.grad(total, list(phi.values()))
     return FoundAhead(dict(zip(phi, grads, strict=True)), list(signal_grads), _constant(theta), outer.detach())
-
-
-# ------------------------------------------------------------------------------------------------ comparing trees
 
 
 def flat(tree: Tree | Tensor) -> Tensor:

@@ -12,8 +12,13 @@ import torch
 import torchopt
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import metapl
+from metapl.distributed import Mesh, shard
 from metapl.errors import MetaplError
 from metapl.execution import ranks as ranks_module
 from metapl.execution import sharded
@@ -98,19 +103,20 @@ def share(batch: Any, together: int = 1) -> Any:
 
 
 def laid_out(network: nn.Module, layout: str | None) -> nn.Module:
-    """A network as a user lays it out, by hand or with metapl's own function."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    from metapl.distributed import Mesh, shard
-
+    """A network as a user lays it out, by hand or with metapl's own function; products are shared by two processes."""
     if layout is None:
         return network
     if layout == "ddp":
         return nn.parallel.DistributedDataParallel(network)
     world = dist.get_world_size()
-    if layout.startswith("tensor"):
-        return _parallel(network, layout)
+    if layout.startswith("tensor_by_"):
+        plan: dict[str, Any] = {"blocks.*.inner": ColwiseParallel(), "blocks.*.outer": RowwiseParallel()}
+        return shard(network, Mesh(tensor=2, **{layout.removeprefix("tensor_by_"): world // 2}), plan=plan)
+    if layout == "tensor":
+        for block in network.blocks:
+            plan = {"inner": ColwiseParallel(), "outer": RowwiseParallel()}
+            parallelize_module(block, init_device_mesh("cpu", (2,)), plan)
+        return network
     if layout.startswith("shard"):
         return shard(network, Mesh(shard=world), checkpoint=layout == "shard_checkpoint")
     if layout == "hsdp":
@@ -120,26 +126,6 @@ def laid_out(network: nn.Module, layout: str | None) -> nn.Module:
     for block in network.blocks:
         fully_shard(block, mesh=mesh)
     return fully_shard(network, mesh=mesh)
-
-
-def _parallel(network: nn.Module, layout: str) -> nn.Module:
-    """Products shared by two processes, and the batch by the others: by hand, or by metapl's own function."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    from metapl.distributed import Mesh, shard
-
-    others = dist.get_world_size() // 2
-    if layout.startswith("tensor_by"):
-        plan = {"blocks.*.inner": ColwiseParallel(), "blocks.*.outer": RowwiseParallel()}
-        return shard(network, Mesh(tensor=2, **{layout.removeprefix("tensor_by_"): others}), plan=plan)
-    mesh = init_device_mesh("cpu", (others, 2), mesh_dim_names=("batch", "tensor"))
-    for block in network.blocks:
-        parallelize_module(block, mesh["tensor"], {"inner": ColwiseParallel(), "outer": RowwiseParallel()})
-        if layout == "tensor_shard":
-            fully_shard(block, mesh=mesh["batch"])
-    return fully_shard(network, mesh=mesh["batch"]) if layout == "tensor_shard" else network
 
 
 def whole(t: Any) -> Tensor:
@@ -212,7 +198,12 @@ def train(
     return found
 
 
-class Several(metapl.problems.Problem):
+class Judged(metapl.BilevelProblem):
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(outputs, batch[1])
+
+
+class Several(Judged):
     """A signal of two tensors: a label, and how much it counts."""
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> metapl.Signal:
@@ -222,11 +213,8 @@ class Several(metapl.problems.Problem):
     def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
         return signal.value["weight"] * nn.functional.cross_entropy(outputs, signal.value["label"], reduction="none")
 
-    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        return nn.functional.cross_entropy(outputs, batch[1])
 
-
-class OfAllRows(metapl.BilevelProblem):
+class OfAllRows(Judged):
     """The weights of all ranks' rows are a softmax over them."""
 
     signal_of_batch = True
@@ -238,9 +226,6 @@ class OfAllRows(metapl.BilevelProblem):
     def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
         return signal.value * outputs.logsumexp(-1)
 
-    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        return nn.functional.cross_entropy(outputs, batch[1])
-
 
 SEVERAL, OF_ALL_ROWS = Several(), OfAllRows()
 
@@ -248,9 +233,6 @@ SEVERAL, OF_ALL_ROWS = Several(), OfAllRows()
 def many(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Several of these, one after another."""
     return [train(**case) for case in cases]
-
-
-# ---------------------------------------------------------------------------------------------------------- refusals
 
 
 def refused(how: str) -> str:
@@ -328,8 +310,6 @@ def _another_batch_on_one() -> None:
 
 
 def _root_forgotten() -> None:
-    from torch.distributed.fsdp import fully_shard
-
     teacher, student = networks()
     fully_shard(student.blocks[0])
     metapl.BilevelTrainer(laid_out(teacher, "fsdp"), student)
@@ -343,8 +323,6 @@ def _not_means(role: int, how: str, *arguments: Any) -> None:
 
 
 def _part_left_out() -> None:
-    from torch.distributed.fsdp import fully_shard
-
     teacher, student = networks()
     fully_shard(student, ignored_params={student.head.weight})
     metapl.BilevelTrainer(laid_out(teacher, "fsdp"), student)
@@ -371,10 +349,6 @@ def _reweight() -> None:
 
 
 def _outputs_in_parts() -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
     both = networks()
     for network in both:
         plan = {"head": ColwiseParallel(output_layouts=Replicate(), use_local_output=False)}
@@ -400,27 +374,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------ faults
-
-
-def _stale_root(patch: pytest.MonkeyPatch) -> None:
-    """The root keeps its gathered weights while the parts are moved."""
-    patch.setattr(Layout, "reshard", lambda self: None)
-
-
-def _direction_not_gathered(patch: pytest.MonkeyPatch) -> None:
-    """Every rank goes along its own part of w only."""
-    real = sharded.whole
-    patch.setattr(sharded, "whole", lambda t: real(t if dist.get_rank() == 0 else torch.zeros_like(t)))
-
-
-def _gradient_not_averaged(patch: pytest.MonkeyPatch) -> None:
-    """As ``torch.autograd.grad`` on gathered weights, or hooks of DistributedDataParallel that are bypassed."""
-    patch.setattr(Ranks, "mean_tree", lambda self, tree, like: tree)
-
-
 def _mean_over_own_rows(patch: pytest.MonkeyPatch) -> None:
-    """1/B with the B of this rank: by the tangent in the head, and by a graph that is kept."""
     real, through = credit._slope, InnerStep.in_signal
     patch.setattr(credit, "_slope", lambda step, *a, **kw: real(step, *a, **kw) * step.student.ranks.size)
 
@@ -431,17 +385,22 @@ def _mean_over_own_rows(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(InnerStep, "in_signal", in_signal)
 
 
-def _rows_of_others_forgotten(patch: pytest.MonkeyPatch) -> None:
-    """Each rank learns by what it alone has found for its rows."""
-    patch.setattr(ranks_module._AllRows, "backward", lambda ctx, *g: (ctx.ranks.own_rows(g[0]), None))
-
-
+WHOLE = sharded.whole
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "stale_root": _stale_root,
-    "direction_not_gathered": _direction_not_gathered,
-    "gradient_not_averaged": _gradient_not_averaged,
+    # The root keeps its gathered weights while the parts are moved.
+    "stale_root": lambda patch: patch.setattr(Layout, "reshard", lambda self: None),
+    # Every rank goes along its own part of w only.
+    "direction_not_gathered": lambda patch: patch.setattr(
+        sharded, "whole", lambda t: WHOLE(t if dist.get_rank() == 0 else torch.zeros_like(t))
+    ),
+    # As ``torch.autograd.grad`` on gathered weights, or hooks of DistributedDataParallel that are bypassed.
+    "gradient_not_averaged": lambda patch: patch.setattr(Ranks, "mean_tree", lambda self, tree, like: tree),
+    # 1/B with the B of this rank: by the tangent in the head, and by a graph that is kept.
     "mean_over_own_rows": _mean_over_own_rows,
-    "rows_of_others_forgotten": _rows_of_others_forgotten,
+    # Each rank learns by what it alone has found for its rows.
+    "rows_of_others_forgotten": lambda patch: patch.setattr(
+        ranks_module._AllRows, "backward", lambda ctx, *g: (ctx.ranks.own_rows(g[0]), None)
+    ),
 }
 
 
@@ -455,10 +414,7 @@ def faulty(fault: str, case: dict[str, Any]) -> dict[str, Any] | str:
             return f"{type(error).__name__}: {error}"
 
 
-# -------------------------------------------------------------------------------------------------------- other ways
-
-
-class Both(metapl.problems.Problem):
+class Both(Judged):
     """A temperature for all examples, and a weight for each."""
 
     signal_has_rows: ClassVar[Any] = {"scale": False}
@@ -470,9 +426,6 @@ class Both(metapl.problems.Problem):
     def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
         scale, weight = signal.value["scale"], signal.value["weight"]
         return weight * nn.functional.cross_entropy(scale * outputs, batch[1], reduction="none")
-
-    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        return nn.functional.cross_entropy(outputs, batch[1])
 
 
 def without_rows(mode: Any = "forward", matrix: bool = True, rows: int = ROWS, **options: Any) -> dict[str, float]:
@@ -515,8 +468,6 @@ class Moving(nn.Module):
 
 def moved(replicate: bool) -> dict[str, Any]:
     """Weights and buffers after two steps, by metapl's own function; one process alone has every row."""
-    from metapl.distributed import Mesh, shard
-
     torch.manual_seed(0)
     teacher, student = (Moving(replicate).double() for _ in range(2))
     if dist.is_initialized():
@@ -536,10 +487,6 @@ def moved(replicate: bool) -> dict[str, Any]:
 
 def in_bfloat16(inside: str) -> dict[str, Any]:
     """The teacher's gradient with weights gathered in bfloat16, and in float32; and what ``difference`` says to it."""
-    from torch.distributed.fsdp import FSDPModule
-
-    from metapl.distributed import Mesh, shard
-
     found: dict[str, Any] = {}
     labeled, unlabeled = share(batches(1, dtype=torch.float32)[0])
     for precision in ("float32", "bfloat16"):
@@ -630,16 +577,13 @@ class PastArguments(Network):
 
 def _past_arguments() -> None:
     torch.manual_seed(0)
-    student = PastArguments(2).double()
-    student.blocks = nn.ModuleList(Aside(5, nn.Identity()).double() for _ in range(2))
-    student = laid_out(student, "fsdp")
-    (x, y), _ = batches(1)[0]
-    inner = OPTIMIZERS["sgd"](student.parameters())
-    metapl.attribute(student, (x, y), (x, y), optimizer=inner, steps=2, batch_size=8, progress=False)
+    student = PastArguments(2)
+    student.blocks = nn.ModuleList(Aside(5, nn.Identity()) for _ in range(2))
+    _attributed(student.double())
 
 
-def _attributed(**options: Any) -> metapl.Attribution:
-    student = laid_out(networks()[1], "fsdp")
+def _attributed(student: nn.Module | None = None, layout: str = "fsdp", **options: Any) -> metapl.Attribution:
+    student = laid_out(networks()[1] if student is None else student, layout)
     (x, y), _ = batches(1)[0]
     given = {"optimizer": OPTIMIZERS["sgd"](student.parameters()), "steps": 2, "batch_size": 8, "progress": False}
     return metapl.attribute(student, (x, y), (x, y), **{**given, **options})
@@ -647,11 +591,8 @@ def _attributed(**options: Any) -> metapl.Attribution:
 
 def trained_again(inside: str) -> Tensor:
     """By how much the outer loss changes without no example, and without one, of replicas."""
-    student = laid_out(networks(inside)[1], "ddp")
-    (x, y), _ = batches(1)[0]
-    given = {"optimizer": OPTIMIZERS["sgd"](student.parameters()), "steps": 4, "batch_size": 8, "progress": False}
-    found = metapl.attribute(student, (x, y), (x, y), clip_norm=0.5, **given)
-    return found.validate([torch.zeros(len(x), dtype=torch.bool), [0], [1]], progress=False).retrained
+    found = _attributed(networks(inside)[1], "ddp", steps=4, clip_norm=0.5)
+    return found.validate([torch.zeros(LABELED, dtype=torch.bool), [0], [1]], progress=False).retrained
 
 
 REFUSED |= {
@@ -662,27 +603,36 @@ REFUSED |= {
 }
 
 
-def fitted(layout: str | None, out: str | None = None, ema_decay: float | None = None) -> dict[str, Any]:
-    """A short fit on the same whole batches everywhere, with validation."""
-    trainer = built("reinforce", layout, "adamw")
-    drawn = batches(4)
-    (x, y), _ = batches(5)[4]
-    result = trainer.fit(
-        Share([labeled for labeled, _ in drawn], trainer.ranks),
-        Share([unlabeled for _, unlabeled in drawn], trainer.ranks),
-        steps=4,
-        wait=1,
-        validation=(x, y),
-        validate_every=2,
-        log_every=2,
-        save_every=2,
-        ema_decay=ema_decay,
-        progress=False,
-        out=out,
-        say=lambda text: None,
-    )
-    tuned = trainer.finetune(Share([labeled for labeled, _ in drawn], trainer.ranks), steps=2, progress=False)
-    return {"history": result.history, "weights": result.weights, "tuned": tuned.weights, "step": result.step}
+class Stopped(Exception):
+    """What ends a fit in the middle."""
+
+
+def fitted(
+    layout: str | None,
+    out: str,
+    stop: int | None = None,
+    resume: bool = False,
+    inside: str = "plain",
+    ema_decay: float | None = None,
+) -> dict[str, Any]:
+    """A short fit on the same whole batches everywhere, from the beginning or on from where it was stopped; tuned."""
+    trainer = built("reinforce", layout, "adamw", inside=inside)
+    torch.manual_seed(7 + (dist.get_rank() if inside == "dropout" and dist.is_initialized() else 0))
+    labeled, unlabeled = (Share([*part], trainer.ranks) for part in zip(*batches(4), strict=True))
+
+    def end(step: int, row: Any, trainer: Any) -> None:
+        if stop is not None and step >= stop:
+            raise Stopped
+
+    given: dict[str, Any] = {"validation": batches(5)[4][0], "validate_every": 2, "log_every": 1, "save_every": 2}
+    given |= {"ema_decay": ema_decay, "wait": 1, "callbacks": [end], "say": lambda text: None, "progress": False}
+    try:
+        found = trainer.fit(labeled, unlabeled, steps=4, out=out, resume=resume, **given)
+    except Stopped:
+        return {}
+    tuned = trainer.finetune(labeled, steps=2, progress=False).weights
+    weights = {"weights": found.weights, "teacher": found.teacher_weights, "tuned": tuned}
+    return {"history": found.history, "step": found.step, **weights}
 
 
 def unwritten(folder: str) -> list[str]:
@@ -707,40 +657,3 @@ def unwritten(folder: str) -> list[str]:
                 told.append(str(error))
         writer.close()
     return told
-
-
-class Stopped(Exception):
-    """What ends a fit in the middle."""
-
-
-def resumed(
-    layout: str | None, out: str, stop: int | None = None, resume: bool = False, inside: str = "dropout"
-) -> dict[str, Any]:
-    """A fit of four steps, from the beginning or on from where it was stopped."""
-    trainer = built("reinforce", layout, "adamw", inside=inside)
-    torch.manual_seed(7 + (dist.get_rank() if inside == "dropout" and dist.is_initialized() else 0))
-    drawn = batches(4)
-    (x, y), _ = batches(5)[4]
-
-    def end(step: int, row: Any, trainer: Any) -> None:
-        if stop is not None and step >= stop:
-            raise Stopped
-
-    try:
-        result = trainer.fit(
-            Share([labeled for labeled, _ in drawn], trainer.ranks),
-            Share([unlabeled for _, unlabeled in drawn], trainer.ranks),
-            steps=4,
-            validation=(x, y),
-            validate_every=2,
-            log_every=1,
-            save_every=2,
-            progress=False,
-            out=out,
-            resume=resume,
-            callbacks=[end],
-            say=lambda text: None,
-        )
-    except Stopped:
-        return {}
-    return {"history": result.history, "weights": result.weights, "teacher": result.teacher_weights}

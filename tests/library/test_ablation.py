@@ -98,9 +98,6 @@ def test_a_call_that_waits_for_a_core_is_timed_by_what_it_computes() -> None:
     assert _seconds(lambda: time.sleep(0.2), torch.device("cpu")) < 0.1
 
 
-# ----------------------------------------------------------------------------------------------------- recommendation
-
-
 def cost(seconds: float, peak: int = 100_000, error: float = 0.0, noise: float = 0.0) -> ModeCost:
     return ModeCost(1.0, error, noise, 10.0, seconds, peak)
 

@@ -106,9 +106,6 @@ def test_the_gradient_that_is_looked_at_is_the_one_that_a_step_applies(mode: str
     assert not torch.allclose(found[1], found[2], rtol=1e-2)
 
 
-# --------------------------------------------------------------------------------------------------------- LossTrainer
-
-
 def _alone(accumulate: int, losses: tuple[TeacherLoss, ...]) -> tuple[nn.Module, list[dict]]:
     model, _ = _networks()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)

@@ -16,8 +16,6 @@ from metapl.execution.ranks import ALONE
 from metapl.feedback import Estimator
 from metapl.training.loss_trainer import LossTrainer
 
-# --------------------------------------------------------------------------------------------------------- LossTrainer
-
 
 def test_a_step_is_torchs_own_on_the_sum_of_the_losses() -> None:
     torch.manual_seed(0)
@@ -46,9 +44,6 @@ def test_a_step_is_torchs_own_on_the_sum_of_the_losses() -> None:
         assert report["loss_uda"] == pytest.approx(consistency.item(), rel=1e-6)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-
-
-# --------------------------------------------------------------------------------------------------- altered feedback
 
 
 class Steps(Estimator):

@@ -30,8 +30,6 @@ from metapl import UDA, CrossEntropy, Lookahead
 STORED = Path(__file__).with_name("bits.json")
 STEPS, ROWS, LABELED, WIDTH, CLASSES = 20, 12, 8, 16, 4
 
-# ---------------------------------------------------------------------------------------------------------- trainings
-
 
 def network(kind: str, scale: float = 1.0) -> nn.Module:
     """Smooth everywhere, so that other rounding ends near the same weights."""
@@ -168,9 +166,6 @@ def train(given: Row) -> Any:
 NOT_OPTIONS = ("mode", "inner", "outer", "net", "ahead", "views", "frozen", "within")
 
 
-# --------------------------------------------------------------------------------------------------------- what stays
-
-
 def parts(trainer: Any, feedback: Iterable[Tensor] = ()) -> dict[str, dict[str, Tensor]]:
     """The tensors that a training leaves, by what they are and by name."""
     found: dict[str, dict[str, Tensor]] = {"buffers": {}}
@@ -259,13 +254,7 @@ def test_twenty_steps_end_on_the_same_bits(stored: dict[str, Any], name: str) ->
         check(of_row(name), stored["rows"][name], stored["machine"], TABLE[name].get("within", 1e-5))
 
 
-# ------------------------------------------------------------------------------------------------- two ranks of FSDP2
-
-
 # ------------------------------------------------------------------------------------------------------ killed, resumed
-
-
-# ------------------------------------------------------------------------------------------------------------ renewal
 
 
 def main() -> None:

@@ -144,9 +144,6 @@ def test_what_is_changed_between_steps_counts(what: str, how: str, monkeypatch: 
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-9, atol=1e-12)
 
 
-# -------------------------------------------------------------------------------------------------------- not captured
-
-
 class Again(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -226,8 +223,6 @@ def test_a_network_alone_is_compiled_too(accumulate: int) -> None:
         ends.append([t.double() for t in network.state_dict().values()])
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
 
-
-# -------------------------------------------------------------------------------------------------------- the pure step
 
 PAIRWISE = [
     (MODES[i % 7], [*OPTIMIZERS][i % 4], feature)

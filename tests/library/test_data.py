@@ -12,8 +12,6 @@ import torch
 from metapl.data import StepSampler, draws
 from metapl.errors import MetaplError
 
-# --- draws ------------------------------------------------------------------------------------------------------------
-
 
 def test_hash_is_splitmix64() -> None:
     # Its published outputs, from the seeds 0 and 1234567.
@@ -41,9 +39,6 @@ def test_draws_ignore_the_rest_of_the_batch(dtype: torch.dtype) -> None:
         assert torch.equal(draw(3, 5, examples[40 : 40 + size], 7, dtype=dtype), whole[40 : 40 + size])
     # More draws continue fewer.
     assert torch.equal(draw(3, 5, examples, 11, dtype=dtype)[:, :7], whole)
-
-
-# --- samplers ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("size", "batch_size"), [(10, 3), (7, 7), (5, 12), (1, 4), (64, 1)])

@@ -163,9 +163,6 @@ def test_micro_batches_share_the_softmax_and_the_tokens(mode: str) -> None:
     assert error(split.grads, by_hand(*batches)[0]) < 1e-9
 
 
-# -------------------------------------------------------------------------------------------------- several processes
-
-
 # --------------------------------------------------------------------------------------------------------- what it is
 
 

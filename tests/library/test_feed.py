@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,10 +19,9 @@ from torch.multiprocessing import active_children
 from torch.utils.data import DataLoader, TensorDataset
 
 from metapl.data import StepBatches
+from metapl.data.steps import _begin_worker
 from metapl.errors import MetaplError
 from metapl.runs import generators
-
-# --- sources ----------------------------------------------------------------------------------------------------------
 
 
 class Doubles(StepBatches[Tensor]):
@@ -59,9 +60,6 @@ def disturb() -> None:
     torch.manual_seed(time.time_ns())
     random.seed()
     np.random.seed()  # noqa: NPY002
-
-
-# --- going on ---------------------------------------------------------------------------------------------------------
 
 
 def check_going_on(source: Callable[[], Any], cuts: range) -> None:
@@ -132,9 +130,6 @@ def test_an_iterator_is_served_once() -> None:
         made(iter([1, 2, 3])).restore(state)
 
 
-# --- what cannot be served --------------------------------------------------------------------------------------------
-
-
 class UsedUp:
     def __init__(self) -> None:
         self.inside = iter([1, 2])
@@ -184,9 +179,6 @@ def test_what_cannot_be_served_is_refused_and_no_generator_moves(what: str) -> N
     assert same(generators.rng_state(), before)
 
 
-# --- failures ---------------------------------------------------------------------------------------------------------
-
-
 class Failing(Noisy):
     """Example 5 cannot be read, as often as `errors` has entries."""
 
@@ -225,3 +217,16 @@ def test_goes_on_exactly_after_an_interruption(error: BaseException) -> None:
     resumed = made(DataLoader(Failing(), batch_size=2, shuffle=True))
     resumed.restore(state)
     assert same(resumed.next(), expected[state["position"]])
+
+
+def test_a_worker_outlives_any_number_of_sigterms_for_a_while() -> None:
+    worker = os.fork()
+    if not worker:
+        try:
+            _begin_worker(0)
+            for _ in range(5):
+                os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(7 if signal.alarm(0) > 0 else 8)
+        finally:
+            os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 7

@@ -68,9 +68,6 @@ def test_every_source_is_served_on_the_device(source: Callable[[], Any]) -> None
         stream.close()
 
 
-# --- to_device --------------------------------------------------------------------------------------------------------
-
-
 class Pair(NamedTuple):
     x: Tensor
     y: Tensor

@@ -28,8 +28,6 @@ from metapl.metrics import evaluate_logits
 from metapl.runs.checkpoint import CheckpointFolder
 from metapl.training import Trainer
 
-# ------------------------------------------------------------------------------------------------------- schedule, EMA
-
 
 @pytest.mark.parametrize(("schedule", "warmup"), [("cosine", 0), ("cosine", 3), ("constant", 0), ("constant", 4)])
 def test_every_step_runs_at_the_rates_of_the_schedule(schedule: Any, warmup: int) -> None:
@@ -66,9 +64,6 @@ def test_the_average_is_that_of_a_loop_by_hand(decay: float) -> None:
     assert any(not torch.equal(found.weights[n], p) for n, p in twin.student.named_parameters())
 
 
-# ---------------------------------------------------------------------------------------------------------- selection
-
-
 def test_the_latest_best_by_validation_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, steps, wanted = single(), 5, iter([0.9, 0.2, 0.6, 0.4, 0.6, 0.5])  # the first before the first step
     seen: list[dict[str, Tensor]] = []
@@ -95,9 +90,6 @@ def test_what_was_validated_is_what_is_kept(ema: float | None) -> None:
     model = network().eval()
     model.load_state_dict(found.weights)
     assert evaluate_logits(model(VALIDATION[0]), VALIDATION[1]).accuracy == found.validation_accuracy
-
-
-# ------------------------------------------------------------------------------------------------- numbers gone wrong
 
 
 def poisoned(number: int, at: int) -> list[Any]:
@@ -146,6 +138,3 @@ def test_weights_that_blow_up_are_not_saved_although_the_loss_is_finite(tmp_path
     with pytest.raises(MetaplError):
         trainer.fit(batches(4)[0], steps=5, save_every=1, log_every=5, out=tmp_path)
     assert not list(tmp_path.glob("checkpoints/**/*.ckpt"))
-
-
-# ------------------------------------------------------------------------------------------------ clipping, precision

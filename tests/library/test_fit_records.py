@@ -1,8 +1,9 @@
-"""What a fit writes and shows."""
+"""What a fit writes and shows; one at a time writes to a folder."""
 
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from fits import (
     rows,
     single,
 )
+from forked import context
 
+from metapl import MetaplError
 from metapl.execution.ranks import ALONE
+from metapl.runs import folder as folders
 from metapl.training.records import figures
 
 SCALARS = {
@@ -91,3 +95,28 @@ def test_figures_of_the_feedback_are_those_of_a_loop_by_hand(mode: str) -> None:
     expected = float((count * mean - square) / (square - mean))
     assert math.isfinite(found["feedback_snr"])
     assert found["feedback_snr"] == pytest.approx(expected, rel=1e-4)
+
+
+def held(out: Path, begun: Any) -> None:
+    with folders.Folder(out).held():
+        begun.set()
+        time.sleep(60)
+
+
+def test_a_folder_that_another_process_writes_to_is_refused_until_that_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "PATIENCE", 0.2)
+    begun = context().Event()
+    other = context().Process(target=held, args=(tmp_path, begun))
+    other.start()
+    begun.wait(60)
+    with pytest.raises(MetaplError, match="process"):
+        single().fit(batches(3)[0], steps=3, out=tmp_path)
+    other.kill()
+    other.join()
+    single().fit(batches(3)[0], steps=3, out=tmp_path)
+    folder = folders.Folder(tmp_path)
+    with folder.held():  # which may be held again, as several phases in one folder do
+        single().fit(batches(3)[0], steps=3, out=folder, phase="finetune")
+    assert [row["step"] for row in rows(tmp_path, "finetune")] == [3]

@@ -198,9 +198,6 @@ def test_a_second_ctrl_c_is_not_held_back_and_a_second_sigterm_is() -> None:
         single().fit(Counting(batches(3)[0], 2, twice(signal.SIGTERM)), steps=5)
 
 
-# ------------------------------------------------------------------------------------------------- begun otherwise
-
-
 def changed(**options: Any) -> Callable[[Path, Any], Any]:
     """A fit of one network of which something is otherwise."""
 
@@ -248,9 +245,6 @@ def test_what_was_begun_otherwise_is_refused_by_name_and_goes_on_anyway(
         changed(**options)(tmp_path, True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     changed(**options)(tmp_path, "anyway")
-
-
-# ------------------------------------------------------------------------------------------------- one trainer's state
 
 
 def test_a_trainer_that_is_saved_goes_on_in_another(tmp_path: Path) -> None:

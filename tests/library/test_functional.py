@@ -275,9 +275,6 @@ def test_a_ratio_is_that_of_the_gradients_of_feedback_and_own_losses() -> None:
     assert error(scaled, own + 0.5 * own.norm() / feedback.norm() * feedback) < 1e-9
 
 
-# --------------------------------------------------------------------------------------------------------- many at once
-
-
 def noise_of(seed: int) -> Tensor:
     like = torch.zeros((), dtype=torch.float64)
     return gumbel(ROWS, CLASSES, like, torch.Generator().manual_seed(seed))

@@ -112,9 +112,6 @@ def test_truncation_differentiates_the_last_steps_alone(kind: Any) -> None:
             kind(truncate=wrong)
 
 
-# ---------------------------------------------------------------------------------------------------------- the trainer
-
-
 @pytest.mark.parametrize(
     ("mode", "optimiser"),
     product(
@@ -191,9 +188,6 @@ def test_keeping_few_steps_takes_less_memory_where_the_weights_are_most_of_it() 
     assert held(Forward(keep_every=6)) < 0.6 * held(Forward())
 
 
-# -------------------------------------------------------------------------------------------------------------- fitting
-
-
 def fitted(ahead: int, **options: Any) -> tuple[metapl.BilevelTrainer, Any]:
     problem = toy("mlp")
     torch.manual_seed(0)
@@ -215,9 +209,6 @@ def test_fit_draws_as_many_batches_as_are_looked_ahead() -> None:
     for a, b in zip(trainer.teacher.parameters(), other.teacher.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
     assert len(found.history) == 5
-
-
-# ----------------------------------------------------------------------------------------------- students of many kinds
 
 
 class Branches(nn.Module):
@@ -310,9 +301,6 @@ def test_the_state_that_is_handed_on_carries_no_graph(mode: str) -> None:
     leaves = [t for t in torch.utils._pytree.tree_leaves(found.inner_state) if isinstance(t, Tensor)]
     assert leaves
     assert not any(t.requires_grad for t in leaves)
-
-
-# ------------------------------------------------------------------------------------------------------- planted faults
 
 
 @pytest.mark.parametrize("fault", FAULTS_AHEAD)

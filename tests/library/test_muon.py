@@ -31,9 +31,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------- by hand
-
-
 def polar(matrix: Tensor, a: float, b: float, c: float, steps: int) -> Tensor:
     """Of the wide one of a matrix and its transpose, without a thought of roundings."""
     x = matrix / torch.linalg.matrix_norm(matrix)
@@ -111,9 +108,6 @@ def stepped(real: tuple[Any, Any], student: nn.Module, grads: Tree) -> None:
 def batches(steps: int) -> list[Tensor]:
     draw = torch.Generator().manual_seed(3)
     return [torch.randn(4, 1, 4, 4, generator=draw, dtype=torch.float64) for _ in range(steps)]
-
-
-# ------------------------------------------------------------------------------------------------------- the gradient
 
 
 @pytest.mark.parametrize(
@@ -208,9 +202,6 @@ def test_a_training_by_two_graphs_is_the_eager_one(monkeypatch: pytest.MonkeyPat
         assert all(error(a, b) < 1e-9 for a, b in pairs)
 
 
-# ------------------------------------------------------------------------------------------------------------ the step
-
-
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_a_rule_that_rounds_is_torchs_own_step(settings: str) -> None:
     given = problem()
@@ -268,9 +259,6 @@ def test_the_gradient_is_verified_in_the_weights_type(lookahead: int) -> None:
         **given.networks(), labeled=given.labeled, unlabeled=unlabeled, inner_optimizer=trainer.update, verify=True
     )
     assert all(g.isfinite().all() for g in result.grads.values())
-
-
-# -------------------------------------------------------------------------------------------------------- wrong calls
 
 
 def overlapping(network: nn.Module) -> Any:

@@ -59,18 +59,12 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
-# --------------------------------------------------------------------------------------------------------------- plain
-
-
 def test_a_loop_goes_on_from_the_middle_of_an_epoch(tmp_path: Path, killed_at: Any) -> None:
     own = example("own_loop")
     whole = own.train(tmp_path / "whole", 9, 4, 0)
     killed_at(7, lambda: own.train(tmp_path / "cut", 9, 4, 0))
     assert same(weights(whole), weights(own.train(tmp_path / "cut", 9, 4, 0)))
     assert list(tmp_path.glob("cut/events*"))
-
-
-# ---------------------------------------------------------------------------------------------------------- accelerate
 
 
 class NoAccelerator:
@@ -108,8 +102,6 @@ def test_a_loop_of_accelerate_takes_the_steps_of_a_plain_one_and_resumes(tmp_pat
     assert same(whole, weights(train(accelerator(), tmp_path / "cut", 9, 4)))
 
 
-# ----------------------------------------------------------------------------------------------------------- Lightning
-
 QUIET: dict[str, Any] = {"enable_model_summary": False}
 
 
@@ -130,9 +122,6 @@ def test_a_lightning_module_takes_as_many_steps_as_it_is_told_and_resumes(tmp_pa
         assert rates[0] == rates[1]
 
 
-# --------------------------------------------------------------------------------------------------------- transformers
-
-
 @pytest.mark.long
 def test_the_example_on_text_prints_each_way_to_train(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     pytest.importorskip("transformers")
@@ -145,9 +134,6 @@ def test_the_example_on_text_prints_each_way_to_train(monkeypatch: pytest.Monkey
     found = dict(re.findall(r"^(\S.*?) {2,}([\d.]+) %$", printed, re.MULTILINE))
     assert list(found) == ["labels alone", "no feedback", "feedback as it is", "feedback 0.1 of the teacher's losses"]
     assert all(5 < float(value) < 100 for value in found.values())
-
-
-# ----------------------------------------------------------------------------------------------------------- the pages
 
 
 @pytest.mark.docs

@@ -12,19 +12,16 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from problems_zoo import OPTIMISERS, Toy, mlp, product, same, toy, unmoved, warm
+from problems_zoo import OPTIMISERS, Toy, mlp, product, same, toy, trainer_for, unmoved, values, warm
 from reference import Tree, error, own_stream
 from replays import put
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
-from trainers import trainer_for, values
 
 import metapl
 from metapl import MetaplError, Signal
 from metapl.feedback import Forward, Implicit
-
-# ------------------------------------------------------------------------------------------------------- the reference
 
 
 @dataclass
@@ -85,9 +82,6 @@ def through(case: Toy, problem: Any, batches: list[Any], rule: Any, state: Any, 
         fields.append(found)
     grads = torch.autograd.grad(loss, list(phi.values()), materialize_grads=True)
     return Expected(dict(zip(phi, grads, strict=True)), fields, theta, loss.detach())
-
-
-# -------------------------------------------------------------------------------------------------------- the problems
 
 
 class Teacher(nn.Module):
@@ -326,9 +320,6 @@ def test_a_mean_over_tokens_is_one_in_every_mode(mode: Any) -> None:
     given = {**case.networks(), **case.data(), "mode": mode, "problem": problem, "inner_optimizer": inner}
     parts, whole = (metapl.hypergradient(**given, accumulate=parts).grads for parts in (4, 1))
     assert error(parts, whole) < 1e-6
-
-
-# --------------------------------------------------------------------------------------------------- what else is told
 
 
 class Labels(Judged):

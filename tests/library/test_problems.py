@@ -196,9 +196,6 @@ def test_a_problem_has_the_gradient_of_its_formula(
     assert error(found.grads, expected) < (1e-4 if mode == "difference" else 1e-8)
 
 
-# ------------------------------------------------------------------------------------------------ learning to reweight
-
-
 def weights_by_hand(student: nn.Module, labeled: Any, look: reference.Rule, state: Any) -> tuple[Tensor, Tensor]:
     """h = −dL(θ̂)/dε by double backward through the look-ahead, and w: the paper's Algorithm 1, lines 4-10."""
     theta = reference.weights(student)
@@ -249,9 +246,6 @@ def test_ten_steps_of_learning_to_reweight_are_those_of_its_paper(momentum: floa
         assert error(dict(case.student.named_parameters()), moved) < 1e-8
         used.append(int((w > 0).sum()))
     assert sum(0 < n < 5 for n in used) >= 5
-
-
-# ---------------------------------------------------------------------------------------------------- what is general
 
 
 class Coins(LearnedDecay):

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from problems_zoo import toy
+from problems_zoo import toy, trainer_for
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
-from trainers import trainer_for
 
 import metapl
 

@@ -29,7 +29,6 @@ import metapl
 from metapl import UDA, CrossEntropy, Lookahead, MetaplError, Signal
 
 ROWS, LABELED, WIDTH, CLASSES = 6, 4, 5, 3
-# ------------------------------------------------------------------------------------------------------------- the case
 
 
 def network(inside: nn.Module | None = None) -> nn.Module:
@@ -108,9 +107,6 @@ def moved(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
     names = [name for name in before if name in now and not same(before[name], now[name])]
     return [*names, *sorted(before.keys() ^ now.keys())]
-
-
-# ------------------------------------------------------------------------------------------------------ the wrong calls
 
 
 class Odd(metapl.problems.Problem):
@@ -326,8 +322,6 @@ def test_a_generator_of_another_device_is_refused() -> None:
     assert moved(before, case.everything()) == []
 
 
-# --------------------------------------------------------------------------------------------------- calls by the draw
-
 NAN, INF = float("nan"), float("inf")
 NETWORKS_OWN = "one pixel too many"
 """Of what the user's own network says that it cannot take it, the words are the network's."""
@@ -468,9 +462,6 @@ def test_what_is_refused_leaves_everything_as_it_was(
         with pytest.raises((ValueError, RuntimeError, TypeError, LookupError, AttributeError)) as caught:
             call()
     assert moved(before, all_there_is()) == [], f"{name}: {caught.value}"
-
-
-# ----------------------------------------------------------------------------------------------- an error within a step
 
 
 class Broken(Exception):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from problems_zoo import CLASSES, everything, mlp, product, same
+from problems_zoo import CLASSES, everything, mlp, product, same, values
 from reference import error
 from replays import (
     BY_DIFFERENCE,
@@ -31,13 +31,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
-from trainers import values
 
 import metapl
 from metapl import MetaplError
 from metapl.feedback import Forward
-
-# ----------------------------------------------------------------------------------------------------------- students
 
 
 class Scaled(nn.Module):
@@ -240,9 +237,6 @@ def test_masks_of_different_passes_are_independent(mode: str) -> None:
     assert abs(float(torch.corrcoef(distinct).triu(1).abs().max())) < 0.6
 
 
-# ------------------------------------------------------------------------------------------------- teachers, run again
-
-
 def test_micro_batches_of_a_teacher_with_state() -> None:
     """Each micro-batch is replayed from the state of its own pass."""
     problem = case(mlp(), built(STUDENTS["buffer exchanged"]))
@@ -268,9 +262,6 @@ def test_micro_batches_of_a_teacher_with_state() -> None:
     change = {name: before[name] - p.detach() for name, p in problem.teacher.named_parameters()}
     assert error(change, expected) < 1e-9
     assert same(list(parts.buffers()), list(problem.teacher.buffers()))
-
-
-# ---------------------------------------------------------------------------------------- passes of different functions
 
 
 class Quantized(nn.Module):
@@ -329,9 +320,6 @@ def test_a_gradient_that_is_nothing_but_rounding_is_not_refused(keep_every: int)
         for mode in ("unrolled", Forward(keep_every=keep_every))
     )
     assert error(kept, exact) < 1e-9
-
-
-# ------------------------------------------------------------------------------------------ what changes between steps
 
 
 @pytest.mark.parametrize("mode", ["forward", "difference"])

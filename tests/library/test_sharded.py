@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -93,12 +93,6 @@ def check(ranks: Ranks, cases: list[dict[str, Any]], alike: int = 1) -> list[lis
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------ parity
-
-
-ELSEWHERE = pytest.mark.long  # pairs of an estimator and an optimizer, each of which has been seen in this layout
-
-
 @pytest.mark.parametrize(
     ("layout", "optimizer", "modes"),
     [
@@ -106,8 +100,8 @@ ELSEWHERE = pytest.mark.long  # pairs of an estimator and an optimizer, each of 
         ("fsdp", "sgd", MODES),
         ("ddp", "adamw", ("reinforce",)),
         ("fsdp", "adamw", ("forward",)),
-        pytest.param("ddp", "adamw", ("none", *MODES[2:]), marks=ELSEWHERE),
-        pytest.param("fsdp", "adamw", MODES[:-1], marks=ELSEWHERE),
+        pytest.param("ddp", "adamw", ("none", *MODES[2:]), marks=pytest.mark.long),
+        pytest.param("fsdp", "adamw", MODES[:-1], marks=pytest.mark.long),
     ],
 )
 def test_every_mode_is_as_in_one_process(two: Ranks, layout: str, optimizer: str, modes: tuple[str, ...]) -> None:
@@ -175,8 +169,9 @@ OTHERS: dict[str, tuple[int, int, list[dict[str, Any]]]] = {  # ranks, how many 
     "products, AdamW": (2, 2, each(["reinforce"], optimizer="adamw", **CUT)),
     "products": (2, 2, each(PLAIN_PASSES, **CUT) + each(["none"], clip_norm=0.05, **CUT)),
     "products of the student": (2, 2, each(["none"], teacher_layout="ddp", **CUT)),  # and nothing to cut
-    "shards and products": (4, 2, each(["reinforce"], layout="tensor_shard", optimizer="adamw", hidden=8)),
-    "shards, products, a clip": (4, 2, each(["difference"], layout="tensor_shard", hidden=8, clip_norm=0.05)),
+    "shards and products": (4, 2, each(["reinforce"], layout="tensor_by_shard", optimizer="adamw", hidden=8)),
+    "shards, products, a clip": (4, 2, each(["difference"], layout="tensor_by_shard", hidden=8, clip_norm=0.05)),
+    "replicas and products": (4, 2, each(["difference"], layout="tensor_by_replicate", hidden=8, optimizer="adamw")),
     "replicas of shards of one": (2, 1, each(["reinforce"], layout="hsdp", optimizer="adamw")),
     "replicas of shards": (4, 1, each(["reinforce", "difference"], layout="hsdp")),
     "replicas of shards, AdamW": (4, 1, each(["forward"], layout="hsdp", optimizer="adamw")),
@@ -184,19 +179,12 @@ OTHERS: dict[str, tuple[int, int, list[dict[str, Any]]]] = {  # ranks, how many 
     # Widths of 3, 5 and 9 over four processes: some hold nothing of a bias.
     "uneven shards": (4, 1, each(["forward", "reinforce"], layout="fsdp", gradients=False)),
 }
-LATER: dict[str, tuple[int, int, list[dict[str, Any]]]] = {
-    "by a mesh, shards": (4, 2, each(["reinforce"], layout="tensor_by_shard", hidden=8)),
-    "by a mesh, replicas": (4, 2, each(["difference"], layout="tensor_by_replicate", hidden=8, optimizer="adamw")),
-}
-
-
 QUICK = {"altered feedback", "a replicated teacher", "products, AdamW", "replicas of shards of one"}
-NAMES: list[Any] = [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in OTHERS]
 
 
-@pytest.mark.parametrize("what", [*NAMES, *(pytest.param(name, marks=ELSEWHERE) for name in LATER)])
+@pytest.mark.parametrize("what", [pytest.param(w, marks=[pytest.mark.long] * (w not in QUICK)) for w in OTHERS])
 def test_other_layouts_are_as_one_process(two: Ranks, four: Ranks, what: str) -> None:
-    number, alike, cases = {**OTHERS, **LATER}[what]
+    number, alike, cases = OTHERS[what]
     check(two if number == 2 else four, cases, alike)
 
 
@@ -299,9 +287,6 @@ def test_bfloat16_by_autocast(two: Ranks) -> None:
             assert own["scalars"][0]["outer_loss"] == pytest.approx(expected["scalars"][0]["outer_loss"], rel=2e-3)
 
 
-# ------------------------------------------------------------------------------------------------------------ faults
-
-
 @pytest.mark.parametrize(
     ("fault", "layout", "mode"),
     [
@@ -324,9 +309,6 @@ def test_planted_faults_are_caught(two: Ranks, fault: str, layout: str, mode: st
         return
     with pytest.raises(AssertionError):
         compare(found, alone(**plain), 1e-3)
-
-
-# ---------------------------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize("how", sharded_cases.REFUSED)
@@ -378,9 +360,8 @@ def test_weights_gathered_in_bfloat16(two: Ranks, inside: str) -> None:
         assert "bfloat16" in found["difference"]
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
+def test_layouts_that_cannot_be_are_refused() -> None:
+    for wrong in (
         lambda: shard(multilayer([4, 3]), Mesh(shard=2), plan={}),
         lambda: shard(multilayer([4, 3]), Mesh(tensor=2)),
         lambda: shard(multilayer([4, 3]), Mesh(tensor=2), plan={"head": None}),
@@ -392,11 +373,9 @@ def test_weights_gathered_in_bfloat16(two: Ranks, inside: str) -> None:
         lambda: shard(nn.Flatten(), Mesh(shard=2)),
         lambda: shard(sharded_cases.Moving(False), Mesh(shard=2), blocks=lambda n: [n.layers[0]]),
         lambda: shard(nn.Sequential(nn.BatchNorm1d(3)), Mesh(shard=2), checkpoint=True),
-    ],
-)
-def test_layouts_that_cannot_be_are_refused(wrong: Callable[[], Any]) -> None:
-    with pytest.raises(MetaplError):
-        wrong()
+    ):
+        with pytest.raises(MetaplError):
+            wrong()
 
 
 def test_the_blocks_of_known_families() -> None:
@@ -412,36 +391,37 @@ def test_the_blocks_of_known_families() -> None:
     assert kinds == {name: ({name}, number) for name, number in numbers.items()}
 
 
-# ------------------------------------------------------------------------------------------------ fits and the command
+def alike(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    for own in found:
+        assert own["step"] == expected["step"]
+        for part in ("weights", "teacher", "tuned"):
+            assert error(own[part], expected[part]) < 1e-10
+        for row, other in zip(own["history"], expected["history"], strict=True):
+            assert row == pytest.approx(other, rel=1e-9, abs=1e-12, nan_ok=True)
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 def test_a_fit_is_as_in_one_process_and_the_first_rank_writes(two: Ranks, layout: str, tmp_path: Path) -> None:
     """With averaged weights, which are validated and kept."""
     found = two.run("fitted", layout=layout, out=str(tmp_path / "run"), ema_decay=0.7)
-    expected = sharded_cases.fitted(None, ema_decay=0.7)
-    for own in found:
-        assert error(own["weights"], expected["weights"]) < 1e-10
-        assert error(own["tuned"], expected["tuned"]) < 1e-10
-        assert own["step"] == expected["step"]
-        for row, other in zip(own["history"], expected["history"], strict=True):
-            assert row == pytest.approx(other, rel=1e-9, abs=1e-12, nan_ok=True)
+    expected = sharded_cases.fitted(None, str(tmp_path / "one"), ema_decay=0.7)
+    alike(found, expected)
     written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in written if row["phase"] == "fit"] == [row["step"] for row in expected["history"]]
 
 
-@pytest.mark.parametrize(("layout", "inside"), [("ddp", "dropout"), ("fsdp", "dropout")])
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 def test_a_fit_that_was_stopped_goes_on_bit_for_bit_in_as_many_processes(
-    two: Ranks, layout: str, inside: str, tmp_path: Path
+    two: Ranks, layout: str, tmp_path: Path
 ) -> None:
     """With dropout, whose masks are of the generators of each process."""
-    case = {"layout": layout, "inside": inside}
-    whole = two.run("resumed", **case, out=str(tmp_path / "whole"))
-    two.run("resumed", **case, out=str(tmp_path / "run"), stop=3)
+    case = {"layout": layout, "inside": "dropout"}
+    whole = two.run("fitted", **case, out=str(tmp_path / "whole"))
+    two.run("fitted", **case, out=str(tmp_path / "run"), stop=3)
     names = [path.name for path in sorted((tmp_path / "run" / "checkpoints" / "fit").iterdir())]
     suffix = "ckpt" if layout == "ddp" else "parts"  # every process writes its part of what is sharded
     assert names == [f"step-00000002.{suffix}"]
-    gone_on = two.run("resumed", **case, out=str(tmp_path / "run"), resume=True)
+    gone_on = two.run("fitted", **case, out=str(tmp_path / "run"), resume=True)
     for own, expected in zip(gone_on, whole, strict=True):
         for part in ("weights", "teacher"):
             assert all(torch.equal(own[part][name], t) for name, t in expected[part].items())
@@ -459,16 +439,12 @@ def test_a_fit_goes_on_in_another_layout(
     two: Ranks, four: Ranks, before: str | None, after: str | None, tmp_path: Path
 ) -> None:
     """The same numbers as one process."""
-    expected = sharded_cases.resumed(None, str(tmp_path / "whole"), inside="plain")
-    run = {"out": str(tmp_path / "run"), "inside": "plain"}
+    expected = sharded_cases.fitted(None, str(tmp_path / "whole"))
+    run = {"out": str(tmp_path / "run")}
     begin, go_on = run | {"layout": before, "stop": 2}, run | {"layout": after, "resume": True}
-    two.run("resumed", **begin) if before else sharded_cases.resumed(**begin)
+    two.run("fitted", **begin) if before else sharded_cases.fitted(**begin)
     ranks = four if after == "hsdp" else two
-    for own in ranks.run("resumed", **go_on) if after else [sharded_cases.resumed(**go_on)]:
-        for part in ("weights", "teacher"):
-            assert error(own[part], expected[part]) < 1e-10
-        for row, other in zip(own["history"], expected["history"], strict=True):
-            assert row == pytest.approx(other, rel=1e-9, abs=1e-12, nan_ok=True)
+    alike(ranks.run("fitted", **go_on) if after else [sharded_cases.fitted(**go_on)], expected)
 
 
 def test_a_checkpoint_that_fails_on_the_first_rank_ends_on_all(two: Ranks, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from problems_zoo import ANYWHERE, OPTIMISERS, STUDENTS, Toy, everything, mlp, noisy_teacher, product, same, toy
+from problems_zoo import ANYWHERE, OPTIMISERS, STUDENTS, Toy, everything, mlp, noisy_teacher, product, same, toy, values
 from reference import error, flat
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,10 +25,6 @@ def trainer_for(case: Toy, mode: Any, **options: Any) -> metapl.BilevelTrainer:
     options = {"teacher_losses": (), "verify": False, **options}
     options.setdefault("outer_optimizer", torch.optim.SGD(case.teacher.parameters(), lr=1.0))
     return metapl.BilevelTrainer(**case.networks(), mode=mode, **options)
-
-
-def values(net: nn.Module) -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in net.named_parameters()}
 
 
 def moved(before: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
@@ -142,9 +138,6 @@ def test_the_student_learns_strong_and_the_teacher_is_fed_back_through_weak(mode
         assert torch.equal(report.signal.value, expected.labels)
 
 
-# ---------------------------------------------------------------------------------------- the teacher's own losses
-
-
 def smoothed_cross_entropy(teacher: nn.Module, labeled: tuple[Tensor, Tensor], alpha: float) -> Tensor:
     target = (1 - alpha) * torch.eye(3, dtype=torch.float64)[labeled[1]] + alpha / 3
     return reference.cross_entropy(target, teacher(labeled[0])).mean()
@@ -179,9 +172,6 @@ def test_the_teachers_own_losses_are_added_to_the_feedback(
         assert report.teacher_cross_entropy == pytest.approx(supervised.item(), rel=1e-12)
         assert report.teacher_uda == pytest.approx(consistency.item(), rel=1e-12)
         assert report.teacher_loss == pytest.approx((supervised + consistency).item(), rel=1e-12)
-
-
-# ------------------------------------------------------------------------------------------------------ the report
 
 
 @pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torchopt_sgd_nesterov"])

@@ -63,9 +63,6 @@ def loss(uda: UDA, model: nn.Module, unlabeled: Any, step: int = 0, signal: Sign
     return uda(model, labeled=None, unlabeled=unlabeled, signal=signal, step=step)
 
 
-# ---------------------------------------------------------------------------------------------------------- the labels
-
-
 @pytest.mark.parametrize("align", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("threshold", [0.0, 0.6])
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 2.0])
@@ -89,9 +86,6 @@ def test_the_labels_are_spread_like_the_prior(align: float) -> None:
     even = UDA(0.5, 0.4, align=align).target(given)
     assert torch.equal(uda.target(given), even) == (align == 0)
     torch.testing.assert_close(UDA(0.5, 0.4, align=align, prior=(0.2,) * 5).target(given), even)
-
-
-# -------------------------------------------------------------------------------------------------- improbable classes
 
 
 # ------------------------------------------------------------------------------------------------ the loss, by the step
@@ -158,6 +152,3 @@ def test_the_ramp_begins_at_the_start(start: int, ramp: int, shares: list[float]
     whole = loss(UDA(weight=1.5), model, pair()).item()
     found = [loss(UDA(weight=1.5, ramp=ramp, start=start), model, pair(), step).item() for step in range(7)]
     assert found == pytest.approx([whole * share for share in shares], rel=1e-12)
-
-
-# -------------------------------------------------------------------------------------------------------- in a trainer

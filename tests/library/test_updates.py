@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 import torchopt
-from problems_zoo import OPTIMISERS, product, toy, warm
+from problems_zoo import OPTIMISERS, product, toy, values, warm
 from reference import error
 
 import metapl
@@ -24,10 +24,6 @@ TORCHOPT = [name for name in OPTIMISERS if name.startswith("torchopt")]
 def gradients(student: torch.nn.Module, seed: int = 11) -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(seed)
     return {n: torch.randn(p.shape, generator=draw, dtype=p.dtype) for n, p in student.named_parameters()}
-
-
-def values(student: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {n: p.detach().clone() for n, p in student.named_parameters()}
 
 
 def check_three_steps(functional: Any, student: torch.nn.Module) -> None:
@@ -210,9 +206,6 @@ def test_an_adjoint_in_closed_form_is_autograds(kind: Any, options: dict[str, An
     assert all(error(found.state[i], t) < 1e-13 for i, t in moments.items())
 
 
-# -------------------------------------------------------------------------------------------------- weights in half
-
-
 def reached(problem: Any, update: Any, **options: Any) -> Any:
     """The step of a student on soft labels."""
     (step,) = take_steps(
@@ -288,9 +281,6 @@ def test_adjoints_of_weights_in_half_are_those_in_double(dtype: Any, name: str, 
     assert error(dict(zip(kept.grads, through, strict=True)), of_g) < 5e-3
     as_it_is, _ = update.update(kept.params, kept.gradient, kept.state)
     assert all(torch.equal(kept.updated[0][n], t) for n, t in as_it_is.items())
-
-
-# --------------------------------------------------------------------------------------------- the optimizer's own step
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,6 @@ def test_a_loss_of_a_sum_and_a_weight_is_over_all_tokens() -> None:
     assert trainer.evaluate(parts) == Measured("loss", pytest.approx(found.value, rel=1e-6), 8)  # type: ignore[arg-type]
 
 
-# ------------------------------------------------------------------------------------------------------ a regression
-
-
 class SquaredError:
     name = "squared_error"
 
@@ -85,9 +82,6 @@ def test_a_batch_counts_by_its_examples() -> None:
         assert found.value == pytest.approx(trainer.evaluate((X, Y), metric=metric).value, rel=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------ objects, torchmetrics
-
-
 class Recall:
     """Of the first class over all batches: no mean over rows."""
 
@@ -119,9 +113,6 @@ def test_an_object_is_computed_over_all_batches_of_both_networks() -> None:
     assert trainer.evaluate(batches, metric=Recall()).value == found.value
 
 
-# ------------------------------------------------------------------------------------------------ killed and resumed
-
-
 # --------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -144,9 +135,6 @@ def test_a_metric_or_data_that_cannot_be_measured_is_refused(what: str) -> None:
     with pytest.raises((MetaplError, TypeError, RuntimeError)):
         trainer.fit([(X, Y)], steps=2, progress=False, **options)
     assert (trainer.steps_done == 0) != (what == "not a number")
-
-
-# ------------------------------------------------------------------------------------------------ examples in memory
 
 
 def test_arrays_are_served_in_shuffled_epochs() -> None:

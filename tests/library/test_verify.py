@@ -112,16 +112,10 @@ def test_kinds_of_students(kind: str, expected: dict[str, str], monkeypatch: pyt
     statuses(expected, lambda: Own(*KINDS[kind][1:]), monkeypatch)
 
 
-# ------------------------------------------------------------------------------------------------------------ problems
-
-
 @pytest.mark.parametrize(("kind", "expected"), rows_of(PROBLEMS, set()))
 def test_kinds_of_problems(kind: str, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     _, change, options = PROBLEMS[kind]
     statuses(expected, lambda: Own(plain), monkeypatch, problem=Problem(**change), **options)
-
-
-# -------------------------------------------------------------------------------------------- clean students, by mode
 
 
 def gru(student: Any, x: Tensor) -> Tensor:
@@ -199,9 +193,6 @@ def test_implicit_beside_double_backward(solver: Any, kind: Any, monkeypatch: py
     assert checked(Own(plain), mode, problem=problem) == "right"
     plant(monkeypatch, "a hundredth")
     assert checked(Own(plain), mode, problem=problem) == "refused"
-
-
-# ------------------------------------------------------------------------------------------------------ planted faults
 
 
 def result(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
@@ -298,9 +289,6 @@ def test_planted_faults_are_refused(fault: str, mode: Any, monkeypatch: pytest.M
     assert metapl.check_gradient(case.teacher, case.student, **given).passed
     plant(monkeypatch, fault)
     assert metapl.check_gradient(case.teacher, case.student, **given).passed is False
-
-
-# -------------------------------------------------------------------------------------------------- when it is asked
 
 
 def trainer(student: nn.Module | None = None, mode: Any = "forward", **options: Any) -> tuple[Any, dict[str, Any]]:

@@ -44,9 +44,6 @@ def moving(trainer: metapl.BilevelTrainer) -> Any:
     return pytree.tree_map_only(Tensor, torch.clone, kept)
 
 
-# ------------------------------------------------------------------------------------------------ the teacher's step
-
-
 @pytest.mark.parametrize("options", [{}, {"clip_norm": 0.2}, {"precision": "bfloat16"}], ids=str)
 def test_the_teacher_learns_as_it_would_without_a_student(options: dict[str, Any]) -> None:
     """Bit for bit, its dropout and its ramp included; the student and the generator for labels stand still."""
@@ -66,9 +63,6 @@ def test_the_teacher_learns_as_it_would_without_a_student(options: dict[str, Any
     assert same(moving(trainer), before)
     assert all(p.grad is None for module in (trainer.teacher, trainer.student) for p in module.parameters())
     assert trainer.steps_done == 8
-
-
-# ---------------------------------------------------------------------------------------------------- the loop's wait
 
 
 def sources(number: int, seed: int = 0) -> tuple[list[Any], list[Any]]:
@@ -151,6 +145,3 @@ def test_while_it_waits_the_student_is_neither_validated_nor_kept_nor_averaged(t
         assert state["averages"]["student"]["steps"] == (3 if moved else 0)
         assert same(state["trainer"]["student"], fresh) != moved
         assert bool(state["best"]["weights"]) == moved
-
-
-# ------------------------------------------------------------------------------------------------------- what cannot be
