@@ -54,7 +54,7 @@ smoothed = lambda estimator: of(test_exact.test_two_views_temperature_and_smooth
 one_pass = partial(of, test_step.test_statistics_and_generator_advance_as_by_one_pass_of_each_network)
 ratio = of(test_ratio.test_the_norms_of_the_two_gradients_have_this_ratio, "forward", {}, test_ratio.LOSSES[0])
 own = lambda problem, mode="forward", parts=1: of(  # noqa: E731
-    test_own_problems.test_every_field_gets_its_own_feedback, mode, 1, parts, getattr(test_own_problems, problem)
+    test_own_problems.test_every_field_gets_its_own_feedback, (mode, 1, parts), getattr(test_own_problems, problem)
 )
 
 CAUGHT: dict[str, list[Check]] = {
