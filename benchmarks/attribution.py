@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 import metapl
 from metapl.feedback import Forward
+from metapl.metrics import paired_test
 
 RAW = RESULTS / "attribution.jsonl"
 EXAMPLES, BATCH, SHARES, REMOVALS = 1000, 100, (0.01, 0.02, 0.05, 0.1), 25
@@ -279,12 +280,13 @@ def by_influence(setting: Row, seed: int, order: Tensor, train: Any, outer: Any)
     return along(network, params, train, moved)
 
 
+INFLUENCE = "influence functions, last layer"
 METHODS: dict[str, Callable[..., Tensor]] = {
     "attribute": by_attribute,
     "one-step look-ahead, every step": by_one_step,
     "gradient dot products, 10 checkpoints": lambda *given: by_dot_products(*given, CHECKPOINTS),
     "gradient dot products, at the end": lambda *given: by_dot_products(*given, 1),
-    "influence functions, last layer": by_influence,
+    INFLUENCE: by_influence,
 }
 
 
@@ -365,6 +367,17 @@ def mean(rows: list[Row], method: str, share: float) -> str:
     return f"{statistics.fmean(values):.2f}" if values else NONE
 
 
+def ahead(rows: list[Row], share: float) -> str:
+    """How far attribute's correlation is above influence functions', paired by seed, and the 95 % interval."""
+    key, names = f"{share:g}", ("attribute", INFLUENCE)
+    pairs = [[row["scores"][name][key][0] for name in names] for row in rows if key in row["scores"][INFLUENCE]]
+    if len(pairs) < 2:
+        return NONE
+    test = paired_test(*zip(*pairs, strict=True))
+    assert test.interval is not None
+    return f"{test.mean:+.2f} ({test.interval[0]:+.2f} to {test.interval[1]:+.2f})"
+
+
 def tables(rows: list[Row]) -> str:
     rough, rows = [r for r in rows if "scores" not in r], [r for r in rows if "scores" in r]
     tuning = [r for r in rows if r["seed"] in TUNING_SEEDS]
@@ -385,9 +398,13 @@ def tables(rows: list[Row]) -> str:
             cells = [mean(mine, method, share) for share in SHARES]
             cost = statistics.median(r["seconds"][method] / r["seconds"]["one training"] for r in mine)
             final.append([name, f"{steps:,}", len(mine), method, *cells, f"{cost:.1f}"])
+        if mine:
+            cells = [ahead(mine, share) for share in SHARES]
+            final.append([name, f"{steps:,}", len(mine), "*attribute − influence functions*", *cells, ""])
     told = (
-        f"Spearman's correlation over {REMOVALS} removals, means over the seeds; *trainings*: processor time over "
-        "one plain training. `python benchmarks/attribution.py`, raw rows: `benchmarks/results/attribution.jsonl`."
+        f"Spearman's correlation over {REMOVALS} removals, means over the seeds; differences with 95 % intervals, "
+        "paired by seed; *trainings*: processor time over one plain training. `python benchmarks/attribution.py`, raw "
+        "rows: `benchmarks/results/attribution.jsonl`."
     )
     chosen = (
         f"Spearman's correlations over {REMOVALS} removals, 500 steps, means over the seeds from {TUNING_SEEDS[0]} on; "
