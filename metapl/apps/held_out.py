@@ -113,8 +113,6 @@ def _compared(files: LabeledFiles, classes: tuple[str, ...]) -> list[str]:
     missing = [name for name in classes if not counts.get(name)]
     if missing:
         tell(f"metapl: note: {files.root} has no picture of {few(missing)}.", file=sys.stderr)
-    if files.loose:
-        tell(f"metapl: note: {files.loose} pictures beside the class folders are not used.", file=sys.stderr)
     return missing
 
 

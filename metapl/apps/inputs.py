@@ -97,7 +97,7 @@ def run_folder(out: Path | None, recipe: str, resume: bool) -> Iterator[RunFolde
     is_new = out is None and not resume
     if out is None and resume and not _numbers(recipe):
         raise MetaplError(f"there is no run runs/{recipe}-* to resume here; name its folder with --out.")
-    path = out or (new_default_folder(recipe) if is_new else _numbered(recipe, max(_numbers(recipe))))
+    path = out or (new_default_folder(recipe) if is_new else Path("runs") / f"{recipe}-{max(_numbers(recipe)):03d}")
     folder = RunFolder(path)
     try:
         folder.check(resume)  # where that is clear already, nobody is waited for
@@ -115,14 +115,10 @@ def run_folder(out: Path | None, recipe: str, resume: bool) -> Iterator[RunFolde
 def new_default_folder(recipe: str) -> Path:
     """The next free runs/<recipe>-NNN, which is made: who asks for one at the same moment gets another."""
     while True:
-        path = _numbered(recipe, max(_numbers(recipe), default=0) + 1)
+        path = Path("runs") / f"{recipe}-{max(_numbers(recipe), default=0) + 1:03d}"
         with suppress(FileExistsError):
             path.mkdir(parents=True)
             return path
-
-
-def _numbered(recipe: str, number: int) -> Path:
-    return Path("runs") / f"{recipe}-{number:03d}"
 
 
 def _numbers(recipe: str) -> list[int]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.apps.labels.store import DIGEST_BYTES, LabelStore, LabelWriter, is_text
-from metapl.apps.machine.progress import counting, progress
+from metapl.apps.machine.progress import counting
 from metapl.apps.methods import Data, ReducedMpl
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.folders import Files, ask, digest, hashes, scan_labeled, scan_unlabeled
@@ -30,6 +30,7 @@ from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest as digest_of
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.metrics.predictions import logits_of
+from metapl.runs.progress import progress
 from metapl.training import Say
 from metapl.training.selection import weights_of
 from metapl.words import shown
@@ -225,7 +226,7 @@ def write_labels(
         return
     first, steps = done // labeled.batch_size, len(labeled)
     with progress(tell_progress, name="labels", start=first, steps=steps) as bar:
-        for step, (x, numbers, digests, skipped) in enumerate(loader(labeled, first, steps, num_workers), first):
+        for x, numbers, digests, skipped in loader(labeled, first, steps, num_workers):
             for number, reason in skipped:
                 if number >= done:
                     skip(reason)
@@ -244,7 +245,7 @@ def write_labels(
                 contents = [bytes(row) for row in digests[kept].tolist()] if digests.shape[1] else None
                 if kept and writer is not None:
                     writer.add(names, logits_BC[kept].softmax(dim=1), contents)
-            bar.advance([x], {}, due=(step + 1) % max(1, steps // 10) == 0 or step + 1 == steps)
+            bar.update()
 
 
 def refuse_infinite(logits_BC: Tensor, names: Sequence[Any]) -> None:

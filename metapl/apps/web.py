@@ -53,7 +53,6 @@ tr + tr > * { border-top: 1px solid var(--line) }
 .matrix td { border: 1px solid var(--line); text-align: center; min-width: 1.4rem;
   background: color-mix(in srgb, var(--c0) var(--s, 0%), var(--page)) } .matrix .high { color: var(--on) }
 .turned span { writing-mode: vertical-rl; max-height: 9rem; overflow: hidden }
-.pixels { image-rendering: pixelated; width: min(100%, 40rem); border: 1px solid var(--line) }
 .pictures { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)) }
 .pictures img { width: 7rem; max-width: 100%; image-rendering: pixelated; border: 3px solid var(--line) }
 .pictures .right { border-color: var(--c2) } .pictures .wrong { border: 3px dashed var(--c1) }
@@ -246,13 +245,11 @@ def _scale(panel: Panel, low: float, high: float) -> tuple[list[float], tuple[fl
 
 
 def matrix(evaluation: Evaluation, names: Sequence[str]) -> str:
-    """The confusion matrix: of few classes in numbers, of many as a picture."""
+    """The confusion matrix of a few classes; nothing of many."""
     counts = np.array(evaluation.confusion)
     shares = np.sqrt(counts / np.maximum(counts.sum(1, keepdims=True), 1))  # as report.png colors them
-    if len(names) > MOST_IN_A_MATRIX:
-        colors = np.broadcast_to(np.array([0, 114, 178, 0]), (*shares.shape, 4)).copy()
-        colors[..., 3] = (255 * shares).round()
-        return f'<img class="pixels" alt="confusion matrix" src="{_png(colors)}">{paragraph(AXES, "quiet")}'
+    if len(names) > MOST_IN_A_MATRIX:  # the table of the classes has what each is taken for
+        return ""
     head = "".join(f'<th scope="col"><span>{text(name)}</span></th>' for name in names)
     turned = ' class="turned"' * (max(map(len, names)) > 3)
     body = ""
@@ -313,7 +310,6 @@ def _png(levels: NDArray[np.integer]) -> str:
     from PIL import Image
 
     image, file = Image.fromarray(levels.astype(np.uint8)), io.BytesIO()
-    if image.mode != "RGBA":
-        image.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
+    image.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
     image.save(file, format="png", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

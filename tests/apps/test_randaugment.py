@@ -189,4 +189,4 @@ def test_cutout_is_a_grey_square_lost_outside_the_image() -> None:
 def test_lists_are_the_papers() -> None:
     assert len(set(CIFAR_OPERATIONS)) == 15
     assert set(CIFAR_OPERATIONS) - set(SVHN_OPERATIONS) == {"Sample Pairing", "Rotate", "TranslateX"}
-    assert RandAugment().level == 1.6
+    assert (RandAugment().magnitude / RandAugment().scale) == 1.6

@@ -5,5 +5,5 @@ environment  versions and hardware
 memory       too little memory, however it is said
 sealed       reading what was written: plain files, their SHA-256, values that fit their types; writing them whole
 ownership    one owner of a folder
-progress     how far it is: a bar on a terminal, elsewhere a line now and then
+progress     how many are done, on a terminal
 """

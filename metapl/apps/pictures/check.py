@@ -104,9 +104,9 @@ def check_folders(
 
     Errors: fewer than two classes; another of these folders inside that of the classes; a class without pictures; a
     class of validation or test that training does not know; a picture of test or validation, by its bytes, among the
-    labeled or unlabeled ones, or in two classes. Warnings: a class with one picture; pictures beside the class folders;
-    a picture of test in validation; a class that validation or test lacks; all labeled pictures among the unlabeled
-    ones. ``progress`` is called with the number of files whose bytes were compared.
+    labeled or unlabeled ones, or in two classes. Warnings: a picture of test in validation; a class that validation or
+    test lacks; all labeled pictures among the unlabeled ones. ``progress`` is called with the number of files whose
+    bytes were compared.
 
     Cost: one question to the file system for each file. Bytes are read only of files that another side has with the
     same size, and beyond 4 KiB only where these agree too.
@@ -121,11 +121,6 @@ def check_folders(
         findings.append(Finding("error", f"{root} has one class, {few(counts)}; expected two or more folders."))
     if empty := [name for name, count in counts.items() if count == 0]:
         findings.append(Finding("error", f"{root} has no picture of {few(empty)}; add some, or remove the folder."))
-    if single := [name for name, count in counts.items() if count == 1]:
-        findings.append(Finding("warning", f"{root} has one picture of {few(single)}: none is left for validation."))
-    if labeled.loose:
-        what = f"{labeled.loose} pictures lie in {root} beside the class folders and are not used; move them."
-        findings.append(Finding("warning", what))
     findings += find_copies(labeled, unlabeled, beside.get("validation"), beside.get("test"), progress)
     for name, files in held_out.items():
         findings += find_other_classes(labeled, files, name)

@@ -67,7 +67,6 @@ class LabeledFiles(Files):
 
     classes: tuple[str, ...] = ()  # of all these folders, in the order of their characters
     labels: tuple[int, ...] = ()  # of each file, an index into the classes
-    loose: int = 0  # pictures beside the class folders, which have no class
 
     def keep(self, indices: Sequence[int]) -> LabeledFiles:
         return dataclasses.replace(super().keep(indices), labels=tuple(self.labels[i] for i in indices))
@@ -133,7 +132,7 @@ def scan_labeled(folder: str | Path, progress: Progress = silent) -> LabeledFile
     if not classes:
         example = f"{root / 'cat'}, {root / 'dog'}"
         raise MetaplError(f"{root} has no folder in it; expected one folder a class, with its pictures: {example}")
-    loose, passed_over = _pictures([files])
+    _, passed_over = _pictures([files])  # pictures beside the class folders have no class
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -144,7 +143,7 @@ def scan_labeled(folder: str | Path, progress: Progress = silent) -> LabeledFile
         labels += [label] * len(below)
         passed_over.update(others)
     _refuse_none(names, root, passed_over)
-    return LabeledFiles(root, tuple(names), dict(passed_over), tuple(classes), tuple(labels), len(loose))
+    return LabeledFiles(root, tuple(names), dict(passed_over), tuple(classes), tuple(labels))
 
 
 def _refuse_none(names: Sequence[str], root: Path, passed_over: Mapping[str, int]) -> None:

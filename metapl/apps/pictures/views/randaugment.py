@@ -60,13 +60,11 @@ class RandAugment(PictureView):
         translate: share of the side that ℓ = 1 moves by: an eighth for CIFAR-10, 100/224 for ImageNet.
         cutout: side of the square in pixels, 0 for none; its center is uniform on the image.
 
-    Call, raises: as :class:`Weak`, with C = 1 or 3 and values in [0, 1] or bytes; on CUDA, others are cut off instead
-    of refused. For Sample Pairing, the other image depends on which examples the batch holds.
+    Images have 1 or 3 channels of values in [0, 1] or bytes; on CUDA, others are cut off instead of refused. For Sample
+    Pairing, the other image depends on which examples the batch holds.
 
     Cost: each image is changed by its own operations alone; one transfer to the device and no synchronisation, with
-    ``examples`` on the CPU.
-
-    The paper's section 3.2 and Table 5.
+    ``examples`` on the CPU. Source: the paper's section 3.2 and Table 5.
 
     >>> view = RandAugment(n=2, magnitude=16, operations=SVHN_OPERATIONS)
     >>> view(torch.rand(2, 3, 32, 32), seed=0, step=5, examples=torch.tensor([3, 4])).shape
@@ -87,11 +85,6 @@ class RandAugment(PictureView):
         super().__post_init__()
         known = bool(self.operations) and {*self.operations} <= {*CIFAR_OPERATIONS}
         self.require(known, "operations", f"one or more of {', '.join(CIFAR_OPERATIONS)}")
-
-    @property
-    def level(self) -> float:
-        """ℓ."""
-        return self.magnitude / self.scale
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         is_float = images.is_floating_point()
@@ -122,9 +115,10 @@ class RandAugment(PictureView):
         p_B = low + (high - low) * u[:, 0]
         groups = self._groups
         group_of = torch.tensor([groups.index(_MOVED if name in _MOVES else name) for name in self.operations])
-        signed, size = (self.level, -self.level), (self.translate, height, width)
+        level = self.magnitude / self.scale
+        signed, size = (level, -level), (self.translate, height, width)
         stay: Affine = (1, 0, 0, 0, 1, 0)
-        moves = ([_MOVES[op](level, *size) if op in _MOVES else stay for level in signed] for op in self.operations)
+        moves = ([_MOVES[op](way, *size) if op in _MOVES else stay for way in signed] for op in self.operations)
         maps = torch.tensor([list(map(fixed_point, both)) for both in moves])
         counts, rows, place_B = [], [], torch.arange(len(examples))
         for u_choice_B, u_place_B, u_sign_B, u_other_B in u[:, 1:].T.split(4):
@@ -144,13 +138,14 @@ class RandAugment(PictureView):
         return list(dict.fromkeys([_AS_IT_IS, *(_MOVED if name in _MOVES else name for name in self.operations)]))
 
     def _change(self, group: str, images: Tensor, originals: Tensor, rows: Tensor) -> Tensor:
+        level = self.magnitude / self.scale
         if group == _AS_IT_IS:
             return images
         if group == _MOVED:
             return affine(images, rows[2:].T)
         if group == _PAIRED:
-            return blend(images, originals[rows[1]], min(0.4 * self.level, 0.4))
-        return _RECOLORS[group](images, self.level)
+            return blend(images, originals[rows[1]], min(0.4 * level, 0.4))
+        return _RECOLORS[group](images, level)
 
 
 _AS_IT_IS, _MOVED, _PAIRED = "as it is", "moved", "Sample Pairing"

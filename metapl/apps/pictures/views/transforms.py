@@ -39,10 +39,7 @@ class Weak(PictureView):
         pad: width of the frame in pixels, 0 or more; the authors' code takes an eighth of the side, 4 for CIFAR-10.
         flip: whether half of the images are mirrored left to right; not for digits and other writing.
 
-    The frame is the middle grey of images in [0, 1], as in the authors' code.
-
-    Call: ``view(images, seed=, step=, examples=)`` takes images (B, C, H, W), floating point or uint8, and ``examples``
-    (B,) int64, and returns the same shape, dtype and device. Neither the rest of the batch nor its order matters.
+    The frame is middle grey, as in the authors' code.
 
     >>> Weak()(torch.rand(2, 3, 32, 32), seed=0, step=5, examples=torch.tensor([3, 4])).shape
     torch.Size([2, 3, 32, 32])
@@ -125,7 +122,6 @@ class ShiftNoiseCutout(PictureView):
         shift: largest move along each axis in pixels, 0 or more.
         noise: σ, 0 or more, in units of the images' range.
         cutout: side of the square in pixels, 0 (none) or more.
-
     """
 
     takes = base.FLOATING
@@ -215,7 +211,6 @@ class Color(PictureView):
     Args:
         brightness, contrast, saturation: r of b, c and s, 0 or more.
         hue: greatest |θ| as a share of a turn, 0 to 0.5; pictures of one channel have neither hue nor saturation.
-
     """
 
     is_colored = True
@@ -324,7 +319,6 @@ class Sometimes(PictureView):
     Args:
         view: changes pictures and keeps their shape.
         share: probability in [0, 1] of changing a picture.
-
     """
 
     view: View
