@@ -378,7 +378,8 @@ def ahead(rows: list[Row], share: float) -> str:
     return f"{test.mean:+.2f} ({test.interval[0]:+.2f} to {test.interval[1]:+.2f})"
 
 
-def tables(rows: list[Row]) -> str:
+def tables(rows: list[Row]) -> dict[str, str]:
+    """By their marks in the page."""
     rough, rows = [r for r in rows if "scores" not in r], [r for r in rows if "scores" in r]
     tuning = [r for r in rows if r["seed"] in TUNING_SEEDS]
     lines, columns = list[list[Any]](), list[tuple[float, ...]]()
@@ -401,23 +402,12 @@ def tables(rows: list[Row]) -> str:
         if mine:
             cells = [ahead(mine, share) for share in SHARES]
             final.append([name, f"{steps:,}", len(mine), "*attribute − influence functions*", *cells, ""])
-    told = (
-        f"Spearman's correlation over {REMOVALS} removals, means over the seeds; differences with 95 % intervals, "
-        "paired by seed; *trainings*: processor time over one plain training. `python benchmarks/attribution.py`, raw "
-        "rows: `benchmarks/results/attribution.jsonl`."
+    whole, first, *shares = zip(*columns, strict=True) if len(columns) > 2 else ((),) * 4
+    found = [f"{spearmanr(by, share)[0]:.2f}" if by else NONE for by in (whole, first) for share in shares]
+    correlated = (
+        f"Over these {len(columns)} trainings Spearman's correlation between metasmoothness and these figures "
+        f"is {found[0]} at 1 % and {found[1]} at 5 %, of the first tenth {found[2]} and {found[3]}."
     )
-    chosen = (
-        f"Spearman's correlations over {REMOVALS} removals, 500 steps, means over the seeds from {TUNING_SEEDS[0]} on; "
-        "metasmoothness of the first seed, that of the first tenth over three. `--metasmooth`, and `--tune` for the "
-        "first nine."
-    )
-    if len(columns) > 2:
-        whole, first, *shares = zip(*columns, strict=True)
-        found = [f"{spearmanr(by, share)[0]:.2f}" for by in (whole, first) for share in shares]
-        chosen += (
-            f" Over these {len(columns)} trainings Spearman's correlation between metasmoothness and these figures "
-            f"is {found[0]} at 1 % and {found[1]} at 5 %, of the first tenth {found[2]} and {found[3]}."
-        )
     smooth = []  # what makes a convolutional network predictable
     for name in SMOOTH:
         mine = [r for r in tuning if r["setting"] == f"convolutional: {name}"]
@@ -427,20 +417,17 @@ def tables(rows: list[Row]) -> str:
             ranged = f" ({min(each):.2f} to {max(each):.2f})" if len(each) > 1 else ""
             cells = [f"{loss:.3f}", f"{100 * accuracy:.1f}", f"{statistics.fmean(each):.2f}{ranged}"]
             smooth.append([name, len(mine), *cells])
-    of_smooth = (
-        f"Spearman's correlation over {SMOOTH_REMOVALS} removals, means and ranges over the seeds from "
-        f"{TUNING_SEEDS[0]} on, {SMOOTH_STEPS} steps; the first line is the convolutional network above, the others "
-        "differ by what they say: average pooling, GELU, width 16, rate 0.2 that falls to zero, no normalization. "
-        "`--smooth`."
-    )
     heads = (
         ["training", "steps", "seeds", "method", *(f"{100 * s:g} %" for s in SHARES), "trainings"],
         ["training", "loss", "1 % removed", "5 % removed", "seeds", "metasmoothness", "of the first tenth"],
         ["convolutional network", "seeds", "loss", "accuracy", "1 % removed"],
     )
-    tables = map(grid, heads, (final, lines, smooth), ("lrrl", 1, 1))
-    pairs = zip(tables, (told, chosen, of_smooth), strict=True)
-    return "\n\n".join(part for pair in pairs for part in pair)
+    by_method, by_setting, by_piece = map(grid, heads, (final, lines, smooth), ("lrrl", 1, 1))
+    return {
+        "attribution": by_method,
+        "attribution-settings": f"{by_setting}\n\n{correlated}",
+        "attribution-smooth": by_piece,
+    }
 
 
 def main() -> None:
@@ -459,7 +446,8 @@ def main() -> None:
                 rows.append(one(*job) if len(job) > 3 else smoothness(*job))
             append(given.out, rows[-1])
             print(*job[:3], rows[-1].get("loss", rows[-1]), file=sys.stderr, flush=True)
-    show(given.write, "attribution", tables(rows))
+    for mark, table in tables(rows).items():
+        show(given.write, mark, table)
 
 
 if __name__ == "__main__":

@@ -198,7 +198,8 @@ def spread(values: Sequence[float]) -> str:
     return f"{test.mean:.2f} ({test.interval[0]:.2f} to {test.interval[1]:.2f})"
 
 
-def tables(rows: list[Row]) -> str:
+def tables(rows: list[Row]) -> dict[str, str]:
+    """By their marks in the page."""
     gains = [r for r in rows if r["kind"] == "gain" and r["rater"] == "pairs"]
     titles = {
         EVERYTHING: "everything",
@@ -213,13 +214,6 @@ def tables(rows: list[Row]) -> str:
         over = ([a - b for a, b in zip(reached[name], reached[other], strict=True)] for other in (EVERYTHING, RATED))
         cells = [NONE if name == n else spread(each) for n, each in zip((EVERYTHING, RATED), over, strict=True)]
         lines.append([title, f"{statistics.fmean(reached[name]):.2f}", *cells])
-    seconds, counts = (1e3 * statistics.fmean(r[key] for r in gains) for key in ("seconds", "seconds_of_counts"))
-    told = (
-        f"{len(gains)} seeds, batches and weights on the same texts; means, and this row minus another with its paired "
-        "95 % interval: lower is better. "
-        f"{3 * gains[0]['steps']} steps each. The {gains[0]['steps']} outer steps of the rater are not counted: "
-        f"{seconds / 1e3:.0f} s of processor time; the counts take {counts:.0f} ms."
-    )
     found = {
         "a rater: a score for each pair of characters": [r["auc"] for r in gains],
         "a rater: a transformer": [r["auc"] for r in rows if r["kind"] == "gain" and r["rater"] == "transformer"],
@@ -235,21 +229,12 @@ def tables(rows: list[Row]) -> str:
             cells = [f"{min(r['seconds']) / min(hand['seconds']):.2f}", f"{r['bytes'] / hand['bytes']:.2f}"]
             cells += [f"{r['bytes'] / 1e6:.0f}", f"{r['error']:.0e}"]
         ways.append([r["way"], r["attention"], *cells])
-    about = (
-        f"One outer step over {AHEAD} steps of AdamW; processor time, the least of five, and peak memory over double "
-        "backward by hand."
-    )
-    reasons = dict.fromkeys(f"Where it stops: `{r['reason']}`." for r in measured if "reason" in r)
-    source = "`python benchmarks/data_rater.py`; raw rows: `benchmarks/results/data_rater.jsonl`."
     head = ["perplexity of a character after training on", "mean", "minus everything", "minus the rated half"]
-    return "\n\n".join(
-        [
-            *(grid(head, lines), told),
-            grid(["scores", "seeds", "AUC against shuffled text", "against source code"], scores),
-            grid(["gradient", "attention", "time", "memory", "MB", "error"], ways, names=2),
-            "\n".join([about, *reasons, source]),
-        ]
-    )
+    return {
+        "data_rater": grid(head, lines),
+        "data_rater-scores": grid(["scores", "seeds", "AUC against shuffled text", "against source code"], scores),
+        "data_rater-costs": grid(["gradient", "attention", "time", "memory", "MB", "error"], ways, names=2),
+    }
 
 
 def main() -> None:
@@ -263,7 +248,8 @@ def main() -> None:
         rows = go_on(given.out, named, lambda kind, rater, seed: run(rater, seed))
         if not any(row["kind"] == "cost" for row in rows):
             append(given.out, *costs(example, 1 if small else ROUNDS, 16 if small else WIDTH))
-    show(given.write, "data_rater", tables(read(given.out)))
+    for mark, table in tables(read(given.out)).items():
+        show(given.write, mark, table)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,8 @@ Tuning: each method has 12 configurations, each run on 5 seeds, and the one whos
 labeled images) is best on average is chosen. Final runs: the chosen configuration on 20 other seeds, where nothing is
 selected: no validation image is read, and the student that is kept, and finetuned, is the average of its weights at the
 last step. Only these runs look at the test set, once. Every method sees the same batches from the same initial weights
-for a seed. At 4 labels a class the settings tuned at 2 are used as they are, for all methods alike. Every run is a row
-of the raw file, so the tables and the picture are made from it alone; a row without a method says what those below it
-were made with.
+for a seed. At 4 labels a class the settings tuned at 2 are used as they are, for all methods alike. The committed rows
+are older: in each of their runs 197 labeled validation images select the checkpoint.
 """
 
 from __future__ import annotations
@@ -180,7 +179,7 @@ PAIRS = (
 
 
 def block(rows: Sequence[Row]) -> str:
-    """What stands in the documentation: the tables, and how they came about."""
+    """The tables of the page."""
     parts = []
     for labels, names in COMPARED.items():
         controls = {name: column(rows, "none", labels, name) for name in (STUDENT, FINETUNED)}
@@ -202,23 +201,6 @@ def block(rows: Sequence[Row]) -> str:
         which = "student" if read_out == STUDENT else "finetuned"
         lines.append([f"{ENTRIES['mpl'].title} − {ENTRIES[other].title}", which, str(labels), gain, p])
     parts.append(grid(["student against student", "read-out", "labels a class", "difference", "p"], lines, names=2))
-    tuning = [row for row in rows if not row["final"]]
-    selection = (
-        f"In these runs nothing is selected: the student is the average of its weights (decay {EMA_DECAY}) after the "
-        "last step, `finetuned` the same after 200 more steps on the labeled images."
-    )
-    if any(row.get("selected", True) for row in rows if row["final"]):  # the committed rows, of an earlier study
-        selection = "In every run 197 labeled validation images select the checkpoint, of the finetuned student too."
-    parts.append(
-        f"Test accuracy in %, mean ± standard deviation over {len({row['seed'] for row in rows if row['final']})} "
-        "seeds (400 test images each, drawn anew per seed from the same 1,797); differences are of the means as shown, "
-        "p is from a paired t-test over draws of these images, not corrected for the number of rows. "
-        f"{selection} Before, "
-        f"{len(tuning)} runs on {len({row['seed'] for row in tuning})} other seeds "
-        "chose one of 12 configurations of each method, by the best checkpoint's accuracy on 197 labeled validation "
-        "images; `unrolled` and `difference` take those of `forward`, whose gradient they compute. "
-        "`python benchmarks/digits_study.py`; raw rows: `benchmarks/results/digits_study.jsonl`."
-    )
     return "\n\n".join(parts)
 
 

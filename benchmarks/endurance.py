@@ -12,6 +12,7 @@ so in forked processes of its own. Rows of other parts are of the script at comm
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import io
 import itertools
 import os
@@ -25,7 +26,6 @@ import traceback
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -60,17 +60,16 @@ PARTS = {
 Faults = Iterator[str | None]  # one for each try: what was wrong with it
 
 
-def forked(words: tuple[str | Path, ...], out: Path) -> int:
-    """The number of a process that runs the command; what it says goes to a file."""
+def forked(words: tuple[str | Path, ...], said: Path) -> int:
+    """The number of a process that runs the command; what it says goes to a file, its errors to another beside it."""
     sys.stdout.flush()
     child = os.fork()
     if child:
         return child
     code = 70
     try:
-        said = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(said, 1)
-        os.dup2(said, 2)
+        for number, file in ((1, said), (2, said.with_suffix(".errors"))):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(n, "w"), encoding="utf-8") for n in (1, 2))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -99,34 +98,6 @@ def ended(child: int) -> int | None:
     return None
 
 
-@contextlib.contextmanager
-def alarmed() -> Iterator[None]:
-    """``TimeoutError`` where something takes far too long."""
-
-    def ring(number: int, frame: Any) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, HUNG)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def here(*words: str | Path) -> tuple[int, str, str]:
-    """The command in this process: its exit code, and what it says; an exception that comes out counts as code 70."""
-    out, error = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error), alarmed():
-        try:
-            code = metapl_command([*map(str, words)])
-        except Exception:
-            code = 70
-            traceback.print_exc()
-    return code, out.getvalue(), error.getvalue()
-
-
 def ending(code: int | None, words: str) -> str | None:
     """What is wrong with how a command ended: it is done, done in part, or refused in a line."""
     if code not in (0, 1, 2) or "Traceback" in words:
@@ -149,12 +120,18 @@ class Parts:
         self.folder, self.share, self.said = folder, share, folder / "said.txt"
         self.reference = folder / "reference"
         since = time.monotonic()
-        if (code := ended(forked((*RUN, "--out", self.reference), self.said))) != 0:
-            raise SystemExit(f"the run that all is compared with ended with {code}: {self.said.read_text()}")
+        code, _, errors = self.ran(*RUN, "--out", self.reference)
+        if code != 0:
+            raise SystemExit(f"the run that all is compared with ended with {code}: {errors}")
         self.duration = time.monotonic() - since
 
     def times(self, number: int) -> int:
         return max(2, round(self.share * number))
+
+    def ran(self, *words: str | Path) -> tuple[int | None, str, str]:
+        """The command's exit code, what it says, and its errors."""
+        code = ended(forked(words, self.said))
+        return code, *(file.read_text(errors="replace") for file in (self.said, self.said.with_suffix(".errors")))
 
     def kills(self) -> Faults:
         """kill -9 at random moments, and SIGTERM now and then; it is resumed until it ends, and then equals the run
@@ -172,7 +149,7 @@ class Parts:
                 code = ended(child)
                 if code == 0:
                     break
-                words, tried = self.said.read_text(errors="replace"), tried + 1
+                words, tried = self.said.with_suffix(".errors").read_text(errors="replace"), tried + 1
                 if code not in (-signal.SIGKILL, 128 + signal.SIGTERM, -signal.SIGTERM) or "Traceback" in words:
                     yield f"ended with {code}: {words[-200:]}"
                     break
@@ -186,27 +163,26 @@ class Parts:
         line, and what predicts, predicts as before; what is resumed ends as before."""
         draw, picture, run = random.Random(3), self.folder / "digit.png", self.folder / "damaged"
         Image.fromarray((numpy.arange(64).reshape(8, 8) * 4).astype("uint8")).save(picture)
-        _, before, _ = here("predict", self.reference, picture, "--probabilities")
+        _, before, _ = self.ran("predict", self.reference, picture, "--probabilities")
         every = sorted(path.relative_to(self.reference) for path in self.reference.rglob("*") if path.is_file())
         kinds = [kind for kind in every if kind.name != ".lock"]
         for kind, number in itertools.product(kinds, range(-(-self.times(310) // len(kinds)))):
             shutil.rmtree(run, ignore_errors=True)
             shutil.copytree(self.reference, run)
             (run / kind).write_bytes(mutated((self.reference / kind).read_bytes(), draw))
-            code, out, error = here("predict", run, picture, "--probabilities")
+            code, out, error = self.ran("predict", run, picture, "--probabilities")
             fault = ending(code, error)
             if fault is None and code == 0 and out != before:
                 fault = "was taken for another prediction"
             if number % 6 == 0 and fault is None:
-                code, _, error = here(*(("evaluate", run), ("compare", run, run))[number // 6 % 2])
+                code, _, error = self.ran(*(("evaluate", run), ("compare", run, run))[number // 6 % 2])
                 fault = ending(code, error)
             if number % 12 == 0 and fault is None and kind.name != "result.json":
                 (run / "result.json").unlink()
-                resumed = ended(forked((*RUN, "--out", run, "--resume"), self.said))
-                words = self.said.read_text(errors="replace")
-                fault = ending(resumed, words)
-                if fault is None and resumed == 0 and outcome(run) != outcome(self.reference):
-                    lost = kind.name == "metrics.jsonl" and "damaged" in words
+                code, out, error = self.ran(*RUN, "--out", run, "--resume")
+                fault = ending(code, error)
+                if fault is None and code == 0 and outcome(run) != outcome(self.reference):
+                    lost = kind.name == "metrics.jsonl" and "damaged" in out + error
                     fault = None if lost else "was resumed to another end"
             yield None if fault is None else f"{kind}: {fault}"
 
@@ -224,14 +200,15 @@ class Parts:
             name, content = whole[number % len(whole)]
             path.write_bytes(mutated(content, draw, most=4))
             fault = None
+            faulthandler.dump_traceback_later(HUNG, exit=True)
             try:
-                with alarmed():
-                    x = read_image(path, size=(8, 8))
+                x = read_image(path, size=(8, 8))
                 fault = None if x.shape == (3, 8, 8) and x.dtype == torch.uint8 else f"gave {tuple(x.shape)}"
             except MetaplError:
                 pass
             except BaseException as error:
                 fault = f"raised {type(error).__name__}: {error}"
+            faulthandler.cancel_dump_traceback_later()
             yield None if fault is None else f"{name}: {fault}"
 
 

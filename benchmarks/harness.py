@@ -146,17 +146,8 @@ def loaded(file: Path) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Floats to four figures, which is more than any of them is known to."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_rounded(value), indent=1, ensure_ascii=False) + "\n")
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {key: _rounded(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(v) for v in value]
-    return value
+    rounded = json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.4g}"))
+    path.write_text(json.dumps(rounded, indent=1, ensure_ascii=False) + "\n")
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
@@ -223,7 +214,7 @@ def grid(head: Sequence[str], lines: Iterable[Sequence[Any]], names: int | str =
 def show(page: Path | None, name: str, tables: str) -> None:
     """Put tables between the marks of a name in a page, <!-- name:begin --> and <!-- name:end -->; or print them."""
     if page is None:
-        print(tables)
+        print(tables, end="\n\n")
         return
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     text = page.read_text()

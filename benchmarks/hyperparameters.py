@@ -18,11 +18,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from harness import RESULTS, Row, append, arguments, grid, parsed, read, show
+from harness import RESULTS, Row, arguments, go_on, grid, parsed, read, show
 from torch.nn import functional as F
 
 import metapl
@@ -95,18 +96,20 @@ def judged(student: torch.nn.Module, split: Any) -> tuple[float, float]:
     return F.cross_entropy(student(x), y).item(), 100 * (student(x).argmax(1) == y).double().mean().item()
 
 
-def one(study: str, arm: str, setting: float | None, seed: int, rounds: int, seconds: float | None, final: bool) -> Row:
+def one(study: str, arm: str, setting: float | None, seed: int, final: bool, raw: Path, rounds: int) -> Row:
     split, since = load_digits_split(10, seed), time.process_time()
-    if setting is None:
-        found = [trained(study, split, seed, around_start(study, 0.0))]
-    elif seconds is None:
+    descent, search = SETTINGS
+    if arm == search:  # for as long as the descents of this seed took
+        same = (r for r in of_study(read(raw), study) if (r["arm"], r["seed"], r["final"]) == (descent, seed, final))
+        budget = statistics.median(row["seconds"] for row in same)
+        found = list(searched(study, split, seed, cast("float", setting), budget))
+    elif arm == descent:
         found = []
         with suppress(MetaplError):  # of a round that diverges; those before it count
             found.extend(STUDIES[study].learn(split, seed, rounds, setting))
     else:
-        found = list(searched(study, split, seed, setting, seconds))
-    row: Row = {"study": study, "arm": arm, "setting": setting, "seed": seed, "final": final, "trainings": len(found)}
-    row["seconds"] = time.process_time() - since
+        found = [trained(study, split, seed, around_start(study, 0.0))]
+    row: Row = {"trainings": len(found), "seconds": time.process_time() - since}
     row["validation_loss"], logs, student = min(found, key=lambda one: one[0])
     learned = logs if study == "schedule" else values(study, logs)
     row["six" if study == "hyperparameters" else "logs"] = {
@@ -119,40 +122,28 @@ def one(study: str, arm: str, setting: float | None, seed: int, rounds: int, sec
 
 def chosen(rows: list[Row], arm: str) -> float:
     """The setting with the lowest mean validation loss on the tuning seeds."""
-    return min((s for s in SETTINGS[arm] if tuning(rows, arm, s)), key=lambda s: statistics.fmean(tuning(rows, arm, s)))
-
-
-def tuning(rows: list[Row], arm: str, setting: float) -> list[float]:
-    return [r["validation_loss"] for r in rows if not r["final"] and (r["arm"], r["setting"]) == (arm, setting)]
+    tried: dict[float, list[float]] = {}
+    for row in rows:
+        if row["arm"] == arm and not row["final"]:
+            tried.setdefault(row["setting"], []).append(row["validation_loss"])
+    return min(tried, key=lambda setting: statistics.fmean(tried[setting]))
 
 
 def of_study(rows: list[Row], study: str) -> list[Row]:
     return [row for row in rows if row["study"] == study]
 
 
-def run_study(study: str, raw: Path, miniature: bool) -> None:
-    rows, rounds = of_study(read(raw), study), 1 if miniature else ROUNDS
-
-    def run(arm: str, setting: float | None, seed: int, final: bool, seconds: float | None = None) -> Row:
-        for row in rows:
-            if [row[key] for key in ("arm", "setting", "seed", "final")] == [arm, setting, seed, final]:
-                return row
-        row = one(study, arm, setting, seed, rounds, seconds, final)
-        rows.append(row)
-        append(raw, row)
-        print(row, flush=True)
-        return row
-
-    descent, search = SETTINGS
-    for seed in TUNING_SEEDS[study][: 1 if miniature else None]:
-        descents = [run(descent, rate, seed, False) for rate in SETTINGS[descent][: 1 if miniature else None]]
-        seconds = statistics.median(row["seconds"] for row in descents)
-        for width in SETTINGS[search][: 1 if miniature else None]:
-            run(search, width, seed, False, seconds)
-    for seed in (0, 1) if miniature else SEEDS[study]:
-        run(UNTUNED, None, seed, True)
-        seconds = run(descent, chosen(rows, descent), seed, True)["seconds"]
-        run(search, chosen(rows, search), seed, True, seconds)
+def jobs(study: str, raw: Path, few: int | None) -> Iterator[Row]:
+    """Tuning, and the final runs with the settings that it chose."""
+    for seed in TUNING_SEEDS[study][:few]:
+        for arm, settings in SETTINGS.items():
+            for setting in settings[:few]:
+                yield {"study": study, "arm": arm, "setting": setting, "seed": seed, "final": False}
+    rows = of_study(read(raw), study)
+    for seed in (0, 1) if few else SEEDS[study]:
+        for arm in (UNTUNED, *SETTINGS):
+            setting = None if arm == UNTUNED else chosen(rows, arm)
+            yield {"study": study, "arm": arm, "setting": setting, "seed": seed, "final": True}
 
 
 def table(rows: list[Row]) -> str:
@@ -175,24 +166,17 @@ def table(rows: list[Row]) -> str:
             ends = "" if test.interval is None else " ({:{to}} to {:{to}})".format(*test.interval, to=to)
             cells.append(f"{test.mean:{to}}{ends}")
         lines.append([f"*metagradients − {other}*", "", "", *cells])
-    shown_as = grid(["", "trainings", "processor time, s", *names.values()], lines).replace("|  |", "| |")
-    told = " and ".join(f"{chosen(rows, arm):g} of {list(SETTINGS[arm])} for {arm}" for arm in SETTINGS)
-    many = len(columns[UNTUNED, "seconds"])
-    note = (
-        f"Means over {many} seeds, splits and weights on the same digits; differences with 95 % intervals, paired by "
-        f"seed. Tuning chose {told}. "
-        "`python benchmarks/hyperparameters.py`; raw rows: `benchmarks/results/hyperparameters.jsonl`."
-    )
-    return f"{shown_as.replace('|  |', '| |')}\n\n{note}"
+    shown = grid(["", "trainings", "processor time, s", *names.values()], lines)
+    return shown.replace("|  |", "| |").replace("|  |", "| |")
 
 
 def main() -> None:
-    parser = arguments(__doc__, RAW)
-    given = parsed(parser)
+    given = parsed(arguments(__doc__, RAW))
     torch.set_num_threads(1)
     for study in STUDIES:
         if given.runs:
-            run_study(study, given.out, given.miniature)
+            few = 1 if given.miniature else None
+            go_on(given.out, jobs(study, given.out, few), partial(one, raw=given.out, rounds=few or ROUNDS))
         show(given.write, study, table(of_study(read(given.out), study)))
 
 

@@ -17,18 +17,15 @@ after the last step is kept; only early stopping selects a checkpoint, by its ac
 train on. Only the final runs look at the test set, once: the student, and the same student after finetuning on the
 handful.
 
-Metagradient descent (Engstrom et al., 2025) came last, when the results of the others were known; what follows was
-written before it ran on any of these seeds. The weight of a noisy example is σ(t), t = 0 at first, as in
-ExampleWeights. The whole training of 300 steps begins again 5 times at the same weights, with the same batches; each
-time t moves by ± a constant, with the sign of the derivative of the handful's loss at its end; a sixth training, with
-the weights so found, is the one that is judged. 5 was taken from a trial of 5 seeds that nothing was tuned in. It has
-4 configurations, as the others have. In passes it costs 5 · 4.6 + 1 = 24 plain trainings, and a one-step method 3; so
-ExampleWeights, which learns the same weights, runs once more with 8 times as many steps after the same warm-up, tuned
-again from the same 4 configurations. The other one-step methods were not run at this cost.
-``--costs`` measures what each of them costs here, where a network is so small that most of a step is not its passes.
+Metagradient descent (Engstrom et al., 2025), written down before it ran on any of these seeds: the weight of a noisy
+example is σ(t), t = 0 at first, as in ExampleWeights. The whole training of 300 steps begins again 5 times at the same
+weights, with the same batches; each time t moves by ± a constant, with the sign of the derivative of the handful's loss
+at its end; a sixth training, with the weights so found, is the one that is judged. In passes it costs 24 plain
+trainings, and a one-step method 3; so ExampleWeights, which learns the same weights, runs once more with 8 times as
+many steps, tuned again.
 
-Every run is a row of the raw file. The seeds of the committed rows were trained side by side, as the blocks of one
-network (last in commit 9e8e3c46), where each ends as it does alone.
+The seeds of the committed rows were trained side by side, as the blocks of one network (last in commit 9e8e3c46), where
+each ends as it does alone.
 """
 
 from __future__ import annotations
@@ -117,27 +114,18 @@ def every(**axes: tuple[float, ...]) -> tuple[Config, ...]:
 
 @dataclass(frozen=True)
 class Entry:
-    """A method.
-
-    Args:
-        title: in tables.
-        problem: what is learned beside the student, or what a student alone learns from.
-        grid: its 4 configurations; of none, those of ``problem`` are taken.
-        how: its feedback is altered.
-        times: as many steps as the others.
-    """
+    """A method."""
 
     title: str
-    problem: str
-    grid: tuple[Config, ...] = ()
-    how: str | None = None
-    times: int = 1
+    problem: str  # what is learned beside the student, or what a student alone learns from
+    grid: tuple[Config, ...] = ()  # its 4 configurations; of none, those of ``problem`` are taken
+    how: str | None = None  # its feedback is altered
+    times: int = 1  # as many steps as the others
 
 
 STUDENT_LR = (0.05, 0.2)
-LEARNED: dict[
-    str, tuple[str, dict[str, tuple[float, ...]]]
-] = {  # the title, and what is tuned beside the student's rate
+# The title, and what is tuned beside the student's rate.
+LEARNED: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {
     "meta_weight_net": ("MetaWeightNet", {"teacher_lr": (0.0003, 0.003)}),
     "learning_to_reweight": ("LearningToReweight", {"momentum": (0.0, MOMENTUM)}),
     "example_weights": ("ExampleWeights", {"teacher_lr": (0.1, 0.4)}),
@@ -448,56 +436,39 @@ def block(raw: Path) -> str:
     def against(first: str, second: str) -> Callable[[str], str]:
         return lambda at: gain(found.get((first, at, STUDENT)), found.get((second, at, STUDENT)))
 
-    pairs = [
-        (f"{titles[name]} − {words}", against(name, f"{name}_{how}"))
-        for name in BILEVEL
-        for how, words in ALTERATIONS.items()
-        if f"{name}_{how}" in there
-    ]
+    pairs = [(name, f"{name}_{how}", words) for name in BILEVEL for how, words in ALTERATIONS.items()]
     others = [(name, "plain") for name in BILEVEL]
     others += [("metagradient_descent", name) for name in ("example_weights", "example_weights_long")]
-    pairs += [(f"{titles[a]} − {titles[b]}", against(a, b)) for a, b in others]
+    pairs += [(a, b, titles[b]) for a, b in others]
     detected = [
         (f"{titles[name]}, {what}", lambda at, key=(name, kind): mean(found.get((key[0], at, key[1])), 1.0))
         for name in there
         for kind, what in (("auc", "by what it learned about labels"), ("auc_by_loss", "by its student's loss"))
         if all((name, at, kind) in found for at in CONDITIONS if not at.startswith("imbalance"))
     ]
-    parts = [
-        *(
-            by_condition(head, [(titles[n], lambda at, n=n, by=by: mean(found.get((n, at, by)))) for n in there])
-            for by, head in ((STUDENT, "student"), (FINETUNED, "student, finetuned on the handful"))
-        ),
-        by_condition("student against student", pairs),
-        by_condition(
-            "finetuned student against the best plain read-out",
-            [(titles[n], lambda at, n=n: gain(found.get((n, at, FINETUNED)), best_plain(at))) for n in BILEVEL],
-        ),
-        by_condition("AUC", detected, noisy=True),
-        by_condition(
-            "chosen",
-            [
-                (e.title, lambda at, n=n: ", ".join(f"{key} {value:g}" for key, value in chosen(rows, n, at).items()))
-                for n, e in ENTRIES.items()
-                if e.grid
-            ],
-        ),
+    tuned = [
+        (e.title, lambda at, n=n: ", ".join(f"{key} {value:g}" for key, value in chosen(rows, n, at).items()))
+        for n, e in ENTRIES.items()
+        if e.grid
     ]
-    for row in harness.read(raw, "costs")[-1:]:
-        cells = [[ENTRIES[n].title, f"{s:.1f}", f"{s / row['costs']['plain']:.1f}"] for n, s in row["costs"].items()]
-        parts += [harness.grid(["cost", "processor time, s", "over plain training"], cells)]
-        parts += [f"{row.get('of', '20 seeds side by side')}, one thread, by `--costs`."]
-    tuning = [row for row in rows if not row["final"]]
-    parts.append(
-        f"Test accuracy in %, mean ± standard error over {len({row['seed'] for row in rows if row['final']})} seeds "
-        "(400 test images each, drawn anew per seed from "
-        "the same 1,797); differences are paired by seed, in points ± standard error, with p of the paired t-test "
-        "over draws of these images, not "
-        f"corrected for the number of cells. {len(tuning)} runs on {len({row['seed'] for row in tuning})} other seeds "
-        "chose one of 4 configurations of each method in each condition. `python benchmarks/label_noise.py`; raw rows: "
-        "`benchmarks/results/label_noise.jsonl`."
+    (row,) = harness.read(raw, "costs")[-1:] or [{"costs": {}}]
+    costs = [[ENTRIES[n].title, f"{s:.1f}", f"{s / row['costs']['plain']:.1f}"] for n, s in row["costs"].items()]
+    return "\n\n".join(
+        [
+            *(
+                by_condition(head, [(titles[n], lambda at, n=n, by=by: mean(found.get((n, at, by)))) for n in there])
+                for by, head in ((STUDENT, "student"), (FINETUNED, "student, finetuned on the handful"))
+            ),
+            by_condition("student against student", [(f"{titles[a]} − {w}", against(a, b)) for a, b, w in pairs]),
+            by_condition(
+                "finetuned student against the best plain read-out",
+                [(titles[n], lambda at, n=n: gain(found.get((n, at, FINETUNED)), best_plain(at))) for n in BILEVEL],
+            ),
+            by_condition("AUC", detected, noisy=True),
+            by_condition("chosen", tuned),
+            *([harness.grid(["cost", "processor time, s", "over plain training"], costs)] if costs else []),
+        ]
     )
-    return "\n\n".join(parts)
 
 
 def draw(path: Path, found: Columns) -> None:

@@ -1,14 +1,12 @@
 """What a whole training costs to differentiate: `hypergradient` in the weight of every example, over plain training.
 
     python benchmarks/long_paths.py                       # WRN-28-2, 330,000 weights, and a small convolutional network
-    python benchmarks/long_paths.py --again wrn 20        # times these rows once more
-    python benchmarks/long_paths.py --again digits 500
     python benchmarks/long_paths.py --write benchmarks/results/long_paths.md
 
 Processor time on one thread over that of the same steps of plain training, which take turns; peak memory beyond what
 was held before, over that of one plain step. Beside it: an adjoint by hand in PyTorch's own operations, which keeps the
 weights of all steps and checks nothing; double backward through all steps with torch.func; and TorchOpt's
-differentiable Adam, where these fit. Rows that are there are repeated by --again alone. A compiled row leaves out the
+differentiable Adam, where these fit. Rows that are there are not repeated. A compiled row leaves out the
 seconds of its first call beyond those of a second one; they stand in a column of their own, with the number of steps of
 the eager way, with all states kept too, that would have paid for them.
 """
@@ -44,19 +42,16 @@ from metapl.problems import EqualWeights
 
 RESULT = RESULTS / "long_paths.json"
 CPU = torch.device("cpu")
-WAYS: dict[str, Forward | None] = {
-    "compiled, all kept": Forward(keep_every=1),
+COMPILED = "compiled, all kept"
+WAYS = {
+    COMPILED: Forward(keep_every=1),
     "all kept": Forward(keep_every=1),
     "every √K-th": Forward(),
     "tree": Forward(keep="tree"),
-    "adjoint by hand": None,
-    "double backward": None,
-    "TorchOpt": None,
 }
 # Rows of 0.2.0, whose layers had double backward passes of their own, have PyTorch's by this name: "all kept" has now.
 PYTORCHS = "all kept, PyTorch's double backward"
-COMPILED = "compiled, all kept"
-WITH_ADAM = tuple(way for way in WAYS if way not in ("adjoint by hand", COMPILED))
+WITH_ADAM = ("all kept", "every √K-th", "tree", "double backward", "TorchOpt")
 CASES = {("wrn", steps): ("all kept", "every √K-th", "adjoint by hand") for steps in (20, 100)}
 CASES |= {("mlp", steps): WITH_ADAM for steps in (10, 100)}
 CASES |= {("conv", steps): tuple(way for way in WITH_ADAM if way != "tree") for steps in (10, 100)}
@@ -122,15 +117,13 @@ def plain(name: str, steps: int) -> None:
 
 
 def mode_of(way: str, steps: int) -> Forward:
-    mode = WAYS[way]
-    assert mode is not None
-    return Forward(keep_every=max(2, round(steps**0.5))) if way == "every √K-th" else mode
+    return Forward(keep_every=max(2, round(steps**0.5))) if way == "every √K-th" else WAYS[way]
 
 
 def kept_bytes(name: str, steps: int, way: str) -> int:
     """The bytes of the states that a path holds at its fullest: θ and the optimizer's, and g in the finest block of one
     that is not compiled."""
-    if WAYS[way] is None:
+    if way not in WAYS:
         return 0
     student, optimizer, batch = network(name)
     F.cross_entropy(student(batch(0)[0]), batch(0)[1]).backward()
@@ -149,6 +142,10 @@ def path(name: str, steps: int, way: str) -> Callable[[], Any]:
     given: Any = {"outer": batch(-1), "inner": Lookahead(batch, steps=steps), "problem": EqualWeights()}
     given |= {"inner_optimizer": optimizer, "mode": mode_of(way, steps), "compile": way == COMPILED}
     return partial(metapl.hypergradient, None, student, **given)
+
+
+def by_metapl(name: str, steps: int, way: str) -> None:
+    path(name, steps, way)()
 
 
 def adjoint_by_hand(name: str, steps: int) -> None:
@@ -219,18 +216,17 @@ def seconds(run: Callable[[], None]) -> float:
     return time.process_time() - start
 
 
-def measured(miniature: bool, again: tuple[str, int] | None, there: set[tuple[str, int, str]]) -> Iterator[Row]:
+def measured(miniature: bool, there: set[tuple[str, int, str]]) -> Iterator[Row]:
     cases = {(name, 4): WITH_ADAM for name in ("mlp", "conv")} if miniature else CASES
-    for (name, steps), all_ways in (cases if again is None else {again: cases[again]}).items():
-        ways = [way for way in all_ways if again or (name, steps, way) not in there]
+    for (name, steps), every in cases.items():
+        ways = [way for way in every if (name, steps, way) not in there]
         if not ways:
             continue
         plain(name, 2)
         path(name, 2, "all kept")()  # what is loaded at the first call is not timed
         one = peak_bytes(partial(plain, name, 1), CPU)
         for way in ways:
-            by_metapl = WAYS[way] and (lambda name=name, steps=steps, way=way: path(name, steps, way)())
-            run = by_metapl or partial(RIVALS[way], name, steps)
+            run: Callable[[], Any] = partial(RIVALS.get(way, partial(by_metapl, way=way)), name, steps)
             RIVALS.get(way, plain)(name, 2)
             if way == COMPILED:
                 run = path(name, steps, way)
@@ -244,16 +240,13 @@ def measured(miniature: bool, again: tuple[str, int] | None, there: set[tuple[st
             row |= {"time": took / base, "plain_seconds": base}
             if way == COMPILED:
                 row["compile_seconds"] = cold - took
-            if (name, steps, way) not in there:
-                row |= {"peak_bytes": peak_bytes(run, CPU), "one_step_bytes": one}
-                row |= {"kept_bytes": kept_bytes(name, steps, way)}
-            yield row
+            row |= {"peak_bytes": peak_bytes(run, CPU), "one_step_bytes": one}
+            yield row | {"kept_bytes": kept_bytes(name, steps, way)}
 
 
 def table(result: Row) -> str:
     lines = []
-    networks, (first, *others) = [*TITLES], WAYS
-    ways = [first, "all kept", PYTORCHS, *others[1:]]
+    networks, ways = [*TITLES], [COMPILED, "all kept", PYTORCHS, "every √K-th", "tree", *RIVALS]
 
     def ratio(network: str, steps: int, way: str) -> float:
         same = (row for row in result["rows"] if (row["network"], row["steps"], row["way"]) == (network, steps, way))
@@ -269,37 +262,24 @@ def table(result: Row) -> str:
         cells = [TITLES[row["network"]], f"{row['steps']:,}", row["way"], f"{statistics.median(times):.1f}{spread}"]
         peak, one, kept = (row[f"{name}_bytes"] for name in ("peak", "one_step", "kept"))
         cells += [f"{peak / one:.1f}", f"{peak / 1e6:,.0f}", f"{(peak - kept) / one:.1f}" if kept else NONE]
-        cells.append("")
+        compiling = ""
         if "compile_seconds" in row:
-            cells[-1] = f"{row['compile_seconds']:.0f} s"
             # By the ratios, since the plain trainings beside two methods ran at different hours of a shared machine.
             saved = ratio(row["network"], row["steps"], "all kept") - statistics.median(times)
             saved *= row["plain_seconds"] / row["steps"]
             paid = f"{math.ceil(row['compile_seconds'] / saved / 100) * 100:,} steps" if saved > 0 else "never paid"
-            cells[-1] += f", {paid}"
-        lines.append(cells)
-    told = (
-        "*Time*: processor time over plain training of the same steps, in turns; the median of several measurements, "
-        "and their range, or a single one; *memory*: the peak beyond what was held before, over that of one plain "
-        "step; *without states*: less those that are kept; –: none is; *compiling*: the seconds of a first call beyond "
-        "a second one, which *time* leaves out, and the steps that pay for them beside eager mode. One thread of "
-        f"{' and '.join(sorted({row['cpu'] for row in result['rows']}))}, which other work shared. "
-        "`python benchmarks/long_paths.py`; raw rows: `benchmarks/results/long_paths.json`."
-    )
-    head = ["network", "K", "method", "time", "memory", "MB", "without states", "compiling"]
-    return f"{grid(head, lines, 'lrl')}\n\n{told}"
+            compiling = f"{row['compile_seconds']:.0f} s, {paid}"
+        lines.append([*cells, compiling])
+    return grid(["network", "K", "method", "time", "memory", "MB", "without states", "compiling"], lines, "lrl")
 
 
 def main() -> None:
-    parser = arguments(__doc__, RESULT)
-    parser.add_argument("--again", nargs=2, metavar=("NETWORK", "K"), help="time the rows of this network and K again")
-    given = parsed(parser)
+    given = parsed(arguments(__doc__, RESULT))
     torch.set_num_threads(1)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()  # a first call compiles, whatever ran before
     rows = loaded(given.out)["rows"] if given.out.exists() else []
-    again = given.again and (given.again[0], int(given.again[1]))
     known = {(row["network"], row["steps"], row["way"]) for row in rows}
-    for row in measured(given.miniature, again, known) if given.runs else ():
+    for row in measured(given.miniature, known) if given.runs else ():
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
         write_json(given.out, {"machine": described(), "rows": rows})

@@ -14,7 +14,6 @@ is measured on it, in float32 (TF32 off) and in bf16 autocast, instead of on the
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import os
@@ -28,7 +27,7 @@ from typing import Any, NamedTuple
 
 import harness
 import torch
-from harness import NONE, RESULTS, Row
+from harness import BLUE, GREY, NONE, ORANGE, RESULTS, Row
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -91,8 +90,6 @@ MODES = [
 # The mode that has no place at the state where the others are measured, far from an optimum.
 NOT_MEASURED = ("`implicit`", "through an optimum of the student's loss, soft labels", "at that optimum", "15 + 6 n")
 
-# --------------------------------------------------------------------------------------------------- where it runs
-
 
 @dataclass(frozen=True)
 class Place:
@@ -117,9 +114,6 @@ class Place:
 
 def places() -> list[Place]:
     return [Place("cuda", "float32"), Place("cuda", "bf16")] if torch.cuda.is_available() else [Place("cpu", "float32")]
-
-
-# ------------------------------------------------------------------------------------------------------------ cost
 
 
 def step_of(mode: Mode, place: Place, batch: int, network: Network) -> tuple[Callable[[], Any], nn.Module, Tensor]:
@@ -163,9 +157,6 @@ def times(place: Place, batch: int, network: Network, rounds: int) -> dict[str, 
             place.wait()
             found[name].append(time.perf_counter() - start)
     return found
-
-
-# ----------------------------------------------------------------------------------------------------------- noise
 
 
 @dataclass(frozen=True)
@@ -258,23 +249,22 @@ def noise(subject: Subject, place: Place, draws: int) -> dict[str, dict[str, Any
     return found
 
 
-# ------------------------------------------------------------------------------------------------------ the one run
-
-
-def measured(place: Place, given: argparse.Namespace) -> Row:
+def measured(
+    place: Place, network: Network, batch: int, rounds: int, memory_batch: int, draws: int, draws_wrn: int
+) -> Row:
     """Every figure of every mode in one place."""
     print(f"{place.device}, {place.precision}: time", flush=True)
-    seconds = times(place, given.batch, given.network, given.rounds)
+    seconds = times(place, batch, network, rounds)
     print("noise", flush=True)
-    small = noise(subject_of(place), place, given.draws)
-    large = noise(subject_of(place, given.network), place, given.draws_wrn)
+    small = noise(subject_of(place), place, draws)
+    large = noise(subject_of(place, network), place, draws_wrn)
     print("FLOPs and memory", flush=True)
     rows, device = list[Row](), torch.device(place.device)
-    memory = {m.name: peak_bytes(step_of(m, place, given.memory_batch, given.network)[0], device) for m in MODES}
+    memory = {m.name: peak_bytes(step_of(m, place, memory_batch, network)[0], device) for m in MODES}
     for mode in MODES:
         here = seconds[mode.name]
         row: Row = {"mode": mode.name, "what": mode.what, "exact": mode.exact}
-        row |= {"passes": passes(mode, place, given.network), "seconds": _spread(here), "peak_bytes": memory[mode.name]}
+        row |= {"passes": passes(mode, place, network), "seconds": _spread(here), "peak_bytes": memory[mode.name]}
         for other in ("none", "forward"):
             row[f"time_over_{other}"] = _spread([a / b for a, b in zip(here, seconds[other], strict=True)])
             row[f"memory_over_{other}"] = memory[mode.name] / memory[other]
@@ -287,15 +277,12 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "lower_quartile": quartiles[0], "upper_quartile": quartiles[2]}
 
 
-# ------------------------------------------------------------------------------------------------------------ table
-
-
 def table(result: Row) -> str:
     """The table of the documentation, from the raw file alone."""
-    return "\n\n".join(_table_of(run, result["setup"]) for run in result["runs"])
+    return "\n\n".join(map(_table_of, result["runs"]))
 
 
-def _table_of(run: Row, setup: Row) -> str:
+def _table_of(run: Row) -> str:
     lines = []
     for row in run["modes"]:
         (first, _, rest), own = row["mode"].partition(", "), row["gradient_small"]
@@ -307,128 +294,58 @@ def _table_of(run: Row, setup: Row) -> str:
             cells[-2:] = ["0" if own["noise"] == 0 else f"{own['noise']:.2g}", bias]
         lines.append(cells)
     lines.append([*NOT_MEASURED, *[NONE] * 4])
-    forward = next(row for row in run["modes"] if row["mode"] == "forward")
-    hardware = setup["device"] if run["device"] == "cuda" else f"{setup['cpu']}, threads: {setup['threads']}"
-    noisy = next(row for row in run["modes"] if row["mode"] == "reinforce")["gradient_small"]
     head = ["mode", "what", "exact?", "cost, passes", "time", "peak memory", "noise / signal", "bias"]
-    return (
-        f"{harness.grid(head, lines, names=3)}\n\n"
-        "*Cost*: one step of WRN-28-2 in forward passes of the student, by FLOPs; a backward pass counts as two. 3 are"
-        " the teacher's own (1 in `none`, where this teacher has no loss). *Time* and *peak memory* are relative to"
-        f" `forward`: {forward['seconds']['median']:.2g} s at batch {setup['batch']}, median of {setup['rounds']}"
-        f" interleaved rounds; {forward['peak_bytes'] / 1e6:.0f} MB at batch {setup['memory_batch']}, beyond weights"
-        f" and optimizer states ({run['precision']}; {hardware}; torch {setup['torch']}).\n\n"
-        "*Noise* and *bias* of the teacher's gradient are over the norm of the exact one (*signal*), at one state of a"
-        f" small classifier (digits, B = 64, C = 10, η = {LEARNING_RATE}), by {noisy['draws']} draws of labels. ≤: the"
-        f" bias found is within twice the standard error of its mean. `{setup['command']}` measures all rows but"
-        " `implicit`, whose cost `tests/library/test_cost.py` checks: n products with the Hessian, 10 by default, and"
-        ' 12 passes in all with `solver="identity"`.'
-    )
+    return harness.grid(head, lines, names=3)
 
 
-# ---------------------------------------------------------------------------------------------------------- picture
-
-
-def draw(result: dict[str, Any], path: Path) -> None:
-    """One row of panels per run: passes, time, memory, noise; a mode keeps its line throughout."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+def draw(result: Row, path: Path) -> None:
+    """A row of panels a run: passes, time, memory, and the noise on both networks; a mode keeps its line throughout."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     runs = result["runs"]
-    height = 1.1 + 4.0 * len(runs)
-    figure, grid = plt.subplots(len(runs), 4, figsize=(13, height), squeeze=False, sharey=True)
-    for run, panels in zip(runs, grid, strict=True):
-        _draw_run(run, panels)
-        panels[0].set_ylabel(f"{run['device'].upper()}, {run['precision']}", fontsize=10)
+    figure = Figure(figsize=(13, 1.1 + 4.0 * len(runs)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for run, panels in zip(runs, figure.subplots(len(runs), 4, squeeze=False, sharey=True), strict=True):
+        rows = run["modes"]
+        lines = range(len(rows))
+        noisy = [row["gradient_small"] is not None and row["gradient_small"]["noise"] > 0 for row in rows]
+        colors = [ORANGE if n else GREY if row["mode"] == "none" else BLUE for n, row in zip(noisy, rows, strict=True)]
+        columns: dict[str, tuple[str, list[float]]] = {
+            "cost in student passes (FLOPs)": ("%.1f", [row["passes"] for row in rows]),
+            "time, forward = 1": ("%.2f", [row["time_over_forward"]["median"] for row in rows]),
+            "peak memory, forward = 1": ("%.2f", [row["memory_over_forward"] for row in rows]),
+        }
+        for axes, (title, (form, values)) in zip(panels, columns.items(), strict=False):
+            axes.bar_label(axes.barh(lines, values, color=colors, height=0.62), fmt=form, padding=4, fontsize=9)
+            axes.set_xlim(0, 1.22 * max(values))
+            axes.set_title(title, fontsize=10.5, loc="left")
+        panels[3].set(xscale="log", xlim=(1e-2, 1e2), xlabel="● small classifier   ○ WRN-28-2")
+        panels[3].set_title("noise / signal of the gradient", fontsize=10.5, loc="left")
+        panels[3].axvline(1, color="0.75", linewidth=0.9, zorder=0)
+        for y in (y for y in lines if noisy[y]):
+            for on, face, side, shift in (("small", ORANGE, "right", -7), ("wrn", "white", "left", 7)):
+                noise = rows[y][f"gradient_{on}"]["noise"]
+                panels[3].scatter(noise, y, s=42, facecolor=face, edgecolor=ORANGE, linewidth=1.4)
+                panels[3].annotate(
+                    f"{noise:.2g}", (noise, y), (shift, -3), textcoords="offset points", ha=side, fontsize=9
+                )
+        panels[0].set_yticks(lines, [row["mode"] for row in rows], fontsize=10)
+        panels[0].set_ylabel(f"{run['device'].upper()}, {run['precision']}")
+        panels[0].invert_yaxis()
+        for axes in panels:
+            axes.spines[["top", "right", "left"]].set_visible(False)
+            axes.tick_params(axis="y", length=0)
     passes = {row["mode"]: row["passes"] for row in runs[0]["modes"]}
-    title = (
-        f"The whole gradient without noise for {passes['forward']:.0f} passes of the student (forward); "
-        f"Algorithm 1's one number takes {passes['reinforce']:.0f}"
+    figure.suptitle(
+        f"The whole gradient for {passes['forward']:.0f} passes of the student (forward); Algorithm 1's one number "
+        f"takes {passes['reinforce']:.0f}\nblue: soft labels, without noise; orange: sampled labels; grey: the control"
     )
-    figure.text(0.012, 1 - 0.3 / height, title, fontsize=14, fontweight="bold", va="center")
-    left = 0.012
-    for words, color in (
-        ("soft labels: the exact gradient or an approximation of it without noise", SOFT),
-        ("sampled labels", SAMPLED),
-        ("control", CONTROL),
-    ):
-        written = figure.text(left, 1 - 0.62 / height, f"■ {words}", fontsize=10.5, color=color, va="center")
-        left = written.get_window_extent().x1 / figure.bbox.width + 0.015
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.75 / height), w_pad=2.5)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-# Of Okabe and Ito's colors, which the color-blind can tell apart.
-SOFT, SAMPLED, CONTROL = "#0072B2", "#C14F00", "#6B6B6B"
-
-
-def _draw_run(run: dict[str, Any], panels: Any) -> None:
-    rows = run["modes"]
-    lines = range(len(rows))
-    colors = [CONTROL if r["mode"] == "none" else SAMPLED if _is_noisy(r) else SOFT for r in rows]
-    columns = [
-        ("cost in student passes (FLOPs)", [r["passes"] for r in rows], "{:.1f}"),
-        ("time, forward = 1", [r["time_over_forward"]["median"] for r in rows], "{:.2f}"),
-        ("peak memory, forward = 1", [r["memory_over_forward"] for r in rows], "{:.2f}"),
-    ]
-    for axes, (title, values, form) in zip(panels, columns, strict=False):
-        axes.barh(lines, values, color=colors, height=0.62)
-        for y, value in zip(lines, values, strict=True):
-            axes.annotate(form.format(value), (value, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
-        axes.set_xlim(0, 1.22 * max(values))
-        axes.set_title(title, fontsize=10.5, loc="left")
-    for y, row in zip(lines, rows, strict=True):
-        spread = row["time_over_forward"]
-        between = [spread["lower_quartile"], spread["upper_quartile"]]
-        panels[1].plot(between, [y + 0.2, y + 0.2], color="black", linewidth=1.5, solid_capstyle="butt")
-    panels[1].set_xlabel("line: quartiles over the rounds", fontsize=9)
-    _draw_noise(panels[3], rows, colors)
-    panels[0].set_yticks(lines, [r["mode"] for r in rows], fontsize=10)
-    panels[0].invert_yaxis()
-    for axes in panels:
-        axes.tick_params(axis="y", length=0)
-        axes.tick_params(axis="x", which="both", labelsize=8, colors="#6B6B6B")
-        axes.spines[["top", "right", "left"]].set_visible(False)
-
-
-def _is_noisy(row: dict[str, Any]) -> bool:
-    return row["gradient_small"] is not None and row["gradient_small"]["noise"] > 0
-
-
-def _draw_noise(axes: Any, rows: list[dict[str, Any]], colors: list[str]) -> None:
-    axes.set_xscale("log")
-    axes.set_xlim(1e-2, 1e2)
-    axes.minorticks_off()
-    axes.set_title("noise / signal of the gradient", fontsize=10.5, loc="left")
-    axes.axvline(1, color="#C0C0C0", linewidth=0.9, zorder=0)
-    for y, (row, color) in enumerate(zip(rows, colors, strict=True)):
-        small, large = row["gradient_small"], row["gradient_wrn"]
-        if small is None or small["noise"] == 0:
-            axes.text(1.1e-2, y, "0" if small else "no gradient", va="center", fontsize=9, color=color)
-            continue
-        low, high = sorted((small["noise"], large["noise"]))
-        axes.plot([low, high], [y, y], color=color, linewidth=1, zorder=1)
-        axes.scatter([small["noise"]], [y], s=42, color=color, zorder=2)
-        axes.scatter([large["noise"]], [y], s=42, facecolor="white", edgecolor=color, linewidth=1.4, zorder=2)
-        for value, side, shift in ((low, "right", -7), (high, "left", 7)):
-            axes.annotate(
-                f"{value:.2g}", (value, y), (shift, 0), textcoords="offset points", ha=side, va="center", fontsize=9
-            )
-    axes.set_xlabel("● small classifier   ○ WRN-28-2", fontsize=9)
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-    parser = harness.arguments(__doc__, RESULT)
-    parser.add_argument("--batch", type=int, help="images of each kind, for time; default 8, on CUDA 128")
-    parser.add_argument("--rounds", type=int, help="timed steps per mode; default 21")
-    parser.add_argument("--memory-batch", type=int, help="the same for memory; default 32, on CUDA 128")
-    parser.add_argument("--draws", type=int, help="draws of labels on the small classifier; default 2000")
-    parser.add_argument("--draws-wrn", type=int, help="draws of labels on WRN-28-2; default 24")
-    given = harness.parsed(parser)
+    given = harness.parsed(harness.arguments(__doc__, RESULT))
     if given.runs:
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit\._script")
         where, start = places(), time.perf_counter()
@@ -437,11 +354,9 @@ def main() -> None:
         sizes |= {"draws": 2000, "draws_wrn": 24}
         if given.miniature:
             sizes = {"batch": 2, "rounds": 1, "memory_batch": 2, "draws": 2, "draws_wrn": 2}
-        sizes |= {name: getattr(given, name) for name in sizes if getattr(given, name) is not None}
-        options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in sizes.items())
-        small = argparse.Namespace(**sizes, network=MINIATURE_NETWORK if given.miniature else NETWORK)
-        result = {"runs": [measured(place, small) for place in where]}
-        setup = {**harness.described(where[0].device), "command": f"python benchmarks/modes.py{options}", **sizes}
+        network = MINIATURE_NETWORK if given.miniature else NETWORK
+        result = {"runs": [measured(place, network, **sizes) for place in where]}
+        setup = {**harness.described(where[0].device), "command": "python benchmarks/modes.py", **sizes}
         harness.write_json(given.out, {"setup": setup | {"minutes": (time.perf_counter() - start) / 60}, **result})
     result = harness.loaded(given.out)
     harness.show(given.write, "modes", table(result))

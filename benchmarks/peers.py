@@ -1,7 +1,7 @@
 """The same hypergradient by metapl and by the other libraries, side by side in one run.
 
     python benchmarks/peers.py                                    # about forty minutes on one core
-    python benchmarks/peers.py --only MLP transformer --steps 1   # the rows of other networks and steps stay
+    python benchmarks/peers.py --only MLP transformer             # the rows of other networks stay
     python benchmarks/peers.py --write benchmarks/results/peers.md
 
 Each library gets a throw-away environment with a pinned version of its own, which reads PyTorch from this one; one that
@@ -73,22 +73,14 @@ class CausalLM(nn.Module):
         super().__init__()
         self.embed, self.place = nn.Embedding(words, width), nn.Embedding(length, width)
         self.each, self.head = head, nn.Linear(width, outputs)
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    "norm": nn.LayerNorm(width),
-                    "qkv": nn.Linear(width, 3 * width),
-                    "out": nn.Linear(width, width),
-                    "mlp": nn.Sequential(
-                        nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-                    ),
-                }
-            )
-            for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList()
+        for _ in range(depth):
+            block = {"norm": nn.LayerNorm(width), "qkv": nn.Linear(width, 3 * width), "out": nn.Linear(width, width)}
+            wide = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+            self.blocks.append(nn.ModuleDict({**block, "mlp": nn.Sequential(*wide)}))
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """(B, L) to (B, L, width)."""
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L) to (B, outputs)."""
         h = self.embed(x) + self.place.weight
         for block in self.blocks:
             parts = block["qkv"](block["norm"](h)).chunk(3, -1)
@@ -96,10 +88,7 @@ class CausalLM(nn.Module):
             heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             h = h + block["out"](heads.transpose(1, 2).flatten(2))
             h = h + block["mlp"](h)
-        return h
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.hidden(x)[:, -1])
+        return self.head(h[:, -1])
 
 
 def case(network: str, device: str, dtype: torch.dtype = torch.float32) -> Case:
@@ -363,7 +352,7 @@ def run(given: Any) -> Row:
     """All measurements, in one drawn order."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     networks = ("MLP",) if given.miniature else given.only
-    ahead, rounds = ((2,), 1) if given.miniature else (given.steps, given.rounds)
+    ahead, rounds = ((2,), 1) if given.miniature else ((1, 10), given.rounds)
     pythons, reasons = dict.fromkeys(OWN[:1] if given.miniature else OWN, sys.executable), dict[str, str]()
     rows: dict[tuple[str, str, int], list[Row]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -403,27 +392,6 @@ def run(given: Any) -> Row:
     return {"measured_on": described(device), "not_installed": reasons, "rows": kept}
 
 
-def beside(networks: Sequence[str], rounds: int) -> list[Row]:
-    """One step by metapl and by the libraries that are installed here, in turns; the first turn is dropped."""
-    torch.set_num_threads(1)
-    rows = []
-    for network in networks:
-        given, found = case(network, "cpu"), dict[str, list[float]]()
-        known = {FORWARD: "metapl", "TorchOpt 0.7.3": "torchopt", "higher 0.2.1": "higher", "BOAT 1.1.1": "boat_torch"}
-        ways = [library for library, module in known.items() if importlib.util.find_spec(module)]
-        runs = {library: sdpa_kernel(SDPBackend.MATH)(gradient_of(library)) for library in ways}
-        for _ in range(rounds + 1):
-            for library, run_ in runs.items():
-                began = time.process_time()
-                run_(*given, 1)
-                found.setdefault(library, []).append(time.process_time() - began)
-        for library, (_, *each) in found.items():
-            own = statistics.median(a / b for a, b in zip(found[FORWARD][1:], each, strict=True))
-            row: Row = {"network": network, "library": library, "seconds": statistics.median(each), "each": each}
-            rows.append(row | {"metapl / this": own})
-    return rows
-
-
 def table(result: Row) -> str:
     """Errors, and times and memory relative to metapl's ``forward``."""
     rows = {(row["network"], row["steps"], row["library"]): row for row in result["rows"]}
@@ -439,22 +407,21 @@ def table(result: Row) -> str:
                 cells += [f"{1e3 * row['seconds']:.3g}", f"{row['bytes'] / 1e6:.3g}"]
             lines.append([network, steps, library + cold, *cells])
     head = ("network", "K", "library", "relative error", "time / forward", "memory / forward", "ms", "MB")
+    return grid(head, lines, "lrl") + missing(result)
+
+
+def missing(result: Row) -> str:
+    """A sentence of the libraries that did not install."""
     notes = [f"{library}: {reason}." for library, reason in result["not_installed"].items()]
-    return grid(head, lines, "lrl") + ("\n\nNot installed: " + " ".join(notes) if notes else "")
+    return "\n\nNot installed: " + " ".join(notes) if notes else ""
 
 
 def main() -> None:
     parser = arguments(__doc__, RESULT)
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=NETWORKS, help="the rows of the others stay")
-    parser.add_argument("--steps", nargs="+", type=int, default=(1, 10), help="K; the rows of others stay")
-    every = (*OWN, *PEERS)
-    parser.add_argument("--libraries", nargs="+", choices=every, default=every, help="the rows of others stay")
+    parser.add_argument("--libraries", nargs="+", default=(*OWN, *PEERS), help="the rows of others stay")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each case")
-    parser.add_argument("--beside", action="store_true", help="one step, in turns in one process; to peers_beside.json")
     given = parsed(parser)
-    if given.beside:
-        write_json(RESULT.with_name("peers_beside.json"), beside(given.only, given.rounds))
-        return
     if given.runs:
         write_json(given.out, run(given))
     show(given.write, "peers", table(loaded(given.out)))

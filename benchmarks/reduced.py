@@ -171,14 +171,9 @@ def table(result: Row) -> str:
             pairs = zip(own, reached, strict=True)
             beside = [cell for a, b in pairs for cell in (*harness.difference(a, b), harness.between(a, b))]
         lines.append([KNOWN[method].title, *map(harness.spread, reached), *beside])
-    told = (
-        f"Test accuracy on the digits in %, mean ± standard deviation over {len(own[0])} seeds, "
-        f"{result['digits']['steps']:,} steps. The differences are Reduced MPL minus this row, paired by seed, with p "
-        "of the paired t-test."
-    )
     head = ["network", "step", "time / plain", "memory / plain", "ms", "MB", "million weights"]
     found = ["method", *READOUTS, *(f"{name}: {what}" for name in READOUTS for what in ("difference", "p", "95 %"))]
-    return "\n\n".join([harness.grid(head, costs, names=2), told, harness.grid(found, lines)])
+    return f"{harness.grid(head, costs, names=2)}\n\n{harness.grid(found, lines)}"
 
 
 def main() -> None:

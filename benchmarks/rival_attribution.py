@@ -260,7 +260,8 @@ def lds(name: str, steps: int, seed: int, removals: int, miniature: bool) -> Row
     return row
 
 
-def table(result: Row) -> str:
+def tables(result: Row) -> dict[str, str]:
+    """By their marks in the page."""
     lines = []
     measured = [row for row in result["rows"] if row["kind"] == "cost"]
     torchs = {row["case"]: statistics.median(row["plain_seconds"]) for row in measured if row.get("way") == "all kept"}
@@ -274,14 +275,6 @@ def table(result: Row) -> str:
         lines.append([row["case"], row["steps"], by, *cells])
     head = ["training", "K", "by", "error", "time / plain", "time / torch's plain", "peak memory, MB"]
     costs = grid(head, lines, "lrl")
-    told = (
-        "*Error*: the largest difference of a score from metapl's with all states kept, over the largest one; *time*: "
-        "processor time over a plain training by the same library, in turns, and by torch.optim; medians of three, of "
-        "the transformer single measurements; *memory*: what is allocated at the fullest beyond what was held before "
-        "(bergson writes the checkpoints of its first pass to the disk). Float64, one thread of "
-        f"{result['machine']['cpu']}, which other work shared. `python benchmarks/rival_attribution.py --rival-python "
-        "FILE`; raw rows: `benchmarks/results/rival_attribution.json`."
-    )
     scored, lines = [row for row in result["rows"] if row["kind"] == "lds"], []
     for name, steps in dict.fromkeys((row["case"], row["steps"]) for row in scored):
         same = [row for row in scored if (row["case"], row["steps"]) == (name, steps)]
@@ -289,8 +282,7 @@ def table(result: Row) -> str:
         ranges = [f"{statistics.fmean(own):.2f} ({min(own):.2f} to {max(own):.2f})" for own in each]
         lines.append([name, steps, len(same), f"{statistics.fmean(row['loss'] for row in same):.3f}", *ranges])
     scores = grid(["training", "K", "seeds", "loss", *(f"{100 * s:g} %" for s in SHARES)], lines)
-    about = f"Spearman's correlation over {REMOVALS} random removals of each share, means and ranges over the seeds."
-    return "\n\n".join([costs, told, scores, about])
+    return {"rival_attribution": costs, "rival_attribution-scores": scores}
 
 
 def main() -> None:
@@ -315,7 +307,8 @@ def main() -> None:
     for name, steps, seed in jobs if given.runs else ():
         if ("lds", name, steps, seed) not in there:
             keep(lds(name, steps, seed, 4 if given.miniature else REMOVALS, given.miniature))
-    show(given.write, "rival_attribution", table(loaded(given.out)))
+    for mark, table in tables(loaded(given.out)).items():
+        show(given.write, mark, table)
 
 
 if __name__ == "__main__":

@@ -172,16 +172,8 @@ def table(result: Row) -> str:
         times.append([f"`{mode}`", f"{1e3 * alone['seconds']:.1f}", *ratios, f"{operations:.2f}"])
         sent = [f"{row['sent'] / 1e6:.1f}" for row in others]
         amounts.append([f"`{mode}`", *sent, *(f"{row['bytes'] / 1e6:.1f}" for row in (alone, *others))])
-    on, widths = result["measured_on"], "-".join(map(str, result["widths"]))
     head = ["mode", *(f"sent: {name}" for name in names), *(f"held: {name}" for name in (ALONE, *names))]
-    told = (
-        f"A step of an MLP {widths} and its teacher, {result['batch']} labeled and as many unlabeled rows in each "
-        "process: processor time of the slowest process and its operations over those of one process alone, the MB "
-        f"that it sends, and the MB that it holds at the peak. Median of {len(result['rows'][0]['turns'])} turns; "
-        f"{on['cpu']}, {on['cores']} cores, one thread a process, load {result['load']:.1f} when it began; torch "
-        f"{on['torch']}, gloo."
-    )
-    return "\n\n".join([grid(["mode", "alone, ms", *names, "FLOP"], times), grid(head, amounts), told])
+    return "\n\n".join([grid(["mode", "alone, ms", *names, "FLOP"], times), grid(head, amounts)])
 
 
 def main() -> None:

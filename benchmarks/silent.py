@@ -37,6 +37,7 @@ import numpy
 import peers
 import torch
 from harness import RESULTS, Row, arguments, described, grid, loaded, parsed, show, write_json
+from rival_attribution import Stream, Weighted
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -208,41 +209,13 @@ def by_torchopt(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor)
     return at_the_end(student, teacher, labeled)
 
 
-class Weighted(nn.Module):
-    """A student with its loss, as bergson's trainer calls it."""
-
-    def __init__(self, student: nn.Module) -> None:
-        super().__init__()
-        self.student = student
-
-    def forward(self, x: Tensor, q: Tensor, example_weight: Tensor, shift_loss_mask: Tensor) -> Tensor:
-        return (example_weight * F.cross_entropy(self.student(x), q, reduction="none")).mean()
-
-
-class Stream:
-    """The same batch in each step, whose examples have weights, as ``bergson.magic.DataStream`` of tokens has them."""
-
-    device, requires_grad = torch.device("cpu"), False
-
-    def __init__(self, x: Tensor, q: Tensor) -> None:
-        self.batch, self.weights = (
-            {"x": x, "q": q, "shift_loss_mask": torch.ones(len(x))},
-            nn.Parameter(torch.ones(len(x))),
-        )
-
-    def __len__(self) -> int:
-        return STEPS
-
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
-        return self.batch | {"example_weight": self.weights}
-
-
 def by_bergson(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor) -> Gradient:
     """``train`` and ``backward`` of ``bergson.magic.Trainer``, with checkpoints in a folder, as its command uses it."""
     import torchopt
     from bergson.magic.trainer import BackwardState, Trainer
 
-    model, stream = Weighted(student), Stream(u, teacher(u).softmax(-1).detach())
+    model, train = Weighted(student), (u, teacher(u).softmax(-1).detach())
+    stream = Stream({"train": train, "order": torch.arange(len(u)).expand(STEPS, -1)})
     trainer, state = Trainer.initialize(model, torchopt.sgd(RATE))
     with tempfile.TemporaryDirectory() as folder:
         state = trainer.train(state, stream, save_dir=folder, save_mode="all")
@@ -329,12 +302,11 @@ def run(given: Any) -> None:
     """All rows, written way by way; the exact derivatives are found by this process."""
     torch.set_num_threads(1)
     kinds = ("two layers", "weights clamped in forward", "rounding, straight-through") if given.miniature else (*KINDS,)
-    result = json.loads(given.out.read_text()) if given.out.exists() else {"rows": [], "not_installed": {}}
-    result["measured_on"], exact = described(), dict[tuple[str, str], Tensor]()
+    exact, result = dict[tuple[str, str], Tensor](), {"rows": [], "not_installed": {}, "measured_on": described()}
     paths = {"PYTHONPATH": f"{HERE.parent}:{HERE}", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         truths = Path(folder) / "truths.pt"
-        for way in given.only or (("by hand, functional_call", "metapl, forward") if given.miniature else WAYS):
+        for way in ("by hand, functional_call", "metapl, forward") if given.miniature else WAYS:
             python, reason = installed(way, Path(folder))
             if reason:
                 result["not_installed"][way] = reason
@@ -348,8 +320,7 @@ def run(given: Any) -> None:
             code = f"import silent; silent.answer({way!r}, {asked!r}, {str(truths)!r})"
             call: Any = {"env": os.environ | paths, "stdout": subprocess.PIPE, "text": True, "check": True}
             lines = subprocess.run([python, "-c", code], **call).stdout.splitlines()
-            rows = [json.loads(line[4:]) for line in lines if line.startswith("row ")]
-            result["rows"] = [row for row in result["rows"] if row["way"] != way] + rows
+            result["rows"] += [json.loads(line[4:]) for line in lines if line.startswith("row ")]
             write_json(given.out, result)
     torch.set_default_dtype(torch.float32)
 
@@ -385,14 +356,11 @@ def table(result: Row) -> str:
             cells.append(f"**wrong{off}**" if row.get("outcome") == "wrong" else row.get("outcome", "") + off)
         lines.append([kind + STAR * (kind in ON_PURPOSE), *cells])
     each = grid(["student", *ways], lines, names=1 + len(ways))
-    notes = [f"{way}: {reason}." for way, reason in result["not_installed"].items()]
-    return f"{counted}\n\n{each}" + ("\n\nNot installed: " + " ".join(notes) if notes else "")
+    return f"{counted}\n\n{each}" + peers.missing(result)
 
 
 def main() -> None:
-    parser = arguments(__doc__, RESULT)
-    parser.add_argument("--only", nargs="+", choices=WAYS, metavar="WAY", help="the rows of the others stay")
-    given = parsed(parser)
+    given = parsed(arguments(__doc__, RESULT))
     if given.runs:
         run(given)
     show(given.write, "silent", table(loaded(given.out)))

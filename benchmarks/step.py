@@ -2,8 +2,7 @@
 
     python benchmarks/step.py                                         # the step as it is, on five networks
     python benchmarks/step.py --parts eager,compiled,stacked          # compiled as one graph, and 32 seeds at once
-    python benchmarks/step.py --networks tiny,mlp --rounds 9 --label 0.2.0
-    python benchmarks/step.py --memory                                # of micro-batches, in one graph and eager
+    python benchmarks/step.py --networks tiny,mlp                     # the rows of the others stay
     python benchmarks/step.py --write benchmarks/results/step.md
 
 A step is a student's and a teacher's, both by SGD with Nesterov momentum, and the teacher has its own loss. Times are
@@ -37,7 +36,6 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metapl
-from metapl.ablation.cost import peak_bytes
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # of the profiler, which would write into the terminal
 RESULT = RESULTS / "step.json"
@@ -195,7 +193,7 @@ def warmed(name: str, mode: str, network: str) -> tuple[Step, Tensor, Row]:
     return step, nn.utils.parameters_to_vector(teacher.parameters()).detach() - before, facts
 
 
-def measure(network: str, mode: str, ways: Sequence[str], rounds: int, label: str) -> list[Row]:
+def measure(network: str, mode: str, ways: Sequence[str], rounds: int) -> list[Row]:
     """A row for each way, all in turns with the same by hand."""
     torch._dynamo.reset()  # which counts how often a function has been compiled anew
     ready = {name: warmed(name, mode, network) for name in (HAND, *ways)}
@@ -212,8 +210,12 @@ def measure(network: str, mode: str, ways: Sequence[str], rounds: int, label: st
     for name in ways:
         ratios = [a / b for a, b in zip(times[name], times[HAND], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else 3 * ratios
-        row = {"label": label, "network": network, "mode": mode, "way": name, "ratio": middle, "quartiles": [low, high]}
-        row |= {"ms": statistics.median(times[name]), "ms_by_hand": statistics.median(times[HAND])}
+        row = {"label": metapl.__version__, "network": network, "mode": mode, "way": name, "ratio": middle}
+        row |= {
+            "quartiles": [low, high],
+            "ms": statistics.median(times[name]),
+            "ms_by_hand": statistics.median(times[HAND]),
+        }
         row |= {"rounds": rounds, "steps": calls, **ready[name][2]}
         if mode != "reinforce" and name in (EAGER, COMPILED):  # labels are drawn otherwise by hand
             gone = ready[HAND][1]
@@ -224,36 +226,6 @@ def measure(network: str, mode: str, ways: Sequence[str], rounds: int, label: st
             row["pays_after"] = round(row["cold_seconds"] / saved) if saved > 0 else None
         rows.append(row | {"measured_on": described()})
     return rows
-
-
-class Parts(nn.Module):
-    """A network that takes a batch in four parts."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.network(part) for part in x.chunk(4)])
-
-
-def memory(mode: str) -> dict[str, float]:
-    """Peak memory of a step of an MLP of six layers on 2,048 examples, over that of the eager step in four parts."""
-    torch.manual_seed(0)
-    x, u, y = torch.randn(2048, 64), torch.randn(2048, 64), torch.randint(0, 10, (2048,))
-
-    def peak(in_parts: bool = False, **options: Any) -> float:
-        middle = [[layer for _ in range(4) for layer in (nn.Linear(128, 128), nn.Tanh())] for _ in "TS"]
-        made = [nn.Sequential(nn.Linear(64, 128), nn.Tanh(), *mid, nn.Linear(128, 10)) for mid in middle]
-        teacher, student = (Parts(network) if in_parts else network for network in made)
-        one = trainer(mode, (teacher, student), verify=False, **options)
-        for _ in range(2):
-            one.step((x, y), u)
-        return float(peak_bytes(lambda: one.step((x, y), u), torch.device("cpu")))
-
-    found = {"accumulate=4": peak(accumulate=4), "whole": peak(), "compiled": peak(compile=True)}
-    found["compiled, four parts in the graph"] = peak(True, compile=True)
-    return {way: size / found["accumulate=4"] for way, size in found.items()}
 
 
 def table(result: Row) -> str:
@@ -274,20 +246,13 @@ def table(result: Row) -> str:
 def main() -> None:
     parser = arguments(__doc__, RESULT)
     parser.add_argument("--networks", default=",".join(NETWORKS), help="the rows of other networks stay")
-    parser.add_argument("--memory", action="store_true", help="print what accumulate=4 holds, and stop")
     parser.add_argument("--parts", default="eager", help=f"of {','.join(PARTS)}; the rows of the others stay")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--label", default=metapl.__version__, help="what the rows are called; those of others stay")
     given = parsed(parser)
     torch.set_num_threads(1)
-    if given.memory:
-        for mode in ("forward", "reinforce"):
-            print(f"{mode}: " + "; ".join(f"{way} {size:.2f}" for way, size in memory(mode).items()))
-        return
     if given.runs:
-        names, rounds = (["tiny"], 1) if given.miniature else (given.networks.split(","), given.rounds)
+        names, rounds = (["tiny"], 1) if given.miniature else (given.networks.split(","), 15)
         ways = [way for part in given.parts.split(",") for way in PARTS[part]]
-        rows = [row for name in names for mode in MODES for row in measure(name, mode, ways, rounds, given.label)]
+        rows = [row for name in names for mode in MODES for row in measure(name, mode, ways, rounds)]
         old = loaded(given.out)["rows"] if given.out.exists() else []
         known = {tuple(row[key] for key in ("label", "network", "mode", "way")): row for row in [*old, *rows]}
         order = sorted(known, key=lambda k: (k[0], [*NETWORKS].index(k[1]), k[2], WAYS.index(k[3])))

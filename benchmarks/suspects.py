@@ -33,7 +33,8 @@ import numpy as np
 import torch
 from harness import RESULTS, Row, arguments, environment, go_on, grid, loaded, parsed, read, show
 from PIL import Image
-from scipy.stats import rankdata, t
+from scipy.stats import t
+from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn import functional as F
 
@@ -162,11 +163,9 @@ def listed(condition: str, seed: int, tuned: bool, miniature: bool, lr: float | 
 
 def quality(values: dict[str, float], wrong: set[str]) -> tuple[float, float]:
     """The AUC, and the share of wrong ones among the first tenth."""
-    ranks = dict(zip(values, rankdata([*values.values()]), strict=True))
-    n, m = len(wrong), len(values) - len(wrong)
     first = sorted(values, key=lambda file: -values[file])[: max(1, round(FIRST * len(values)))]
-    area = (sum(ranks[file] for file in wrong) - n * (n + 1) / 2) / (n * m)
-    return round(float(area), 4), round(statistics.fmean(file in wrong for file in first), 4)
+    area = float(roc_auc_score([file in wrong for file in values], [*values.values()]))
+    return round(area, 4), round(statistics.fmean(file in wrong for file in first), 4)
 
 
 def with_interval(values: Sequence[float], sign: str = "", digits: int = 2) -> str:
@@ -189,13 +188,7 @@ def table(rows: Sequence[Row]) -> str:
         for name, own in by.items()
     ]
     head = ["method", "mislabeled among the first tenth, %", "test accuracy, student, %", "finetuned, %"]
-    return (
-        f"{grid(head, lines)}\n\n"
-        f"Mean ± 95 % interval over {len(seeds)} seeds; {rows[0]['listed']:,} pictures with given labels, of "
-        f"which {rows[0]['wrong']:,} are wrong, 100 clean ones; `metapl train noisy` with "
-        f"{' '.join(rows[0]['flags'])}. "
-        "`python benchmarks/suspects.py`; raw rows: `benchmarks/results/suspects.jsonl`."
-    )
+    return grid(head, lines)
 
 
 def harmful_table(rows: Sequence[Row]) -> str:
@@ -213,12 +206,8 @@ def harmful_table(rows: Sequence[Row]) -> str:
         for row in checked
     ]
     head = ["wrong labels", "seeds", "list", "AUC", "the score's lead", "wrong in the first tenth"]
-    told = (
-        f"Mean ± 95 % interval over the seeds, {PICTURES} pictures; the lead in AUC is paired by seed. `python "
-        "benchmarks/suspects.py --harmful`; raw rows: `benchmarks/results/harmful_pictures.jsonl`."
-    )
     by_rate = grid(["wrong labels", "rate", "seed", "AUC, score", "the check, Spearman"], tuning)
-    return "\n\n".join([grid(head, lines, "lrl"), by_rate, told])
+    return f"{grid(head, lines, 'lrl')}\n\n{by_rate}"
 
 
 def main() -> None:

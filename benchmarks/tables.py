@@ -123,10 +123,6 @@ def table(rows: Sequence[Row]) -> str:
                 cells.append(f"{np.mean(scores):.1f}{beside}")
             lines.append([arm, *cells])
         parts.append(f"**{BESIDE[labels]}**\n\n{grid(['test accuracy in %', *problems], lines)}")
-    parts.append(
-        f"Means over {len(seeds)} seeds; in brackets the 95 % interval over seeds of how many points the first row is "
-        "above. `python benchmarks/tables.py`; raw rows: `benchmarks/results/tables.jsonl`."
-    )
     return "\n\n".join(parts)
 
 

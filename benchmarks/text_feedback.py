@@ -236,11 +236,7 @@ def table(rows: Sequence[Row]) -> str:
             cells = [len(a), spread(a), spread(b), gained, between(b, a), p, f"{mean(forward, 'feedback_ratio'):.3f}"]
             lines.append(["*test texts:* " * (part == "final") + arm, *cells, right])
     heads = ["changed", "pairs", "none", "feedback", "difference", "95 %", "p", "feedback ratio"]
-    changed = grid([*heads, "labels right, none → feedback"], lines)
-    command = "`python benchmarks/text_feedback.py`; raw rows: `benchmarks/results/text_feedback.jsonl`."
-    made = ", ".join(f"{sum(row['part'] == part for row in rows)} {part}" for part in SEEDS)
-    by = ", ".join(sorted({row["encoder"] for row in rows}))
-    return f"{of_looks}\n\n{changed}\n\nRuns so far: {made}; by {by}. {command}"
+    return f"{of_looks}\n\n{grid([*heads, 'labels right, none → feedback'], lines)}"
 
 
 def paired(rows: Sequence[Row], part: str, arm: str) -> list[list[Row]]:

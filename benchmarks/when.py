@@ -2,7 +2,7 @@
 
     python benchmarks/when.py                        # tune, then run; goes on where it was stopped
     python benchmarks/when.py --parts worth          # the arms of some questions alone
-    python benchmarks/when.py --write benchmarks/results/when.md   # put the tables there, and draw the figures in docs/
+    python benchmarks/when.py --write benchmarks/results/when.md   # put the tables there, and draw the figure in docs/
     python benchmarks/when.py --miniature --out FILE # all of it in seconds, to see that it runs
 
 Five questions compare each arm with the same loop without feedback: how long training lasts and whether the feedback's

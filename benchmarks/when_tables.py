@@ -1,4 +1,4 @@
-"""The tables and figures of ``when.py``, from its raw rows."""
+"""The tables and the figure of ``when.py``, from its raw rows."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 import harness
 import numpy as np
-from harness import BLUE, GREEN, GREY, NONE, ORANGE, Bar, Row
-from when import ARMS, CONDITIONS, GRIDS, Arm, arm_of, chosen, read
+from harness import BLUE, NONE, ORANGE, Bar, Row
+from when import ARMS, CONDITIONS, Arm, arm_of, chosen, read
 
 from metapl.metrics import paired_test
 
 READ_OUTS = ("student", "finetuned")
-RUN = "`python benchmarks/when.py{}`; raw rows: `benchmarks/results/when.jsonl`."
 
 TITLES = {
     "none": "same loop, no feedback",
@@ -138,14 +137,10 @@ def table(found: Study, part: str) -> str:
     # The two without feedback side by side.
     mine.sort(key=lambda arm: (arm.method != "none", arm.alteration != "zero"))
     mine.sort(key=lambda arm: (list(CONDITIONS).index(arm.condition), arm.labels, arm.outer))
-    if part in ("length", "ahead"):
-        mine.sort(
-            key=lambda arm: (
-                arm.labels,
-                arm.method.endswith("teacher steps"),
-                arm.steps if part == "length" else arm.lookahead,
-            )
-        )
+    if part == "length":
+        mine.sort(key=lambda arm: (arm.labels, arm.steps))
+    if part == "ahead":
+        mine.sort(key=lambda arm: (arm.method.endswith("teacher steps"), arm.lookahead))
     altered = part in ("part", "wrong")
     head = ["arm", "student", "finetuned", "labels right", "frequency error", "against the control", "95 %", "p"]
     head += ["against the true feedback", "p"] if altered else []
@@ -165,39 +160,10 @@ def table(found: Study, part: str) -> str:
     return f"**{HEADINGS[part]}**\n\n{harness.grid(head, lines)}".replace("|  |", "| |").replace("|  |", "| |")
 
 
-def effort(rows: Sequence[Row]) -> str:
-    runs, minutes = sum(len(row["seeds"]) for row in rows), sum(row["seconds"] for row in rows) / 60
-    return f"{runs:,} runs in {minutes:.0f} minutes of one core. "
-
-
-def seeds_of(rows: Sequence[Row]) -> str:
-    return "/".join(str(len(each)) for each in {tuple(row["seeds"]) for row in rows if row["final"]})
-
-
 def block(rows: Sequence[Row]) -> str:
-    """The tables beside the same loop without feedback, and what they were made with."""
-    found, rows = collected(rows), [row for row in rows if not arm_of(row).of_worth]
-    parts = [table(found, part) for part in HEADINGS if any(arm.part == part for arm in found)]
-    parts.append(
-        f"Test accuracy in %, mean ± standard deviation over {seeds_of(rows)} seeds (400 test images each, drawn anew "
-        "per seed from the same 1,797). *Labels right*: the teacher's accuracy on the unlabeled images at the end. "
-        "*Frequency error*: the share of the unlabeled images that the student would have to call otherwise for its "
-        "class frequencies to be right. Differences are between the better read-outs, by these means, of the two, and "
-        "of the means as shown, so up to 0.1 from those of the pairs; intervals and p are of the paired t-test "
-        f"over draws of these images, not corrected for the number of rows. {effort(rows)}" + RUN.format("")
-    )
-    told = []
-    for name, (arm, _) in GRIDS.items():
-        if not arm.of_worth and any(row["tuned"] == name and not row["final"] for row in rows):
-            rule = chosen(rows, name)[0]
-            size = "" if rule.feedback == "none" else f", size {rule.size:g}"
-            told.append(f"{name}: rates {rule.student_lr:g} and {rule.teacher_lr:g}{size}")
-    parts.append(f"Settings that were chosen on the tuning seeds (rates of student and teacher): {'; '.join(told)}.")
-    left = [arm for arm in ARMS if arm not in found and not arm.of_worth]
-    places = [f"{arm.part} ({where(arm) or arm.method.split()[0]})" for arm in left]
-    said = "; ".join(f"{place}: {places.count(place)}" for place in dict.fromkeys(places))
-    parts.append(f"Arms in the list that were not run: {said}." if said else "All arms of the list were run.")
-    return "\n\n".join(parts)
+    """The tables beside the same loop without feedback."""
+    found = collected(rows)
+    return "\n\n".join(table(found, part) for part in HEADINGS if any(arm.part == part for arm in found))
 
 
 def sign_flip(first: Sequence[float], second: Sequence[float], flips: int = 200_000) -> float:
@@ -283,43 +249,9 @@ def place_table(rows: Sequence[Row], arms: dict[str, Found]) -> str:
 
 
 def worth_block(rows: Sequence[Row]) -> str:
-    """What was found at equal time, and what it was made with."""
-    found, rows = places(collected(rows)), [row for row in rows if arm_of(row).of_worth]
-    first = [primary(arms) for arms in [*found.values()][:1]]
-    told = (
-        f"Test accuracy in %, at 1:5 weighted to the classes' shares, mean ± standard deviation over {seeds_of(rows)} "
-        "seeds (400 test images each, drawn anew per seed from the same 1,797, so intervals and p speak of other draws "
-        "of these images, not of other data). *Labels right*: accuracy of the teacher, or of the one network, on the "
-        "unlabeled images. *Frequency error*: the share of these that the student, or the one network, would have to "
-        "call otherwise before it is finetuned for its class frequencies to be right. Every arm has the processor "
-        "time of 6,000 steps of Meta Pseudo Labels, by costs that were measured once, without drawing the batches, "
-        "and had eight configurations tried on five other seeds, by the accuracy on 197 labeled validation images. "
-        "*Lowest*: of the seeds. Intervals: t; p: sign-flip test, of which 5e-06 is the least that is told apart; not "
-        f"corrected for their number. {effort(rows)}" + RUN.format(" --parts worth")
-    )
-    return "\n\n".join([*first, *(place_table(rows, arms) for arms in found.values()), told])
-
-
-COLORS = {"gradient": BLUE, "learning_rate": GREEN, "ratio": ORANGE, "alone": BLUE}
-
-
-def draw(path: Path, found: Study) -> None:
-    """Every arm beside the loop without feedback."""
-    by: dict[str, list[Bar]] = {}
-    for arm, one in found.items():
-        other = control(found, arm)
-        if arm.part != "worth" and other is not None and other is not one:
-            place = arm.condition if arm.part == "wrong" else where(arm)
-            label = f"{place}: {title(arm)}".removeprefix(": ")
-            color = COLORS.get(arm.method.split()[0], GREY)
-            by.setdefault(HEADINGS[arm.part], []).append(Bar(label, one.accuracy, other.accuracy, color))
-    told = [
-        f"{against(one, control(found, arm))[0]} after {arm.steps:,}"
-        for arm, one in found.items()
-        if (arm.method, arm.condition, arm.labels, arm.part) == ("gradient", "right", 2, "length")
-    ]
-    heading = f"What feedback adds, in points, by steps (2 labels a class): {', '.join(told)}"
-    harness.bars(path, by, heading, "points against the loop without feedback, 95 %", least=-14)
+    """What was found at equal time."""
+    found = places(collected(rows))
+    return "\n\n".join([primary(next(iter(found.values()))), *(place_table(rows, arms) for arms in found.values())])
 
 
 def draw_worth(path: Path, found: Study) -> None:
@@ -339,13 +271,11 @@ def draw_worth(path: Path, found: Study) -> None:
 
 
 def write(page: Path | None, raw: Path) -> None:
-    """Put the tables between the marks of a page, and draw the figures beside it; without a page, print the tables."""
+    """Put the tables between the marks of a page, and draw the figure beside it; without a page, print the tables."""
     rows = read(raw)
     found = collected(rows)
     if any(not arm.of_worth for arm in found):
         harness.show(page, "when", block(rows))
-        if page is not None:
-            draw(harness.figure_of(page, f"{raw.stem}.png"), found)
     if places(found):
         harness.show(page, "feedback-worth", worth_block(rows))
         if page is not None:

@@ -24,11 +24,10 @@ PAGES = [*(ROOT / "docs").glob("*.md"), *RESULTS.glob("*.md")]
 LONG = pytest.mark.long
 
 SCRIPTS = {  # what is given to a miniature, and the marks of its tables in a page
-    "attribution": ((), ["attribution"]),
-    "data_rater": ((), ["data_rater"]),
+    "attribution": ((), ["attribution", "attribution-settings", "attribution-smooth"]),
+    "data_rater": ((), ["data_rater", "data_rater-scores", "data_rater-costs"]),
     "digits_study": (("--workers", "1"), ["digits"]),
     "endurance": ((), ["endurance"]),
-    "fresh_adam": ((), ["fresh_adam"]),
     "hyperparameters": ((), ["hyperparameters", "schedule"]),
     "label_noise": ((), ["label_noise"]),
     "long_paths": ((), ["long_paths"]),
@@ -37,7 +36,7 @@ SCRIPTS = {  # what is given to a miniature, and the marks of its tables in a pa
     "noisy_student": ((), ["noisy-student-studies"]),
     "peers": ((), ["peers"]),
     "reduced": ((), ["reduced"]),
-    "rival_attribution": ((), ["rival_attribution"]),
+    "rival_attribution": ((), ["rival_attribution", "rival_attribution-scores"]),
     "scale": ((), ["scale"]),
     "silent": ((), ["silent"]),
     "step": ((), ["step"]),
@@ -99,8 +98,6 @@ def test_every_command_is_run_here() -> None:
 def test_a_miniature_leaves_rows_that_it_goes_on_with_and_that_its_tables_are_made_of(
     script: str, tmp_path: Path
 ) -> None:
-    if script == "fresh_adam":
-        pytest.importorskip("transformers")
     options, marks = SCRIPTS[script]
     out, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
     run(script.split()[0], "--miniature", "--out", out, *options)
