@@ -295,17 +295,15 @@ def one(
 ) -> Row:
     setting = {**SETTINGS, **SMOOTH_NAMED}[name]
     train, outer = data(seed, setting.get("half") == "weights")
-    draw = torch.Generator().manual_seed(seed)
+    draw, removed = (torch.Generator().manual_seed(seed + more) for more in (0, 1000))
     passes = -(-steps * BATCH // EXAMPLES)
     order = torch.cat([torch.randperm(EXAMPLES, generator=draw) for _ in range(passes)])[: steps * BATCH]
     order = order.view(steps, BATCH)
-    removed = torch.Generator().manual_seed(seed + 1000)
-    sets = {
-        s: [torch.randperm(EXAMPLES, generator=removed)[: int(s * EXAMPLES)] for _ in range(removals)] for s in shares
-    }
-    weights = torch.ones(1 + removals * len(shares), EXAMPLES)
-    for row, chosen in enumerate((chosen for s in shares for chosen in sets[s]), 1):
-        weights[row, chosen] = 0
+    sizes = [int(share * EXAMPLES) for share in shares for _ in range(removals)]
+    sets = [torch.randperm(EXAMPLES, generator=removed)[:size] for size in sizes]
+    weights = torch.ones(1 + len(sets), EXAMPLES)
+    for row, chosen in zip(weights[1:], sets, strict=True):
+        row[chosen] = 0
     start = time.process_time()
     losses = retrained(setting, seed, order, train, outer, weights)
     row: Row = {"setting": name, "steps": steps, "seed": seed, "loss": float(losses[0]), "scores": {}, "seconds": {}}
@@ -315,17 +313,16 @@ def one(
     row["seconds"]["one training"] = time.process_time() - start
     outputs = functional_call(built(setting, seed)[0], params, (outer[0],))
     row["accuracy"] = float((outputs.argmax(1) == outer[1]).float().mean())
-    changes = (losses[1:] - losses[0]).view(len(shares), removals)
+    changes = (losses[1:] - losses[0]).tolist()
     for method in methods:
         start = time.process_time()
         scores = METHODS[method](setting, seed, order, train, outer)
         row["seconds"][method] = time.process_time() - start
-        row["scores"][method] = {}
+        predicted, row["scores"][method] = [float(scores[chosen].sum()) for chosen in sets], {}
         for number, share in enumerate(shares):
-            predicted = [float(scores[chosen].sum()) for chosen in sets[share]]
-            actual = changes[number].tolist()
-            found = float(spearmanr(predicted, actual)[0]), float(pearsonr(predicted, actual)[0])
-            row["scores"][method][f"{share:g}"] = found
+            own = slice(number * removals, (number + 1) * removals)
+            found = (float(by(predicted[own], changes[own])[0]) for by in (spearmanr, pearsonr))
+            row["scores"][method][f"{share:g}"] = tuple(found)
     return row
 
 

@@ -82,13 +82,6 @@ def trained(study: str, split: Any, seed: int, logs: Logs) -> Found:
         return F.cross_entropy(student(split.validation[0]), split.validation[1]).item(), logs, student
 
 
-def searched(study: str, split: Any, seed: int, width: float, seconds: float) -> Iterator[Found]:
-    """Random trainings until so much processor time is spent."""
-    since, generator = time.process_time(), torch.Generator().manual_seed(seed)
-    while time.process_time() - since < seconds:
-        yield trained(study, split, seed, around_start(study, width, generator))
-
-
 @torch.no_grad()
 def judged(student: torch.nn.Module, split: Any) -> tuple[float, float]:
     """Loss, and accuracy in %, on the digits that neither training nor validation has seen."""
@@ -102,7 +95,9 @@ def one(study: str, arm: str, setting: float | None, seed: int, final: bool, raw
     if arm == search:  # for as long as the descents of this seed took
         same = (r for r in of_study(read(raw), study) if (r["arm"], r["seed"], r["final"]) == (descent, seed, final))
         budget = statistics.median(row["seconds"] for row in same)
-        found = list(searched(study, split, seed, cast("float", setting), budget))
+        found, generator = [], torch.Generator().manual_seed(seed)
+        while time.process_time() - since < budget:
+            found.append(trained(study, split, seed, around_start(study, cast("float", setting), generator)))
     elif arm == descent:
         found = []
         with suppress(MetaplError):  # of a round that diverges; those before it count

@@ -47,15 +47,12 @@ RESULT = RESULTS / "modes.json"
 class Network(NamedTuple):
     """A wide residual network, and the side of its pictures."""
 
-    depth: int
-    widen: int
+    build: Callable[[], nn.Module]
     side: int
 
-    def build(self) -> nn.Module:
-        return metapl.models.wide_resnet(self.depth, self.widen)
 
-
-NETWORK, MINIATURE_NETWORK = Network(28, 2, 32), Network(10, 1, 8)
+NETWORK = Network(metapl.models.wide_resnet28_2, 32)
+MINIATURE_NETWORK = Network(lambda: metapl.models.wide_resnet(10, 1), 8)
 
 
 @dataclass(frozen=True)
@@ -233,18 +230,11 @@ def noise(subject: Subject, place: Place, draws: int) -> dict[str, dict[str, Any
         generator = torch.Generator(place.device).manual_seed(1)
         g = torch.stack([subject.gradient(mode, place, generator) for _ in range(n)])
         mean = g.mean(0)
-        row = {"draws": n, "bias": float((mean - exact).norm() / size)}
+        spread = float(((g - mean).square().sum() / max(1, n - 1)).sqrt() / size)
+        row = {"draws": n, "bias": float((mean - exact).norm() / size), "noise": spread, "bias_floor": spread / n**0.5}
         if mode.noisy:
-            spread = float(((g - mean).square().sum() / (n - 1)).sqrt() / size)
             along = g @ exact / size**2
-            row |= {
-                "noise": spread,
-                "bias_floor": spread / n**0.5,
-                "along": float(along.mean()),
-                "along_error": float(along.std() / n**0.5),
-            }
-        else:
-            row |= {"noise": 0.0, "bias_floor": 0.0}
+            row |= {"along": float(along.mean()), "along_error": float(along.std() / n**0.5)}
         found[mode.name] = row
     return found
 

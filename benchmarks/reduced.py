@@ -149,7 +149,7 @@ def digits_measured(miniature: bool) -> Row:
 
 def column_of(rows: list[Row], column: str, **which: Any) -> list[float]:
     """A column of the rows that agree, in the order of the rows."""
-    return [row[column] for row in rows if all(row[key] == value for key, value in which.items())]
+    return [row[column] for row in rows if which.items() <= row.items()]
 
 
 def table(result: Row) -> str:

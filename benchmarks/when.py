@@ -5,21 +5,18 @@
     python benchmarks/when.py --write benchmarks/results/when.md   # put the tables there, and draw the figure in docs/
     python benchmarks/when.py --miniature --out FILE # all of it in seconds, to see that it runs
 
-Five questions compare each arm with the same loop without feedback: how long training lasts and whether the feedback's
-size dies with the schedule (``length``), which part of the feedback acts (``part``), what it does for a teacher whose
-labels are wrong (``wrong``), the size of the outer batch (``outer``), and how many student steps it looks ahead
-(``ahead``). The sixth, ``worth``, has UDA in every teacher, and gives every arm the processor time of 6,000 steps of
-Meta Pseudo Labels (``mpl``), by :data:`WORTH`. **Its primary test, named before it was run**: two labels a class, equal
-frequencies, ``mpl`` minus the best other arm, best by its mean over the final seeds, by a two-sided paired sign-flip
-test over 40 seeds. Everything else is descriptive.
+Five questions compare each arm with the same loop without feedback: the length of the training (``length``), which
+part of the feedback acts (``part``), a teacher whose labels are wrong (``wrong``), the size of the outer batch
+(``outer``), and how many student steps it looks ahead (``ahead``). The sixth, ``worth``, has UDA in every teacher, and
+gives every arm the processor time of 6,000 steps of Meta Pseudo Labels (``mpl``), by :data:`WORTH`. **Its primary test,
+named before it was run**: two labels a class, equal frequencies, ``mpl`` minus the arm that is best of the others over
+the final seeds, by a two-sided paired sign-flip test over 40 seeds. Everything else is descriptive.
 
-Data, networks and views are those of ``digits_study.py``. Tuning: the settings of :data:`GRIDS`, equally many for each
-method of a comparison, on 5 seeds; those with the best mean accuracy on 197 labeled validation images are taken, by
-the student or by the finetuned student, whichever is better. Final runs: other seeds, which nothing was chosen on.
-Nothing is selected, the average of the student's weights at the last step is kept, and the test images are read then,
-once. All arms of a place see the same pictures in the same order from the same weights for a seed. Where frequencies
-are uneven, the classes' shares fall evenly from 5 to 1, in an order that each seed draws; of labels, unlabeled images
-and test images alike. An arm is a row of the raw file, with a figure for each seed.
+Tuning: the settings of :data:`GRIDS`, equally many for each method of a comparison, on 5 seeds, by the mean accuracy on
+197 labeled validation images of the student or the finetuned student, whichever is better. Final runs: other seeds,
+where nothing is selected, and the test images are read once, by the average of the student's weights at the last step.
+All arms of a place see the same pictures in the same order from the same weights for a seed. Uneven frequencies fall
+evenly from 5 to 1, in an order that each seed draws.
 
 All seeds of an arm take the pure step of :class:`metapl.BilevelTrainer` at once (:class:`Stack`). The committed rows
 are older: the same steps written by hand (``when_stack.py``, last in commit 4a9de278) gave them, with the ratio of the
