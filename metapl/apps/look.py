@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -52,8 +53,9 @@ def settled(config: Any, method: Any, say: Say, before: Mapping[str, Any] | None
         raise MetaplError(f"--backbone {asked} has its own weights, and --weights {weights} was given; leave one out.")
     if weights == IMAGENET_WEIGHTS:
         weights = fetch_imagenet_weights(config.pictures.network or PRETRAINED_NETWORK)
-    if weights is not None and not Path(weights).expanduser().is_file():
-        raise MetaplError(f"--weights {weights}: there is no such file; expected one of weights, or imagenet.")
+    for flag, file in (("weights", weights), ("backbone", asked if os.sep in asked else None)):
+        if file is not None and not Path(file).expanduser().exists():
+            raise MetaplError(f"--{flag} {file}: there is no such file.")
     found = None
     if asked not in ("none", "auto") and before is None:
         found = backbone.find(asked, config.pictures.network)

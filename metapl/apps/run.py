@@ -160,9 +160,6 @@ class RunFolder(Folder):
 
     def read_json(self, name: str) -> dict[str, Any]:
         """One of the folder's JSON files, an object."""
-        if not os.path.lexists(self.path / name):
-            fault = f"{name} is missing in {self.path}"
-            raise MetaplError(f"{fault}: this is not a run folder, or its run has not come so far.")
         return read_json(self.path / name)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
@@ -179,19 +176,15 @@ class RunFolder(Folder):
         write_whole(self.path / name, content, _MEND)
         return hashlib.sha256(content).hexdigest()
 
-    def read_weights(self, name: str, sha256: str | None = None) -> dict[str, Tensor]:
-        """The weights in a safetensors file of the folder, of this SHA-256 where that is known."""
+    def read_weights(self, name: str, sha256: str | None) -> dict[str, Tensor]:
+        """The weights in a safetensors file of the folder, of this SHA-256."""
         from safetensors.torch import load
 
         file = self.path / name
         if not file.is_file():
             left = [network for network, other in WEIGHTS.items() if (self.path / other).is_file()]
             raise MetaplError(f"{file} is missing; expected it, or --network with what is left: {', '.join(left)}.")
-        content = read_sealed(file, sha256, mend=ANOTHER)
-        try:
-            weights: dict[str, Tensor] = load(content)
-        except Exception as error:  # safetensors raises its own types
-            raise MetaplError(f"{file} cannot be read: {error}.") from error
+        weights: dict[str, Tensor] = load(read_sealed(file, sha256, mend=ANOTHER))
         return weights
 
 

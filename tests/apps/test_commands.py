@@ -160,7 +160,8 @@ REFUSED = {
     "train digits --steps 7 --out {run} --resume": "steps",
     f"{IMAGES} --minutes 0": "--minutes",
     f"{IMAGES} --network effnet_b0": "efficientnet_b0",
-    f"{IMAGES.replace('--test {few} ', '')} --steps 4 --weights {{new}}/none.pt": "none.pt",
+    f"{IMAGES} --weights {{new}}/none.pt": "no such file",
+    f"{IMAGES} --backbone {{new}}/none.pt": "no such file",
     f"{IMAGES} --val {{few}}/blue": "subfolder",
     f"{IMAGES} --method reduced_mpl --teacher {{run}} --labels x": "--labels",
     f"{IMAGES} --steps 4": "test",  # pictures of which are those that are learned from
