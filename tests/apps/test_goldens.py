@@ -9,8 +9,6 @@ that is meant to give other weights renews the file in a commit of its own, and 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import tempfile
 from collections.abc import Iterator
@@ -19,11 +17,10 @@ from typing import Any
 
 import numpy
 import pytest
+from command import metapl
 from PIL import Image
 from safetensors.torch import load_file
 from test_bits import check, here, lines, one_thread, outcome
-
-from metapl.apps.main import main
 
 STORED = Path(__file__).with_name("goldens.json")
 SIDE, COLORS = 20, ("blue", "green", "red")
@@ -77,16 +74,17 @@ def pictures(root: Path) -> Path:
     return root
 
 
+def words_of(name: str, root: Path) -> list[str]:
+    """The words of a run but for its folder."""
+    parts = {"images": ("labeled", "unlabeled", "test"), "noisy": ("clean", "test")}.get(RUNS[name][1], ())
+    folders = [f"--{part}={root / part}" for part in parts]
+    folders += [f"--labeled={root / 'noisy'}"] if RUNS[name][1] == "noisy" else []
+    return [*RUNS[name], *folders, "--seed", "1"]
+
+
 def of_run(name: str, root: Path, out: Path) -> dict[str, Any]:
     """The weights of every network that a run delivers."""
-    command = list(RUNS[name])
-    parts = {"images": ("labeled", "unlabeled", "test"), "noisy": ("clean", "test")}.get(command[1], ())
-    folders = [f"--{part}={root / part}" for part in parts]
-    folders += [f"--labeled={root / 'noisy'}"] if command[1] == "noisy" else []
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        code = main([*command, *folders, "--seed", "1", "--out", str(out)])
-    assert code == 0, said.getvalue()
+    metapl(*words_of(name, root), "--out", out)
     found = {file.stem: load_file(file) for file in sorted(out.glob("*.safetensors")) if "pictures" not in file.name}
     assert "student" in found
     return outcome(found)

@@ -2,73 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from phases import STEPS, Phase, phases_of, same, weights
+from torch import nn
 
 from metapl import UDA, BilevelTrainer, CrossEntropy, LossTrainer, MetaplError, problems
 from metapl.ablation import Altered
 from metapl.apps import digits, images, noisy_labels
-from metapl.apps.methods import Consistency, EntMin, Entropy, Feedback, Training, Uda, beside
+from metapl.apps.methods import Consistency, EntMin, Entropy, Feedback, Uda, beside
 from metapl.apps.settings import flat, replaced
 from metapl.feedback import Forward
-from metapl.training import FitResult
 
 FITTING = digits.fitting(steps=8, labeled_batch=10, seed=3)
 DIGITS = digits.Digits(hidden=(8,), unlabeled_batch=12, fitting=FITTING)
 DATA = DIGITS.data(lambda text: None, False, None)
-STEPS = 2  # that are taken of each phase
 
 
-@dataclass
-class Phase:
-    """What was fitted, on what, and what became of it in a few steps."""
-
-    trainer: Any
-    labeled: Any
-    unlabeled: Any
-    options: dict[str, Any]
-    before: list[dict[str, Tensor]]
-    reports: list[Any]
-
-
-def weights(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def training(phases: list[Phase], data: Any = DATA) -> Training:
-    torch.manual_seed(0)
-    teacher, student = DIGITS.network(), DIGITS.network()
-
-    def fit(trainer: Any, labeled: Any, unlabeled: Any, **options: Any) -> FitResult:
-        before = [weights(network) for network in (trainer.teacher, trainer.student) if network is not None]
-        torch.manual_seed(1)
-        rows = [(labeled[t], None if unlabeled is None else unlabeled[t]) for t in range(STEPS)]
-        reports = [trainer.step(*row) for row in rows]
-        phases.append(Phase(trainer, labeled, unlabeled, options, before, reports))
-        return FitResult(None, STEPS, weights(trainer.student))
-
-    def label(network: nn.Module | None) -> dict[str, Tensor]:
-        assert network is teacher
-        return {"unlabeled": torch.eye(10)[torch.arange(len(DATA.unlabeled.images)) % 10]}
-
-    return Training(config=DIGITS, data=data, teacher=teacher, student=student, fit=fit, label=label)
-
-
-def trained(method: Any, data: Any = DATA) -> list[Phase]:
-    phases: list[Phase] = []
-    found = method.scheduled(FITTING.steps).train(training(phases, data))
-    assert found.trainer is phases[-1].trainer
-    return phases
+def trained(method: Any, config: Any = DIGITS) -> list[Phase]:
+    return phases_of(config, method, DATA)
 
 
 # ------------------------------------------------------------------------------------------------- names and settings
@@ -203,11 +158,8 @@ def test_meta_pseudo_labels_are_a_bilevel_trainer_of_both_networks(mode: Any) ->
 
 def test_a_student_that_waits_warms_up_over_its_share_of_the_steps() -> None:
     method = replaced(digits.METHODS["mpl"], wait=6, warm_start=True)
-    phases: list[Phase] = []
-    t = training(phases)
-    t = dataclasses.replace(t, config=replaced(DIGITS, warmup=4))
-    method.train(t)
-    assert phases[0].options == {"wait": 6, "warm_start": True, "warmup": 1}
+    (phase,) = trained(method, replaced(DIGITS, warmup=4))
+    assert phase.options == {"wait": 6, "warm_start": True, "warmup": 1}
     (phase,) = trained(digits.METHODS["mpl"])
     assert phase.options == {"wait": 0, "warm_start": False, "warmup": 0}
 

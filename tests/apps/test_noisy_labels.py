@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 from command import metapl, result, rows, said
+from phases import Phase, phases_of
 from shapes import FLAGS, given, write
 from tiny_runs import built_once, trained
 
-from metapl.apps.methods import Data, Training
+from metapl.apps.methods import Data
 from metapl.apps.noisy_labels import METHODS, RATES, Noisy
 from metapl.apps.settings import replaced
 from metapl.problems import ExampleWeights, LabelCorrection, MetaWeightNet, NoiseTransition
-from metapl.training import FitResult
 
 
 @pytest.fixture(scope="module")
@@ -96,22 +96,11 @@ def settings(root: Path, **fields: Any) -> Noisy:
     return found
 
 
-def phases(method: Any, root: Path) -> tuple[Data, list[tuple[Any, Any, Any, dict[str, Any]]]]:
-    """The data, and what was fitted, on which, with which options; two steps of each phase are taken."""
-    config, seen = settings(root), list[Any]()
+def phases(method: Any, root: Path) -> tuple[Data, list[Phase]]:
+    """The data, and what was fitted."""
+    config = settings(root)
     data = config.data(lambda text: None, False, None)
-
-    def fit(trainer: Any, labeled: Any, unlabeled: Any, **options: Any) -> FitResult:
-        for step in range(2):
-            trainer.step(labeled[step], None if unlabeled is None else unlabeled[step])
-        seen.append((trainer, labeled, unlabeled, options))
-        return FitResult(None, 2, {})
-
-    networks, unused = {"teacher": config.network(), "student": config.network()}, None
-    t = Training(config=config, data=data, **networks, fit=fit, label=unused)
-    method.scheduled(10).train(t)
-    assert all(trainer.student is t.student for trainer, *_ in seen)
-    return data, seen
+    return data, phases_of(config, method, data)
 
 
 @pytest.mark.parametrize(
@@ -127,9 +116,11 @@ def test_something_about_labels_is_learned_from_clean_ones(
     kind: Any, problem: type, learned: int | None, root: Path
 ) -> None:
     data, (warm, main) = phases(METHODS[kind], root)
-    assert warm[1] is data.everything, "noisy and clean pictures together"
-    assert (warm[3]["phase"], warm[3]["steps"], warm[3]["warmup"], warm[3]["select"]) == ("warm", 2, 2, False)
-    trainer, labeled, unlabeled, options = main
+    assert warm.labeled is data.everything, "noisy and clean pictures together"
+    assert warm.trainer.student is main.trainer.student
+    how = warm.options
+    assert (how["phase"], how["steps"], how["warmup"], how["select"]) == ("warm", 2, 2, False)
+    trainer, labeled, unlabeled, options = main.trainer, main.labeled, main.unlabeled, main.options
     assert labeled is data.labeled
     assert (len(labeled.images), len(unlabeled.images), len(data.everything.images)) == (8, 40, 48)
     assert options == {"steps": 8, "warmup": 0}
@@ -142,7 +133,8 @@ def test_something_about_labels_is_learned_from_clean_ones(
 
 def test_a_control_alters_the_feedback_and_a_rate_that_is_given_is_taken(root: Path) -> None:
     method = dataclasses.replace(METHODS["example_weights_permuted"], label_lr=0.3, warm_steps=0, mode="difference")
-    _, ((trainer, *_, options),) = phases(method, root)
+    _, (phase,) = phases(method, root)
+    trainer, options = phase.trainer, phase.options
     assert "permuted" in repr(trainer.mode)
     assert "Difference" in repr(trainer.mode)
     assert (trainer.outer_optimizer.param_groups[0]["lr"], options["warmup"]) == (0.3, 3)
@@ -150,8 +142,8 @@ def test_a_control_alters_the_feedback_and_a_rate_that_is_given_is_taken(root: P
 
 @pytest.mark.parametrize(("name", "count"), [("plain", 48), ("clean", 8)])
 def test_plain_methods_train_on_all_labels_or_on_the_clean_ones(name: str, count: int, root: Path) -> None:
-    _, ((trainer, labeled, unlabeled, _),) = phases(METHODS[name], root)
-    assert (len(labeled.images), unlabeled, len(trainer.losses)) == (count, None, 1)
+    _, (phase,) = phases(METHODS[name], root)
+    assert (len(phase.labeled.images), phase.unlabeled, len(phase.trainer.losses)) == (count, None, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------- refused

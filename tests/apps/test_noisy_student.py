@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from command import metapl, result, said
+from phases import Phase, phases_of, weights
 from tiny_runs import NOISY_STUDENT, built_once, color_folders, trained
 from torch import nn
 from torch.nn import functional as F
@@ -22,7 +23,6 @@ from metapl.apps.digits import Digits
 from metapl.apps.images import Images
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels.queries import select
-from metapl.apps.methods import Training
 from metapl.apps.model_noise import NoisyStudentLoss, model_noise
 from metapl.apps.networks import Architecture
 from metapl.apps.noisy_student import (
@@ -36,7 +36,7 @@ from metapl.apps.noisy_student import (
 )
 from metapl.apps.settings import replaced
 from metapl.problems.base import Signal
-from metapl.training import FitOptions, FitResult
+from metapl.training import FitOptions
 
 NOTHING = Signal(torch.zeros(0))
 DIGITS = Digits(hidden=(4,), fitting=digits.fitting(steps=4, schedule="exponential", lr=0.2, labeled_batch=8))
@@ -158,57 +158,43 @@ def test_settings_that_cannot_be_are_refused(fields: dict[str, Any], word: str) 
 # -------------------------------------------------------------------------------------------------------- the rounds
 
 
-def phases(settings: NoisyStudent, config: Any = DIGITS) -> list[dict[str, Any]]:
-    """What is fitted in each phase, where the networks move by themselves."""
-    found: list[dict[str, Any]] = []
-    data = config.data(lambda text: None, False, None)
-
-    def fit(trainer: Any, labeled: Any, unlabeled: Any, **options: Any) -> FitResult:
-        before = [p.detach().clone() for p in trainer.student.parameters()]
-        with torch.no_grad():
-            for p in trainer.student.parameters():  # as if it had been trained
-                p.add_(0.01)
-        rates = {group["lr"] for group in trainer.optimizer.param_groups}
-        of: dict[str, Any] = {"trainer": trainer, "labeled": labeled, "unlabeled": unlabeled, "before": before}
-        found.append({**of, "rates": rates, **options})
-        return FitResult(None, 4, {})
-
-    networks, unused = {"teacher": config.network(), "student": config.network()}, None
-    settings.train(Training(config=config, data=data, **networks, fit=fit, label=unused))
-    return found
+def phases(settings: NoisyStudent) -> list[Phase]:
+    return phases_of(DIGITS, settings, DIGITS.data(lambda text: None, False, None))
 
 
 @pytest.mark.parametrize("warm", [False, True])
 def test_a_student_begins_with_weights_of_its_own_or_with_its_teachers(warm: bool) -> None:
     found = phases(NoisyStudent(rounds=2, warm_start=warm, warm_steps=2 if warm else None))
-    assert [phase["phase"] for phase in found] == ["round-0", "round-1", "round-2"]
-    assert [phase["steps"] for phase in found] == [4, *([2, 2] if warm else [4, 4])]
+    assert [phase.options["phase"] for phase in found] == ["round-0", "round-1", "round-2"]
+    assert [phase.options["steps"] for phase in found] == [4, *([2, 2] if warm else [4, 4])]
     for before, after in itertools.pairwise(found):
-        begun = [
-            torch.equal(p, q) for p, q in zip(after["before"], before["trainer"].student.parameters(), strict=True)
-        ]
-        assert begun == [warm] * len(begun)
-    assert found[0]["rates"] == {0.2}
-    assert found[1]["rates"] == {0.2 * end_matched(2, 4) if warm else 0.2}
-    assert {phase["decay_every"] for phase in found} == {4 * 2.4 / 350}
+        left = weights(before.trainer.student)
+        assert {torch.equal(p, left[name]) for name, p in after.before[0].items()} == {warm}
+    rates = [{group["lr"] for group in phase.trainer.optimizer.param_groups} for phase in found]
+    assert rates[:2] == [{0.2}, {0.2 * end_matched(2, 4) if warm else 0.2}]
+    assert {phase.options["decay_every"] for phase in found} == {4 * 2.4 / 350}
 
 
 def test_a_student_learns_from_labeled_and_from_more_unlabeled_examples_with_noise() -> None:
     first, second = phases(NoisyStudent(rounds=1, ratio=5, labels="hard", unlabeled_noise="model"))
-    assert first["unlabeled"] is None
-    assert second["trainer"].losses == (NoisyStudentLoss("mean", True, True, 0.0),)
-    assert (len(second["labeled"][0][0]), len(second["unlabeled"][0][0])) == (8, 40)
-    assert first["labeled"].view == second["labeled"].view != second["unlabeled"].weak
-    assert not torch.equal(first["labeled"][0][0], second["labeled"][0][0]), "each round draws its own"
-    assert phases(NoisyStudent(rounds=1))[1]["unlabeled"].weak == first["labeled"].view
+    assert first.unlabeled is None
+    assert second.trainer.losses == (NoisyStudentLoss("mean", True, True, 0.0),)
+    assert (len(second.labeled[0][0]), len(second.unlabeled[0][0])) == (8, 40)
+    assert first.labeled.view == second.labeled.view != second.unlabeled.weak
+    assert not torch.equal(first.labeled[0][0], second.labeled[0][0]), "each round draws its own"
+    assert phases(NoisyStudent(rounds=1))[1].unlabeled.weak == first.labeled.view
 
 
 def test_pseudo_labels_alone_come_first_and_labeled_examples_after_them() -> None:
     _, alone, tuned = phases(NoisyStudent(rounds=1, training="pretrain_finetune", unlabeled_noise="none"))
-    assert alone["trainer"].losses == (StoredLabelLoss(False, False),)
-    assert alone["unlabeled"] is None
-    assert (tuned["phase"], tuned["schedule"], tuned["steps"]) == ("round-1-finetune", "cosine", 200)
-    assert tuned["trainer"].student is alone["trainer"].student
+    assert alone.trainer.losses == (StoredLabelLoss(False, False),)
+    assert alone.unlabeled is None
+    assert (tuned.options["phase"], tuned.options["schedule"], tuned.options["steps"]) == (
+        "round-1-finetune",
+        "cosine",
+        200,
+    )
+    assert tuned.trainer.student is alone.trainer.student
     assert len(phases(NoisyStudent(rounds=1, training="pretrain"))) == 2
 
 

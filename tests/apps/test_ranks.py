@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from ranks import Ranks
 from safetensors.torch import load_file
 from tiny_runs import NOISY_STUDENT, REDUCED, TINY, color_folders, images_command
 
-from metapl.apps.main import main
 from metapl.apps.run import WEIGHTS
 
 SECONDS = 240.0
@@ -29,10 +26,8 @@ SECONDS = 240.0
 
 def command(arguments: list[str]) -> tuple[int, str, str]:
     """The exit code of the command on this rank, and what it showed."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = main(arguments)
-    return code, out.getvalue(), err.getvalue()
+    done = metapl(*arguments, code=None)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")

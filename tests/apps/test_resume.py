@@ -15,7 +15,7 @@ import pytest
 from command import metapl
 from forked import Forked
 from test_bits import one_thread
-from test_goldens import RUNS, pictures
+from test_goldens import pictures, words_of
 
 KINDS = ("digits forward", "digits reduced", "images uda", "images pseudo labels", "noisy example weights")
 KINDS = (*KINDS, "noisy student")
@@ -69,10 +69,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(kind: str, root: Path, out: Path) -> list[str]:
-    words = RUNS[kind]
-    parts = {"images": ("labeled", "unlabeled", "test"), "noisy": ("clean", "test")}.get(words[1], ())
-    noisy = [f"--labeled={root / 'noisy'}"] if words[1] == "noisy" else []
-    return [*words, *(f"--{part}={root / part}" for part in parts), *noisy, "--seed", "1", "--out", str(out)]
+    return [*words_of(kind, root), "--out", str(out)]
 
 
 Whole = tuple[Path, Counter[int]]
