@@ -388,15 +388,5 @@ def seconds_per_step(config: Any, method: Any, clock: Clock = time.monotonic) ->
             source.images.fetch(torch.arange(len(source.images)))  # as after the first epoch, which reads the files
         teacher, student = (config.network().to(place) for _ in range(2))
         begin_as(teacher, student)
-        training = Training(
-            config=config,
-            data=data,
-            teacher=teacher,
-            student=student,
-            fit=timed,
-            label=even,
-            laid_out=lambda network, small=False: network.to(place),
-            seed=lambda seed: None,
-        )
-        method.train(training)
+        method.train(Training(config=config, data=data, teacher=teacher, student=student, fit=timed, label=even))
     return seconds

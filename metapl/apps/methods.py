@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from metapl import feedback, problems
 from metapl.ablation import Altered
+from metapl.apps.launch import Processes
 from metapl.apps.pictures import LabeledBatches, UnlabeledBatches
 from metapl.apps.settings import Flat, Hidden, Share, SomeSteps, Weight, flat, replaced, unset
 from metapl.errors import MetaplError
@@ -25,7 +26,7 @@ from metapl.execution.numerics import wide
 from metapl.models import label_adjuster
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.runs.fields import AboveZero, Range, check_fields
-from metapl.training import FitResult, Trainer
+from metapl.training import FitResult, Say, Trainer
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
 
@@ -98,16 +99,24 @@ class Training:
     # Stored class distributions of the unlabeled examples and perhaps the labeled ones, by a network, or by what a
     # method's settings name.
     label: Callable[[nn.Module | None], dict[str, Tensor]]
-    # A further network over the processes; small=True: each has all of it.
-    laid_out: Callable[..., nn.Module] = lambda network, small=False: network
-    seed: Callable[[int], Any] = torch.manual_seed  # seeds the default generators, each process's as it has to be
-    run: Any = None  # the folder, for what stores more: see metapl.apps.noisy_student
+    processes: Processes = field(default_factory=Processes)  # that train together
+    folder: Any = None  # that of the run, for what stores more; where a step is timed there is none
+    progress: bool = False
+    say: Say = lambda text: None
+
+    @property
+    def place(self) -> torch.device:
+        return next(self.student.parameters()).device
 
     @property
     def options(self) -> dict[str, Any]:
         """Of every trainer."""
         found: dict[str, Any] = self.config.trainer_options()
         return found
+
+    def laid_out(self, network: nn.Module, small: bool = False) -> nn.Module:
+        """A further network over the processes; of a ``small`` one that reads no inputs each has all."""
+        return self.processes.another(network, self.place, seed=self.config.fitting.seed, small=small)
 
     def alone(self, network: nn.Module, losses: Losses, **options: Any) -> Trained:
         """Train a network by itself, on labeled examples and, where a loss reads them, unlabeled ones."""
@@ -459,7 +468,7 @@ class ReducedMpl(Method):
         labeled, unlabeled = t.data.labeled, t.data.unlabeled
         assert isinstance(labeled, LabeledBatches)
         assert isinstance(unlabeled, UnlabeledBatches)
-        t.seed(t.config.fitting.seed)  # wherever the labels came from, and whatever was drawn for them
+        t.processes.seed(t.student, t.config.fitting.seed)  # whatever was drawn for the labels
         adjuster = t.laid_out(label_adjuster(len(t.data.classes)), small=True)
         own: tuple[problems.StoredCrossEntropy, ...] = ()
         if "labeled" in stored:

@@ -111,7 +111,7 @@ class Learned(Method):
         elif self.kind == "meta_weight_net":
             problem, learned = MetaWeightNet(), WeightNet()
         elif self.kind == "label_correction":
-            network = t.config.network().to(next(t.student.parameters()).device)
+            network = t.config.network().to(t.place)
             networks.begin_as(t.student, network)
             problem, learned = LabelCorrection(), Corrector(network, classes, TRUSTED)
         else:

@@ -122,10 +122,10 @@ class NoisyStudent(Method):
         config, data, seed = t.config, t.data, t.config.fitting.seed
         first, *others = configs_of(config, self)
         hard, model_noise = self.labels == "hard", self.unlabeled_noise != "none"
-        run, place, rounds = t.run, next(t.student.parameters()).device, None
-        if run is not None:
-            folder, ranks = run.processes.shared(run.folder.path), run.processes.ranks(place)
-            rounds = Rounds(self, config, data, folder, run.say, ranks)
+        place, rounds = t.place, None
+        if t.folder is not None:
+            folder, ranks = t.processes.shared(t.folder), t.processes.ranks(place)
+            rounds = Rounds(self, config, data, folder, t.say, ranks)
 
         def drawn(source: LabeledBatches, number: int, **own: Any) -> LabeledBatches:
             """Labeled batches as a round draws them: each its own."""
@@ -208,7 +208,7 @@ class NoisyStudent(Method):
         student = trainer.as_given
 
         def finetunes() -> Any:
-            seen = larger.data(lambda text: None, run.progress, run.folder.path / "skipped.jsonl")
+            seen = larger.data(lambda text: None, t.progress, t.folder / "skipped.jsonl")
             torch.manual_seed(fold_in(seed, self.rounds + 1))
             layers = [part for part in student.modules() if any(True for _ in part.parameters(recurse=False))]
             for layer in layers[: int(self.frozen * len(layers))]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +133,10 @@ def train(
         student=student,
         fit=phase,
         label=label,
-        laid_out=partial(processes.another, place=place, seed=fitting.seed),
-        seed=partial(processes.seed, student),
-        run=Run(folder, progress, say, processes),
+        processes=processes,
+        folder=folder.path,
+        progress=progress,
+        say=say,
     )
     trained = method.train(training)
 
@@ -209,16 +209,6 @@ def train(
     if unread := replaced_files(skipped):
         say(f"files that could not be read: {len(unread):,}, listed in {skipped}")
     return content
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where a training stores more than its phases."""
-
-    folder: RunFolder
-    progress: bool
-    say: Say
-    processes: Processes
 
 
 def delivered(kept: Mapping[str, Measured], select: bool, rounds: bool) -> str:

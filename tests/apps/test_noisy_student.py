@@ -189,11 +189,8 @@ def test_pseudo_labels_alone_come_first_and_labeled_examples_after_them() -> Non
     _, alone, tuned = phases(NoisyStudent(rounds=1, training="pretrain_finetune", unlabeled_noise="none"))
     assert alone.trainer.losses == (StoredLabelLoss(False, False),)
     assert alone.unlabeled is None
-    assert (tuned.options["phase"], tuned.options["schedule"], tuned.options["steps"]) == (
-        "round-1-finetune",
-        "cosine",
-        200,
-    )
+    how = tuned.options
+    assert (how["phase"], how["schedule"], how["steps"]) == ("round-1-finetune", "cosine", 200)
     assert tuned.trainer.student is alone.trainer.student
     assert len(phases(NoisyStudent(rounds=1, training="pretrain"))) == 2
 
