@@ -120,8 +120,6 @@ class Pictures:
         if self.network is not None:
             self.architecture(classes=2)
 
-    # ---------------------------------------------------------------------------------------------------- the pictures
-
     @property
     def input(self) -> Input:
         assert self.image_size is not None  # settled
@@ -154,8 +152,6 @@ class Pictures:
         images = FileImages([*paths], size=(side, side), mode="L" if self.grey else "RGB", log=log)
         fits = len(images) * side * side * images.shape[0] <= IN_MEMORY
         return images.cached() if fits and not self.crop else images
-
-    # ---------------------------------------------------------------------------------------------------- the networks
 
     def architecture(self, classes: int) -> networks.Architecture:
         return networks.Architecture(
@@ -198,18 +194,17 @@ class OfPictures:
     said: ClassVar[str]  # what there is to train on, in words
     threads: ClassVar[int | None] = None  # those of the process
 
-    pictures: Any  # Pictures
-    fitting: Any  # Fitting
-    val_fraction: Any  # of each class, set aside for validation
-    classes: Any  # names, once they were found
+    pictures: Pictures
+    fitting: Fitting
+    val_fraction: float | None  # of each class, set aside for validation
+    classes: tuple[str, ...]  # once they were found
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     @property
     def input(self) -> Input:
-        found: Input = self.pictures.input
-        return found
+        return self.pictures.input
 
     def scan(self, name: str, progress: Progress = silent) -> Any:
         """The files of a folder by the name of its flag."""
@@ -226,7 +221,22 @@ class OfPictures:
 
     def data(self, say: Say, progress: bool, log: Path | None) -> Data:
         # 1. The files: listed, looked at, and compared; what would be learned from and measured on is refused.
-        found, skipped = sound_files(self, say, progress)
+        found, skipped = dict[str, Any](), dict[str, str]()
+        for name in (name for name in self.places if getattr(self, name) is not None):
+            word = "validation" if name == "val" else name
+            with counting(f"listing {word} files", progress) as count:
+                files = self.scan(name, count)
+            if files.passed_over:
+                others = ", ".join(f"{count:,} with {suffix}" for suffix, count in sorted(files.passed_over.items()))
+                say(f"{name}: files without the name of a picture are passed over: {others}")
+            with counting(f"looking at {word} files", progress, len(files)) as count:
+                verified = verify_files(files, progress=count)
+            if verified.skipped:
+                say(f"{name}: {len(verified.skipped):,} of {len(files):,} files are left out\n{verified.summary()}")
+            if not verified.sound:
+                raise MetaplError(f"none of the {len(files)} pictures in {files.root} can be read.")
+            skipped |= {str(files.root / one): reason for one, reason in verified.skipped.items()}
+            found[name] = files.keep(verified.sound) if verified.skipped else files
         few, many = (found[name] for name in self.few_and_many)
         val, test = found.get("val"), found.get("test")
         compare_files(few, many, val, test, say, progress)
@@ -257,8 +267,7 @@ class OfPictures:
         )
 
     def network(self) -> nn.Module:
-        found: nn.Module = self.pictures.build(len(self.classes))
-        return found
+        return self.pictures.build(len(self.classes))
 
     def card(self, title: str) -> NetworkCard:
         pictures, made = self.pictures, self.pictures.architecture(len(self.classes))
@@ -278,8 +287,7 @@ class OfPictures:
 
     def finetuning(self) -> dict[str, Any]:
         """A rate that stays: section 2.3 of the paper."""
-        found: dict[str, Any] = self.fitting.finetuning(schedule="constant")
-        return found
+        return self.fitting.finetuning(schedule="constant")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,16 +336,16 @@ class Images(OfPictures):
         fitting, views, crop = self.fitting, self.pictures.views(), self.pictures.views()["crop"]
         labeled, unlabeled = (self.pictures.images(files.paths(), log) for files in (few, many))
         labels, seed = few.targets(self.classes), fitting.seed
-        samplers = [
-            StepSampler(len(images), size, seed=seed, stream=stream)
-            for stream, (images, size) in enumerate(
-                [(few, fitting.labeled_batch), (many, self.unlabeled_batch), (few, fitting.labeled_batch)]
-            )
-        ]
+
+        def drawn(files: Files, size: int, stream: int) -> StepSampler:
+            return StepSampler(len(files), size, seed=seed, stream=stream)
+
+        of_few, of_many = drawn(few, fitting.labeled_batch, 0), drawn(many, self.unlabeled_batch, 1)
+        last = drawn(few, fitting.labeled_batch, 2)
         return {
-            "labeled": LabeledBatches(labeled, labels, samplers[0], views["labeled"], seed, crop=crop),
-            "unlabeled": UnlabeledBatches(unlabeled, samplers[1], views["weak"], views["strong"], seed, crop=crop),
-            "finetuning": LabeledBatches(labeled, labels, samplers[2], views["finetuned"], seed + 1, crop=crop),
+            "labeled": LabeledBatches(labeled, labels, of_few, views["labeled"], seed, crop=crop),
+            "unlabeled": UnlabeledBatches(unlabeled, of_many, views["weak"], views["strong"], seed, crop=crop),
+            "finetuning": LabeledBatches(labeled, labels, last, views["finetuned"], seed + 1, crop=crop),
         }
 
     def with_network(self, name: str) -> Images:
@@ -372,29 +380,6 @@ class Images(OfPictures):
 
 
 # -------------------------------------------------------------------------------------------------------- the files
-
-
-def sound_files(config: Any, say: Say, progress: bool) -> tuple[dict[str, Any], dict[str, str]]:
-    """The files of each folder that can be read, by the names of their flags; and the others, each with the reason."""
-    found, skipped = dict[str, Any](), dict[str, str]()
-    for name in config.places:
-        if getattr(config, name) is None:
-            continue
-        word = "validation" if name == "val" else name
-        with counting(f"listing {word} files", progress) as count:
-            files = config.scan(name, count)
-        if files.passed_over:
-            others = ", ".join(f"{count:,} with {suffix}" for suffix, count in sorted(files.passed_over.items()))
-            say(f"{name}: files without the name of a picture are passed over: {others}")
-        with counting(f"looking at {word} files", progress, len(files)) as count:
-            verified = verify_files(files, progress=count)
-        if verified.skipped:
-            say(f"{name}: {len(verified.skipped):,} of {len(files):,} files are left out\n{verified.summary()}")
-        if not verified.sound:
-            raise MetaplError(f"none of the {len(files)} pictures in {files.root} can be read.")
-        skipped |= {str(files.root / one): reason for one, reason in verified.skipped.items()}
-        found[name] = files.keep(verified.sound) if verified.skipped else files
-    return found, skipped
 
 
 def compare_files(few: Any, many: Any, val: Any, test: Any, say: Say, progress: bool) -> None:
