@@ -180,11 +180,16 @@ def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str,
         pool.shutdown(cancel_futures=True)
 
 
+_stopped = False  # whether this worker was stopped, and begins no other job
+
+
 def _run_apart(job: Job) -> dict[str, Any]:
+    global _stopped
     try:
-        return job.run()
-    except KeyboardInterrupt:  # stopped and saved: no other job is begun, and nobody waits for a result
-        os._exit(1)
+        return {} if _stopped else job.run()
+    except KeyboardInterrupt:  # stopped and saved; nobody waits for the result
+        _stopped = True
+        return {}
 
 
 def _end_with_parent(parent: int) -> None:
