@@ -85,7 +85,7 @@ class Pictures:
         network: pooled_cnn, resnet18, vit_b_16, timm:NAME.
         weights: pretrained; imagenet downloads them.
         backbone: none, auto, or one that is here.
-        tuning: of it: head, lora or all; by default head.
+        tuning: of it: head, lora or all; by default lora.
         image_size: side that pictures are resized to.
         grey: read pictures without colors.
         mirror: mirror half of them; not for letters.

@@ -136,7 +136,7 @@ def on_backbone(config: Any, found: Backbone | None, seen: Look, say: Say) -> An
             f"{backbone.LEAST_SIDE} or more, by --image-size where they are to be enlarged, or no backbone."
         )
     taken: Any = {"network": found.network, "weights": str(found.weights), "backbone_sha256": found.sha256}
-    taken |= {"mean": found.mean, "std": found.std, "tuning": given.tuning or "head"}
+    taken |= {"mean": found.mean, "std": found.std, "tuning": given.tuning or "lora"}
     taken |= {"grey": found.grey, "image_size": given.image_size or found.image_size}
     what = {"head": "its head is trained", "lora": "low-rank changes are trained", "all": "all of it is trained"}
     how = what[taken["tuning"]]

@@ -211,7 +211,7 @@ def test_the_network_of_a_run_is_a_backbone(root: Path, tmp_path: Path) -> None:
     second = command(root, tmp_path / "second", "train images --method supervised --unlabeled-batch 4")
     second[second.index("--backbone") + 1] = str(out)
     at = second.index("--network")
-    metapl(*second[:at], *second[at + 4 :])
+    metapl(*second[:at], *second[at + 4 :], "--tuning", "head")
     first, after = (load_file(run / "student.safetensors") for run in (out, tmp_path / "second"))
     finetuned = load_file(out / "finetuned_student.safetensors")
     name = next(key for key in after if after[key].ndim == 4)
