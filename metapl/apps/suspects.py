@@ -60,13 +60,8 @@ def find_suspects(doubtful: Doubtful, trained: Trainer) -> list[Suspect]:
 def what_they_are(suspects: Sequence[Suspect]) -> str:
     """What the list says as a whole, which is little where the network agrees with few of the labels."""
     others = sum(one.probably != one.given for one in suspects)
-    text = f"of {others:,} of {len(suspects):,} the network finds another class more probable"
-    if 2 * others <= len(suspects):
-        return text
-    return (
-        f"{text}: where fewer than half of the labels are wrong, it has not learned enough for this list, and should "
-        "be trained longer (--minutes)"
-    )
+    more = ": it has not learned enough for this list; train it longer (--minutes)" * (2 * others > len(suspects))
+    return f"of {others:,} of {len(suspects):,} the network finds another class more probable{more}"
 
 
 def write_suspects(folder: Path, suspects: Sequence[Suspect], names: Sequence[str]) -> None:

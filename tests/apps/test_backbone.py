@@ -158,13 +158,6 @@ def test_low_rank_changes_are_nothing_at_first_and_are_merged_into_the_weights(n
         torch.testing.assert_close(plain(x), far)
 
 
-def test_position_embeddings_of_timm_are_brought_to_the_size_of_the_pictures(tmp_path: Path) -> None:
-    name = "timm:vit_tiny_patch16_224"
-    torch.save(create(name, 2, image_size=48).state_dict(), tmp_path / "vit.pt")
-    larger: Any = create(name, 2, image_size=64, weights=tmp_path / "vit.pt")
-    assert larger.pos_embed.shape == (1, 17, 192)
-
-
 # ------------------------------------------------------------------------------------------------------- where they are
 
 

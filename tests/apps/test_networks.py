@@ -100,12 +100,6 @@ def test_grey_pictures_and_noise_in_training_alone(name: str) -> None:
         assert {m.p for m in on_meta(kind, dropout=0.3).modules() if isinstance(m, nn.Dropout)} == {0.3}
 
 
-def test_a_stem_of_other_channels_is_drawn_as_torchvision_draws_it() -> None:
-    torch.manual_seed(0)
-    stem = create("resnet18", 3, in_channels=4).get_submodule("conv1")
-    assert stem.weight.std().item() == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.05)
-
-
 STAGES = {
     **dict.fromkeys((1, 8, 11), (128,)),
     **dict.fromkeys((12, 16, 20, 23), (64, 128)),

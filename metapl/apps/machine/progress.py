@@ -9,17 +9,6 @@ from contextlib import contextmanager
 EVERY = 0.1  # seconds between two updates of a count
 
 
-def duration(seconds: float) -> str:
-    """
-    >>> duration(41.7), duration(200), duration(9000)
-    ('42 s', '3 min', '2 h 30 min')
-    """
-    minutes = round(seconds / 60)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
-
-
 @contextmanager
 def counting(what: str, shown: bool, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """Give a function that takes how many are done, and shows it on one line of the terminal while the block lasts;

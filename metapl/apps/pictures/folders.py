@@ -213,17 +213,14 @@ def walk(
         return status.st_dev, status.st_ino  # what a folder and a link to it have in common
 
     seen = set() if above is None else {identity(os.fspath(above))}
-    try:
-        for folder, inside, files in os.walk(root, onerror=refuse, followlinks=True):
-            known = ask(identity, folder)
-            if known is None or known in seen:
-                inside.clear()
-                continue
-            seen.add(known)
-            inside.sort()
-            yield folder, inside, sorted(files)
-    except RecursionError as error:  # before Python 3.12, os.walk calls itself for every folder in a folder
-        raise MetaplError(f"{root} has folders in folders, too many to go into; expected fewer.") from error
+    for folder, inside, files in os.walk(root, onerror=refuse, followlinks=True):
+        known = ask(identity, folder)
+        if known is None or known in seen:
+            inside.clear()
+            continue
+        seen.add(known)
+        inside.sort()
+        yield folder, inside, sorted(files)
 
 
 def digest(path: str) -> bytes:

@@ -106,10 +106,9 @@ class RandAugment(PictureView):
         return (changed.to(wide) / torch.full((), 255.0, dtype=wide, device=changed.device)).to(images.dtype)
 
     def _plan(self, seed: int, step: int, examples: Tensor, height: int, width: int) -> tuple[list[list[int]], Tensor]:
-        """All draws, on the CPU, where the host can read how many images each operation gets: per drawn operation, the
-        number of images in each of ``_groups``, and rows (8n + 3, B). Per drawn operation, with the images in the order
-        of their groups: where each stands in the order before, the image to pair it with, and six numbers of an affine
-        map. Then, in the order of the batch: where each stands in the last order, and the center of its square."""
+        # On the CPU, where the host can read how many images each operation gets. Rows (8n + 3, B): per drawn operation,
+        # with the images in the order of their groups, where each stands in the order before, the image to pair it
+        # with, and six numbers of an affine map; then where each stands in the last order, and its square's center.
         u = draws.uniform(seed, step, examples, 1 + 4 * self.n, stream=base.OPERATIONS, dtype=torch.float64)
         low, high = self.probability
         p_B = low + (high - low) * u[:, 0]
