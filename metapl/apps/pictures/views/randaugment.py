@@ -106,7 +106,7 @@ class RandAugment(PictureView):
         return (changed.to(wide) / torch.full((), 255.0, dtype=wide, device=changed.device)).to(images.dtype)
 
     def _plan(self, seed: int, step: int, examples: Tensor, height: int, width: int) -> tuple[list[list[int]], Tensor]:
-        # On the CPU, where the host can read how many images each operation gets. Rows (8n + 3, B): per drawn operation,
+        # On the CPU, where the host reads how many images each operation gets. Rows (8n + 3, B): per drawn operation,
         # with the images in the order of their groups, where each stands in the order before, the image to pair it
         # with, and six numbers of an affine map; then where each stands in the last order, and its square's center.
         u = draws.uniform(seed, step, examples, 1 + 4 * self.n, stream=base.OPERATIONS, dtype=torch.float64)
