@@ -96,7 +96,6 @@ def test_on_a_terminal_cells_are_escaped() -> None:
     assert sink.getvalue() == "a\\x1b[2J,b\n"
 
 
-@pytest.mark.slow
 def test_names_that_are_not_utf8_come_out_of_predict_as_they_are(tiny: Path, digit: Path, tmp_path: Path) -> None:
     """To a file as to a pipe."""
     picture = os.fsencode(tmp_path) + b"/caf\xe9.png"

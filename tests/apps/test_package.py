@@ -161,7 +161,6 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     return source, built("wheel", unpacked, folder)
 
 
-@pytest.mark.slow
 def test_the_distributions_have_the_package_and_its_license(distributions: tuple[Path, Path]) -> None:
     source, wheel = distributions
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "metapl").rglob("*.py")} | {"metapl/py.typed"}
@@ -180,7 +179,6 @@ def test_the_distributions_have_the_package_and_its_license(distributions: tuple
     assert not {name for name in files if name.startswith("tests/")}
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_the_wheel_alone_trains(distributions: tuple[Path, Path], tmp_path: Path) -> None:
     """Beside this environment's libraries, and away from the checkout."""

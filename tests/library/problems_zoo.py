@@ -44,6 +44,11 @@ def product(*values: Iterable[Any], usual: Iterable[Any]) -> list[Any]:
     ]
 
 
+class Judged(metapl.BilevelProblem):
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
+        return F.cross_entropy(outputs, batch[1])
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.Tanh(), nn.Linear(6, CLASSES))
 

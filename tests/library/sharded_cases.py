@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torchopt
+from problems_zoo import Judged
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -196,11 +197,6 @@ def train(
         found[name] = {path: whole(p) for path, p in network.named_parameters()}
         found[f"{name}_buffers"] = {path: b.clone() for path, b in network.named_buffers()}
     return found
-
-
-class Judged(metapl.BilevelProblem):
-    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        return nn.functional.cross_entropy(outputs, batch[1])
 
 
 class Several(Judged):
@@ -527,7 +523,7 @@ def whole_training(layout: str | None, optimizer: str = "sgd", inside: str = "pl
     found = metapl.attribute(student, (x, y), outer, progress=False, **{**given, **options})
     ahead = metapl.Lookahead([share(labeled) for labeled, _ in more])
     problem = metapl.problems.EqualWeights()
-    given = {"inner_optimizer": inner, "problem": problem, "wrt": ("teacher", "start"), "accumulate": 2}
+    given = {"inner_optimizer": inner, "problem": problem, "wrt": ("teacher", "start"), "accumulate": 3}
     gradient = metapl.hypergradient(None, student, outer=share(outer), inner=ahead, **given)
     after = [whole(t) for t in (*network.parameters(), *network.buffers())]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

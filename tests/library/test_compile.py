@@ -24,8 +24,6 @@ from metapl.feedback import Reinforce
 from metapl.functional import compiled
 from metapl.training.verify import VerificationWarning
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(autouse=True)
 def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torchopt
-from problems_zoo import product
+from problems_zoo import Judged, product
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -46,7 +46,7 @@ OPTIMIZERS: dict[str, Any] = {
 FEATURES = ["plain", "batch_norm", "dropout", "groups", "frozen", "signal_in_input", "uda", "clip", "reads_weights"]
 
 
-class Entering(metapl.problems.Problem):
+class Entering(Judged):
     """A signal that enters the student's input, and its loss."""
 
     def student_input(self, batch: Any, signal: Any) -> Any:
@@ -57,9 +57,6 @@ class Entering(metapl.problems.Problem):
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
         return (outputs - signal.value).square().mean(1)
-
-    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        return nn.functional.cross_entropy(outputs, batch[1])
 
 
 class Penalized(metapl.PseudoLabels):

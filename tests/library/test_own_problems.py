@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from problems_zoo import OPTIMISERS, Toy, mlp, product, same, toy, trainer_for, unmoved, values, warm
+from problems_zoo import OPTIMISERS, Judged, Toy, mlp, product, same, toy, trainer_for, unmoved, values, warm
 from reference import Tree, error, own_stream
-from replays import put
+from test_replays import put
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -95,11 +95,6 @@ class Teacher(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network(x)
-
-
-class Judged(metapl.BilevelProblem):
-    def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
-        return F.cross_entropy(outputs, batch[1])
 
 
 class Weighted(Judged):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from problems_zoo import CLASSES, OPTIMISERS, everything, product, same, toy, warm
+from problems_zoo import CLASSES, OPTIMISERS, Judged, everything, product, same, toy, warm
 from reference import error
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -55,7 +55,7 @@ class Corrector(nn.Module):
         return self.of_input(x.flatten(1)) + self.of_label(y)
 
 
-class LearnedDecay(Problem):
+class LearnedDecay(Judged):
     """A problem of a user's: the teacher says how strongly the student's weights are pulled to zero."""
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> Signal:
@@ -64,9 +64,6 @@ class LearnedDecay(Problem):
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
         squares = sum(p.square().sum() for p in params.values())
         return F.cross_entropy(outputs, batch[1], reduction="none") + 0.3 * signal.value * squares
-
-    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        return F.cross_entropy(outputs, batch[1])
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,20 @@ from typing import Any
 import pytest
 import reference
 import torch
-from problems_zoo import ANYWHERE, OPTIMISERS, STUDENTS, Toy, everything, mlp, noisy_teacher, product, same, toy, values
+from problems_zoo import (
+    ANYWHERE,
+    OPTIMISERS,
+    STUDENTS,
+    Judged,
+    Toy,
+    everything,
+    mlp,
+    noisy_teacher,
+    product,
+    same,
+    toy,
+    values,
+)
 from reference import error, flat
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -225,15 +238,12 @@ class Table(nn.Module):
         self.labels = nn.Parameter(torch.full((rows, classes), 1 / classes))
 
 
-class OfTable(metapl.problems.Problem):
+class OfTable(Judged):
     def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> metapl.Signal:
         return metapl.Signal(teacher.labels[: len(batch)])
 
     def inner_loss(self, outputs: Any, signal: metapl.Signal, batch: Any, params: Any = None) -> Any:
         return F.cross_entropy(outputs, signal.value, reduction="none")
-
-    def outer_loss(self, outputs: Any, batch: Any) -> Any:
-        return F.cross_entropy(outputs, batch[1])
 
 
 def test_the_report_is_of_the_step_where_the_signal_is_a_weight() -> None:

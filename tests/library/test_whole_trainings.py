@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torchopt
+from problems_zoo import Judged
 from reference import error
 from torch import Tensor, nn
 
@@ -34,7 +35,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
-class Mixed(metapl.problems.base.Problem):
+class Mixed(Judged):
     """The teacher mixes the student's inputs, so that the signal enters them."""
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any) -> metapl.Signal:
@@ -50,9 +51,6 @@ class Mixed(metapl.problems.base.Problem):
     def outer_input(self, batch: Any) -> Tensor:
         x: Tensor = batch[0]
         return x
-
-    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        return nn.functional.cross_entropy(outputs, batch[1])
 
 
 def batch(number: int) -> tuple[Tensor, Tensor]:
