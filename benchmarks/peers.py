@@ -122,7 +122,7 @@ def inner_loss(
 
 def by_hand(teacher: nn.Module, student: nn.Module, labeled: tuple[Tensor, Tensor], u: Tensor, steps: int) -> Gradient:
     """Double backward through ``torch.func.functional_call``."""
-    params: dict[str, Tensor] = dict(student.named_parameters())
+    params: dict[str, Tensor] = {name: p for name, p in student.named_parameters() if p.requires_grad}
     for _ in range(steps):
         grads = torch.autograd.grad(inner_loss(student, teacher, u, params), list(params.values()), create_graph=True)
         params = {name: p - LEARNING_RATE * g for (name, p), g in zip(params.items(), grads, strict=True)}

@@ -39,7 +39,6 @@ import torch
 from harness import RESULTS, Row, arguments, described, grid, loaded, parsed, show, write_json
 from rival_attribution import Stream, Weighted
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 sys.path.append(str((HERE := Path(__file__).parent).parent / "tests" / "library"))
@@ -175,16 +174,6 @@ def at_the_end(student: Any, teacher: nn.Module, labeled: Any) -> Gradient:
     return torch.autograd.grad(F.cross_entropy(student(labeled[0]), labeled[1]), list(teacher.parameters()))
 
 
-def by_functional_call(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor) -> Gradient:
-    """Double backward by ``torch.func.functional_call`` and ``torch.autograd.grad``."""
-    params: Any = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    for _ in range(STEPS):
-        loss = F.cross_entropy(functional_call(student, params, (u,)), teacher(u).softmax(-1))
-        grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
-        params = {name: p - RATE * g for (name, p), g in zip(params.items(), grads, strict=True)}
-    return at_the_end(lambda x: functional_call(student, params, (x,)), teacher, labeled)
-
-
 def by_swapping(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor) -> Gradient:
     """Double backward by the module itself, in which each weight's place is given the moved weight."""
     own = [(part, *one) for part in student.modules() for one in part.named_parameters(recurse=False)]
@@ -248,7 +237,7 @@ CAPTURED = (  # each compiles for half a minute
     *("weights clamped in forward", "rounding, straight-through"),
 )
 WAYS: dict[str, tuple[str, str, Any]] = {  # the module of a library, the order of what it draws, and its gradient
-    "by hand, functional_call": ("torch", "", by_functional_call),
+    "by hand, functional_call": ("torch", "", lambda *given: peers.by_hand(*given, STEPS)),
     "by hand, weights swapped": ("torch", "", by_swapping),
     "TorchOpt 0.7.3": ("torchopt", "", by_torchopt),
     "higher 0.2.1": ("higher", "", lambda *given: peers.by_higher(*given, STEPS)),

@@ -219,39 +219,29 @@ def primary(arms: dict[str, Found]) -> str:
     )
 
 
-def place_table(rows: Sequence[Row], arms: dict[str, Found]) -> str:
+def place_table(arms: dict[str, Found]) -> str:
     """The arms of a place."""
     head = ["arm", "steps", "test accuracy", "lowest", "labels right", "frequency error", "MPL above it", "95 %", "p"]
-    lines, choices = [], []
+    lines = []
     for name, one in arms.items():
         values, row = one.accuracy, one.row
         cells = [TITLES[name], f"{one.arm.steps:,}"]
         cells += [f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}", f"{100 * min(values):.1f}"]
         cells += [f"{100 * np.mean(row[key]):.1f}" for key in ("labels_right", "frequency_error")]
         lines.append([*cells, *(("–", "–", "–") if name == "mpl" else gap(arms["mpl"], one))])
-        rule = chosen(rows, one.arm.tuned)[0]
-        told = {"teacher's rate": rule.teacher_lr, "temperature": rule.temperature}
-        told |= {"threshold": rule.threshold} if rule.threshold else {}
-        told |= {"student's rate": rule.student_lr} if one.arm.begins < 1 else {}
-        told |= {} if rule.feedback == "none" else {"ratio" if rule.feedback == "ratio" else "weight": rule.size}
-        read_out = "average" if one.read_out == "student" else one.read_out
-        choices.append(f"{name}: {', '.join(f'{what} {value:g}' for what, value in told.items())}, {read_out}")
     said = []
     for name in ("uda_aligned", "none_aligned"):
         gain, interval, p = gap(arms["mpl_aligned"], arms[name])
         said.append(f"{gain} ({interval}, p = {p}) against {TITLES[name]}")
     added = f"Added when the others' tuning runs had been seen, and run after them: {TITLES['mpl_aligned']}, is"
-    place, chose = next(iter(arms)), "; ".join(choices)
-    return (
-        f"**{arms[place].arm.place}**\n\n{harness.grid(head, lines)}\n\n{added} {' and '.join(said)}.\n\n"
-        f"Chosen on the tuning seeds: {chose}."
-    )
+    title = f"**{arms['mpl'].arm.place}**"
+    return f"{title}\n\n{harness.grid(head, lines)}\n\n{added} {' and '.join(said)}."
 
 
 def worth_block(rows: Sequence[Row]) -> str:
     """What was found at equal time."""
     found = places(collected(rows))
-    return "\n\n".join([primary(next(iter(found.values()))), *(place_table(rows, arms) for arms in found.values())])
+    return "\n\n".join([primary(next(iter(found.values()))), *(place_table(arms) for arms in found.values())])
 
 
 def draw_worth(path: Path, found: Study) -> None:

@@ -108,8 +108,7 @@ class Sprite:
     def polygon(self, points: Sequence[Point] | Floats, fill: Color, outline: float = 0) -> None:
         """Filled, or with an outline of a width alone."""
         if outline:
-            ends = [*points, points[0], points[1]]
-            self.line(ends, fill, outline)
+            self.line([*points, points[0], points[1]], fill, outline)
         else:
             self.pen.polygon(self.pixels(points), fill=fill)
 
@@ -139,20 +138,20 @@ class Sprite:
         at = (self.side - side) // 2
         self.image.paste(fill, (at, at), cover)
 
-    def over(self, picture: Floats, view: Floats | None = None) -> Floats:
+    def over(self, picture: Floats, view: Floats) -> Floats:
         """The sprite, moved by a view, on a picture of shape (size, size, 3)."""
-        image = self.image
-        if view is not None:
-            half = self.side / 2
-            to_pixels = np.array([[half, 0, half], [0, half, half], [0, 0, 1]])
-            back = to_pixels @ np.linalg.inv(view) @ np.linalg.inv(to_pixels)
-            back /= back[2, 2]
-            image = image.transform(
-                image.size, Image.Transform.PERSPECTIVE, tuple(back.ravel()[:8]), Image.Resampling.BILINEAR
-            )
+        half = self.side / 2
+        to_pixels = np.array([[half, 0, half], [0, half, half], [0, 0, 1]])
+        image = seen_from(self.image, self.side, to_pixels @ np.linalg.inv(view) @ np.linalg.inv(to_pixels))
         sprite = np.asarray(image.reduce(OVERSAMPLING), dtype=float)
         alpha = sprite[..., 3:] / 255
         return picture * (1 - alpha) + sprite[..., :3] * alpha
+
+
+def seen_from(image: Image.Image, side: int, back: Floats) -> Image.Image:
+    """A square picture whose pixels come from where a 3x3 view puts them in another one."""
+    coefficients = tuple((back / back[2, 2]).ravel()[:8])
+    return image.transform((side, side), Image.Transform.PERSPECTIVE, coefficients, Image.Resampling.BILINEAR)
 
 
 def view(

@@ -38,9 +38,7 @@ def segments(rng: Generator, label: int, size: int, test: bool) -> Bytes:
     lit, sprite = color(rng, *ink), Sprite(size)
     wide, high, gap = rng.uniform(0.28, 0.45), rng.uniform(0.6, 0.75), rng.uniform(0.1, 0.22)
     thick = rng.uniform(0.13, 0.22)
-    for (start, end), on in zip(SEGMENTS, LIT[label], strict=True):
-        if on == "0":
-            continue
+    for start, end in (ends for ends, on in zip(SEGMENTS, LIT[label], strict=True) if on == "1"):
         a, b = (np.array(point) * (wide, high) for point in (start, end))
         inset = gap * (b - a) / np.linalg.norm(b - a) / 2
         sprite.line([tuple(a + inset), tuple(b - inset)], lit, thick, round_ends=False)
@@ -104,12 +102,6 @@ def face(rng: Generator, label: int, size: int, test: bool) -> Bytes:
             sprite.ellipse((side * apart, y), (eye, tall), dark)
         if mood == "angry":
             sprite.line([(side * 0.12, y - 0.13), (side * (apart + 0.2), y - 0.32)], dark, 0.08)
-    _mouth(rng, sprite, mood, dark)
-    moved = view(rng, rotation=18, scale=(0.75, 1.05), shift=0.12, stretch=0.1, perspective=0.08, mirror=True)
-    return finish(rng, sprite.over(ground(rng, size, (20, 235), clutter=5), moved), noise=12)
-
-
-def _mouth(rng: Generator, sprite: Sprite, mood: str, dark: Color) -> None:
     wide, y = rng.uniform(0.3, 0.42), rng.uniform(0.42, 0.5)
     deep = rng.uniform(0.15, 0.24)
     if mood in ("happy", "winking"):
@@ -124,6 +116,8 @@ def _mouth(rng: Generator, sprite: Sprite, mood: str, dark: Color) -> None:
         sprite.ellipse((0, y), (rng.uniform(0.12, 0.18), rng.uniform(0.16, 0.22)), dark)
     else:
         sprite.line([(-wide, y), (wide, y + rng.uniform(-0.05, 0.05))], dark, 0.09)
+    moved = view(rng, rotation=18, scale=(0.75, 1.05), shift=0.12, stretch=0.1, perspective=0.08, mirror=True)
+    return finish(rng, sprite.over(ground(rng, size, (20, 235), clutter=5), moved), noise=12)
 
 
 # ---- road signs; color and hand belong to some classes
@@ -320,31 +314,26 @@ def _walk(rng: Generator, start: Floats, degrees: float, atoms: int) -> tuple[Fl
 
 # ---- charts by kind, in any colors
 
-CHARTS = ("area", "bars", "boxes", "heat", "horizontal_bars", "line", "pie", "scatter")
-
 
 def chart(rng: Generator, label: int, size: int, test: bool) -> Bytes:
-    name, sprite = CHARTS[label], Sprite(size)
+    name, sprite = tuple(CHARTS)[label], Sprite(size)
     paper, ink = tones(rng, gap=90)
     sprite.polygon([(-1, -1), (1, -1), (1, 1), (-1, 1)], color(rng, *paper))
     axis, fills = color(rng, *ink), [color(rng, *ink) for _ in range(6)]
     if rng.random() < 0.5:
         fills = fills[:1] * 6
     if name not in ("pie", "heat"):
-        _axes(rng, sprite, axis, color(rng, *paper))
-    _CHARTS[name](rng, sprite, fills)
+        faint = color(rng, *paper)
+        if rng.random() < 0.4:
+            for y in np.linspace(-0.6, 0.5, 5):
+                sprite.line([(-0.8, y), (0.85, y)], faint, 0.02)
+        sprite.line([(-0.8, 0.8), (0.85, 0.8)], axis, 0.04)
+        sprite.line([(-0.8, -0.8), (-0.8, 0.8)], axis, 0.04)
+    CHARTS[name](rng, sprite, fills)
     if rng.random() < 0.4:  # a title
         sprite.line([(-0.4, -0.9), (rng.uniform(0, 0.5), -0.9)], axis, 0.08, round_ends=False)
     moved = view(rng, rotation=4, scale=(0.75, 1.1), shift=0.1, stretch=0.15, perspective=0.08)
     return finish(rng, sprite.over(ground(rng, size, (20, 235)), moved), noise=14, blur=1)
-
-
-def _axes(rng: Generator, sprite: Sprite, axis: Color, faint: Color) -> None:
-    if rng.random() < 0.4:
-        for y in np.linspace(-0.6, 0.5, 5):
-            sprite.line([(-0.8, y), (0.85, y)], faint, 0.02)
-    sprite.line([(-0.8, 0.8), (0.85, 0.8)], axis, 0.04)
-    sprite.line([(-0.8, -0.8), (-0.8, 0.8)], axis, 0.04)
 
 
 def _bars(rng: Generator, sprite: Sprite, fills: list[Color], flat: bool = False) -> None:
@@ -426,7 +415,7 @@ def _heat(rng: Generator, sprite: Sprite, fills: list[Color]) -> None:
             sprite.polygon([(left, top), (right, top), (right, bottom), (left, bottom)], (r, g, b))
 
 
-_CHARTS: dict[str, Callable[[Generator, Sprite, list[Color]], None]] = {
+CHARTS: dict[str, Callable[[Generator, Sprite, list[Color]], None]] = {
     "area": _area,
     "bars": _bars,
     "boxes": _boxes,
@@ -460,9 +449,8 @@ MARGIN = 80
 @cache
 def _extended(which: int) -> Image.Image:
     """A photograph reflected at its edges, which would give some places away."""
-    return Image.fromarray(
-        np.pad(drawing.photographs()[which], ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)), "reflect")
-    )
+    edges = (MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)
+    return Image.fromarray(np.pad(drawing.photographs()[which], edges, "reflect"))
 
 
 def place(rng: Generator, label: int, size: int, test: bool) -> Bytes:
@@ -474,12 +462,7 @@ def place(rng: Generator, label: int, size: int, test: bool) -> Bytes:
     half = size / 2
     to_unit = np.array([[1 / half, 0, -1], [0, 1 / half, -1], [0, 0, 1]])
     to_photo = np.array([[reach, 0, middle[0]], [0, reach, middle[1]], [0, 0, 1]])
-    back = to_photo @ warp @ to_unit
-    back /= back[2, 2]
-    image = _extended(which).transform(
-        (size, size), Image.Transform.PERSPECTIVE, tuple(back.ravel()[:8]), Image.Resampling.BILINEAR
-    )
-    levels = np.asarray(image, dtype=float)
+    levels = np.asarray(drawing.seen_from(_extended(which), size, to_photo @ warp @ to_unit), dtype=float)
     if rng.random() < 0.3:
         levels = np.repeat(grey(levels)[..., None], 3, axis=-1)
     levels = levels * rng.uniform(0.6, 1.3) * rng.uniform(0.8, 1.2, 3)
@@ -543,7 +526,7 @@ PROBLEMS = (
             labels_per_class=8, unlabeled=900, test=700, foreign=0.25),
     Problem(name="molecules", half="unseen", draw=molecule, size=40, channels=1, classes=GRAPHS,
             labels_per_class=20, unlabeled=1000, test=500),
-    Problem(name="charts", half="unseen", draw=chart, size=96, channels=3, classes=CHARTS,
+    Problem(name="charts", half="unseen", draw=chart, size=96, channels=3, classes=tuple(CHARTS),
             labels_per_class=3, unlabeled=800, test=640, imbalance=10),
     Problem(name="places", half="unseen", draw=place, size=32, channels=3, classes=tuple(PLACES),
             labels_per_class=10, unlabeled=2000, test=1000, foreign=0.3),
