@@ -18,15 +18,13 @@ from metapl.apps.inputs import Folder, held, unset, written
 from metapl.apps.look import settled
 from metapl.apps.methods import Mpl, Training
 from metapl.apps.networks import begin_as
-from metapl.apps.settings import Flat
+from metapl.apps.settings import Flat, SomeSteps
 from metapl.apps.train import device
 from metapl.apps.words import tell, wrapped
 from metapl.errors import MetaplError
 from metapl.feedback import MODES, estimator
 from metapl.runs.fields import Range
 from metapl.training.trainer import BilevelTrainer
-
-Steps = Annotated[int, Range(0, most=10**9)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +115,7 @@ class AblateFactory:
     """
 
     factory: Annotated[str, unset("MODULE:FUNCTION")]
-    steps: Steps = 0
+    steps: SomeSteps = 0
     looking: Flat[Looking] = field(default_factory=Looking)
 
     def run(self) -> int:

@@ -336,10 +336,12 @@ class Feedback:
         return {"feedback_ratio": self.feedback_ratio}
 
 
-ALTERED = {
-    "permuted": "feedback permuted over the batch",
-    "class_means": "class means of the feedback only",
-    "random_sign": "feedback with random signs",
+TITLES = {
+    "whole": "Meta Pseudo Labels",
+    "none": "same loop, no feedback",
+    "permuted": "MPL, feedback permuted over the batch",
+    "class_means": "MPL, class means of the feedback only",
+    "random_sign": "MPL, feedback with random signs",
 }
 
 
@@ -363,8 +365,7 @@ class Mpl(Method):
 
     @property
     def title(self) -> str:
-        names = {"whole": "Meta Pseudo Labels", "none": "same loop, no feedback"}
-        return names.get(self.feedback.feedback) or f"MPL, {ALTERED[self.feedback.feedback]}"
+        return TITLES[self.feedback.feedback]
 
     def scheduled(self, steps: int) -> Self:
         wait = min(round(WAIT * steps), steps - 1) if self.wait is None else self.wait

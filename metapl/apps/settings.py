@@ -35,7 +35,6 @@ Switch = Annotated[bool, unset()]  # off unless given
 Flat = Annotated[T, tyro.conf.arg(name="")]  # a dataclass whose fields are flags beside those around it
 
 Role = Literal["teacher", "student"]
-ROLES: tuple[Role, ...] = ("teacher", "student")
 
 
 def require(value: object, condition: bool, field: str, expected: str) -> None:
