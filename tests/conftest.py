@@ -18,17 +18,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 LONGEST = [
-    *(
-        "test_functional",
-        "test_sharded",
-        "test_verify",
-        "test_sklearn",
-        "test_ranks",
-        "test_long_paths",
-        "test_package",
-    ),
-    *("test_fit_resumed", "test_planted_faults", "test_views", "test_refusals", "test_resumed_paths", "test_export"),
-    *("test_picture_batches", "test_resume", "test_bits", "test_attribution", "test_package", "test_cost"),
+    *("test_sharded", "test_verify", "test_compile", "test_sklearn", "test_ranks", "test_resume", "test_commands"),
+    *("test_planted_faults", "test_fit_resumed", "test_functional", "test_resumed_paths", "test_long_paths"),
+    *("test_views", "test_export", "test_picture_batches", "test_attribute_command", "test_package", "test_refusals"),
+    *("test_folder_runs", "test_attribution", "test_cost", "test_bits"),
 ]
 
 
