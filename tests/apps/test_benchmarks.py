@@ -40,6 +40,7 @@ SCRIPTS = {  # what is given to a miniature, and the marks of its tables in a pa
     "scale": ((), ["scale"]),
     "silent": ((), ["silent"]),
     "step": ((), ["step"]),
+    "stored_labels": ((), ["stored_labels"]),
     "student_or_mpl": ((), ["student-or-mpl"]),
     "suspects": ((), ["suspects"]),
     "suspects --harmful": (("--harmful",), ["harmful_pictures"]),
@@ -48,7 +49,7 @@ SCRIPTS = {  # what is given to a miniature, and the marks of its tables in a pa
     "when": ((), ["when", "feedback-worth"]),
 }
 MINUTES = ("endurance", "hyperparameters", "label_noise", "peers", "reduced", "rival_attribution", "silent")
-MINUTES += ("student_or_mpl", "suspects", "suspects --harmful")
+MINUTES += ("stored_labels", "student_or_mpl", "suspects", "suspects --harmful")
 every_script = pytest.mark.parametrize("script", [pytest.param(s, marks=LONG) if s in MINUTES else s for s in SCRIPTS])
 
 
