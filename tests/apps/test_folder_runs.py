@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ import torch
 from command import metapl, rows, unprompted
 from PIL import Image
 from special_files import KINDS
-from test_folders import opened
 from test_readers import BROKEN, SOUND, promptly
 from tiny_runs import color_folders, images_command
 
@@ -49,6 +49,24 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             os.link(one, folder / f"{number:03}.png")
     yield root
     shutil.rmtree(root)  # pytest would keep them for three sessions
+
+
+@contextmanager
+def opened(root: Path) -> Iterator[list[str]]:
+    """The pictures below a folder that are opened in the block, whoever opens them."""
+    found: list[str] = []
+    watching = True
+
+    def note(event: str, given: tuple[Any, ...]) -> None:
+        if watching and event == "open" and isinstance(given[0], str | bytes | os.PathLike):
+            path = os.fsdecode(given[0])
+            found.extend([path] if path.startswith(str(root)) and path.endswith((".bmp", ".png")) else [])
+
+    sys.addaudithook(note)  # there is no way to take it off again
+    try:
+        yield found
+    finally:
+        watching = False
 
 
 def test_training_on_many_files_starts_at_once(many: Path) -> None:
