@@ -51,7 +51,7 @@ def test_a_step_costs_no_more_passes_than_stated(mode: str | Estimator, bound: f
 def test_the_cost_of_implicit_is_what_the_table_of_the_documentation_says() -> None:
     page = (ROOT / "docs" / "modes.md").read_text()
     (fixed, each) = re.findall(r"^\| `implicit` \|.*\| (\d+) \+ (\d+) n \|", page, re.MULTILINE)[0]
-    (alone,) = re.findall(r'and (\d+) with `solver="identity"`', page)
+    (alone,) = re.findall(r'and (\d+) passes in all with `solver="identity"`', page)
     assert passes(Implicit(solver="identity")) == pytest.approx(int(alone), abs=0.2)
     assert passes(Implicit(iterations=2, damping=1e5)) == pytest.approx(int(fixed) + 2 * int(each), abs=0.2)
 
