@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -195,12 +196,12 @@ def test_what_cannot_be_captured_is_refused_at_the_first_step_and_nothing_moves(
 
 @pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="with a compiler there is a graph to compile")
-def test_without_a_compiler_one_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/g++",))
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+def test_without_a_compiler_one_error_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # what was compiled before needs no compiler
     (_, _), (case, trainer) = pair("reinforce")
     before = everything(case)
-    with pytest.raises(MetaplError, match="compile"):
+    nowhere = torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",)})
+    with nowhere, pytest.raises(MetaplError, match="compile"):
         trainer.step(**case.data())
     assert same(before, everything(case))
 
