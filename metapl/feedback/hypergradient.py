@@ -190,7 +190,7 @@ def hypergradient(
     if estimate.keep_on not in (None, "cpu") and not compile:
         raise MetaplError(f"keep_on={estimate.keep_on!r} is a folder; expected compile=True with it, or keep_on='cpu'.")
     batches = ahead if callable(ahead.batches) else list(ahead)
-    labeled, options = problem.outer_batch(labeled), ahead.options(inner_optimizer)
+    options = ahead.options(inner_optimizer)
     check_mode(estimate, len(batches), problem, of_student)
     wrt = [wrt] if isinstance(wrt, str) else [*wrt]
     settings = check_wrt(wrt, estimate, update, options, eager=not compile, sharded=of_student.is_sharded)
@@ -206,6 +206,7 @@ def hypergradient(
             found.start if "start" in wrt else {},
             stacked_settings(found.settings, settings),
         )
+    labeled = problem.outer_batch(labeled)
     for layout in (of_teacher, of_student):
         if layout is not None:
             layout.begin_step()

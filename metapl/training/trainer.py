@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from metapl.errors import MetaplError, either
 from metapl.execution import checks
-from metapl.execution.batch import labeled_pair
+from metapl.execution.batch import labeled_pair, plain
 from metapl.execution.kernels import no_fast_path
 from metapl.execution.layout import Layout, layouts
 from metapl.execution.local import NOTHING
@@ -185,9 +185,9 @@ class BilevelTrainer(Trainer):
         self._slots = slots = [of_network.refreshed() for of_network in self._slots]
         self.verification.before(self, labeled, unlabeled, slots)
         batches, ahead = inner_batches(unlabeled, self.lookahead), isinstance(unlabeled, Lookahead)
-        labeled = self.problem.outer_batch(labeled)
         if self.compile:
-            return self.compiled_step(self, labeled, batches, ahead)
+            return self.compiled_step(self, plain(labeled), batches, ahead)
+        labeled = self.problem.outer_batch(labeled)
         if len(batches) != self.lookahead:
             check_mode(self.mode, len(batches), self.problem, self.layout)
         mode, outer_optimizer, number = self.mode, self.outer_optimizer, self.steps_done

@@ -16,6 +16,7 @@ from problems_zoo import everything, noisy_teacher, same, toy
 from test_functional import FEATURES, MODES, OPTIMIZERS, batches, build, but_for_bfloat16, error, fits
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import metapl
@@ -23,6 +24,7 @@ from metapl import MetaplError
 from metapl.execution.kernels import no_fast_path
 from metapl.feedback import Reinforce
 from metapl.functional import compiled
+from metapl.problems import EqualWeights
 from metapl.training.verify import VerificationWarning
 
 
@@ -294,3 +296,33 @@ def test_kinds_of_students_compiled(kind: str) -> None:
             status = "X"
     assert status == STATUSES[kind]
     assert torch._C._autograd._saved_tensors_hooks_is_enabled()  # checkpoints go on
+
+
+class Named(EqualWeights):
+    """Whose outer batch, once it is read, cannot be read again."""
+
+    def outer_batch(self, batch: Any) -> Any:
+        return {"x": batch[0], "y": batch[1]}
+
+    def outer_input(self, batch: Any) -> Any:
+        return batch["x"]
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch["y"])
+
+
+def test_an_outer_batch_is_read_once_on_both_roads() -> None:
+    labeled, unlabeled = ((torch.randn(n, 4), torch.arange(n) % 3) for n in (5, 6))
+    ends = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        network = nn.Linear(4, 3)
+        given: Any = {
+            "inner_optimizer": torch.optim.SGD(network.parameters(), lr=0.1),
+            "problem": Named(),
+            "compile": on,
+        }
+        one = metapl.hypergradient(None, network, labeled=labeled, unlabeled=unlabeled, mode="forward", **given)
+        step = metapl.BilevelTrainer(None, network, "forward", **given).step(labeled, unlabeled)
+        ends.append([one.feedback, step.feedback, network.weight.detach()])
+    torch.testing.assert_close(*ends)
