@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metapl.apps.backbone import IMAGENET
 from metapl.apps.evaluation.attacks import ALEXNET, FLIPS_OF_ALEXNET, by_severity, flip_probability, relative_to
 from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from metapl.apps.export import read_metadata
-from metapl.apps.look import IMAGENET
 from metapl.apps.machine.cores import available_cores
 from metapl.apps.networks import Architecture, Normalized, head_outputs, load_weights
 from metapl.apps.pictures.batches import in_unit_range

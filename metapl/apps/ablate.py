@@ -89,13 +89,13 @@ class AblateImages:
     looking: Flat[Looking] = field(default_factory=Looking)
 
     def run(self) -> int:
-        return self.looking.look(_of_training(*settled(self.config, self.method, print)))
+        return self.looking.look(_of_training(*settled(self.config, self.method, tell)))
 
 
 def _of_training(config: Any, method: Any) -> dict[str, Any]:
     """Trainer, sources and steps, by the names of :func:`metapl.ablation.ablate`."""
     torch.manual_seed(config.fitting.seed)
-    data, place = config.data(print, True, None), device(config.fitting.device)
+    data, place = config.data(tell, True, None), device(config.fitting.device)
     teacher, student = (config.network().to(place) for _ in range(2))
     begin_as(teacher, student)
     unused: Any = None

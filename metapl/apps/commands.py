@@ -13,7 +13,7 @@ import torch
 import tyro
 
 from metapl.apps import digits, images, noisy_labels, noisy_student
-from metapl.apps.compare import aloud, compare
+from metapl.apps.compare import compare
 from metapl.apps.comparison import parse_seeds
 from metapl.apps.digits import Digits
 from metapl.apps.images import Images
@@ -196,7 +196,7 @@ def go(config: Any, method: Any, where: Place, comparing: Comparing | None = Non
                     before = folder.recipe()["fields"] if where.resume and folder.exists else None
                     torch.set_num_threads(config.threads or default_threads())
                     if config.places:
-                        config, method = settled(config, method, aloud, before)
+                        config, method = settled(config, method, tell, before)
                     else:
                         method = method.scheduled(fitting.steps)
                     if isinstance(method, NoisyStudent):
@@ -221,7 +221,7 @@ def go(config: Any, method: Any, where: Place, comparing: Comparing | None = Non
                             result = stored_result(folder)
                         else:
                             tell(f"{config.name} by {method.title}, seed {fitting.seed} -> {folder.path}")
-                            own: Any = {"progress": True, "say": aloud, "processes": processes}
+                            own: Any = {"progress": True, "say": tell, "processes": processes}
                             result = train(config, method, folder, resume=where.resume, **own)
                     for line in summary(result):
                         tell(wrapped(line))

@@ -49,10 +49,6 @@ PATIENCE = 30.0  # seconds that a worker has to save the step under way before i
 # ------------------------------------------------------------------------------------------------ runs side by side
 
 
-def aloud(text: str) -> None:
-    tell(text)
-
-
 @dataclass(frozen=True)
 class Job:
     """A training by one method with one seed."""
@@ -88,7 +84,7 @@ def compare(
     out, names = folder.path, list(methods)
     with folder.claimed(describe(config, methods[names[0]], compare=names, seeds=list(seeds)), resume=resume):
         if not folder.ended:
-            config.data(aloud, True, None)  # shows its notes once: the jobs are silent
+            config.data(tell, True, None)  # shows its notes once: the jobs are silent
         # 1. The runs, side by side; finished ones are not run again. Two threads add up a sum in another order than one
         # does, and round it otherwise: after one step of small_cnn the weights differ already. So a job has as many
         # threads whatever --jobs is, and when it is resumed.
@@ -100,13 +96,13 @@ def compare(
                 todo.append(Job(replaced(config, seed=seed), method, place, begun, default_threads() if on_gpu else 1))
         workers = min(jobs or (1 if on_gpu else available_cores()), len(todo))
         of_methods = f"{len(names)} method{'s' if len(names) != 1 else ''}"
-        aloud(f"{of_methods} x {seeds_in_words(len(seeds))}, {workers} at a time -> {out}")
+        tell(f"{of_methods} x {seeds_in_words(len(seeds))}, {workers} at a time -> {out}")
         with closing(run_all(todo, workers)) as running:  # workers end before the command does
             for number, (job, result) in enumerate(running, 1):
                 results[job.method.name, job.config.fitting.seed] = result
                 on = Evaluation(**result["evaluation"])
                 reached = with_chance(result["test_accuracy"], on.n, on.chance)
-                aloud(f"[{number:>{len(str(len(todo)))}}/{len(todo)}] {job.title}: {reached}")
+                tell(f"[{number:>{len(str(len(todo)))}}/{len(todo)}] {job.title}: {reached}")
         # 2. What they reach, and the networks of the one that is delivered.
         comparison = Comparison.of(tuple(seeds), names, results)
         method, seed = comparison.delivered()

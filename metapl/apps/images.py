@@ -333,7 +333,8 @@ class Images(OfPictures):
 
     def sources(self, few: LabeledFiles, many: Files, log: Path | None) -> dict[str, Any]:
         """The pictures of step t, and how they are seen, follow from the seed and t."""
-        fitting, views, crop = self.fitting, self.pictures.views(), self.pictures.views()["crop"]
+        fitting, views = self.fitting, self.pictures.views()
+        crop = views["crop"]
         labeled, unlabeled = (self.pictures.images(files.paths(), log) for files in (few, many))
         labels, seed = few.targets(self.classes), fitting.seed
 

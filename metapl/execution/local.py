@@ -28,7 +28,7 @@ NOTHING: AbstractContextManager[Any] = nullcontext()
 
 # A scalar of outputs and of the weights that they were computed at.
 Loss = Callable[[Tensor, Tree], Tensor]
-# (∂²ℓ/∂θ²) w, and the same in leaves, of w.
+# A function of w: (∂²ℓ/∂θ²) w, and the derivatives of ⟨g, w⟩ in leaves.
 Product = Callable[..., tuple[Tree, list[Tensor | None]]]
 # A loss of outputs as a sum, and the weight that it is to be divided by: a number where it is 1.
 WeightedLoss = Callable[[Tensor], tuple[Tensor, Tensor | float]]

@@ -90,7 +90,7 @@ def keeping(
         raise MetaplError(f"keep_every=1 holds all steps, and none in the folder {on!r}; expected keep_every=None.")
     if not fits(asked):
         able = [f"{name} ({way.states(steps):,} states)" for name, way in ways.items() if fits(way)]
-        able += [] if folder else ["keep_on= with a folder"]
+        able += [] if folder else ["keep_on= with a folder and compile=True"]
         there = [f"{said(n)} of {what}" for what, n in (("memory", free), ("disk", disk)) if n < math.inf]
         count = asked.states(steps)
         raise MetaplError(

@@ -187,7 +187,7 @@ class Teaching:
             for name, p in parameters.items():
                 p.grad = of_losses.get(name)
             scalars[-1]["feedback_weight"] = scale
-        means = scalars[0] if len(scalars) == 1 else mean_scalars(scalars)
+        means = mean_scalars(scalars)
         means = means if alone else self.ranks.mean_tree(means, means)
         # The mean over the ranks is finite where all of them are: they refuse it together.
         checks.refuse_not_finite(means["teacher_loss"], NOT_FINITE)

@@ -253,7 +253,7 @@ def differentiate(
     start = carry = Carry(theta, update.at(first_groups).complete_state(), state, teacher_state)
     buffers = [b for network in (student, teacher) if network is not None for b in network.buffers()]
     size = update.state_bytes() + sum(t.nbytes for t in (*theta.values(), *buffers))
-    how, on = getattr(mode, "keep", None) or getattr(mode, "keep_every", None), getattr(mode, "keep_on", None)
+    how, on = getattr(mode, "keep", None) or getattr(mode, "keep_every", None), mode.keep_on
     chosen, folder = keeping(steps, size, device, how, on), folder_of(on)
     # The first step that moves: a schedule may begin with a rate of 0.
     moves = next((k for k, groups in enumerate(options) if any(now["lr"] != 0 for now in groups)), 0)

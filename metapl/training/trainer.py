@@ -140,7 +140,9 @@ class BilevelTrainer(Trainer):
         self.feedback_weight, self.feedback_ratio = feedback_weight, feedback_ratio
         self.recompute_teacher, self.generator, self.compile = recompute_teacher, generator, compile
         if self.mode.keep_on not in (None, "cpu"):
-            raise MetaplError(f'keep_on={self.mode.keep_on!r} is for metapl.hypergradient; expected "cpu" or None.')
+            raise MetaplError(
+                f'keep_on={self.mode.keep_on!r} is for hypergradient(compile=True); expected "cpu" or None.'
+            )
         if self.mode.keep_graph and accumulate > 1:
             raise MetaplError(f"accumulate={accumulate} was given with mode 'unrolled'; expected 1, or mode 'forward'.")
         if feedback_ratio is not None and (feedback_weight != 1.0 or not self._has_losses):
