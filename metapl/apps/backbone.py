@@ -155,7 +155,9 @@ class Control:
 
         made = cls(network, make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)))
         images, labels = data.labeled.images, data.labeled.labels
-        some = torch.arange(0, len(images), max(1, -(-len(images) // CONTROL_PICTURES)))
+        even = labels.argsort(stable=True)[:: max(1, -(-len(images) // CONTROL_PICTURES))]
+        first = [int((labels == label).nonzero()[0]) for label in labels.unique()]  # of each class, however rare
+        some = torch.cat([even, torch.tensor(first)]).unique()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             seen = made._seen(EvaluationBatches(images.select(some), labels[some], CONTROL_BATCH))

@@ -50,7 +50,8 @@ def known_by(
     kind = next(student.parameters()).device.type
     groups = [{**group, "params": len(group["params"])} for group in optimizer.param_groups]
     rule = type(optimizer).__name__, str(groups), update.read_state()
-    losses = kind_of(problem), {name: str(value) for name, value in vars(problem).items()}
+    own = vars(problem).items()  # the words of a tensor are rounded
+    losses = kind_of(problem), {name: value if isinstance(value, Tensor) else str(value) for name, value in own}
     how = mode.name, str({**vars(mode), "keep_on": None})
     cast = torch.is_autocast_enabled(kind), str(torch.get_autocast_dtype(kind))
     return int(digest((network(student), network(teacher), rule, losses, how, cast, given)))

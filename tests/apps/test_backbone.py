@@ -23,7 +23,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from metapl.apps import backbone
 from metapl.apps.images import METHODS, Images, Pictures
 from metapl.apps.look import settled
-from metapl.apps.networks import Tuned, begin_as, create, merged
+from metapl.apps.networks import Normalized, Tuned, begin_as, create, merged
 from metapl.apps.report import summary
 from metapl.apps.run import WEIGHTS, EndedRun
 from metapl.apps.settings import Fitting
@@ -112,6 +112,32 @@ def tuned(tuning: Any, name: str = "pooled_cnn", **options: Any) -> Tuned:
     module = config.architecture(classes=3).create()
     heads = config.architecture(classes=3).heads(module)
     return Tuned(module, (0.5,) * 3, (0.5,) * 3, heads=heads, tuning=tuning, rank=4)
+
+
+def test_what_the_head_sees_is_known_by_pictures_weights_and_autocast() -> None:
+    """A pass on kept features is that of a network that keeps none."""
+    network, other = tuned("head"), tuned("head")
+    images = torch.rand(4, 3, SIDE, SIDE)
+    first = network(images)
+    for change in (
+        lambda: images.mul_(0.5),
+        lambda: setattr(images, "data", torch.rand_like(images)),
+        lambda: network.load_state_dict(other.state_dict()),
+        lambda: network.requires_grad_(True),
+    ):
+        change()
+        assert torch.equal(network(images), Normalized.forward(network, images))
+        assert not torch.equal(network(images), first)
+    network = tuned("head")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network(images).dtype == torch.bfloat16
+    with torch.inference_mode():
+        network(images)
+    network(images).sum().backward()
+    params = {name: torch.stack([p, 2 * p]) for name, p in network.named_parameters()}
+    found = torch.vmap(lambda own: torch.func.functional_call(network, own, (images,)))(params)
+    assert torch.equal(network(images), Normalized.forward(network, images))
+    torch.testing.assert_close(found[0], network(images))
 
 
 @pytest.mark.parametrize("tuning", ["head", "lora"])

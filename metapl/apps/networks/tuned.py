@@ -56,7 +56,8 @@ def add_low_rank(module: nn.Module, rank: int, *, but: str) -> None:
 class Tuned(Normalized):
     """A pretrained network behind the normalization of its input; see :class:`Normalized`, whose names it has.
 
-    What is frozen runs as in evaluation: no running statistics move, and nothing is dropped.
+    What is frozen runs as in evaluation: no running statistics move, and nothing is dropped. The change of low rank of
+    a layer whose weight its parent reads, as some attention does, is not used.
 
     Args:
         heads: the names of its layers that turn features into classes.
@@ -99,12 +100,25 @@ class Tuned(Normalized):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.tuning != "head" or images.requires_grad:
+        head, kind = self.module.get_submodule(self.head), images.device.type
+        frozen = [p for name, p in self.module.named_parameters() if not name.startswith(f"{self.head}.")]
+        # A wrapper of vmap, or an inference tensor, is of no use later.
+        passing = torch._C._functorch.peek_interpreter_stack() is not None or torch.is_inference_mode_enabled()
+        trained = images.requires_grad or images.is_inference() or any(t.requires_grad for t in frozen)
+        if self.tuning != "head" or passing or trained:
             return super().forward(images)
-        features = self.seen.get(images)
-        if features is None:
-            features = self.seen[images] = self.features(images)
-        logits: Tensor = self.module.get_submodule(self.head)(features)
+        # What the features depend on: these pictures, autocast, and these weights, or copies of them in a replay.
+        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        now = images.data_ptr(), images._version, cast
+        then, weights, features = self.seen.get(images, (None, (), None))
+        same = then == now and all(
+            p._version == version and (p is q or torch.equal(p, q))
+            for (p, version), q in zip(weights, frozen, strict=True)
+        )
+        if not same:
+            features = self.features(images)
+            self.seen[images] = now, [(p, p._version) for p in frozen], features
+        logits: Tensor = head(features)
         return logits
 
     @torch.no_grad()
