@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from metapl.apps import backbone
 from metapl.apps.images import METHODS, Images, Pictures
 from metapl.apps.look import settled
 from metapl.apps.networks import Normalized, Tuned, begin_as, create, merged
+from metapl.apps.pictures import MemoryImages
 from metapl.apps.report import summary
 from metapl.apps.run import WEIGHTS, EndedRun
 from metapl.apps.settings import Fitting
@@ -325,3 +327,13 @@ def test_a_run_that_is_behind_its_control_says_so(control: float, behind: bool) 
     lines = " ".join(summary(content | {"control_accuracy": control, "control_of": "pixels"}))
     assert f"{100 * control:.1f}" in lines
     assert ("behind" in lines) == behind
+
+
+def test_the_control_has_a_picture_of_each_class_however_rare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbone, "CONTROL_PICTURES", 4)
+    labels = torch.arange(40) % 2
+    labels[7] = 2
+    images = MemoryImages(torch.randint(0, 256, (40, 3, SIDE, SIDE), dtype=torch.uint8))
+    data: Any = SimpleNamespace(labeled=SimpleNamespace(images=images, labels=labels))
+    control = backbone.Control.of(tuned("head"), data)
+    assert [*control.regression.classes_] == [0, 1, 2]

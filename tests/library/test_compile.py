@@ -13,10 +13,10 @@ import torch
 import torchopt
 from kinds import KINDS, C, Own
 from problems_zoo import everything, noisy_teacher, same, toy
+from test_attribution import Named
 from test_functional import FEATURES, MODES, OPTIMIZERS, batches, build, but_for_bfloat16, error, fits
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import metapl
@@ -24,7 +24,6 @@ from metapl import MetaplError
 from metapl.execution.kernels import no_fast_path
 from metapl.feedback import Reinforce
 from metapl.functional import compiled
-from metapl.problems import EqualWeights
 from metapl.training.verify import VerificationWarning
 
 
@@ -298,20 +297,8 @@ def test_kinds_of_students_compiled(kind: str) -> None:
     assert torch._C._autograd._saved_tensors_hooks_is_enabled()  # checkpoints go on
 
 
-class Named(EqualWeights):
-    """Whose outer batch, once it is read, cannot be read again."""
-
-    def outer_batch(self, batch: Any) -> Any:
-        return {"x": batch[0], "y": batch[1]}
-
-    def outer_input(self, batch: Any) -> Any:
-        return batch["x"]
-
-    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        return F.cross_entropy(outputs, batch["y"])
-
-
 def test_an_outer_batch_is_read_once_on_both_roads() -> None:
+    """Of a problem that makes a dict of it, which it cannot read again."""
     labeled, unlabeled = ((torch.randn(n, 4), torch.arange(n) % 3) for n in (5, 6))
     ends = []
     for on in (False, True):

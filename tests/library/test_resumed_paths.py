@@ -17,8 +17,10 @@ from torch import Tensor, nn
 import metapl
 from metapl import Lookahead, MetaplError
 from metapl.feedback import Forward
+from metapl.feedback.resuming import known_by
 from metapl.problems import EqualWeights, ExampleWeights, Table
 from metapl.runs import atomic
+from metapl.updates import update_of
 
 STEPS = 30
 Call = Callable[[str | None, Callable[[], None]], dict[str, Any]]
@@ -190,3 +192,15 @@ def test_a_full_disk_leaves_what_was_kept(monkeypatch: pytest.MonkeyPatch, tmp_p
     found = gradient(str(tmp_path), lambda: next(reads))  # type: ignore[arg-type, return-value]
     assert same(found, gradient(None, lambda: next(whole)))  # type: ignore[arg-type, return-value]
     assert next(reads) < next(whole)
+
+
+def test_a_path_is_known_by_the_whole_tensors_of_its_problem() -> None:
+    """Of two that read alike in four digits too."""
+    student, numbers = network(), set()
+    rule = torch.optim.SGD(student.parameters(), lr=0.1)
+    update = update_of(rule, dict(student.named_parameters()))
+    for weight in (1.00001, 1.00003):
+        problem = EqualWeights()
+        object.__setattr__(problem, "weights", torch.tensor([weight]))
+        numbers.add(known_by(student, nn.Module(), problem, Forward(), update, rule, []))
+    assert len(numbers) == 2

@@ -100,12 +100,13 @@ class Tuned(Normalized):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
+        # What a wrapper of vmap or an inference tensor has seen is of no use later.
+        passing = torch._C._functorch.peek_interpreter_stack() is not None or torch.is_inference_mode_enabled()
+        if self.tuning != "head" or passing or images.requires_grad or images.is_inference():
+            return super().forward(images)
         head, kind = self.module.get_submodule(self.head), images.device.type
         frozen = [p for name, p in self.module.named_parameters() if not name.startswith(f"{self.head}.")]
-        # A wrapper of vmap, or an inference tensor, is of no use later.
-        passing = torch._C._functorch.peek_interpreter_stack() is not None or torch.is_inference_mode_enabled()
-        trained = images.requires_grad or images.is_inference() or any(t.requires_grad for t in frozen)
-        if self.tuning != "head" or passing or trained:
+        if any(p.requires_grad for p in frozen):
             return super().forward(images)
         # What the features depend on: these pictures, autocast, and these weights, or copies of them in a replay.
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
