@@ -8,16 +8,14 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.execution import checks
 from metapl.execution.batch import digest, length, micro_batches
-from metapl.execution.layout import Layout
 from metapl.execution.local import NOTHING, LocalStudent, Pass, WeightedLoss, as_leaves, mean_of
 from metapl.execution.numerics import Tree, mean_tree
 from metapl.execution.rng import RandomState, replayed
-from metapl.execution.sharded import student_of
 from metapl.execution.state import replay
 from metapl.feedback.credit import Credited, credited
 from metapl.feedback.inner_step import InnerLoss, InnerStep, SignalInput
@@ -238,7 +236,7 @@ class Path:
 
 
 def take_steps(
-    student: nn.Module | Layout | LocalStudent,
+    student: LocalStudent,
     update: Update,
     problem: Problem,
     labeled: Any,  # the outer batch
@@ -255,7 +253,6 @@ def take_steps(
 ) -> Path:
     """The student's steps on the inner batches: Algorithm 1, lines 2 and 3. Buffers and generators advance as in
     training; the weights do not move."""
-    student = student if isinstance(student, LocalStudent) else student_of(student, double_backward=keep_graph)
     local, ranks, several, rereads = student, student.ranks, len(batches) > 1, isinstance(batches, Lookahead)
     path = Path(problem, local, update, micro_batches(labeled, parts, "labeled"), batches, wrt=wrt)
     if not ranks.alone:

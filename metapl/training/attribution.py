@@ -214,7 +214,7 @@ def attribute(
     mode, device = mode or Forward(), next(student.parameters()).device
     start = generators_at_start(mode.keep_on) or RandomState.now(device)
     training = _Training(arguments, start)
-    problem, whole, order, ranks = training.problem, training.whole, training.order, training.layout.ranks
+    problem, one, order, ranks = training.problem, training.optimizer, training.order, training.layout.ranks
     if folder_of(mode.keep_on) and (each or not compile):
         raise MetaplError(f"keep_on={mode.keep_on!r} is a folder; expected compile=True and each=False with it.")
     if steps >= 100 and training.begun is not None:  # a sharded student's training cannot be repeated
@@ -229,7 +229,7 @@ def attribute(
     # This rank's rows of them.
     ahead = Lookahead(lambda number: training.data[ranks.own_rows(order[number])], steps=steps, schedule=schedule)
     outer_batch = pytree.tree_map_only(Tensor, ranks.own_rows, training.outer_batch)
-    judging = [_of_example(problem, number, ranks) for number in range(training.judges)] if each else [problem]
+    judging = [_of_example(problem, number, ranks) for number in range(training.judged)] if each else [problem]
     given: dict[str, Any] = {"clip_norm": clip_norm, "progress": progress}
     scores, losses = list[Tensor](), list[Tensor]()  # of each outer loss
     at_once = len(judging) if compile else 1
@@ -242,10 +242,10 @@ def attribute(
         own = judging[begin : begin + at_once]
         if compile:
             judged_by: dict[str, Any] = {"judging": own} if each else {}
-            graphs = differentiate(None, student, problem, whole, mode, outer_batch, ahead, **judged_by, **given)
+            graphs = differentiate(None, student, problem, one, mode, outer_batch, ahead, **judged_by, **given)
             feedback, L, theta, kept = graphs.feedback, graphs.outer_loss, graphs.params, graphs.keeping.words(steps)
         else:
-            given |= {"outer": outer_batch, "inner": ahead, "mode": mode, "inner_optimizer": whole}
+            given |= {"outer": outer_batch, "inner": ahead, "mode": mode, "inner_optimizer": one}
             eager = hypergradient(None, student, problem=own[0], **given)
             feedback, L, theta, kept = eager.feedback, eager.outer_loss, eager.student_params, eager.kept
         parts = feedback[0].shape[2 if compile and each else 1 :]  # h is (B, ...), or (M, B, ...)
@@ -334,7 +334,7 @@ class _Training:
         first = next(student.parameters())
         _, self.layout, _ = layouts(None, student)
         self.data, judged = (_Rows(given[name], name, first) for name in ("train", "outer"))
-        problem, self.whole = given["problem"] or EQUAL_WEIGHTS, as_one(given["optimizer"], "optimizer")
+        problem, self.optimizer = given["problem"] or EQUAL_WEIGHTS, as_one(given["optimizer"], "optimizer")
         # A score is a derivative in weights that are 1.
         if not isinstance(problem, EqualWeights) or type(problem).signal is not EqualWeights.signal:
             raise MetaplError(f"problem is {type(problem).__name__}; expected an EqualWeights with its signal.")
@@ -343,17 +343,17 @@ class _Training:
         draw, rows = given["generator"] or torch.Generator().manual_seed(0), len(self.data)
         passes = [torch.randperm(rows, generator=draw) for _ in range(-(-steps * batch_size // rows))]
         self.order = torch.cat(passes)[: steps * batch_size].view(steps, batch_size)
-        self.judges, self.outer_batch = len(judged), judged[torch.arange(len(judged))]
-        for what, count in {"batch_size": batch_size, "the number of outer examples": self.judges}.items():
+        self.judged, self.outer_batch = len(judged), judged[torch.arange(len(judged))]
+        for what, count in {"batch_size": batch_size, "the number of outer examples": self.judged}.items():
             if count % (shares := self.layout.ranks.size):
                 raise MetaplError(f"{what} is {count}; expected a multiple of {shares}, the ranks that share a batch.")
         # What a hook or a forward has left in a module, such as a weight that weight_norm made, may have a graph.
         left = [t for part in student.modules() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf]
         self.begun: Any = None  # a sharded network cannot be copied
         if not self.layout.is_sharded:
-            self.begun = copy.deepcopy((self.layout.network, self.whole), {id(t): t.detach() for t in left})
+            self.begun = copy.deepcopy((self.layout.network, self.optimizer), {id(t): t.detach() for t in left})
         self.start = start or RandomState.now(first.device)
-        self.options: Sequence[Any] = [[]] * steps if schedule is None else options_by_step(self.whole, schedule, steps)
+        self.options: Any = [[]] * steps if schedule is None else options_by_step(self.optimizer, schedule, steps)
         kind = first.device.type  # in the precision of the scores, wherever it is called
         cast = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         self.autocast = partial(torch.autocast, kind, *cast)

@@ -69,7 +69,7 @@ class GradientCheck:
     def __str__(self) -> str:
         return "\n".join([f"{self.status}: {self.verdict}", *(f"  {k:<56} {e:.1e}" for k, e in self.errors.items())])
 
-    def taken(self, setting: Setting) -> None:
+    def refuse_or_warn(self, setting: Setting) -> None:
         """Refuse, or warn of, a gradient that is not right."""
         if self.status == "refused" and setting != "warn":
             raise MetaplError(f"{self.verdict} verify='warn' goes on, with a warning.")
@@ -166,7 +166,7 @@ class Verification:
         else:
             found = check_gradient(trainer, labeled=labeled, unlabeled=unlabeled)
             self.verdict = f"{found.status}: {found.verdict}"
-            found.taken(self.setting)
+            found.refuse_or_warn(self.setting)
         self.known.add(mark)
 
     def state_dict(self) -> dict[str, str]:

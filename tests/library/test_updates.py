@@ -13,6 +13,7 @@ from problems_zoo import OPTIMISERS, product, toy, values, warm
 from reference import error
 
 import metapl
+from metapl.execution.local import LocalStudent
 from metapl.execution.state import trainable
 from metapl.feedback.path import take_steps
 from metapl.updates import Clipped, Update, update_of
@@ -206,16 +207,16 @@ def test_an_adjoint_in_closed_form_is_autograds(kind: Any, options: dict[str, An
     assert all(error(found.state[i], t) < 1e-13 for i, t in moments.items())
 
 
-def reached(problem: Any, update: Any, **options: Any) -> Any:
+def reached(problem: Any, update: Any, keep_graph: bool = False) -> Any:
     """The step of a student on soft labels."""
     (step,) = take_steps(
-        problem.student,
+        LocalStudent(problem.student, double_backward=keep_graph),
         update,
         metapl.PseudoLabels(kind="soft"),
         labeled=problem.labeled,
         batches=[problem.unlabeled],
         teach=lambda x, z: metapl.Signal(problem.teacher(x).softmax(-1)),
-        **options,
+        keep_graph=keep_graph,
     ).steps
     return step
 
