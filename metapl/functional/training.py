@@ -15,7 +15,7 @@ Source: Metagradient descent (Engstrom et al., 2025), REPLAY; MAGIC (Ilyas and E
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -45,7 +45,7 @@ from metapl.functional.network import Function, tensors_of
 from metapl.functional.state import dot, held, norm, on_value, settings_of
 from metapl.problems.base import Problem, Signal, enters_input, has_own, sum_and_weight
 from metapl.runs.progress import counted
-from metapl.updates import Clipped, Update, options_of, parts_of, update_of
+from metapl.updates import Clipped, Options, Update, options_of, parts_of, update_of
 
 vjp: Any = torch.func.vjp
 grad_and_value, vmap = torch.func.grad_and_value, torch.func.vmap
@@ -211,6 +211,115 @@ class Gradient(NamedTuple):
     keeping: Keeping
 
 
+class Walk:
+    """The steps of a training, and the way back: which states are kept, and what was seen of each step."""
+
+    def __init__(
+        self,
+        made: Compiled,
+        phi: Tree,
+        start: Carry,
+        ahead: Lookahead,
+        rates: Sequence[Settings],  # of each step, or of all of them
+        chosen: Keeping,
+        compare: Callable[[Any], None],  # of each batch, whose kind may be new
+        device: torch.device,
+    ) -> None:
+        self.made, self.phi, self.start, self.ahead, self.rates = made, phi, start, ahead, rates
+        self.chosen, self.compare, self.device = chosen, compare, device
+        self.spacings = *chosen.spacings, 1
+        self.in_folder = folder_of(chosen.on) is not None
+        self.states, self.block = States(chosen.on), States(None if self.in_folder else chosen.on)  # of the finest
+        self.digests, self.losses, self.kinds = dict[int, Tensor](), list[Tensor](), dict[int, Any]()  # of each step
+        self.zeros: dict[Any, Tree] = {}  # in the shapes of a signal, by those of its batch
+        self.value: Any = None  # of the last signal
+        self.tell: Callable[[int], None] = lambda number: None
+
+    def batch(self, number: int) -> Any:
+        """A batch; one that a function returns is refused where it is not the same when it is read again."""
+        if not self.in_folder and not callable(self.ahead.batches):
+            return self.ahead[number]
+        with replayed(RandomState.now(self.device)):  # a function may seed the default generator
+            batch = self.ahead[number]
+        if bool(self.digests.setdefault(number, found := digest(batch)) != found):
+            raise MetaplError(OTHER_BATCH.format(number))
+        return batch
+
+    def step(self, number: int, carry: Carry) -> tuple[Carry, Tensor]:
+        batch = self.batch(number)
+        self.compare(batch)
+        after, loss, signal = self.made.step(self.phi, carry, batch, self.rates[number % len(self.rates)])
+        self.value, shapes = signal["value"], shapes_of(batch)
+        self.kinds[number] = shapes
+        if shapes not in self.zeros:
+            if "log_prob" in signal:
+                raise MetaplError("compile=True was given with a signal that is drawn; leave compile out.")
+            self.zeros[shapes] = {n: torch.zeros_like(t) for n, t in Signal(**signal).differentiable().items()}
+        return after, loss
+
+    def adjoint(self, number: int, carry: Carry, bars: Cotangents) -> tuple[Cotangents, Any, Any]:
+        """The cotangents before a step, the feedback on its signal, and dL/dη of it."""
+        batch = self.batch(number)
+        now = self.phi, carry, batch, self.rates[number % len(self.rates)], bars, self.zeros[shapes_of(batch)]
+        bars, of_signal, of_rates, size = self.made.adjoint(*now)
+        checks.refuse_not_finite(size, NOT_FINITE.format(number))
+        return bars, on_value({name: -t for name, t in of_signal.items()}, self.value), of_rates
+
+    def forward(self, begin: int, end: int, carry: Carry, spacing: int, again: bool = False) -> Carry:
+        """The carry after some steps, of which every ``spacing``-th is kept; ``again``: it is not needed at the end."""
+        for number in range(begin, end):
+            if number % spacing == 0:
+                self.keep(number, carry, again and spacing == 1, again)
+            if not again or number < end - 1:
+                carry, loss = self.step(number, carry)
+            if not again:
+                self.losses.append(loss)
+                checks.refuse_not_finite(loss, LOSS_NOT_FINITE.format(number))
+                self.tell(number)
+        return carry
+
+    def backward(self, begin: int, end: int, first: int, spacing: int, *finer: int) -> Iterator[tuple[int, Carry]]:
+        """The steps from the last to the ``first``, with their carries, each under the draws that it had: a block
+        between kept ones is walked again."""
+        for begun_at in reversed(range(begin, end, spacing)):
+            stop = min(begun_at + spacing, end)
+            if stop <= first:
+                return
+            carry = self.taken(begun_at, in_block=not finer and bool(self.chosen.spacings))
+            if spacing == 1:
+                yield begun_at, carry
+                continue
+            self.forward(begun_at, stop, carry, finer[0], again=True)
+            yield from self.backward(begun_at, stop, first, *finer)
+
+    def keep(self, number: int, carry: Carry, in_block: bool = False, again: bool = False) -> None:
+        """Keep the state before a step; in a folder with what is known of the steps before it, to go on there."""
+        where = self.block if in_block else self.states
+        pairs = zip(carry[2:], self.start[2:], strict=True)  # what has not moved, such as frozen weights, is held once
+        moved = [{n: t for n, t in now.items() if not torch.equal(t, before[n])} for now, before in pairs]
+        where.keep(number, [carry.params, carry.optimizer, *moved, RandomState.now(self.device).values()])
+        if isinstance(where, Folder) and number > where.done and not again:
+            taken = range(where.done, number)
+            known = {"losses": [self.losses[k] for k in taken], "digests": [self.digests[k] for k in taken]}
+            known |= {"kinds": [self.kinds[k] for k in taken]}
+            where.came_to(number, **known, zeros=self.zeros, value=self.value)
+
+    def taken(self, number: int, in_block: bool = False) -> Carry:
+        """The state before a step, which is no longer kept, with the generators as they were then."""
+        params, state, *moved, random = (self.block if in_block else self.states).take(number)
+        RandomState(self.device, **random).restore()
+        return Carry(params, state, *(was | now for was, now in zip(self.start[2:], moved, strict=True)))
+
+    def go_on(self, folder: Folder) -> None:
+        """Take over what a killed process has left."""
+        self.states = folder
+        for known in folder.known():
+            self.digests |= enumerate(known["digests"], len(self.digests))
+            self.kinds |= enumerate(known["kinds"], len(self.kinds))
+            self.losses += known["losses"]
+            self.zeros, self.value = known["zeros"], known["value"]
+
+
 def differentiate(
     teacher: nn.Module | None,
     student: nn.Module,
@@ -234,17 +343,7 @@ def differentiate(
     made = compiled_training(teacher, student, problem, optimizer, clip_norm, bool(wrt), bool(judging))
     options = ahead.options(optimizer) or [options_of(optimizer)] * steps
     update, first = made.update, steps - (getattr(mode, "truncate", None) or steps)
-    # A number that is 0 in all steps leaves a part of the rule out, and a momentum of 0 leaves the buffer as it is.
-    names = [
-        {n for n in update.numbers if n in groups[0] and (n in wrt or any(now[n] != 0 for now in groups))}
-        for groups in zip(*options, strict=True)
-    ]
-
-    def values(own: set[str], now: dict[str, Any]) -> dict[str, Any]:
-        return {n: now[n] for n in own if n in wrt or n != "momentum" or now[n] != 0}
-
-    scheduled = options if ahead.schedule else options[:1]
-    rates = [settings_of([*map(values, names, groups)], device) for groups in scheduled]
+    rates = rates_of(update, options if ahead.schedule else options[:1], options, wrt, device)
     (theta, state), (phi, teacher_state) = tensors_of(student), tensors_of(teacher)
     # A first step with dampening is not the one from a buffer of zeros, nor is its derivative in the dampening.
     by_group = [*zip(*options, strict=True)]
@@ -257,129 +356,23 @@ def differentiate(
     chosen, folder = keeping(steps, size, device, how, on), folder_of(on)
     # The first step that moves: a schedule may begin with a rate of 0.
     moves = next((k for k, groups in enumerate(options) if any(now["lr"] != 0 for now in groups)), 0)
-
-    def compare(batch: Any) -> None:
-        """Refuse graphs whose gradient through one step on such a batch is not that of the eager road."""
-        if (kind := shapes_of(batch)) in made.compared:
-            return
-        empty = dict.fromkeys(update.numbers, 0.0) | {"betas": (0.0, 0.0)}
-        row = {n: [now.get(n, empty[n]) for now in options[moves]] for n in update.numbers}
-        # With all of the decay that there will be, which moves what no loss reaches.
-        row["weight_decay"] = [max(now["weight_decay"] for now in groups) for groups in by_group]
-        schedule = {n: torch.tensor([own], dtype=torch.float64) for n, own in row.items()}
-        one, begun = Lookahead([batch], schedule=ahead.schedule and schedule), RandomState.now(device)
-        made.compared[kind] = None  # the step that is compared is none to compare
-        try:
-            given: Any = {"clip_norm": clip_norm, "judging": judging, "wrt": wrt}
-            ours = differentiate(teacher, student, problem, optimizer, Forward(), outer, one, **given)
-            after = RandomState.now(device)
-            begun.restore()
-            how: Any = {"labeled": outer, "unlabeled": one, "problem": [*judging, problem][0], "clip_norm": clip_norm}
-            with branching_to(after.branch()):
-                eager = hypergradient(teacher, student, inner_optimizer=optimizer, **how)
-            moved = {n: t - theta[n] for n, t in eager.student_params.items()}
-            least, eps = 1e3 * float(norm(moved)), torch.finfo(eager.inner_loss.dtype).eps
-            rounding = {n: eps * (least + 8 * float(t.norm())) for n, t in theta.items()}  # as of a bias before a norm
-            still = frozenset(n for n, t in moved.items() if float(t.norm()) <= rounding[n])
-            for name in (n for n in still if float((ours.params[n] - theta[n]).norm()) > rounding[n]):
-                raise MetaplError(f"no loss reaches the student's {name}; expected requires_grad=False.")
-            for other in (own for own in made.compared.values() if own is not None and own != still):
-                names = few(sorted(other ^ still), 3)
-                raise MetaplError(f"no loss of some batches reaches {names}; leave compile out.")
-            h, L = ours.feedback[0], ours.outer_loss
-            if L.ndim:  # of several outer losses, by the first
-                h, L = pytree.tree_map(lambda t: t[0], (h, L))
-            pairs = {"h": (h, eager.feedback[0]), "the outer loss": (L, eager.outer_loss)}
-            for name, pair in (pairs | {"the teacher's gradient": (ours.teacher, eager.grads)}).items():
-                found, expected = (dict(enumerate(pytree.tree_leaves(tree))) for tree in pair)
-                refuse_gap(name, found, expected, eager.inner_loss, rounding=name == "h")
-        except BaseException:
-            del made.compared[kind]
-            raise
-        finally:
-            begun.restore()
-        made.compared[kind] = still
-
-    compare(ahead[moves])
-    states, block = States(chosen.on), States(chosen.on if folder is None else None)  # block: all steps of the finest
-    digests, losses = dict[int, Tensor](), list[Tensor]()
-    zeros, kinds = dict[Any, Tree](), dict[int, Any]()  # in the shapes of a signal, by those of the batch; of each step
-    value: Any = None  # of the last signal
-
-    def batch_of(number: int) -> Any:
-        """A batch; one that a function returns is refused where it is not the same when it is read again."""
-        if folder is None and not callable(ahead.batches):
-            return ahead[number]
-        with replayed(RandomState.now(device)):  # a function may seed the default generator
-            batch = ahead[number]
-        if bool(digests.setdefault(number, found := digest(batch)) != found):
-            raise MetaplError(OTHER_BATCH.format(number))
-        return batch
-
-    def stepped(number: int, carry: Carry) -> tuple[Carry, Tensor]:
-        nonlocal value
-        batch = batch_of(number)
-        compare(batch)
-        after, loss, signal = made.step(phi, carry, batch, rates[number % len(rates)])
-        value, shapes = signal["value"], shapes_of(batch)
-        kinds[number] = shapes
-        if shapes not in zeros:
-            if "log_prob" in signal:
-                raise MetaplError("compile=True was given with a signal that is drawn; leave compile out.")
-            zeros[shapes] = {n: torch.zeros_like(t) for n, t in Signal(**signal).differentiable().items()}
-        return after, loss
-
-    def walked(begin: int, end: int, carry: Carry, spacing: int, again: bool = False) -> Carry:
-        """The carry after some steps, of which every ``spacing``-th is kept; ``again``: it is not needed at the end."""
-        for number in range(begin, end):
-            if number % spacing == 0:
-                keep(number, carry, block if again and spacing == 1 else states, again)
-            if not again or number < end - 1:
-                carry, loss = stepped(number, carry)
-            if not again:
-                losses.append(loss)
-                checks.refuse_not_finite(loss, LOSS_NOT_FINITE.format(number))
-                tell(number)
-        return carry
-
-    def keep(number: int, carry: Carry, where: States, again: bool = False) -> None:
-        """Keep the state before a step; in a folder with what is known of the steps before it, to go on there."""
-        pairs = zip(carry[2:], start[2:], strict=True)  # what has not moved, such as frozen weights, is held once
-        moved = [{n: t for n, t in now.items() if not torch.equal(t, before[n])} for now, before in pairs]
-        where.keep(number, [carry.params, carry.optimizer, *moved, RandomState.now(device).values()])
-        if isinstance(where, Folder) and number > where.done and not again:
-            taken = range(where.done, number)
-            known = {"losses": [losses[k] for k in taken], "digests": [digests[k] for k in taken]}
-            known |= {"kinds": [kinds[k] for k in taken]}
-            where.came_to(number, **known, zeros=zeros, value=value)
-
-    def taken_from(where: States, number: int) -> tuple[Carry, RandomState]:
-        params, state, *moved, random = where.take(number)
-        networks = [before | now for before, now in zip(start[2:], moved, strict=True)]
-        return Carry(params, state, *networks), RandomState(device, **random)
-
-    def backwards(begin: int, end: int, spacing: int, *finer: int) -> Iterator[tuple[int, Carry, RandomState]]:
-        """The steps from the last to the first, with their carries: each block between kept ones is walked again."""
-        for begun_at in reversed(range(begin, end, spacing)):
-            stop = min(begun_at + spacing, end)
-            if stop <= first:
-                return
-            held, random = taken_from(states if finer or not chosen.spacings else block, begun_at)
-            if spacing == 1:
-                yield begun_at, held, random
-                continue
-            random.restore()
-            walked(begun_at, stop, held, finer[0], again=True)
-            yield from backwards(begun_at, stop, *finer)
+    own: dict[str, Any] = {"clip_norm": clip_norm, "judging": judging, "wrt": wrt}
+    graphs = partial(differentiate, teacher, student, problem, optimizer, Forward(), outer, **own)
+    own = {"labeled": outer, "problem": [*judging, problem][0], "inner_optimizer": optimizer, "clip_norm": clip_norm}
+    eager = partial(hypergradient, teacher, student, **own)
+    schedule = row_of(update, options, moves) if ahead.schedule else None
+    compare = partial(refuse_other, made, theta, graphs, eager, schedule)
+    walk = Walk(made, phi, start, ahead, rates, chosen, compare, device)
 
     def outer_losses(theta: Tree) -> Tensor:
-        z, _ = student_at.at(theta, carry.state, lambda network: network(problem.outer_input(judged)))
+        z, _ = Function(student).at(theta, carry.state, lambda network: network(problem.outer_input(judged)))
         z = wide(logits(z, "student"))
         found = [sum_and_weight(one.outer_loss(z, judged)) for one in judging or [problem]]
         L = torch.stack([total / weight for total, weight in found])
         return L if judging else L[0]
 
-    begun, spacings, student_at = RandomState.now(device), (*chosen.spacings, 1), Function(student)
+    compare(ahead[moves])
+    begun = RandomState.now(device)
     going_on: Any = nullcontext()
     if folder is not None:
         asked = student, teacher or nn.Module(), problem, mode, update, optimizer
@@ -389,56 +382,116 @@ def differentiate(
     try:
         with torch.no_grad(), no_fast_path(math=True), capturing(), going_on as opened:
             if opened is not None:
-                states, done = opened, opened.done
-                for known in opened.known():
-                    digests |= enumerate(known["digests"], len(digests))
-                    kinds |= enumerate(known["kinds"], len(kinds))
-                    losses += known["losses"]
-                    zeros, value = known["zeros"], known["value"]
+                walk.go_on(opened)
+                done = opened.done
             if done:
-                carry, random = taken_from(states, done)
-                random.restore()
-                batch_of(done - 1)  # of a path that is truncated, no other is read again
+                carry = walk.taken(done)
+                walk.batch(done - 1)  # of a path that is truncated, no other is read again
             else:
-                batch_of(0)  # a function that always returns another batch is refused here, not after the path
-            with counted(progress, steps, "steps", done) as tell:
-                carry = walked(done, steps, carry, spacings[0])
+                walk.batch(0)  # a function that always returns another batch is refused here, not after the path
+            with counted(progress, steps, "steps", done) as walk.tell:
+                carry = walk.forward(done, steps, carry, walk.spacings[0])
             if done < steps and folder is not None:
-                keep(steps, carry, states)
+                walk.keep(steps, carry)
             ended = RandomState.now(device)
-            if states.adjoint is None:
+            if (left := walk.states.adjoint) is None:
                 with replayed(ended.branch()):
                     L, pull = vjp(outer_losses, carry.params)
                     v = vmap(pull)(torch.eye(len(L)).to(L))[0] if judging else pull(torch.ones_like(L))[0]
                 nothing = pytree.tree_map(lambda t: t.new_zeros((*L.shape, *t.shape)), (carry.optimizer, phi))
                 bars = Cotangents(v, *nothing)
             else:
-                end, L, feedback, in_settings = (states.adjoint[n] for n in ("at", "L", "feedback", "in_settings"))
-                bars = Cotangents(*states.adjoint["bars"])
+                end, L, feedback, in_settings = (left[n] for n in ("at", "L", "feedback", "in_settings"))
+                bars = Cotangents(*left["bars"])
             with counted(progress, steps - first, "steps back", steps - end) as tell:
-                for number, held, random in backwards(0, end, *spacings):
+                for number, held in walk.backward(0, end, first, *walk.spacings):
                     if number < first:
                         break
-                    random.restore()
-                    batch = batch_of(number)
-                    now = phi, held, batch, rates[number % len(rates)], bars, zeros[shapes_of(batch)]
-                    bars, h, of_rates, norm_of = made.adjoint(*now)
-                    checks.refuse_not_finite(norm_of, NOT_FINITE.format(number))
-                    feedback.append(on_value({name: -t for name, t in h.items()}, value))
+                    bars, h, of_rates = walk.adjoint(number, held, bars)
+                    feedback.append(h)
                     in_settings.append(of_rates)
                     tell(number)
-                    if isinstance(states, Folder) and number > first and number % chosen.spacings[-1] == 0:
+                    if isinstance(walk.states, Folder) and number > first and number % chosen.spacings[-1] == 0:
                         found = {"feedback": feedback, "in_settings": in_settings, "L": L}
-                        states.came_back_to(number, bars=[*bars], **found)
+                        walk.states.came_back_to(number, bars=[*bars], **found)
     except BaseException:
         begun.restore()
         raise
     ended.restore()
     for number in reversed(range(first)):
-        nothing = {name: t.new_zeros((*L.shape, *t.shape)) for name, t in zeros[kinds[number]].items()}
-        feedback.append(on_value(nothing, value))
-    mean = torch.stack(losses).mean()
+        nothing = {name: t.new_zeros((*L.shape, *t.shape)) for name, t in walk.zeros[walk.kinds[number]].items()}
+        feedback.append(on_value(nothing, walk.value))
+    mean = torch.stack(walk.losses).mean()
     return Gradient(L, feedback[::-1], bars.teacher, bars.params, in_settings[::-1], carry.params, mean, chosen)
+
+
+def rates_of(
+    update: Any, scheduled: Sequence[Options], options: Sequence[Options], wrt: Sequence[str], device: torch.device
+) -> list[Settings]:
+    """The settings that are tensors in the graphs, of each of the ``scheduled`` steps; ``options``: of all."""
+    # A number that is 0 in all steps leaves a part of the rule out, and a momentum of 0 leaves the buffer as it is.
+    names = [
+        {n for n in update.numbers if n in groups[0] and (n in wrt or any(now[n] != 0 for now in groups))}
+        for groups in zip(*options, strict=True)
+    ]
+
+    def values(own: set[str], now: Mapping[str, Any]) -> dict[str, Any]:
+        return {n: now[n] for n in own if n in wrt or n != "momentum" or now[n] != 0}
+
+    return [settings_of([*map(values, names, groups)], device) for groups in scheduled]
+
+
+def row_of(update: Any, options: Sequence[Options], number: int) -> dict[str, Tensor]:
+    """A schedule of one step: that of a number, with all of the decay that there will be, which moves what no loss
+    reaches."""
+    empty = dict.fromkeys(update.numbers, 0.0) | {"betas": (0.0, 0.0)}
+    row = {n: [now.get(n, empty[n]) for now in options[number]] for n in update.numbers}
+    row["weight_decay"] = [max(now["weight_decay"] for now in groups) for groups in zip(*options, strict=True)]
+    return {n: torch.tensor([own], dtype=torch.float64) for n, own in row.items()}
+
+
+def refuse_other(
+    made: Compiled,
+    theta: Tree,
+    graphs: Callable[..., Gradient],  # of a look-ahead
+    eager: Callable[..., Any],
+    schedule: dict[str, Tensor] | None,
+    batch: Any,
+) -> None:
+    """Refuse graphs whose gradient through one step on such a batch is not that of the eager road."""
+    if (kind := shapes_of(batch)) in made.compared:
+        return
+    device = next(iter(theta.values())).device
+    one, begun = Lookahead([batch], schedule=schedule), RandomState.now(device)
+    made.compared[kind] = None  # the step that is compared is none to compare
+    try:
+        ours = graphs(one)
+        after = RandomState.now(device)
+        begun.restore()
+        with branching_to(after.branch()):
+            expected = eager(unlabeled=one)
+        moved = {n: t - theta[n] for n, t in expected.student_params.items()}
+        least, eps = 1e3 * float(norm(moved)), torch.finfo(expected.inner_loss.dtype).eps
+        rounding = {n: eps * (least + 8 * float(t.norm())) for n, t in theta.items()}  # as of a bias before a norm
+        still = frozenset(n for n, t in moved.items() if float(t.norm()) <= rounding[n])
+        for name in (n for n in still if float((ours.params[n] - theta[n]).norm()) > rounding[n]):
+            raise MetaplError(f"no loss reaches the student's {name}; expected requires_grad=False.")
+        for other in (own for own in made.compared.values() if own is not None and own != still):
+            names = few(sorted(other ^ still), 3)
+            raise MetaplError(f"no loss of some batches reaches {names}; leave compile out.")
+        h, L = ours.feedback[0], ours.outer_loss
+        if L.ndim:  # of several outer losses, by the first
+            h, L = pytree.tree_map(lambda t: t[0], (h, L))
+        pairs = {"h": (h, expected.feedback[0]), "the outer loss": (L, expected.outer_loss)}
+        for name, pair in (pairs | {"the teacher's gradient": (ours.teacher, expected.grads)}).items():
+            a, b = (dict(enumerate(pytree.tree_leaves(tree))) for tree in pair)
+            refuse_gap(name, a, b, expected.inner_loss, rounding=name == "h")
+    except BaseException:
+        del made.compared[kind]
+        raise
+    finally:
+        begun.restore()
+    made.compared[kind] = still
 
 
 def shapes_of(batch: Any) -> tuple[Any, ...]:
