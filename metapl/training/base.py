@@ -162,7 +162,8 @@ class Trainer(ABC):
         given, measure = {"labeled": labeled, "unlabeled": unlabeled}, metric_of(metric, mode)
         how, folder = FitOptions(steps=steps, **options), Folder(out) if isinstance(out, str | Path) else out
         say = say or partial(print, file=sys.stderr, flush=True)
-        return loop.fit(self, how, given, batch_size, validation, measure, folder, resume, progress, say, callbacks)
+        data = given, batch_size, validation, measure
+        return loop.Fit(self, how, *data, folder, resume, progress, say, callbacks).run()
 
     def evaluate(self, data: Any, *, classes: list[str] | None = None, metric: Asked | None = None) -> Any:
         """How good the student is on labeled data.

@@ -73,290 +73,339 @@ class FitResult:
         return self.value if self.metric == "accuracy" else None
 
 
-def fit(
-    trainer: Any,
-    options: FitOptions,
-    given: Mapping[str, Any],
-    batch_size: int | None,
-    validation: Any,
-    metric: Metric | None,
-    out: Folder | None,
-    resume: bool | Literal["anyway"],
-    shown: bool,
-    say: Say,
-    callbacks: Sequence[Callback],
-) -> FitResult:
-    """Take the steps of a fit; for the arguments see :meth:`metapl.training.Trainer.fit`."""
-    from metapl.data.feed import feed
-    from metapl.data.steps import in_memory  # needed for fitting only
+class Fit:
+    """A fit as it goes; for what it is given see :meth:`metapl.training.Trainer.fit`."""
 
-    ranks, networks, steps, wait, phase = trainer.ranks, trainer.networks, options.steps, options.wait, options.phase
-    if wait and trainer.teacher is None:
-        raise MetaplError(f"wait={wait} was given, and there is no teacher to train; expected wait=0.")
-    if not ranks.first:  # of several processes, the first shows and writes
-        out, shown, say = None, False, lambda text: None
-    saves, resumes = ranks.any(out is not None), ranks.any(bool(resume))  # perhaps only the first knows of the run
-    if resumes and not saves:
-        raise MetaplError("resume was given without out; expected the folder of the run to go on with.")
-    sources: dict[str, Any] = {
-        name: in_memory(source, name, batch_size, trainer.dtype, stream=i)
-        for i, (name, source) in enumerate(given.items())
-        if source is not None
-    }
-    decay, validation = options.ema_decay, as_tensors(validation, trainer.dtype)
-    averages = {} if decay is None else {role: Average(network, decay) for role, network in networks.items()}
-    metric = metric_for(trainer, validation, metric, options.select)
-    chosen_by = "" if metric is None else f"student_validation_{metric.name}"
-    rates = Rates(trainer, options)
-    stateful: list[Any] = [callback for callback in callbacks if hasattr(callback, "state_dict")]
+    def __init__(
+        self,
+        trainer: Any,
+        options: FitOptions,
+        given: Mapping[str, Any],
+        batch_size: int | None,
+        validation: Any,
+        metric: Metric | None,
+        out: Folder | None,
+        resume: bool | Literal["anyway"],
+        shown: bool,
+        say: Say,
+        callbacks: Sequence[Callback],
+    ) -> None:
+        from metapl.data.steps import in_memory  # needed for fitting only
 
-    ended = False  # by a callback
-    seen: dict[str, float] = {}  # the last values on validation data,
-    examples: int | None = None  # and of how many
-    best: dict[str, Any] = {"value": None, "step": 0, "weights": {}}  # the best student, the latest of equals
-    data: dict[str, Any] = {}  # what is known of the sources
-    faults: list[tuple[int, Fault]] = []  # of steps, on the device until something is read anyway
-    saved: Path | None = None  # the last checkpoint
+        ranks, networks = trainer.ranks, trainer.networks
+        if options.wait and trainer.teacher is None:
+            raise MetaplError(f"wait={options.wait} was given, and there is no teacher to train; expected wait=0.")
+        if not ranks.first:  # of several processes, the first shows and writes
+            out, shown, say = None, False, lambda text: None
+        self.trainer, self.options, self.ranks, self.networks = trainer, options, ranks, networks
+        self.out, self.resume, self.shown, self.say, self.callbacks = out, resume, shown, say, callbacks
+        # Perhaps only the first knows of the run.
+        self.saves, self.resumes = ranks.any(out is not None), ranks.any(bool(resume))
+        if self.resumes and not self.saves:
+            raise MetaplError("resume was given without out; expected the folder of the run to go on with.")
+        self.sources: dict[str, Any] = {
+            name: in_memory(source, name, batch_size, trainer.dtype, stream=i)
+            for i, (name, source) in enumerate(given.items())
+            if source is not None
+        }
+        decay, self.validation = options.ema_decay, as_tensors(validation, trainer.dtype)
+        self.averages = {} if decay is None else {role: Average(network, decay) for role, network in networks.items()}
+        self.metric = metric_for(trainer, self.validation, metric, options.select)
+        self.rates = Rates(trainer, options)
+        self.stateful: list[Any] = [callback for callback in callbacks if hasattr(callback, "state_dict")]
 
-    def new_feed(name: str) -> Feed:
-        last = steps * (trainer.lookahead if name == "unlabeled" else 1)
-        return feed(sources[name], name=name, stop=last, num_workers=options.num_workers, device=trainer.device)
+        self.done, self.ended = 0, False  # steps; and whether a callback has ended it
+        self.seen: dict[str, float] = {}  # the last values on validation data,
+        self.examples: int | None = None  # and of how many
+        self.best: dict[str, Any] = {"value": None, "step": 0, "weights": {}}  # the best student, the latest of equals
+        self.data: dict[str, Any] = {}  # what is known of the sources
+        self.faults: list[tuple[int, Fault]] = []  # of steps, on the device until something is read anyway
+        self.saved: Path | None = None  # the last checkpoint
+        self.feeds: dict[str, Feed] = {}
+        self.checkpoints: Any = None  # of the first process,
+        self.parts: checkpoint_parts.PartsWriter | None = None  # or of all, where networks are sharded over them
+        self.records: Records
 
-    def draw(name: str) -> Any:
-        batch = feeds[name].next()
-        if name not in data:
-            data[name] = about(sources[name], batch)
-        return batch
+    def run(self) -> FitResult:
+        options, ranks = self.options, self.ranks
+        with ExitStack() as ending:
+            self.open(ending)
+            try:
+                self.go_on()
+                stop, stops = ending.enter_context(stop_requests()), False
+                shown = progress(self.shown, name=options.phase, start=self.done, steps=options.steps)
+                bar = ending.enter_context(shown)
+                self.records = Records(self.out, options.phase, self.done, self.say)
+                ending.callback(self.records.close)
+                while self.done < options.steps and not self.ended and not stops:
+                    waits = self.done < options.wait
+                    labeled, unlabeled = self.batches(waits)
+                    report = self.step(labeled, unlabeled, waits)
+                    row = self.record(report, labeled, waits)
+                    if (value := row.get(self.chosen_by)) is not None:
+                        bar.set_postfix_str(f"validation {value:.4g}", refresh=False)
+                    bar.update()
+                    if due := self.ended or options.due(options.save_every, self.done):
+                        self.save()
+                    # Several processes agree on a stop where numbers are read anyway.
+                    stops = (ranks.alone or options.due(options.log_every, self.done)) and ranks.any(bool(stop))
+                    if stops and not due:
+                        self.save()
+                if self.parts is not None:
+                    self.saved = self.parts.finished() or self.saved
+            except MetaplError as error:
+                if self.saved:
+                    raise MetaplError(f"{error} (the last good checkpoint is {self.saved})") from error
+                raise
+        if stops or stop:
+            raise Interrupted(self.done, (*stop, signal.SIGTERM)[0], self.saved)
+        return self.result()
 
-    def kept(role: str) -> AbstractContextManager[Any]:
-        """What is validated and kept: the averaged network in a block, or the network."""
-        return averages[role].held() if role in averages else nullcontext(networks[role])
+    # ------------------------------------------------------------------------------------------------ start, or resume
 
-    def look(step: int) -> dict[str, float]:
-        """Measure the networks after so many steps, and remember the best student."""
-        nonlocal seen, best, examples
-        seen = {}
-        for role in networks:
-            # A teacher that weighs examples, say, has no accuracy.
-            if metric is None or not (trainer.teacher_classifies if role == "teacher" else step > wait):
-                continue
-            # A DataLoader draws from the default generator; looking must not change the training.
-            with kept(role) as network, replayed(RandomState.now(trainer.device)):
-                batches = outer_batches(validation, trainer.read_outer, trainer.device, "validation")
-                of = f"the {role} on validation data after step {step}"
-                found = metric.measured(trainer, network, batches, of)
-                if examples not in (None, found.n):
-                    say(f"note: validation is on {found.n:,} examples, and was on {examples:,}")
-                value, examples = found.value, found.n
-                if role == "student" and options.select and metric.improves(value, best["value"]):
-                    best = {"value": value, "step": step, "weights": weights_of(network)}
-            seen[f"{role}_validation_{metric.name}"] = value
-        return seen
+    def open(self, ending: ExitStack) -> None:
+        """Own the folder and begin the feeds, until ``ending``."""
+        ranks, options = self.ranks, self.options
+        if self.out is not None:
+            ending.enter_context(self.out.held())
+            self.checkpoints = self.out.checkpoints(options.phase, options.keep)
+        with ranks.agreed(waiting=True):
+            if self.checkpoints is not None and self.checkpoints.paths() and not self.resumes:
+                otherwise = "go on with resume=True, or give another out or phase."
+                raise MetaplError(f"{self.checkpoints.folder} holds checkpoints already; {otherwise}")
+        # Where networks are sharded over all processes of the job, each writes its part; elsewhere the first process
+        # has everything, or could not say who else writes.
+        weights = [p for network in self.networks.values() for p in network.parameters()]
+        if self.saves and not ranks.alone and any(map(is_sharded, weights)):
+            place = ranks.gathered(self.checkpoints and str(self.checkpoints.folder.resolve()))[0]
+            if ranks.processes == dist.get_world_size():
+                self.parts = checkpoint_parts.PartsWriter(Path(place), options.keep)
+                ending.callback(self.parts.close)
+        self.feeds = {name: self.new_feed(name) for name in self.sources}
+        for each in self.feeds.values():
+            ending.callback(each.close)
+        ending.callback(self.rates.move, None)
 
-    def refuse_bad(step: int) -> None:
-        """Stop where a step so far went wrong, or the weights after it are not finite."""
-        for number, fault in faults:
-            fault.raise_if_found(f"step {number}: ")
-        faults.clear()
-        weights = [local(p.detach()) for network in networks.values() for p in network.parameters()]
-        if ranks.any(not bool(torch.stack([torch.isfinite(w).all() for w in weights]).all())):
-            raise MetaplError(f"weights were NaN or infinite after step {step}; lower the learning rates.")
+    def new_feed(self, name: str) -> Feed:
+        from metapl.data.feed import feed
 
-    def compared() -> dict[str, str]:
+        options, device = self.options, self.trainer.device
+        last = options.steps * (self.trainer.lookahead if name == "unlabeled" else 1)
+        return feed(self.sources[name], name=name, stop=last, num_workers=options.num_workers, device=device)
+
+    def go_on(self) -> None:
+        """Take over what the newest whole checkpoint has, if the fit is to be resumed and there is one."""
+        ranks, phase, found = self.ranks, self.options.phase, None
+        with ranks.agreed(waiting=True):
+            if self.resumes and self.checkpoints is not None:  # the first process finds it, and all read it
+                found = self.checkpoints.newest(checkpoint_parts.check)
+        path = ranks.gathered(found and found.path)[0]
+        if path is not None:
+            with ranks.agreed(waiting=True):
+                like = None if self.parts is None else layouts(self.trainer, self.averages)
+                self.load(path, (found and found.state) or checkpoint_parts.load(path, like))
+            self.say(f"resumed at step {self.done}{'' if phase == 'fit' else f' of phase {phase}'}")
+        elif self.resumes:
+            self.say(f"no checkpoint of phase {phase} yet: it begins at its first step")
+
+    def load(self, path: Path, state: Any) -> None:
+        """Take over a checkpoint's state; one of a fit that was begun otherwise is refused."""
+        own = own_state(state["ranks"], self.trainer, path, [*self.sources.values()])
+        if state["step"] > self.options.steps:
+            raise MetaplError(f"{path} has done {state['step']} steps; expected steps={state['step']} or more.")
+        for name, source in self.sources.items():
+            with closing(self.new_feed(name)) as once:  # whose draws nobody else sees
+                self.data[name] = about(source, once.next())
+        before, now = own["compared"], self.compared()
+        names = [name for name in before | now if before.get(name) != now.get(name)]
+        if names and self.resume != "anyway":
+            changed = few([f"{name} was {before.get(name)}, now {now.get(name)}" for name in names])
+            raise MetaplError(f"{path} was begun otherwise ({changed}); or give resume='anyway'.")
+        for callback, its in zip(self.stateful, state["callbacks"], strict=False):
+            callback.load_state_dict(its)
+        self.trainer.load_state_dict(state["trainer"] | {"generator": own["generator"]})
+        for role, average in self.averages.items():
+            average.load_state_dict(state["averages"][role])
+        self.done, self.ended, self.seen, self.best = state["step"], state["ended"], state["seen"], state["best"]
+        self.saved = path
+        for name in self.feeds.keys() & own["feeds"].keys():
+            self.feeds[name].restore(own["feeds"][name])
+        set_rng_state(own["rng"])  # last: what comes before may draw
+
+    def compared(self) -> dict[str, str]:
         """What two parts of a fit have in common, by name: sources, options, settings, callbacks with a state."""
+        options, trainer, metric = self.options, self.trainer, self.metric
         # The digests are on their device until here.
-        found = {f"{n}.{key}": int(v) if torch.is_tensor(v) else v for n, of in data.items() for key, v in of.items()}
+        of_data = {f"{name}.{key}": value for name, known in self.data.items() for key, value in known.items()}
+        found = {name: int(value) if torch.is_tensor(value) else value for name, value in of_data.items()}
         found |= {name: value for name, value in vars(options).items() if name not in FREE}
         if options.schedule == "constant" or options.decay_every is not None:
             del found["steps"]  # the rates do not depend on it
         found |= {"trainer": type(trainer).__name__, "dtype": trainer.dtype, **trainer.settings()}
         found |= {"validation metric": metric and (metric.name, metric.better)}
-        found |= {"callbacks": [type(callback).__name__ for callback in stateful]}
-        for name, optimizer in rates.optimizers.items():
-            for i, (group, rate) in enumerate(zip(optimizer.param_groups, rates.base[name], strict=False)):
+        found |= {"callbacks": [type(callback).__name__ for callback in self.stateful]}
+        for name, optimizer in self.rates.optimizers.items():
+            for i, (group, rate) in enumerate(zip(optimizer.param_groups, self.rates.base[name], strict=False)):
                 of = {key: value for key, value in group.items() if key not in OF_SPEED}
                 of |= {"optimizer": type(optimizer).__name__, "lr": float(rate), "parameters": len(group["params"])}
                 found |= {f"{name.removesuffix('_lr')}.{i}.{key}": value for key, value in of.items()}
         # A frozen dataclass shows its fields; other values may show where they are in memory.
         return {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in found.items()}
 
-    def save(step: int) -> None:
-        nonlocal saved
-        if not saves:
+    # ---------------------------------------------------------------------------------------------------------- a step
+
+    def batches(self, waits: bool) -> tuple[Any, Any]:
+        """The labeled batch of a step, and its unlabeled one, a look-ahead, or None."""
+        labeled = self.draw("labeled")
+        if "unlabeled" not in self.feeds:
+            return labeled, None
+        # The student that waits takes no steps to look ahead. Copies, for a source may fill the memory of one batch
+        # with the next.
+        more = range(0 if waits else self.trainer.lookahead - 1)
+        ahead = [pytree.tree_map_only(Tensor, Tensor.clone, plain(self.draw("unlabeled"))) for _ in more]
+        unlabeled = self.draw("unlabeled")
+        return labeled, Lookahead([*ahead, unlabeled]) if ahead else unlabeled
+
+    def draw(self, name: str) -> Any:
+        batch = self.feeds[name].next()
+        if name not in self.data:
+            self.data[name] = about(self.sources[name], batch)
+        return batch
+
+    def step(self, labeled: Any, unlabeled: Any, waits: bool) -> Any:
+        """Take a step, and return its report."""
+        trainer = self.trainer
+        self.rates.move(self.done)
+        if self.options.warm_start and self.done == self.options.wait and trainer.teacher is not None:
+            with self.kept("teacher") as teacher:
+                load_whole(trainer.student, weights_of(teacher))
+            if self.options.ema_decay is not None:
+                self.averages["student"] = Average(trainer.student, self.options.ema_decay)
+        try:
+            report = (trainer.teacher_step if waits else trainer.step)(labeled, unlabeled)
+        except MetaplError as error:
+            self.refuse_bad()  # what went wrong before is the reason
+            raise MetaplError(f"step {self.done + 1}: {error}") from error
+        self.done += 1
+        if report.fault.findings:
+            self.faults.append((self.done, report.fault))
+        for role, average in self.averages.items():
+            if not (waits and role == "student"):
+                average.update()
+        return report
+
+    def refuse_bad(self) -> None:
+        """Stop where a step so far went wrong, or the weights after it are not finite."""
+        for number, fault in self.faults:
+            fault.raise_if_found(f"step {number}: ")
+        self.faults.clear()
+        weights = [local(p.detach()) for network in self.networks.values() for p in network.parameters()]
+        if self.ranks.any(not bool(torch.stack([torch.isfinite(w).all() for w in weights]).all())):
+            raise MetaplError(f"weights were NaN or infinite after step {self.done}; lower the learning rates.")
+
+    def record(self, report: Any, labeled: Any, waits: bool) -> dict[str, float]:
+        """Record what a step showed, if it is due: the row, or nothing."""
+        options, row = self.options, dict[str, float]()
+        logged, validated = (options.due(every, self.done) for every in (options.log_every, options.validate_every))
+        if logged or validated:
+            self.refuse_bad()
+        if logged:
+            row |= report.as_dict() | self.rates.now()
+            if hasattr(report, "signal"):
+                scalars = figures(report, self.trainer.problem, labeled, self.ranks)
+                values = torch.stack([t.double() for t in scalars.values()]).tolist()
+                row |= dict(zip(scalars, values, strict=True))
+        if validated:
+            row |= self.look()
+        if not row:
+            return row
+        row = {"step": self.done} | row
+        try:
+            if reasons := call(self.callbacks, self.done, row, self.trainer):
+                self.ended, reason = True, "; ".join(filter(None, reasons))
+                late = "; the student is untrained: it would have begun later" * waits
+                self.say(f"stopped after step {self.done} by a callback{': ' * bool(reason)}{reason}{late}")
+                row |= {} if validated else self.look()  # as the last step of any fit
+        finally:  # what a callback raises comes out, and the step was done
+            self.records.add(row)
+        return row
+
+    @property
+    def chosen_by(self) -> str:
+        return "" if self.metric is None else f"student_validation_{self.metric.name}"
+
+    def kept(self, role: str) -> AbstractContextManager[Any]:
+        """What is validated and kept: the averaged network in a block, or the network."""
+        return self.averages[role].held() if role in self.averages else nullcontext(self.networks[role])
+
+    def look(self) -> dict[str, float]:
+        """Measure the networks as they are now, and remember the best student."""
+        metric, trainer = self.metric, self.trainer
+        self.seen = {}
+        for role in self.networks:
+            # A teacher that weighs examples, say, has no accuracy.
+            measured = trainer.teacher_classifies if role == "teacher" else self.done > self.options.wait
+            if metric is None or not measured:
+                continue
+            # A DataLoader draws from the default generator; looking must not change the training.
+            with self.kept(role) as network, replayed(RandomState.now(trainer.device)):
+                batches = outer_batches(self.validation, trainer.read_outer, trainer.device, "validation")
+                of = f"the {role} on validation data after step {self.done}"
+                found = metric.measured(trainer, network, batches, of)
+                if self.examples not in (None, found.n):
+                    self.say(f"note: validation is on {found.n:,} examples, and was on {self.examples:,}")
+                value, self.examples = found.value, found.n
+                if role == "student" and self.options.select and metric.improves(value, self.best["value"]):
+                    self.best = {"value": value, "step": self.done, "weights": weights_of(network)}
+            self.seen[f"{role}_validation_{metric.name}"] = value
+        return self.seen
+
+    # ----------------------------------------------------------------------------------------- checkpoints, and the end
+
+    def save(self) -> None:
+        if not self.saves:
             return
-        refuse_bad(step)
+        self.refuse_bad()
         state = {
-            "step": step,
-            "trainer": trainer.live_state(),
-            "averages": {role: average.state_dict() for role, average in averages.items()},
-            "callbacks": [callback.state_dict() for callback in stateful],
-            "ended": ended,
-            "seen": seen,
-            "best": best,
+            "step": self.done,
+            "trainer": self.trainer.live_state(),
+            "averages": {role: average.state_dict() for role, average in self.averages.items()},
+            "callbacks": [callback.state_dict() for callback in self.stateful],
+            "ended": self.ended,
+            "seen": self.seen,
+            "best": self.best,
         }
         own = {  # what differs between processes
             "rng": rng_state(),
             "generator": state["trainer"].get("generator"),
-            "feeds": {name: one.state() for name, one in feeds.items()},
-            "compared": compared(),
+            "feeds": {name: one.state() for name, one in self.feeds.items()},
+            "compared": self.compared(),
         }
-        state["ranks"] = ranks.gathered(own)
-        state = state if ranks.alone or parts is not None else gathered(state)
-        with ranks.agreed(waiting=True):
-            records.flush()
-            if checkpoints is not None and parts is None:
-                saved = checkpoints.write(step, state)
-        if parts is not None:  # written while the training goes on, when the one before is
-            saved = parts.finished() or saved
-            parts.write(step, state)
+        state["ranks"] = self.ranks.gathered(own)
+        state = state if self.ranks.alone or self.parts is not None else gathered(state)
+        with self.ranks.agreed(waiting=True):
+            self.records.flush()
+            if self.checkpoints is not None and self.parts is None:
+                self.saved = self.checkpoints.write(self.done, state)
+        if self.parts is not None:  # written while the training goes on, when the one before is
+            self.saved = self.parts.finished() or self.saved
+            self.parts.write(self.done, state)
 
-    with ExitStack() as ending:
-        if out is not None:
-            ending.enter_context(out.held())
-        checkpoints = None if out is None else out.checkpoints(phase, options.keep)
-        with ranks.agreed(waiting=True):
-            if checkpoints is not None and checkpoints.paths() and not resumes:
-                otherwise = "go on with resume=True, or give another out or phase."
-                raise MetaplError(f"{checkpoints.folder} holds checkpoints already; {otherwise}")
-        # Where networks are sharded over all processes of the job, each writes its part; elsewhere the first process
-        # has everything, or could not say who else writes.
-        parts: checkpoint_parts.PartsWriter | None = None
-        if saves and not ranks.alone and any(is_sharded(p) for one in networks.values() for p in one.parameters()):
-            place = ranks.gathered(checkpoints and str(checkpoints.folder.resolve()))[0]
-            if ranks.processes == dist.get_world_size():
-                parts = checkpoint_parts.PartsWriter(Path(place), options.keep)
-                ending.callback(parts.close)
-        feeds = {name: new_feed(name) for name in sources}
-        for each in feeds.values():
-            ending.callback(each.close)
-        ending.callback(rates.move, None)
-
-        try:
-            # ----------------------------------------------------------------------------------------- start, or resume
-            done, found = 0, None
-            with ranks.agreed(waiting=True):
-                if resumes and checkpoints is not None:  # the first process finds it, and all read it
-                    found = checkpoints.newest(checkpoint_parts.check)
-            path = ranks.gathered(found and found.path)[0]
-            if path is not None:
-                with ranks.agreed(waiting=True):
-                    like = None if parts is None else layouts(trainer, averages)
-                    state = (found and found.state) or checkpoint_parts.load(path, like)
-                    done, own = state["step"], own_state(state["ranks"], trainer, path, [*sources.values()])
-                    if done > steps:
-                        raise MetaplError(f"{path} has done {done} steps; expected steps={done} or more.")
-                    for name, source in sources.items():
-                        with closing(new_feed(name)) as once:  # whose draws nobody else sees
-                            data[name] = about(source, once.next())
-                    before, now = own["compared"], compared()
-                    names = [name for name in before | now if before.get(name) != now.get(name)]
-                    if names and resume != "anyway":
-                        changed = few([f"{name} was {before.get(name)}, now {now.get(name)}" for name in names])
-                        raise MetaplError(f"{path} was begun otherwise ({changed}); or give resume='anyway'.")
-                    for callback, its in zip(stateful, state["callbacks"], strict=False):
-                        callback.load_state_dict(its)
-                    trainer.load_state_dict(state["trainer"] | {"generator": own["generator"]})
-                    for role, average in averages.items():
-                        average.load_state_dict(state["averages"][role])
-                    ended, seen, best, saved = state["ended"], state["seen"], state["best"], path
-                    for name in feeds.keys() & own["feeds"].keys():
-                        feeds[name].restore(own["feeds"][name])
-                    set_rng_state(own["rng"])  # last: what comes before may draw
-                say(f"resumed at step {done}{'' if phase == 'fit' else f' of phase {phase}'}")
-            elif resumes:
-                say(f"no checkpoint of phase {phase} yet: it begins at its first step")
-            stop, stops = ending.enter_context(stop_requests()), False
-            bar = ending.enter_context(progress(shown, name=phase, start=done, steps=steps))
-            records = Records(out, phase, done, say)
-            ending.callback(records.close)
-
-            while done < steps and not ended and not stops:
-                # ------------------------------------------------------------------------------------- draw the batches
-                waits, labeled, unlabeled = done < wait, draw("labeled"), None
-                if "unlabeled" in feeds:
-                    # The student that waits takes no steps to look ahead. Copies, for a source may fill the memory of
-                    # one batch with the next.
-                    more = range(0 if waits else trainer.lookahead - 1)
-                    ahead = [pytree.tree_map_only(Tensor, Tensor.clone, plain(draw("unlabeled"))) for _ in more]
-                    unlabeled = draw("unlabeled")
-                    unlabeled = Lookahead([*ahead, unlabeled]) if ahead else unlabeled
-
-                # ---------------------------------------------------------------------------------------- take the step
-                rates.move(done)
-                if options.warm_start and done == wait and trainer.teacher is not None:
-                    with kept("teacher") as teacher:
-                        load_whole(trainer.student, weights_of(teacher))
-                    if decay is not None:
-                        averages["student"] = Average(trainer.student, decay)
-                try:
-                    report = (trainer.teacher_step if waits else trainer.step)(labeled, unlabeled)
-                except MetaplError as error:
-                    refuse_bad(done)  # what went wrong before is the reason
-                    raise MetaplError(f"step {done + 1}: {error}") from error
-                done += 1
-                if report.fault.findings:
-                    faults.append((done, report.fault))
-                for role, average in averages.items():
-                    if not (waits and role == "student"):
-                        average.update()
-
-                # -------------------------------------------------------------------------------- record what it showed
-                logged, validated = options.due(options.log_every, done), options.due(options.validate_every, done)
-                row: dict[str, float] = {}
-                if logged or validated:
-                    refuse_bad(done)
-                if logged:
-                    row |= report.as_dict() | rates.now()
-                    if hasattr(report, "signal"):
-                        scalars = figures(report, trainer.problem, labeled, ranks)
-                        values = torch.stack([t.double() for t in scalars.values()]).tolist()
-                        row |= dict(zip(scalars, values, strict=True))
-                if validated:
-                    row |= look(done)
-                if row:
-                    row = {"step": done} | row
-                    try:
-                        if reasons := call(callbacks, done, row, trainer):
-                            ended, reason = True, "; ".join(filter(None, reasons))
-                            late = "; the student is untrained: it would have begun later" * waits
-                            say(f"stopped after step {done} by a callback{': ' * bool(reason)}{reason}{late}")
-                            row |= {} if validated else look(done)  # as the last step of any fit
-                    finally:  # what a callback raises comes out, and the step was done
-                        records.add(row)
-                    if chosen_by in row:
-                        bar.set_postfix_str(f"validation {row[chosen_by]:.4g}", refresh=False)
-                bar.update()
-
-                # --------------------------------------------------------------------------------------- save, and stop
-                if due := ended or options.due(options.save_every, done):
-                    save(done)
-                # Several processes agree on a stop where numbers are read anyway.
-                stops = (ranks.alone or logged) and ranks.any(bool(stop))
-                if stops and not due:
-                    save(done)
-            if parts is not None:
-                saved = parts.finished() or saved
-        except MetaplError as error:
-            if saved:
-                raise MetaplError(f"{error} (the last good checkpoint is {saved})") from error
-            raise
-
-    if stops or stop:
-        raise Interrupted(done, (*stop, signal.SIGTERM)[0], saved)
-
-    # ------------------------------------------------------------------------ leave the networks that are kept in place
-    taught = None
-    if trainer.teacher is not None:
-        with kept("teacher") as network:
-            taught = weights_of(network)
-        load_whole(trainer.teacher, taught)
-    if not best["weights"]:
-        with kept("student") as network:
-            best = {"value": seen.get(chosen_by), "step": done, "weights": weights_of(network)}
-    load_whole(trainer.student, best["weights"])
-    # The first of several processes knows the rows of the earlier parts of a fit that was resumed.
-    history = ranks.gathered(records.history)[0]
-    return FitResult(best["value"], best["step"], best["weights"], taught, history, metric.name if metric else None)
+    def result(self) -> FitResult:
+        """Leave the networks that are kept in place."""
+        trainer, best, taught = self.trainer, self.best, None
+        if trainer.teacher is not None:
+            with self.kept("teacher") as network:
+                taught = weights_of(network)
+            load_whole(trainer.teacher, taught)
+        if not best["weights"]:
+            with self.kept("student") as network:
+                best = {"value": self.seen.get(self.chosen_by), "step": self.done, "weights": weights_of(network)}
+        load_whole(trainer.student, best["weights"])
+        # The first of several processes knows the rows of the earlier parts of a fit that was resumed.
+        history = self.ranks.gathered(self.records.history)[0]
+        metric = None if self.metric is None else self.metric.name
+        return FitResult(best["value"], best["step"], best["weights"], taught, history, metric)
 
 
 def about(source: Any, batch: Any) -> dict[str, Any]:
