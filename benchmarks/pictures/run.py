@@ -2,29 +2,25 @@
 
     python -m benchmarks.pictures.run --half seen --methods uda supervised --minutes 1.5
     python -m benchmarks.pictures.run --half unseen --methods ... --minutes 1.5     # once, when all is tuned
-    python -m benchmarks.pictures.tables --half unseen
+    python -m benchmarks.pictures.tables
 
 Each run is ``metapl train images`` with its defaults, or with the settings of ``--set FIELD=VALUE``, on folders that
 the problem wrote: one thread, as many steps as fit into the minutes of processor time by the recipe's own measurement.
-One default is replaced: the precision is bfloat16 unless it is set. A row of the raw
-file is one run, with the machine and the versions it was made with; runs that are there already are not repeated.
+One default is replaced: the precision is bfloat16 unless it is set. A row of the raw file is one run, with the machine
+and the versions it was made with; runs that are there already are not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import json
-import statistics
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from benchmarks.harness import RESULTS, Row, environment, go_on
 from benchmarks.pictures.drawing import Problem
@@ -32,10 +28,9 @@ from benchmarks.pictures.problems import arrays, half, make, named
 from metapl.apps.compare import Job
 from metapl.apps.images import METHODS, Images
 from metapl.apps.look import REHEARSED, settled, steps_within
-from metapl.apps.networks import parameter_groups
 from metapl.apps.pictures import EvaluationBatches
 from metapl.apps.run import EndedRun
-from metapl.apps.settings import Role, flat, replaced
+from metapl.apps.settings import flat, replaced
 from metapl.apps.train import evaluated
 
 
@@ -54,7 +49,7 @@ def run(problem: str | Problem, method: str, seed: int, minutes: float, settings
             config, method_ = settled(*configured(place / "pictures", method, asked), quiet)
         result = Job(config, method_, place / "run", resume=False, threads=1).run()
         seconds = time.process_time() - since
-        seen = along(place / "run") | labeled_by(config, place, problem, seed)
+        labels = labeled_by(config, place, problem, seed)
     return {
         "half": problem.half,
         "steps": config.fitting.steps,
@@ -63,20 +58,8 @@ def run(problem: str | Problem, method: str, seed: int, minutes: float, settings
         "delivered": result["delivered"],
         "seconds": round(seconds, 1),
         **{name: value for name, value in result.items() if name.endswith(("test_accuracy", "control_accuracy"))},
-        **seen,
+        **labels,
         "made_with": environment(),
-    }
-
-
-def along(folder: Path) -> Row:
-    """What a run with a teacher logged in the second half of its steps, on average."""
-    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in logged if row.get("feedback_std") is not None]
-    late = [row for row in rows if row["step"] > rows[-1]["step"] / 2]
-    return {
-        name: round(statistics.fmean(row[name] for row in late), 4)
-        for name in ("feedback_weight", "agreement", "outer_loss", "inner_loss")
-        if late and name in late[0]
     }
 
 
@@ -101,21 +84,11 @@ def quiet(text: str) -> None:
     """What the looking says is not shown."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class BySgd(Images):
-    """The pictures with SGD for both networks."""
-
-    def optimizer(self, role: Role, module: nn.Module, lr: float | None = None) -> torch.optim.Optimizer:
-        groups = parameter_groups(module, 5e-4, on_norms=False)
-        return torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
-
-
 def configured(pictures: Path, name: str, settings: Row) -> tuple[Any, Any]:
     """The pictures that a problem wrote, and a method, with these settings, each the one's or the other's."""
     method: Any = METHODS[name]
-    kind = BySgd if settings.get("sgd") else Images
-    config = kind(**{part: str(pictures / part) for part in ("labeled", "unlabeled", "test")})  # type: ignore[arg-type]
-    if unknown := settings.keys() - flat(config).keys() - flat(method).keys() - {"sgd"}:
+    config = Images(**{part: str(pictures / part) for part in ("labeled", "unlabeled", "test")})  # type: ignore[arg-type]
+    if unknown := settings.keys() - flat(config).keys() - flat(method).keys():
         raise SystemExit(f"--set {', '.join(sorted(unknown))}: neither the pictures nor the method have that")
     return replaced(config, **settings), replaced(method, **settings)
 

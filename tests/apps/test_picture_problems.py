@@ -156,7 +156,3 @@ def test_the_pages_have_the_tables_of_the_committed_rows() -> None:
         ("picture-feedback-unseen", every, feedback.unseen_table(rows)),
     ):
         assert f"<!-- {mark}:begin -->\n{made}\n<!-- {mark}:end -->" in text
-    costs = feedback.costs_in(rows)
-    for row in (row for row in rows if "problem" in row):
-        asked = row["problem"], row["method"], row["configuration"]
-        assert row["steps"] == feedback.steps_of(costs, *asked, row["minutes"])
