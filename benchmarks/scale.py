@@ -4,8 +4,8 @@
     python benchmarks/scale.py --write benchmarks/results/scale.md
 
 A multi-layer perceptron with its teacher, SGD with Nesterov momentum. Every process has a batch of the same size, so a
-process of several computes as much as one alone. Each layout has processes of its own, on one thread each, which start
-once and take turns; times are of the processor, so that processes that share a core do not count twice, and of the
+process of several computes as much as one alone. Each layout has processes of its own, on one thread each, and the
+layouts take turns; times are of the processor, so that processes that share a core do not count twice, and of the
 slowest process. Operations and bytes are counted as they are dispatched; memory is what lies there before a step and
 what the allocator adds.
 """
@@ -13,8 +13,8 @@ what the allocator adds.
 from __future__ import annotations
 
 import gc
+import json
 import math
-import multiprocessing
 import os
 import runpy
 import statistics
@@ -22,11 +22,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.multiprocessing
 from harness import RESULTS, Row, arguments, described, grid, loaded, parsed, show, write_json
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -46,48 +46,23 @@ ALONE = "one process"
 WIDTHS, ROWS = (128, 512, 512, 512, 10), 64
 
 
-class Group:
-    """Processes of one layout, which measure one case after another."""
-
-    def __init__(self, sizes: dict[str, int]) -> None:
-        number = math.prod(sizes.values())
-        self.folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "metapl", "torch.distributed.fsdp", "torch.distributed.tensor"])
-        self.pipes: list[Connection] = []
-        self.processes = []
-        for rank in range(number):
-            ours, theirs = context.Pipe()
-            meeting = str(Path(self.folder.name) / "meeting")
-            process = context.Process(target=serve, args=(theirs, rank, number, meeting, sizes), daemon=True)
-            process.start()
-            theirs.close()
-            self.pipes.append(ours)
-            self.processes.append(process)
-
-    def run(self, **case: Any) -> list[Row]:
-        """What each process measures."""
-        for pipe in self.pipes:
-            pipe.send(case)
-        return [pipe.recv() for pipe in self.pipes]
-
-    def close(self) -> None:
-        for pipe in self.pipes:
-            pipe.send(None)
-        for process in self.processes:
-            process.join()
-        self.folder.cleanup()
+def run(sizes: dict[str, int], cases: Sequence[Row]) -> list[tuple[Row, ...]]:
+    """What each process of a layout measures, case by case."""
+    number = math.prod(sizes.values())
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(serve, (number, folder, sizes, cases), nprocs=number)
+        ranks = [loaded(Path(folder) / f"{rank}.json") for rank in range(number)]
+    return list(zip(*ranks, strict=True))
 
 
-def serve(pipe: Connection, rank: int, number: int, meeting: str, sizes: dict[str, int]) -> None:
+def serve(rank: int, number: int, folder: str, sizes: dict[str, int], cases: Sequence[Row]) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     from torch import distributed as dist
 
     torch.set_num_threads(1)
     if number > 1:
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=number)
-    while (case := pipe.recv()) is not None:
-        pipe.send(measure(rank, sizes, **case))
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=number)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps([measure(rank, sizes, **case) for case in cases]))
     if number > 1:
         dist.destroy_process_group()
 
@@ -140,18 +115,13 @@ def measured(miniature: bool) -> Row:
     modes = ("none", "forward") if miniature else MODES
     turns, steps, widths = (1, 1, (8, 8, 4)) if miniature else (3, 3, WIDTHS)
     load = os.getloadavg()[0]
-    groups = {name: Group(LAYOUTS[name]) for name in names}
-    found: dict[tuple[str, str], list[list[Row]]] = {}
-    try:
-        for turn in range(turns):
-            for mode in modes:
-                for name, group in groups.items():
-                    case = {"mode": mode, "widths": widths, "steps": steps, "count": turn == 0}
-                    found.setdefault((mode, name), []).append(group.run(**case))
-            print(f"turn {turn + 1} of {turns}", file=sys.stderr, flush=True)
-    finally:
-        for group in groups.values():
-            group.close()
+    found: dict[tuple[str, str], list[Sequence[Row]]] = {}
+    for turn in range(turns):
+        cases = [{"mode": mode, "widths": widths, "steps": steps, "count": turn == 0} for mode in modes]
+        for name in names:
+            for mode, ranks in zip(modes, run(LAYOUTS[name], cases), strict=True):
+                found.setdefault((mode, name), []).append(ranks)
+        print(f"turn {turn + 1} of {turns}", file=sys.stderr, flush=True)
     rows = []
     for (mode, name), by_turn in found.items():
         seconds = [max(rank["seconds"] for rank in ranks) for ranks in by_turn]
