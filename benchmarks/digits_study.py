@@ -15,7 +15,6 @@ are older: in each of their runs 197 labeled validation images select the checkp
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,8 +22,9 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
+import harness
 import torch
-from harness import NONE, RESULTS, Row, arguments, difference, environment, go_on, grid, parsed, read, show, spread
+from harness import NONE, RESULTS, Row, best, difference, every, grid, read, spread
 
 from metapl.apps.digits import METHODS, Digits, fitting
 from metapl.apps.fitting import fit
@@ -68,14 +68,10 @@ class Entry:
     """The entry whose settings it takes, where it computes the same gradient."""
 
 
-def _grid(**axes: tuple[Any, ...]) -> tuple[Config, ...]:
-    return tuple(dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values()))
-
-
-EXACT = _grid(student_lr=(0.5, 1.0), teacher_lr=(0.03, 0.06), weight=(0.3, 1.0, 3.0))
-NOISY = _grid(student_lr=(0.5, 1.0), weight=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0))
-ALONE = _grid(teacher_lr=(0.03, 0.06, 0.12, 0.25), label_smoothing=(0.0, 0.1, 0.2))
-FIXED = _grid(student_lr=(0.25, 0.5, 1.0), teacher_lr=(0.06, 0.12), temperature=(0.5, 1.0))
+EXACT = every(student_lr=(0.5, 1.0), teacher_lr=(0.03, 0.06), weight=(0.3, 1.0, 3.0))
+NOISY = every(student_lr=(0.5, 1.0), weight=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0))
+ALONE = every(teacher_lr=(0.03, 0.06, 0.12, 0.25), label_smoothing=(0.0, 0.1, 0.2))
+FIXED = every(student_lr=(0.25, 0.5, 1.0), teacher_lr=(0.06, 0.12), temperature=(0.5, 1.0))
 
 ENTRIES: dict[str, Entry] = {
     "mpl": Entry("MPL, forward", "mpl", EXACT),
@@ -86,12 +82,12 @@ ENTRIES: dict[str, Entry] = {
     "reinforce": Entry("MPL, reinforce (Algorithm 1)", "mpl", NOISY, mode="reinforce"),
     "loss_difference": Entry("MPL, loss_difference", "mpl", NOISY, mode="loss_difference"),
     "none": Entry(
-        "same loop, no feedback", "none", _grid(student_lr=(0.25, 0.5, 1.0, 2.0), teacher_lr=(0.03, 0.06, 0.12))
+        "same loop, no feedback", "none", every(student_lr=(0.25, 0.5, 1.0, 2.0), teacher_lr=(0.03, 0.06, 0.12))
     ),
     "supervised": Entry("supervised, labeled data only", "supervised", ALONE),
     "pseudo_labels": Entry("pseudo labels, fixed teacher, soft", "pseudo_labels", FIXED),
     "pseudo_labels_hard": Entry("pseudo labels, fixed teacher, hard", "pseudo_labels", FIXED, labels="hard"),
-    "uda": Entry("UDA alone", "uda", _grid(teacher_lr=(0.03, 0.06, 0.12), uda_weight=(0.5, 1.0, 2.0, 4.0))),
+    "uda": Entry("UDA alone", "uda", every(teacher_lr=(0.03, 0.06, 0.12), uda_weight=(0.5, 1.0, 2.0, 4.0))),
     "permuted": Entry("control: feedback permuted over the batch", "permuted", EXACT),
     "class_means": Entry("control: class means of the feedback only", "class_means", EXACT),
     "random_sign": Entry("control: feedback with random signs", "random_sign", EXACT),
@@ -148,18 +144,12 @@ def one_run(method: str, config: Config, seed: int, labels_per_class: int, final
     return found | {"seconds": round(time.perf_counter() - since, 2)}
 
 
-def chosen(rows: Sequence[Row], size: Size = FULL) -> dict[str, Config]:
+def chosen(rows: Sequence[Row]) -> dict[str, Config]:
     """For each method the configuration with the best mean validation accuracy over the tuning seeds."""
-    best: dict[str, Config] = {}
-    for name, entry in ENTRIES.items():
-        own = [row for row in rows if row["method"] == name and not row["final"]]
-
-        def reached(config: Config, own: Sequence[Row] = own) -> float:
-            return statistics.fmean(row["validation_accuracy"] for row in own if row["config"] == config)
-
-        if entry.grid:
-            best[name] = max(entry.grid[: size.configurations], key=reached)
-    return best | {name: best[e.tuned_as] for name, e in ENTRIES.items() if e.tuned_as is not None}
+    tuning = [row for row in rows if not row["final"]]
+    taken = {name: entry.tuned_as or name for name, entry in ENTRIES.items()}
+    found = {name: [row for row in tuning if row["method"] == name] for name in taken.values()}
+    return {name: best(found[of], "config", "validation_accuracy") for name, of in taken.items()}
 
 
 def column(rows: Sequence[Row], method: str, labels: int, read_out: str) -> list[float]:
@@ -205,28 +195,28 @@ def block(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RAW)
+    parser = harness.arguments(__doc__, RAW)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
-    given = parsed(parser)
+    given = harness.parsed(parser)
     if given.runs:
         size = MINIATURE if given.miniature else FULL
-        run, made_with = partial(one_run, size=size), {"made_with": environment(), "steps": size.steps}
+        run, made_with = partial(one_run, size=size), {"made_with": harness.environment(), "steps": size.steps}
         tuning = (
             {"method": name, "config": config, "seed": seed, "labels_per_class": 2, "final": False}
             for seed in size.tuning_seeds
             for name, entry in ENTRIES.items()
             for config in entry.grid[: size.configurations]
         )
-        rows = go_on(given.out, tuning, run, given.workers, **made_with)
-        best = chosen([row for row in rows if "method" in row], size)
+        rows = harness.go_on(given.out, tuning, run, given.workers, **made_with)
+        settings = chosen([row for row in rows if "method" in row])
         final = (
-            {"method": name, "config": best[name], "seed": seed, "labels_per_class": labels, "final": True}
+            {"method": name, "config": settings[name], "seed": seed, "labels_per_class": labels, "final": True}
             for labels, names in COMPARED.items()
             for seed in size.seeds
             for name in names
         )
-        go_on(given.out, final, run, given.workers, **made_with)
-    show(given.write, "digits", block(read(given.out, "method")))
+        harness.go_on(given.out, final, run, given.workers, **made_with)
+    harness.show(given.write, "digits", block(read(given.out, "method")))
 
 
 if __name__ == "__main__":

@@ -125,6 +125,25 @@ def go_on(file: Path, jobs: Iterable[Row], run: Callable[..., Row], workers: int
     return rows
 
 
+def every(**axes: Any) -> tuple[Row, ...]:
+    """Every choice from these values; a value that is no tuple is the only one.
+
+    >>> every(lr=(0.1, 0.2), momentum=0.9)
+    ({'lr': 0.1, 'momentum': 0.9}, {'lr': 0.2, 'momentum': 0.9})
+    """
+    columns = [value if isinstance(value, tuple) else (value,) for value in axes.values()]
+    return tuple(dict(zip(axes, point, strict=True)) for point in itertools.product(*columns))
+
+
+def best(rows: Iterable[Row], of: str, by: str | Callable[[Row], float]) -> Any:
+    """The value of a column, such as the settings of a run, with the highest mean of another over its rows; of equals,
+    the first."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        found.setdefault(json.dumps(row[of]), []).append(row[by] if isinstance(by, str) else by(row))
+    return json.loads(max(found, key=lambda value: statistics.fmean(found[value])))
+
+
 def apart(use: str, python: str = sys.executable) -> Any:
     """What an expression of a benchmark gives, such as ``"peers.measure(1)"``, in a process of its own.
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from harness import RESULTS, Row, arguments, go_on, grid, parsed, read, show
+from harness import RESULTS, Row, arguments, best, go_on, grid, parsed, read, show
 from torch.nn import functional as F
 
 import metapl
@@ -117,11 +117,8 @@ def one(study: str, arm: str, setting: float | None, seed: int, final: bool, raw
 
 def chosen(rows: list[Row], arm: str) -> float:
     """The setting with the lowest mean validation loss on the tuning seeds."""
-    tried: dict[float, list[float]] = {}
-    for row in rows:
-        if row["arm"] == arm and not row["final"]:
-            tried.setdefault(row["setting"], []).append(row["validation_loss"])
-    return min(tried, key=lambda setting: statistics.fmean(tried[setting]))
+    tuning = (row for row in rows if row["arm"] == arm and not row["final"])
+    return float(best(tuning, "setting", lambda row: -row["validation_loss"]))
 
 
 def of_study(rows: list[Row], study: str) -> list[Row]:

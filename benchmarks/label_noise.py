@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import statistics
 import time
@@ -108,10 +107,6 @@ FULL = Size(steps=300, warm=60, finetune_steps=50, tuning_seeds=(100, 101), seed
 MINIATURE = Size(steps=3, warm=1, finetune_steps=2, tuning_seeds=(100,), seeds=(0, 1), configurations=1)
 
 
-def every(**axes: tuple[float, ...]) -> tuple[Config, ...]:
-    return tuple(dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values()))
-
-
 @dataclass(frozen=True)
 class Entry:
     """A method."""
@@ -133,12 +128,12 @@ LEARNED: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {
     "noise_transition": ("NoiseTransition", {"teacher_lr": (0.02, 0.1)}),
     "metagradient_descent": ("metagradient descent", {"teacher_lr": (0.4, 1.0)}),
 }
-GRIDS = {name: every(student_lr=STUDENT_LR, **tuned) for name, (_, tuned) in LEARNED.items()}
+GRIDS = {name: harness.every(student_lr=STUDENT_LR, **tuned) for name, (_, tuned) in LEARNED.items()}
 ALTERATIONS = {"permuted": "feedback permuted", "random_sign": "feedback with random signs"}
-SMOOTHED = every(student_lr=STUDENT_LR, label_smoothing=(0.0, 0.2))
+SMOOTHED = harness.every(student_lr=STUDENT_LR, label_smoothing=(0.0, 0.2))
 
 ENTRIES: dict[str, Entry] = {
-    "plain": Entry("plain, noisy + clean", "both", every(student_lr=STUDENT_LR, clean_weight=(1.0, 10.0))),
+    "plain": Entry("plain, noisy + clean", "both", harness.every(student_lr=STUDENT_LR, clean_weight=(1.0, 10.0))),
     "clean": Entry("plain, clean alone", "clean", SMOOTHED),
     "early_stopping": Entry("plain, noisy, stopped early", "noisy", SMOOTHED),
     **{name: Entry(title, name, GRIDS[name]) for name, (title, _) in LEARNED.items()},
@@ -355,13 +350,9 @@ def one_run(method: str, config: Config, final: bool, condition: str, seed: int,
 
 def chosen(rows: Sequence[Row], method: str, condition: str) -> Config:
     """The configuration with the best mean validation accuracy over the tuning seeds; of equals, the first."""
-    method = method if ENTRIES[method].grid else ENTRIES[method].problem
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        if (row["method"], row["condition"], row["final"]) == (method, condition, False):
-            found.setdefault(json.dumps(row["config"]), []).append(row["validation_accuracy"])
-    best: Config = json.loads(max(found, key=lambda config: statistics.fmean(found[config])))
-    return best
+    of = {"method": method if ENTRIES[method].grid else ENTRIES[method].problem, "condition": condition, "final": False}
+    found: Config = harness.best((row for row in rows if of.items() <= row.items()), "config", "validation_accuracy")
+    return found
 
 
 def jobs(rows: Sequence[Row], size: Size) -> Iterator[Row]:

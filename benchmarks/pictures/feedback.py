@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import statistics
 
-from benchmarks.harness import RESULTS, Row, arguments, grid, parsed, read, show
+from benchmarks.harness import RESULTS, Row, arguments, best, grid, parsed, read, show
 from benchmarks.pictures.problems import half
 from benchmarks.pictures.tables import TITLES as DEFAULTS
 from metapl.metrics import paired_test
@@ -51,12 +51,9 @@ def runs_in(rows: list[Row], seeds: tuple[int, ...], which: str = "seen") -> lis
 
 def chosen(rows: list[Row], method: str) -> str:
     """The configuration with the best mean over the problems."""
-    method = "mpl" if method == "none" else method
-    reached: dict[str, list[float]] = {}
-    for row in runs_in(rows, (TUNING_SEED,)):
-        if row["method"] == method:
-            reached.setdefault(row["configuration"], []).append(accuracy(row))
-    return max(reached, key=lambda label: statistics.fmean(reached[label]))
+    of = {"method": "mpl" if method == "none" else method}
+    tuning = (row for row in runs_in(rows, (TUNING_SEED,)) if of.items() <= row.items())
+    return str(best(tuning, "configuration", accuracy))
 
 
 def final_arms(rows: list[Row]) -> list[tuple[str, str]]:
