@@ -30,10 +30,9 @@ import torch
 from harness import BLUE, GREY, NONE, ORANGE, RESULTS, Row
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import metapl
-from metapl.ablation.cost import peak_bytes
+from metapl.ablation.cost import flops, peak_bytes
 from metapl.apps.pictures import load_digits_split
 from metapl.feedback import Difference, Estimator
 
@@ -134,11 +133,12 @@ def step_of(mode: Mode, place: Place, batch: int, network: Network) -> tuple[Cal
 def passes(mode: Mode, place: Place, network: Network) -> float:
     """The FLOPs of one step over those of one forward pass of the student on the same batch."""
     step, student, unlabeled = step_of(mode, place, 2, network)
-    with FlopCounterMode(display=False) as whole:
-        step()
-    with FlopCounterMode(display=False) as one, torch.no_grad(), place.active():
-        student(unlabeled)
-    return whole.get_total_flops() / one.get_total_flops()
+
+    def one() -> None:
+        with torch.no_grad(), place.active():
+            student(unlabeled)
+
+    return flops(step) / flops(one)
 
 
 def times(place: Place, batch: int, network: Network, rounds: int) -> dict[str, list[float]]:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import metapl
+from metapl.data import StepSampler
 from metapl.feedback import Forward
 from metapl.metrics import predict_logits
 
@@ -108,20 +109,15 @@ def one_run(job: Row, miniature: bool) -> Row:
     drawn = torch.stack([rows[torch.randperm(len(rows), generator=draws)[: 2 * given.labels]] for rows in by_class])
     known, extra = (part.flatten() for part in drawn.chunk(2, 1))
 
-    def batches(rows: Tensor, size: int) -> Iterator[Tensor]:
-        """One a step; each pass over the rows is in a new order."""
-        left = rows[:0]
-        for _ in range(given.steps):
-            while len(left) < size:
-                left = torch.cat([left, rows[torch.randperm(len(rows), generator=draws)]])
-            yield left[:size]
-            left = left[size:]
+    def batches(rows: Tensor, size: int, stream: int) -> Iterator[Tensor]:
+        sampler = StepSampler(len(rows), size, seed=job["seed"], stream=stream)
+        return (rows[sampler.indices(step)] for step in range(given.steps))
 
     def masked(i: Tensor) -> Tensor:
         return x[i].masked_fill(torch.rand(x[i].shape, generator=draws) < MASKED, texts.MASK)
 
-    labeled = [(x[i], y[i]) for i in batches(known, BATCH)]
-    unlabeled = [(x[i], masked(i)) for i in batches(torch.arange(len(x)), given.unlabeled)]
+    labeled = [(x[i], y[i]) for i in batches(known, BATCH, 0)]
+    unlabeled = [(x[i], masked(i)) for i in batches(torch.arange(len(x)), given.unlabeled, 1)]
     teacher, student = (texts.Calm(texts.network(rate, vectors)) for rate in (0.1, given.dropout))
     of_labels, uda = metapl.CrossEntropy(label_smoothing=0.1), metapl.UDA(given.sharp, weight=given.uda)
     trainer = metapl.BilevelTrainer(

@@ -124,11 +124,11 @@ class Sprite:
             for x, y in (ends[0], ends[-1]):
                 self.pen.ellipse((x - wide / 2, y - wide / 2, x + wide / 2, y + wide / 2), fill=fill)
 
-    def text(self, text: str, font: str, fill: Color, height: float = 1.2, center: Point = (0, 0)) -> None:
-        """A text in a font, its box's center at a point; ``height`` is the font's size."""
-        face = load_font(font, self.width(height))
+    def text(self, text: str, fill: Color, height: float) -> None:
+        """A text, its box's center in the middle; ``height`` is the font's size."""
+        face = load_font("DejaVuSans-Bold", self.width(height))
         left, top, right, bottom = face.getbbox(text)
-        ((x, y),) = self.pixels([center])
+        ((x, y),) = self.pixels([(0, 0)])
         self.pen.text((x - (left + right) / 2, y - (top + bottom) / 2), text, font=face, fill=fill)
 
     def stamp(self, alpha: Floats, fill: Color, extent: float) -> None:

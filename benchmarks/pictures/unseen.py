@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
-from typing import Any
+from operator import methodcaller
 
 import numpy as np
 from PIL import Image
@@ -134,16 +134,7 @@ def _disc(radius: float, fill: Color, y: float = 0, x: float = 0) -> Callable[[S
     return lambda sprite: sprite.ellipse((x, y), (radius, radius), fill)
 
 
-def _shape(points: Any, fill: Color) -> Callable[[Sprite], None]:
-    return lambda sprite: sprite.polygon(points, fill)
-
-
-def _stroke(points: Any, fill: Color, width: float, round_ends: bool = True) -> Callable[[Sprite], None]:
-    return lambda sprite: sprite.line(points, fill, width, round_ends)
-
-
-def _words(text: str, fill: Color, height: float) -> Callable[[Sprite], None]:
-    return lambda sprite: sprite.text(text, "DejaVuSans-Bold", fill, height)
+_shape, _stroke, _words = (partial(methodcaller, name) for name in ("polygon", "line", "text"))
 
 
 def _pointer(x: float, y: float) -> Parts:
