@@ -20,11 +20,11 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import tyro
 
-from metapl.apps import report
 from metapl.apps.comparison import ENOUGH_SEEDS, STUDENT, Comparison, seeds_in_words, spread, with_chance
 from metapl.apps.errors import placed
 from metapl.apps.machine.cores import available_cores, default_threads
 from metapl.apps.machine.sealed import read_sealed
+from metapl.apps.report import write_report
 from metapl.apps.run import (
     ANOTHER,
     NETWORK,
@@ -116,15 +116,7 @@ def compare(
         if (source.path / SUSPECTS).is_file():
             shutil.copyfile(source.path / SUSPECTS, out / SUSPECTS)
         folder.write_json("result.json", {**results[method, seed], **comparison.to_json()})
-        run = EndedRun.load(out)
-        report.draw_report(
-            out / "report.png",
-            title=f"{config.name}: {of_methods}, {seeds_in_words(len(seeds))}",
-            curves=report.curves_of(out, comparison),
-            evaluation=Evaluation(**run.result["evaluation"]),
-            network="network",
-        )
-        report.write_page(run)
+        write_report(EndedRun.load(out))
     return comparison
 
 

@@ -1,22 +1,21 @@
-"""The page of a run, ``report.html``: what it reached, its curves, confusion, mistakes, settings and command."""
+"""The page of a run, ``report.html``: what it reached, its curves, confusion, mistakes, settings and command; and its
+picture, ``report.png``."""
 
 from __future__ import annotations
 
 import json
-import math
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from metapl.apps import web
 from metapl.apps.comparison import Comparison, seeds_in_words
+from metapl.apps.curves import Curves, draw
 from metapl.apps.held_out import HeldOut
 from metapl.apps.machine.sealed import write_whole
 from metapl.apps.run import EndedRun, RunFolder, counts_of, refuse_changed, results_within, stored_data, stored_result
@@ -25,10 +24,9 @@ from metapl.apps.words import short, tell
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, interval, predict_logits
 from metapl.metrics.predictions import batches_of
-from metapl.runs.atomic import replacing
 from metapl.runs.rows import Metrics
 
-PAGE = "report.html"
+PAGE, PICTURE = "report.html", "report.png"
 CURVES = 7  # methods whose curves can be told apart
 SHOWN = 12  # mistakes
 
@@ -64,10 +62,12 @@ def mistakes(network: nn.Module, data: Any, classes: Sequence[str], files: Seque
     return Mistakes(logits, labels, wrong, [picture for _, picture in kept])
 
 
-def write_page(run: EndedRun, found: Mistakes | None = None) -> None:
-    """The page of a run in its folder."""
-    heading, parts = page_of(run, found)
-    write_whole(run.folder.path / PAGE, html_of(run.folder.path, heading, parts), "make room, then: metapl report.")
+def write_report(run: EndedRun, found: Mistakes | None = None) -> None:
+    """The page of a run and its picture, in its folder."""
+    heading, picture, parts = page_of(run, found)
+    content = {PICTURE: picture, PAGE: html_of(run.folder.path, heading, parts)}
+    for name, data in content.items():
+        write_whole(run.folder.path / name, data, "make room, then: metapl report.")
 
 
 def html_of(folder: Path, heading: str, parts: Sequence[str]) -> bytes:
@@ -81,8 +81,9 @@ def last_fit(folder: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
     return Metrics(file).rows(f"round-{len(content['rounds'])}" if "rounds" in content else "fit")
 
 
-def page_of(run: EndedRun, found: Mistakes | None = None) -> tuple[str, list[str]]:
-    """The heading and the parts of the page of a run that has ended; ``found``: what is not to be looked for again."""
+def page_of(run: EndedRun, found: Mistakes | None = None) -> tuple[str, bytes, list[str]]:
+    """The heading, the picture and the parts of the page of a run that has ended; ``found``: what is not to be looked
+    for again."""
     result, path, reached = run.result, run.folder.path, run.result.get("test_accuracy")
     reached = result.get("validation_accuracy") if reached is None else reached
     heading = f"{result['recipe']}: {result['title']}, seed {result['seed']}"
@@ -95,23 +96,30 @@ def page_of(run: EndedRun, found: Mistakes | None = None) -> tuple[str, list[str
             *_compared(run, evaluation),
             web.section(f"{result['delivery'][:1].upper()}{result['delivery'][1:]}.", *parts),
         ]
+        curves, network, of = *_curves(run), "network"
     else:
-        network = run.cards["student"].title
-        parts.append(web.section("Curves", web.plots({result["title"]: last_fit(path, result)}, network)))
+        curves, network, of = {result["title"]: last_fit(path, result)}, run.cards["student"].title, ""
+    picture = draw(title=heading, curves=curves, evaluation=evaluation, network=network)
+    parts.append(drawn(picture, of))
     if "rounds" in result:
         parts.append(web.section("Rounds", *_rounds(result["rounds"])))
     if evaluation is not None:
         names = [short(str(name), 60) for name in evaluation.classes or range(len(evaluation.confusion))]
-        parts.append(web.section("Confusion on the test set", web.matrix(evaluation, names)))
         parts.append(web.section("Classes", web.classes(evaluation, names)))
         parts.append(_mistakes(run, found))
     parts.append(suspects_shown(path, run.cards["student"].input))
-    return heading, [*parts, *made(run.folder, run.description, run.source)]
+    return heading, picture, [*parts, *made(run.folder, run.description, run.source)]
+
+
+def drawn(picture: bytes, note: str = "") -> str:
+    """The picture of a run in its page."""
+    image = f'<img class="drawn" alt="curves over the steps, and the confusion matrix" src="{web.picture(picture)}">'
+    return web.section("Curves and confusion", image, web.paragraph(note, "quiet") if note else "")
 
 
 def _compared(run: EndedRun, evaluation: Evaluation) -> Iterator[str]:
-    """The methods of a comparison side by side, the paired test, and their curves where their runs are still there."""
-    result, path = run.result, run.folder.path
+    """The methods of a comparison side by side, and the paired test."""
+    result = run.result
     chance = result.get("chance", evaluation.chance)
     found = Comparison(tuple(result["seeds"]), result["methods"], result["titles"], evaluation.n, chance)
     head, *cells = found.rows()
@@ -125,12 +133,17 @@ def _compared(run: EndedRun, evaluation: Evaluation) -> Iterator[str]:
         names = {"p, paired t-test": test.p, "p, exact permutation test": test.p_permutation}
         figures |= {name: f"{p:.2g}" for name, p in names.items() if p is not None}
         yield web.section(" against ".join(pair), web.rows([*figures.items()]))
-    if not all(RunFolder(path / name / f"seed-{seed}").exists for name in found.methods for seed in found.seeds):
-        yield web.section("Curves", web.paragraph("The folders of the runs are not there any more."))
-        return
-    results_within(path, result)  # they are those that were compared
-    plots = web.plots(curves_of(path, found), "network")
-    yield web.section("Curves", plots, web.paragraph(f"of seed {found.seeds[0]}", "quiet"))
+
+
+def _curves(run: EndedRun) -> tuple[Curves, str]:
+    """Those of the first methods of a comparison, each with the first seed, and a note; none where a run is gone."""
+    path, methods, seeds = run.folder.path, run.result["methods"], run.result["seeds"]
+    if not all(RunFolder(path / name / f"seed-{seed}").exists for name in methods for seed in seeds):
+        return {}, "Without curves: the folders of the runs are not there any more."
+    results_within(path, run.result)  # they are those that were compared
+    runs = {name: RunFolder(path / name / f"seed-{seeds[0]}") for name in [*methods][:CURVES]}
+    curves = {name: last_fit(one.path, stored_result(one)) for name, one in runs.items()}
+    return curves, f"Curves are those of seed {seeds[0]}."
 
 
 def _mistakes(run: EndedRun, found: Mistakes | None) -> str:
@@ -181,12 +194,6 @@ def made(folder: RunFolder, description: Mapping[str, Any], source: RunFolder) -
     told = {name: value for name, value in description.items() if name != "fields"} | description["fields"]
     yield web.folded("Settings", web.rows([(name, json.dumps(value)) for name, value in told.items()]))
     yield web.folded("Versions and hardware", web.rows([*by.get("made_with", {}).items()]))
-
-
-def curves_of(folder: Path, comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
-    """The rows of the first methods of a comparison, each with the first seed."""
-    runs = {method: RunFolder(folder / method / f"seed-{comparison.seeds[0]}") for method in comparison.methods}
-    return {method: last_fit(run.path, stored_result(run)) for method, run in [*runs.items()][:CURVES]}
 
 
 # ------------------------------------------------------------------------------------------------------- in sentences
@@ -244,64 +251,3 @@ def spoken(accuracy: float, n: int, chance: float | None) -> str:
     low, high = (f"{100 * end:.1f}" for end in interval(round(accuracy * n), n))
     guessed = "" if chance is None else f", chance {100 * chance:.1f} %"
     return f"{accuracy * 100:.1f} % (n = {n:,}, 95 % interval {low}-{high}{guessed})"
-
-
-# --------------------------------------------------------------------------------------------------------- report.png
-
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-LINES = ("-", "--", ":", "-.")  # those of a panel; colors and lines begin again where a figure has more
-MOST_NAMED, MOST_NUMBERED = 60, 20  # classes of a matrix whose names, and whose counts, can be read
-
-
-def draw_report(path: Path, *, title: str, curves: web.Curves, evaluation: Evaluation | None, network: str) -> None:
-    """A panel for each group of figures, and the confusion matrix on the test set where there is one."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator, PercentFormatter
-
-    panels = web.panels_of(curves, network)
-    count = len(panels) + (evaluation is not None)
-    columns = max(1, min(4, math.ceil(count / 2)))
-    figure = Figure((4.6 * columns, 3.6 * math.ceil(max(1, count) / columns) + 0.5), 150, layout="constrained")
-    plain: Any = {"parse_math": False}  # a name with a $ is a name
-    figure.suptitle(short(title, 90), x=0.01, ha="left", **plain)
-    places = [figure.add_subplot(math.ceil(count / columns), columns, number + 1) for number in range(count)]
-    for panel, axes in zip(panels, places, strict=False):
-        axes.set_title(panel.title, fontsize=10, loc="left")
-        for number, (method, rows) in enumerate(curves.items()):
-            for rank, (key, name) in enumerate(panel.series):
-                if points := panel.points(rows, key):
-                    steps, values = np.array(points).T
-                    axes.plot(
-                        steps,
-                        panel.means(values),
-                        color=COLORS[(number if len(curves) > 1 else rank) % len(COLORS)],
-                        linestyle=LINES[rank % len(LINES)],
-                        marker="o" if len(values) == 1 else None,
-                        label=f"{method}, {name}" if len(curves) > 1 else name,
-                    )
-        if panel.log:
-            axes.set_yscale("log")
-            axes.yaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        if panel.percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_xlabel("step", loc="right")
-        axes.grid(color="#dddddd")
-        axes.legend(fontsize=7).set_in_layout(False)  # of many methods it is higher than the panel
-    if evaluation is not None:
-        counts, axes = np.array(evaluation.confusion), places[-1]
-        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-        axes.set_title(f"Confusion on test, {100 * evaluation.accuracy:.1f} % right", fontsize=10, loc="left")
-        axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1)  # the root shows a mistake in a hundred
-        axes.set(xlabel="predicted", ylabel="true")
-        if len(counts) <= MOST_NAMED:
-            names = [short(str(name), 14) for name in evaluation.classes or range(len(counts))]
-            look: Any = {"fontsize": 8 if len(counts) <= MOST_NUMBERED else 5, **plain}
-            axes.set_xticks(range(len(counts)), names, rotation=90, **look)
-            axes.set_yticks(range(len(counts)), names, **look)
-        for row, column in np.argwhere(counts) if len(counts) <= MOST_NUMBERED else ():
-            color = "white" if shares[row, column] > 0.4 else "black"
-            axes.text(column, row, str(counts[row, column]), color=color, ha="center", va="center", fontsize=7)
-    with replacing(path) as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # boxes stand for letters that the font does not have
-        figure.savefig(file, format="png", metadata={"Software": None})

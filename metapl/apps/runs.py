@@ -13,11 +13,12 @@ from typing import Annotated, Any
 import tyro
 
 from metapl.apps import web
+from metapl.apps.curves import draw
 from metapl.apps.inputs import Run, Switch, check_file, unset
 from metapl.apps.machine.ownership import is_owned
 from metapl.apps.machine.sealed import read_plain, write_whole
 from metapl.apps.pictures.folders import walk
-from metapl.apps.report import PAGE, html_of, made, page_of
+from metapl.apps.report import PAGE, drawn, html_of, made, page_of
 from metapl.apps.run import TOLD, EndedRun, RunFolder, refuse_changed, stored_result
 from metapl.apps.words import short, table, tell
 from metapl.errors import MetaplError, reason_of
@@ -155,7 +156,7 @@ class Report:
         if stopped:
             heading, parts = _unfinished(folder)
         else:
-            heading, parts = page_of(EndedRun.load(self.folder))
+            heading, _, parts = page_of(EndedRun.load(self.folder))
         page = html_of(self.folder, heading, parts)
         write_whole(out, page, "any earlier page is as it was; expected a disk with room, or another --out.")
         tell(f"{heading}\nthe page is written: {out}, {len(page) / 1e3:,.0f} kB; open it in a browser")
@@ -173,7 +174,7 @@ def _unfinished(folder: RunFolder) -> tuple[str, list[str]]:
         lines = metrics.file.read_bytes().count(b"\n") if metrics.file.exists() else 0
         lost = lines - len(metrics.rows())
         said += f"; damaged lines of {metrics.file.name}, left out: {lost}" if lost else ""
-        curves = web.section(f"Curves of {phase}", web.plots({title: metrics.rows(phase)}, "network"))
+        curves = drawn(draw(title=phase, curves={title: metrics.rows(phase)}, evaluation=None, network="network"))
     said += "; it goes on by its command with --resume" if found["state"] == "interrupted" else ""
     parts = [f'<p class="state">{web.text(said)}</p>', curves, *made(folder, description, folder)]
     return f"{description['name']}: {title}, seed {description['fields']['seed']}", parts

@@ -22,7 +22,7 @@ from metapl.apps.machine.sealed import sha256_of
 from metapl.apps.methods import Data, ReducedMpl, Training
 from metapl.apps.networks import Tuned, begin_as, merged
 from metapl.apps.pictures.store import record_files, replaced_files
-from metapl.apps.report import Mistakes, draw_report, last_fit, mistakes, write_page
+from metapl.apps.report import Mistakes, mistakes, write_report
 from metapl.apps.run import EndedRun, RunFolder, seal
 from metapl.apps.settings import flat
 from metapl.distributed.mesh import Mesh
@@ -195,17 +195,10 @@ def train(
     }
     for name, network in kept.items():
         content |= network.accuracies(f"{name}_")
-    draw_report(
-        folder.path / "report.png",
-        title=f"{config.name}: {method.title}, seed {fitting.seed}",
-        curves={method.title: last_fit(folder.path, content)},
-        evaluation=evaluation,
-        network=words["student"],
-    )
     folder.write_json("result.json", content)
     if processes.first:  # what the others leave is not kept
         run = EndedRun(folder, called, data.classes, cards, describe(config, method), content)
-        write_page(run, kept[chosen].mistakes)
+        write_report(run, kept[chosen].mistakes)
     if unread := replaced_files(skipped):
         say(f"files that could not be read: {len(unread):,}, listed in {skipped}")
     return content

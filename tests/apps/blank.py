@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
 from typing import Any
 
 from PIL import Image
 
-from metapl.apps import report, train
+from metapl.apps import report
 
-DRAWN = report.draw_report
+DRAWN = report.draw
 
 
 def leave_pictures_blank() -> None:
     """From here on, in this process."""
 
-    def blank(path: Path, **given: Any) -> None:
-        Image.new("RGB", (8, 8), "white").save(path)
+    def blank(**given: Any) -> bytes:
+        Image.new("RGB", (8, 8), "white").save(file := io.BytesIO(), format="png")
+        return file.getvalue()
 
-    train.draw_report = report.draw_report = blank
+    report.draw = blank

@@ -6,7 +6,7 @@ import pytest
 from blank import DRAWN, leave_pictures_blank
 from tiny_runs import digit, run, tiny
 
-from metapl.apps import export, report, train
+from metapl.apps import export, report
 from metapl.apps.export import ONNX, PROGRAM
 
 __all__ = ["digit", "run", "tiny"]  # fixtures
@@ -20,8 +20,7 @@ def _blank_pictures() -> None:
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """``report.png`` is drawn."""
-    for module in (train, report):
-        monkeypatch.setattr(module, "draw_report", DRAWN)
+    monkeypatch.setattr(report, "draw", DRAWN)
 
 
 @pytest.fixture

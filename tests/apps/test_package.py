@@ -59,28 +59,24 @@ def test_every_name_that_the_package_promises_is_there() -> None:
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """The modules that are there after ``import metapl``, before and after a page is drawn, and after everything else,
+def loaded() -> dict[str, list[str]]:
+    """The modules that are there after ``import metapl``, before and after curves are drawn, and after everything else,
     without ``fcntl``."""
     code = """
 import json, sys
 sys.modules["fcntl"] = None  # as on Windows
 import metapl
 core = sorted(sys.modules)
-from pathlib import Path
-from metapl.apps import web
-from metapl.apps.report import draw_report
-web.plots({"mpl": [{"step": 1, "inner_loss": 1.0}, {"step": 2, "feedback_std": 0.1}]}, "student")
+from metapl.apps.report import draw
 reports = sorted(sys.modules)
-draw_report(Path(sys.argv[1]), title="", curves={}, evaluation=None, network="student")
+draw(title="", curves={}, evaluation=None, network="student")
 drawn = sorted(sys.modules)
 metapl.apps.pictures.load_digits_split, metapl.apps.digits.Digits, metapl.metrics.paired_test
 metapl.apps.export.export
 import metapl.apps.commands
 print(json.dumps({"core": core, "reports": reports, "drawn": drawn, "all": sorted(sys.modules)}))
 """
-    page = tmp_path_factory.mktemp("page") / "report.png"
-    done = subprocess.run([sys.executable, "-c", code, str(page)], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, list[str]] = json.loads(done.stdout)
     return found

@@ -25,7 +25,7 @@ FLOORS = (
     ("apps.errors", "apps.words", "apps.sklearn", "apps.machine", "apps.model_noise"),
     ("apps.networks",),
     ("apps.pictures",),
-    ("apps.labels", "apps.evaluation", "apps.settings", "apps.web", "apps.process"),
+    ("apps.labels", "apps.evaluation", "apps.settings", "apps.web", "apps.curves", "apps.process"),
     ("apps.methods", "apps.run", "apps.fitting", "apps.launch"),
     ("apps.held_out", "apps.comparison", "apps.inputs", "apps.suspects", "apps.images", "apps.digits"),
     ("apps.backbone",),
