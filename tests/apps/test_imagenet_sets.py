@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from metapl.apps.evaluation.attacks import ALEXNET, FLIPS_OF_ALEXNET, flip_probability, relative_to
 from metapl.apps.evaluation.corruptions import CORRUPTIONS
-from metapl.apps.export import export
+from metapl.apps.export import WEIGHTS, export
 from metapl.apps.main import main as metapl
 from metapl.apps.networks import Architecture, Normalized
 from metapl.errors import MetaplError
@@ -232,8 +232,9 @@ def test_weights_by_what_the_export_says(
     architecture = Architecture(name="small_cnn", num_classes=1000, image_size=SIDE)
     torch.manual_seed(0)
     network = Normalized(architecture.create(), [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]).eval()
-    card = {"recipe": {}, "data_hash": "x", "metrics": {}, "classes": list(WNIDS), "center": 0.875}
-    file = export(network, tmp_path / "out", card=card, architecture=architecture).weights
+    told: Any = {"shape": (3, SIDE, SIDE), "classes": list(WNIDS), "center": 0.875, "architecture": architecture}
+    export(network, tmp_path / "out", **told)
+    file = tmp_path / "out" / WEIGHTS
     for number in range(4):
         save(tmp_path / "val" / WNIDS[number] / f"ILSVRC2012_val_{number + 1:08}.JPEG", number)
     sets = {"a": write_a(tmp_path / "a", IMAGENET_A), "c": write_c(tmp_path / "c", [3])}

@@ -120,7 +120,7 @@ def test_classes_of_any_name_go_through_everything(tmp_path: Path, capsys: pytes
     card = (tmp_path / "card" / "MODEL_CARD.md").read_text()
     for text in (*texts, card):
         assert not {*text} & {*TURNS, "\x1b", "\r"}
-    (classes,) = (line for line in card.splitlines() if line.startswith("- Classes"))
+    (classes,) = (line for line in card.splitlines() if line.startswith("| classes |"))
     assert r"\|\<b\>\*c\*" in classes
     assert r"caf\\xe9\\n\[x\](y)" in classes
     with (tmp_path / "out.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
