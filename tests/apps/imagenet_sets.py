@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy
 from PIL import Image
 
-from metapl.apps.evaluation.attacks import FLIPS_OF_ALEXNET
 from metapl.apps.evaluation.corruptions import CORRUPTIONS
 
 WNIDS = tuple(f"n{1000000 + 37 * number:08}" for number in range(1000))
 """Names of ImageNet's form, in the order of the outputs."""
+
+PERTURBATIONS = ("gaussian_noise", "shot_noise", "motion_blur", "zoom_blur", "snow", "brightness")
+PERTURBATIONS += ("translate", "rotate", "tilt", "scale")
 
 SIDE = 16
 
@@ -51,7 +53,7 @@ def write_c(root: Path, outputs: Sequence[int], grouped: bool = False) -> Path:
 
 def write_p(root: Path, outputs: Sequence[int], frames: int = 4) -> Path:
     """ImageNet-P, each sequence a folder of frames that are called as those its videos were made from."""
-    for kind, name in enumerate(FLIPS_OF_ALEXNET):
+    for kind, name in enumerate(PERTURBATIONS):
         for output in outputs:
             for frame in range(frames):
                 place = root / name / WNIDS[output] / f"ILSVRC2012_val_{output + 1:08}"

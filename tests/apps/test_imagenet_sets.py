@@ -17,7 +17,6 @@ from PIL import Image
 from tiny_runs import color_run
 from torch import Tensor, nn
 
-from metapl.apps.evaluation.attacks import ALEXNET, FLIPS_OF_ALEXNET, flip_probability, relative_to
 from metapl.apps.evaluation.corruptions import CORRUPTIONS
 from metapl.apps.export import WEIGHTS, export
 from metapl.apps.main import main as metapl
@@ -28,7 +27,16 @@ from metapl.metrics import evaluate_logits
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 try:
     import robustness
-    from robustness import Subject, imagenet_a, imagenet_c, imagenet_p
+    from robustness import (
+        ALEXNET,
+        FLIPS_OF_ALEXNET,
+        Subject,
+        flip_probability,
+        imagenet_a,
+        imagenet_c,
+        imagenet_p,
+        relative_to,
+    )
 finally:
     del sys.path[0]
 
@@ -150,6 +158,12 @@ def test_flips_by_hand() -> None:
     for wrong in ([], [[1]], [[1, 2], [1]]):
         with pytest.raises(MetaplError, match="expected"):
             flip_probability(wrong, "tilt")
+
+
+def test_mean_corruption_error_by_hand() -> None:
+    assert sum(ALEXNET.values()) / 15 == pytest.approx(0.789, abs=5e-4)
+    errors = dict.fromkeys(CORRUPTIONS, 0.3)
+    assert relative_to(ALEXNET, errors) == pytest.approx(100 * np.mean([0.3 / of for of in ALEXNET.values()]))
 
 
 def test_the_mean_flip_rate_of_a_published_network() -> None:

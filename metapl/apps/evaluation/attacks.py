@@ -1,4 +1,4 @@
-r"""A network's accuracy on damaged and on attacked pictures, and errors and flips beside AlexNet's.
+r"""A network's accuracy on damaged and on attacked pictures.
 
 Attacked pictures are moved against the network:
 
@@ -14,7 +14,6 @@ from itertools import chain
 from statistics import fmean
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,15 +24,6 @@ from metapl.metrics.predictions import eval_mode, logits_of
 
 Attack = Literal["fgsm", "pgd"]
 LEVELS, PGD_STEPS = 255, 10  # ε is counted in levels of a picture of 8 bits
-
-# AlexNet's mean top-1 error by kind on ImageNet-C, by which mCE divides, as the benchmark's authors publish it; and its
-# flip probability by perturbation of ImageNet-P, by which mFR divides, rounded as papers restate it. With the figures
-# that are published of ResNeXt-101 32x48d WSL (eminorhan/resnext-wsl) they give its printed mCE, 45.7, and mFR, 27.8.
-_ERRORS = (0.886428, 0.894468, 0.922640, 0.819880, 0.826268, 0.785948, 0.798360, 0.866816, 0.826572, 0.819324)
-ALEXNET = dict(zip(CORRUPTIONS, (*_ERRORS, 0.564592, 0.853204, 0.646056, 0.717840, 0.606500), strict=True))
-_MOVED = {"translate": 0.1101, "rotate": 0.1310, "tilt": 0.0705, "scale": 0.2353}
-FLIPS_OF_ALEXNET = {"gaussian_noise": 0.2365, "shot_noise": 0.3006, "motion_blur": 0.0930, "zoom_blur": 0.0594}
-FLIPS_OF_ALEXNET |= {"snow": 0.1193, "brightness": 0.0489, **_MOVED}
 
 
 def attacked(network: nn.Module, images: Tensor, labels: Tensor, attack: Attack, eps: float) -> Tensor:
@@ -64,44 +54,6 @@ def attacked(network: nn.Module, images: Tensor, labels: Tensor, attack: Attack,
             (gradient,) = torch.autograd.grad(F.cross_entropy(network(at), labels, reduction="sum"), at)
         moved = torch.maximum(torch.minimum(moved + size * gradient.sign(), most), least)
     return moved
-
-
-def relative_to(alexnet: Mapping[str, float], values: Mapping[str, float]) -> float | None:
-    r"""Errors, or flip probabilities, relative to AlexNet's in %; None where a kind is missing.
-
-    .. math:: \mathrm{mCE} = 100 \cdot \tfrac{1}{15} \sum_c
-              \frac{\sum_s E_{s,c}}{\sum_s E^{\mathrm{AlexNet}}_{s,c}}, \qquad
-              \mathrm{mFR} = 100 \cdot \tfrac{1}{10} \sum_p \mathrm{FP}_p / \mathrm{FP}^{\mathrm{AlexNet}}_p
-
-    Source: Hendrycks and Dietterich (ICLR 2019), sections 4.1 and 4.2.
-    """
-    if alexnet.keys() != values.keys():
-        return None
-    return 100 * fmean(values[name] / divisor for name, divisor in alexnet.items())
-
-
-def flip_probability(predictions: Sequence[Sequence[int]], perturbation: str) -> float:
-    r"""How often the predicted class changes from one frame to the next.
-
-    .. math:: \mathrm{FP}_p = \frac{1}{m} \sum_{i=1}^{m} \frac{1}{n_i - 1} \sum_{j=2}^{n_i}
-              [f(x^{(i)}_j) \ne f(x^{(i)}_{j-1})], \qquad x_{j-1} \to x_1 \text{ for noise}
-
-    ``predictions`` are, for each of the m sequences, the classes of its n_i frames, 2 or more. Frames of noise do not
-    follow each other: each is compared with the first, which is clean.
-
-    Source: Hendrycks and Dietterich (ICLR 2019), section 4.2.
-
-    >>> flip_probability([[3, 7, 7, 7, 7]], "tilt"), flip_probability([[3, 7, 7, 7, 7]], "shot_noise")
-    (0.25, 1.0)
-    """
-    least = min(map(len, predictions), default=0)
-    if least < 2:
-        raise MetaplError(
-            f"{perturbation}: {len(predictions):,} sequences, the shortest of {least} frames; expected at least one, "
-            "and two frames in each."
-        )
-    noise = perturbation in ("gaussian_noise", "shot_noise")
-    return fmean(np.mean(c[1:] != (c[0] if noise else c[:-1])) for c in map(np.asarray, predictions))
 
 
 def measure(
