@@ -48,19 +48,28 @@ if not TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a run goes, and which processes train.
+    """Where a run goes.
 
     Args:
         out: run folder; the next free one in runs/.
         resume: go on with the run that is there.
-        replicate: processes with a copy of the weights.
-        shard: processes that share one (torchrun).
     """
 
     out: Folder = None
     resume: Switch = False
-    replicate: Annotated[int, tyro.conf.arg(name="mesh.replicate")] = 1
-    shard: Annotated[int, tyro.conf.arg(name="mesh.shard")] = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """The processes that torchrun has started, which train together.
+
+    Args:
+        replicate: processes with a copy of the weights.
+        shard: processes that share one (torchrun).
+    """
+
+    replicate: int = 1
+    shard: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +110,7 @@ class TrainOrCompare(Train):
     of: ClassVar[Any]
 
     def run(self) -> int:
-        return go(self.config, self.method, self.place, self.comparing, self.of)
+        return go(self.config, self.method, self.place, self.comparing, self.of, getattr(self, "mesh", Started()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +118,7 @@ class TrainImages(TrainOrCompare):
     __doc__ = Images.__doc__
 
     config: Flat[Images]
+    mesh: Started = field(default_factory=Started)
     method: OfImages = images.METHODS["uda"]
     of: ClassVar[Any] = images
 
@@ -118,6 +128,7 @@ class TrainDigits(TrainOrCompare):
     __doc__ = Digits.__doc__
 
     config: Flat[Digits] = field(default_factory=Digits)
+    mesh: Started = field(default_factory=Started)
     method: OfDigits = digits.METHODS["mpl"]
     of: ClassVar[Any] = digits
 
@@ -153,13 +164,20 @@ class RoundsOfDigits(Train):
     method: Flat[NoisyStudent] = field(default_factory=NoisyStudent)
 
 
-def go(config: Any, method: Any, where: Place, comparing: Comparing | None = None, of: Any = None) -> int:
+def go(
+    config: Any,
+    method: Any,
+    where: Place,
+    comparing: Comparing | None = None,
+    of: Any = None,
+    started: Started = Started(),  # frozen
+) -> int:
     """Train in a run folder, or compare methods ``of`` a module: what is wrong is refused before anything is written.
 
     Returns: the exit code.
     """
     # 1. What can be refused by the words alone.
-    mesh, fitting = Mesh(replicate=where.replicate, shard=where.shard), config.fitting
+    mesh, fitting = Mesh(replicate=started.replicate, shard=started.shard), config.fitting
     check_started(mesh)
     place = device(fitting.device)
     if not where.resume:

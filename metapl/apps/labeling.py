@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from metapl.apps.run import EndedRun
 from metapl.data.steps import StepBatches, loader
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest as digest_of
-from metapl.execution.ranks import ALONE, Ranks
 from metapl.metrics.predictions import logits_of
 from metapl.runs.progress import progress
 from metapl.training import Say
@@ -138,18 +136,11 @@ def store_labels(
     classes: Sequence[str],
     about: Mapping[str, Any],
     say: Say,
-    ranks: Ranks = ALONE,
 ) -> LabelStore:
-    """The store of a network's labels in a run's folder; one whose provenance is ``about`` is gone on with. Of several
-    processes, which may hold parts of the network, all run it, and the first one writes."""
-    part = rows_per_part(len(labeled.ids))
-    with ExitStack() as stack:
-        writer = None
-        if ranks.first:
-            begun = LabelWriter(place, classes, provenance=about, rows_per_part=part, resume=place.exists())
-            writer = stack.enter_context(begun)
-        write_labels(network, labeled, writer, skip=say, ranks=ranks)
-    ranks.gathered(None)  # the first one has sealed it
+    """The store of a network's labels in a run's folder; one whose provenance is ``about`` is gone on with."""
+    how: Any = {"provenance": about, "rows_per_part": rows_per_part(len(labeled.ids)), "resume": place.exists()}
+    with LabelWriter(place, classes, **how) as writer:
+        write_labels(network, labeled, writer, skip=say)
     return LabelStore(place)
 
 
@@ -194,9 +185,8 @@ def refuse_other_pictures(
 def write_labels(
     network: nn.Module,
     labeled: ToLabel,
-    writer: LabelWriter | None,
+    writer: LabelWriter,
     *,
-    ranks: Ranks = ALONE,
     temperature: float = 1.0,
     num_workers: int = 0,
     check: bool = False,
@@ -209,21 +199,19 @@ def write_labels(
     Args:
         network: gives logits; it runs in eval mode, without gradients, in the precision of its weights, on the device
             of its first parameter. Afterwards it is in the mode that it was in.
-        writer: entered; of these pictures, the same network, temperature and size of a batch, if it resumes. Of several
-            processes the first one has it.
+        writer: entered; of these pictures, the same network, temperature and size of a batch, if it resumes.
         check: compare all pictures that are labeled already, not a sample.
         skip: takes the reason of each file that is left out.
         unread: takes the path of each file that cannot be read, and of which the writer has labels.
     """
     ids: Sequence[Any] = labeled.ids
-    done, complete = 0, False
-    if writer is not None and writer.there is not None and writer.last is not None:
+    done = 0
+    if writer.there is not None and writer.last is not None:
         how: Any = {"check": check, "tell_progress": tell_progress, "unread": unread}
         refuse_other_pictures(writer.there, lambda name: labeled.file(bisect_left(ids, name)), **how)
-        done, complete = ids.index(writer.last) + 1, writer.complete
-    done, complete = ranks.gathered((done, complete))[0]
-    if complete:
-        return
+        if writer.complete:
+            return
+        done = ids.index(writer.last) + 1
     first, steps = done // labeled.batch_size, len(labeled)
     with progress(tell_progress, name="labels", start=first, steps=steps) as bar:
         for x, numbers, digests, skipped in loader(labeled, first, steps, num_workers):
@@ -243,7 +231,7 @@ def write_labels(
                         kept.append(row)
                         names.append(name)
                 contents = [bytes(row) for row in digests[kept].tolist()] if digests.shape[1] else None
-                if kept and writer is not None:
+                if kept:
                     writer.add(names, logits_BC[kept].softmax(dim=1), contents)
             bar.update()
 
@@ -263,13 +251,13 @@ FOLDER = "labels"  # where a run keeps the stored labels, in its folder
 PICTURES_OF = {"labels": "unlabeled", "labeled_labels": "labeled"}  # the folder whose pictures each store has labels of
 
 
-def label_by(teacher: nn.Module, given: Input, folder: Path, data: Data, say: Say, ranks: Ranks) -> dict[str, Tensor]:
+def label_by(teacher: nn.Module, given: Input, folder: Path, data: Data, say: Say) -> dict[str, Tensor]:
     """Store the labels of a training's examples in its folder, or go on with those of the same weights; read them."""
     stored = {}
     for name, batches in (("unlabeled", data.unlabeled), ("labeled", data.labeled)):
         labeled = ToLabel(images=batches.images, ids=range(len(batches.images)), name=name, input=given)
         about = provenance(teacher, labeled)
-        store = store_labels(teacher, labeled, folder / FOLDER / name, data.classes, about, say, ranks)
+        store = store_labels(teacher, labeled, folder / FOLDER / name, data.classes, about, say)
         stored[name] = rows_of(store, labeled.ids, say)
     say(f"the teacher's labels are in {folder / FOLDER}")
     return stored
@@ -308,9 +296,7 @@ def check_labels_given(config: Any, method: ReducedMpl) -> None:
             refuse_other_pictures(store, file)
 
 
-def labels_given(
-    config: Any, method: ReducedMpl, data: Data, folder: Path, say: Say, ranks: Ranks
-) -> dict[str, Tensor]:
+def labels_given(config: Any, method: ReducedMpl, data: Data, folder: Path, say: Say) -> dict[str, Tensor]:
     """The labels that a method's settings name; those of another run are stored in ``folder``."""
     given = {name: place for name, place in method.labels_from.items() if place is not None}
     folders, found = {part: getattr(config, part) for part in PICTURES_OF.values()}, {}
@@ -323,7 +309,7 @@ def labels_given(
         for part, pictures in folders.items():
             network, labeled = run.network(delivered).to(run.device), to_label(pictures, reads)
             about = {"run": str(run.folder.path), **provenance(network, labeled)}
-            stores[part] = store_labels(network, labeled, folder / FOLDER / part, run.classes, about, say, ranks)
+            stores[part] = store_labels(network, labeled, folder / FOLDER / part, run.classes, about, say)
     else:
         stores = {PICTURES_OF[name]: LabelStore(place) for name, place in given.items()}
         if "labeled" not in stores:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from metapl.apps.fitting import Share
 from metapl.apps.model_noise import model_noise
 from metapl.distributed.mesh import Mesh, shard
 from metapl.errors import MetaplError
-from metapl.execution.ranks import ALONE, Ranks
 
 PATIENCE = timedelta(minutes=10)  # for which a process waits for another one before it gives up
 
@@ -49,32 +47,11 @@ class Processes:
             self.seed(networks[-1], seed)
         return found
 
-    def another(self, network: nn.Module, place: torch.device, seed: int, small: bool = False) -> nn.Module:
-        """A further network on a device; of a ``small`` one that reads no inputs each process has all."""
-        network = network.to(place)
-        if self.size == 1:
-            return network
-        for t in [*network.parameters(), *network.buffers()]:  # each share may have drawn its own
-            first = t.detach().contiguous()
-            dist.broadcast(first, 0)
-            t.data.copy_(first)
-        return shard(network, Mesh(replicate=self.size)) if small else self.laid_out(network, seed=seed)[0]
-
     def seed(self, network: nn.Module, seed: int) -> None:
         """Seed the default generators; where the network drops rows of a batch, each share has its masks."""
         torch.manual_seed(seed)
         if self.size > 1 and model_noise(network):
             torch.manual_seed(seed + 2**32 * (1 + self.mesh.share))
-
-    def ranks(self, place: torch.device) -> Ranks:
-        if self.size == 1:
-            return ALONE
-        world: Any = dist.group.WORLD
-        return Ranks([world], self.mesh.share, place, self.mesh.tensor, first=self.first)
-
-    def shared(self, folder: Path) -> Path:
-        """The folder of the first process, where the stores are."""
-        return Path(from_first(str(folder.absolute())))
 
 
 def program() -> str:

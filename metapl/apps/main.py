@@ -145,7 +145,7 @@ def run(given: list[str]) -> int:
         tyro.cli(every, prog="metapl", args=["--tyro-print-completion", *given[1:2]], config=CONFIG)
     name, words = _named(given)
     count = os.environ.get("WORLD_SIZE", "1")
-    if "TORCHELASTIC_RUN_ID" in os.environ and count != "1" and given[0] not in ("train", "noisy-student"):
+    if "TORCHELASTIC_RUN_ID" in os.environ and count != "1" and name not in ("train images", "train digits"):
         raise MetaplError(
             f"torchrun has started {count} processes of metapl {name}, which takes one; start it without."
         )

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from metapl import feedback, problems
 from metapl.ablation import Altered
-from metapl.apps.launch import Processes
 from metapl.apps.pictures import LabeledBatches, UnlabeledBatches
 from metapl.apps.settings import Flat, Hidden, Share, SomeSteps, Weight, flat, replaced, unset
 from metapl.errors import MetaplError
@@ -99,7 +98,6 @@ class Training:
     # Stored class distributions of the unlabeled examples and perhaps the labeled ones, by a network, or by what a
     # method's settings name.
     label: Callable[[nn.Module | None], dict[str, Tensor]]
-    processes: Processes = field(default_factory=Processes)  # that train together
     folder: Any = None  # that of the run, for what stores more; where a step is timed there is none
     progress: bool = False
     say: Say = lambda text: None
@@ -113,10 +111,6 @@ class Training:
         """Of every trainer."""
         found: dict[str, Any] = self.config.trainer_options()
         return found
-
-    def laid_out(self, network: nn.Module, small: bool = False) -> nn.Module:
-        """A further network over the processes; of a ``small`` one that reads no inputs each has all."""
-        return self.processes.another(network, self.place, seed=self.config.fitting.seed, small=small)
 
     def alone(self, network: nn.Module, losses: Losses, **options: Any) -> Trained:
         """Train a network by itself, on labeled examples and, where a loss reads them, unlabeled ones."""
@@ -469,8 +463,8 @@ class ReducedMpl(Method):
         labeled, unlabeled = t.data.labeled, t.data.unlabeled
         assert isinstance(labeled, LabeledBatches)
         assert isinstance(unlabeled, UnlabeledBatches)
-        t.processes.seed(t.student, t.config.fitting.seed)  # whatever was drawn for the labels
-        adjuster = t.laid_out(label_adjuster(len(t.data.classes)), small=True)
+        torch.manual_seed(t.config.fitting.seed)  # whatever was drawn for the labels
+        adjuster = label_adjuster(len(t.data.classes)).to(t.place)
         own: tuple[problems.StoredCrossEntropy, ...] = ()
         if "labeled" in stored:
             own = (problems.StoredCrossEntropy(self.uda.label_smoothing),)

@@ -116,7 +116,7 @@ class Learned(Method):
             problem, learned = LabelCorrection(), Corrector(network, classes, TRUSTED)
         else:
             problem, learned = NoiseTransition(), Table(TRUSTED * torch.eye(classes))
-        teacher = t.laid_out(learned, small=not problem.teacher_reads_inputs)
+        teacher = learned.to(t.place)
         if warm:
             # While the network knows nothing yet, whatever it learns from helps it, and all weights would grow.
             first = {"steps": warm, "schedule": "constant", "select": False, "warmup": min(fitting.warmup, warm)}

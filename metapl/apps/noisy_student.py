@@ -27,7 +27,7 @@ from metapl.apps.digits import fitting as of_digits
 from metapl.apps.images import Images
 from metapl.apps.labeling import Read, ToLabel, provenance, store_labels
 from metapl.apps.labels import LabelStore
-from metapl.apps.labels.queries import Selection, select, statistics
+from metapl.apps.labels.queries import select, statistics
 from metapl.apps.methods import Data, Method, Trained, Training
 from metapl.apps.model_noise import NoisyStudentLoss, with_model_noise
 from metapl.apps.networks import begin_as
@@ -41,7 +41,6 @@ from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest
 from metapl.execution.numerics import wide
-from metapl.execution.ranks import ALONE, Ranks
 from metapl.problems.losses import CrossEntropy
 from metapl.problems.stored import check_stored, stored_pair
 from metapl.runs.fields import Range, check_fields
@@ -122,10 +121,8 @@ class NoisyStudent(Method):
         config, data, seed = t.config, t.data, t.config.fitting.seed
         first, *others = configs_of(config, self)
         hard, model_noise = self.labels == "hard", self.unlabeled_noise != "none"
-        place, rounds = t.place, None
-        if t.folder is not None:
-            folder, ranks = t.processes.shared(t.folder), t.processes.ranks(place)
-            rounds = Rounds(self, config, data, folder, t.say, ranks)
+        place = t.place
+        rounds = None if t.folder is None else Rounds(self, config, data, t.folder, t.say)
 
         def drawn(source: LabeledBatches, number: int, **own: Any) -> LabeledBatches:
             """Labeled batches as a round draws them: each its own."""
@@ -143,9 +140,8 @@ class NoisyStudent(Method):
         # Round 0, on labeled examples alone, with noise.
         noisy = noisy_view(data)
         torch.manual_seed(fold_in(seed, 0))
-        network = first.network().to(place)
-        begin_as(t.student, network)
-        teacher = t.laid_out(network)
+        teacher = first.network().to(place)
+        begin_as(t.student, teacher)
         losses: Any = (CrossEntropy(self.label_smoothing),)
         trainer = LossTrainer(teacher, losses, optimizer=optimizer(first, teacher), **t.options)
         usual, warmup = config.fitting.steps, config.fitting.warmup or 0
@@ -180,13 +176,14 @@ class NoisyStudent(Method):
             sources: tuple[Any, Any] = (drawn(data.labeled, number, view=noisy), pairs)
             if self.training != "joint":
                 losses, sources = (StoredLabelLoss(hard, model_noise),), (pairs, None)
-            given = t.laid_out(network)
-            trainer = LossTrainer(given, losses, optimizer=optimizer(sized, given, rate), **t.options)
+            trainer = LossTrainer(network, losses, optimizer=optimizer(sized, network, rate), **t.options)
             options = {"steps": steps, "warmup": min(warmup, steps), **decay}
             result = t.fit(trainer, *sources, phase=f"round-{number}", **options)
             if self.training == "pretrain_finetune":
                 torch.manual_seed(fold_in(seed + 1, number))  # whatever was drawn before
-                trainer, result = finetuned(sized, given, drawn(data.finetuning, number), f"round-{number}{FINETUNED}")
+                trainer, result = finetuned(
+                    sized, network, drawn(data.finetuning, number), f"round-{number}{FINETUNED}"
+                )
             if rounds is not None:
                 rounds.records[-1] |= {
                     "parameters": sum(p.numel() for p in network.parameters()),
@@ -388,7 +385,6 @@ class Rounds:
     data: Data
     folder: Path
     say: Say
-    ranks: Ranks = ALONE  # the processes that train together; the first of them writes
     records: list[dict[str, Any]] = field(default_factory=list)  # of each round for result.json, from the first student
     reached: dict[int, dict[str, float]] = field(default_factory=dict)  # by the network of each round, by its number
 
@@ -405,11 +401,10 @@ class Rounds:
             about["views"] = f"augmented by {view!r}, seed {seed}, with dropout and stochastic depth"
         labeler = Noised(teacher, seed) if noisy else teacher
         stored = place / str(number) / LABELS
-        labels = store_labels(labeler, source, stored, data.classes, about, self.say, self.ranks)
+        labels = store_labels(labeler, source, stored, data.classes, about, self.say)
         threshold, kept = self.threshold(labels), place / str(number) / SELECTED
         how = {"per_class": settings.per_class, "threshold": threshold, "balance": settings.balance}
-        selected = select(labels, kept, resume=kept.exists(), **how) if self.ranks.first else None
-        selection: Selection = self.ranks.gathered(selected)[0]
+        selection = select(labels, kept, resume=kept.exists(), **how)
         chosen, changed = LabelStore(kept), None
         before, after = statistics(labels), statistics(chosen)
         if number > 1:  # of how many examples the label is another; a file that became unreadable is in one store alone

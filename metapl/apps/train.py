@@ -121,10 +121,9 @@ def train(
         return fit(trainer, *shares, phase=phase, **options | own)
 
     def label(network: nn.Module | None) -> dict[str, Tensor]:
-        ranks, shared = processes.ranks(place), processes.shared(folder.path)
         if network is None:
-            return labels_given(config, method, data, shared, say, ranks)
-        return label_by(inside(network), config.input, shared, data, say, ranks)
+            return labels_given(config, method, data, folder.path, say)
+        return label_by(network, config.input, folder.path, data, say)
 
     training = Training(
         config=config,
@@ -133,7 +132,6 @@ def train(
         student=student,
         fit=phase,
         label=label,
-        processes=processes,
         folder=folder.path,
         progress=progress,
         say=say,
@@ -240,11 +238,13 @@ def device(asked: str) -> torch.device:
 
 
 def check_shares(config: Any, method: Any, mesh: Mesh) -> None:
-    """Refuse batches that do not fall into equal parts for the processes, and for --accumulate in each."""
+    """Refuse batches that do not fall into equal parts for the processes, and for --accumulate in each; and processes
+    where labels are stored, which one does."""
+    if mesh.size > 1 and isinstance(method, ReducedMpl):
+        raise MetaplError(f"--method {method.name} stores labels, in one process; leave --mesh out.")
     parts = mesh.shares * config.fitting.accumulate
     for name, size in flat(config).items():
-        drawn = name.endswith("_batch") and not (name == "unlabeled_batch" and method.name == "noisy_student")
-        if drawn and size % parts:
+        if name.endswith("_batch") and size % parts:
             raise MetaplError(
                 f"--{name.replace('_', '-')} {size:,}: expected a multiple of {parts:,}, for {mesh.shares:,} processes "
                 f"and --accumulate {config.fitting.accumulate:,}."

@@ -17,7 +17,7 @@ import pytest
 from command import metapl
 from ranks import Ranks
 from safetensors.torch import load_file
-from tiny_runs import NOISY_STUDENT, REDUCED, TINY, color_folders, images_command
+from tiny_runs import TINY, color_folders, images_command
 
 from metapl.apps.run import WEIGHTS
 
@@ -89,15 +89,12 @@ def test_digits_in_two_processes(mesh: str, two: Ranks, tiny: Path, tmp_path: Pa
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["noisy student", "reduced", "images"])
-def test_other_trainings_in_two_processes(kind: str, two: Ranks, tmp_path: Path) -> None:
+def test_pictures_in_two_processes(two: Ranks, tmp_path: Path) -> None:
     """Batch norms see a share of the rows, as where one process takes each batch in two parts."""
-    pictures = images_command(color_folders(tmp_path / "pictures"), "--method", "mpl", "--uda-align", "0")
-    words: dict[str, list[str]] = {"noisy student": [*NOISY_STUDENT], "reduced": [*REDUCED], "images": pictures}
-    parts = ["--accumulate", "2"] if kind == "images" else []
-    metapl(*words[kind], *parts, "--out", tmp_path / "one")
-    trained(two, [*words[kind], "--mesh.replicate", "2"], tmp_path / "two")
-    same_numbers(tmp_path / "two", tmp_path / "one", 2e-3 if kind == "images" else 1e-5)
+    words = images_command(color_folders(tmp_path / "pictures"), "--method", "mpl", "--uda-align", "0")
+    metapl(*words, "--accumulate", "2", "--out", tmp_path / "one")
+    trained(two, [*words, "--mesh.replicate", "2"], tmp_path / "two")
+    same_numbers(tmp_path / "two", tmp_path / "one", 2e-3)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +108,7 @@ def test_other_trainings_in_two_processes(kind: str, two: Ranks, tmp_path: Path)
         ("2", ("--mesh.replicate", "2", "--compare"), "--compare"),
         ("2", ("--mesh.tensor", "2"), "--mesh.tensor"),
         ("2", ("--mesh.replicate", "0"), "replicate"),
+        ("2", ("--mesh.replicate", "2", "--method", "reduced_mpl"), "stores labels"),
     ],
 )
 def test_a_mesh_that_does_not_go_is_refused_before_anything_is_written(
