@@ -14,11 +14,11 @@ from metapl.ablation import ablate
 from metapl.apps import digits
 from metapl.apps.digits import Digits
 from metapl.apps.images import Images
-from metapl.apps.inputs import Folder, held, unset, written
+from metapl.apps.inputs import Folder, held, written
 from metapl.apps.look import settled
 from metapl.apps.methods import Mpl, Training
 from metapl.apps.networks import begin_as
-from metapl.apps.settings import Flat, SomeSteps
+from metapl.apps.settings import Flat, SomeSteps, unset
 from metapl.apps.train import device
 from metapl.apps.words import tell, wrapped
 from metapl.errors import MetaplError

@@ -17,14 +17,14 @@ from torch.nn import functional as F
 
 from metapl.apps import web
 from metapl.apps.held_out import files_of
-from metapl.apps.inputs import Folder, Run, check_out, held, unset, written
+from metapl.apps.inputs import Folder, Run, check_out, held, written
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.check import verify_files
 from metapl.apps.pictures.csv_files import written_csv
 from metapl.apps.pictures.folders import LabeledFiles, scan_labeled
 from metapl.apps.pictures.store import FileImages
 from metapl.apps.run import EndedRun
-from metapl.apps.settings import Batch, Steps
+from metapl.apps.settings import Batch, Steps, unset
 from metapl.apps.words import short, table, tell, wrapped
 from metapl.errors import MetaplError, few
 from metapl.runs.fields import Range
@@ -93,7 +93,7 @@ class Attribute:
             if steps * batch < len(train):  # which would leave some pictures out, which would have no score
                 least = -(-len(train) // batch)
                 raise MetaplError(f"--steps {steps}: expected {least:,} or more for {len(train):,} pictures.")
-            torch.set_num_threads(run.threads)
+            torch.set_num_threads(run.folder.threads())
             torch.manual_seed(seed)
             network = run.cards["student"].create(weights=fields.get("weights")).to(run.device)
             scores = attribute(

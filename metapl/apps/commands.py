@@ -68,8 +68,8 @@ class Started:
         shard: processes that share one (torchrun).
     """
 
-    replicate: int = 1
-    shard: int = 1
+    replicate: Annotated[int, tyro.conf.arg(name="mesh.replicate")] = 1
+    shard: Annotated[int, tyro.conf.arg(name="mesh.shard")] = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ class TrainImages(TrainOrCompare):
     __doc__ = Images.__doc__
 
     config: Flat[Images]
-    mesh: Started = field(default_factory=Started)
+    mesh: Flat[Started] = field(default_factory=Started)
     method: OfImages = images.METHODS["uda"]
     of: ClassVar[Any] = images
 
@@ -128,7 +128,7 @@ class TrainDigits(TrainOrCompare):
     __doc__ = Digits.__doc__
 
     config: Flat[Digits] = field(default_factory=Digits)
-    mesh: Started = field(default_factory=Started)
+    mesh: Flat[Started] = field(default_factory=Started)
     method: OfDigits = digits.METHODS["mpl"]
     of: ClassVar[Any] = digits
 

@@ -69,9 +69,9 @@ class Job:
         torch.set_num_threads(self.config.threads or self.threads)
         with folder.claimed(describe(self.config, self.method), resume=self.resume):
             if not folder.ended:
-                return train(self.config, self.method, folder, resume=self.resume and folder.exists)
+                return train(self.config, self.method, folder, resume=self.resume)
             result = stored_result(folder)
-            for name, sha256 in result.get("sha256", {}).items():
+            for name, sha256 in result["sha256"].items():
                 if (folder.path / name).is_file():  # weights may have been removed for their room
                     read_sealed(folder.path / name, sha256, mend=ANOTHER)
             return result
@@ -107,11 +107,10 @@ def compare(
         comparison = Comparison.of(tuple(seeds), names, results)
         method, seed = comparison.delivered()
         source = RunFolder(out / method / f"seed-{seed}")
-        sha256 = results[method, seed].get("sha256", {})
         for name in WEIGHTS.values():
             if (source.path / name).is_file():
                 # The same weights are the same bytes: the checksums of the run hold here too.
-                folder.write_weights(name, source.read_weights(name, sha256.get(name)))
+                folder.write_weights(name, source.read_weights(name, results[method, seed]["sha256"][name]))
         folder.write_json(NETWORK, source.read_json(NETWORK))
         if (source.path / SUSPECTS).is_file():
             shutil.copyfile(source.path / SUSPECTS, out / SUSPECTS)

@@ -33,7 +33,7 @@ from metapl.models import mlp
 from metapl.runs.fields import Range, check_fields
 from metapl.training import Say
 
-MOST_LAYERS, WIDEST, MOST_THREADS = 64, 2**14, 1024
+MOST_LAYERS, WIDEST = 64, 2**14
 VIEW = ShiftNoiseCutout()  # of what the student, and of labeled images the teacher, learns from
 
 # SGD: learning rates of the student, of the teacher, which has momentum, and of finetuning.
@@ -78,19 +78,18 @@ class Digits:
         unlabeled_batch: unlabeled images in a batch.
         hidden: widths of the hidden layers.
         dropout: dropout rate of the networks.
-        threads: of the linear algebra; rounding depends on it.
     """
 
     name: ClassVar[str] = "digits"
     classes: ClassVar[tuple[str, ...]] = tuple("0123456789")
     input: ClassVar[Input] = Input(kind="digit", channels=1, size=8)
     places: ClassVar[tuple[str, ...]] = ()
+    threads: ClassVar[int] = 1  # of the linear algebra; rounding depends on it
 
     labels_per_class: Annotated[int, Range(1)] = 2
     unlabeled_batch: Batch = 64
     hidden: tuple[int, ...] = (32, 32)
     dropout: Share = 0.0
-    threads: Annotated[int, Range(1, most=MOST_THREADS)] = 1
     fitting: Flat[Fitting] = field(default_factory=fitting)
 
     def __post_init__(self) -> None:

@@ -11,10 +11,11 @@ from typing import Annotated, Any
 from metapl.apps.evaluation.attacks import LEVELS, Attack, measure
 from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from metapl.apps.held_out import HeldOut
-from metapl.apps.inputs import Factory, Folder, Network, Run, Switch, counted, held, unset, written
+from metapl.apps.inputs import Factory, Folder, Network, Run, counted, held, written
 from metapl.apps.labeling import refuse_infinite
 from metapl.apps.machine.progress import counting
 from metapl.apps.run import WEIGHTS, EndedRun
+from metapl.apps.settings import Switch, unset
 from metapl.apps.words import WIDTH, short, table, tell
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits

@@ -14,8 +14,7 @@ import tyro
 from metapl.apps.machine.ownership import owned
 from metapl.apps.machine.sealed import written_last
 from metapl.apps.run import PLACES, NetworkName, RunFolder
-from metapl.apps.settings import Switch as Switch
-from metapl.apps.settings import unset as unset
+from metapl.apps.settings import unset
 from metapl.errors import MetaplError
 
 Run = Annotated[Path, tyro.conf.Positional, unset("RUN")]  # the folder of a run, by its place
@@ -66,15 +65,15 @@ def held(out: Path | None, *files: str) -> Iterator[None]:
         yield
 
 
-def check_file(flag: str, file: Path | None, suffix: str = "") -> None:
-    """Refuse a file that cannot be written, or not be replaced, before any work; of a link, what it leads to."""
+def check_file(file: Path | None, suffix: str) -> None:
+    """Refuse an ``--out`` that cannot be written, or not be replaced, before any work; of a link, what it leads to."""
     if file is None:
         return
-    if file.suffix.lower() != (suffix or file.suffix.lower()):
-        raise MetaplError(f"{flag} {file} is to be a {suffix} file; expected a name that ends with {suffix}.")
+    if file.suffix.lower() != suffix:
+        raise MetaplError(f"--out {file} is to be a {suffix} file; expected a name that ends with {suffix}.")
     where = Path(os.path.realpath(file))
     if not where.parent.is_dir() or (where.exists() and not where.is_file()):
-        raise MetaplError(f"{flag} {file} cannot be written; expected a file, in a folder that is there.")
+        raise MetaplError(f"--out {file} cannot be written; expected a file, in a folder that is there.")
 
 
 @contextmanager

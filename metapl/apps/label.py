@@ -11,14 +11,14 @@ from typing import Annotated
 
 import tyro
 
-from metapl.apps.inputs import Factory, Network, Run, Switch, counted, unset
+from metapl.apps.inputs import Factory, Network, Run, counted
 from metapl.apps.labeling import BATCH, provenance, rows_per_part, to_label, write_labels
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels.queries import select, statistics
 from metapl.apps.machine.progress import counting
 from metapl.apps.machine.sealed import sha256_of, write_whole
 from metapl.apps.run import WEIGHTS, EndedRun
-from metapl.apps.settings import MOST_IN_A_BATCH
+from metapl.apps.settings import MOST_IN_A_BATCH, Switch, unset
 from metapl.apps.words import short, table, tell
 from metapl.errors import few
 from metapl.runs.fields import Range

@@ -31,6 +31,8 @@ from metapl.training.trainer import BilevelTrainer
 
 FIXMATCH_THRESHOLD = 0.85  # published is 0.95 (arXiv:2001.07685); with few steps this reached more (docs/pictures.md)
 
+ENTROPY_WEIGHT = 0.1  # of entropy minimization
+
 # Shares of the steps: before the student of a teacher begins, before UDA begins, and of its ramp.
 WAIT, START, RAMP = 0.75, 0.4, 0.1
 
@@ -241,19 +243,14 @@ class FixMatch(Uda):
 class EntMin(Method):
     """Entropy minimization: one network, on the labeled examples and towards predictions that are sure.
 
-    Args:
-        entropy_weight: of the mean entropy of predictions.
-
     Source: Grandvalet and Bengio (2004), eq. (7).
     """
-
-    entropy_weight: Weight = 0.1
 
     name: ClassVar[str] = "ent_min"
     title: ClassVar[str] = "entropy minimization"
 
     def train(self, t: Training) -> Trained:
-        return t.alone(t.teacher, (CrossEntropy(), Entropy(self.entropy_weight)))
+        return t.alone(t.teacher, (CrossEntropy(), Entropy(ENTROPY_WEIGHT)))
 
 
 @dataclass(frozen=True)
@@ -280,7 +277,6 @@ class Feedback:
         mode: one of metapl.MODES; see metapl ablate.
         pseudo_labels: soft or hard; as the mode needs.
         temperature: of the pseudo-labels' softmax.
-        student_smoothing: label smoothing of its loss.
         student_lr: its learning rate.
         feedback: whole, none, or an altered control.
         feedback_weight: beside the teacher's own losses.
@@ -291,7 +287,6 @@ class Feedback:
     mode: Annotated[Mode, tyro.conf.arg(metavar="MODE")] = "forward"
     pseudo_labels: Annotated[Literal["soft", "hard"] | None, unset("KIND")] = None
     temperature: float = 1.0
-    student_smoothing: Share = 0.0
     student_lr: Annotated[AboveZero | None, unset()] = None
     feedback: Annotated[FeedbackKind, tyro.conf.arg(metavar="KIND")] = "whole"
     feedback_weight: float = 1.0
@@ -316,8 +311,7 @@ class Feedback:
 
     def problem(self) -> problems.PseudoLabels:
         """The labels that the student learns, also without feedback those that the mode takes."""
-        smoothing = self.student_smoothing
-        asked = problems.PseudoLabels(kind=self.pseudo_labels, temperature=self.temperature, label_smoothing=smoothing)
+        asked = problems.PseudoLabels(kind=self.pseudo_labels, temperature=self.temperature)
         taken = asked.for_modes(feedback.estimator(self.mode).labels, self.mode)
         return taken if self.feedback == "none" else asked
 
@@ -389,14 +383,12 @@ class PseudoLabels(Method):
     Args:
         pseudo_labels: soft or hard.
         temperature: of the softmax that makes them.
-        student_smoothing: label smoothing of its loss.
         student_lr: its learning rate.
         label_smoothing: of the teacher's loss.
     """
 
     pseudo_labels: Annotated[Literal["soft", "hard"], tyro.conf.arg(metavar="KIND")] = "soft"
     temperature: float = 1.0
-    student_smoothing: Share = 0.0
     student_lr: Annotated[AboveZero | None, unset()] = None
     label_smoothing: Share = 0.0
 
@@ -408,8 +400,7 @@ class PseudoLabels(Method):
         self.problem()
 
     def problem(self) -> problems.PseudoLabels:
-        smoothing = self.student_smoothing
-        return problems.PseudoLabels(kind=self.pseudo_labels, temperature=self.temperature, label_smoothing=smoothing)
+        return problems.PseudoLabels(kind=self.pseudo_labels, temperature=self.temperature)
 
     def train(self, t: Training) -> Trained:
         t.alone(t.teacher, (CrossEntropy(self.label_smoothing),), phase="teacher")
@@ -470,7 +461,7 @@ class ReducedMpl(Method):
             own = (problems.StoredCrossEntropy(self.uda.label_smoothing),)
             labeled = dataclasses.replace(labeled, stored=stored["labeled"])
         labels = self.feedback.problem()
-        problem = problems.ReducedLabels(labels.kind, labels.temperature, labels.label_smoothing)
+        problem = problems.ReducedLabels(labels.kind, labels.temperature)
         mode = self.feedback.estimator(t.config.fitting.seed)
         size = {**self.feedback.size(ratio=bool(own)), "student_lr": self.feedback.student_lr}
         trainer = t.bilevel(adjuster, mode, problem, teacher_losses=own, **size)

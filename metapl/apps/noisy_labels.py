@@ -26,7 +26,6 @@ from metapl.errors import MetaplError, few
 from metapl.models import Corrector
 from metapl.problems import ExampleWeights, LabelCorrection, MetaWeightNet, NoiseTransition, Table, WeightNet
 from metapl.problems.losses import CrossEntropy
-from metapl.runs.fields import AboveZero
 from metapl.training import Say
 
 TRUSTED = 4.0  # logit of "no noise" in a matrix of label noise, and of the given label in a corrector, at first
@@ -73,7 +72,6 @@ class Learned(Method):
     Args:
         mode: forward or difference.
         warm_steps: on all labels as they are; 20 %.
-        label_lr: rate of what is learned about labels.
         feedback: whole, or an altered control.
 
     Source: the papers that :mod:`metapl.problems` names beside each problem.
@@ -82,7 +80,6 @@ class Learned(Method):
     kind: Hidden[LearnedKind] = "example_weights"
     mode: Annotated[Literal["forward", "difference"], tyro.conf.arg(metavar="MODE")] = "forward"
     warm_steps: Annotated[SomeSteps | None, unset()] = None
-    label_lr: Annotated[AboveZero | None, unset()] = None
     feedback: Annotated[Literal["whole", "permuted", "random_sign"], tyro.conf.arg(metavar="KIND")] = "whole"
 
     @property
@@ -125,7 +122,7 @@ class Learned(Method):
         if self.feedback != "whole":
             mode = Altered(mode, self.feedback, seed=fitting.seed)
         groups = networks.parameter_groups(teacher, 0.0, on_norms=False)
-        own = torch.optim.AdamW(groups, lr=self.label_lr or RATES[self.kind])
+        own = torch.optim.AdamW(groups, lr=RATES[self.kind])
         options = {"outer_optimizer": own, "student_lr": fitting.lr}
         trainer = t.bilevel(teacher, mode, problem, teacher_losses=(), **options)
         rest = {"steps": fitting.steps - warm, "warmup": 0 if warm else fitting.warmup}

@@ -14,11 +14,12 @@ import torch
 import tyro
 from torch import nn
 
-from metapl.apps.inputs import Factory, File, Network, Run, Switch, check_file, counted, unset
+from metapl.apps.inputs import Factory, File, Network, Run, check_file, counted
 from metapl.apps.labeling import refuse_infinite
 from metapl.apps.pictures.csv_files import CsvRows, written_csv
 from metapl.apps.pictures.input import Inputs
 from metapl.apps.run import EndedRun
+from metapl.apps.settings import Switch, unset
 from metapl.apps.words import tell
 from metapl.errors import MetaplError
 from metapl.metrics.predictions import logits_of
@@ -67,7 +68,7 @@ class Predict:
         for path in self.files:
             if not os.path.lexists(path):  # a link that leads nowhere is left out, as other files that cannot be read
                 raise MetaplError(f"there is no file or folder {shown(path)}.")
-        check_file("--out", self.out, ".csv")  # which is none of the files to be read
+        check_file(self.out, ".csv")  # which is none of the files to be read
         network = run.network(name, self.factory).to(run.device)
         inputs = Inputs(run.cards[name].input, self.files)
         count = 0

@@ -230,7 +230,7 @@ def seal(
 
 def refuse_changed(file: Path, result: Mapping[str, Any]) -> None:
     """Stop where a file of a run is not as its ``result.json`` notes it; what was never noted may be gone."""
-    sha256 = result.get("sha256", {}).get(file.name)
+    sha256 = result["sha256"].get(file.name)
     if sha256 is not None or file.exists():
         read_sealed(file, sha256, mend=ANOTHER)
 
@@ -302,11 +302,6 @@ class EndedRun:
         there = torch.cuda.is_available() and self.description["fields"].get("device") != "cpu"
         return torch.device("cuda" if there else "cpu")
 
-    @property
-    def threads(self) -> int:
-        """Those of its training, on whose number rounding depends."""
-        return int(self.description["fields"].get("threads") or self.folder.threads())
-
     def name(self, asked: NetworkName) -> str:
         """Which network is meant; refused where the run has no such network."""
         if asked == "delivered":
@@ -318,9 +313,9 @@ class EndedRun:
 
     def network(self, name: str, factory: str | None = None) -> nn.Module:
         """One of the run's networks with its weights; ``factory`` is FILE.py:FUNCTION for one of its own."""
-        torch.set_num_threads(self.threads)
+        torch.set_num_threads(self.folder.threads())
         file = self.folder.path / WEIGHTS[name]
-        weights = self.folder.read_weights(file.name, self.result.get("sha256", {}).get(file.name))
+        weights = self.folder.read_weights(file.name, self.result["sha256"].get(file.name))
         network = self.cards[name].create(None if factory is None else function_in(factory))
         given, expected = (
             {key: tuple(value.shape) for key, value in tensors.items()} for tensors in (weights, network.state_dict())

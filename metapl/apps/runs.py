@@ -14,12 +14,13 @@ import tyro
 
 from metapl.apps import web
 from metapl.apps.curves import draw
-from metapl.apps.inputs import Run, Switch, check_file, unset
+from metapl.apps.inputs import Run, check_file
 from metapl.apps.machine.ownership import is_owned
 from metapl.apps.machine.sealed import read_plain, write_whole
 from metapl.apps.pictures.folders import walk
 from metapl.apps.report import PAGE, drawn, html_of, made, page_of
 from metapl.apps.run import TOLD, EndedRun, RunFolder, refuse_changed, stored_result
+from metapl.apps.settings import Switch, unset
 from metapl.apps.words import short, table, tell
 from metapl.errors import MetaplError, reason_of
 from metapl.metrics import interval
@@ -76,22 +77,21 @@ def state_of(folder: RunFolder) -> dict[str, Any]:
     """What :func:`glance` says of a run that is not damaged."""
     description = folder.recipe()
     name, fields, methods = description["name"], description["fields"], description.get("compare")
-    labeled, seeds = fields.get("labeled"), description.get("seeds", [fields.get("seed", 0)])
-    data = fields.get("data", name) if labeled is None else "/".join(Path(labeled).parts[-2:])
-    entry = {"recipe": name, "data": str(data), "seeds": seeds, "methods": methods or [description["method"]]}
+    seeds, labeled = description.get("seeds", [fields.get("seed", 0)]), Path(fields.get("labeled") or name)
+    entry = {"recipe": name, "data": "/".join(labeled.parts[-2:]), "seeds": seeds}
+    entry["methods"] = methods or [description["method"]]
     if folder.ended:
         result = stored_result(folder)
         for name in TOLD if methods is None else ():  # those of a comparison are in its runs
             refuse_changed(folder.path / name, result)
         entry |= {"state": "finished", "steps": result["steps"], "done": result["steps"]}
-        # The accuracy of the delivered network on test, else on validation.
-        on, accuracy, n = "validation", result.get("validation_accuracy"), result["validation_size"]
+        on, n = "validation", result["validation_size"]
         if "evaluation" in result:
-            on, accuracy, n = "test", result["evaluation"]["accuracy"], result["evaluation"]["n"]
-        if accuracy is not None:
+            on, n = "test", result["evaluation"]["n"]
+        if (accuracy := result.get(f"{on}_accuracy")) is not None:
             entry |= {"accuracy": accuracy, "interval": interval(round(accuracy * n), n), "n": n, "on": on}
         return entry
-    entry |= {"state": "running" if is_owned(folder.path) else "interrupted"}
+    entry["state"] = "running" if is_owned(folder.path) else "interrupted"
     if methods is not None:
         places = [folder.path / name / f"seed-{seed}" for name in methods for seed in seeds]
         done = sum((place / "result.json").exists() for place in places)
@@ -104,22 +104,18 @@ def listing(found: Sequence[Mapping[str, Any]]) -> str:
     """The table of what :func:`glance` says."""
     rows, notes = [("run", "method", "data", "steps", "accuracy, %", "date")], "accuracy with its 95 % interval"
     for entry in found:
-        name, state, date = shown(entry["run"]), entry["state"], datetime.fromisoformat(entry["date"])
-        day = f"{date:%d %b}" if date.year == datetime.now().year else f"{date:%b %Y}"
+        name, state, steps = shown(entry["run"]), entry["state"], ""
+        methods, phase = entry.get("methods", [""]), entry.get("phase", "fit")
         if state == "damaged":
-            rows.append((name, "", "", "", state, day))
             notes += f"\n{name}: {shown(entry['why'])}"
-            continue
+        else:
+            of = "" if state == "finished" else f"{entry['done']:,}/"
+            steps = f"{'' if phase == 'fit' else f'{phase} '}{of}{entry['steps']:,}"
         if "accuracy" in entry:
             low, high = entry["interval"]
-            on = entry["on"].removesuffix("idation")
-            state = f"{100 * entry['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f}) {on}"
-        methods, steps = entry["methods"], f"{entry['steps']:,}"
-        if "phase" in entry:
-            phase, done = entry["phase"], f"{entry['done']:,}"
-            steps = {"fit": f"{done}/{steps}", "runs": f"{done}/{steps} runs"}.get(phase, f"{phase} {done}")
-        method = methods[0] if len(methods) == 1 else f"{len(methods)} methods"
-        rows.append((name, short(method), short(entry["data"]), steps, state, day))
+            state = f"{100 * entry['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f}) {entry['on']}"
+        method = short(methods[0]) if len(methods) == 1 else f"{len(methods)} methods"
+        rows.append((name, method, short(entry.get("data", "")), steps, state, entry["date"][:10]))
     return f"{table(rows, left=len(rows[0]))}\n\n{notes}"
 
 
@@ -148,12 +144,11 @@ class Report:
     def run(self) -> int:
         out = self.out or self.folder / PAGE
         if self.out is not None or self.folder.is_dir():  # else there is no run
-            check_file("--out", out, ".html")
+            check_file(out, ".html")
         if out.exists() and web.GENERATOR.encode() not in read_plain(out)[:1000]:
             raise MetaplError(f"{out} is there, and metapl report did not write it; expected another --out FILE.html.")
         folder = RunFolder(self.folder)
-        stopped = folder.exists and not folder.ended
-        if stopped:
+        if folder.exists and not folder.ended:
             heading, parts = _unfinished(folder)
         else:
             heading, _, parts = page_of(EndedRun.load(self.folder))
@@ -164,17 +159,10 @@ class Report:
 
 
 def _unfinished(folder: RunFolder) -> tuple[str, list[str]]:
+    """What :func:`state_of` says of a run that has not ended, and its curves so far."""
     description, found = folder.recipe(), state_of(folder)
-    title, phase = " and ".join(found["methods"]), found["phase"]
-    said = f"Not finished: {found['state']}, {found['done']:,} of {found['steps']:,} runs have ended"
-    curves = ""
-    if phase != "runs":
-        said = f"Not finished: {found['state']}, at step {found['done']:,} of {phase} (of {found['steps']:,} steps)"
-        metrics = Metrics(folder.path / "metrics.jsonl")
-        lines = metrics.file.read_bytes().count(b"\n") if metrics.file.exists() else 0
-        lost = lines - len(metrics.rows())
-        said += f"; damaged lines of {metrics.file.name}, left out: {lost}" if lost else ""
-        curves = drawn(draw(title=phase, curves={title: metrics.rows(phase)}, evaluation=None, network="network"))
-    said += "; it goes on by its command with --resume" if found["state"] == "interrupted" else ""
-    parts = [f'<p class="state">{web.text(said)}</p>', curves, *made(folder, description, folder)]
-    return f"{description['name']}: {title}, seed {description['fields']['seed']}", parts
+    heading = f"{found['recipe']}: {' and '.join(found['methods'])}, {found['state']}"
+    rows = Metrics(folder.path / "metrics.jsonl").rows(found["phase"])
+    picture = draw(title=heading, curves={found["phase"]: rows}, evaluation=None, network="network")
+    state = web.rows([(name, json.dumps(value)) for name, value in found.items()])
+    return heading, [state, drawn(picture), *made(folder, description, folder)]

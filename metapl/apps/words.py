@@ -44,15 +44,15 @@ def _begin(text: str, most: int) -> str:
     return text[: sum(width <= most for width in itertools.accumulate(map(_width, text)))]
 
 
-def tell(*parts: object, file: TextIO | None = None, end: str = "\n") -> None:
+def tell(*parts: object, file: TextIO | None = None) -> None:
     """Print a message, with what must not be shown escaped, to standard output unless a ``file`` is given."""
-    print(" ".join(shown(part, keep="\n") for part in parts), file=file or sys.stdout, end=end, flush=True)
+    print(" ".join(shown(part, keep="\n") for part in parts), file=file or sys.stdout, flush=True)
 
 
-def wrapped(text: str, width: int = WIDTH) -> str:
-    """Each line of a text in lines of this width, broken at spaces alone."""
+def wrapped(text: str) -> str:
+    """Each line of a text in lines of :data:`WIDTH`, broken at spaces alone."""
     how: Any = {"break_on_hyphens": False, "break_long_words": False}
-    return "\n".join(textwrap.fill(line, width, **how) for line in text.split("\n"))
+    return "\n".join(textwrap.fill(line, WIDTH, **how) for line in text.split("\n"))
 
 
 def cell(text: str) -> str:

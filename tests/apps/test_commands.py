@@ -131,7 +131,7 @@ IMAGES = "train images --labeled {few} --unlabeled {few} --test {few} --out {new
 DIGITS = "train digits --steps 6 --finetune-steps 4 --out {new}"
 NOISY = "train noisy --labeled {few} --clean {few} --out {new}"
 TOO_LARGE = (
-    *("--labeled-batch 100000000000", "--hidden 1000000000000", f"--hidden {'1 ' * 100}", "--threads 2147483647"),
+    *("--labeled-batch 100000000000", "--hidden 1000000000000", f"--hidden {'1 ' * 100}"),
     *("--steps 100000000000000", "--compare --seeds 0-99999999999", "--compare --seeds 0-5000,10000-15000"),
 )
 REFUSED = {

@@ -13,7 +13,7 @@ from torch import nn
 from metapl import UDA, BilevelTrainer, CrossEntropy, LossTrainer, MetaplError, problems
 from metapl.ablation import Altered
 from metapl.apps import digits, images, noisy_labels
-from metapl.apps.methods import Consistency, EntMin, Entropy, Feedback, Uda, beside
+from metapl.apps.methods import Consistency, Entropy, Feedback, Uda, beside
 from metapl.apps.settings import flat, replaced
 from metapl.feedback import Forward
 
@@ -60,7 +60,6 @@ def test_every_method_fits_into_any_number_of_steps_with_a_value_for_each_settin
         (lambda: Feedback(mode="psychic"), "psychic"),
         (lambda: Consistency(uda_threshold=1.5), "uda_threshold"),
         (lambda: Consistency(uda_prior=(0.5, 0.2)), "prior"),
-        (lambda: EntMin(entropy_weight=-1), "entropy_weight"),
         (lambda: replaced(images.METHODS["reduced_mpl"], labeled_label_store="here"), "labels"),
         (lambda: replaced(images.METHODS["reduced_mpl"], teacher_run="a", label_store="b"), "teacher"),
     ],
@@ -134,7 +133,7 @@ def test_entropy_minimization_adds_the_mean_entropy_of_the_weak_view() -> None:
 
 @pytest.mark.parametrize("mode", ["forward", "reinforce"])
 def test_meta_pseudo_labels_are_a_bilevel_trainer_of_both_networks(mode: Any) -> None:
-    method = replaced(digits.METHODS["mpl"], mode=mode, uda_weight=0.5, feedback_weight=2.0, student_smoothing=0.1)
+    method = replaced(digits.METHODS["mpl"], mode=mode, uda_weight=0.5, feedback_weight=2.0)
     (phase,) = trained(method)
     torch.manual_seed(0)
     teacher, student = DIGITS.network(), DIGITS.network()
@@ -142,7 +141,7 @@ def test_meta_pseudo_labels_are_a_bilevel_trainer_of_both_networks(mode: Any) ->
         teacher,
         student,
         mode,
-        problem=problems.PseudoLabels(label_smoothing=0.1),
+        problem=problems.PseudoLabels(),
         teacher_losses=(CrossEntropy(), UDA(weight=0.5)),
         inner_optimizer=DIGITS.optimizer("student", student),
         outer_optimizer=DIGITS.optimizer("teacher", teacher),
