@@ -26,12 +26,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from metapl.apps.backbone import IMAGENET
 from metapl.apps.evaluation.attacks import by_severity
 from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
-from metapl.apps.export import read_metadata
 from metapl.apps.machine.cores import available_cores
 from metapl.apps.networks import Architecture, Normalized, head_outputs, load_weights
 from metapl.apps.pictures.batches import in_unit_range
@@ -109,6 +109,21 @@ def of_run(folder: Path) -> Subject:
         raise MetaplError(f"the network of {folder} takes a {reads.kind}; expected a run on pictures in files.")
     network = run.network(name).eval().to(run.device)
     return Subject(network, reads.size, run.classes, len(run.classes), reads.channels == 1, reads.center)
+
+
+def read_metadata(file: Path) -> dict[str, Any]:
+    """What ``metapl export`` wrote into a file of weights: ``architecture``, ``normalization`` and ``classes``, each or
+    None, and, where it is not 1, ``center``; empty for a file that others wrote."""
+    if not file.is_file():
+        raise MetaplError(f"there is no file of weights {file}; expected a .safetensors or .pt file on this machine.")
+    if file.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(file, "pt") as stored:
+            content: dict[str, Any] = json.loads((stored.metadata() or {}).get("metapl", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise MetaplError(f"{file} cannot be read as weights: {reason_of(error)}.") from error
+    return content
 
 
 def of_weights(file: Path, name: str | None) -> Subject:

@@ -25,7 +25,6 @@ from string import Template
 from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
@@ -257,21 +256,6 @@ def export(
     except OSError as error:
         raise MetaplError(f"{folder} could not be written: {error.strerror or error}.") from error
     return digests
-
-
-def read_metadata(file: Path) -> dict[str, Any]:
-    """What :func:`export` wrote into a file of weights: ``architecture``, ``normalization`` and ``classes``, each or
-    None, and, where it is not 1, ``center``; empty for a file that others wrote."""
-    if not file.is_file():
-        raise MetaplError(f"there is no file of weights {file}; expected a .safetensors or .pt file on this machine.")
-    if file.suffix != ".safetensors":
-        return {}
-    try:
-        with safe_open(file, "pt") as stored:
-            content: dict[str, Any] = json.loads((stored.metadata() or {}).get("metapl", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise MetaplError(f"{file} cannot be read as weights: {reason_of(error)}.") from error
-    return content
 
 
 def _can_run_onnx() -> bool:

@@ -9,6 +9,8 @@ student.safetensors   the student; finetuned_student.safetensors and teacher.saf
 report.html           all there is to see of it, as one page
 report.png            curves and confusion matrix
 skipped.jsonl         the files that could not be read, where there are any
+suspects.csv          labels that may be wrong, of train noisy
+labels/, rounds/      stored labels, of reduced_mpl and of Noisy Student
 network.json          what the networks are, and how a file becomes their input
 result.json           the end: accuracies
 

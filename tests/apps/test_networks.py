@@ -156,8 +156,7 @@ def test_what_a_network_does_not_have_is_refused(fields: dict[str, Any], word: s
 
 def shortened(name: str) -> nn.Module:
     """A network of the kind, short enough for double precision: every sort of block is still in it."""
-    noise = {"dropout": 0.3} if FAMILIES[name].dropout else {}
-    noise |= {"stochastic_depth": 0.2} if FAMILIES[name].stochastic_depth else {}
+    noise = {"dropout": 0.3} | ({"stochastic_depth": 0.2} if FAMILIES[name].stochastic_depth else {})
     network = on_meta(name, 4, **noise, **({"image_size": 32} if name == "vit_b_16" else {}))
     short = {"resnet50": ("layer1", "layer2", "layer3", "layer4"), "vit_b_16": ("encoder.layers",)}
     for part in short.get(name, ()):

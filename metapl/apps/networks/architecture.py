@@ -24,19 +24,7 @@ Noise = Annotated[float, Range(0, 1)]
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A network's name and sizes: a plain value, to stand in a recipe or beside exported weights.
-
-    Args:
-        name: one of :data:`NAMES`, or ``timm:NAME``, such as ``timm:convnext_tiny``.
-        num_classes: number of outputs, 1 or more.
-        dropout: probability in [0, 1) of zeroing a value; where it acts depends on the network, see :func:`create`.
-        stochastic_depth: probability in [0, 1) of dropping the last block.
-        in_channels: channels of a picture: 3 for color, 1 for grey.
-        image_size: side of the pictures in pixels. Vision transformers (None: 224) and pooled_cnn are built for one,
-            and timm's position embeddings of another are interpolated; the others take any.
-
-    Raises:
-        MetaplError: an unknown name, a number out of its range, or a field that the network does not have.
+    """What :func:`create` takes but for weights: a plain value, to stand in a recipe or beside exported weights.
 
     >>> Architecture(name="small_cnn", num_classes=10, in_channels=1).create().head.out_features
     10
@@ -52,10 +40,9 @@ class Architecture:
     def __post_init__(self) -> None:
         family = self.family
         check_fields(self)
-        for field in ("dropout", "stochastic_depth"):
-            if getattr(self, field) > 0.0 and not getattr(family, field):
-                having = ", ".join(name for name, known in FAMILIES.items() if getattr(known, field))
-                raise MetaplError(f"{self.name} has no {field}; leave it out, or take a network that has it: {having}.")
+        if self.stochastic_depth > 0.0 and not family.stochastic_depth:
+            having = ", ".join(name for name, known in FAMILIES.items() if known.stochastic_depth)
+            raise MetaplError(f"{self.name} has no stochastic_depth; leave it out, or take one that has it: {having}.")
         if family.patch is not None and self.image_size is not None and self.image_size % family.patch:
             expected = f"expected a multiple of its patch, {family.patch}"
             raise MetaplError(f"{self.name} got image_size={self.image_size}; {expected}.")
@@ -66,10 +53,8 @@ class Architecture:
         if self.name.startswith("timm:") and self.name != "timm:":
             return _TIMM
         if self.name not in FAMILIES:
-            # With a cutoff of 0 every name comes back, in the order of likeness.
-            known = ", ".join(difflib.get_close_matches(self.name, NAMES, n=len(NAMES), cutoff=0.0))
             meant = did_you_mean(self.name, NAMES) or "."
-            raise MetaplError(f"there is no network {self.name!r}{meant} Expected one of {known}, or timm:NAME.")
+            raise MetaplError(f"there is no network {self.name!r}{meant} Expected {', '.join(NAMES)}, or timm:NAME.")
         return FAMILIES[self.name]
 
     def create(self, weights: str | os.PathLike[str] | None = None) -> nn.Module:
@@ -101,7 +86,6 @@ class Family:
     build: Callable[[Architecture], nn.Module]
     stem: str = ""  # the layer that sees the channels
     head: str = "head"
-    dropout: bool = True
     stochastic_depth: bool = False
     patch: int | None = None  # what the side of a picture is a multiple of, where the network is built for one size
 
@@ -324,7 +308,13 @@ def create(
     ====================  ==================================  =====================  ================
 
     Args:
-        name, num_classes, dropout, stochastic_depth, in_channels, image_size: as in :class:`Architecture`.
+        name: one of :data:`NAMES`, or ``timm:NAME``, such as ``timm:convnext_tiny``.
+        num_classes: number of outputs, 1 or more.
+        dropout: probability in [0, 1) of zeroing a value.
+        stochastic_depth: probability in [0, 1) of dropping the last block.
+        in_channels: channels of a picture: 3 for color, 1 for grey.
+        image_size: side of the pictures in pixels. Vision transformers (None: 224) and pooled_cnn are built for one,
+            and timm's position embeddings of another are interpolated; the others take any.
         weights: a local file of a state dict to start from; a head for another number of classes is left out, see
             :func:`metapl.apps.networks.load_weights`. None: fresh weights from the default generator.
 
@@ -333,7 +323,8 @@ def create(
         every mode of feedback.
 
     Raises:
-        MetaplError: as :class:`Architecture`; timm is not installed; the weights are damaged or of another network.
+        MetaplError: an unknown name, a number out of its range, or a field that the network does not have; timm is not
+            installed; the weights are damaged or of another network.
 
     >>> import torch
     >>> with torch.device("meta"):
