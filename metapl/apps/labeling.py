@@ -1,6 +1,6 @@
 """A teacher's labels of many pictures, written to a store: in eval mode, of pictures as they are.
 
-Reduced MPL takes them of the run's own teacher, or of a store or another run that a user gives.
+Reduced MPL takes them of the run's own teacher, or of stores that a user gives.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.folders import Files, ask, digest, hashes, scan_labeled, scan_unlabeled
 from metapl.apps.pictures.input import Input
 from metapl.apps.pictures.store import FileImages, Images, MemoryImages
-from metapl.apps.run import EndedRun
 from metapl.data.steps import StepBatches, loader
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest as digest_of
@@ -248,7 +247,6 @@ def refuse_infinite(logits_BC: Tensor, names: Sequence[Any]) -> None:
 # --------------------------------------------------------------------------------------------------------- Reduced MPL
 
 FOLDER = "labels"  # where a run keeps the stored labels, in its folder
-PICTURES_OF = {"labels": "unlabeled", "labeled_labels": "labeled"}  # the folder whose pictures each store has labels of
 
 
 def label_by(teacher: nn.Module, given: Input, folder: Path, data: Data, say: Say) -> dict[str, Tensor]:
@@ -277,46 +275,27 @@ def rows_of(store: LabelStore, ids: Any, say: Say) -> Tensor:
 
 
 def check_labels_given(config: Any, method: ReducedMpl) -> None:
-    """Refuse a store or a run that is of other classes, or of other pictures, or is damaged; nothing is written."""
-    for name, place in method.labels_from.items():
-        if place is None:
-            continue
+    """Refuse a store that is of other classes, or of other pictures, or is damaged; nothing is written."""
+    for part, place in method.stores.items():
         if not config.places:
-            raise MetaplError(f"--{name.replace('_', '-')}: expected pictures in folders; {config.name} has none.")
-        store = None if name == "teacher" else LabelStore(place)
-        classes = EndedRun.load(Path(place)).classes if store is None else store.classes
-        own = scan_labeled(config.labeled).classes
-        if classes != own:
+            raise MetaplError(f"--labels {place}: expected pictures in folders; {config.name} has none.")
+        store, own = LabelStore(place), scan_labeled(config.labeled).classes
+        if store.classes != own:
             raise MetaplError(
-                f"{place} has the classes {few(classes)}; expected those of {config.labeled}: {few(own)}."
+                f"{place} has the classes {few(store.classes)}; expected those of {config.labeled}: {few(own)}."
             )
-        if store is not None:
-            files = scan_unlabeled(getattr(config, PICTURES_OF[name]))
-            file = dict(zip(files.names, files.paths(), strict=True)).get
-            refuse_other_pictures(store, file)
+        files = scan_unlabeled(getattr(config, part))
+        refuse_other_pictures(store, dict(zip(files.names, files.paths(), strict=True)).get)
 
 
-def labels_given(config: Any, method: ReducedMpl, data: Data, folder: Path, say: Say) -> dict[str, Tensor]:
-    """The labels that a method's settings name; those of another run are stored in ``folder``."""
-    given = {name: place for name, place in method.labels_from.items() if place is not None}
-    folders, found = {part: getattr(config, part) for part in PICTURES_OF.values()}, {}
-    if "teacher" in given:
-        run = EndedRun.load(Path(given["teacher"]))
-        delivered = run.name("delivered")
-        reads = run.cards[delivered].input
-        say(f"labels are those of {run.heading(delivered)}")
-        stores = {}
-        for part, pictures in folders.items():
-            network, labeled = run.network(delivered).to(run.device), to_label(pictures, reads)
-            about = {"run": str(run.folder.path), **provenance(network, labeled)}
-            stores[part] = store_labels(network, labeled, folder / FOLDER / part, run.classes, about, say)
-    else:
-        stores = {PICTURES_OF[name]: LabelStore(place) for name, place in given.items()}
-        if "labeled" not in stores:
-            say("note: without --labeled-labels, the labels are adjusted by the student's feedback alone.")
-    for part, store in stores.items():
-        images, root = getattr(data, part).images, Path(folders[part])
+def labels_given(config: Any, method: ReducedMpl, data: Data, say: Say) -> dict[str, Tensor]:
+    """The labels in the stores that a method's settings name."""
+    if "labeled" not in method.stores:
+        say("note: without --labeled-labels, the labels are adjusted by the student's feedback alone.")
+    found = {}
+    for part, place in method.stores.items():
+        images, root = getattr(data, part).images, Path(getattr(config, part))
         # In a store, pictures are called by their paths in the folder.
         names = [images.path(number).relative_to(root).as_posix() for number in range(len(images))]
-        found[part] = rows_of(store, names, say)
+        found[part] = rows_of(LabelStore(place), names, say)
     return found

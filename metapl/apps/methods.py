@@ -414,26 +414,24 @@ class ReducedMpl(Method):
     """Reduced Meta Pseudo Labels: a student on stored labels, which a small network adjusts by its feedback.
 
     Args:
-        teacher_run: its network labels, none is trained.
         label_store: of --unlabeled, by metapl label.
         labeled_label_store: with --labels, of --labeled.
     """
 
     feedback: Flat[Feedback] = field(default_factory=Feedback)
     uda: Flat[Consistency] = field(default_factory=Consistency)
-    teacher_run: Annotated[str | None, unset("RUN", name="teacher")] = None
     label_store: Annotated[str | None, unset("STORE", name="labels")] = None
     labeled_label_store: Annotated[str | None, unset("STORE", name="labeled-labels")] = None
 
     def __post_init__(self) -> None:
-        given = [name for name, place in self.labels_from.items() if place is not None]
-        flags = " and ".join(f"--{name.replace('_', '-')}" for name in given)
-        if given not in ([], ["teacher"], ["labels"], ["labels", "labeled_labels"]):
-            raise MetaplError(f"{flags}: expected --teacher, or --labels and perhaps --labeled-labels beside it.")
+        if self.labeled_label_store is not None and self.label_store is None:
+            raise MetaplError(f"--labeled-labels {self.labeled_label_store}: expected --labels beside it.")
 
     @property
-    def labels_from(self) -> dict[str, str | None]:
-        return {"teacher": self.teacher_run, "labels": self.label_store, "labeled_labels": self.labeled_label_store}
+    def stores(self) -> dict[str, str]:
+        """The folders of the labels that are given, of the unlabeled and perhaps of the labeled examples."""
+        both = {"unlabeled": self.label_store, "labeled": self.labeled_label_store}
+        return {part: place for part, place in both.items() if place is not None}
 
     @property
     def name(self) -> str:
@@ -446,7 +444,7 @@ class ReducedMpl(Method):
         return "Reduced MPL (stored labels, adjusted)"
 
     def train(self, t: Training) -> Trained:
-        if any(self.labels_from.values()):
+        if self.stores:
             stored = t.label(None)
         else:
             t.alone(t.teacher, self.uda.losses(), phase="teacher")

@@ -83,10 +83,8 @@ def train(
     skipped = folder.path / "skipped.jsonl"
     data = config.data(say, progress, skipped)
     hashes = dict(data.record["hash"])
-    given = method.labels_from if isinstance(method, ReducedMpl) else {}
-    for name, store in given.items():  # what describes stored labels has the hashes of their parts, or of weights
-        if store is not None:
-            hashes[name] = sha256_of(Path(store) / ("result.json" if name == "teacher" else DESCRIPTION))
+    for part, store in method.stores.items() if isinstance(method, ReducedMpl) else ():
+        hashes[f"labels of {part}"] = sha256_of(Path(store) / DESCRIPTION)  # which has the hashes of the labels
     record, noted = json.loads(json.dumps({**data.record, "hash": hashes})), folder.path / "data.json"
     if noted.exists() and folder.read_json("data.json") != record:
         since = f"since the run in {folder.path} was started (see its data.json)"
@@ -122,7 +120,7 @@ def train(
 
     def label(network: nn.Module | None) -> dict[str, Tensor]:
         if network is None:
-            return labels_given(config, method, data, folder.path, say)
+            return labels_given(config, method, data, say)
         return label_by(network, config.input, folder.path, data, say)
 
     training = Training(

@@ -163,7 +163,7 @@ REFUSED = {
     f"{IMAGES} --weights {{new}}/none.pt": "no such file",
     f"{IMAGES} --backbone {{new}}/none.pt": "no such file",
     f"{IMAGES} --val {{few}}/blue": "subfolder",
-    f"{IMAGES} --method reduced_mpl --teacher {{run}} --labels x": "--labels",
+    f"{IMAGES} --method reduced_mpl --labeled-labels x": "--labels",
     f"{IMAGES} --steps 4": "test",  # pictures of which are those that are learned from
     IMAGES.replace("--out {new}", "--out {few}/out"): "would be read",
     IMAGES.replace("--test {few}", "--compare"): "--test",

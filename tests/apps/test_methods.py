@@ -61,7 +61,6 @@ def test_every_method_fits_into_any_number_of_steps_with_a_value_for_each_settin
         (lambda: Consistency(uda_threshold=1.5), "uda_threshold"),
         (lambda: Consistency(uda_prior=(0.5, 0.2)), "prior"),
         (lambda: replaced(images.METHODS["reduced_mpl"], labeled_label_store="here"), "labels"),
-        (lambda: replaced(images.METHODS["reduced_mpl"], teacher_run="a", label_store="b"), "teacher"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(make: Any, word: str) -> None:
