@@ -9,7 +9,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -264,7 +264,7 @@ class Compare:
         on = first.result["evaluation"]["n"]
         chance = statistics.fmean(Evaluation(**entry.result["evaluation"]).chance for entry in entries)
         caption = f"test accuracy in % on {on:,} examples (chance {100 * chance:.1f})"
-        tell(f"{caption}\n\n{table(rows, left=3)}\n\n{wrapped(verdict(entries, on, chance))}")
+        tell(f"{caption}\n\n{table(rows, left=3)}\n\n{wrapped(verdict(entries))}")
         return 0
 
 
@@ -272,49 +272,34 @@ def reached(entry: Entry, readout: str) -> float:
     return float(entry.result.get(readout, entry.result[STUDENT]))
 
 
-def spoken_seeds(seeds: Sequence[int]) -> str:
-    """Seeds as ``--seeds`` takes them.
-
-    >>> spoken_seeds([0, 1, 2, 7])
-    '0-2,7'
-    """
-    firsts = [seed for seed in sorted(seeds) if seed - 1 not in seeds]
-    lasts = [seed for seed in sorted(seeds) if seed + 1 not in seeds]
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(firsts, lasts, strict=True))
+def spoken_seeds(seeds: Iterable[int]) -> str:
+    """Seeds as ``--seeds`` takes them."""
+    return ",".join(map(str, sorted(seeds)))
 
 
-def verdict(entries: Sequence[Entry], examples: int, chance: float) -> str:
-    """Whether the feedback helps, where that was run, else each against the first; or why they are not paired."""
+def verdict(entries: Sequence[Entry]) -> str:
+    """The students of each method against those of the first one, in pairs of a seed; or why they are not paired."""
     values: dict[str, set[str]] = {}  # methods have fields of their own: what the entries have of each is looked at
     for entry in entries:
         for name, value in entry.fields.items():
             values.setdefault(name, set()).add(value)
-    variants: dict[str, dict[int, Entry]] = {}
-    titles: dict[str, str] = {}
+    variants: dict[str, dict[int, float]] = {}
     for entry in entries:
         options = "".join(f", {name} {value}" for name, value in entry.fields.items() if len(values[name]) > 1)
         name, seed = f"{entry.result['method']}{options}", entry.result["seed"]
-        titles[name] = f"{entry.result['title']}{options}"
         if seed in variants.setdefault(name, {}):
             return f"Not paired: {name} with seed {seed} is there twice."
-        variants[name][seed] = entry
+        variants[name][seed] = reached(entry, STUDENT)
     first, *others = variants
-    seeds = tuple(sorted(variants[first]))
+    seeds = sorted(variants[first])
     for name in others:
-        if {*variants[name]} != {*seeds}:
-            return f"Not paired: {first} has seeds {spoken_seeds(seeds)}, {name} has {spoken_seeds([*variants[name]])}."
+        if sorted(variants[name]) != seeds:
+            return f"Not paired: {first} has seeds {spoken_seeds(seeds)}, {name} has {spoken_seeds(variants[name])}."
     if not others:
         return "Nothing to pair: one method with one set of options."
-    methods = {
-        name: {readout: [reached(by_seed[seed], readout) for seed in seeds] for readout in READOUTS}
-        for name, by_seed in variants.items()
-    }
-    comparison = Comparison(seeds, methods, titles, examples, chance)
-    if comparison.against_control() is not None:
-        return comparison.sentence()
     lines = [f"The students by seed ({spoken_seeds(seeds)}), against those of {first}:"]
     for name in others:
-        test = paired_test(methods[name][STUDENT], methods[first][STUDENT])
+        test = paired_test(*([variants[each][seed] for seed in seeds] for each in (name, first)))
         p = f"at least {ENOUGH_SEEDS} seeds are needed for a test"
         if test.p is not None and test.n >= ENOUGH_SEEDS:
             p = f"paired t-test p = {test.p:.2g}"
