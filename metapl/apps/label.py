@@ -199,6 +199,3 @@ class Select:
             tell(f"metapl: note: nothing is left of {few(found.missing)}.", file=sys.stderr)
         tell(f"what is in it: metapl labels stats {self.out}")
         return 0
-
-
-COMMANDS = {"stats": Stats, "select": Select}

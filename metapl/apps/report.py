@@ -120,8 +120,8 @@ def drawn(picture: bytes, note: str = "") -> str:
 def _compared(run: EndedRun, evaluation: Evaluation) -> Iterator[str]:
     """The methods of a comparison side by side, and the paired test."""
     result = run.result
-    chance = result.get("chance", evaluation.chance)
-    found = Comparison(tuple(result["seeds"]), result["methods"], result["titles"], evaluation.n, chance)
+    of = tuple(result["seeds"]), result["methods"], result["titles"]
+    found = Comparison(*of, evaluation.n, result["chance"])
     head, *cells = found.rows()
     yield web.paragraph(found.sentence())
     yield web.section("Methods", web.rows(cells, head), web.paragraph(found.caption(), "quiet"))
@@ -212,8 +212,8 @@ def summary(content: Mapping[str, Any]) -> list[str]:
         if interval(round(tested["accuracy"] * tested["n"]), tested["n"])[0] <= chance:
             lines.append("That is not shown to be better than guessing: it may need more steps, or other choices.")
     if (reached := content.get("validation_accuracy")) is not None:
-        guessed = content.get("validation_chance")  # older runs did not store it
-        lines.append(f"Validation accuracy: {spoken(reached, content['validation_size'], guessed)}.")
+        on = content["validation_size"], content["validation_chance"]
+        lines.append(f"Validation accuracy: {spoken(reached, *on)}.")
     if not lines:
         lines.append(f"The {words[name]} is delivered; without --test and --val nothing says how good it is.")
     part = "test" if tested is not None else "validation"
