@@ -92,7 +92,7 @@ def draw(*, title: str, curves: Curves, evaluation: Evaluation | None, network: 
 
     panels = panels_of(curves, network)
     count = len(panels) + (evaluation is not None)
-    columns = max(1, min(4, math.ceil(count / 2)))
+    columns = 1 if count <= 1 else 2  # on the page, more would be too small to read
     figure = Figure((4.6 * columns, 3.6 * math.ceil(max(1, count) / columns) + 0.5), 150, layout="constrained")
     plain: Any = {"parse_math": False}  # a name with a $ is a name
     figure.suptitle(short(title, 90), x=0.01, ha="left", **plain)
