@@ -59,6 +59,8 @@ def expected_failed(estimator: Any) -> dict[str, str]:
     [kind(steps=25, learning_rate=0.2, batch_size=32) for kind in CLASSES], expected_failed_checks=expected_failed
 )
 def test_scikit_learn_s_own_checks(estimator: Any, check: Callable[[Any], None]) -> None:
+    if "check_classifiers" not in repr(check):  # which ask for right predictions
+        estimator = clone(estimator).set_params(steps=3)
     check(estimator)
 
 

@@ -229,16 +229,15 @@ PAIRWISE = [
     for i in range(24)
     if fits(MODES[i % 7], feature := [f for f in FEATURES if fits(MODES[i % 7], f)][(5 * i) % 7])
 ]
-QUICK = "reinforce_per_example", "sgd", "clip"
 MUON = "forward", "muon_and_adamw", "batch_norm"
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("backend", "mode", "optimizer", "feature"),
-    [pytest.param("aot_eager", *row, marks=[pytest.mark.long] * (row != QUICK)) for row in PAIRWISE]
-    + [pytest.param(backend, *MUON, marks=[needs_compiler, pytest.mark.long]) for backend in ("aot_eager", "inductor")]
-    + [pytest.param("inductor", *row, marks=[needs_compiler, pytest.mark.long]) for row in PAIRWISE],
+    [("aot_eager", *row) for row in (*PAIRWISE, MUON)]
+    + [pytest.param("inductor", *row, marks=needs_compiler) for row in (*PAIRWISE, MUON)],
 )
 def test_a_step_is_captured_whole(backend: str, mode: str, optimizer: str, feature: str) -> None:
     """In one graph, with the labels and masks of the plain function, and no new one for another rate."""
@@ -276,13 +275,13 @@ STATUSES = {  # a first step with compile=True: taken, taken with a warning, or 
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [
-        kind if kind in ("straight-through", "weights written by .data") else pytest.param(kind, marks=pytest.mark.long)
-        for kind in STATUSES
-    ],
+    ("kind", "how"),
+    [("straight-through", "plain"), ("weights written by .data", "plain")]
+    + [pytest.param(kind, "captured", marks=pytest.mark.long) for kind in STATUSES],
 )
-def test_kinds_of_students_compiled(kind: str) -> None:
+def test_kinds_of_students_compiled(kind: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if how == "plain":
+        monkeypatch.setattr(torch, "compile", lambda step, **options: step)
     torch.manual_seed(0)
     batches = {"labeled": (torch.randn(8, 4), torch.randint(C, (8,))), "unlabeled": torch.randn(8, 4)}
     made = metapl.BilevelTrainer(nn.Linear(4, C), Own(*KINDS[kind][1:]), "forward", compile=True)
@@ -297,8 +296,9 @@ def test_kinds_of_students_compiled(kind: str) -> None:
     assert torch._C._autograd._saved_tensors_hooks_is_enabled()  # checkpoints go on
 
 
-def test_an_outer_batch_is_read_once_on_both_roads() -> None:
+def test_an_outer_batch_is_read_once_on_both_roads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a problem that makes a dict of it, which it cannot read again."""
+    monkeypatch.setattr(torch, "compile", lambda step, **options: step)
     labeled, unlabeled = ((torch.randn(n, 4), torch.arange(n) % 3) for n in (5, 6))
     ends = []
     for on in (False, True):

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fits import INNER, OPTIONS, Counting, _one_thread, batches, bilevel, copied, end_of, same, single  # noqa: F401
+from feed_sources import same
+from fits import INNER, OPTIONS, Counting, _one_thread, batches, bilevel, end_of, single  # noqa: F401
 from forked import context
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -163,8 +164,9 @@ def test_a_full_disk_ends_a_fit_and_loses_nothing_that_was_saved(limit: int, pla
     assert same(fit("forward, SGD", tmp_path / "run", seed=int(saved)), plain)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("at", [1, 7, 12])
+@pytest.mark.parametrize(
+    ("number", "at"), [(signal.SIGINT, 1), (signal.SIGTERM, 7), (signal.SIGINT, 12), (signal.SIGTERM, 12)]
+)
 def test_asked_to_stop_a_fit_finishes_its_step_and_saves(number: signal.Signals, at: int, tmp_path: Path) -> None:
     """And the same trainer, its learning rates put back, goes on with it."""
     labeled, unlabeled = batches(5)

@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 import reference
 import sharded_cases
-import timm
 import torch
-import torchvision
 from ranks import Ranks
 from reference import error
 from torch import nn
@@ -99,9 +97,8 @@ def check(ranks: Ranks, cases: list[dict[str, Any]], alike: int = 1) -> list[lis
         ("ddp", "sgd", MODES),
         ("fsdp", "sgd", MODES),
         ("ddp", "adamw", ("reinforce",)),
-        ("fsdp", "adamw", ("forward",)),
         pytest.param("ddp", "adamw", ("none", *MODES[2:]), marks=pytest.mark.long),
-        pytest.param("fsdp", "adamw", MODES[:-1], marks=pytest.mark.long),
+        pytest.param("fsdp", "adamw", MODES, marks=pytest.mark.long),
     ],
 )
 def test_every_mode_is_as_in_one_process(two: Ranks, layout: str, optimizer: str, modes: tuple[str, ...]) -> None:
@@ -155,8 +152,17 @@ OF_TWO: dict[str, list[dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
-@pytest.mark.parametrize("what", OF_TWO)
+REPLICATED = "signals of several tensors", "an outer loss of a sum and a weight"  # by default; the others are sharded
+
+
+@pytest.mark.parametrize(
+    ("what", "layout"),
+    [
+        pytest.param(what, layout, marks=[pytest.mark.long] * ((what in REPLICATED) != (layout == "ddp")))
+        for what in OF_TWO
+        for layout in ("ddp", "fsdp")
+    ],
+)
 def test_two_processes_are_as_one(two: Ranks, what: str, layout: str) -> None:
     check(two, [{**case, "layout": layout} for case in OF_TWO[what]])
 
@@ -191,7 +197,7 @@ def test_other_layouts_are_as_one_process(two: Ranks, four: Ranks, what: str) ->
 @pytest.mark.parametrize(
     ("layout", "cases"),
     [
-        ("ddp", [{"mode": "forward"}, {"mode": Forward(keep_every=2), "accumulate": 2}]),
+        ("ddp", [{"mode": Forward(keep_every=2), "accumulate": 2}]),
         ("fsdp", [{"mode": Forward(keep_every=2), "steps": 1}]),
         pytest.param("fsdp", [{"mode": Forward()}, {"mode": Forward(truncate=2)}], marks=pytest.mark.long),
         pytest.param("fsdp", [{"mode": "forward"}, {"mode": "forward", "optimizer": "adamw"}], marks=pytest.mark.long),
@@ -278,7 +284,7 @@ def test_dropout_has_the_masks_of_the_inner_pass(two: Ranks) -> None:
 def test_bfloat16_by_autocast(two: Ranks) -> None:
     """Autocast keeps casts of weights, which must not survive a move of them."""
     case: dict[str, Any] = {"optimizer": "sgd", "steps": 1, "dtype": torch.float32, "precision": "bfloat16"}
-    for mode, parts in (("loss_difference", 1), ("forward", 1), ("forward", 2)):
+    for mode, parts in (("loss_difference", 1), ("forward", 2)):
         found = two.run("train", mode=mode, layout="fsdp", accumulate=parts, **case)
         expected = alone(mode=mode, accumulate=parts, **case)
         for own in found:
@@ -379,6 +385,9 @@ def test_layouts_that_cannot_be_are_refused() -> None:
 
 
 def test_the_blocks_of_known_families() -> None:
+    import timm
+    import torchvision
+
     with torch.device("meta"):
         found = {
             "BasicBlock": blocks_of(torchvision.models.resnet18()),
@@ -400,7 +409,7 @@ def alike(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
             assert row == pytest.approx(other, rel=1e-9, abs=1e-12, nan_ok=True)
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+@pytest.mark.parametrize("layout", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
 def test_a_fit_is_as_in_one_process_and_the_first_rank_writes(two: Ranks, layout: str, tmp_path: Path) -> None:
     """With averaged weights, which are validated and kept."""
     found = two.run("fitted", layout=layout, out=str(tmp_path / "run"), ema_decay=0.7)
