@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import metapl
-from metapl.ablation.cost import peak_bytes
 from metapl.apps.pictures import load_digits_split
 
 pytestmark = pytest.mark.docs
@@ -244,33 +243,6 @@ def test_a_start_that_is_learned_fits_new_sinusoids_and_known_digits(monkeypatch
         *_, of_random, _, of_learned = digits["accuracies"](7, rounds=60)
     assert learned < together < random
     assert of_learned > of_random + 5
-
-
-@pytest.mark.long
-def test_fifty_steps_from_a_start_take_a_fifth_of_the_memory_of_double_backward() -> None:
-    """Of a small convolutional network on 15 pictures; of small perceptrons double backward holds less."""
-    torch.manual_seed(0)
-    convolutions = (nn.Conv2d(1, 32, 3, padding=1), nn.GELU(), nn.Conv2d(32, 32, 3), nn.GELU(), nn.AvgPool2d(6))
-    network = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(32, 3))
-    batch = torch.rand(15, 1, 8, 8), torch.arange(15) % 3
-    given: Any = {"outer": batch, "problem": metapl.problems.EqualWeights(), "wrt": "start"}
-    given["inner_optimizer"] = torch.optim.SGD(network.parameters(), 0.1)
-
-    def by_metapl(steps: int = 50) -> None:
-        metapl.hypergradient(None, network, inner=metapl.Lookahead([batch] * steps), **given)
-
-    def by_hand(steps: int = 50) -> None:
-        params = start = {name: p.detach().requires_grad_() for name, p in network.named_parameters()}
-        for _ in range(steps):
-            loss = nn.functional.cross_entropy(functional_call(network, params, (batch[0],)), batch[1])
-            grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
-            params = {name: p - 0.1 * g for (name, p), g in zip(params.items(), grads, strict=True)}
-        loss = nn.functional.cross_entropy(functional_call(network, params, (batch[0],)), batch[1])
-        torch.autograd.grad(loss, list(start.values()))
-
-    by_metapl(2)  # what is loaded at the first call is not counted
-    by_hand(2)
-    assert 5 * peak_bytes(by_metapl, torch.device("cpu")) < peak_bytes(by_hand, torch.device("cpu"))
 
 
 def test_a_schedule_of_an_example_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:

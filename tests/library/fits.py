@@ -62,23 +62,6 @@ def single(lr: float = 0.1, seed: int = 0, dropout: float = 0.3, **options: Any)
     return LossTrainer(model, optimizer=torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9), **options)
 
 
-def leaves(tree: Any) -> list[Any]:
-    """Tensors and numbers of a state, in order."""
-    if isinstance(tree, dict):
-        return [leaf for key in tree for leaf in leaves(tree[key])]
-    if isinstance(tree, list | tuple):
-        return [leaf for one in tree for leaf in leaves(one)]
-    return [tree]
-
-
-def same(a: Any, b: Any) -> bool:
-    """Bit for bit."""
-    pairs = list(zip(leaves(a), leaves(b), strict=False))
-    return len(leaves(a)) == len(leaves(b)) and all(
-        torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs
-    )
-
-
 def copied(module: nn.Module) -> dict[str, Tensor]:
     return {name: t.detach().clone() for name, t in module.state_dict().items()}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems_zoo import ANYWHERE, product
+from problems_zoo import ANYWHERE, product, same
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -83,10 +83,6 @@ def trainer(kind: str, mode: Any = "forward", **options: Any) -> metapl.BilevelT
 
 def weights(*modules: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for module in modules for p in module.parameters()]
-
-
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize(

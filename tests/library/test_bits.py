@@ -254,9 +254,6 @@ def test_twenty_steps_end_on_the_same_bits(stored: dict[str, Any], name: str) ->
         check(of_row(name), stored["rows"][name], stored["machine"], TABLE[name].get("within", 1e-5))
 
 
-# ------------------------------------------------------------------------------------------------------ killed, resumed
-
-
 def main() -> None:
     """Write what is found here and now, of some rows or of all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,4 +1,4 @@
-"""What is called after each recorded row: what it sees, how it stops a fit, and what is left of it on resuming."""
+"""What is called after each recorded row: what it sees, and how it stops a fit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from fits import VALIDATION, Counting, batches, bilevel, rows, same, single
+from feed_sources import same
+from fits import VALIDATION, batches, bilevel, rows, single
 
 from metapl import StopFit
 from metapl.runs.checkpoint import CheckpointFolder
@@ -22,28 +23,6 @@ def stop_at(step: int, reason: str = "enough") -> Callable[..., None]:
             raise StopFit(reason)
 
     return stop
-
-
-class Patience:
-    """Stops when its count is reached; the count is saved."""
-
-    def __init__(self, most: int) -> None:
-        self.most, self.count = most, 0
-
-    def __call__(self, step: int, row: Any, trainer: Any) -> None:
-        self.count += 1
-        if self.count == self.most:
-            raise StopFit
-
-    def state_dict(self) -> dict[str, int]:
-        return {"count": self.count}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.count = state["count"]
-
-
-def breaking(labeled: list[Any], at: int) -> list[Any]:
-    return Counting(labeled, at, lambda: (_ for _ in ()).throw(KeyError("killed")))
 
 
 @pytest.mark.parametrize("trainer", [single, bilevel])
@@ -77,12 +56,3 @@ def test_a_fit_that_is_stopped_is_one_of_so_many_steps(ema: float | None, tmp_pa
         ends.append((trainer.state_dict(), found.weights, last.state["trainer"]))
     assert same(*ends)
     assert (seen, said) == ([2, 4, 6], ["stopped after step 6 by a callback: enough"])
-
-
-def test_a_callback_with_a_state_goes_on_where_it_was(tmp_path: Path) -> None:
-    """Killed after step 7, it had counted two rows at the checkpoint of step 5; anew it would stop at step 18."""
-    labeled, _ = batches(4)
-    how: dict[str, Any] = {"steps": 30, "out": tmp_path, "save_every": 5, **QUIET}
-    with pytest.raises(KeyError, match="killed"):
-        single().fit(breaking(labeled, 8), callbacks=[print, Patience(7)], **how)
-    assert single().fit(labeled, resume=True, callbacks=[Patience(7), print], **how).step == 14

@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from feed_sources import same
 from fits import (
     VALIDATION,
     _one_thread,  # noqa: F401  # used by every test
     batches,
     bilevel,
     copied,
-    leaves,
     network,
     rows,
-    same,
     single,
 )
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from metapl import MetaplError
 from metapl.metrics import evaluate_logits
@@ -129,7 +129,7 @@ def test_a_nan_stops_the_run_at_its_step(trainer: Callable[[], Trainer], bad: in
     if (tmp_path / "metrics.jsonl").exists():  # a first step that is refused leaves nothing
         assert all(row["step"] < bad for row in rows(tmp_path))
     if kept:
-        assert all(torch.isfinite(t).all() for t in leaves(kept.state) if isinstance(t, Tensor))
+        assert all(torch.isfinite(t).all() for t in pytree.tree_leaves(kept.state) if isinstance(t, Tensor))
 
 
 def test_weights_that_blow_up_are_not_saved_although_the_loss_is_finite(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pages
 import pytest
 import torch
+from problems_zoo import same
 
 import metapl
 
@@ -28,10 +29,6 @@ def example(name: str) -> SimpleNamespace:
 
 def weights(trainer: Any) -> list[torch.Tensor]:
     return [p.detach().clone() for network in (trainer.teacher, trainer.student) for p in network.parameters()]
-
-
-def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
 class Killed(BaseException):

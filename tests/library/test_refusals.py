@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from problems_zoo import ANYWHERE
 from test_bits import GRAPH, TANGENT
+from test_functional import Modulus
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -140,37 +141,6 @@ class OwnLoss:
         return self.change(F.cross_entropy(teacher(labeled[0]), labeled[1], reduction="none"))
 
 
-class NoForwardMode(torch.autograd.Function):
-    """Twice differentiable, and without a rule for forward mode."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.tanh()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g * (1 - ctx.saved_tensors[0].tanh().square())
-
-
-class Applied(nn.Module):
-    def __init__(self, function: Any) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function.apply(x)  # type: ignore[no-any-return]
-
-
-class ComplexWeight(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(WIDTH, CLASSES, dtype=torch.complex64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x.to(self.w.dtype) @ self.w).abs()
-
-
 class Sparse(nn.Module):
     """A student whose embedding has sparse gradients."""
 
@@ -194,16 +164,23 @@ def made_in_inference_mode() -> nn.Module:
         return network()
 
 
-def with_student(inside: nn.Module) -> Callable[[], Case]:
-    return lambda: Case(student=network(inside))
-
-
 def sharing() -> Case:
     """Both networks hold one layer."""
     case = Case()
     case.student[-1] = case.teacher[-1]
     case.inner = torch.optim.SGD(case.student.parameters(), lr=0.1)
     return case
+
+
+def other_head(role: str) -> Callable[[Case], Callable[[], Any]]:
+    """The head of a network is replaced when the trainer is there, so that its weights are in no optimizer."""
+
+    def wrong(case: Case) -> Callable[[], Any]:
+        step = case.step()
+        getattr(case, role)[-1] = nn.Linear(8, CLASSES)
+        return step
+
+    return wrong
 
 
 def diverging() -> Case:
@@ -274,6 +251,7 @@ STEPS: dict[str, Wrong] = {
     ),
     "an outer loss without a graph": lambda c: c.step(problem=Odd(outer_loss=lambda t: t.detach())),
     "a teacher loss that is a number": lambda c: c.step(teacher_losses=(OwnLoss(lambda t: 0.5),)),
+    **{f"another head of the {role}": other_head(role) for role in ("teacher", "student")},
 }
 OTHERS: dict[str, Wrong] = {
     "hypergradient: no optimizer": lambda c: hypergradient(c, inner_optimizer=None),
@@ -285,10 +263,9 @@ OTHERS: dict[str, Wrong] = {
 }
 OTHER_NETWORKS: dict[str, tuple[Callable[[], Case], Wrong]] = {
     "a shared layer": (sharing, lambda c: c.built),
-    "no rule for forward mode": (with_student(Applied(NoForwardMode)), lambda c: c.step(TANGENT)),
     "sparse gradients of the student": (lambda: Case(student=Sparse()), lambda c: c.step("forward")),
     "a complex weight under Adam": (
-        lambda: Case(student=ComplexWeight()),
+        lambda: Case(student=Modulus(WIDTH, CLASSES, dtype=torch.complex64)),
         lambda c: c.step("forward", inner_optimizer=torch.optim.Adam(c.student.parameters())),
     ),
     "a hook on a weight": (hooked, lambda c: lambda: c.step("forward")()),

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torchopt
-from fits import VALIDATION, batches, bilevel, copied, network, rows, same
+from feed_sources import same
+from fits import VALIDATION, batches, bilevel, copied, network, rows
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -143,5 +144,5 @@ def test_while_it_waits_the_student_is_neither_validated_nor_kept_nor_averaged(t
     for path, moved in ((untouched, False), (begun, True)):
         state = metapl.runs.checkpoint.load(path)
         assert state["averages"]["student"]["steps"] == (3 if moved else 0)
-        assert same(state["trainer"]["student"], fresh) != moved
+        assert same(dict(state["trainer"]["student"]), fresh) != moved
         assert bool(state["best"]["weights"]) == moved
