@@ -49,19 +49,25 @@ def of_few() -> MetaPseudoLabelsClassifier:
 
 
 def expected_failed(estimator: Any) -> dict[str, str]:
-    if isinstance(estimator, MetaPseudoLabelsClassifier):
-        return {"check_classifiers_classes": "it has two classes -1 and 1, and -1 is a row without a label"}
-    return {}
+    return {"check_classifiers_classes": "it has two classes -1 and 1, and -1 is a row without a label"}
+
+
+OF_FEW, REWEIGHTED = ([kind(steps=25, learning_rate=0.2, batch_size=32)] for kind in CLASSES)
 
 
 @pytest.mark.filterwarnings("ignore:every row of y has a label:UserWarning")
-@parametrize_with_checks(
-    [kind(steps=25, learning_rate=0.2, batch_size=32) for kind in CLASSES], expected_failed_checks=expected_failed
-)
+@parametrize_with_checks(OF_FEW, expected_failed_checks=expected_failed)
 def test_scikit_learn_s_own_checks(estimator: Any, check: Callable[[Any], None]) -> None:
     if "check_classifiers" not in repr(check):  # which ask for right predictions
         estimator = clone(estimator).set_params(steps=3)
     check(estimator)
+
+
+@pytest.mark.long
+@parametrize_with_checks(REWEIGHTED)
+def test_its_checks_of_the_classifier_that_reweights(estimator: Any, check: Callable[[Any], None]) -> None:
+    """Which has most of its code from the same class."""
+    test_scikit_learn_s_own_checks(estimator, check)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
