@@ -84,12 +84,12 @@ class OnSelected(Mpl):
         chosen = p.topk(-(-len(p) // classes), dim=0, sorted=False).indices.flatten().sort().values
         sampler = dataclasses.replace(source.sampler, size=len(chosen))
         selected = dataclasses.replace(source, images=source.images[chosen], sampler=sampler)
-        t.seed(t.config.fitting.seed)  # whatever was drawn for the labels
+        torch.manual_seed(t.config.fitting.seed)  # whatever was drawn for the labels
         data = dataclasses.replace(data, unlabeled=selected, truth=None)
-        if t.run is not None:
+        if t.folder is not None:
             reached = evaluated(teacher, data.test).accuracy
             first = {"weights_fingerprint": int(digest(weights_of(teacher))), "test_accuracy": reached}
-            t.run.folder.write_json(TAUGHT, first)
+            harness.write_json(t.folder / TAUGHT, first)
         return super().train(dataclasses.replace(t, data=data))
 
 
