@@ -178,7 +178,7 @@ def hypergradient(
         check = import_module("metapl.training.verify").check_gradient
         given = {"problem": problem, "inner_optimizer": inner_optimizer, "inner_state": inner_state, "mode": mode}
         given |= {"generator": generator, "accumulate": accumulate, "clip_norm": clip_norm}
-        check(teacher, student, labeled=labeled, unlabeled=unlabeled, **given).taken(verify)
+        check(teacher, student, labeled=labeled, unlabeled=unlabeled, **given).refuse_or_warn(verify)
     estimate = estimator(mode)
     problem, inner_optimizer = prepare(problem, estimate), as_one(inner_optimizer)
     check_teacher(teacher, problem, recompute_teacher=recompute_teacher)
