@@ -74,6 +74,8 @@ def find(given: str, network: str | None) -> Backbone:
         if architecture is None:
             raise MetaplError(f"--backbone {given}: expected the network that the weights are of too: --network NAME.")
         found = Backbone(network=architecture, weights=path, **_normalization(architecture))
+    elif not given.startswith("timm:") and (path.suffix or len(path.parts) > 1):  # no name of a network is like that
+        raise MetaplError(f"--backbone {given}: there is no such file or folder.")
     else:
         files = _cached(given)
         file = next((file for file in files if file.is_file()), None)

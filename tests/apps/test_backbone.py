@@ -245,6 +245,7 @@ def test_the_network_of_a_run_is_a_backbone(root: Path, tmp_path: Path) -> None:
     [
         (("--backbone", "resnet19"), "resnet18"),
         (("--backbone", "small_cnn"), "nobody"),
+        (("--backbone", "gone.pth", "--network", "small_cnn"), "no such file"),
         (("--backbone", "timm:resnet10t", "--network", "timm:resnet10t"), "put them at"),
         (("--backbone", "{root}/weights.pt", "--network", "small_cnn"), "not of this network"),
         (("--backbone", "{root}/weights.pt", "--image-size", "16"), "too small"),
