@@ -54,4 +54,6 @@ def phases_of(config: Any, method: Any, data: Any) -> list[Phase]:
     training = Training(config=config, data=data, teacher=teacher, student=student, fit=fit, label=label)
     ended = method.scheduled(config.fitting.steps).train(training)
     assert ended.trainer is found[-1].trainer
+    if ended.teacher is not None and ended.teacher[1]:  # what is kept is of the network that its card tells
+        ended.configs.get("teacher", config).network().load_state_dict(ended.teacher[1])
     return found

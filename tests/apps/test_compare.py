@@ -18,8 +18,8 @@ from forked import context
 from tiny_runs import TINY, built_once, trained
 
 from metapl.apps import compare
-from metapl.apps.compare import Job
-from metapl.apps.comparison import READOUTS, Comparison
+from metapl.apps.compare import Entry, Job, verdict
+from metapl.apps.comparison import READOUTS, STUDENT, Comparison
 from metapl.apps.digits import METHODS, Digits, fitting
 from metapl.errors import MetaplError
 
@@ -189,6 +189,16 @@ def test_compare_pairs_the_runs_of_a_comparison_and_single_ones(
 def with_fields(run: Path, **fields: Any) -> Path:
     edited(run / "recipe.json", "recipe", "fields", **fields)
     return run
+
+
+def test_compare_pairs_by_the_seed_in_whatever_order_runs_are_named() -> None:
+    def entry(method: str, seed: int, accuracy: float) -> Entry:
+        return Entry(Path(), Path(), {}, {"method": method, "seed": seed, STUDENT: accuracy}, (), {})
+
+    reached = {"none": [0.5, 0.6, 0.7, 0.8, 0.9], "mpl": [0.51, 0.62, 0.71, 0.82, 0.91]}
+    none, mpl = ([entry(name, seed, share) for seed, share in enumerate(of)] for name, of in reached.items())
+    assert "p = 0.0046" in verdict([*none, *mpl])
+    assert verdict([*none, *mpl[::-1]]) == verdict([*none, *mpl])
 
 
 def test_compare_says_why_it_does_not_pair(

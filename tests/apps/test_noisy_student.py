@@ -164,7 +164,8 @@ def phases(settings: NoisyStudent) -> list[Phase]:
 
 @pytest.mark.parametrize("warm", [False, True])
 def test_a_student_begins_with_weights_of_its_own_or_with_its_teachers(warm: bool) -> None:
-    found = phases(NoisyStudent(rounds=2, warm_start=warm, warm_steps=2 if warm else None))
+    own: dict[str, Any] = {"warm_start": True, "warm_steps": 2} if warm else {"networks": ("4", "8", "16")}
+    found = phases(NoisyStudent(rounds=2, **own))
     assert [phase.options["phase"] for phase in found] == ["round-0", "round-1", "round-2"]
     assert [phase.options["steps"] for phase in found] == [4, *([2, 2] if warm else [4, 4])]
     for before, after in itertools.pairwise(found):

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from blank import DRAWN
 from command import edited, metapl, reseal, result
 from PIL import Image
 from tiny_runs import TINY, color_folders, images_command
 
+from metapl.apps.report import mistakes
 from metapl.metrics import Evaluation
 
 HOSTILE = "<script>alert('x')<&\"<img src=x>"
@@ -101,6 +103,13 @@ def test_a_run_whose_pictures_are_gone_has_a_page_without_them(tmp_path: Path) -
     assert {"Curves and confusion", "Classes", "Settings"} <= {*found.headings}
     assert "left out" in " ".join(found.words)
     assert (root / "run" / "report.html").read_text().count("data:image/png") == 1  # the curves
+
+
+def test_beneath_a_mistake_stands_its_own_file_whichever_batch_it_is_in() -> None:
+    network, rows = torch.nn.Linear(2, 2, bias=False), torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    torch.nn.init.eye_(network.weight)
+    found = mistakes(network, [(rows, torch.tensor([0, 1])), (rows, torch.tensor([1, 0]))], "ab", ["w", "x", "y", "z"])
+    assert [picture.caption for picture in found.surest] == ["a 88 %\nis b\ny", "b 73 %\nis a\nz"]
 
 
 def test_a_run_without_a_test_set_has_its_validation_accuracy(run: Path) -> None:

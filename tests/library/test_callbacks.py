@@ -48,11 +48,13 @@ def test_a_fit_that_is_stopped_is_one_of_so_many_steps(ema: float | None, tmp_pa
         trainer = bilevel()
         torch.manual_seed(1)
         out = tmp_path / str(steps)
-        how = QUIET | {"say": said.append, "save_every": 5, "ema_decay": ema}
+        how = QUIET | {"say": said.append, "save_every": 5, "ema_decay": ema, "validation": VALIDATION, "select": False}
         found = trainer.fit(*batches(4), steps=steps, out=out, callbacks=calls, **how)
         last = CheckpointFolder(out / "checkpoints/fit").newest()
         assert last is not None
         assert (found.step, last.state["step"]) == (6, 6)
         ends.append((trainer.state_dict(), found.weights, last.state["trainer"]))
+        again = bilevel().fit(*batches(4), steps=steps, out=out, resume=True, **how | {"say": lambda _: None})
+        assert (again.step, again.value) == (6, found.value), "it has ended"
     assert same(*ends)
     assert (seen, said) == ([2, 4, 6], ["stopped after step 6 by a callback: enough"])

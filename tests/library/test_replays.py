@@ -366,6 +366,13 @@ def test_outputs_that_are_zero_have_a_derivative(way: str, dtype: torch.dtype) -
     assert error(found(problem, way).grads, plainly(problem)[0]) < 1e-3
 
 
+def test_a_one_sided_difference_under_autocast_has_no_outputs_of_few_bits() -> None:
+    problem = case(layers(nn.Tanh()), dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        one_sided, exact = (found(problem, way).grads for way in ("one_sided", "tangent"))
+    assert error(one_sided, exact) < 0.05
+
+
 @pytest.mark.parametrize("keep_every", [1, 2])
 def test_a_gradient_that_is_nothing_but_rounding_is_not_refused(keep_every: int) -> None:
     """Of a student that is its teacher; attention runs by another kernel in a replay."""
