@@ -20,7 +20,7 @@ from command import metapl, reseal, result, rows, said
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
-from tiny_runs import color_folders, color_run
+from tiny_runs import TINY, color_folders, color_run
 
 from metapl.apps import look
 from metapl.apps.digits import Digits
@@ -281,6 +281,13 @@ def test_evaluate_gives_the_number_on_record_again_and_those_of_damaged_pictures
     assert found["accuracy"] == found["recorded_accuracy"] == told["test_accuracy"]
     assert found == json.loads((tmp_path / "evaluation.json").read_text())
     assert found["attacks"]["fgsm"]["2"] <= found["accuracy"]
+
+
+def test_a_student_that_finetuning_spoils_is_kept_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Digits, "finetuner", lambda _, net: torch.optim.SGD(net.parameters(), lr=1.0, maximize=True))
+    metapl(*TINY, "--method", "supervised", "--steps", "60", "--out", tmp_path)
+    told = result(tmp_path)
+    assert 0 < told["finetuned_test_accuracy"] == told["student_test_accuracy"]
 
 
 def test_evaluate_measures_on_other_pictures_and_under_corruptions(

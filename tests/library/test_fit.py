@@ -46,11 +46,11 @@ def test_every_step_runs_at_the_rates_of_the_schedule(schedule: Any, warmup: int
     assert [o.param_groups[0]["lr"] for o in trainer.schedulable] == [0.1, 0.05]
 
 
-@pytest.mark.parametrize("decay", [0.3, 0.99])
-def test_the_average_is_that_of_a_loop_by_hand(decay: float) -> None:
+@pytest.mark.parametrize(("decay", "validation"), [(0.3, None), (0.99, VALIDATION)])
+def test_the_average_is_that_of_a_loop_by_hand(decay: float, validation: Any) -> None:
     fitted, twin, (labeled, unlabeled) = bilevel(), bilevel(), batches(8)
     torch.manual_seed(1)
-    found = fitted.fit(labeled, unlabeled, steps=8, schedule="constant", ema_decay=decay)
+    found = fitted.fit(labeled, unlabeled, steps=8, schedule="constant", ema_decay=decay, validation=validation)
     torch.manual_seed(1)
     average = copied(twin.student)
     for t, data in enumerate(zip(labeled, unlabeled, strict=True)):
