@@ -96,6 +96,17 @@ def test_after_the_wait_steps_are_those_of_a_trainer_that_begins_with_this_teach
     assert same(waited.state_dict(), plain.state_dict())
 
 
+def test_a_warm_start_takes_the_teachers_average_and_the_students_begins_there() -> None:
+    options: dict[str, Any] = {"schedule": "constant", "ema_decay": 0.9}
+    waited = bilevel(inner=lambda student: torch.optim.SGD(student.parameters(), lr=0.0), teacher_losses=LOSSES)
+    lonely = alone(waited.teacher)
+    for one, more in ((lonely, {"steps": 3}), (waited, {"steps": 4, "wait": 3, "warm_start": True})):
+        torch.manual_seed(3)
+        one.fit(*sources(4), **options | more)
+    for p, expected in zip(waited.student.parameters(), lonely.student.parameters(), strict=True):
+        torch.testing.assert_close(p, expected)
+
+
 @pytest.mark.parametrize("inner", ["sgd", "torchopt"])
 @pytest.mark.parametrize(("schedule", "warmup"), [("cosine", 0), ("cosine", 3), ("constant", 2)])
 def test_the_students_schedule_counts_from_the_end_of_its_wait(inner: str, schedule: Any, warmup: int) -> None:
