@@ -418,6 +418,15 @@ def test_a_hypergradient_verifies_where_it_is_asked(monkeypatch: pytest.MonkeyPa
         metapl.hypergradient(case.teacher, case.student, **given, verify=True)
 
 
+def test_a_hook_on_the_optimizers_step_is_part_of_the_real_step() -> None:
+    """Which is on no other optimizer: the mode knows the rule alone."""
+    student = Own(plain)
+    sgd = torch.optim.SGD(student.parameters(), lr=0.3)
+    assert check(student, inner_optimizer=sgd).status == "right"
+    sgd.register_step_post_hook(lambda one, *_: torch._foreach_mul_([p.data for p in one.param_groups[0]["params"]], 2))
+    assert check(student, inner_optimizer=sgd).status == "refused"
+
+
 def test_h_is_verified_before_it_is_shaped() -> None:
     for mode in (Forward(normalization="cosine"), Reinforce(similarity="cosine"), Reinforce(baseline=0.9)):
         assert check(Own(plain), mode).status == "right"
