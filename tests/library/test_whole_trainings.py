@@ -202,12 +202,15 @@ class Tasks(nn.Module):
         return sum(self.heads[name](t) for name, t in x.items())  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("tasks", ["ab", "aa"])
-def test_weights_that_some_batches_do_not_reach_are_refused_each_time(tasks: str) -> None:
+LATE_DECAY = {"weight_decay": torch.tensor([[0.0], [1e-6]])}
+
+
+@pytest.mark.parametrize(("tasks", "decay", "schedule"), [("ab", 0.0, None), ("aa", 1e-6, None), ("aa", 0, LATE_DECAY)])
+def test_weights_that_some_batches_do_not_reach_are_refused_each_time(tasks: str, decay: float, schedule: Any) -> None:
     """torch.optim leaves them; in a graph their gradient is 0, by which momentum and decay move them."""
     student, (x, y) = Tasks(), batch(0)
-    ahead = Lookahead([({task: x}, y) for task in tasks])
-    inner = SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=0.0 if tasks == "ab" else 1e-6)
+    ahead = Lookahead([({task: x}, y) for task in tasks], schedule=schedule)
+    inner = SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=decay)
     given: Any = {"outer": ({"a": x, "b": x}, y), "inner": ahead, "inner_optimizer": inner, "problem": PROBLEM}
     for _ in range(2):
         with pytest.raises(MetaplError, match="reach"):
