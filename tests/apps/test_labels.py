@@ -289,7 +289,8 @@ def test_a_stopped_writer_goes_on_behind_its_last_part(tmp_path: Path) -> None:
 def test_what_is_gone_on_with_is_the_same(tmp_path: Path) -> None:
     stop_after(tmp_path, 25, softmax(35), provenance={"temperature": 1, "run": "there"})
     same: dict[str, Any] = {"provenance": {"temperature": 1, "run": "elsewhere"}}
-    for name, other in (("top_k", 2), ("rows_per_part", 11), ("provenance", {"temperature": 2}), ("provenance", {})):
+    provenances = [{"temperature": 2}, {}, {"temperature": 1, "weights_fingerprint": 0}]
+    for name, other in (("top_k", 2), ("rows_per_part", 11), *(("provenance", one) for one in provenances)):
         with pytest.raises(MetaplError, match=name):
             go_on(tmp_path, **{**same, name: other}).__enter__()
     with go_on(tmp_path, **same) as writer:
