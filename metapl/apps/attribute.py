@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from metapl.apps import web
 from metapl.apps.held_out import files_of
-from metapl.apps.inputs import Folder, Run, check_out, held, written
+from metapl.apps.inputs import Folder, Run, check_out, counted, held, written
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.check import verify_files
 from metapl.apps.pictures.csv_files import written_csv
@@ -217,8 +217,8 @@ def sentences(found: dict[str, Any]) -> list[str]:
     if found["spearman"] is not None:
         low, high = found["interval"]
         check = (
-            f"The check: {found['removals']} trainings without {found['removed']:,} random pictures each, and what the "
-            f"scores predict of them, have a Spearman correlation of {found['spearman']:.2f} (95 % {low:.2f} to "
+            f"The check: {found['removals']} trainings, each without {counted(found['removed'], 'random picture')}, and "
+            f"what the scores predict of them, have a Spearman correlation of {found['spearman']:.2f} (95 % {low:.2f} to "
             f"{high:.2f}). Near 1 the scores can be believed; near 0 or below they cannot, and a lower "
             f"rate, such as --lr {found['lr'] / 3:.1g}, may help."
         )

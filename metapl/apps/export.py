@@ -31,6 +31,7 @@ from torch import nn
 from metapl.apps.errors import require_extra
 from metapl.apps.inputs import Factory, Network, Run, held
 from metapl.apps.networks import Architecture, Normalized
+from metapl.apps.report import spoken
 from metapl.apps.run import EndedRun, counts_of, stored_data
 from metapl.apps.settings import Switch, unset
 from metapl.apps.words import tell
@@ -153,7 +154,11 @@ def about(run: EndedRun, name: str) -> dict[str, Any]:
         "shape": card.input.shape,
         "center": card.input.center,
         "sections": {
-            "Metrics": {f"{part} accuracy": share for part, share in reached.items() if share is not None},
+            "Metrics": {
+                f"{part} accuracy": spoken(share, counts[part], None)
+                for part, share in reached.items()
+                if share is not None
+            },
             "Data": counts | {f"SHA-256 of {part}": digest for part, digest in data["hash"].items()},
             "Recipe": f"```json\n{json.dumps(recipe, indent=2, sort_keys=True, default=str)}\n```",
             "Notes": "\n".join(f"- {note}" for note in notes),

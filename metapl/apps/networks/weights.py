@@ -127,8 +127,10 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         if bad := [name for name, t in stored.items() if not bool(t.isfinite().all())]:
             raise ValueError(f"values that are not finite, in {few(bad)}")
     except Exception as error:  # damage shows in many types: safetensors' own, pickle's, zip's, OSError, EOFError
+        told = path.suffix == ".safetensors" or isinstance(error, TypeError | ValueError | OSError)
+        why = reason_of(error) if told else f"torch.load does not take it ({type(error).__name__})"
         raise MetaplError(
-            f"{path} cannot be read as weights: {reason_of(error)}. Expected a state dict of finite tensors: "
+            f"{path} cannot be read as weights: {why}. Expected a state dict of finite tensors: "
             ".safetensors, or as torch.save(model.state_dict(), path) writes it."
         ) from error
     return {str(name): t for name, t in stored.items()}
