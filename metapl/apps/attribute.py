@@ -216,11 +216,11 @@ def sentences(found: dict[str, Any]) -> list[str]:
     check = "The scores are not checked yet." if found["removals"] else "The scores were not checked: --removals was 0."
     if found["spearman"] is not None:
         low, high = found["interval"]
+        left_out, tuned = counted(found["removed"], "random picture"), found["lr"] / 3
         check = (
-            f"The check: {found['removals']} trainings, each without {counted(found['removed'], 'random picture')}, and "
-            f"what the scores predict of them, have a Spearman correlation of {found['spearman']:.2f} (95 % {low:.2f} to "
-            f"{high:.2f}). Near 1 the scores can be believed; near 0 or below they cannot, and a lower "
-            f"rate, such as --lr {found['lr'] / 3:.1g}, may help."
+            f"The check: {found['removals']} trainings, each without {left_out}, and what the scores predict of them, "
+            f"have a Spearman correlation of {found['spearman']:.2f} (95 % {low:.2f} to {high:.2f}). Near 1 the scores "
+            f"can be believed; near 0 or below they cannot, and a lower rate, such as --lr {tuned:.1g}, may help."
         )
     missing = f", none of them of {few(found['not_judged_on'])}," * bool(found["not_judged_on"])
     return [
