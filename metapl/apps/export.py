@@ -137,7 +137,9 @@ def about(run: EndedRun, name: str) -> dict[str, Any]:
     result, card, source = run.result, run.cards[name], run.source
     data = stored_data(source)
     counts = counts_of(data)
-    reached = {part: result.get(f"{name}_{part}_accuracy") for part in ("test", "validation")}
+    tested = result.get("evaluation") or {}
+    sizes: dict[str, Any] = {"test": tested.get("n"), "validation": result.get("validation_size")}
+    reached = {part: result.get(f"{name}_{part}_accuracy") for part in sizes}
     fields = {
         # Of the places of files, the last names are left.
         field: PurePath(value).name if isinstance(value, str) and "/" in value else value
@@ -155,7 +157,7 @@ def about(run: EndedRun, name: str) -> dict[str, Any]:
         "center": card.input.center,
         "sections": {
             "Metrics": {
-                f"{part} accuracy": spoken(share, counts[part], None)
+                f"{part} accuracy": f"{share:.1%}" if sizes[part] is None else spoken(share, sizes[part], None)
                 for part, share in reached.items()
                 if share is not None
             },

@@ -337,7 +337,7 @@ def test_export_writes_program_weights_and_a_card(tiny: Path, tmp_path: Path) ->
     assert {file.name for file in out.iterdir()} == {"model.pt2", "model.safetensors", "MODEL_CARD.md"}
     assert hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest() in text
     card = (out / "MODEL_CARD.md").read_text()
-    assert f"{result(tiny)['finetuned_test_accuracy']:.6g}" in card
+    assert f"{100 * result(tiny)['finetuned_test_accuracy']:.1f} % (n = 400, 95 % interval" in card
     assert str(tiny) not in card, "no place on this machine"
 
 
