@@ -26,7 +26,6 @@ leaves out a fifth of the inputs. Networks are perceptrons with two layers of 64
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -39,7 +38,7 @@ from typing import Any
 import mnist
 import torch
 import when
-from harness import RESULTS, Row, append, arguments, between, grid, parsed, points, read, show, spread
+from harness import RESULTS, Row, append, arguments, best, between, grid, parsed, points, read, show, spread
 from torch import Tensor, nn, vmap
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -235,14 +234,11 @@ def run(
     ]
 
 
-def best(rows: list[Row], problem: str, arm: str) -> Row:
+def chosen(rows: list[Row], problem: str, arm: str) -> Row:
     """The configuration whose finetuned student is the best on the tuning seeds."""
-    reached = dict[str, list[float]]()
-    for row in rows:
-        if row["seed"] in TUNING and (row["problem"], row["arm"]) == (problem, arm):
-            reached.setdefault(json.dumps(row["rule"]), []).append(row["finetuned"])
-    chosen: Row = json.loads(max(reached, key=lambda rule: statistics.fmean(reached[rule])))
-    return chosen
+    tuning = (row for row in rows if row["seed"] in TUNING and (row["problem"], row["arm"]) == (problem, arm))
+    found: Row = best(tuning, "rule", "finetuned")
+    return found
 
 
 def table(rows: list[Row]) -> str:
@@ -286,7 +282,7 @@ def main() -> None:
                     continue
                 kind = "plain" if arm == "plain" else "reduced_mpl"
                 groups = [list(own) for _, own in itertools.groupby(rules, lambda rule: rule.get("weight"))]
-                for group in groups or [[best(rows, problem, kind)]]:
+                for group in groups or [[chosen(rows, problem, kind)]]:
                     append(given.out, *run(problem, arm, seeds, group, steps, given.backbone))
                     print(problem, arm, seeds, group, file=sys.stderr, flush=True)
 

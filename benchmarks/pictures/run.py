@@ -87,7 +87,8 @@ def quiet(text: str) -> None:
 def configured(pictures: Path, name: str, settings: Row) -> tuple[Any, Any]:
     """The pictures that a problem wrote, and a method, with these settings, each the one's or the other's."""
     method: Any = METHODS[name]
-    config = Images(**{part: str(pictures / part) for part in ("labeled", "unlabeled", "test")})  # type: ignore[arg-type]
+    labeled, unlabeled, test = (str(pictures / part) for part in ("labeled", "unlabeled", "test"))
+    config = Images(labeled=labeled, unlabeled=unlabeled, test=test)
     if unknown := settings.keys() - flat(config).keys() - flat(method).keys():
         raise SystemExit(f"--set {', '.join(sorted(unknown))}: neither the pictures nor the method have that")
     return replaced(config, **settings), replaced(method, **settings)

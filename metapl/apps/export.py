@@ -157,7 +157,7 @@ def about(run: EndedRun, name: str) -> dict[str, Any]:
         "center": card.input.center,
         "sections": {
             "Metrics": {
-                f"{part} accuracy": f"{share:.1%}" if sizes[part] is None else spoken(share, sizes[part], None)
+                f"{part} accuracy": f"{100 * share:.1f} %" if sizes[part] is None else spoken(share, sizes[part], None)
                 for part, share in reached.items()
                 if share is not None
             },

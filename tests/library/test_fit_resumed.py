@@ -15,7 +15,16 @@ import numpy as np
 import pytest
 import torch
 from feed_sources import same
-from fits import INNER, OPTIONS, Counting, _one_thread, batches, bilevel, end_of, single  # noqa: F401
+from fits import (
+    INNER,
+    OPTIONS,
+    Counting,
+    _one_thread,  # noqa: F401  # used by every test
+    batches,
+    bilevel,
+    end_of,
+    single,
+)
 from forked import context
 from torch.utils.data import DataLoader, TensorDataset
 
