@@ -214,7 +214,7 @@ def go(
                     before = folder.recipe()["fields"] if where.resume and folder.exists else None
                     torch.set_num_threads(config.threads or default_threads())
                     if config.places:
-                        config, method = settled(config, method, tell, before)
+                        config, method = settled(config, method, lambda text: tell(wrapped(text)), before)
                     else:
                         method = method.scheduled(fitting.steps)
                     if isinstance(method, NoisyStudent):

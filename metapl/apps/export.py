@@ -29,7 +29,7 @@ from safetensors.torch import save
 from torch import nn
 
 from metapl.apps.errors import require_extra
-from metapl.apps.inputs import Factory, Network, Run, held
+from metapl.apps.inputs import Factory, Network, Run, check_out, held
 from metapl.apps.networks import Architecture, Normalized
 from metapl.apps.report import spoken
 from metapl.apps.run import EndedRun, counts_of, stored_data
@@ -120,6 +120,7 @@ class Export:
     def run(self) -> int:
         run = EndedRun.load(self.folder)
         name = run.name(self.network)
+        check_out(self.out, run.source.recipe().get("fields", {}))
         with held(self.out):
             network, told = run.network(name, self.factory), about(run, name)
             digests = export(network, self.out, **told, onnx=self.onnx)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated, Any, Union
@@ -97,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     accept_all_letters()
+    if arguments is None:
+        warnings.formatwarning = lambda message, *_, **__: f"metapl: {shown(message)}\n"
     logger, messages = logging.getLogger("metapl"), Messages(logging.INFO)
     logger.addHandler(messages)
     logger.setLevel(logging.INFO)
@@ -152,10 +155,10 @@ def run(given: list[str]) -> int:
     try:
         command: Any = tyro.cli(found(name), prog=f"metapl {name}", args=_method_first(words), config=CONFIG)
         check_fields(command)
-    except FieldError as error:  # of a dataclass whose fields are flags
-        flag = error.field.replace("_", "-")
-        raise MetaplError(f"--{flag} {error.value}: expected {error.expected}.") from error
-    code: int = command.run()
+        code: int = command.run()
+    except FieldError as error:  # of a dataclass whose fields are flags, or of a function that is given them
+        flag, expected = error.field.replace("_", "-"), error.expected.removesuffix(" or None")  # no flag takes it
+        raise MetaplError(f"--{flag} {error.value}: expected {expected}.") from error
     return code
 
 

@@ -276,7 +276,7 @@ class LabelWriter:
         if not classes or len({*classes}) < len(classes):
             raise MetaplError(f"the classes are {few(classes, 10, 30)}; expected one or more names, each once.")
         if top_k is not None and not 1 <= top_k <= len(classes):
-            raise MetaplError(f"top_k is {top_k}; expected 1 to {len(classes):,}, the number of classes, or None.")
+            raise MetaplError(f"top_k is {top_k}; expected 1 to {len(classes):,}, the number of classes.")
         self.folder, self.classes, self.top_k, self.resume = Path(folder), tuple(classes), top_k, resume
         self.rows_per_part = rows_per_part
         begun = datetime.now(UTC).isoformat(timespec="seconds")
