@@ -86,6 +86,7 @@ class Pictures:
         weights: pretrained; imagenet downloads them.
         backbone: none, auto, or one that is here.
         tuning: of it: head, lora or all; by default lora.
+        lora_rank: of the changes, 4 to 16.
         image_size: side that pictures are resized to.
         grey: read pictures without colors.
         mirror: mirror half of them; not for letters.
@@ -99,7 +100,7 @@ class Pictures:
     weights: Annotated[str | None, unset("FILE")] = None
     backbone: Annotated[str, unset("NAME|FILE")] = "none"
     tuning: Annotated[Literal["head", "lora", "all"] | None, unset("HOW")] = None
-    lora_rank: Hidden[Annotated[int, Range(4, most=16)]] = 8
+    lora_rank: Annotated[int, Range(4, most=16)] = 8
     image_size: Annotated[Annotated[int, Range(1, most=LARGEST_SIDE)] | None, unset("PIXELS")] = None
     grey: tyro.conf.FlagConversionOff[Annotated[bool | None, unset()]] = None
     mirror: Switch = False
