@@ -11,8 +11,9 @@ from metapl.words import shown
 class MetaplError(ValueError):
     """Base of every error that a user can cause: it says what was given and what was expected.
 
-    It is raised before anything moved: weights, buffers, optimizer states, gradients, random number generators and
-    files are as they were.
+    A call that raises it has moved nothing: weights, buffers, optimizer states, gradients, random number generators and
+    files are as they were. Two exceptions: a fit keeps the steps that it has taken; and on an accelerator, values are
+    checked when the report is read, after the step.
     """
 
 

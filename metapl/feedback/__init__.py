@@ -1,7 +1,6 @@
 """Estimators of the teacher's gradient, one a file; a mode is a name from :data:`MODES` or an estimator value.
 
-Take ``forward``. The trainer's default, ``reinforce``, is the paper's Algorithm 1; on the digits it was 2.6 points
-below no feedback (docs/when.md).
+The default is ``forward``; ``reinforce`` is the paper's Algorithm 1.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ class Difference(Estimator):
     Takes: soft signals; hard labels by the expectation.
     Cost: 11 student passes a step with the teacher's 3 (one-sided: 10, or 11 under autocast or TF32), and one copy of
     the weights.
-    Bias: O(δ²), one-sided O(δ), plus the rounding of the outputs, O(machine epsilon/δ). In float32 the first one or two
-    steps of Adam are mostly rounding (relative error up to 1.6 measured, below 0.01 after five steps). With
+    Bias: O(δ²), one-sided O(δ), plus the rounding of the outputs, O(machine epsilon/δ). In float32 it was 9 to 60 % off
+    in the first ten steps of AdamW on a small BERT, 0.7 % after forty (benchmarks/results/fresh_adam.md). With
     ``parametrizations.spectral_norm`` there is a bias that falls as its power iteration converges.
     Runs: wherever the student runs, on any operation.
     Source: the finite-difference product of DARTS (its eq. 8), moved from gradients to outputs.

@@ -59,18 +59,19 @@ class Forward(Estimator):
         keep: ``"tree"`` in place of ``keep_every``: some 10 log₁₀ K states, and each step computed again once for every
             factor of 10 in K after the first.
         by: how one step is differentiated: ``"graph"``, ⟨g, w⟩ by the graph of g, which the inner pass then keeps (less
-            time on small networks, about twice the memory); ``"tangent"``, by ż in forward mode. None: by the student's
-            size alone, the graph up to :data:`SMALL` weights.
+            time on small networks, 1.1 to 2.4 times the memory); ``"tangent"``, by ż in forward mode. None: by the
+            student's size alone, the graph up to :data:`SMALL` weights.
         keep_on: where kept states lie: None, with the student; ``"cpu"``, on the host; or an existing folder, of one
             call of :func:`metapl.hypergradient` or :func:`metapl.attribute` with ``compile=True`` at a time. A call
             that was killed goes on when it is repeated, bit for bit.
 
     Takes: soft signals; hard labels by the expectation.
-    Cost: 12 student passes a step with the teacher's 3; no graph beyond that of a plain step. Of K steps looked ahead,
-    every one but the first costs a double backward pass instead of ż's: 1.1 to 1.4 times what ``unrolled`` costs, in
-    the memory of one student step, of K sets of weights, gradients and optimizer states (see ``keep_every``), and of
-    the teacher's K graphs (``recompute_teacher``). A signal that enters the student's input costs a double backward
-    pass in every step. Of a sharded student, each of these gathers one block at a time and runs it four times.
+    Cost: 12 student passes a step with the teacher's 3; by tangent no graph beyond that of a plain step. Of K steps
+    looked ahead, every one but the first costs a double backward pass instead of ż's: 1.1 to 1.4 times what
+    ``unrolled`` costs, in the memory of one student step, of K sets of weights, gradients and optimizer states (see
+    ``keep_every``), and of the teacher's K graphs (``recompute_teacher``). A signal that enters the student's input
+    costs a double backward pass in every step. Of a sharded student, each of these gathers one block at a time and runs
+    it four times.
     Bias: none for soft signals. For hard labels θ′ of the sampled labels stands in for that of their mean: O(η²) for
     updates affine in g (the SGD family), where θ′ is right in the mean; for others it stays as η falls (B = 2, relative
     norm: 0.26 under a warmed Adam, 0.82 under an active clip).

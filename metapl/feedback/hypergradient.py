@@ -37,8 +37,8 @@ class Hypergradient:
     Args:
         grads: dL(θ′)/dθ_T by teacher parameter name; zeros where the signal does not reach a parameter; empty without
             a teacher.
-        feedback: h, minus the gradient of the labeled loss in the signal, in its shape; of a dict of tensors, a dict of
-            those of floating point. A tuple of K for a :class:`metapl.Lookahead`.
+        feedback: h, minus the gradient of the labeled loss with respect to the signal, as the mode shapes it; of a dict
+            of tensors, a dict of those of floating point. A tuple of K for a :class:`metapl.Lookahead`.
         inner_loss, outer_loss: the student's mean loss on the signal at θ, and L(θ′), scalars.
         student_params: θ′ by parameter name, after the last step; of the real one where the problem revises its signal.
         inner_state: the TorchOpt state after the step, for the next call; None with a ``torch.optim`` optimizer.
@@ -121,7 +121,7 @@ def hypergradient(
     compile: bool = False,
     verify: bool | Literal["warn"] = False,
 ) -> Hypergradient:
-    r"""The gradient of the labeled loss after the student's step or steps, in the teacher's weights.
+    r"""The gradient of the labeled loss after the student's step or steps, with respect to the teacher's weights.
 
     .. math:: \frac{d}{d\theta_T} L\big(U(\theta_S, \nabla_{\theta_S} \tfrac1B\sum_i
               \ell_i(S(x_u;\theta_S), \mathrm{signal}(\theta_T)))\big)
@@ -136,8 +136,7 @@ def hypergradient(
         unlabeled: x_u, or (weak, strong), of the inner step, B rows; any batch that ``problem`` reads. Or a
             :class:`metapl.Lookahead` of K such batches, for K student steps.
         outer, inner: other names of ``labeled`` and ``unlabeled``.
-        mode: one of :data:`metapl.MODES`, or an estimator value. Take ``forward``. The trainer's default,
-            ``reinforce``, is the paper's Algorithm 1; on the digits it was 2.6 points below no feedback (docs/when.md).
+        mode: one of :data:`metapl.MODES`, or an estimator value.
         problem: default :class:`metapl.PseudoLabels`, mean cross-entropy on both levels.
         inner_optimizer: a TorchOpt transform, or ``torch.optim`` SGD, Adam, AdamW or Muon over the student's
             parameters, or a tuple of these, whose states stay as they are. Muon's products are taken in the type of the
@@ -147,8 +146,8 @@ def hypergradient(
         recompute_teacher, accumulate, clip_norm: as for :class:`metapl.BilevelTrainer`; with micro-batches the
             teacher's pass is recomputed too.
         progress: show on a terminal how far a look-ahead is: the steps, and the steps back.
-        wrt: what the gradient is in: ``"teacher"``; ``"start"``, the student's first weights; names of settings of
-            ``torch.optim``'s inner optimizer, step by step and by param group: ``"lr"``, ``"momentum"``,
+        wrt: what to differentiate with respect to: ``"teacher"``; ``"start"``, the student's first weights; names of
+            settings of ``torch.optim``'s inner optimizer, step by step and by param group: ``"lr"``, ``"momentum"``,
             ``"dampening"``, ``"weight_decay"`` of SGD, ``"lr"``, ``"betas"``, ``"eps"``, ``"weight_decay"`` of Adam and
             AdamW, ``"lr"``, ``"momentum"``, ``"eps"``, ``"weight_decay"`` of Muon. Modes ``forward`` and ``unrolled``;
             without a teacher, ``problem=EqualWeights()``. Cost: of the start, the Hessian product of the first step; of
@@ -157,7 +156,7 @@ def hypergradient(
             (:mod:`metapl.functional.training`): modes ``forward`` and ``unrolled``, ``torch.optim`` and signals that
             are not drawn, in one process. It pays from some hundreds of steps on, or where the same call is repeated.
         verify: refuse a gradient that is not the derivative of the loss (:func:`metapl.check_gradient`), or ``"warn"``
-            of it; the cost of seven to nine steps on copies, more where it is wrong.
+            of it; for its cost see there.
 
     Returns: a :class:`Hypergradient`. Weights, buffers, gradients and optimizer states stay bit for bit as they were;
     drawing labels without a generator, and dropout, advance the default generator as the passes forward do.

@@ -47,8 +47,8 @@ class Implicit(Estimator):
         solver: ``"cg"``, conjugate gradients; ``"neumann"``, the series step_size·Σ_i (1 − step_size·(H + damping))ⁱ v;
             ``"identity"``, w = −step_size·v.
         iterations: of the solver, a product with H each; conjugate gradients end where the residual is within rounding.
-            Too few leave errors in the directions of the least eigenvalues, which count the most: h then lies between
-            that of the identity and the right one. Compare with a run of twice as many.
+            Too few leave errors in the directions of the least eigenvalues, which count the most. Compare with a run of
+            twice as many.
         step_size: of the series and of the identity; None: the student's learning rate, and 1 for the identity.
         damping: a number added to the eigenvalues of H, in their unit (the inner loss over weights squared).
 

@@ -24,8 +24,9 @@ class LossDifference(Estimator):
 
     Takes: hard labels.
     Cost: 8 student passes a step with the teacher's 3: two labeled forward passes, no labeled backward pass.
-    Bias: none for the objective E_ŷ[L(θ′(ŷ))], with any optimizer, clipped or adaptive; this objective's gradient tends
-    to that of the soft step as η goes to 0. Noisy, with momentum more so (the velocity's own effect is in h).
+    Bias: none for the objective E_ŷ[L(θ′(ŷ))], with any optimizer. Its gradient is that of the soft step up to O(η) for
+    the SGD family; for Adam and clipping a difference remains. Noisy, with momentum more so (the velocity's own effect
+    is in h).
     Source: a first-order form of eq. (12), L(θ) − L(θ − ηg) = η⟨∇L, g⟩ + O(η²); the public implementations use it, with
     the opposite sign.
     """

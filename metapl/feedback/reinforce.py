@@ -32,11 +32,11 @@ class Reinforce(Estimator):
 
     Takes: hard labels.
     Cost: 9 student passes a step with the teacher's 3.
-    Bias: for updates affine in g (the SGD family) O(η) beside the exact soft gradient, because L is differentiated at
-    the θ′ of the sampled labels. For Adam and clipping the update is not linear in g and an O(1) bias remains: the mean
-    over all labels, with B = 2 and a warmed Adam, is 0.55 times as long as the soft gradient and 0.49 away from it in
-    relative norm (cosine 0.99; medians of 5 problems, the same at η = 0.01 and 0.001). While a clip by global norm is
-    active ⟨w, g⟩ is zero, and so is the feedback. The noise is large: all B labels share one number.
+    Bias: for updates affine in g (the SGD family) O(η) relative to the exact soft gradient, because L is differentiated
+    at the θ′ of the sampled labels. For Adam and clipping the update is not linear in g and an O(1) bias remains: the
+    mean over all labels, with B = 2 and a warmed Adam, is 0.55 times as long as the soft gradient and 0.49 away from it
+    in relative norm (cosine 0.99; medians of 5 problems, the same at η = 0.01 and 0.001). While a clip by global norm
+    is active ⟨w, g⟩ is zero, and so is the feedback. The noise is large: all B labels share one number.
     Source: Algorithm 1, lines 2-5, and eq. (12); the cosine and the baseline from the paper's appendix.
     """
 

@@ -20,8 +20,8 @@ from metapl.problems.base import Kind
 class ReinforcePerExample(Estimator):
     r"""One number per label: the effect of this label's part of the step on the labeled loss.
 
-    .. math:: h_i = -\Big\langle \frac{\partial \ell}{\partial z_i}(z_i, \hat y_i),\ \dot z_i \Big\rangle, \qquad
-              \text{teacher: } \sum_i h_i\, \mathrm{CE}(\hat y_i, T(x_i)), \qquad \sum_i h_i = -\langle w, g \rangle
+    .. math:: h_i = -\tfrac1B \Big\langle \frac{\partial \ell_i}{\partial z_i}(z_i, \hat y_i), \dot z_i \Big\rangle,
+              \quad \text{teacher: } \sum_i h_i \mathrm{CE}(\hat y_i, T(x_i)), \quad \sum_i h_i = -\langle w, g \rangle
 
     Args:
         tangent: how ż is computed: ``"forward"`` (exact) or ``"difference"`` (any operation).

@@ -97,12 +97,12 @@ def leaves_of(state: State) -> list[Tensor]:
 
 
 def stack(states: Sequence[Any]) -> Any:
-    """Several states, or batches, as one, whose tensors have a first dimension more, for ``torch.func.vmap``."""
+    """Stack states, or batches, along a new first dimension, for ``torch.func.vmap``."""
     return pytree.tree_map(lambda *tensors: torch.stack(tensors), *states)
 
 
 def unstack(state: Any) -> list[Any]:
-    """What was stacked, one by one."""
+    """The states of a stack as a list: the inverse of :func:`stack`."""
     leaves, structure = pytree.tree_flatten(state)
     return [pytree.tree_unflatten(list(row), structure) for row in zip(*(t.unbind() for t in leaves), strict=True)]
 

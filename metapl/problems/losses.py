@@ -37,9 +37,13 @@ class TeacherLoss(Protocol):
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    r"""Supervised: weight · (1/B_l) Σ_j CE((1−α) y_j + α/C, T(x_l)_j), with α the ``label_smoothing`` in [0, 1).
+    r"""Cross-entropy on the labeled batch: weight · (1/B_l) Σ_j CE((1−α) y_j + α/C, T(x_l)_j).
 
-    Labels of -100 are left out of the mean, of each micro-batch and process for itself.
+    Labels are classes (B_l,), of which -100 is left out of the mean of its micro-batch and process, or distributions.
+
+    Args:
+        label_smoothing: α, in [0, 1).
+        weight: the factor.
 
     Source: Algorithm 1, line 6.
     """
@@ -83,7 +87,7 @@ class UDA:
         ramp, start: the number of steps over which λ_t grows linearly from 0 to λ, and the first of them; before it the
             loss is 0 and needs no pass of the teacher.
         align: the power, in [0, 1]: 0 does not change p, 1 divides by the whole mean.
-        prior: the class shares that ``align`` moves towards, C numbers above 0; None: equal shares.
+        prior: the class shares that ``align`` moves towards, C numbers above 0 that sum to 1; None: equal ones.
 
     Needs: unlabeled batches that are pairs (weak, strong). The teacher's outputs on the weak view come with
     the signal; without them, they are computed here, without a graph.

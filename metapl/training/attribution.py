@@ -190,9 +190,9 @@ def attribute(
         progress: show on standard error how far it is, where that is a terminal.
 
     Returns: an :class:`Attribution`.
-    Cost: in plain trainings (docs/whole-trainings.md): 4 to 5 on WRN-28-2; on small networks 5 to 7 with all states
-    kept, 6 to 9 with one in √K, 7 to 12 with a tree; with ``each``, M times, unless compiled. From 100 steps on, three
-    times the first tenth of the steps, 50 at most, for the warning below.
+    Cost: in plain trainings (docs/whole-trainings.md): 4 to 5 on WRN-28-2; on small networks 4 to 7 with all states
+    kept (2 to 3 compiled), 7 to 9 with one in √K, 7 to 12 with a tree; with ``each``, M times, unless compiled. From
+    100 steps on, three times the first tenth of the steps, 50 at most, for the warning below.
     Memory: one plain step, the kept states, and of each step its masks' generator states and buffers.
     Bias: none, as a derivative. As a prediction of what a removal does it is of first order: it fails for large
     removals and for trainings that are not smooth in the weights, such as those with large rates or many steps. A
@@ -292,7 +292,7 @@ def metasmoothness(
               \mathrm{sign}(\theta_h - \theta_0)_j\, \mathrm{sign}(\theta_{2h} - \theta_h)_j,
               \qquad \theta_h = \theta_K(w = 1 + h v)
 
-    θ_h − θ_0 and θ_2h − θ_h are, times h, the derivatives of the trained weights along v at two places h apart: 1 where
+    θ_h − θ_0 and θ_2h − θ_h are h times the derivatives of the trained weights along v at two places h apart: 1 where
     all have the same sign, as of a training that is linear in the weights of its examples, and near 0 where a
     derivative at w = 1 says nothing of weights that are h away.
 
@@ -306,7 +306,7 @@ def metasmoothness(
 
     Returns: a :class:`Metasmoothness`.
     Cost: three plain trainings, and two more copies of the weights. No derivative is taken.
-    Raises: :class:`metapl.MetaplError` for other data, and where no weight moves along v, or one to no number.
+    Raises: :class:`metapl.MetaplError` for other data, and where no weight moves along v, or one becomes NaN.
 
     >>> x, y = torch.randn(12, 4), torch.arange(12) % 3
     >>> student = nn.Linear(4, 3)

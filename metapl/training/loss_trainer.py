@@ -40,7 +40,7 @@ class LossTrainer(Trainer):
     Args:
         model: the network; in several processes in ``DistributedDataParallel`` or sharded, as for
             :class:`~metapl.BilevelTrainer`.
-        losses: the terms, each a mean over its batch.
+        losses: the terms, each a mean over its batch; default ``(CrossEntropy(),)``.
         optimizer: any ``torch.optim`` optimizer over the model's parameters, or a tuple of several.
         clip_norm: the greatest global norm of the gradient; None: no clipping.
         precision: ``"float32"`` or ``"bfloat16"`` (autocast).

@@ -40,7 +40,7 @@ from metapl.updates import Clipped, as_one, parameters_of, refuse_missing, updat
 
 
 class BilevelTrainer(Trainer):
-    r"""Meta Pseudo Labels, or any other bilevel label problem: Algorithm 1 with a choice of gradient.
+    r"""Train a teacher and a student, by Meta Pseudo Labels or another bilevel problem, with a choice of gradient.
 
     .. math:: \theta_S' = U(\theta_S, \nabla_{\theta_S} \ell(S(x_u), \mathrm{signal})), \qquad
               \theta_T \leftarrow \theta_T - \eta_T \nabla_{\theta_T}
@@ -52,8 +52,7 @@ class BilevelTrainer(Trainer):
             share of each batch. No teacher, None, for a problem that has none, such as
             :class:`metapl.problems.LearningToReweight`; it then takes no teacher's options.
         mode: one of :data:`metapl.MODES`, or an estimator value such as ``metapl.feedback.Reinforce(baseline=0.99)``.
-            Take ``forward``. The default, ``reinforce``, is the paper's Algorithm 1; on the digits it was 2.6 points
-            below no feedback (docs/when.md).
+            ``reinforce`` is the paper's Algorithm 1; on the digits it was below no feedback (docs/when.md).
         problem: default :class:`metapl.PseudoLabels`.
         inner_optimizer: the student's: ``torch.optim`` SGD, Adam, AdamW or Muon, a tuple of these over disjoint
             parameters, such as (Muon, AdamW), or a TorchOpt transform.
@@ -78,14 +77,14 @@ class BilevelTrainer(Trainer):
         lookahead: student steps that the feedback looks ahead: :meth:`fit` draws as many unlabeled batches per step,
             the student steps on each, and the teacher takes one step on the feedback on all of them. For ``forward``,
             ``unrolled`` and ``none``. :meth:`step` takes a :class:`metapl.Lookahead` of any length.
-        compile: take steps by the pure step (:meth:`functional`), compiled whole: a fifth to a half of the time, after
-            10 seconds to some minutes of compiling for each shape of batches. In one process, with SGD, Adam, AdamW or
+        compile: take steps by the pure step (:meth:`functional`), compiled whole: a fifth to 0.7 of the time, after 5
+            seconds to three minutes of compiling for each shape of batches. In one process, with SGD, Adam, AdamW or
             Muon on both levels and at most 3 steps ahead, without ``accumulate``. The first step is compared with an
-            eager one. ``"reduce-overhead"``: by CUDA graphs too, for another copy of all state in memory.
+            eager one. ``"reduce-overhead"``: by CUDA graphs too, not yet run on a GPU, for another copy of all state.
         verify: True: compare the mode's gradient with differences of the loss after real steps, at the first step and
             where the networks are changed (their modes, frozen parts, hooks), and refuse one that is wrong
-            (:func:`metapl.check_gradient`); ``"warn"``: warn of it; False: never; a number N: also every N steps. Not
-            of networks of more than 50 million weights, nor in several processes, where a line says so.
+            (:func:`metapl.check_gradient`); ``"warn"``: warn of it; False: never; a number N: also every N steps. Above
+            50 million weights only by a number N, and not in several processes; a line says what is left out.
 
     >>> import torch, metapl
     >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
@@ -104,7 +103,7 @@ class BilevelTrainer(Trainer):
         self,
         teacher: nn.Module | None,
         student: nn.Module,
-        mode: Mode = "reinforce",
+        mode: Mode = "forward",
         *,
         problem: BilevelProblem | None = None,
         inner_optimizer: Any = None,

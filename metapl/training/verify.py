@@ -107,7 +107,9 @@ def check_gradient(
             micro-batches (``accumulate``) the first, by whose halves both losses must be means over examples.
         mode: default the trainer's own, and ``"forward"`` without one. The others are :func:`metapl.hypergradient`'s.
 
-    Returns: a :class:`GradientCheck`. Cost: the mode once and some six real steps; about thirty where they disagree.
+    Returns: a :class:`GradientCheck`; 1e-5 is right, of differences and of weights that stay in float32 1 %.
+    Cost: the mode once and some six real steps, in float64; about thirty where they disagree.
+    Raises: :class:`metapl.MetaplError` in several processes.
 
     >>> import torch, metapl
     >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
