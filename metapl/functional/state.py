@@ -36,7 +36,10 @@ class State(NamedTuple):
 
 
 class Report(NamedTuple):
-    """The numbers of a step; of K steps looked ahead, ``feedback`` and ``signal`` are lists of K."""
+    """The numbers of a step; of K steps looked ahead, ``feedback`` and ``signal`` are lists of K.
+
+    A step is right where ``flag`` is below 0.1, or 0.5 in ``difference``; NaN is not.
+    """
 
     feedback: Any  # h = −dL(θ′)/d(signal), as the signal's value is: a tensor or a dict of them
     signal: Any  # the fields of the signal by name
