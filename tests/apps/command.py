@@ -7,8 +7,8 @@ import csv
 import hashlib
 import io
 import json
-import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +21,11 @@ from metapl.apps.run import RunFolder
 def metapl(*arguments: str | Path, code: int | None = 0) -> subprocess.CompletedProcess[str]:
     """The command as it is typed, without the cost of a process."""
     words, out, err = [str(a) for a in arguments], io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["metapl", *words])  # which a run notes
         found = main(words)
     assert code in (found, None), err.getvalue()
     return subprocess.CompletedProcess(words, found, out.getvalue(), err.getvalue())
-
-
-def unprompted(words: str) -> str:
-    """What standard error says beside the progress, which is in lines where there is no terminal."""
-    return "".join(line for line in words.splitlines(keepends=True) if not re.match(r"\w+: step \d", line))
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """The line or the box that a refused command says."""
-    capsys.readouterr()
-    assert main([str(a) for a in arguments]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    if said.err.startswith("╭"):  # by tyro, who draws a box
-        return " ".join(said.err.translate(dict.fromkeys(map(ord, "╭╮╰╯│─"), " ")).split())
-    assert len(said.err.splitlines()) == 1, said.err
-    return said.err
-
-
-def said(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 0) -> str:
-    """Standard output of a command in this process."""
-    capsys.readouterr()
-    assert main([str(a) for a in arguments]) == code
-    return capsys.readouterr().out
 
 
 def result(run: Path) -> dict[str, Any]:

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
-from blank import DRAWN, leave_pictures_blank
-from tiny_runs import digit, run, tiny
+from PIL import Image
+from test_bits import one_thread
+from tiny_runs import colors, digit, run, tiny
 
 from metapl.apps import export, report
 from metapl.apps.export import ONNX, PROGRAM
 
-__all__ = ["digit", "run", "tiny"]  # fixtures
+__all__ = ["colors", "digit", "run", "tiny"]  # fixtures
+
+DRAW = report.draw
+sys.path.append(str(Path(__file__).parents[2] / "examples"))  # whose scripts some tests import
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _blank_pictures() -> None:
-    leave_pictures_blank()
+    """``report.png`` is not drawn: it takes most of a small run, and is seldom the point of a test."""
+    Image.new("RGB", (8, 8), "white").save(file := io.BytesIO(), format="png")
+    report.draw = lambda **given: file.getvalue()
+
+
+@pytest.fixture(name="one_thread")
+def _one_thread() -> Iterator[None]:
+    """Bits are those of one thread."""
+    with one_thread():
+        yield
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``report.png`` is drawn."""
-    monkeypatch.setattr(report, "draw", DRAWN)
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``report.png`` is drawn, by this function."""
+    monkeypatch.setattr(report, "draw", DRAW)
+    return DRAW
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
-"""A new estimator is one file and one line of the registry, a new problem one file: each is added to a copy of the
-package, whose command and functions then know it."""
+"""A new estimator is one file and one line of the registry, and so is a new method: each is added to a copy of the
+package, whose functions and command then know it."""
 
 from __future__ import annotations
 
@@ -33,54 +33,6 @@ class Doubled(Estimator):
         return [head_feedback(step, w, Tangent(step.tangent(w))).divided_by(0.5)], state
 """
 
-PROBLEM = """
-import torch
-from torch.nn import functional as F
-
-from metapl.problems.base import Problem, Signal
-
-
-class Weighted(Problem):
-    def signal(self, teacher, batch, student_outputs, *, generator):
-        return Signal(teacher(batch[0]).sigmoid()[:, 0])
-
-    def inner_loss(self, outputs, signal, batch, params=None):
-        return signal.value * F.cross_entropy(outputs, batch[1], reduction="none")
-
-    def outer_loss(self, outputs, batch):
-        return F.cross_entropy(outputs, batch[1])
-"""
-
-USE = """
-import torch, metapl
-from metapl.problems.weighted import Weighted
-
-assert "doubled" in metapl.MODES
-torch.manual_seed(0)
-x, y = torch.randn(6, 4), torch.arange(6) % 3
-
-
-def gradient(mode, out, problem):
-    torch.manual_seed(1)
-    teacher, student = torch.nn.Linear(4, out), torch.nn.Linear(4, 3)
-    inner = torch.optim.SGD(student.parameters(), lr=0.1)
-    data = {"labeled": (x, y), "unlabeled": x if problem is None else (x, y)}
-    found = metapl.hypergradient(teacher, student, **data, mode=mode, problem=problem, inner_optimizer=inner)
-    return found.grads["weight"]
-
-
-assert torch.allclose(gradient("doubled", 3, None), 2 * gradient("unrolled", 3, None), rtol=1e-4)
-for mode in ("forward", "difference", "unrolled", "doubled"):
-    times = 2 if mode == "doubled" else 1
-    exact = gradient("unrolled", 1, Weighted())
-    assert torch.allclose(gradient(mode, 1, Weighted()), times * exact, rtol=1e-2, atol=1e-7), mode
-try:
-    gradient("doubled", 3, metapl.PseudoLabels("hard"))
-except metapl.MetaplError as error:
-    assert "mode 'doubled' takes soft labels" in str(error), error
-"""
-
-
 METHOD = """
 from dataclasses import dataclass
 from typing import ClassVar
@@ -108,58 +60,67 @@ class Heavier:
         return t.alone(t.teacher, (CrossEntropy(weight=self.factor),))
 """
 
+USE = """
+import torch, metapl
+from metapl.apps.main import main
 
-@pytest.fixture
-def package(tmp_path: Path) -> Path:
+assert "doubled" in metapl.MODES
+x, y = torch.randn(6, 4), torch.arange(6) % 3
+
+
+def gradient(mode, problem=None):
+    torch.manual_seed(1)
+    teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    inner, data = torch.optim.SGD(student.parameters(), lr=0.1), {"labeled": (x, y), "unlabeled": x}
+    return metapl.hypergradient(teacher, student, **data, mode=mode, problem=problem, inner_optimizer=inner)
+
+
+twice, once = (gradient(mode).grads["weight"] for mode in ("doubled", "unrolled"))
+assert torch.allclose(twice, 2 * once, rtol=1e-4)
+try:
+    gradient("doubled", metapl.PseudoLabels("hard"))
+except metapl.MetaplError as error:
+    assert "mode 'doubled' takes soft labels" in str(error), error
+train = ("train", "digits", "--steps", "2", "--finetune-steps", "2")
+assert main([*train, "--mode", "doubled", "--out", "mode"]) == 0
+assert main([*train, "--method", "heavier", "--factor", "3", "--out", "method"]) == 0
+assert main([*train, "--factor", "3"]) == 2
+"""
+
+
+def add(file: Path, line: str, more: str, imports: str, imported: str) -> None:
+    """A line behind one of a registry, and an import before another."""
+    text = file.read_text()
+    assert line in text
+    assert imports in text
+    file.write_text(text.replace(line, line + more).replace(imports, f"{imported}\n{imports}", 1))
+
+
+@pytest.mark.long
+def test_an_estimator_and_a_method_are_a_file_and_a_line_each(tmp_path: Path) -> None:
     shutil.copytree(Path(metapl.__file__).parent, tmp_path / "metapl")
     (tmp_path / "metapl/feedback/doubled.py").write_text(ESTIMATOR)
-    (tmp_path / "metapl/problems/weighted.py").write_text(PROBLEM)
+    of = "from metapl.feedback.doubled import Doubled"
     registry = tmp_path / "metapl/feedback/__init__.py"
-    text = registry.read_text()
-    line = '    "none": NoFeedback(),\n'
-    assert line in text
-    text = text.replace(line, line + '    "doubled": Doubled(),\n')
-    registry.write_text(
-        text.replace(
-            "from metapl.feedback.none", "from metapl.feedback.doubled import Doubled\nfrom metapl.feedback.none"
-        )
+    add(registry, '    "none": NoFeedback(),\n', '    "doubled": Doubled(),\n', "from metapl.feedback.none", of)
+    (tmp_path / "metapl/apps/heavier.py").write_text(METHOD)
+    of = "from metapl.apps.heavier import Heavier"
+    registry = tmp_path / "metapl/apps/digits.py"
+    add(
+        registry,
+        '    "supervised": Supervised(),\n',
+        '    "heavier": Heavier(),\n',
+        "from metapl.apps.methods import",
+        of,
     )
-    return tmp_path
-
-
-def run(package: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(package)}
-    return subprocess.run(
-        [sys.executable, *command], cwd=package, env=environment, capture_output=True, text=True, check=False
+    done = subprocess.run(
+        [sys.executable, "-c", USE],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-
-
-def test_an_estimator_and_a_problem_are_a_file_each(package: Path) -> None:
-    done = run(package, "-c", USE)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.long
-def test_the_command_line_offers_the_new_mode(package: Path) -> None:
-    settings = ("--steps", "2", "--mode", "doubled", "--out", "run")
-    done = run(package, "-m", "metapl.apps", "train", "digits", *settings)
-    assert done.returncode == 0, done.stderr
-    assert '"doubled"' in (package / "run/recipe.json").read_text()
-
-
-@pytest.mark.long
-def test_a_method_is_a_type_and_a_line_of_the_registry(package: Path) -> None:
-    (package / "metapl/apps/heavier.py").write_text(METHOD)
-    registry = package / "metapl/apps/digits.py"
-    line = '    "supervised": Supervised(),\n'
-    text = registry.read_text()
-    assert line in text
-    text = text.replace(line, line + '    "heavier": Heavier(),\n')
-    imported = "from metapl.apps.methods import"
-    registry.write_text(text.replace(imported, f"from metapl.apps.heavier import Heavier\n{imported}", 1))
-    settings = ("train", "digits", "--steps", "2", "--out", "run", "--method", "heavier", "--factor", "3")
-    done = run(package, "-m", "metapl.apps", *settings)
-    assert done.returncode == 0, done.stderr
-    assert '"factor": 3.0' in (package / "run/recipe.json").read_text()
-    refused = run(package, "-m", "metapl.apps", "train", "digits", "--factor", "3")
-    assert (refused.returncode, "--factor" in refused.stderr) == (2, True)
+    for name, words in (("mode", '"doubled"'), ("method", '"factor": 3.0')):
+        assert words in (tmp_path / name / "recipe.json").read_text()

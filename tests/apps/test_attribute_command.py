@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import html
-import io
 import json
 import math
 import re
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy
 import pytest
 import torch
-from command import refused, rows, said
+from command import metapl as shown
+from command import rows
 from PIL import Image
-from shapes import FLAGS, given, write
+from test_noisy_labels import FLAGS, given, write
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import metapl
 from metapl.apps import attribute as command
-from metapl.apps.main import main
 from metapl.apps.pictures.folders import scan_labeled
 from metapl.apps.run import EndedRun
 from metapl.errors import MetaplError
@@ -41,9 +40,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
     write(root / "others", 4, 2000)
     flags = FLAGS.replace("--steps 24", "--steps 2").replace("--warm-steps 6", "--warm-steps 1").split()
     folders = ["--labeled", str(root / "clean"), "--unlabeled", str(root / "noisy")]
-    with contextlib.redirect_stdout(io.StringIO()):
-        assert main(["train", "noisy", *given(root), *flags, "--out", str(root / "run")]) == 0
-        assert main(["train", "images", *folders, *NETWORK, "--out", str(root / "images")]) == 0
+    shown("train", "noisy", *given(root), *flags, "--out", root / "run")
+    shown("train", "images", *folders, *NETWORK, "--out", root / "images")
     return root, wrong
 
 
@@ -80,11 +78,11 @@ def by_hand(root: Path, outer: tuple[Tensor, Tensor], **options: Any) -> tuple[l
 
 
 def test_the_list_is_that_of_the_library_and_finds_the_misplaced(
-    folders: tuple[Path, set[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folders: tuple[Path, set[str]], tmp_path: Path
 ) -> None:
     root, wrong = folders
     out = tmp_path / "made" / "out"
-    text = said(capsys, "attribute", root / "run", "--out", out, *SOME)
+    text = shown("attribute", root / "run", "--out", out, *SOME).stdout
     told = figures(out / "attribution.html")
     listed = rows((out / "attribution.csv").read_text())
     files, exact = by_hand(root, tensors(root / "clean")[1])
@@ -110,50 +108,30 @@ def test_the_list_is_that_of_the_library_and_finds_the_misplaced(
     assert {path.name for path in out.iterdir()} == {"attribution.csv", "attribution.html"}
     assert f"of {told['spearman']:.2f} (95 %" in text
     page = (out / "attribution.html").read_text()
-    shown = [min(24, sum(row["effect"] == effect for row in listed)) for effect in ("harms", "helps")]
-    assert page.count('src="data:image/png;base64,') == sum(shown)
+    pictures = [min(24, sum(row["effect"] == effect for row in listed)) for effect in ("harms", "helps")]
+    assert page.count('src="data:image/png;base64,') == sum(pictures)
     assert Path(listed[0]["file"]).name in page.partition("Most helpful")[0]
     assert Path(listed[-1]["file"]).name in page.partition("Most helpful")[2]
 
 
-@pytest.mark.parametrize(
-    ("run", "flags", "words"),
-    [
-        ("clean", (), "recipe.json"),
-        ("images", (), "--val"),
-        ("run", ("--val", "nowhere"), "nowhere"),
-        ("run", ("--removals", "2"), "--removals"),
-        ("run", ("--steps", "3", "--batch", "8"), "--steps"),
-    ],
-)
 def test_what_cannot_be_done_is_refused_before_anything_is_written(
-    run: str,
-    flags: tuple[str, ...],
-    words: str,
-    folders: tuple[Path, set[str]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    folders: tuple[Path, set[str]], tmp_path: Path
 ) -> None:
     root, _ = folders
-    capsys.readouterr()
-    assert main(["attribute", str(root / run), "--out", str(tmp_path / "out"), *flags]) == 2
-    assert words in " ".join(capsys.readouterr().err.split())
+    before = sorted(root.rglob("*"))
+    for run, flags, words in (
+        ("clean", "", "recipe.json"),
+        ("images", "", "--val"),
+        ("run", "--val nowhere", "nowhere"),
+        ("run", "--removals 2", "--removals"),
+        ("run", "--steps 3 --batch 8", "--steps"),
+        ("run", f"--out {root}/noisy/bar/out", "would be read"),
+        ("run", f"--out {root}/clean", "would be read"),
+    ):
+        told = shown("attribute", root / run, "--out", tmp_path / "out", *flags.split(), code=2)
+        assert words in " ".join(told.stderr.split())
     assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_among_the_pictures_is_refused(
-    folders: tuple[Path, set[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is written there would be pictures of a class."""
-    root, _ = folders
-    for out in (root / "noisy", root / "noisy" / "bar" / "out", root / "clean" / "out"):
-        for words in (["attribute", root / "run"], ["train", "noisy", *given(root), "--steps", "2"]):
-            said = refused(capsys, *words, "--out", out)
-            assert re.search(rf"write to, {out}, lies in .*, the \w+ pictures, and would be read with them", said)
-        assert not (out / "attribution.csv").exists()
-    monkeypatch.chdir(root / "noisy")
-    assert "write to, runs, lies in" in refused(capsys, "train", "noisy", *given(root), "--steps", "2")
-    assert sorted(path.name for path in (root / "noisy").iterdir()) == ["bar", "beam"]
+    assert sorted(root.rglob("*")) == before
 
 
 @pytest.mark.parametrize("when", ["attribute", "Attribution.validate"])
@@ -163,12 +141,8 @@ def test_what_is_stopped_leaves_what_was_there(
     """Of the check, the list and a page."""
     root, _ = folders
     (tmp_path / "attribution.csv").write_text("before")
-
-    def stopped(*given: Any, **options: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(f"metapl.apps.attribute.{when}", stopped)
-    assert main(["attribute", str(root / "run"), "--out", str(tmp_path), *SOME]) == 130
+    monkeypatch.setattr(f"metapl.apps.attribute.{when}", Mock(side_effect=KeyboardInterrupt))
+    shown("attribute", root / "run", "--out", tmp_path, *SOME, code=130)
     if when == "attribute":
         assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("attribution.csv", "before")]
     else:
@@ -176,29 +150,23 @@ def test_what_is_stopped_leaves_what_was_there(
         assert "not checked yet" in (tmp_path / "attribution.html").read_text()
 
 
-def test_a_training_that_learned_nothing_has_no_scores(
-    folders: tuple[Path, set[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_training_that_learned_nothing_has_no_scores(folders: tuple[Path, set[str]], tmp_path: Path) -> None:
     root, _ = folders
     for here, there in (("bar", "beam"), ("beam", "bar")):  # pictures that all it has learned is wrong for
         shutil.copytree(root / "others" / here, tmp_path / "val" / there)
-    given = ["attribute", str(root / "run"), "--val", str(tmp_path / "val"), "--out", str(tmp_path / "out"), *SOME]
-    assert main(given) == 2
-    told = " ".join(capsys.readouterr().err.split())
-    assert "no score would count" in told
+    given = ["attribute", root / "run", "--val", tmp_path / "val", "--out", tmp_path / "out", *SOME]
+    assert "no score would count" in " ".join(shown(*given, code=2).stderr.split())
     assert not [*tmp_path.rglob("*.csv")]
 
 
-def test_a_network_that_is_too_sure_has_scores(
-    folders: tuple[Path, set[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_network_that_is_too_sure_has_scores(folders: tuple[Path, set[str]], tmp_path: Path) -> None:
     """Its loss is above that of even guesses, of a few pictures; more than half of its answers are right."""
     root, _ = folders
     shutil.copytree(root / "others", tmp_path / "val")
     for picture in sorted((tmp_path / "val" / "bar").iterdir())[:2]:
         picture.rename(tmp_path / "val" / "beam" / f"wrong-{picture.name}")
-    given = ["attribute", str(root / "run"), "--val", str(tmp_path / "val"), "--out", str(tmp_path / "out"), *SOME]
-    assert main([*given, "--steps", "60", "--removals", "0"]) == 0
+    given = ["attribute", root / "run", "--val", tmp_path / "val", "--out", tmp_path / "out", *SOME]
+    shown(*given, "--steps", "60", "--removals", "0")
     assert figures(tmp_path / "out" / "attribution.html")["loss"] > math.log(2)
 
 

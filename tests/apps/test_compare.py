@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -13,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import edited, metapl, reseal, result, said
+from command import edited, metapl, reseal, result
 from forked import context
-from tiny_runs import TINY, built_once, trained
+from test_resume import contents
+from tiny_runs import TINY, built_once
 
 from metapl.apps import compare
 from metapl.apps.compare import Entry, Job, verdict
@@ -32,7 +32,7 @@ SHORT = (*TINY, "--compare", "--methods", "mpl", "none", "--seeds", "0-1")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A comparison of two methods and two seeds, which tests leave as it is."""
     command = (*SHORT, "--jobs", "1")
-    return built_once(tmp_path_factory, "tiny-compared", lambda out: trained(*command, "--out", str(out)))
+    return built_once(tmp_path_factory, "tiny-compared", lambda out: metapl(*command, "--out", str(out)))
 
 
 def comparison(test: dict[str, list[float]], validation: dict[str, list[float]] | None = None) -> Comparison:
@@ -46,9 +46,6 @@ def comparison(test: dict[str, list[float]], validation: dict[str, list[float]] 
     titles = {name: TITLES.get(name, name) for name in methods}
     seeds = tuple(range(len(next(iter(test.values())))))
     return Comparison(seeds, methods, titles, examples=400, chance=0.125)
-
-
-# ------------------------------------------------------------------------------------------------------- what it says
 
 
 @pytest.mark.parametrize(
@@ -94,33 +91,20 @@ def test_the_delivered_student_is_the_best_methods_by_validation_alone() -> None
     assert comparison(test).delivered() == ("mpl", 0)
 
 
-# ----------------------------------------------------------------------------------------------------------- its runs
-
-
-def bytes_of(folder: Path) -> dict[str, str]:
-    """What two comparisons must have in common."""
-    files = (
-        file for file in folder.rglob("*") if file.suffix in (".safetensors", ".jsonl") or file.name == "result.json"
-    )
-    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(files)}
-
-
 @pytest.mark.long
 def test_runs_at_a_time_are_those_of_one_after_another(compared: Path, tmp_path: Path) -> None:
     told = metapl(*SHORT, "--seeds", "0", "--jobs", "2", "--out", tmp_path / "pool").stdout
     assert "2 at a time" in told
     for name in ("mpl", "none"):
-        assert bytes_of(tmp_path / "pool" / name / "seed-0") == bytes_of(compared / name / "seed-0")
+        assert contents(tmp_path / "pool" / name / "seed-0") == contents(compared / name / "seed-0")
 
 
 def test_a_run_of_a_comparison_is_the_run_alone(compared: Path, tiny: Path) -> None:
-    alone, within = bytes_of(tiny), bytes_of(compared / "mpl" / "seed-0")
+    alone, within = contents(tiny), contents(compared / "mpl" / "seed-0")
     assert within == alone
 
 
-def test_a_comparison_delivers_the_networks_of_one_of_its_runs(
-    compared: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_comparison_delivers_the_networks_of_one_of_its_runs(compared: Path) -> None:
     told = result(compared)
     source = compared / told["method"] / f"seed-{told['seed']}"
     assert {file.name for file in source.glob("*.safetensors")} == {f.name for f in compared.glob("*.safetensors")}
@@ -132,7 +116,7 @@ def test_a_comparison_delivers_the_networks_of_one_of_its_runs(
             assert [of[readout][index] for readout in READOUTS] == [own[readout] for readout in READOUTS]
     validated = {name: sum(of["validation_accuracy"]) for name, of in told["methods"].items()}
     assert validated[told["method"]] == max(validated.values())
-    found = json.loads(said(capsys, "evaluate", compared, "--json"))
+    found = json.loads(metapl("evaluate", compared, "--json").stdout)
     assert found["accuracy"] == found["recorded_accuracy"] == result(source)["test_accuracy"]
     page = (compared / "report.html").read_text()
     for title in told["titles"].values():
@@ -148,7 +132,7 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_has_ended(compared: Pat
     assert (entry["phase"], entry["done"], entry["steps"]) == ("runs", 3, 4)
     assert "interrupted" in metapl("report", copy).stdout + (copy / "report.html").read_text()
     told = metapl(*SHORT, "--jobs", "1", "--out", copy, "--resume").stdout
-    assert bytes_of(copy) == bytes_of(compared)
+    assert contents(copy) == contents(compared)
     assert result(compared)["sentence"] in " ".join(told.split())
     # What has ended is no job any more, and it must be whole.
     (copy / "result.json").unlink()
@@ -171,16 +155,11 @@ def test_a_worker_that_is_killed_is_reported_and_the_others_go(tmp_path: Path, m
     assert multiprocessing.active_children() == []
 
 
-# --------------------------------------------------------------------------------------------- metapl compare RUN RUN
-
-
-def test_compare_pairs_the_runs_of_a_comparison_and_single_ones(
-    compared: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    singles = said(capsys, "compare", *(compared / m / f"seed-{s}" for m in ("mpl", "none") for s in (0, 1)))
+def test_compare_pairs_the_runs_of_a_comparison_and_single_ones(compared: Path) -> None:
+    singles = metapl("compare", *(compared / m / f"seed-{s}" for m in ("mpl", "none") for s in (0, 1))).stdout
     folders = [[compared / m / f"seed-{s}" for s in (0, 1)] for m in ("mpl", "none")]
     mpl, none = (sum(result(one)["student_test_accuracy"] for one in both) for both in folders)
-    for text in (singles, said(capsys, "compare", compared)):
+    for text in (singles, metapl("compare", compared).stdout):
         assert f"{50 * (none - mpl):+.2f} points  none" in text
     accuracy = result(compared / "none" / "seed-1")["test_accuracy"]
     assert re.search(rf"none +1 +{100 * accuracy:.2f}", singles)
@@ -201,19 +180,17 @@ def test_compare_pairs_by_the_seed_in_whatever_order_runs_are_named() -> None:
     assert verdict([*none, *mpl[::-1]]) == verdict([*none, *mpl])
 
 
-def test_compare_says_why_it_does_not_pair(
-    compared: Path, tiny: Path, run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_compare_says_why_it_does_not_pair(compared: Path, tiny: Path, run: Path) -> None:
     first, other = compared / "mpl" / "seed-0", compared / "none" / "seed-1"
-    assert "Not paired: mpl has seeds 0, none has 1." in said(capsys, "compare", first, other)
-    assert "is there twice" in said(capsys, "compare", compared, first)
-    assert "Nothing to pair" in said(capsys, "compare", tiny)
+    assert "Not paired: mpl has seeds 0, none has 1." in metapl("compare", first, other).stdout
+    assert "is there twice" in metapl("compare", compared, first).stdout
+    assert "Nothing to pair" in metapl("compare", tiny).stdout
     with_fields(run, lr=0.5)
-    assert "points  mpl, lr 0.5" in said(capsys, "compare", tiny, run)
+    assert "points  mpl, lr 0.5" in metapl("compare", tiny, run).stdout
 
 
 def test_runs_of_the_same_minutes_are_paired_whatever_the_number_of_their_steps(
-    tiny: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path, run: Path, tmp_path: Path
 ) -> None:
     other = Path(shutil.copytree(tiny, tmp_path / "other"))
     for one, steps in ((run, 6), (other, 9)):
@@ -221,12 +198,10 @@ def test_runs_of_the_same_minutes_are_paired_whatever_the_number_of_their_steps(
         edited(one / "result.json", steps=steps)
     edited(other / "recipe.json", "recipe", method="none")
     edited(other / "result.json", method="none", title="no feedback")
-    assert "points  none" in said(capsys, "compare", run, other)
+    assert "points  none" in metapl("compare", run, other).stdout
 
 
-def test_compare_refuses_runs_on_other_data_or_of_other_classes(
-    tiny: Path, run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_compare_refuses_runs_on_other_data_or_of_other_classes(tiny: Path, run: Path) -> None:
     classes = result(run)["evaluation"]["classes"]
     edited(run / "result.json", "evaluation", classes=["three" if name == "3" else name for name in classes])
     assert "three" in metapl("compare", tiny, run, code=2).stderr
@@ -237,4 +212,4 @@ def test_compare_refuses_runs_on_other_data_or_of_other_classes(
     assert "test differ" in " ".join(metapl("compare", tiny, run, code=2).stderr.split())
     with_fields(run, seed=1)  # another seed has another split of the same data
     edited(run / "result.json", seed=1)
-    said(capsys, "compare", tiny, run)
+    metapl("compare", tiny, run)

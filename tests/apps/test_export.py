@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def trained_like(architecture: Architecture, size: int) -> nn.Module:
 
 
 @pytest.mark.usefixtures("blank_programs")
-@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0_svhn", "timm:resnet10t", "small_cnn"])
+@pytest.mark.parametrize("name", ["efficientnet_b0_svhn", "timm:resnet10t"])
 def test_the_cards_code_builds_the_network(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("timm")
     architecture = Architecture(name=name, num_classes=4, in_channels=1, dropout=0.5)
@@ -76,16 +77,13 @@ def test_torchvision_loads_it(tmp_path: Path) -> None:
     assert all(torch.equal(t, theirs.state_dict()[key]) for key, t in model.state_dict().items())
 
 
-# ------------------------------------------------------------------------------------------------------------ programs
-
-
 @pytest.mark.parametrize(
     ("name", "size", "channels", "onnx"),
     [
-        ("pooled_cnn", 24, 1, True),
+        ("pooled_cnn", 24, 1, False),
         *(
             pytest.param(*long, marks=pytest.mark.long)
-            for long in (("resnet18", 32, 3, False), ("timm:resnet10t", 32, 3, True), ("vit_b_32", 32, 3, False))
+            for long in (("timm:resnet10t", 32, 3, True), ("vit_b_32", 32, 3, False))
         ),
     ],
 )
@@ -94,10 +92,8 @@ def test_the_cards_code_runs_the_programs(
 ) -> None:
     for package in ("timm",) * name.startswith("timm:") + ("onnx", "onnxscript", "onnxruntime") * onnx:
         pytest.importorskip(package)
-    architecture, shape = (
-        Architecture(name=name, num_classes=4, in_channels=channels, image_size=size),
-        (channels, size, size),
-    )
+    architecture = Architecture(name=name, num_classes=4, in_channels=channels, image_size=size)
+    shape = (channels, size, size)
     model = trained_like(architecture, size)
     digests = export(model, tmp_path / "out", shape=shape, architecture=architecture, onnx=onnx)
     images = torch.rand(5, *shape)
@@ -134,15 +130,11 @@ def test_a_program_of_a_network_in_training_is_that_of_its_evaluation() -> None:
 
 
 class Spoiled(nn.Module):
-    """NaN in the place of logits."""
-
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images.mean(dim=(2, 3))[:, :2] * torch.nan
 
 
 class Undecided(nn.Module):
-    """A network that torch.export cannot follow."""
-
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images.mean(dim=(2, 3)) if images.sum() > 0 else images.amax(dim=(2, 3))
 
@@ -156,9 +148,6 @@ def test_a_program_that_gives_something_else_is_refused(
     with pytest.raises(MetaplError, match=word):
         export(little(), tmp_path / "out", shape=(3, 4, 4))
     assert not (tmp_path / "out").exists()
-
-
-# ----------------------------------------------------------------------------------------------------- weights and card
 
 
 @pytest.mark.usefixtures("blank_programs")
@@ -210,28 +199,19 @@ def test_wrappers_are_taken_off_and_tied_weights_written(tmp_path: Path) -> None
     assert torch.equal(found["0.weight"], found["1.weight"])
 
 
-def diverged() -> nn.Module:
-    model = create("small_cnn", 2)
-    nn.init.constant_(model.get_parameter("head.bias"), float("inf"))
-    return model
-
-
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "diverged": ({"model": diverged()}, "finite"),
-    "undecided": ({"model": Undecided()}, "torch.export"),
-    "no onnx": ({"onnx": True}, "pip install"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_exported_is_refused_and_nothing_is_written(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes, word = REFUSED[name]
-    real = importlib.util.find_spec
+    real, diverged = importlib.util.find_spec, create("small_cnn", 2)
+    nn.init.constant_(diverged.get_parameter("head.bias"), float("inf"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name.startswith("onnx") else real(name))
-    with pytest.raises(MetaplError, match=word):
-        export(**{"model": create("small_cnn", 2), "path": tmp_path / "out", "shape": SHAPE, **changes})
+    for model, onnx, word in (
+        (diverged, False, "finite"),
+        (Undecided(), False, "torch.export"),
+        (create("small_cnn", 2), True, "pip install"),
+    ):
+        with pytest.raises(MetaplError, match=word):
+            export(model, tmp_path / "out", shape=SHAPE, onnx=onnx)
     assert not (tmp_path / "out").exists()
 
 
@@ -239,12 +219,8 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(
 def test_an_earlier_export_stays_where_another_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export(create("small_cnn", 2), tmp_path, shape=SHAPE)
     content = (tmp_path / WEIGHTS).read_bytes()
-
-    def refuse(*_args: Any) -> None:
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr("metapl.runs.atomic.os.replace", refuse)
+        patch.setattr("metapl.runs.atomic.os.replace", Mock(side_effect=OSError(28, "No space left on device")))
         with pytest.raises(MetaplError, match="No space left"):
             export(create("small_cnn", 2), tmp_path, shape=SHAPE)
     (tmp_path / ONNX).write_bytes(b"of another network")  # which would stand beside weights that are not its own

@@ -1,54 +1,55 @@
-"""Trainings on folders as they come: 60,000 files, broken ones, files that block, and memory that stays flat."""
+"""Trainings on folders as they come: many files, broken ones, files that block, memory that stays flat, and names that
+move no cursor, are no formula, and no Markdown."""
 
 from __future__ import annotations
 
+import csv
 import fcntl
+import io
 import json
 import os
 import pty
 import shutil
-import signal
 import struct
 import subprocess
 import sys
 import termios
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from command import metapl, rows, unprompted
+from command import metapl, rows
 from PIL import Image
-from special_files import KINDS
-from test_readers import BROKEN, SOUND, promptly
+from test_readers import SPECIAL, promptly
 from tiny_runs import color_folders, images_command
 
 from metapl.apps.images import METHODS, Images, Pictures
 from metapl.apps.look import settled
-from metapl.apps.main import main
-from metapl.apps.pictures import check, replaced_files
+from metapl.apps.pictures import check, folders, replaced_files
+from metapl.apps.pictures.csv_files import CsvRows
 from metapl.apps.settings import Fitting
+from metapl.apps.words import cell
+from metapl.errors import few
+from metapl.words import TURNS, shown
 
 SMALL: dict[str, Any] = {"pictures": Pictures(image_size=8, network="small_cnn"), "fitting": Fitting(steps=6)}
 PARTS = ("labeled", "unlabeled", "test")
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """60,000 unlabelled pictures, most of them under several names."""
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """600 unlabeled pictures more, of a size of their own."""
     root = color_folders(tmp_path_factory.mktemp("many"))
-    for part in range(60):
-        folder = root / "unlabeled" / f"{part:02}"
-        folder.mkdir()
-        one = folder / "000.png"
-        Image.fromarray(np.random.default_rng(part).integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(one)
-        for number in range(1, 1000):
-            os.link(one, folder / f"{number:03}.png")
-    yield root
-    shutil.rmtree(root)  # pytest would keep them for three sessions
+    (root / "unlabeled" / "more").mkdir()
+    one = root / "unlabeled" / "more" / "000.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(one)
+    for number in range(1, 600):
+        os.link(one, one.with_name(f"{number:03}.png"))
+    return root
 
 
 @contextmanager
@@ -69,16 +70,17 @@ def opened(root: Path) -> Iterator[list[str]]:
         watching = False
 
 
-def test_training_on_many_files_starts_at_once(many: Path) -> None:
+def test_training_on_many_files_starts_at_once(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No file is opened that no batch needs, but the few that are looked at as a whole."""
-    config = settled(Images(**{name: str(many / name) for name in PARTS}, **SMALL), METHODS["uda"], lambda text: None)[
-        0
-    ]
+    for limit in (check, "DECODE_UP_TO"), (folders, "WHOLE_UP_TO"):
+        monkeypatch.setattr(*limit, 100)
+    given = Images(**{name: str(many / name) for name in PARTS}, **SMALL)
+    config = settled(given, METHODS["uda"], lambda text: None)[0]
     with opened(many) as before:
         task = config.data(lambda line: None, False, None)
-    assert task.record["unlabeled"] == 60_024
+    assert task.record["unlabeled"] == 624
     assert task.record["hash"]["unlabeled"].startswith("names and sizes: ")
-    assert not [path for path in before if Path(path).parent.parent.name == "unlabeled"]
+    assert not [path for path in before if Path(path).parent.name == "more"]
     assert 0 < len(before) <= 3 * 48
     with opened(many) as during:
         task.unlabeled[0]
@@ -87,88 +89,49 @@ def test_training_on_many_files_starts_at_once(many: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="terminals as Linux has them")
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_a_terminal_shows_how_far_it_is_and_can_stop_it(interrupted: bool, many: Path, tmp_path: Path) -> None:
+def test_a_terminal_shows_how_far_it_is(many: Path, tmp_path: Path) -> None:
     every_look = "import sys, metapl.apps.machine.progress as p; p.EVERY = 0; "
     command = [sys.executable, "-c", every_look + "from metapl.apps.main import main; sys.exit(main())"]
     pid, terminal = pty.fork()
     if not pid:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background was born ignoring it
         os.execv(sys.executable, [*command, *images_command(many, "--out", str(tmp_path / "run"))])
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    shown, sent = "", False
-    while True:
-        if interrupted and not sent and "listing unlabeled files: " in shown:
-            sent = os.write(terminal, b"\x03") > 0
-        try:
+    shown = ""
+    with suppress(OSError):  # the other end is closed
+        while True:
             shown += os.read(terminal, 65536).decode(errors="replace")
-        except OSError:  # the other end is closed
-            break
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (130 if interrupted else 0), shown
-    assert "Traceback" not in shown
-    if interrupted:
-        assert "go on with:" in shown
-        assert not (tmp_path / "run/data.json").exists()
-    else:
-        for words in (
-            "listing unlabeled files: 12,",
-            "looking at labeled files: 12 of 12",
-            "comparing files: ",
-            "fit: ",
-        ):
-            assert f"\r{words}" in shown
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, shown
+    for words in ("listing unlabeled files: ", "looking at labeled files: 12 of 12", "comparing files: ", "fit: "):
+        assert f"\r{words}" in shown
 
 
-@pytest.mark.long
-def test_every_kind_of_file_through_the_command(tmp_path: Path) -> None:
-    """Pictures of every kind are learned from; the others are left out by name, and the run says so."""
-    root = color_folders(tmp_path / "root")
-    broken = {name: content for name, (content, _) in BROKEN.items() if name != "folder.png"}
-    for place in ("labeled/red", "unlabeled"):
-        for name, content in {**{name: data for name, (data, *_) in SOUND.items()}, **broken}.items():
-            path = root / place / name
-            content(path) if callable(content) else path.write_bytes(content)
-    with promptly(300):
-        done = metapl(*images_command(root), "--out", tmp_path / "run")
-    assert unprompted(done.stderr) == ""
-    words = " ".join(done.stdout.split())
-    assert f"labeled: {len(broken)} of {12 + len(SOUND) + len(broken)} files are left out" in words
-    assert f"unlabeled: {len(broken)} of {24 + len(SOUND) + len(broken)} files are left out" in words
-    assert f"files that could not be read: {2 * len(broken)}, " in words
-    places = [str(root / place / name) for place in ("labeled/red", "unlabeled") for name in broken]
-    assert {*replaced_files(tmp_path / "run" / "skipped.jsonl")} == {*places}
-    data = json.loads((tmp_path / "run" / "data.json").read_text())
-    assert data["unlabeled"] == 24 + len(SOUND)
-    assert {f"red/{name}" for name in SOUND} <= {*data["labeled"], *data["validation"]}
-
-
-def test_files_that_break_while_it_trains(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As in folders that are too large to decode first: replaced, recorded once, and counted at the end."""
+def test_files_that_break(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it trains, as in folders that are too large to decode first: they are replaced, recorded once, and counted
+    at the end. Where all are decoded first, they are left out."""
     root = color_folders(tmp_path / "root")
     cut = [root / name for name in ("labeled/red/red-2.png", "unlabeled/blue-3.png", "unlabeled/red-4.png")]
     for path in cut:
         path.write_bytes(path.read_bytes()[:-60])
-    monkeypatch.setattr(check, "DECODE_UP_TO", 1)
-    results = []
-    for workers in ("0", "2"):
-        run = tmp_path / f"run{workers}"
-        more = ("--num-workers", workers, "--unlabeled-batch", "8", "--out", str(run))
-        assert main(images_command(root, *more)) == 0
-        assert "files that could not be read: 3, " in " ".join(capsys.readouterr().out.split())
+    results, told = [], ""
+    for first, workers in ((1, "0"), (1, "2"), (check.DECODE_UP_TO, "0")):
+        monkeypatch.setattr(check, "DECODE_UP_TO", first)
+        run = tmp_path / f"run{len(results)}"
+        words = images_command(root, "--num-workers", workers, "--unlabeled-batch", "8", "--out", str(run))
+        told = " ".join(metapl(*words).stdout.split())
+        assert "files that could not be read: 3, " in told
         assert {*replaced_files(run / "skipped.jsonl")} == {*map(str, cut)}
         results.append(json.loads((run / "result.json").read_text()))
     assert results[0] == results[1]
+    assert "labeled: 1 of 12 files are left out" in told
+    assert "unlabeled: 2 of 24 files are left out" in told
 
 
-def test_a_class_of_which_nothing_can_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_class_of_which_nothing_can_be_read_is_named(tmp_path: Path) -> None:
     root = color_folders(tmp_path / "root")
     (root / "labeled" / "bee").mkdir()
     (root / "labeled" / "bee" / "1.png").write_bytes(b"")
-    assert main(images_command(root, "--out", str(tmp_path / "run"))) == 2
-    assert "bee" in capsys.readouterr().err
+    assert "bee" in metapl(*images_command(root), "--out", tmp_path / "run", code=2).stderr
 
 
 def test_labels_go_by_the_names_of_the_classes(tmp_path: Path) -> None:
@@ -188,21 +151,16 @@ def links(folder: Path) -> list[Path]:
     return [folder / "nowhere.png", folder / "loop.png"]
 
 
-def test_predict_passes_over_what_is_not_a_plain_file(
-    tiny: Path, digit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_predict_passes_over_what_is_not_a_plain_file(tiny: Path, digit: Path, tmp_path: Path) -> None:
     shutil.copy(digit, tmp_path / "b.png")
     links(tmp_path)
-    for kind, make in KINDS.items():
+    for kind, make in SPECIAL.items():
         make(tmp_path / f"{kind}.png")
     with promptly():
-        assert main(["predict", str(tiny), str(tmp_path)]) == 1
-    told = capsys.readouterr()
-    assert [Path(row["file"]).name for row in rows(told.out)] == ["b.png"]
-    assert told.err.count("left out") == 2 + len(KINDS) + 1
+        told = metapl("predict", tiny, tmp_path, code=1)
+    assert [Path(row["file"]).name for row in rows(told.stdout)] == ["b.png"]
+    assert told.stderr.count("left out") == 2 + len(SPECIAL) + 1
 
-
-# ------------------------------------------------------------------------------------------------------------- memory
 
 GROWTH = """
 import sys
@@ -211,10 +169,10 @@ from pathlib import Path
 import torch
 from torch import nn
 import metapl
-from metapl.apps.pictures import EvaluationBatches, FileImages, LabeledBatches, UnlabeledBatches, Weak
+from metapl.apps.pictures import FileImages, LabeledBatches, UnlabeledBatches, Weak
 from metapl.data import StepSampler
 
-folder, workers, leak, first, last = sys.argv[1], *map(int, sys.argv[2:])
+folder, leak, first, last = sys.argv[1], *map(int, sys.argv[2:])
 held, seen = [], []
 
 def taken(process="self"):
@@ -238,23 +196,97 @@ paths = sorted(Path(folder).rglob("*.png"))
 labels = torch.arange(len(paths)) % 2
 images, sampler, view = FileImages(paths, size=(8, 8)).cached(), StepSampler(len(paths), 4, seed=0), Leaking(1)
 sources = LabeledBatches(images, labels, sampler, view, 0), UnlabeledBatches(images, sampler, Weak(1), view, 0)
-given = {"steps": last + 1, "num_workers": workers, "progress": False, "save_every": 200}
-validation = EvaluationBatches(images, labels, 8)
-Watched(*networks, "loss_difference").fit(*sources, validation=validation, out=f"{folder}/run{workers}{leak}", **given)
+Watched(*networks, "loss_difference").fit(*sources, steps=last + 1, num_workers=2, progress=False)
 print(max((after - before) / (last - first) for before, after in zip(*seen, strict=True)))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc as Linux has it")
 @pytest.mark.long
-@pytest.mark.parametrize("workers", [0, 2])
-def test_memory_is_flat(workers: int, tmp_path: Path) -> None:
+def test_memory_is_flat(tmp_path: Path) -> None:
     """In MB per 1,000 steps, of the process that grew most; a leak of 10 kB a step shows, in those that read too."""
     color_folders(tmp_path)
 
     def growth(leak: int, first: int, last: int) -> float:
-        command = [sys.executable, "-c", GROWTH, str(tmp_path), *map(str, (workers, leak, first, last))]
+        command = [sys.executable, "-c", GROWTH, str(tmp_path), *map(str, (leak, first, last))]
         return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    assert growth(0, 200, 1200 if workers == 0 else 600) < 3
-    assert growth(10_000, 100, 400) > (6 if workers == 0 else 3)  # two workers share the steps
+    assert growth(0, 200, 600) < 3
+    assert growth(10_000, 100, 400) > 3  # two workers share the steps
+
+
+PERSIAN = "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"
+
+EVIL = (
+    "a\x1b[2J\x1b[31mred",
+    "a\nmetapl: all is well",
+    "a\rb",
+    "a\u202egnp.exe",
+    "a\x07",
+    "a\x9bc",
+    os.fsdecode(b"caf\xe9"),  # not UTF-8
+)
+
+
+def test_what_is_shown_is_one_line_of_printable_letters() -> None:
+    for name in EVIL:
+        text = shown(name)
+        assert not {*text} & {*TURNS, "\n", "\r", "\x1b", "\x07", "\x9b"}
+        text.encode()
+        assert text != name
+        assert shown(text) == text == few([name])
+    for name in ("größe", "猫", "naïve café", PERSIAN, "👩\u200d🚀", "a b", "$5_x"):  # in any script
+        assert shown(name) == name
+
+
+def test_predict_shows_names_of_files_harmlessly_and_writes_them_as_they_are(
+    tiny: Path, digit: Path, tmp_path: Path
+) -> None:
+    folder, out = tmp_path / "pictures", tmp_path / "out.csv"
+    folder.mkdir()
+    for name in EVIL:
+        (folder / f"{name}.png").write_bytes(b"no picture")
+        (folder / f"fine {name}.png").write_bytes(digit.read_bytes())
+    told = metapl("predict", tiny, folder, "--out", out, code=1)
+    for text in (told.stdout, told.stderr):
+        assert not {*text} & {*TURNS, "\r", "\x1b", "\x07", "\x9b"}
+    assert len(told.stderr.splitlines()) == len(EVIL) + 1
+    with out.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        assert {row["file"] for row in csv.DictReader(file)} == {f"{folder}/fine {name}.png" for name in EVIL}
+
+
+def test_a_spreadsheet_finds_no_formula() -> None:
+    sink = io.StringIO()
+    names = ["=1+1.png", "+1.png", "-1.png", "@x.png", "\tx.png", "\rx.png", "a\rb.png", 'a",b.png', "a\nb", "fine.png"]
+    writer = CsvRows(sink)
+    for name in names:
+        writer.writerow([name, "=cat", "0.5"])
+    found = list(csv.reader(io.StringIO(sink.getvalue(), newline="")))
+    assert [row[0] for row in found] == [f"'{name}" for name in names[:6]] + names[6:]
+    assert {row[1] for row in found} == {"'=cat"}
+    assert {row[2] for row in found} == {"0.5"}
+    assert cell("0.5") == "0.5"
+    for line in sink.getvalue().split("\n"):
+        bare = line.replace('""', "")
+        assert "\r" not in bare or '"' in bare
+
+
+@pytest.mark.usefixtures("blank_programs")
+def test_classes_of_any_name_go_through_everything(tmp_path: Path) -> None:
+    """Training, evaluating, predicting and the model card."""
+    root, evil, other = color_folders(tmp_path / "root"), "=a\x1b[2J\u202e|<b>*c*", os.fsdecode(b"caf\xe9\n[x](y)")
+    for part in ("labeled", "test"):
+        (root / part / "red").rename(root / part / evil)
+        (root / part / "blue").rename(root / part / other)
+    out = tmp_path / "run"
+    texts = [metapl(*images_command(root), "--out", out).stdout, metapl("evaluate", out).stdout]
+    metapl("predict", out, root / "unlabeled", "--out", tmp_path / "out.csv", "--probabilities")
+    texts.append(metapl("export", out, "--out", tmp_path / "card").stdout)
+    card = (tmp_path / "card" / "MODEL_CARD.md").read_text()
+    for text in (*texts, card):
+        assert not {*text} & {*TURNS, "\x1b", "\r"}
+    (classes,) = (line for line in card.splitlines() if line.startswith("| classes |"))
+    assert r"\|\<b\>\*c\*" in classes
+    assert r"caf\\xe9\\n\[x\](y)" in classes
+    with (tmp_path / "out.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        assert {row["class"] for row in csv.DictReader(file)} <= {f"'{evil}", other}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from command import metapl
 from PIL import Image
 from safetensors.torch import load_file
 from test_bits import check, here, lines, one_thread, outcome
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STORED = Path(__file__).with_name("goldens.json")
 SIDE, COLORS = 20, ("blue", "green", "red")
@@ -101,17 +102,15 @@ def _stored() -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
 def test_what_is_stored_is_what_is_run(stored: dict[str, Any]) -> None:
     assert stored["runs"].keys() == RUNS.keys()
 
 
-@pytest.mark.parametrize("name", RUNS)
+LONG = ("digits fixmatch", "images none", "images pseudo labels", "noisy weight net", "noisy label correction")
+LONG = (*LONG, "noisy transition")  # whose code is that of the others
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n in LONG)) for n in RUNS])
 def test_a_run_ends_on_the_same_weights(name: str, stored: dict[str, Any], root: Path, tmp_path: Path) -> None:
     # Rounding in float32 grows over a run: with AVX2 learned corrections ended 2e-3 of the norm away.
     check(of_run(name, root, tmp_path / "run"), stored["runs"][name], stored["machine"], 5e-3)

@@ -1,24 +1,29 @@
-"""Stored labels: what is read is what was written, in any order, and nothing else is ever taken for it."""
+"""Stored labels: what is read is what was written, in any order, and nothing else is ever taken for it; statistics and
+selections against plain numpy; and what the commands say."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import pickle
-import resource
-import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from command import metapl
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from metapl import MetaplError
-from metapl.apps.labels import LabelStore, LabelWriter
+from metapl.apps.labels import LabelStore, LabelWriter, select, statistics
 from metapl.apps.labels import store as reading
+from metapl.apps.pictures.folders import scan_unlabeled
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 
@@ -55,13 +60,10 @@ def read_by_hand(p: Tensor, k: int | None) -> Tensor:
     return torch.tensor(np.array(result), dtype=torch.float32)
 
 
-# ------------------------------------------------------------------------------------------------- what is read
-
-
 @pytest.mark.parametrize("classes", [2, 3])
 def test_what_is_read_is_off_by_two_parts_in_2048_at_most(classes: int, tmp_path: Path) -> None:
     """One part is the number's own, and one that of the sum that is divided by."""
-    p = softmax(16_000, classes)
+    p = softmax(4_000, classes)
     store = written(tmp_path / "store", [*range(len(p))], p, rows_per_part=len(p))
     off = (store.at(range(len(p))).double() / p.double() - 1).abs()[p > 6.2e-5].max() * 2048
     assert 1.1 < off < 2.001
@@ -92,8 +94,9 @@ def test_what_is_read_follows_the_equation_in_any_order(top_k: int | None, kind:
     assert not store.matrix(0, "probabilities").flags.owndata  # as they lie in the file
     copy = pickle.loads(pickle.dumps(store))
     assert "tables" not in vars(copy)  # which checks what it reads for itself
-    served = DataLoader([[i, 29 - i] for i in range(6)], batch_size=None, num_workers=2, collate_fn=copy.at)
-    assert torch.equal(torch.stack([*served]), torch.stack([store.at([i, 29 - i]) for i in range(6)]))
+    if kind == "names" and top_k is None:
+        served = DataLoader([[i, 29 - i] for i in range(6)], batch_size=None, num_workers=2, collate_fn=copy.at)
+        assert torch.equal(torch.stack([*served]), torch.stack([store.at([i, 29 - i]) for i in range(6)]))
 
 
 @pytest.mark.parametrize("ids", [names(30), [*range(0, 60, 2)]], ids=["names", "numbers"])
@@ -105,23 +108,6 @@ def test_an_example_that_is_not_there_is_named(ids: list[Any], tmp_path: Path) -
             _ = store[[ids[2], missing]]
     with pytest.raises(MetaplError, match="30"):
         store.at([0, 30])
-
-
-def test_other_readers_of_arrow_understand_a_part(tmp_path: Path) -> None:
-    import pyarrow.feather as feather
-
-    p = softmax(20)
-    p[3] = 0.2  # of equals the first
-    store = written(tmp_path / "store", names(20), p, top_k=2, rows_per_part=20)
-    table = feather.read_table(store.folder / files(store.folder)[0])
-    assert table["id"].to_pylist() == names(20)
-    assert table["label"].to_pylist() == p.argmax(dim=1).tolist()
-    assert np.allclose(table["entropy"].to_numpy(), -(p * p.log()).sum(dim=1), atol=1e-6)
-    assert table["classes"].to_pylist() == p.sort(dim=1, descending=True, stable=True).indices[:, :2].tolist()
-    assert np.allclose(np.array(table["probabilities"].to_pylist()), p.topk(2).values, atol=1e-3)
-
-
-# ------------------------------------------------------------------------------------------------- what is refused
 
 
 def add(folder: Path, ids: Any, p: Any, **options: Any) -> None:
@@ -147,13 +133,11 @@ WRONG: list[tuple[Any, Any, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("ids", "p", "options", "word"), WRONG)
-def test_wrong_rows_and_settings_are_refused_and_nothing_is_left(
-    ids: Any, p: Any, options: dict[str, Any], word: str, tmp_path: Path
-) -> None:
-    with pytest.raises(MetaplError, match=word):
-        add(tmp_path / "new" / "store", ids, p, **options)
-    assert not (tmp_path / "new").exists()
+def test_wrong_rows_and_settings_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    for ids, p, options, word in WRONG:
+        with pytest.raises(MetaplError, match=word):
+            add(tmp_path / "new" / "store", ids, p, **options)
+        assert not (tmp_path / "new").exists()
 
 
 def test_one_writer_at_a_time_whose_rows_are_of_one_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,9 +167,6 @@ def test_what_is_no_store_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.Mon
     for use in (lambda: LabelStore(tmp_path), lambda: add(tmp_path / "new", ["a"], softmax(1))):
         with pytest.raises(MetaplError, match="pip install"):
             use()
-
-
-# ------------------------------------------------------------------------------------------------- damage
 
 
 @pytest.fixture
@@ -249,9 +230,6 @@ def test_a_description_of_something_else_or_of_another_version_is_named(store: L
             read_everything(store.folder)
 
 
-# ------------------------------------------------------------------------------------------------- stopped writers
-
-
 def go_on(folder: Path, **options: Any) -> LabelWriter:
     return LabelWriter(folder, CLASSES, **{"rows_per_part": 10, "resume": True, **options})
 
@@ -297,24 +275,228 @@ def test_what_is_gone_on_with_is_the_same(tmp_path: Path) -> None:
         assert writer.rows == 20
 
 
-def test_a_disk_that_is_full_costs_nothing_that_is_there(tmp_path: Path) -> None:
-    p, folder = softmax(40), tmp_path / "store"
-    whole = written(tmp_path / "whole", names(40), p)
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+SIX = tuple(f"class {index}" for index in range(6))
 
-    def write() -> None:
-        with LabelWriter(folder, CLASSES, rows_per_part=10) as writer:
-            writer.add(names(40)[:20], p[:20])
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-            writer.add(names(40)[20:], p[20:])
 
-    try:
-        with pytest.raises(MetaplError, match="20 rows"):
-            write()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert (len(files(folder)), [*folder.glob("*.tmp")]) == (2, [])
-    with go_on(folder) as writer:
-        writer.add(names(40)[20:], p[20:])
-    assert files(folder) == files(whole.folder)
+def made(folder: Path, rows: int = 400, *, numbers: bool = False, top_k: int | None = None) -> LabelStore:
+    """Distributions of few different values, so that many examples are equally confident, and none of a class."""
+    weights = torch.randint(0, 5, (rows, 6), generator=torch.Generator().manual_seed(0)).float()
+    weights[:, 5] = 0
+    weights[:, 0] += 1.5
+    ids: list[Any] = [*range(3, 3 + rows)] if numbers else sorted(f"p/é{number}.png" for number in range(rows))
+    digests = None if numbers else [hashlib.sha256(f"{number}".encode()).digest() for number in range(rows)]
+    with LabelWriter(folder, SIX, top_k=top_k, rows_per_part=64) as store:
+        store.add(ids, weights / weights.sum(dim=1, keepdim=True), digests)
+    return LabelStore(folder)
+
+
+def held_out(folder: Path, *numbers: int) -> Path:
+    """Files of these examples, under other names."""
+    (folder / "deep").mkdir(parents=True)
+    for number in numbers:
+        (folder / "deep" / f"other name {number}.png").write_bytes(f"{number}".encode())
+    (folder / "new.jpg").write_bytes(b"of no example")
+    return folder
+
+
+def columns(store: LabelStore) -> dict[str, Any]:
+    """All rows, as another reader of Parquet has them."""
+    import pyarrow as pa
+    import pyarrow.feather as feather
+
+    table = pa.concat_tables([feather.read_table(store.folder / part.file) for part in store.parts])
+    numbers = {name: np.array(table[name].to_pylist()) for name in ("label", "confidence", "entropy", "copies")}
+    return {**numbers, "id": table["id"].to_pylist()}
+
+
+def copies_of(store: LabelStore) -> dict[Any, int]:
+    rows = columns(store)
+    return dict(zip(rows["id"], rows["copies"].tolist(), strict=True))
+
+
+def chosen_by_hand(
+    store: LabelStore, threshold: float | None, per_class: int | None, balance: bool, dropped: Sequence[int] = ()
+) -> dict[Any, int]:
+    """The ids that are to be left, each with its copies, by plain Python and numpy."""
+    rows = columns(store)
+    confidence = rows["confidence"].astype(np.float32)
+    left = [row for row in range(len(store)) if row not in dropped]
+    left = [row for row in left if threshold is None or confidence[row] > np.float32(threshold)]
+    result: dict[Any, int] = {}
+    groups = [[row for row in left if rows["label"][row] == label] for label in range(len(SIX))]
+    groups = [sorted(group, key=lambda row: (-confidence[row], rows["id"][row]))[:per_class] for group in groups]
+    goal = per_class or max(map(len, groups))
+    for group in groups:
+        copies = {row: int(rows["copies"][row]) for row in group}
+        if balance and group:
+            digests = {row: hashlib.md5(str(rows["id"][row]).encode()).digest()[8:] for row in group}
+            order = sorted(group, key=lambda row: (int.from_bytes(digests[row], "little"), row))
+            copies = {row: goal // len(group) + (place < goal % len(group)) for place, row in enumerate(order)}
+        result |= {rows["id"][row]: copies[row] for row in group}
+    return result
+
+
+@pytest.mark.parametrize("numbers", [False, True], ids=["names", "numbers"])
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize(
+    ("threshold", "per_class", "balance"),
+    [(0.3, None, False), (None, 20, False), (None, None, True), (0.4, 30, True), (None, 500, True), (0.35, 1, True)],
+)
+def test_what_is_selected_is_what_numpy_selects(
+    numbers: bool, top_k: int | None, threshold: float | None, per_class: int | None, balance: bool, tmp_path: Path
+) -> None:
+    """Pictures of a folder dropped, from a store and from what was selected of one."""
+    store = made(tmp_path / "store", numbers=numbers, top_k=top_k)
+    gone = () if numbers else (0, 7, 399)
+    dropped = {"drop_overlap": held_out(tmp_path / "held", *gone)} if gone else {}
+    asked: dict[str, Any] = {"threshold": threshold, "per_class": per_class, "balance": balance}
+    expected = chosen_by_hand(store, threshold, per_class, balance, gone)
+    found = select(store, tmp_path / "out", **asked, **dropped)
+    kept = LabelStore(tmp_path / "out")
+    assert [*kept] == sorted(expected)
+    assert copies_of(kept) == expected
+    assert torch.equal(kept[[*expected]], store[[*expected]]), "distributions stay as they are"
+    assert found.copies == sum(expected.values()) == len(kept.rows_with_copies())
+    assert (found.kept, found.overlapping, found.missing) == (len(expected), len(gone), (SIX[5],))
+    assert found.overlapping + found.unsure + found.beyond + found.kept == found.rows == len(store)
+    assert (kept.classes, kept.top_k, kept.has_digests) == (store.classes, store.top_k, not numbers)
+    again: dict[str, Any] = {"threshold": 0.36} if balance else {"per_class": 10, "balance": True}
+    select(kept, tmp_path / "again", **again)
+    assert copies_of(LabelStore(tmp_path / "again")) == chosen_by_hand(
+        kept, again.get("threshold"), again.get("per_class"), not balance
+    )
+    assert len(LabelStore(tmp_path / "again").provenance["selected"]) == 2
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize(("threshold", "gone"), [(None, []), (0.4, [5, 6, 7])])
+def test_of_any_class_the_most_probable_are_kept(
+    top_k: int | None, threshold: float | None, gone: list[int], tmp_path: Path
+) -> None:
+    import pyarrow as pa
+
+    store = made(tmp_path / "store", top_k=top_k)
+    table = pa.concat_tables(store.tables)
+    p = np.full((400, 6), -1.0)  # of a class that is not stored
+    for row, values in enumerate(table["probabilities"].to_pylist()):
+        p[row, table["classes"][row].as_py() if top_k else slice(None)] = values
+    sure = [
+        row for row in range(400) if row not in gone and store.column("confidence")[row] > np.float32(threshold or 0)
+    ]
+    expected = set()
+    for label in range(6):
+        known = [row for row in sure if p[row, label] >= 0]
+        expected |= {*sorted(known, key=lambda row, label=label: (-p[row, label], row))[:15]}
+    dropped = {"drop_overlap": held_out(tmp_path / "held", *gone)} if gone else {}
+    found = select(store, tmp_path / "out", per_class=15, any_class=True, threshold=threshold, **dropped)
+    assert store.find([*LabelStore(tmp_path / "out")]).tolist() == sorted(expected)
+    assert (found.kept, found.overlapping) == (len(expected), len(gone))
+
+
+def test_the_same_selection_gives_the_same_files_and_goes_on_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder whose name is not UTF-8 too."""
+    asked: dict[str, Any] = {"threshold": 0.25, "per_class": 70, "balance": True}
+    places = tmp_path / "one", Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    store, stop, add = made(tmp_path / "store"), tmp_path / "stopped", LabelWriter.add_table
+    for place in places:
+        select(store, place, **asked)
+    assert files(places[0]) == files(places[1])
+
+    def stopped(self: LabelWriter, table: Any) -> None:
+        if self.rows >= 128:
+            raise KeyboardInterrupt
+        add(self, table)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LabelWriter, "add_table", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            select(store, stop, **asked)
+    assert len(files(stop)) == 2
+    for other, word in ((asked, "--resume"), ({**asked, "per_class": 71, "resume": True}, "selected")):
+        with pytest.raises(MetaplError, match=word):
+            select(store, stop, **other)
+    whole = select(store, stop, **asked, resume=True)
+    assert sorted(os.listdir(stop)) == sorted(os.listdir(tmp_path / "one"))
+    assert select(store, stop, **asked, resume=True) == whole
+
+
+UNFIT: list[tuple[dict[str, Any], str]] = [
+    ({"threshold": 1.0}, "threshold"),
+    ({"threshold": math.nan}, "threshold"),
+    ({"per_class": 0}, "per_class"),
+    ({"per_class": 10**30, "balance": True}, "per_class"),
+    ({"any_class": True, "threshold": 0.1}, "any_class"),
+    ({"any_class": True, "per_class": 10, "balance": True}, "any_class"),
+    ({"threshold": 0.99}, "nothing is left"),
+    ({"drop_overlap": Path("nowhere")}, "nowhere"),
+]
+
+
+def test_what_cannot_be_selected_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    store = made(tmp_path / "store")
+    for asked, word in UNFIT:
+        with pytest.raises(MetaplError, match=word):
+            select(store, tmp_path / "out", **asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_part_is_named_and_what_has_no_files_is_not_compared(tmp_path: Path) -> None:
+    store = made(tmp_path / "store")
+    path = store.folder / store.parts[3].file
+    path.write_bytes(path.read_bytes()[:-1] + b"X")
+    for use in (lambda: statistics(store), lambda: select(store, tmp_path / "out", threshold=0.3)):
+        with pytest.raises(MetaplError, match=path.name):
+            use()
+    with pytest.raises(MetaplError, match="files"):
+        select(made(tmp_path / "numbers", numbers=True), tmp_path / "out", drop_overlap=held_out(tmp_path / "held", 1))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("numbers", [False, True], ids=["names", "numbers"])
+def test_statistics_are_those_of_numpy(numbers: bool, tmp_path: Path) -> None:
+    select(made(tmp_path / "store", numbers=numbers), tmp_path / "out", per_class=60, balance=True)
+    store = LabelStore(tmp_path / "out")
+    rows, found = columns(store), statistics(store)
+    confidence, entropy = rows["confidence"].astype(float), rows["entropy"].astype(float)
+    assert (found.rows, found.copies) == (len(rows["id"]), rows["copies"].sum())
+    assert found.counts == tuple(np.bincount(rows["label"], minlength=6).tolist())
+    assert found.class_copies == tuple(np.bincount(rows["label"], rows["copies"], minlength=6).astype(int).tolist())
+    assert found.class_confidence[5] is None
+    for label in range(5):
+        assert found.class_confidence[label] == pytest.approx(confidence[rows["label"] == label].mean())
+    assert (found.mean_confidence, found.mean_entropy) == pytest.approx((confidence.mean(), entropy.mean()))
+
+
+def test_the_commands_say_what_is_in_a_store_and_what_became_of_it(tmp_path: Path) -> None:
+    store, flags = made(tmp_path / "store"), ("--threshold", "0.3", "--per-class", "50", "--balance")
+    text, counts = metapl("labels", "stats", store.folder).stdout, statistics(store).counts
+    for name, count in zip(SIX, counts, strict=True):
+        assert any(line.startswith(name) and f" {count} " in line for line in text.splitlines())
+    found = json.loads(metapl("labels", "stats", store.folder, "--json").stdout)
+    assert (found["counts"], found["provenance"]["made_with"]["torch"]) == ([*counts], torch.__version__)
+    told = metapl("labels", "select", store.folder, "--out", tmp_path / "out", *flags).stdout
+    expected = chosen_by_hand(store, 0.3, 50, True)
+    assert f"\n{len(expected)}  kept\n" in told
+    assert f"\n{sum(expected.values())}  with copies\n" in told
+    assert sum(int(line.split()[0]) for line in told.splitlines() if "dropped" in line) == 400 - len(expected)
+    stats = metapl("labels", "stats", tmp_path / "out").stdout
+    assert "selected from 400: threshold 0.3, per_class 50, balance" in stats
+    assert max(map(len, (text + stats).splitlines()[1:])) <= max(80, len(str(tmp_path)) + 80)
+    before = sorted(os.listdir(store.folder))
+    for out in (store.folder, tmp_path / "out"):
+        metapl("labels", "select", store.folder, "--out", out, *flags, code=2)
+    assert sorted(os.listdir(store.folder)) == before
+
+
+def test_the_pictures_that_were_selected_are_listed_for_a_training(tmp_path: Path) -> None:
+    names, many = ["b.png", "c d.png", "deep/a.png"], tmp_path / "many"
+    for name in names:
+        (many / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4)).save(many / name)
+    with LabelWriter(tmp_path / "store", ["x", "y"], provenance={"pictures": str(many)}) as store:
+        store.add(names, torch.tensor([[0.2, 0.8], [0.4, 0.6], [0.9, 0.1]]))
+    metapl("labels", "select", tmp_path / "store", "--any-class", "--per-class", "1", "--out", tmp_path / "one")
+    found = scan_unlabeled(tmp_path / "one" / "list.txt")
+    assert [Path(path) for path in found.paths()] == [many / name for name in ("b.png", "deep/a.png")]

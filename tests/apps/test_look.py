@@ -166,9 +166,11 @@ def test_the_rates_are_those_of_the_networks_family_or_as_given(network: str, ra
 # --------------------------------------------------------------------------------------------------------- the steps
 
 
-def test_steps_are_as_many_as_fit_into_the_minutes_by_the_clock(root: Path) -> None:
+def test_steps_are_as_many_as_fit_into_the_minutes_by_the_clock(tmp_path: Path) -> None:
     """Each look at the clock moves it on by so much; a step is timed by two looks."""
-    settings = replaced(given(root), classes=("blue", "red"), network="small_cnn", labeled_batch=2, unlabeled_batch=2)
+    settings = replaced(
+        given(color_folders(tmp_path)), classes=("blue", "red"), network="small_cnn", labeled_batch=2, unlabeled_batch=2
+    )
     settings = fitted(replaced(settings, image_size=8, device="cpu", steps=1000), seen(), 0.0)
     state = torch.get_rng_state()
     for method, seconds, minutes, steps in (

@@ -3,19 +3,68 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from phases import STEPS, Phase, phases_of, same, weights
-from torch import nn
+from torch import Tensor, nn
 
 from metapl import UDA, BilevelTrainer, CrossEntropy, LossTrainer, MetaplError, problems
 from metapl.ablation import Altered
 from metapl.apps import digits, images, noisy_labels
-from metapl.apps.methods import Consistency, Entropy, Feedback, Uda, beside
+from metapl.apps.methods import Consistency, Entropy, Feedback, Training, Uda, beside
 from metapl.apps.settings import flat, replaced
 from metapl.feedback import Forward
+from metapl.training import FitResult
+
+STEPS = 2  # that are taken of each phase
+
+
+@dataclass
+class Phase:
+    """What was fitted, on what, and what became of it in a few steps."""
+
+    trainer: Any
+    labeled: Any
+    unlabeled: Any
+    options: dict[str, Any]
+    before: list[dict[str, Tensor]]  # the weights of teacher and student, or of the one network
+    reports: list[Any]
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def phases_of(config: Any, method: Any, data: Any) -> list[Phase]:
+    torch.manual_seed(0)
+    teacher, student = config.network(), config.network()
+    found: list[Phase] = []
+
+    def fit(trainer: Any, labeled: Any, unlabeled: Any, **options: Any) -> FitResult:
+        before = [weights(network) for network in (trainer.teacher, trainer.student) if network is not None]
+        torch.manual_seed(1)
+        rows = [(labeled[t], None if unlabeled is None else unlabeled[t]) for t in range(STEPS)]
+        reports = [trainer.step(*row) for row in rows]
+        found.append(Phase(trainer, labeled, unlabeled, options, before, reports))
+        return FitResult(None, STEPS, weights(trainer.student))
+
+    def label(network: nn.Module | None) -> dict[str, Tensor]:
+        assert network is teacher
+        return {"unlabeled": torch.eye(10)[torch.arange(len(data.unlabeled.images)) % 10]}
+
+    training = Training(config=config, data=data, teacher=teacher, student=student, fit=fit, label=label)
+    ended = method.scheduled(config.fitting.steps).train(training)
+    assert ended.trainer is found[-1].trainer
+    if ended.teacher is not None and ended.teacher[1]:  # what is kept is of the network that its card tells
+        ended.configs.get("teacher", config).network().load_state_dict(ended.teacher[1])
+    return found
+
 
 FITTING = digits.fitting(steps=8, labeled_batch=10, seed=3)
 DIGITS = digits.Digits(hidden=(8,), unlabeled_batch=12, fitting=FITTING)
@@ -24,9 +73,6 @@ DATA = DIGITS.data(lambda text: None, False, None)
 
 def trained(method: Any, config: Any = DIGITS) -> list[Phase]:
     return phases_of(config, method, DATA)
-
-
-# ------------------------------------------------------------------------------------------------- names and settings
 
 
 @pytest.mark.parametrize("of", [images, digits, noisy_labels])
@@ -53,19 +99,16 @@ def test_every_method_fits_into_any_number_of_steps_with_a_value_for_each_settin
         assert have.get("uda_start", 0) + have.get("uda_ramp", 0) <= steps
 
 
-@pytest.mark.parametrize(
-    ("make", "word"),
-    [
-        (lambda: noisy_labels.Learned(warm_steps=9).scheduled(8), "warm-steps"),
-        (lambda: Feedback(mode="psychic"), "psychic"),
-        (lambda: Consistency(uda_threshold=1.5), "uda_threshold"),
-        (lambda: Consistency(uda_prior=(0.5, 0.2)), "prior"),
-        (lambda: replaced(images.METHODS["reduced_mpl"], labeled_label_store="here"), "labels"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(make: Any, word: str) -> None:
-    with pytest.raises(MetaplError, match=word):
-        make()
+def test_settings_that_cannot_be_are_refused() -> None:
+    for word, make in {
+        "warm-steps": lambda: noisy_labels.Learned(warm_steps=9).scheduled(8),
+        "psychic": lambda: Feedback(mode="psychic"),
+        "uda_threshold": lambda: Consistency(uda_threshold=1.5),
+        "prior": lambda: Consistency(uda_prior=(0.5, 0.2)),
+        "labels": lambda: replaced(images.METHODS["reduced_mpl"], labeled_label_store="here"),
+    }.items():
+        with pytest.raises(MetaplError, match=word):
+            make()
 
 
 def test_a_method_that_is_compared_has_the_settings_that_were_given_to_the_first() -> None:
@@ -78,8 +121,6 @@ def test_a_method_that_is_compared_has_the_settings_that_were_given_to_the_first
     altered = digits.METHODS["permuted"]
     assert beside(usual, altered, usual) == usual
 
-
-# --------------------------------------------------------------------------------------------------------- one network
 
 ALONE = {
     "supervised": (CrossEntropy(),),
@@ -125,9 +166,6 @@ def test_entropy_minimization_adds_the_mean_entropy_of_the_weak_view() -> None:
     with torch.no_grad():
         network.weight -= down
         assert Entropy(0.5)(network, unlabeled=weak, **given) < expected
-
-
-# --------------------------------------------------------------------------------------------- a teacher and a student
 
 
 @pytest.mark.parametrize("mode", ["forward", "reinforce"])

@@ -1,23 +1,31 @@
-"""Networks by name: weights, strides and noise; what feedback takes through them; their normalization and decay."""
+"""Networks by name: weights, strides and noise; what feedback takes through them; their normalization and decay; and
+weights from files: whole, of other classes, damaged, of another network, downloaded."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
+from urllib.error import URLError
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_runs import color_folders
 from torch import nn
-from torchvision.models.efficientnet import MBConv
+from torchvision.models import ResNet18_Weights
 from torchvision.ops import StochasticDepth
 
-from metapl.apps.networks import NAMES, Architecture, Normalized, create, parameter_groups
+from metapl.apps import look
+from metapl.apps.images import METHODS, Images, Pictures
+from metapl.apps.networks import NAMES, Architecture, Normalized, create, load_weights, parameter_groups
 from metapl.apps.networks.architecture import FAMILIES
+from metapl.apps.networks.weights import fetch_imagenet_weights, head_outputs
 from metapl.errors import MetaplError
 from metapl.feedback.hypergradient import hypergradient
-from metapl.models import mlp
+from metapl.models import mlp, wide_resnet
 
 COUNTS = [
     *(("wide_resnet28_2", 1_467_610), ("wide_resnet28_10", 36_479_194), ("small_cnn", 80_266), ("pooled_cnn", 94_762)),
@@ -49,25 +57,6 @@ def test_each_network_has_its_weights() -> None:
 def test_total_stride(name: str, size: int, side: int) -> None:
     blocks = on_meta(f"efficientnet_{name}").features[:-1]
     assert blocks(torch.empty(2, 3, size, size, device="meta")).shape[1:] == (320, side, side)
-
-
-@pytest.mark.parametrize(
-    ("name", "width", "blocks"),  # beside B0: times the channels, and the blocks of each stage
-    [("efficientnet_l2", 4.3, (6, 11, 11, 16, 16, 22, 6)), ("efficientnet_b6_wide", 5.0, (3, 6, 6, 8, 8, 11, 3))],
-)
-@pytest.mark.long
-def test_width_and_depth_beyond_b7(name: str, width: float, blocks: tuple[int, ...]) -> None:
-    network = on_meta(name, stochastic_depth=0.2, dropout=0.5)
-    stages = [[m for m in stage.modules() if isinstance(m, MBConv)] for stage in network.features[1:-1]]
-    assert tuple(map(len, stages)) == blocks
-    for stage, channels in zip(stages, (16, 24, 40, 80, 112, 192, 320), strict=True):
-        assert stage[-1].out_channels == pytest.approx(width * channels, abs=4)
-    assert {m.eps for m in network.modules() if isinstance(m, nn.BatchNorm2d)} == {0.001}
-    assert network(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 1000)
-    short = nn.Sequential(network.features[0], *(stage[0] for stage in network.features[1:4])).to_empty(device="cpu")
-    for t in short.state_dict().values():
-        t.normal_(0.0, 0.05) if t.is_floating_point() and t.ndim > 1 else t.fill_(1)
-    assert short(torch.randn(2, 3, 32, 32)).isfinite().all()
 
 
 @pytest.mark.parametrize(("name", "blocks"), [("b0", 16), ("b0_svhn", 16), ("b7", 55)])
@@ -134,24 +123,21 @@ def test_pooled_cnn_is_a_chain_of_what_it_says() -> None:
     torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("fields", "word"),
-    [
-        ({"name": "resnet50", "stochastic_depth": 0.5}, "efficientnet_b0"),
-        ({"name": "vit_b_16", "stochastic_depth": 0.2}, "stochastic_depth"),
-        ({"name": "small_cnn", "dropout": 1.0}, "dropout"),
-        ({"name": "efficientnet_b0", "stochastic_depth": -0.1}, "stochastic_depth"),
-        ({"name": "small_cnn", "num_classes": 0}, "num_classes"),
-        ({"name": "resnet18", "in_channels": 0}, "in_channels"),
-        ({"name": "vit_b_16", "image_size": 100}, "patch"),
-        ({"name": "pooled_cnn", "image_size": 0}, "image_size"),
-        ({"name": "resnet_50"}, "resnet50"),
-        ({"name": "timm:"}, "timm:"),
-    ],
-)
-def test_what_a_network_does_not_have_is_refused(fields: dict[str, Any], word: str) -> None:
-    with pytest.raises(MetaplError, match=word):
-        create(**{"num_classes": 10, **fields})
+def test_what_a_network_does_not_have_is_refused() -> None:
+    for name, fields, word in (
+        ("resnet50", {"stochastic_depth": 0.5}, "efficientnet_b0"),
+        ("vit_b_16", {"stochastic_depth": 0.2}, "stochastic_depth"),
+        ("small_cnn", {"dropout": 1.0}, "dropout"),
+        ("efficientnet_b0", {"stochastic_depth": -0.1}, "stochastic_depth"),
+        ("small_cnn", {"num_classes": 0}, "num_classes"),
+        ("resnet18", {"in_channels": 0}, "in_channels"),
+        ("vit_b_16", {"image_size": 100}, "patch"),
+        ("pooled_cnn", {"image_size": 0}, "image_size"),
+        ("resnet_50", {}, "resnet50"),
+        ("timm:", {}, "timm:"),
+    ):
+        with pytest.raises(MetaplError, match=word):
+            create(name, **{"num_classes": 10, **fields})
 
 
 def shortened(name: str) -> nn.Module:
@@ -191,9 +177,6 @@ def test_feedback_through_a_network_agrees_between_modes(name: str, size: int) -
     assert near < 1e-3  # a ReLU may pass its kink within the difference
 
 
-# ------------------------------------------------------------------------------------------------------------ timm
-
-
 def test_timm_absent_gives_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(MetaplError, match="pip install"):
@@ -213,34 +196,13 @@ def test_timm_networks(tmp_path: Path) -> None:
     assert loaded.get_classifier().weight.shape[0] == 10
 
 
-# --------------------------------------------------------------------------------------- normalization, weight decay
-
-
-def test_normalized_takes_pictures_as_they_are_and_feedback_goes_through_it() -> None:
-    torch.manual_seed(0)
-    inner, teacher = create("small_cnn", 3).double(), mlp([192, 3]).double()
-    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.1]
+def test_normalized_takes_pictures_as_they_are() -> None:
+    inner, mean, std = create("small_cnn", 3).double(), [0.4, 0.5, 0.6], [0.2, 0.3, 0.1]
     network, images = Normalized(inner, mean, std).double(), torch.rand(4, 3, 8, 8).double()
-
-    def by_hand(x: torch.Tensor) -> torch.Tensor:
-        return (x - network.mean) / network.std
-
     assert network.mean.flatten().tolist() == pytest.approx(mean)
-    torch.testing.assert_close(network(images), inner(by_hand(images)))
+    torch.testing.assert_close(network(images), inner((images - network.mean) / network.std))
     assert {key for key in network.state_dict() if not key.startswith("module.")} == {"mean", "std"}
     assert len(list(network.parameters())) == len(list(inner.parameters()))
-    found = [
-        hypergradient(
-            teacher,
-            student,
-            labeled=(seen(images[:3]), torch.arange(3)),
-            unlabeled=(images, seen(images)),  # the teacher's view and the student's
-            inner_optimizer=torch.optim.SGD(inner.parameters(), lr=0.1),
-        ).feedback
-        for student, seen in ((network, lambda x: x), (inner, by_hand))
-    ]
-    assert found[0].norm() > 0
-    torch.testing.assert_close(found[0], found[1])
     with pytest.raises(MetaplError, match="uint8"):
         network((images * 255).to(torch.uint8))
     for wrong in (([], []), ([0.5], [0.2, 0.2]), ([0.5], [0.0]), ([float("nan")], [1.0]), ([0.5], [float("inf")])):
@@ -279,3 +241,142 @@ def test_decay_on_everything_and_on_odd_modules() -> None:
     assert [group["weight_decay"] for group in parameter_groups(nn.LayerNorm(4), 0.1)] == [0.0]
     with pytest.raises(MetaplError, match="weight_decay"):
         parameter_groups(network, -1.0)
+
+
+@pytest.fixture(scope="module")
+def source() -> Any:
+    torch.manual_seed(1)
+    return create("small_cnn", 5)
+
+
+def store(state: Any, path: Path) -> Path:
+    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+    return path
+
+
+def whole(source: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
+    return {prefix + key: t.clone() for key, t in source.state_dict().items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module."])
+def test_weights_come_from_a_file_of_a_training_program(source: nn.Module, prefix: str, tmp_path: Path) -> None:
+    state = whole(source, prefix)
+    files = [store(state, tmp_path / f"w{suffix}") for suffix in (".pt", ".pth", ".safetensors")]
+    files += [store({key: state, "epoch": 3}, tmp_path / f"{key}.pt") for key in ("state_dict", "model")]
+    for file in files:
+        loaded = create("small_cnn", 5, weights=file).state_dict()
+        assert all(torch.equal(t, loaded[key]) for key, t in source.state_dict().items())
+        assert head_outputs(file, ["head"]) == 5
+
+
+def test_a_head_of_other_classes_or_that_is_not_there_stays_fresh(source: Any, tmp_path: Path) -> None:
+    file = store(whole(source), tmp_path / "w.safetensors")
+    made = []
+    for weights in (None, file):
+        torch.manual_seed(7)
+        made.append(create("small_cnn", 3, weights=weights))
+    fresh, network = made
+    assert torch.equal(network.head.weight, fresh.head.weight)
+    assert torch.equal(network.features[3].conv.weight, source.features[3].conv.weight)
+    headless = {key: t for key, t in whole(source).items() if not key.startswith("head.")}
+    fresh = load_weights(create("small_cnn", 5), store(headless, tmp_path / "w.pt"), heads=["head"])
+    assert fresh == ["head.weight", "head.bias"]
+
+
+def test_weights_in_half_precision_and_without_counters(tmp_path: Path) -> None:
+    source, network = wide_resnet(10, 1), wide_resnet(10, 1)
+    state = {key: t.half() for key, t in whole(source).items() if not key.endswith("num_batches_tracked")}
+    load_weights(network, store(state, tmp_path / "w.pt"))
+    torch.testing.assert_close(network.stem.weight, source.stem.weight, atol=1e-3, rtol=1e-3)
+    assert network.stem.weight.dtype == torch.float32
+
+
+class RunsCode:
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (self.trace,)
+
+
+def test_damaged_and_foreign_weights_are_refused_and_run_no_code(source: nn.Module, tmp_path: Path) -> None:
+    good, network = whole(source), create("small_cnn", 5)
+    objects: dict[str, tuple[Any, str]] = {
+        "module": (nn.Linear(2, 2), "read"),
+        "code": (RunsCode(tmp_path / "ran"), "read"),
+        "list": ([torch.zeros(2)], "list"),
+        "numbers": ({"lr": 0.1}, "lr"),
+        "nothing": ({}, "tensors"),
+        "nan": ({**good, "head.bias": torch.full((5,), float("nan"))}, "finite"),
+        "whole": ({**good, "head.bias": torch.zeros(5, dtype=torch.long)}, "whole"),
+        "features": ({**good, "head.weight": torch.zeros(7, 63)}, "63"),
+        "less": ({key: t for key, t in good.items() if key != "features.2.conv.weight"}, "missing"),
+        "more": ({**good, "features.9.weight": torch.zeros(1)}, "features.9"),
+        "wider": ({**good, "features.1.conv.weight": torch.zeros(48, 31, 3, 3)}, "31"),
+        "another": (wide_resnet(10, 1).state_dict(), "more"),
+        "meta": ({**good, "head.bias": torch.zeros(5, device="meta")}, "read"),
+    }
+    cases = [(store(held, tmp_path / f"{name}.pt"), word) for name, (held, word) in objects.items()]
+    cases += [(tmp_path / "none.pt", "there is no file"), (tmp_path, "there is no file")]
+    for suffix in (".pt", ".safetensors"):
+        content = store(good, tmp_path / f"w{suffix}").read_bytes()
+        for number, part in enumerate((b"", content[: len(content) // 2], b"\x89PNG\r\n\x1a\n" + bytes(200), b"text")):
+            (tmp_path / f"{number}{suffix}").write_bytes(part)
+            cases.append((tmp_path / f"{number}{suffix}", "read"))
+    before = whole(network)
+    for file, word in cases:
+        with pytest.raises(MetaplError, match=word):
+            load_weights(network, file, heads=["head"])
+        assert all(torch.equal(t, before[key]) for key, t in network.state_dict().items())
+    assert not (tmp_path / "ran").exists()
+
+
+def test_position_embeddings_are_interpolated(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+
+    def vit(size: int, weights: Path | None = None) -> Any:
+        return create("timm:vit_tiny_patch16_224", 3, image_size=size, weights=weights)
+
+    source = vit(64)
+    before, after = source.pos_embed, vit(96, store(source.state_dict(), tmp_path / "w.pt")).pos_embed
+    assert torch.equal(before[:, 0], after[:, 0])
+    assert after.shape[1] == 1 + 36
+
+
+FILE, URL = "resnet18-f37072fd.pth", ResNet18_Weights.DEFAULT.url
+
+
+def test_imagenet_weights_are_downloaded_once_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    for fault in (URLError("no route to host"), RuntimeError("invalid hash value")):
+        where = "urlopen" if isinstance(fault, URLError) else "load_state_dict_from_url"
+        monkeypatch.setattr(torch.hub, where, Mock(side_effect=fault))
+        with pytest.raises(MetaplError, match=FILE) as caught:  # what to download and how to give it
+            fetch_imagenet_weights("resnet18")
+        assert URL in str(caught.value)
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def download(url: str, folder: str, **options: Any) -> None:
+        asked.append((url, options))
+        (Path(folder) / FILE).write_bytes(b"weights")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    assert [fetch_imagenet_weights("resnet18") for _ in range(2)] == [tmp_path / "checkpoints" / FILE] * 2
+    assert asked == [(URL, {"check_hash": True, "weights_only": True})]
+    for name in ("pooled_cnn", "timm:resnet18", "resnet_18"):
+        with pytest.raises(MetaplError, match="resnet18"):
+            fetch_imagenet_weights(name)
+
+
+@pytest.mark.parametrize("network", [None, "efficientnet_b0"])
+def test_the_recipe_asks_for_those_of_its_network(
+    network: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = Mock(side_effect=MetaplError("asked"))
+    monkeypatch.setattr(look, "fetch_imagenet_weights", fetch)
+    labeled, unlabeled = (str(color_folders(tmp_path) / part) for part in ("labeled", "unlabeled"))
+    pictures = Pictures(weights="imagenet", network=network)
+    config = Images(labeled=labeled, unlabeled=unlabeled, pictures=pictures)
+    with pytest.raises(MetaplError, match="asked"):
+        look.settled(config, METHODS["uda"], lambda text: None)
+    fetch.assert_called_once_with(network or "resnet18")

@@ -10,16 +10,49 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from command import metapl, result, rows, said
-from phases import Phase, phases_of
-from shapes import FLAGS, given, write
-from tiny_runs import built_once, trained
+from command import metapl, result, rows
+from PIL import Image
+from test_methods import Phase, phases_of
+from tiny_runs import built_once
 
 from metapl.apps.methods import Data
 from metapl.apps.noisy_labels import METHODS, RATES, Noisy
 from metapl.apps.settings import replaced
 from metapl.problems import ExampleWeights, LabelCorrection, MetaWeightNet, NoiseTransition
+
+FLAGS = (
+    "--image-size 8 --network small_cnn --precision float32 --labeled-batch 12 --clean-batch 6 --steps 24 "
+    "--warm-steps 6 --finetune-steps 4 --log-every 2 --validate-every 6 --save-every 4"
+)
+SHAPES = ("bar", "beam")
+
+
+def picture(shape: str, seed: int) -> Image.Image:
+    """A bar stands, a beam lies."""
+    draw = np.random.default_rng(seed)
+    levels = draw.integers(0, 60, (8, 8)).astype(np.uint8)
+    place = int(draw.integers(1, 6))
+    levels[:, place : place + 2] = 255
+    return Image.fromarray(levels if shape == "bar" else np.ascontiguousarray(levels.T))
+
+
+def write(root: Path, each: int, seed: int, wrong: int = 0) -> set[str]:
+    """``each`` pictures a class, the first ``wrong`` of them in the other folder; the paths of these."""
+    misplaced = set()
+    for number, shape in enumerate(SHAPES):
+        for index in range(each):
+            folder = SHAPES[1 - number] if index < wrong else shape
+            path = root / folder / f"{shape}-{index:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture(shape, seed + 100 * number + index).save(path)
+            misplaced |= {str(path)} if index < wrong else set()
+    return misplaced
+
+
+def given(root: Path) -> list[str]:
+    return ["--labeled", str(root / "noisy"), "--clean", str(root / "clean")]
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +71,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def noisy_run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the default method, long enough to tell a bar from a beam."""
-    flags = FLAGS.replace("--steps 24", "--steps 60").split()
+    flags = f"{FLAGS} --steps 60 --validate-every 30 --save-every 60 --log-every 30".split()
     command = ("train", "noisy", *given(root), "--test", str(root / "test"), *flags)
-    return built_once(tmp_path_factory, "shapes-run", lambda out: trained(*command, "--out", str(out)))
+    return built_once(tmp_path_factory, "shapes-run", lambda out: metapl(*command, "--out", str(out)))
 
 
 def suspects(out: Path) -> list[dict[str, str]]:
@@ -50,9 +83,6 @@ def suspects(out: Path) -> list[dict[str, str]]:
 
 def mean(rows: list[dict[str, str]]) -> float:
     return sum(float(row["weight"]) for row in rows) / len(rows)
-
-
-# ------------------------------------------------------------------------------------------------------------- the run
 
 
 def test_the_misplaced_pictures_are_listed_first_and_weigh_less(noisy_run: Path, root: Path) -> None:
@@ -72,19 +102,16 @@ def test_the_misplaced_pictures_are_listed_first_and_weigh_less(noisy_run: Path,
 
 
 def test_what_is_learned_about_labels_is_no_network_and_the_finetuned_student_is_delivered(
-    noisy_run: Path, root: Path, capsys: pytest.CaptureFixture[str]
+    noisy_run: Path, root: Path
 ) -> None:
     told = result(noisy_run)
     assert (told["recipe"], told["method"], told["delivered_by"]) == ("noisy", "example_weights", "rule")
     assert told["delivered"] == "finetuned"
     assert told["test_accuracy"] == told["finetuned_test_accuracy"] >= 0.9
     assert sorted(told["networks"]) == ["finetuned", "student"]
-    predicted = rows(said(capsys, "predict", noisy_run, root / "test"))
+    predicted = rows(metapl("predict", noisy_run, root / "test").stdout)
     right = sum(Path(row["file"]).name.startswith(f"{row['class']}-") for row in predicted)
     assert right / len(predicted) == told["test_accuracy"]
-
-
-# -------------------------------------------------------------------------------------------- what each method trains
 
 
 def settings(root: Path, **fields: Any) -> Noisy:
@@ -146,44 +173,30 @@ def test_plain_methods_train_on_all_labels_or_on_the_clean_ones(name: str, count
     assert (len(phase.labeled.images), phase.unlabeled, len(phase.trainer.losses)) == (count, None, 1)
 
 
-# ------------------------------------------------------------------------------------------------------------- refused
+def moved(here: Path, there: Path) -> None:
+    here.rename(there)
+    here.symlink_to(there)
 
 
-def nested(root: Path) -> None:
-    shutil.move(root / "clean", root / "noisy" / "clean")
-    (root / "clean").symlink_to(root / "noisy" / "clean")
+def emptied(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink()
 
 
-def shared(root: Path) -> None:
-    shutil.copy(root / "clean" / "bar" / "bar-00.png", root / "noisy" / "beam" / "x.png")
+SPOILED: list[tuple[str, Callable[[Path], object]]] = [
+    ("inside", lambda root: moved(root / "clean", root / "noisy/clean")),
+    ("x.png", lambda root: shutil.copy(root / "clean/bar/bar-00.png", root / "noisy/beam/x.png")),
+    ("classes differ", lambda root: (root / "clean/beam").rename(root / "clean/Beam")),
+    ("beam", lambda root: emptied(root / "clean/beam")),
+    ("bar", lambda root: emptied(root / "noisy/bar")),
+]
 
 
-def other_classes(root: Path) -> None:
-    (root / "clean" / "beam").rename(root / "clean" / "Beam")
-
-
-def without_pictures(root: Path) -> None:
-    shutil.rmtree(root / "clean" / "beam")
-    (root / "clean" / "beam").mkdir()
-
-
-def without_given_ones(root: Path) -> None:
-    shutil.rmtree(root / "noisy" / "bar")
-    (root / "noisy" / "bar").mkdir()
-
-
-@pytest.mark.parametrize(
-    ("spoil", "word"),
-    [
-        *((nested, "inside"), (shared, "x.png"), (other_classes, "classes differ")),
-        *((without_pictures, "beam"), (without_given_ones, "bar")),
-    ],
-)
+@pytest.mark.parametrize(("word", "spoil"), SPOILED)
 def test_folders_that_would_spoil_it_are_refused_before_anything_is_written(
-    spoil: Callable[[Path], None], word: str, root: Path, tmp_path: Path
+    word: str, spoil: Callable[[Path], object], root: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(root, tmp_path / "copy")
-    spoil(tmp_path / "copy")
+    spoil(Path(shutil.copytree(root, tmp_path / "copy")))
     told = metapl("train", "noisy", *given(tmp_path / "copy"), *FLAGS.split(), "--out", tmp_path / "out", code=2)
     assert word in " ".join(told.stderr.split())
     assert not (tmp_path / "out").exists()

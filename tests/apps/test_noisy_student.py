@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command import metapl, result, said
-from phases import Phase, phases_of, weights
-from tiny_runs import NOISY_STUDENT, built_once, color_folders, trained
+from command import metapl, result
+from test_methods import Phase, phases_of, weights
+from tiny_runs import NOISY_STUDENT, built_once, color_folders
 from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
@@ -40,9 +40,6 @@ from metapl.training import FitOptions
 
 NOTHING = Signal(torch.zeros(0))
 DIGITS = Digits(hidden=(4,), fitting=digits.fitting(steps=4, schedule="exponential", lr=0.2, labeled_batch=8))
-
-
-# ------------------------------------------------------------------------------------------------- losses and noise
 
 
 def batches(labeled: int = 2, ratio: int = 3) -> dict[str, Any]:
@@ -109,9 +106,6 @@ def test_a_noisy_teacher_draws_the_same_masks_for_the_same_batch_and_leaves_the_
     assert not any(part.training for part in network.modules())
 
 
-# ----------------------------------------------------------------------------------------- networks, rates, settings
-
-
 def test_the_exponential_schedule_ends_where_the_papers_does() -> None:
     """0.128, times 0.97 every 2.4 of 350 epochs or every 4.8 of 700; a warm start of fewer epochs ends there too."""
     for epochs in (350, 700):
@@ -136,26 +130,21 @@ def test_each_round_has_a_network_of_its_own_and_the_rate_that_is_settled() -> N
     assert [optimizer(one, nn.Linear(2, 2)).param_groups[0]["lr"] for one in given] == [0.02, 0.02]
 
 
-@pytest.mark.parametrize(
-    ("fields", "word"),
-    [
-        *(({"rounds": 0}, "rounds"), ({"threshold": 1.0}, "threshold"), ({"ratio": 0}, "ratio")),
-        *(({"per_class": 0}, "per_class"), ({"warm_steps": 5}, "warm_start"), ({"frozen": 0.1}, "finetune_size")),
-        ({"rounds": 1, "networks": ("a", "b", "c")}, "2 names"),
-        ({"training": "pretrain", "loss": "two_means"}, "mean"),
-        ({"networks": ("16x16", "8")}, "smaller"),
-        ({"networks": ("8", "16"), "warm_start": True}, "warm-start"),
-        ({"networks": ("8y8",)}, "8y8"),
-        ({"finetune_size": 16}, "one size"),
-        ({"warm_start": True, "warm_steps": 7}, "warm-steps"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(fields: dict[str, Any], word: str) -> None:
-    with pytest.raises(MetaplError, match=word):
-        configs_of(DIGITS, NoisyStudent(**fields).scheduled(4))
+UNFIT: list[tuple[dict[str, Any], str]] = [
+    *(({"rounds": 0}, "rounds"), ({"threshold": 1.0}, "threshold"), ({"ratio": 0}, "ratio")),
+    *(({"per_class": 0}, "per_class"), ({"warm_steps": 5}, "warm_start"), ({"frozen": 0.1}, "finetune_size")),
+    *(({"networks": ("16x16", "8")}, "smaller"), ({"networks": ("8", "16"), "warm_start": True}, "warm-start")),
+    *(({"networks": ("8y8",)}, "8y8"), ({"finetune_size": 16}, "one size")),
+    ({"rounds": 1, "networks": ("a", "b", "c")}, "2 names"),
+    ({"training": "pretrain", "loss": "two_means"}, "mean"),
+    ({"warm_start": True, "warm_steps": 7}, "warm-steps"),
+]
 
 
-# -------------------------------------------------------------------------------------------------------- the rounds
+def test_settings_that_cannot_be_are_refused() -> None:
+    for fields, word in UNFIT:
+        with pytest.raises(MetaplError, match=word):
+            configs_of(DIGITS, NoisyStudent(**fields).scheduled(4))
 
 
 def phases(settings: NoisyStudent) -> list[Phase]:
@@ -206,17 +195,12 @@ def test_a_threshold_and_a_selection_compare_confidences_alike(tmp_path: Path) -
     assert select(store, tmp_path / "some", threshold=rounds.threshold(store)).kept == 4
 
 
-# ---------------------------------------------------------------------------------------------------------- whole runs
-
-
 @pytest.fixture(scope="module")
 def rounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return built_once(tmp_path_factory, "tiny-rounds", lambda out: trained(*NOISY_STUDENT, "--out", str(out)))
+    return built_once(tmp_path_factory, "tiny-rounds", lambda out: metapl(*NOISY_STUDENT, "--out", str(out)))
 
 
-def test_a_run_keeps_the_labels_of_each_round_and_what_was_selected_of_them(
-    rounds: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_keeps_the_labels_of_each_round_and_what_was_selected_of_them(rounds: Path) -> None:
     told = result(rounds)
     assert [each["round"] for each in told["rounds"]] == [1, 2]
     for each in told["rounds"]:
@@ -239,7 +223,7 @@ def test_a_run_keeps_the_labels_of_each_round_and_what_was_selected_of_them(
     assert second["teacher"]["test_accuracy"] == told["teacher_test_accuracy"]
     assert sorted(told["networks"]) == ["student", "teacher"]
     assert "Rounds" in (rounds / "report.html").read_text()
-    found = json.loads(said(capsys, "evaluate", rounds, "--json"))
+    found = json.loads(metapl("evaluate", rounds, "--json").stdout)
     assert found["accuracy"] == found["recorded_accuracy"]
 
 
@@ -251,7 +235,7 @@ def test_a_run_keeps_the_labels_of_each_round_and_what_was_selected_of_them(
         "--networks 4 8x8 --per-class 9 --loss two_means",
     ],
 )
-def test_each_way_of_training_leaves_a_run(flags: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_way_of_training_leaves_a_run(flags: str, tmp_path: Path) -> None:
     run, tiny = tmp_path / "run", "--steps 4 --hidden 4 --labeled-batch 8 --threshold 0.12 --log-every 1"
     metapl("noisy-student", "digits", *tiny.split(), "--rounds", "1", *flags.split(), "--out", run)
     (only,) = result(run)["rounds"]
@@ -264,10 +248,10 @@ def test_each_way_of_training_leaves_a_run(flags: str, tmp_path: Path, capsys: p
         assert {*only["copies_per_class"].values()} <= {0, 9}
         assert only["parameters"] == sum(p.numel() for p in Digits(hidden=(8, 8)).network().parameters())
     assert (only["copies"] == only["kept"]) or "False" not in flags
-    assert 0 < json.loads(said(capsys, "evaluate", run, "--json", "--network", "teacher"))["accuracy"] <= 1
+    assert 0 < json.loads(metapl("evaluate", run, "--json", "--network", "teacher").stdout)["accuracy"] <= 1
 
 
-def test_pictures_end_at_a_larger_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pictures_end_at_a_larger_size(tmp_path: Path) -> None:
     root = color_folders(tmp_path, few=3, many=8)
     folders = [f"--{part}={root / part}" for part in ("labeled", "unlabeled", "test")]
     tiny = "--steps 4 --rounds 1 --network small_cnn --image-size 8 --labeled-batch 4 --finetune-steps 2 --device cpu"
@@ -281,6 +265,6 @@ def test_pictures_end_at_a_larger_size(tmp_path: Path, capsys: pytest.CaptureFix
     assert told["delivered"] in ("student", "finetuned")
     network = json.loads((tmp_path / "run" / "network.json").read_text())["networks"]
     assert [network[name]["input"]["size"] for name in ("student", "finetuned")] == [8, 12]
-    found = json.loads(said(capsys, "evaluate", tmp_path / "run", "--network", "finetuned", "--json"))
+    found = json.loads(metapl("evaluate", tmp_path / "run", "--network", "finetuned", "--json").stdout)
     assert found["accuracy"] == told["finetuned_test_accuracy"]
     assert np.isfinite(found["negative_log_likelihood"])

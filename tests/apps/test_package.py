@@ -58,73 +58,16 @@ def test_every_name_that_the_package_promises_is_there() -> None:
     assert {"ablate", "ablation", "metrics"} <= {*metapl.__all__, *lazy}
 
 
-@pytest.fixture(scope="module")
-def loaded() -> dict[str, list[str]]:
-    """The modules that are there after ``import metapl``, before and after curves are drawn, and after everything else,
-    without ``fcntl``."""
+def test_the_command_needs_neither_matplotlib_nor_fcntl_before_something_is_drawn() -> None:
     code = """
-import json, sys
+import sys
 sys.modules["fcntl"] = None  # as on Windows
-import metapl
-core = sorted(sys.modules)
-from metapl.apps.report import draw
-reports = sorted(sys.modules)
-draw(title="", curves={}, evaluation=None, network="student")
-drawn = sorted(sys.modules)
-metapl.apps.pictures.load_digits_split, metapl.apps.digits.Digits, metapl.metrics.paired_test
-metapl.apps.export.export
-import metapl.apps.commands
-print(json.dumps({"core": core, "reports": reports, "drawn": drawn, "all": sorted(sys.modules)}))
+import metapl.apps.commands, metapl.apps.report, metapl.apps.run, metapl.apps.pictures.store
+assert not [name for name in sys.modules if name.startswith("matplotlib")]
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found: dict[str, list[str]] = json.loads(done.stdout)
-    return found
 
-
-def test_importing_the_library_loads_what_the_core_needs(loaded: dict[str, list[str]]) -> None:
-    not_needed = (
-        "metapl.data",
-        "metapl.apps.images",
-        "metapl.apps.report",
-        "metapl.apps.commands",
-        "metapl.apps.export",
-        "metapl.apps.labels",
-    )
-    heavy = (
-        "matplotlib",
-        "pandas",
-        "pyarrow",
-        "scipy",
-        "sklearn",
-        "tensorboard",
-        "torchvision",
-        "tyro",
-        "einops",
-        "torchopt",
-        "filelock",
-        "PIL",
-    )
-    found = [name for name in loaded["core"] if name.startswith(not_needed) or name.partition(".")[0] in heavy]
-    assert found == []
-
-
-def test_what_draws_is_imported_only_when_something_is_drawn(loaded: dict[str, list[str]]) -> None:
-    assert [name for name in loaded["reports"] if name.startswith("matplotlib")] == []
-    assert "matplotlib.figure" in loaded["drawn"]
-    assert "matplotlib.pyplot" not in loaded["drawn"]
-
-
-def test_it_can_be_imported_where_there_is_no_fcntl(loaded: dict[str, list[str]]) -> None:
-    assert {"metapl.apps.run", "metapl.apps.pictures.store"} <= set(loaded["all"])
-
-
-def test_a_name_that_is_not_there_is_refused_as_usual() -> None:
-    with pytest.raises(AttributeError, match="module 'metapl' has no attribute 'nothing'"):
-        _ = metapl.nothing
-
-
-# ------------------------------------------------------------------------------------------------ distributions
 
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 
@@ -141,15 +84,13 @@ def built(kind: str, source: Path, out: Path) -> Path:
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The source distribution of a copy of the checkout, and the wheel that is built from it alone."""
     folder = tmp_path_factory.mktemp("distributions")
-    left_out = shutil.ignore_patterns(".*", "build", "dist", "runs", "data", "site", "*.egg-info", "__pycache__")
-    copy = folder / "copy"
+    copy, passed_over = folder / "copy", shutil.ignore_patterns(".*", "__pycache__")
     copy.mkdir()
-    for path in ROOT.iterdir():
-        if path.name in ("benchmarks", "docs", "examples", "metapl", "tests"):
-            nested = shutil.ignore_patterns(".*", "__pycache__")  # metapl/data is a package
-            shutil.copytree(path, copy / path.name, ignore=nested)
-        elif path.is_file() and path.name not in left_out(str(ROOT), [path.name]):
-            shutil.copy(path, copy)
+    for name in ("metapl", "docs", "examples", "tests"):
+        shutil.copytree(ROOT / name, copy / name, ignore=passed_over)
+    for file in ROOT.iterdir():
+        if file.is_file() and not file.name.startswith("."):
+            shutil.copy(file, copy)
     source = built("sdist", copy, folder)
     with tarfile.open(source) as archive:
         archive.extractall(folder / "unpacked", filter="data")
@@ -157,6 +98,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     return source, built("wheel", unpacked, folder)
 
 
+@pytest.mark.long
 def test_the_distributions_have_the_package_and_its_license(distributions: tuple[Path, Path]) -> None:
     source, wheel = distributions
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "metapl").rglob("*.py")} | {"metapl/py.typed"}

@@ -19,6 +19,8 @@ from metapl.distributed import Mesh, shard
 from metapl.execution.shards import local
 from metapl.problems import DataRater
 
+pytestmark = pytest.mark.docs
+
 PLAN: dict[str, Any] = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "plan.py"))
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_folders
 import test_resume
 from command import metapl, result
-from test_bits import check, one_thread
+from test_bits import check
 from test_goldens import STORED, of_run, pictures
 from tiny_runs import TINY
 
@@ -24,6 +25,8 @@ from metapl.apps.settings import Fitting
 from metapl.training import FitResult
 from metapl.training.selection import weights_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @dataclass(frozen=True)
 class Here:
@@ -31,70 +34,7 @@ class Here:
     out: Path
 
 
-Fault = Callable[[pytest.MonkeyPatch], None]
 Check = Callable[[Here], None]
-
-
-# ----------------------------------------------------------------------------------------------------------- the faults
-
-
-def one_stream_of_draws(patch: pytest.MonkeyPatch) -> None:
-    real: Any = images.StepSampler
-    patch.setattr(images, "StepSampler", lambda *given, **named: real(*given, **{**named, "stream": 0}))
-
-
-def teacher_built_after_the_student(patch: pytest.MonkeyPatch) -> None:
-    def exchanged(**own: Any) -> Training:
-        return Training(**{**own, "teacher": own["student"], "student": own["teacher"]})
-
-    patch.setattr(train, "Training", exchanged)
-
-
-def seed_not_set_before_finetuning(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Processes, "seed", lambda self, network, seed: None)
-
-
-def validation_copies_kept(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(images, "apart", lambda unlabeled, val, say: unlabeled)
-
-
-def copies_in_test_not_refused(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(images, "compare_files", lambda *given: None)
-
-
-def chosen_by_test(patch: pytest.MonkeyPatch) -> None:
-    def by_test(kept: Any, select: bool, rounds: bool) -> str:
-        return str(max(kept, key=lambda name: kept[name].accuracies()["test_accuracy"]))
-
-    patch.setattr(train, "delivered", by_test)
-
-
-def finetuned_on_changed_pictures_alone(patch: pytest.MonkeyPatch) -> None:
-    real = Pictures.views
-    patch.setattr(Pictures, "views", lambda self: {**real(self), "finetuned": real(self)["strong"]})
-
-
-def resume_skips_a_phase(patch: pytest.MonkeyPatch) -> None:
-    real = train.fit
-
-    def fit(trainer: Any, *sources: Any, **options: Any) -> FitResult:
-        if options["resume"] and options["phase"] == "teacher":
-            return FitResult(None, 0, weights_of(trainer.student))
-        return real(trainer, *sources, **options)
-
-    patch.setattr(train, "fit", fit)
-
-
-def labels_of_other_pictures_taken(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(labeling, "refuse_other_pictures", lambda *given, **named: None)
-
-
-def average_not_kept(patch: pytest.MonkeyPatch) -> None:
-    real = Fitting.options
-    patch.setattr(Fitting, "options", lambda self: {**real(self), "ema_decay": None})
-
-
-# ----------------------------------------------------------------------------------------------------------- the checks
 
 
 def golden(name: str) -> Check:
@@ -128,20 +68,7 @@ def a_test_picture_that_is_labeled_is_refused(here: Here) -> None:
 
 
 def nothing_is_learned_from_what_is_selected_on(here: Here) -> None:
-    """All unlabeled pictures are the labeled ones: those that are set aside leave."""
-    for number in range(80):  # enough to be set aside
-        for color in ("blue", "green", "red"):
-            place = here.root / f"labeled/{color}/more-{number}.png"
-            shutil.copy(here.root / f"labeled/{color}/{color}-1.png", place)
-            place.write_bytes(place.read_bytes() + bytes([number, 1]))
-    shutil.rmtree(here.root / "unlabeled")
-    for file in here.root.glob("labeled/*/*.png"):
-        (here.root / "unlabeled").mkdir(exist_ok=True)
-        shutil.copy(file, here.root / f"unlabeled/{file.parent.name}-{file.name}")
-    metapl(*images_command(here))
-    data = json.loads((here.out / "data.json").read_text())
-    assert len(data["validation"]) > 0
-    assert data["unlabeled"] == len(data["labeled"])
+    test_folders.test_pictures_set_aside_for_validation_are_not_learned_from_as_unlabeled_ones(here.root, 3)
 
 
 def delivered_by_validation(here: Here) -> None:
@@ -159,41 +86,70 @@ def replaced_pictures_are_noticed(here: Here) -> None:
     metapl(*images_command(here))
     metapl("label", run, here.root / "unlabeled", "--out", store)
     shutil.copy(here.root / "unlabeled/red-1.png", here.root / "unlabeled/blue-1.png")
-    words = [*images_command(here)[:-1], str(run.with_name("other")), "--method", "reduced_mpl", "--labels", str(store)]
-    words = [word for word in words if word not in ("--method", "uda")]
-    words = [words[0], words[1], "reduced_mpl", *[word for word in words[2:] if word != "reduced_mpl"]]
+    words = [*images_command(here)[:-1], run.with_name("other"), "--method", "reduced_mpl", "--labels", store]
     assert metapl(*words, code=None).returncode == 2
 
 
-CAUGHT: dict[Fault, Check] = {
-    one_stream_of_draws: golden("images uda"),
-    teacher_built_after_the_student: golden("digits forward"),
-    seed_not_set_before_finetuning: golden("digits reinforce"),
-    validation_copies_kept: nothing_is_learned_from_what_is_selected_on,
-    copies_in_test_not_refused: a_test_picture_that_is_labeled_is_refused,
-    chosen_by_test: delivered_by_validation,
-    finetuned_on_changed_pictures_alone: golden("images uda"),
-    resume_skips_a_phase: resumed("images pseudo labels"),
-    labels_of_other_pictures_taken: replaced_pictures_are_noticed,
-    average_not_kept: golden("images uda"),
+def exchanged(**own: Any) -> Training:
+    return Training(**{**own, "teacher": own["student"], "student": own["teacher"]})
+
+
+def best_by_test(kept: Any, select: bool, rounds: bool) -> str:
+    return str(max(kept, key=lambda name: kept[name].accuracies()["test_accuracy"]))
+
+
+def skipping(trainer: Any, *sources: Any, **options: Any) -> FitResult:
+    if options["resume"] and options["phase"] == "teacher":
+        return FitResult(None, 0, weights_of(trainer.student))
+    return FIT(trainer, *sources, **options)
+
+
+FIT, SAMPLER, VIEWS, OPTIONS = train.fit, images.StepSampler, Pictures.views, Fitting.options
+FAULTS: dict[str, tuple[Any, str, Callable[..., Any], Check]] = {
+    # An owner, its attribute, what a mistake would make of it, and the check that catches it.
+    "one stream of draws": (
+        *(images, "StepSampler", lambda *given, **named: SAMPLER(*given, **{**named, "stream": 0})),
+        golden("images uda"),
+    ),
+    "teacher built after the student": (train, "Training", exchanged, golden("digits forward")),
+    "seed not set before finetuning": (Processes, "seed", lambda *given: None, golden("digits reinforce")),
+    "validation copies kept": (
+        *(images, "apart", lambda unlabeled, val, say: unlabeled),
+        nothing_is_learned_from_what_is_selected_on,
+    ),
+    "copies in test not refused": (
+        *(images, "compare_files", lambda *given: None),
+        a_test_picture_that_is_labeled_is_refused,
+    ),
+    "chosen by test": (train, "delivered", best_by_test, delivered_by_validation),
+    "finetuned on changed pictures alone": (
+        *(Pictures, "views", lambda self: {**VIEWS(self), "finetuned": VIEWS(self)["strong"]}),
+        golden("images uda"),
+    ),
+    "resume skips a phase": (train, "fit", skipping, resumed("images pseudo labels")),
+    "labels of other pictures taken": (
+        *(labeling, "refuse_other_pictures", lambda *given, **named: None),
+        replaced_pictures_are_noticed,
+    ),
+    "average not kept": (
+        *(Fitting, "options", lambda self: {**OPTIONS(self), "ema_decay": None}),
+        golden("images uda"),
+    ),
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+TESTED = ("weights", "ends_alike", "nothing_is_learned_from_what_is_selected_on")
+"""Checks that are tests elsewhere, which would fail if they did not pass on what is there."""
 
 
-@pytest.mark.parametrize("fault", CAUGHT, ids=lambda fault: fault.__name__)
-def test_a_planted_fault_is_caught(fault: Fault, tmp_path: Path) -> None:
-    """A check of goldens passes on what is there, or test_goldens.py fails."""
-    for name in ("as it is", "bent")[CAUGHT[fault].__name__ == "weights" :]:
-        here = Here(pictures(tmp_path / name / "pictures"), tmp_path / name / "run")
-        with pytest.MonkeyPatch.context() as patch:
-            if name == "as it is":
-                CAUGHT[fault](here)
-                continue
-            fault(patch)
-            with pytest.raises((AssertionError, pytest.fail.Exception)):
-                CAUGHT[fault](here)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_caught(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    *planted, caught = FAULTS[fault]
+    here, bent = (
+        Here(pictures(tmp_path / name / "pictures"), tmp_path / name / "run") for name in ("as_it_is", "bent")
+    )
+    if caught.__name__ not in TESTED:
+        caught(here)
+    monkeypatch.setattr(*planted)
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        caught(bent)

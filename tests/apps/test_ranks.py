@@ -1,4 +1,5 @@
-"""``torchrun -m metapl.apps``: two processes end on the numbers of one, go on when killed, are refused in a line."""
+"""``torchrun -m metapl.apps``: two processes end on the numbers of one, go on when killed, are refused in a line; and
+how many cores and threads a process takes."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from ranks import Ranks
 from safetensors.torch import load_file
 from tiny_runs import TINY, color_folders, images_command
 
+from metapl.apps.machine.cores import available_cores, default_threads
 from metapl.apps.run import WEIGHTS
 
 SECONDS = 240.0
@@ -97,30 +99,7 @@ def test_pictures_in_two_processes(two: Ranks, tmp_path: Path) -> None:
     same_numbers(tmp_path / "two", tmp_path / "one", 2e-3)
 
 
-@pytest.mark.parametrize(
-    ("started", "flags", "word"),
-    [
-        ("2", (), "2 processes were started"),
-        ("1", ("--mesh.shard", "2"), "1 process was started"),
-        ("2", ("--mesh.replicate", "3"), "2 processes were"),
-        ("2", ("--mesh.shard", "2", "--labeled-batch", "9"), "--labeled-batch 9"),
-        ("2", ("--mesh.replicate", "2", "--accumulate", "8", "--labeled-batch", "24"), "multiple of 16"),
-        ("2", ("--mesh.replicate", "2", "--compare"), "--compare"),
-        ("2", ("--mesh.tensor", "2"), "--mesh.tensor"),
-        ("2", ("--mesh.replicate", "0"), "replicate"),
-        ("2", ("--mesh.replicate", "2", "--method", "reduced_mpl"), "stores labels"),
-    ],
-)
-def test_a_mesh_that_does_not_go_is_refused_before_anything_is_written(
-    started: str, flags: tuple[str, ...], word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", started)
-    said = metapl(*TINY, *flags, "--out", tmp_path / "run", code=2).stderr
-    assert word in " ".join(said.split())
-    assert "Traceback" not in said
-    assert not (tmp_path / "run").exists()
-
-
+@pytest.mark.long
 def test_a_refusal_of_one_process_ends_both(two: Ranks, tiny: Path, tmp_path: Path) -> None:
     mesh = ["--mesh.shard", "2"]
     for words, word in (
@@ -155,3 +134,39 @@ def test_torchrun_starts_a_killed_process_again(two: Ranks, tmp_path: Path) -> N
         assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     found: dict[str, Any] = json.loads((run / "result.json").read_text())
     assert found["seed"] == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")
+def test_cores_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    allowed = os.sched_getaffinity(0)
+    assert default_threads() == available_cores() <= len(allowed)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert (available_cores(), default_threads()) == (1, 1)
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+QUOTAS = [("cpu.max", "150000 100000\n", 2), ("cpu.max", "max 100000\n", 8), ("cpu.max", "9900000 100000\n", 8)]
+QUOTAS += [("cpu/cpu.cfs_quota_us", "50000\n", 1), ("cpu/cpu.cfs_quota_us", "-1\n", 8)]
+
+
+@pytest.mark.parametrize(("file", "quota", "expected"), QUOTAS)
+def test_a_limit_of_the_container_counts(
+    file: str, quota: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / file).write_text(quota)
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    monkeypatch.setattr("metapl.apps.machine.cores.CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert available_cores() == expected
+
+
+@pytest.mark.parametrize(("given", "expected"), [("3", 3), ("4,2", 4), ("0", 7), ("many", 7), ("", 7)])
+def test_omp_num_threads_is_heeded(given: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metapl.apps.machine.cores.available_cores", lambda: 7)
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert default_threads() == expected

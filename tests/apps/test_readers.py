@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import socket
+import stat
 import struct
 import threading
 import warnings
@@ -13,14 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from digit_pictures import picture
 from PIL import Image
 from sklearn.datasets import load_digits
-from special_files import bound, device
 from torch import Tensor
 
 from metapl.apps.digits import Digits
@@ -63,6 +64,27 @@ def png(width: int, height: int, depth: int, data: bytes, *more: bytes, kind: in
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
     texts = b"".join(chunk(b"zTXt", b"Comment\0\0" + zlib.compress(text)) for text in more)
     return b"\x89PNG\r\n\x1a\n" + header + texts + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+
+def device(path: Path) -> None:
+    """A character device that takes everything and gives nothing, of this test's own."""
+    try:
+        os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("only root may make devices")
+
+
+def bound(path: Path) -> None:
+    before = os.getcwd()
+    os.chdir(path.parent)  # the path of a socket is short
+    try:
+        with socket.socket(socket.AF_UNIX) as there:
+            there.bind(path.name)
+    finally:
+        os.chdir(before)
+
+
+SPECIAL = {"pipe": os.mkfifo, "device": device, "socket": bound}
 
 
 RED = (200, 10, 30)
@@ -180,11 +202,8 @@ def test_a_picture_that_is_too_large_is_not_decoded(tmp_path: Path, monkeypatch:
 
 
 def test_no_memory_is_no_property_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: object) -> None:
-        raise MemoryError
-
     NOISE.save(tmp_path / "a.png")
-    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", Mock(side_effect=MemoryError))
     with pytest.raises(MetaplError, match="memory") as caught:
         read_image(tmp_path / "a.png")
     assert not isinstance(caught.value, UnreadableImage)
@@ -272,11 +291,25 @@ def test_a_large_picture_is_shrunk_to_what_it_would_be(tmp_path: Path, monkeypat
 # ------------------------------------------------------------------------------------------------------- digits, tables
 
 
-@pytest.mark.parametrize("kind", ["gray", "color", "palette", "print", "16 bits", "paper", "transparent", "large"])
-def test_a_digit_in_a_picture_of_any_kind_gives_the_same_input(kind: str, tmp_path: Path) -> None:
-    file = tmp_path / ("digit.tif" if kind == "print" else "digit.png")
-    picture(kind).save(file)
-    found = Digits().input.read(file)
+INK = (load_digits().images[5] * 255 / 16).round().astype("uint8")
+GRAY = Image.fromarray(INK)
+DIGIT = {
+    "gray.png": GRAY,
+    "color.png": GRAY.convert("RGB"),
+    "palette.png": GRAY.convert("P"),
+    "print.tif": GRAY.convert("CMYK"),
+    "16_bits.png": Image.fromarray(INK.astype("uint16") * 257),
+    "paper.png": Image.fromarray(255 - INK),
+    "transparent.png": Image.merge("LA", (Image.new("L", (8, 8)), GRAY)),
+    "large.png": GRAY.resize((80, 120), Image.Resampling.NEAREST),
+}
+"""One digit, as files of many kinds hold it."""
+
+
+@pytest.mark.parametrize("name", DIGIT)
+def test_a_digit_in_a_picture_of_any_kind_gives_the_same_input(name: str, tmp_path: Path) -> None:
+    DIGIT[name].save(tmp_path / name)
+    found = Digits().input.read(tmp_path / name)
     torch.testing.assert_close(found, torch.tensor(load_digits().images[5:6] / 16).float(), atol=0.003, rtol=0)
 
 

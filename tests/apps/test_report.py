@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from blank import DRAWN
 from command import edited, metapl, reseal, result
 from PIL import Image
 from tiny_runs import TINY, color_folders, images_command
@@ -123,9 +122,6 @@ def test_a_run_without_a_test_set_has_its_validation_accuracy(run: Path) -> None
     assert f"{100 * kept['validation_accuracy']:.1f} %" in " ".join(found.words)
 
 
-# ---------------------------------------------------------------------------------------------------------- report.png
-
-
 @pytest.mark.usefixtures("drawn")
 def test_a_run_leaves_its_picture(tmp_path: Path) -> None:
     metapl(*TINY, "--out", tmp_path / "run")
@@ -146,22 +142,22 @@ def evaluated(counts: Any, classes: Any = None) -> Evaluation:
     return Evaluation(int(counts.sum()), share, None, 0.1, 0.1, (1.0,) * len(counts), confusion, classes=classes)
 
 
-@pytest.mark.parametrize(
-    ("curves", "evaluation"),
-    [
-        ({}, None),
-        ({"mpl": [{"step": 1, "feedback_std": 0.0}]}, evaluated([[0, 0], [0, 0]])),
-        (
-            {"mpl": rows(90), "none": rows(40)},
-            evaluated(np.eye(3, dtype=int) * 7, ("$\\frac{$", "猫\n\udcff", "c" * 90)),
-        ),
-        ({"uda": rows(1)}, evaluated(np.eye(70, dtype=int))),
-        ({f"method {number}": rows(2) for number in range(15)}, None),
-    ],
-    ids=("nothing", "zeros", "names", "many classes", "many methods"),
-)
-def test_curves_and_confusion_of_any_size_and_name_are_drawn(curves: Any, evaluation: Evaluation | None) -> None:
-    picture = DRAWN(title="costs $5 or $6_ 猫", curves=curves, evaluation=evaluation, network="student")
+SHOWN: dict[str, tuple[Any, Evaluation | None]] = {
+    "names": (
+        {"mpl": rows(90), "none": rows(40)},
+        evaluated(np.eye(3, dtype=int) * 7, ("$\\frac{$", "猫\n\udcff", "c" * 90)),
+    ),
+    "nothing": ({}, None),
+    "zeros": ({"mpl": [{"step": 1, "feedback_std": 0.0}]}, evaluated([[0, 0], [0, 0]])),
+    "many classes": ({"uda": rows(1)}, evaluated(np.eye(70, dtype=int))),
+    "many methods": ({f"method {number}": rows(2) for number in range(15)}, None),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n != "names")) for n in SHOWN])
+def test_curves_and_confusion_of_any_size_and_name_are_drawn(name: str, drawn: Any) -> None:
+    curves, evaluation = SHOWN[name]
+    picture = drawn(title="costs $5 or $6_ 猫", curves=curves, evaluation=evaluation, network="student")
     with Image.open(io.BytesIO(picture)) as image:
         assert min(image.size) > 300
         assert len(image.convert("L").getcolors() or "white alone") > 1

@@ -1,12 +1,17 @@
-"""A run that is stopped or killed at any moment, and gone on with, ends byte for bit as one that was left alone."""
+"""A run that is stopped or killed at any moment, and gone on with, ends byte for bit as one that was left alone.
+
+Damaged, exchanged and missing files, two writers in a folder, a full disk: a line, and nothing is lost.
+"""
 
 from __future__ import annotations
 
+import json
 import random
+import resource
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -16,9 +21,17 @@ from command import metapl
 from forked import Forked
 from test_bits import one_thread
 from test_goldens import pictures, words_of
+from tiny_runs import TINY, built_once
+
+from metapl.apps.run import WEIGHTS, RunFolder
+from metapl.errors import MetaplError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 KINDS = ("digits forward", "digits reduced", "images uda", "images pseudo labels", "noisy example weights")
 KINDS = (*KINDS, "noisy student")
+FEW = ("digits reduced", "images uda", "noisy student")  # whose phases are of every sort
+SOME = [pytest.param(kind, marks=[pytest.mark.long] * (kind not in FEW)) for kind in KINDS]
 POINTS = (
     ("metapl.training.trainer:BilevelTrainer", "step"),
     ("metapl.training.trainer:BilevelTrainer", "teacher_step"),
@@ -55,12 +68,6 @@ class Calls:
             return real(*given, **named)
 
         return counting
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +135,7 @@ def gone_on_with(kind: str, root: Path, out: Path) -> None:
     metapl(*command(kind, root, out), *(["--resume"] if (out / "recipe.json").exists() else []))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME)
 def test_a_run_that_is_stopped_and_then_killed_ends_as_one_that_was_not(
     kind: str, root: Path, tmp_path: Path, wholes: dict[str, Whole]
 ) -> None:
@@ -158,7 +165,7 @@ def test_at_any_moment(
         shutil.rmtree(out)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME)
 def test_a_run_that_has_ended_takes_no_step_more(kind: str, root: Path, wholes: dict[str, Whole]) -> None:
     whole, _ = wholes[kind]
     before = files(whole)
@@ -168,26 +175,6 @@ def test_a_run_that_has_ended_takes_no_step_more(kind: str, root: Path, wholes: 
     assert "is finished already" in " ".join(said.stdout.split())
     assert not calls.count
     assert files(whole) == before
-
-
-def no_picture_any_more(root: Path) -> None:
-    (root / "labeled/red/red-1.png").unlink()
-
-
-def other_bytes(root: Path) -> None:
-    """Of the same size, and of no pixel."""
-    file = root / "unlabeled/red-3.png"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-
-
-def another_label(root: Path) -> None:
-    (root / "labeled/red/red-1.png").rename(root / "labeled/blue/red-1.png")
-
-
-def another_test(root: Path) -> None:
-    shutil.copy(root / "test/red/red-1.png", root / "test/red/more.png")
 
 
 @pytest.fixture(scope="module")
@@ -200,27 +187,28 @@ def begun(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.parametrize(
-    ("change", "flags", "word"),
-    [
-        (None, ("--lr", "0.5"), "lr was"),
-        (None, ("--uda-weight", "2"), "uda_weight was"),
-        (None, ("--seed", "2"), "seed was"),
-        (None, ("--finetune-steps", "3"), "finetune_steps was"),
-        (no_picture_any_more, (), "data have changed"),
-        (other_bytes, (), "data have changed"),
-        (another_label, (), "data have changed"),
-        (another_test, (), "data have changed"),
-    ],
-)
-def test_with_other_settings_or_data_it_is_refused_and_left_as_it_was(
-    change: Any, flags: tuple[str, ...], word: str, begun: Path, tmp_path: Path
-) -> None:
+def other_bytes(file: Path) -> None:
+    """Of the same size, and of no pixel."""
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+CHANGED: dict[str, Callable[[Path], object]] = {
+    "no picture any more": lambda root: (root / "labeled/red/red-1.png").unlink(),
+    "other bytes": lambda root: other_bytes(root / "unlabeled/red-3.png"),
+    "another label": lambda root: (root / "labeled/red/red-1.png").rename(root / "labeled/blue/red-1.png"),
+    "another test": lambda root: shutil.copy(root / "test/red/red-1.png", root / "test/red/more.png"),
+}
+
+
+@pytest.mark.parametrize("change", [*CHANGED, "--lr 0.5", "--uda-weight 2", "--seed 2", "--finetune-steps 3"])
+def test_with_other_settings_or_data_it_is_refused_and_left_as_it_was(change: str, begun: Path, tmp_path: Path) -> None:
     own, out = (Path(shutil.copytree(begun / name, tmp_path / name)) for name in ("own", "run"))
-    before = files(out)
-    if change is not None:
-        change(own)
+    before, flags = files(out), change.split() if change not in CHANGED else []
+    if change in CHANGED:
+        CHANGED[change](own)
     said = metapl(*command("images uda", own, out), *flags, "--resume", code=2)
+    word = f"{flags[0][2:].replace('-', '_')} was" if flags else "data have changed"
     assert word in " ".join(said.stderr.split())
     assert files(out) == before
 
@@ -248,3 +236,156 @@ def test_a_real_process_that_a_signal_ends(kind: str, number: int, signum: int, 
             assert again.returncode == 0, err
             assert "resumed at step" in out + err
     assert_equal(tmp_path / "hit", tmp_path / "whole")
+
+
+# What a command reads of a run; other files it does not look at.
+COMMON = {"recipe.json", "result.json", "network.json"}
+READ = {
+    "predict": COMMON,
+    "report": COMMON | {"data.json", "metrics.jsonl"},
+    "runs": {"recipe.json", "result.json", "data.json", "metrics.jsonl"},
+}
+PARTS = ("recipe.json", "result.json", "network.json", "data.json", "metrics.jsonl", *WEIGHTS.values())
+UNREAD = ("report.html", "report.png", "checkpoints", "tensorboard")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that differs in its seed."""
+    return built_once(tmp_path_factory, "other", lambda out: metapl(*TINY, "--seed", "1", "--out", str(out)))
+
+
+def commands(run: Path, digit: Path, weights: str = "") -> dict[str, list[str]]:
+    networks = {file: name for name, file in WEIGHTS.items()}
+    predicted = ["predict", str(run), str(digit), "--probabilities", "--network", networks.get(weights, "student")]
+    return {"predict": predicted, "report": ["report", str(run)], "runs": ["runs", str(run.parent)]}
+
+
+def flipped(content: bytes, own: random.Random) -> bytes:
+    changed = bytearray(content)
+    changed[own.randrange(len(changed))] ^= 1 << own.randrange(7)
+    return bytes(changed)
+
+
+DAMAGES: dict[str, Callable[[bytes, random.Random], bytes]] = {
+    "flipped": flipped,
+    "cut": lambda content, own: content[: own.randrange(len(content))],
+    "emptied": lambda content, own: b"",
+}
+
+
+def told(run: Path, digit: Path, name: str) -> dict[str, tuple[int, str, str]]:
+    found = {}
+    for command, words in commands(run, digit, name).items():
+        done = metapl(*words, code=None)
+        assert "Traceback" not in done.stderr
+        found[command] = done.returncode, done.stdout, " ".join(done.stderr.split())
+    return found
+
+
+def refused(run: Path, name: str, found: dict[str, tuple[int, str, str]], whole: dict[str, Any]) -> None:
+    """Every command that reads the file says that it is not as it was; the others are as before."""
+    for command, (code, out, err) in found.items():
+        if command == "runs":  # lists what it can, and says of the others what is wrong
+            assert code == 0 or not (run / "recipe.json").exists()
+            assert (out == whole[command][1]) == (name not in READ["runs"]), out
+        elif command == "report" and not (run / "result.json").exists():
+            assert code == 0  # of a run that is not finished
+        elif name in READ[command] or (command == "predict" and name in WEIGHTS.values()):
+            assert code == 2, (command, out)
+            assert name in err or run.name in err
+            assert err.startswith("metapl: ")
+        elif command == "predict":
+            assert (code, out) == whole[command][:2]
+
+
+WAYS = (*DAMAGES, "exchanged", "removed")
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        pytest.param(name, how, marks=[pytest.mark.long] * ((i + 2 * j) % 5 > 1))  # two of the ways by default
+        for i, name in enumerate(PARTS)
+        for j, how in enumerate(WAYS)
+    ],
+)
+def test_a_file_that_is_not_as_it_was_written_is_refused(
+    name: str, how: str, run: Path, digit: Path, other: Path
+) -> None:
+    whole, content, own = told(run, digit, name), (run / name).read_bytes(), random.Random(f"{name} {how}")
+    for _ in range(3 if how == "flipped" else 1):
+        if how == "removed":
+            (run / name).unlink()
+        elif how == "exchanged":
+            shutil.copy(other / name, run / name)
+        else:
+            (run / name).write_bytes(DAMAGES[how](content, own))
+        found = told(run, digit, name)
+        refused(run, name, found, whole)
+        (run / name).write_bytes(content)
+    assert told(run, digit, name) == whole
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_what_no_command_reads_may_be_gone(name: str, run: Path, digit: Path) -> None:
+    whole = told(run, digit, "")
+    place = run / name
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    assert told(run, digit, "") == whole
+    assert "is finished already" in " ".join(metapl(*TINY, "--out", run, "--resume").stdout.split())
+
+
+def test_a_run_may_be_moved(run: Path, digit: Path, tmp_path: Path) -> None:
+    whole = told(run, digit, "")["predict"]
+    run.rename(tmp_path / "elsewhere")
+    assert told(tmp_path / "elsewhere", digit, "")["predict"] == whole
+
+
+def test_two_writers_in_a_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metapl.runs.folder.PATIENCE", 0.1)
+    (run / "result.json").unlink()
+    with RunFolder(run).held():
+        before = files(run)
+        for more in ((), ("--resume",)):
+            assert "metapl: " in metapl(*TINY, "--out", run, *more, code=2).stderr
+        assert files(run) == before
+        with pytest.raises(MetaplError, match="another process"), RunFolder(run).held():
+            pass
+    metapl(*TINY, "--out", run, "--resume")
+
+
+FOREIGN = {"recipe.json": "{}", "notes.txt": "mine"}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_folder_with_files_of_somebody_else_is_left_as_it_is(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / name).write_text(FOREIGN[name])
+    for more in ((), ("--resume",)):
+        assert metapl(*TINY, "--out", out, *more, code=2).stderr.startswith("metapl: ")
+        assert {path: content for path, (_, content) in files(out).items()} == {out / name: FOREIGN[name].encode()}
+
+
+@pytest.mark.parametrize("room", [1, 2_500, 12_000])
+def test_a_full_disk_loses_nothing(room: int, tiny: Path, tmp_path: Path) -> None:
+    """No file may have more bytes, as if there were no room for more; with room the run goes on to the same end."""
+    out, (soft, hard) = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        done = metapl(*TINY, "--out", out, code=None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert done.returncode in (1, 2), room
+    assert "Traceback" not in done.stderr
+    assert "too large" in " ".join(done.stderr.split())
+    metapl(*TINY, "--out", out, *(["--resume"] if (out / "recipe.json").exists() else []))
+    for name in (*WEIGHTS.values(), "metrics.jsonl", "result.json", "network.json"):
+        assert (out / name).read_bytes() == (tiny / name).read_bytes(), name
+    assert not [*out.rglob("*.tmp")]
+
+
+def test_a_result_notes_all_that_is_read_beside_it(tiny: Path) -> None:
+    noted = json.loads((tiny / "result.json").read_text())["sha256"]
+    assert noted.keys() == {*PARTS} - {"recipe.json"}

@@ -1,17 +1,27 @@
-"""Damaged and attacked pictures: against the formulas, in closed form, and by the command."""
+"""Damaged and attacked pictures, against the formulas and in closed form; examples/robustness.py on ImageNet-A, -C, -P
+and ReaL in the forms of their files, of weights and of runs."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import robustness
 import torch
-from command import refused, result, said
+from command import metapl
 from PIL import Image
+from robustness import ALEXNET, FLIPS_OF_ALEXNET, Subject, flip_probability, imagenet_a, imagenet_c, imagenet_p
 from scipy.ndimage import convolve, gaussian_filter, map_coordinates
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
@@ -19,10 +29,8 @@ from torch import Tensor, nn
 from metapl.apps.evaluation import corruptions as kinds
 from metapl.apps.evaluation.attacks import attacked, measure
 from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupted
-from metapl.apps.held_out import HeldOut
-from metapl.apps.pictures.card import NetworkCard
-from metapl.apps.pictures.input import Input
-from metapl.apps.run import EndedRun, save
+from metapl.apps.export import WEIGHTS, export
+from metapl.apps.networks import Architecture, Normalized
 from metapl.errors import MetaplError
 from metapl.metrics import evaluate_logits, predict_logits
 
@@ -31,9 +39,6 @@ from metapl.metrics import evaluate_logits, predict_logits
 def photograph() -> Tensor:
     picture = Image.fromarray(load_sample_image("china.jpg")).resize((96, 64))
     return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None].float() / 255
-
-
-# ---------------------------------------------------------------------------------------------------------- corruptions
 
 
 def damaged(name: str, picture: kinds.Picture, level: int) -> kinds.Picture:
@@ -143,12 +148,6 @@ def test_the_wobble_of_fog_falls_by_the_square_of_its_decay(level: int, decay: f
     assert wobbles[1] / wobbles[0] == pytest.approx(decay**2, rel=0.03)
 
 
-def test_a_fractal_is_brought_to_its_range_before_it_is_cut() -> None:
-    whole, part = (kinds._fractal((side, side), 1.96, np.random.default_rng(0)) for side in (256, 130))
-    assert (whole.min(), whole.max()) == (0, 1)
-    assert np.array_equal(part, whole[:130, :130])
-
-
 @pytest.mark.parametrize("level", [0, 2])
 def test_the_elastic_transform_has_the_published_lengths(level: int) -> None:
     """Of 224 pixels: amounts, widths and moves of corners are 244 times those of the paper; 3 widths of a blur."""
@@ -165,9 +164,6 @@ def test_the_elastic_transform_has_the_published_lengths(level: int) -> None:
     expected = map_coordinates(picture[..., 0], places, order=1, mode="reflect")
     found = damaged("elastic_transform", picture, level)
     assert np.allclose(found[..., 0], expected)
-
-
-# -------------------------------------------------------------------------------------------------------------- attacks
 
 
 class Line(nn.Module):
@@ -218,9 +214,6 @@ def test_an_attack_stays_within_reach_and_does_not_depend_on_the_batch() -> None
     assert by_pgd >= loss(network(attacked(network, x, y, "fgsm", 16)), y).mean()
 
 
-# --------------------------------------------------------------------------------------------------------------- errors
-
-
 def test_measured_accuracies_are_those_of_the_pictures_one_by_one() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * 8 * 8, 4))
@@ -238,52 +231,6 @@ def test_measured_accuracies_are_those_of_the_pictures_one_by_one() -> None:
         measure(network, [])
 
 
-# ---------------------------------------------------------------------------------------------------------- the command
-
-
-def test_the_command(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out, few = tmp_path / "robust", {name: CORRUPTIONS[name] for name in ("contrast", "shot_noise", "jpeg_compression")}
-    monkeypatch.setattr("metapl.apps.evaluate.CORRUPTIONS", few)
-    text = said(capsys, "evaluate", tiny, "--corruptions", "--attack", "fgsm", "--eps", "0", "8", "--out", out)
-    content = json.loads((out / "evaluation.json").read_text())
-    assert list(content["corruptions"]) == list(few)
-    assert content["attacks"]["fgsm"]["0"] == content["accuracy"] == result(tiny)["test_accuracy"]
-    contrast = content["corruptions"]["contrast"]
-    assert contrast["error"] == pytest.approx(1 - sum(contrast["accuracy_by_severity"]) / 5)
-    assert {"top5", "expected_calibration_error", "n", "chance", "measured_on"} <= content.keys()
-    for words in ("jpeg_compression", "mean accuracy under corruption", "ε in 1/255"):
-        assert words in text
-    del few["jpeg_compression"]
-    again = json.loads(said(capsys, "evaluate", tiny, "--corruptions", "--json"))
-    assert again["corruptions"] == {name: content["corruptions"][name] for name in few}
-
-
-def test_flags_that_say_nothing_are_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "file").write_text("")
-    for flags, words in (
-        (("--eps", "2"), "--eps was given without --attack"),
-        (("--attack", "pgd", "--eps", "-2", "--json"), "expected several, each a number in [0, 255]"),
-        (("--corruptions", "--out", tmp_path / "file"), "is a file; expected a folder"),
-    ):
-        assert words in refused(capsys, "evaluate", tiny, *flags)
-
-
-def test_a_file_that_cannot_be_read_is_counted_once_however_often_its_folder_is_read(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / "pictures" / name).mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / name / "1.png")
-    (tmp_path / "pictures" / "a" / "bad.png").write_bytes(b"no picture")
-
-    card = NetworkCard(title="", input=Input(size=8), widths=(192, 2))
-    save(tmp_path / "run", card.create(), card, classes=("a", "b"), name="", config={})
-    folder = HeldOut(EndedRun.load(tmp_path / "run"), "student", tmp_path / "pictures")
-    for _ in range(2):
-        assert sum(len(y) for _, y in folder.batches()) == 2
-        assert folder.skipped == 1
-
-
 def test_wrong_kinds_severities_pictures_and_attacks_are_refused() -> None:
     picture = torch.rand(1, 3, 8, 8)
     for given in ((picture, "rain", 1), (picture, "snow", 0), (picture[0], "snow", 1), (picture.byte(), "snow", 1)):
@@ -292,3 +239,280 @@ def test_wrong_kinds_severities_pictures_and_attacks_are_refused() -> None:
     for attack, eps in (("PGD", 1.0), ("pgd", -1.0)):
         with pytest.raises(MetaplError, match="expected"):
             attacked(torch.nn.Flatten(), picture, torch.tensor([0]), attack, eps)  # type: ignore[arg-type]
+
+
+IMAGENET_A = [*map(int, robustness.IMAGENET_A.split())]
+
+WNIDS = tuple(f"n{1000000 + 37 * number:08}" for number in range(1000))
+"""Names of ImageNet's form, in the order of the outputs."""
+
+SIDE = 16
+
+
+def picture(seed: int) -> Image.Image:
+    """A picture that no other seed gives."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8))
+
+
+def save(file: Path, seed: int) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    picture(seed).save(file, "PNG")
+
+
+def write_a(root: Path, outputs: Sequence[int]) -> Path:
+    """ImageNet-A: 200 class folders with a picture each, and the README that is released with it."""
+    for number, output in enumerate(outputs):
+        save(root / WNIDS[output] / f"0.{number:06}_bee _ bee_0.9.jpg", number)
+    (root / "README.txt").write_text("ImageNet-A\n")
+    return root
+
+
+def write_c(root: Path, outputs: Sequence[int], grouped: bool = False) -> Path:
+    """ImageNet-C: corruption/severity/class/picture; ``grouped``: in the folders of the archives."""
+    archives = {"gaussian_noise": "noise", "defocus_blur": "blur", "snow": "weather", "contrast": "digital"}
+    archive = ""
+    for kind, name in enumerate(CORRUPTIONS):
+        archive = archives.get(name, archive)
+        for severity in range(1, 6):
+            for output in outputs:
+                place = root / (archive if grouped else "") / name / str(severity) / WNIDS[output]
+                save(place / f"ILSVRC2012_val_{output + 1:08}.JPEG", 100 * kind + 10 * severity + output)
+    return root
+
+
+def write_p(root: Path, outputs: Sequence[int], frames: int = 4) -> Path:
+    """ImageNet-P, each sequence a folder of frames that are called as those its videos were made from."""
+    for kind, name in enumerate(FLIPS_OF_ALEXNET):
+        for output in outputs:
+            for frame in range(frames):
+                place = root / name / WNIDS[output] / f"ILSVRC2012_val_{output + 1:08}"
+                save(place / f"img{frame + 8}.png", 1000 * kind + 10 * output + frame)
+    return root
+
+
+def write_video(file: Path, seeds: Sequence[int]) -> None:
+    """An H.264 video of the pictures, without loss, one a second, as ImageNet-P has them."""
+    import av
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(file), "w") as video:
+        stream = video.add_stream("libx264rgb", rate=Fraction(1))
+        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "rgb24"
+        stream.options = {"crf": "0"}
+        for seed in seeds:
+            video.mux(stream.encode(av.VideoFrame.from_image(picture(seed))))
+        video.mux(stream.encode())
+
+
+@pytest.fixture
+def subject() -> Subject:
+    """A network of a thousand outputs in training mode, in which it would give something else."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * SIDE * SIDE, 1000))
+    return Subject(network, SIDE, WNIDS, 1000)
+
+
+def logits(subject: Subject, seeds: list[int]) -> Tensor:
+    arrays = np.stack([np.asarray(picture(seed)) for seed in seeds])
+    with torch.no_grad():
+        return subject.network.eval()(torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255)
+
+
+def test_imagenet_a_is_restricted_to_its_200_outputs(subject: Subject, tmp_path: Path) -> None:
+    assert len(IMAGENET_A) == 200
+    assert sorted(set(IMAGENET_A)) == IMAGENET_A
+    root = write_a(tmp_path / "imagenet-a", IMAGENET_A)
+    # Outputs outside of ImageNet-A must not count, however large they are.
+    with torch.no_grad():
+        subject.network[2].bias[[k for k in range(1000) if k not in IMAGENET_A]] += 100
+    expected = evaluate_logits(logits(subject, list(range(200)))[:, IMAGENET_A], torch.arange(200))
+    for known in (subject, replace(subject, classes=None), replace(subject, classes=tuple(map(str, range(1000))))):
+        found = imagenet_a(known, root)
+        assert found["n"] == 200
+        assert (found["accuracy"], found["top5"]) == (expected.accuracy, expected.top5)
+        assert found["expected_calibration_error"] == pytest.approx(expected.expected_calibration_error)
+    assert expected.top5 is not None
+    assert 0 < expected.top5 < 0.2  # chance is 0.025, and a fault in the mapping would give 0 as often as not
+    # With names in another order, the same outputs are found by name.
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(1))
+    shuffled = nn.Sequential(*subject.network[:2], nn.Linear(3 * SIDE * SIDE, 1000))
+    shuffled[2].load_state_dict({k: v[order] for k, v in subject.network[2].state_dict().items()})
+    names = tuple(WNIDS[k] for k in order.tolist())
+    assert imagenet_a(replace(subject, network=shuffled, classes=names), root)["top5"] == expected.top5
+    # A folder without pictures would shift the outputs of all others, where folders go by their number.
+    shutil.rmtree(root / WNIDS[IMAGENET_A[0]])
+    (root / "zzz").mkdir()
+    with pytest.raises(MetaplError, match="without a picture: zzz"):
+        imagenet_a(subject, root)
+    few = write_a(tmp_path / "few", IMAGENET_A[:3])
+    assert imagenet_a(subject, few)["n"] == 3  # names say which they are
+    for other in (replace(subject, classes=None), replace(subject, classes=("cat", "dog"), outputs=2)):
+        with pytest.raises(MetaplError, match="expected folders called as its classes, or all 200"):
+            imagenet_a(other, few)
+
+
+def test_imagenet_c_by_corruption_and_severity(subject: Subject, tmp_path: Path) -> None:
+    """In the folders of its archives."""
+    outputs = [3, 5]
+    root = write_c(tmp_path, outputs, grouped=True)
+    # A network that is right at some severities of some corruptions, and wrong at the others.
+    with torch.no_grad():
+        subject.network[2].weight.mul_(3)
+        subject.network[2].bias[outputs] += 3
+    found = imagenet_c(subject, root)
+    shares = {name: kind["accuracy_by_severity"] for name, kind in found["corruptions"].items()}
+    for kind, name in enumerate(CORRUPTIONS):
+        for severity in range(1, 6):
+            seeds = [100 * kind + 10 * severity + output for output in outputs]
+            right = logits(subject, seeds).argmax(1) == torch.tensor(outputs)
+            assert shares[name][severity - 1] == float(right.float().mean())
+    assert found["n"] == 150
+    by_hand = [np.mean([1 - a for a in shares[n]]) / ALEXNET[n] for n in CORRUPTIONS]
+    assert found["mean_corruption_error"] == pytest.approx(100 * np.mean(by_hand))
+    assert 0.05 < found["mean_corrupted_accuracy"] < 0.95
+    assert sum(ALEXNET.values()) / 15 == pytest.approx(0.789, abs=5e-4)
+    for part in ("noise", "digital", "weather/fog"):
+        shutil.rmtree(root / part)
+    found = imagenet_c(subject, root)
+    assert found["mean_corruption_error"] is None
+    # A share of the sides is for photographs: these were released as crops.
+    assert imagenet_c(replace(subject, center=0.5), root) == found
+    with pytest.raises(MetaplError, match="none of the folders of the set"):
+        imagenet_c(subject, root / "weather" / "snow")
+    broken = root / "blur" / "zoom_blur" / "3" / WNIDS[3] / "ILSVRC2012_val_00000004.JPEG"
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(MetaplError, match="truncated"):
+        imagenet_c(subject, root)
+
+
+def test_flips_by_hand() -> None:
+    """Noise is compared with the clean first frame, all else with the frame before."""
+    sequences = [[1, 1, 2, 2, 1], [4, 4, 4, 4, 4], [1, 2, 3, 4, 5]]
+    assert flip_probability(sequences, "rotate") == pytest.approx((2 / 4 + 0 + 1) / 3)
+    assert flip_probability(sequences, "gaussian_noise") == pytest.approx((2 / 4 + 0 + 1) / 3)
+    assert flip_probability([[1, 2, 2, 2]], "rotate") == pytest.approx(1 / 3)
+    assert flip_probability([[1, 2, 2, 2]], "shot_noise") == 1
+    assert flip_probability([[1, 1], [1, 2, 1, 2, 1]], "tilt") == 0.5  # a sequence counts once, however long it is
+    for wrong in ([], [[1]], [[1, 2], [1]]):
+        with pytest.raises(MetaplError, match="expected"):
+            flip_probability(wrong, "tilt")
+
+
+def test_the_mean_flip_rate_of_a_published_network() -> None:
+    """The flip probabilities that are published of ResNeXt-101 32x48d WSL make the 27.8 that is printed for it."""
+    flips = (0.0585, 0.0699, 0.0284, 0.0232, 0.0367, 0.0154, 0.0242, 0.0347, 0.0215, 0.0462)
+    rate = robustness.relative_to(FLIPS_OF_ALEXNET, dict(zip(FLIPS_OF_ALEXNET, flips, strict=True)))
+    assert rate == pytest.approx(27.8, abs=0.05)
+    assert robustness.relative_to(FLIPS_OF_ALEXNET, {"snow": 0.1}) is None
+
+
+def test_imagenet_p_in_folders_of_frames(subject: Subject, tmp_path: Path) -> None:
+    outputs = [0, 9]
+    root = write_p(tmp_path, outputs)
+    with torch.no_grad():  # two outputs that take turns, so that some frames flip
+        subject.network[2].bias[outputs] += 2
+    found = imagenet_p(subject, root)
+    for kind, name in enumerate(FLIPS_OF_ALEXNET):
+        predictions = [
+            logits(subject, [1000 * kind + 10 * output + frame for frame in range(4)]).argmax(1).tolist()
+            for output in outputs
+        ]
+        assert found["flip_probability"][name] == pytest.approx(flip_probability(predictions, name))
+    assert (found["sequences"], found["frames"]) == (20, 80)
+    assert len(set(found["flip_probability"].values())) > 2
+    assert found["mean_flip_rate"] == pytest.approx(robustness.relative_to(FLIPS_OF_ALEXNET, found["flip_probability"]))
+    assert 0 < found["accuracy"] < 1
+    (tmp_path / "tilt").rename(tmp_path / "leaning")
+    assert imagenet_p(subject, root)["mean_flip_rate"] is None
+    for folder in (tmp_path / "snow").iterdir():
+        folder.rename(tmp_path / folder.name)
+    with pytest.raises(MetaplError, match="snow has no sequence"):
+        imagenet_p(subject, root)
+
+
+def test_imagenet_p_in_videos(subject: Subject, tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    seeds = list(range(70, 75))
+    video = tmp_path / "rotate" / WNIDS[2] / "ILSVRC2012_val_00000003.mp4"
+    write_video(video, seeds)
+    with torch.no_grad():
+        subject.network[2].bias[[2, 9]] += 2
+    found = imagenet_p(subject, tmp_path)
+    predictions = logits(subject, seeds).argmax(1)
+    assert found["flip_probability"] == {"rotate": flip_probability([predictions.tolist()], "rotate")}
+    assert found["frames"] == 5
+    assert found["accuracy"] == pytest.approx(float((predictions == 2).float().mean()))
+    video.write_bytes(b"no video")
+    with pytest.raises(MetaplError, match="decoded"):
+        imagenet_p(subject, tmp_path)
+
+
+def printed(patch: pytest.MonkeyPatch, *arguments: object) -> dict[str, Any]:
+    patch.setattr(sys, "argv", ["robustness.py", *map(str, arguments)])
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        robustness.main()
+    found: dict[str, Any] = json.loads(out.getvalue())
+    return found
+
+
+@pytest.mark.usefixtures("blank_programs")
+def test_weights_by_what_the_export_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every set at once, of a network of ImageNet's thousand classes."""
+    architecture = Architecture(name="small_cnn", num_classes=1000, image_size=SIDE)
+    torch.manual_seed(0)
+    network = Normalized(architecture.create(), [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]).eval()
+    told: Any = {"shape": (3, SIDE, SIDE), "classes": list(WNIDS), "center": 0.875, "architecture": architecture}
+    export(network, tmp_path / "out", **told)
+    file = tmp_path / "out" / WEIGHTS
+    for number in range(4):
+        save(tmp_path / "val" / WNIDS[number] / f"ILSVRC2012_val_{number + 1:08}.JPEG", number)
+    sets = {"a": write_a(tmp_path / "a", IMAGENET_A), "c": write_c(tmp_path / "c", [3])}
+    sets["p"] = write_p(tmp_path / "p", [3], frames=3)
+    taken = robustness.of_weights(file, None)
+    assert taken.center == 0.875
+    files = [tmp_path / "val" / WNIDS[k] / f"ILSVRC2012_val_{k + 1:08}.JPEG" for k in range(4)]
+    with torch.no_grad():
+        guesses = network(torch.stack([*map(taken.read, files)])).argmax(1).tolist()
+    (tmp_path / "real.json").write_text(json.dumps([[], [5, guesses[1]], [guesses[2]], [999 - guesses[3]]]))
+    flags = [word for letter, root in sets.items() for word in (f"--imagenet-{letter}", root)]
+    found = printed(monkeypatch, file, "--test", tmp_path / "val", "--real", tmp_path / "real.json", *flags)
+    assert found["real"] == {"accuracy": pytest.approx(2 / 3), "n": 3, "without_label": 1}
+    assert found["accuracy"] == pytest.approx(np.mean([guess == k for k, guess in enumerate(guesses)]))
+    assert found["imagenet_a"]["n"] == 200
+    assert found["imagenet_c"]["mean_corruption_error"] > 0
+    assert found["imagenet_p"]["mean_flip_rate"] is not None
+    with pytest.raises(MetaplError, match="no entry of"):
+        robustness.real(tmp_path / "real.json", [tmp_path / "ILSVRC2012_val_00000005.JPEG"], [0])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm:resnet10t"])
+def test_weights_by_the_networks_name(name: str, tmp_path: Path) -> None:
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    network = Architecture(name=name, num_classes=7).create().eval()
+    torch.save({"state_dict": network.state_dict()}, tmp_path / "weights.pt")
+    taken = robustness.of_weights(tmp_path / "weights.pt", name)
+    assert (taken.side, taken.outputs, taken.center) == (224 if name == "resnet18" else 176, 7, 0.875)
+    x = torch.rand(2, 3, 32, 32)
+    mean, std = (torch.tensor(of).view(3, 1, 1) for of in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        torch.testing.assert_close(taken.network(x), network((x - mean) / std))
+
+
+def test_a_run_and_what_is_refused(
+    colors: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = printed(monkeypatch, colors / "run", "--test", colors / "test")
+    assert found["accuracy"] == json.loads(metapl("evaluate", colors / "run", "--json").stdout)["accuracy"]
+    (tmp_path / "weights.pt").write_bytes(b"nothing")
+    for given in (
+        (tiny,),
+        (tmp_path / "none.pt",),
+        (tmp_path / "weights.pt",),
+        (tmp_path / "weights.pt", "--network", "small_cnn"),
+        (tmp_path / "weights.pt", "--network", "resnet18"),
+        (colors / "run", "--imagenet-a", tmp_path / "nowhere"),
+    ):
+        with pytest.raises(SystemExit):
+            printed(monkeypatch, *given)
+        assert "expected" in " ".join(capsys.readouterr().err.split()).lower()

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy
 import pytest
+from command import metapl
 from filelock import FileLock
 from PIL import Image
 from sklearn.datasets import load_digits
-
-from metapl.apps.main import main
 
 TINY = (
     *("train", "digits", "--steps", "6", "--hidden", "4", "--finetune-steps", "4", "--labeled-batch", "8"),
@@ -29,8 +25,7 @@ NOISY_STUDENT = (
     *("noisy-student", "digits", "--steps", "6", "--rounds", "2", "--hidden", "4", "--labeled-batch", "8"),
     *("--ratio", "2", "--threshold", "0.12", "--log-every", "1", "--validate-every", "3", "--save-every", "2"),
 )
-REDUCED = (*TINY, "--method", "reduced_mpl")
-"""Runs of several phases, of a second or two."""
+"""A run of several phases, of a second or two."""
 
 
 def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], object]) -> Path:
@@ -50,14 +45,7 @@ def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, which tests leave as it is."""
-    return built_once(tmp_path_factory, "tiny", lambda out: trained(*TINY, "--out", str(out)))
-
-
-def trained(*command: str) -> None:
-    """Run the command as it is typed; its words belong to no test."""
-    with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["metapl", *command])
-        assert main() == 0
+    return built_once(tmp_path_factory, "tiny", lambda out: metapl(*TINY, "--out", str(out)))
 
 
 @pytest.fixture
@@ -101,10 +89,11 @@ def images_command(root: Path, *more: str) -> list[str]:
     return ["train", "images", *folders, *IMAGES, *more]
 
 
-def color_run(factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Red and blue pictures, and a run on them, which tests leave as they are."""
 
     def build(root: Path) -> None:
-        trained(*images_command(color_folders(root)), "--out", str(root / "run"))
+        metapl(*images_command(color_folders(root)), "--out", str(root / "run"))
 
-    return built_once(factory, "colors", build)
+    return built_once(tmp_path_factory, "colors", build)
