@@ -98,9 +98,6 @@ def test_a_run_begins_from_a_file_goes_on_from_it_alone_and_is_read_without_it(
         assert bool(moved) == (tuning != "head")
 
 
-# ------------------------------------------------------------------------------------------------------------- networks
-
-
 def tuned(tuning: Any, name: str = "pooled_cnn", **options: Any) -> Tuned:
     config = Pictures(network=name, weights="", backbone="given", tuning=tuning, lora_rank=4, **options)
     module = config.architecture(classes=3).create()
@@ -178,9 +175,6 @@ def test_low_rank_changes_are_nothing_at_first_and_are_merged_into_the_weights(n
         torch.testing.assert_close(plain(x), far)
 
 
-# ------------------------------------------------------------------------------------------------------- where they are
-
-
 def cached(name: str, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     save = save_file if file.suffix == ".safetensors" else torch.save
@@ -228,9 +222,10 @@ def test_the_network_of_a_run_is_a_backbone(root: Path, tmp_path: Path) -> None:
     assert not torch.equal(after[name], first[name])
 
 
-@pytest.mark.parametrize(
-    ("more", "word"),
-    [
+def test_what_is_no_backbone_is_refused_in_a_line(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for more, word in (
         ("--backbone resnet19", "resnet18"),
         ("--backbone small_cnn", "nobody"),
         ("--backbone gone.pth --network small_cnn", "no such file"),
@@ -242,19 +237,10 @@ def test_the_network_of_a_run_is_a_backbone(root: Path, tmp_path: Path) -> None:
         ("--backbone {root}/weights.pt --dropout 0.5", "noise"),
         ("--backbone none --tuning lora", "--tuning"),
         ("--backbone {root}/test/red/red-0.png", "read"),
-    ],
-)
-def test_what_is_no_backbone_is_refused_in_a_line(
-    more: str, word: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    error = metapl(*command(f"{IMAGES} uda {more}", root, tmp_path / "run"), code=2).stderr
-    assert word in error.replace("\n", " ")
-    assert not (tmp_path / "run" / "result.json").exists()
-
-
-# -------------------------------------------------------------------------------------------------- auto, the control
+    ):
+        error = metapl(*command(f"{IMAGES} uda {more}", root, tmp_path / "run"), code=2).stderr
+        assert word in error.replace("\n", " ")
+        assert not (tmp_path / "run" / "result.json").exists()
 
 
 @pytest.mark.parametrize("side", [32, 48])

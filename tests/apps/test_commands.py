@@ -47,9 +47,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# ----------------------------------------------------------------------------------------------------------- the words
-
-
 def typed() -> list[str]:
     """The command lines of the pages, as one types them."""
     lines: list[str] = []
@@ -119,8 +116,6 @@ def test_bash_completes_commands_and_flags(tmp_path: Path) -> None:
     for word in ("train-images", "--feedback-weight", "--corruptions", "reinforce", "ent_min"):
         assert word in script, word
 
-
-# --------------------------------------------------------------------------------------------------------- refused
 
 IMAGES = "train images --labeled {few} --unlabeled {few} --test {few} --out {new}"
 DIGITS = "train digits --steps 6 --finetune-steps 4 --out {new}"
@@ -229,9 +224,6 @@ def test_what_is_refused_leaves_every_file_as_it_was(
     assert REFUSED[line] in " ".join(told.stderr.split()), told.stderr
     assert "Traceback" not in told.stderr
     assert content(tmp_path, tiny, few.parent, colors / "run") == before
-
-
-# ------------------------------------------------------------------------------------------------- what reads a run
 
 
 def test_predict_says_what_the_network_says(tiny: Path, pictures: Path) -> None:
@@ -378,9 +370,6 @@ def test_ablate_looks_at_networks_of_ones_own(tmp_path: Path, monkeypatch: pytes
     monkeypatch.delitem(sys.modules, "own_networks", raising=False)
     fast = ("--modes", "forward", "--draws", "2", "--rounds", "1")
     assert "forward" in metapl("ablate", "--factory", "own_networks:build", *fast).stdout
-
-
-# ----------------------------------------------------------------------------------------------- how a command ends
 
 
 @pytest.mark.long

@@ -63,9 +63,6 @@ def unlabeled(root: Path, *levels: int) -> Files:
     return scan_unlabeled(pictures(root, any=[*levels]))
 
 
-# --- scans ------------------------------------------------------------------------------------------------------------
-
-
 def test_any_tree(tmp_path: Path) -> None:
     fill(tmp_path, "b.jpg", "a/z.PNG", "a/deep/er/y.Tiff", "a-b.webp", "B/4.png", "notes.txt", "README", "a/notes.txt")
     root, told = fill(tmp_path, ".hidden.png", "a/.cache/x.png", "a/._x.png", "__MACOSX/x.png"), list[int]()
@@ -120,9 +117,6 @@ def test_what_cannot_be_scanned(tmp_path: Path) -> None:
             scan_labeled(tmp_path / name)
     with pytest.raises(MetaplError, match="txt"):
         scan_unlabeled(tmp_path / "one")
-
-
-# --- tar files --------------------------------------------------------------------------------------------------------
 
 
 def png(level: int = 0) -> bytes:
@@ -192,8 +186,6 @@ def test_a_tar_file_that_is_not_whole_is_refused_by_name(tmp_path: Path, kind: s
     with pytest.raises(MetaplError, match="once" if kind == "twice" else "tar"):
         scan_unlabeled(tmp_path / "many")
 
-
-# --- findings ---------------------------------------------------------------------------------------------------------
 
 L = {"cat": [1, 2], "dog": [3, 4]}
 Sides = dict[str, Any]
@@ -312,9 +304,6 @@ def test_pictures_set_aside_for_validation_are_not_learned_from_as_unlabeled_one
     assert len([line for line in said if "4 unlabeled pictures are left out" in line]) == 1
     with pytest.raises(MetaplError, match="--val"):
         apart(scan_unlabeled(few.root / "cat"), few, said.append)
-
-
-# --- sound files, and what a folder is known by -----------------------------------------------------------------------
 
 
 def test_how_far_files_are_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,9 +35,6 @@ def given(root: Path, **fields: Any) -> Any:
     return config(labeled=str(root / "labeled"), unlabeled=str(root / "unlabeled"), steps=40, **fields)
 
 
-# ---------------------------------------------------------------------------------------------- a look at the pictures
-
-
 def write(folder: Path, kind: str, count: int, side: tuple[int, int] = (12, 10)) -> list[Path]:
     """Noise in colors or grey, or light or dark spots on an even ground."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,9 +88,6 @@ def test_colors_tell_classes_apart_where_each_has_its_own_and_else_hardly_ever(s
     assert not any(one.tell and one.may_tell for one in told)
     # Beside the mean of its own class, in which it is left out, each of these is nearer to the other.
     assert colors_tell(torch.tensor([[0.0], [10.0], [1.0], [11.0]]), torch.tensor([0, 0, 1, 1])).right == 0
-
-
-# ---------------------------------------------------------------------------------------------- what is chosen by that
 
 
 def seen(side: int = 28, grey: bool = False, tell: bool = False, light: float = 0.5, **more: Any) -> Look:
@@ -163,9 +157,6 @@ def test_the_rates_are_those_of_the_networks_family_or_as_given(network: str, ra
     assert [own.optimizer(role, module).param_groups[0]["lr"] for role in ("teacher", "student")] == [0.5, rate]
 
 
-# --------------------------------------------------------------------------------------------------------- the steps
-
-
 def test_steps_are_as_many_as_fit_into_the_minutes_by_the_clock(tmp_path: Path) -> None:
     """Each look at the clock moves it on by so much; a step is timed by two looks."""
     settings = replaced(
@@ -217,9 +208,6 @@ def test_phases_given_in_steps_are_measured_again_with_what_fits(monkeypatch: py
     found, _ = with_steps(config(), replaced(images.METHODS["mpl"], wait=200))
     assert asked == [400, 2600, 2600]
     assert (found.fitting.steps, found.minutes) == (2600, look.MINUTES)
-
-
-# ----------------------------------------------------------------------------------------------------- all of it, once
 
 
 def test_a_look_gives_every_setting_a_value_says_it_and_a_run_that_is_resumed_takes_it(root: Path) -> None:

@@ -227,14 +227,14 @@ def test_a_run_keeps_the_labels_of_each_round_and_what_was_selected_of_them(roun
     assert found["accuracy"] == found["recorded_accuracy"]
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--training pretrain_finetune --finetune-steps 3 --unlabeled-noise none",
-        "--noisy-teacher --dropout 0.2 --labels hard --balance False --warm-start --warm-steps 2",
-        "--networks 4 8x8 --per-class 9 --loss two_means",
-    ],
+WAYS = (
+    "--noisy-teacher --dropout 0.2 --labels hard --balance False --warm-start --warm-steps 2",
+    "--training pretrain_finetune --finetune-steps 3 --unlabeled-noise none",
+    "--networks 4 8x8 --per-class 9 --loss two_means",
 )
+
+
+@pytest.mark.parametrize("flags", [WAYS[0], *(pytest.param(way, marks=pytest.mark.long) for way in WAYS[1:])])
 def test_each_way_of_training_leaves_a_run(flags: str, tmp_path: Path) -> None:
     run, tiny = tmp_path / "run", "--steps 4 --hidden 4 --labeled-batch 8 --threshold 0.12 --log-every 1"
     metapl("noisy-student", "digits", *tiny.split(), "--rounds", "1", *flags.split(), "--out", run)

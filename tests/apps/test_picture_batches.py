@@ -176,9 +176,6 @@ def test_recorded_files(tmp_path: Path) -> None:
     assert replaced_files(log) == {**found, "d.png": "cut"}
 
 
-# --- batches ----------------------------------------------------------------------------------------------------------
-
-
 def sources(kind: str, paths: list[Path]) -> dict[str, StepBatches[Any]]:
     """Every kind of batches."""
     sampler, weak = StepSampler(COUNT, 7, seed=1), Weak(pad=1)
@@ -304,9 +301,6 @@ def test_batches_on_cuda_are_those_on_the_cpu(kind: str, workers: int, paths: li
             assert same(to_device(there, "cpu"), here)
         for stream in streams:
             stream.close()
-
-
-# --- digits -----------------------------------------------------------------------------------------------------------
 
 
 def parts(split: DigitsSplit) -> list[tuple[Tensor, Tensor]]:

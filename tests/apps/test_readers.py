@@ -132,8 +132,6 @@ def test_every_kind_of_file_is_read(how: str, tmp_path: Path) -> None:
     assert list(warnings.filters) == before  # which readers change for the time of a read
 
 
-# ----------------------------------------------------------------------------------------- files that are no pictures
-
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
 WHOLE = {kind: encoded(NOISE, kind) for kind in ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF")}
 BROKEN: dict[str, tuple[bytes | Callable[[Path], object], str]] = {
@@ -207,9 +205,6 @@ def test_no_memory_is_no_property_of_the_file(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(MetaplError, match="memory") as caught:
         read_image(tmp_path / "a.png")
     assert not isinstance(caught.value, UnreadableImage)
-
-
-# ------------------------------------------------------------------------------------------------------ what is where
 
 
 def ramp(height: int = 20, width: int = 30) -> np.ndarray[Any, Any]:
@@ -286,9 +281,6 @@ def test_a_large_picture_is_shrunk_to_what_it_would_be(tmp_path: Path, monkeypat
         assert (whole - read_image(tmp_path / "a.png", size=(16, 12))).abs().mean() < 6
         monkeypatch.undo()
         assert whole.std() > 20
-
-
-# ------------------------------------------------------------------------------------------------------- digits, tables
 
 
 INK = (load_digits().images[5] * 255 / 16).round().astype("uint8")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from command import edited, metapl, reseal, result
 from PIL import Image
-from tiny_runs import TINY, color_folders, images_command
+from tiny_runs import color_folders, images_command
 
 from metapl.apps.report import mistakes
 from metapl.metrics import Evaluation
@@ -123,9 +123,9 @@ def test_a_run_without_a_test_set_has_its_validation_accuracy(run: Path) -> None
 
 
 @pytest.mark.usefixtures("drawn")
-def test_a_run_leaves_its_picture(tmp_path: Path) -> None:
-    metapl(*TINY, "--out", tmp_path / "run")
-    with Image.open(tmp_path / "run" / "report.png") as picture:
+def test_a_run_leaves_its_picture(run: Path) -> None:
+    metapl("report", run)
+    with Image.open(run / "report.png") as picture:
         assert min(picture.size) > 500
         assert len(picture.convert("RGB").getcolors(10**7) or ()) > 50
 

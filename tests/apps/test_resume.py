@@ -355,17 +355,14 @@ def test_two_writers_in_a_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> 
     metapl(*TINY, "--out", run, "--resume")
 
 
-FOREIGN = {"recipe.json": "{}", "notes.txt": "mine"}
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_a_folder_with_files_of_somebody_else_is_left_as_it_is(name: str, tmp_path: Path) -> None:
-    out = tmp_path / "mine"
-    out.mkdir()
-    (out / name).write_text(FOREIGN[name])
-    for more in ((), ("--resume",)):
-        assert metapl(*TINY, "--out", out, *more, code=2).stderr.startswith("metapl: ")
-        assert {path: content for path, (_, content) in files(out).items()} == {out / name: FOREIGN[name].encode()}
+def test_a_folder_with_files_of_somebody_else_is_left_as_it_is(tmp_path: Path) -> None:
+    for name, content in {"recipe.json": b"{}", "notes.txt": b"mine"}.items():
+        out = tmp_path / name / "mine"
+        out.mkdir(parents=True)
+        (out / name).write_bytes(content)
+        for more in ((), ("--resume",)):
+            assert metapl(*TINY, "--out", out, *more, code=2).stderr.startswith("metapl: ")
+            assert {path: found for path, (_, found) in files(out).items()} == {out / name: content}
 
 
 @pytest.mark.parametrize("room", [1, 2_500, 12_000])

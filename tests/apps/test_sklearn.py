@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -163,25 +164,19 @@ def test_weights_fall_where_labels_are_wrong() -> None:
     assert found.score(X, TRUTH) > 0.8
 
 
-def test_the_seed_decides_which_rows_are_drawn_by_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_seed_decides_which_rows_are_drawn_by_their_weights() -> None:
     """In batches that are all full: of one row, batch normalization would fail."""
-    given: list[torch.Tensor] = []
-    real = metapl.LossTrainer.step
-
-    def step(self: Any, labeled: Any, *args: Any, **options: Any) -> Any:
-        given.append(labeled[0])
-        return real(self, labeled, *args, **options)
-
-    monkeypatch.setattr(metapl.LossTrainer, "step", step)
-    X, y = make_moons(21, noise=0.1, random_state=0)
+    table, y = make_moons(21, noise=0.1, random_state=0)
 
     def network(columns: int, classes: int) -> torch.nn.Module:
         return torch.nn.Sequential(torch.nn.Linear(columns, classes), torch.nn.BatchNorm1d(classes))
 
-    drawn = []
+    drawn, real = [], metapl.LossTrainer.step
     for seed in (0, 1):
-        given.clear()
-        MetaReweightedClassifier(network=network, steps=4, batch_size=20, random_state=seed).fit(X, y)
+        one = MetaReweightedClassifier(network=network, steps=4, batch_size=20, random_state=seed)
+        with patch.object(metapl.LossTrainer, "step", autospec=True, side_effect=real) as step:
+            one.fit(table, y)
+        given = [call.args[1][0] for call in step.call_args_list]
         assert [len(x) for x in given] == [20] * 4
         drawn.append(torch.cat(given))
     assert not torch.equal(*drawn)

@@ -170,9 +170,6 @@ def test_links_of_a_chain_and_numbers_of_one_picture_are_drawn_apart() -> None:
     assert (torch.corrcoef(torch.cat(columns, dim=1).T) - torch.eye(19)).abs().max() < 0.04
 
 
-# -------------------------------------------------------------------------------------------- transforms of one picture
-
-
 def test_seeded_gives_what_the_transform_gives_when_it_is_seeded_alone() -> None:
     images, jitter = pictures(3), v2.ColorJitter(0.5)
     with torch.random.fork_rng([]):
@@ -195,8 +192,6 @@ def test_seeded_leaves_the_generators_alone_when_the_transform_fails() -> None:
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
 
-
-# ------------------------------------------------------------------------------------------------------ what is refused
 
 REFUSED: list[tuple[Any, dict[str, Any], str, tuple[Any, ...]]] = [
     (Weak, {}, "pad", (-1,)),
@@ -252,9 +247,6 @@ def test_a_cutout_fits_into_the_digits_and_a_number_that_is_none_is_no_color() -
         call(ShiftNoiseCutout(cutout=9), torch.rand(3, 1, 8, 8))
     with pytest.raises(MetaplError, match="nan"):
         call(RandAugment(), torch.full((2, 3, 8, 8), math.nan))
-
-
-# ----------------------------------------------------------------------------------------------------------- on CUDA
 
 
 @pytest.mark.gpu
