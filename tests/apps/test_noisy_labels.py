@@ -22,10 +22,8 @@ from metapl.apps.noisy_labels import METHODS, RATES, Noisy
 from metapl.apps.settings import replaced
 from metapl.problems import ExampleWeights, LabelCorrection, MetaWeightNet, NoiseTransition
 
-FLAGS = (
-    "--image-size 8 --network small_cnn --precision float32 --labeled-batch 12 --clean-batch 6 --steps 24 "
-    "--warm-steps 6 --finetune-steps 4 --log-every 2 --validate-every 6 --save-every 4"
-)
+SIZES = "--image-size 8 --network small_cnn --precision float32 --labeled-batch 12 --clean-batch 6 --finetune-steps 4"
+FLAGS = f"{SIZES} --steps 24 --warm-steps 6 --log-every 2 --validate-every 6 --save-every 4"
 SHAPES = ("bar", "beam")
 
 
@@ -71,7 +69,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def noisy_run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the default method, long enough to tell a bar from a beam."""
-    flags = f"{FLAGS} --steps 60 --validate-every 30 --save-every 60 --log-every 30".split()
+    flags = f"{SIZES} --steps 60 --warm-steps 6 --log-every 30 --validate-every 30 --save-every 60".split()
     command = ("train", "noisy", *given(root), "--test", str(root / "test"), *flags)
     return built_once(tmp_path_factory, "shapes-run", lambda out: metapl(*command, "--out", str(out)))
 

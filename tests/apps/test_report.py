@@ -16,7 +16,8 @@ from command import edited, metapl, reseal, result
 from PIL import Image
 from tiny_runs import color_folders, images_command
 
-from metapl.apps.report import mistakes
+from metapl.apps.report import mistakes, write_report
+from metapl.apps.run import EndedRun
 from metapl.metrics import Evaluation
 
 HOSTILE = "<script>alert('x')<&\"<img src=x>"
@@ -124,7 +125,7 @@ def test_a_run_without_a_test_set_has_its_validation_accuracy(run: Path) -> None
 
 @pytest.mark.usefixtures("drawn")
 def test_a_run_leaves_its_picture(run: Path) -> None:
-    metapl("report", run)
+    write_report(EndedRun.load(run))
     with Image.open(run / "report.png") as picture:
         assert min(picture.size) > 500
         assert len(picture.convert("RGB").getcolors(10**7) or ()) > 50
