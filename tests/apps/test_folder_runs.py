@@ -271,6 +271,13 @@ def test_a_spreadsheet_finds_no_formula() -> None:
         assert "\r" not in bare or '"' in bare
 
 
+def test_on_a_terminal_cells_are_escaped() -> None:
+    sink = io.StringIO()
+    sink.isatty = lambda: True  # type: ignore[method-assign]
+    CsvRows(sink).writerow(["a\x1b[2J", "b"])
+    assert sink.getvalue() == "a\\x1b[2J,b\n"
+
+
 @pytest.mark.usefixtures("blank_programs")
 def test_classes_of_any_name_go_through_everything(tmp_path: Path) -> None:
     """Training, evaluating, predicting and the model card."""
