@@ -26,7 +26,7 @@ from metapl.apps.methods import ReducedMpl, beside
 from metapl.apps.noisy_labels import Noisy
 from metapl.apps.noisy_student import DigitsOfRounds, ImagesOfRounds, NoisyStudent
 from metapl.apps.process import exit_code
-from metapl.apps.report import control, summary
+from metapl.apps.report import linear_baseline, summary
 from metapl.apps.run import RunFolder, stored_result
 from metapl.apps.settings import Flat, Switch, unset
 from metapl.apps.train import check_shares, describe, device, train
@@ -226,7 +226,7 @@ def go(
                         found = compare(config, chosen, seeds, folder, resume=where.resume, jobs=comparing.jobs)
                         tell(f"figures, report and the delivered networks are in {folder.path}")
                         tell(f"\n{wrapped(found.caption())}\n\n{table(found.rows(), left=4)}\n")
-                        for text in (found.sentence(), found.delivery(), *control(stored_result(folder))):
+                        for text in (found.sentence(), found.delivery(), *linear_baseline(stored_result(folder))):
                             tell(wrapped(text))
                         return 0
                     torch.set_num_threads(config.threads or folder.threads())

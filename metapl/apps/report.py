@@ -221,7 +221,7 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     shown = ", ".join(f"{words[name]} {100 * value:.1f} %" for name, value in others.items() if value is not None)
     if shown:
         lines.append(f"On {part}: {shown}; delivered is the {words[name]} ({why}).")
-    lines += control(content)
+    lines += linear_baseline(content)
     if tested is not None and rounds:
         reached = [each.get("test_accuracy") or 0.0 for each in (rounds[0]["teacher"], *rounds[:-1])]
         if (best := max(reached)) > tested["accuracy"]:
@@ -230,15 +230,15 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def control(content: Mapping[str, Any]) -> list[str]:
-    """What the linear control of a run reached, and whether the run is behind it."""
+def linear_baseline(content: Mapping[str, Any]) -> list[str]:
+    """What the linear baseline of a run reached, and whether the run is behind it."""
     if "control_accuracy" not in content:
         return []
     part = "test" if "test_accuracy" in content else "validation"
     what = f"logistic regression on the {content['control_of']} of the labeled pictures alone"
-    lines = [f"The control, {what}: {100 * content['control_accuracy']:.1f} % on {part}."]
+    lines = [f"The linear baseline, {what}: {100 * content['control_accuracy']:.1f} % on {part}."]
     if content[f"{part}_accuracy"] < content["control_accuracy"]:
-        lines.append("This run is behind its control: what is this simple does better here.")
+        lines.append("This run is behind its linear baseline: what is this simple does better here.")
     return lines
 
 

@@ -76,7 +76,7 @@ def test_a_run_begins_from_a_file_goes_on_from_it_alone_and_is_read_without_it(
     assert (fields["network"], fields["weights"], fields["tuning"]) == ("pooled_cnn", str(given), tuning)
     assert fields["backbone_sha256"] == backbone.find(str(given), "pooled_cnn").sha256
     assert json.loads((out / "result.json").read_text())["control_accuracy"] == 1.0
-    assert "control" in (out / "report.html").read_text()
+    assert "linear baseline" in (out / "report.html").read_text()
     before = torch.load(given)
     ended = {file.name: file.read_bytes() for file in out.glob("*.safetensors")}
     if tuning == "lora":
