@@ -11,7 +11,9 @@ the same library. Without --rival-python the rows of bergson say that they were 
 
 The linear datamodeling score is Spearman's correlation, over random sets of 1, 5 and 10 % of the examples, between the
 predicted outer loss, L + Σ score_i (MAGIC's φ(1) - Σ τ_i), and that of trainings without them by the loop of
-benchmarks/attribution.py, which uses nothing of metapl, in float32. Rows that are there are not repeated.
+benchmarks/attribution.py, which uses nothing of metapl, in float32. Rows that are there are not repeated. In the
+committed rows the transformer has docstrings of 32 words (``text_corpus.py``, last in commit 34cbc0d7), and not the
+sequences of ``examples/data_rater.py``.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import attribution
-import text_corpus
+import data_rater
 import torch
 from attribution import BASE, factor, losses_of
 from harness import NONE, RESULTS, Row, apart, arguments, described, grid, loaded, parsed, show, write_json
@@ -41,7 +43,8 @@ from metapl.ablation.cost import peak_bytes
 from metapl.feedback import Forward
 
 RESULT = RESULTS / "rival_attribution.json"
-VOCABULARY, SHARES, REMOVALS, SEEDS = 256, (0.01, 0.05, 0.1), 30, (0, 1, 2)
+SHARES, REMOVALS, SEEDS = (0.01, 0.05, 0.1), 30, (0, 1, 2)
+TEXT = data_rater.problem()
 NARROW = "sqrt, default type float32"
 LIBRARIES = {
     "metapl": ("compiled, all kept", "all kept", "every √K-th", "tree"),
@@ -56,14 +59,14 @@ SCORED = ("perceptron, SGD", 100), ("perceptron, SGD", 500), *((name, 50) for na
 
 
 class CausalTransformer(nn.Module):
-    """Two layers in GPT-2's order: logits (B, T, V) of the word behind each."""
+    """Two layers in GPT-2's order: logits (B, T, V) of the character behind each."""
 
     def __init__(self, act: nn.Module, width: int) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, act, batch_first=True, norm_first=True)
-        self.words, self.places = nn.Embedding(VOCABULARY, width), nn.Embedding(text_corpus.LENGTH, width)
+        self.words, self.places = nn.Embedding(TEXT.WORDS, width), nn.Embedding(TEXT.LENGTH, width)
         self.layers = nn.TransformerEncoder(layer, 2, nn.LayerNorm(width), enable_nested_tensor=False)
-        self.last = nn.Linear(width, VOCABULARY)
+        self.last = nn.Linear(width, TEXT.WORDS)
 
     def forward(self, ids: Tensor) -> Tensor:
         h = self.words(ids) + self.places.weight
@@ -74,14 +77,11 @@ class CausalTransformer(nn.Module):
 attribution.NETWORKS["words"] = CausalTransformer
 
 
-def training(setting: Row, steps: int, seed: int, dtype: torch.dtype, miniature: bool) -> Row:
+def training(setting: Row, steps: int, seed: int, dtype: torch.dtype) -> Row:
     """The examples, (N, ...), the outer ones, the rows of each batch, (K, B), and the initial weights."""
-    draw = torch.Generator().manual_seed(seed)
     if setting["network"] == "words":
-        parts = text_corpus.corpus(miniature)[0]
-        ids, outer = (parts[name][0].clamp(max=VOCABULARY - 1) for name in ("training", "validation"))
-        ids, outer = ids[torch.randperm(len(ids), generator=draw)[:500]], outer[::5]
-        pairs = (ids, ids), (outer, outer)
+        text = TEXT.Data(seed)
+        pairs = (text.clean[:500],) * 2, (text.outer[:100],) * 2
     else:
         pairs = tuple((x.to(dtype), y) for x, y in attribution.data(seed))
     many, draw = len(pairs[0][0]), torch.Generator().manual_seed(seed)  # as attribute draws them
@@ -206,7 +206,7 @@ def measure(library: str, given: Row, rounds: int, ways: tuple[str, ...]) -> lis
 
 def costs(name: str, steps: int, rounds: int, python: Path | None, miniature: bool) -> list[Row]:
     """The rows of a training, with errors beside metapl with all states kept. One round leaves the first way out."""
-    given, scores, rows = training(SETTINGS[name], steps, 0, torch.float64, miniature), dict[str, Tensor](), list[Row]()
+    given, scores, rows = training(SETTINGS[name], steps, 0, torch.float64), dict[str, Tensor](), list[Row]()
     with tempfile.TemporaryDirectory() as folder:
         torch.save(given, Path(folder) / "training.pt")
         for library, every in LIBRARIES.items():
@@ -236,7 +236,7 @@ def costs(name: str, steps: int, rounds: int, python: Path | None, miniature: bo
 
 
 def lds(name: str, steps: int, seed: int, removals: int, miniature: bool) -> Row:
-    given = training(SETTINGS[name], steps, seed, torch.float32, miniature)
+    given = training(SETTINGS[name], steps, seed, torch.float32)
     start = time.process_time()
     scores, loss = by_metapl(given, "all kept")
     row: Row = {"kind": "lds", "case": name, "steps": steps, "seed": seed, "removals": removals}

@@ -41,15 +41,13 @@ SCRIPTS = {  # what is given to a miniature, and the marks of its tables in a pa
     "silent": ((), ["silent"]),
     "step": ((), ["step"]),
     "stored_labels": ((), ["stored_labels"]),
-    "student_or_mpl": ((), ["student-or-mpl"]),
     "suspects": ((), ["suspects"]),
     "suspects --harmful": (("--harmful",), ["harmful_pictures"]),
     "tables": ((), ["tables"]),
-    "text_feedback": ((), ["text"]),
     "when": ((), ["when", "feedback-worth"]),
 }
 MINUTES = ("endurance", "hyperparameters", "label_noise", "peers", "reduced", "rival_attribution", "silent")
-MINUTES += ("stored_labels", "student_or_mpl", "suspects", "suspects --harmful")
+MINUTES += ("stored_labels", "suspects", "suspects --harmful")
 every_script = pytest.mark.parametrize("script", [pytest.param(s, marks=LONG) if s in MINUTES else s for s in SCRIPTS])
 
 
@@ -183,16 +181,15 @@ def test_what_a_gpu_has_to_show_runs_on_the_cpu_in_miniature(tmp_path: Path) -> 
 # ------------------------------------------------------------------------------------------------ studies as they say
 
 
-@pytest.mark.parametrize("name", ["digits_study", "label_noise", "noisy_student", "when", "text_feedback"])
+@pytest.mark.parametrize("name", ["digits_study", "label_noise", "noisy_student", "when"])
 def test_settings_are_of_other_seeds_and_the_test_set_is_opened_by_final_runs_alone(name: str) -> None:
     study, harness = importlib.import_module(name), importlib.import_module("harness")
-    tests = ("test_accuracy", "test", "teacher", "student_test")
-    rows = study.read() if name == "when" else [r for r in harness.read(study.RAW) if {"final", "part"} & {*r}]
+    tests = ("test_accuracy", "test", "teacher")
+    rows = study.read() if name == "when" else harness.read(study.RAW, "final")
     seeds: dict[bool, set[int]] = {True: set(), False: set()}
     for row in rows:
-        final = row["part"] == "final" if name == "text_feedback" else row["final"]
-        assert any(column in row for column in tests) == final
-        seeds[final] |= {*row.get("seeds", [row.get("seed")])}
+        assert any(column in row for column in tests) == row["final"]
+        seeds[row["final"]] |= {*row.get("seeds", [row.get("seed")])}
     assert len(seeds[True]) >= 5
     assert not seeds[True] & seeds[False]
 
