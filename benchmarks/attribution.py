@@ -1,15 +1,14 @@
 """What does removing training examples do, and who predicts it? `metapl.attribute` beside cheaper attributions.
 
-    python benchmarks/attribution.py --tune      # settings of the training, on seeds 100 to 102
-    python benchmarks/attribution.py --smooth    # what makes a convolutional network predictable, on the same seeds
-    python benchmarks/attribution.py --metasmooth  # metasmoothness beside what it should predict, on the same seeds
-    python benchmarks/attribution.py             # seeds 0 to 4, at the settings that were chosen
+    python benchmarks/attribution.py             # goes on where it was stopped
     python benchmarks/attribution.py --write benchmarks/results/attribution.md
 
 1,000 of scikit-learn's digits train a network, the other 797 judge it; 25 random sets of 1, 2, 5 and 10 % of the
 examples are removed, and the network is trained again without each by the loop below, which uses nothing of metapl.
 Every method gives each example a score; Spearman's correlation between the sums over the removed examples and what the
-trainings say is the linear datamodeling score. Rows that are there are not repeated.
+trainings say is the linear datamodeling score. On seeds 100 to 102: the settings of the training, metasmoothness beside
+what it should predict, and what makes a convolutional network predictable. Then, at the settings that were chosen,
+every method on seeds 0 to 4.
 """
 
 from __future__ import annotations
@@ -18,13 +17,11 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from harness import NONE, RESULTS, Row, append, arguments, grid, parsed, read, show
-from scipy.sparse.linalg import LinearOperator, cg
+from harness import NONE, RESULTS, Row, append, arguments, grid, interval, parsed, read, show
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jvp, vmap
@@ -32,7 +29,6 @@ from torch.nn import functional as F
 
 import metapl
 from metapl.feedback import Forward
-from metapl.metrics import paired_test
 
 RAW = RESULTS / "attribution.jsonl"
 EXAMPLES, BATCH, SHARES, REMOVALS = 1000, 100, (0.01, 0.02, 0.05, 0.1), 25
@@ -256,7 +252,7 @@ def by_one_step(setting: Row, seed: int, order: Tensor, train: Any, outer: Any) 
 
 
 def by_influence(setting: Row, seed: int, order: Tensor, train: Any, outer: Any) -> Tensor:
-    """Influence functions on the last layer at the end of the training: ⟨∇ℓ_i, (H + λ)⁻¹ ∇L⟩, conjugate gradients."""
+    """Influence functions on the last layer at the end of the training: ⟨∇ℓ_i, (H + λ)⁻¹ ∇L⟩."""
     network, _ = built(setting, seed)
     *_, params = plain(setting, seed, order, train)
     names = [*params][-2:]
@@ -270,12 +266,8 @@ def by_influence(setting: Row, seed: int, order: Tensor, train: Any, outer: Any)
     def loss(vector: Tensor, given: Any) -> Tensor:
         return loss_of(network, with_last(vector), given)
 
-    curved = hessian(loss)(flat, train).double().numpy()
-    v = grad(loss)(flat, outer).double().numpy()
-    solved, failed = cg(LinearOperator(curved.shape, lambda u: curved @ u + DAMPING * u), v, rtol=1e-6)
-    if failed:
-        raise RuntimeError(f"conjugate gradients ended with {failed}")
-    direction = with_last(torch.from_numpy(np.asarray(solved)).float())
+    curved = hessian(loss)(flat, train).double() + DAMPING * torch.eye(len(flat))
+    direction = with_last(torch.linalg.solve(curved, grad(loss)(flat, outer).double()).float())
     moved = {n: direction[n] if n in names else torch.zeros_like(p) for n, p in params.items()}
     return along(network, params, train, moved)
 
@@ -290,20 +282,29 @@ METHODS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def order_of(many: int, steps: int, batch: int, seed: int) -> Tensor:
+    """The rows of each batch, (K, B), as attribute draws them."""
+    draw = torch.Generator().manual_seed(seed)
+    passes = [torch.randperm(many, generator=draw) for _ in range(-(-steps * batch // many))]
+    return torch.cat(passes)[: steps * batch].view(steps, batch)
+
+
+def removed(many: int, shares: Sequence[float], removals: int, seed: int) -> tuple[list[Tensor], Tensor]:
+    """So many random sets of each share of the examples, and the weights of all without each, after those with all."""
+    draw = torch.Generator().manual_seed(seed + 1000)
+    sets = [torch.randperm(many, generator=draw)[: round(s * many)] for s in shares for _ in range(removals)]
+    weights = torch.ones(1 + len(sets), many)
+    for row, chosen in zip(weights[1:], sets, strict=True):
+        row[chosen] = 0
+    return sets, weights
+
+
 def one(
     name: str, steps: int, seed: int, methods: tuple[str, ...], shares: tuple[float, ...], removals: int = REMOVALS
 ) -> Row:
     setting = {**SETTINGS, **SMOOTH_NAMED}[name]
     train, outer = data(seed, setting.get("half") == "weights")
-    draw, removed = (torch.Generator().manual_seed(seed + more) for more in (0, 1000))
-    passes = -(-steps * BATCH // EXAMPLES)
-    order = torch.cat([torch.randperm(EXAMPLES, generator=draw) for _ in range(passes)])[: steps * BATCH]
-    order = order.view(steps, BATCH)
-    sizes = [int(share * EXAMPLES) for share in shares for _ in range(removals)]
-    sets = [torch.randperm(EXAMPLES, generator=removed)[:size] for size in sizes]
-    weights = torch.ones(1 + len(sets), EXAMPLES)
-    for row, chosen in zip(weights[1:], sets, strict=True):
-        row[chosen] = 0
+    order, (sets, weights) = order_of(EXAMPLES, steps, BATCH, seed), removed(EXAMPLES, shares, removals, seed)
     start = time.process_time()
     losses = retrained(setting, seed, order, train, outer, weights)
     row: Row = {"setting": name, "steps": steps, "seed": seed, "loss": float(losses[0]), "scores": {}, "seconds": {}}
@@ -341,22 +342,18 @@ def smoothness(name: str, steps: int, seed: int) -> Row:
     return row
 
 
-def asked(given: Any) -> Iterator[Any]:
-    if given.miniature:
+def asked(miniature: bool) -> Iterator[Any]:
+    if miniature:
         yield "convolutional", 12, 0, tuple(METHODS), SHARES
-    elif given.metasmooth:
-        for seed, name in itertools.product(TUNING_SEEDS, METASMOOTH):
+        return
+    for name, seed in itertools.product(SETTINGS, TUNING_SEEDS):
+        yield name, 500, seed, ("attribute",), FEW
+        if name in METASMOOTH:
             yield name, 500, seed
-            yield name, 500, seed, ("attribute",), FEW
-    elif given.smooth:
-        for seed, name in itertools.product(TUNING_SEEDS, SMOOTH_NAMED):
-            yield name, SMOOTH_STEPS, seed, ("attribute",), (0.01,), SMOOTH_REMOVALS
-    elif given.tune:
-        for name, seed in itertools.product(SETTINGS, TUNING_SEEDS):
-            yield name, 500, seed, ("attribute",), FEW
-    else:
-        for ((name, steps), shares), seed in itertools.product(FINAL.items(), SEEDS):
-            yield name, steps, seed, tuple(METHODS), shares
+    for name, seed in itertools.product(SMOOTH_NAMED, TUNING_SEEDS):
+        yield name, SMOOTH_STEPS, seed, ("attribute",), (0.01,), SMOOTH_REMOVALS
+    for ((name, steps), shares), seed in itertools.product(FINAL.items(), SEEDS):
+        yield name, steps, seed, tuple(METHODS), shares
 
 
 def mean(rows: list[Row], method: str, share: float) -> str:
@@ -368,11 +365,7 @@ def ahead(rows: list[Row], share: float) -> str:
     """How far attribute's correlation is above influence functions', paired by seed, and the 95 % interval."""
     key, names = f"{share:g}", ("attribute", INFLUENCE)
     pairs = [[row["scores"][name][key][0] for name in names] for row in rows if key in row["scores"][INFLUENCE]]
-    if len(pairs) < 2:
-        return NONE
-    test = paired_test(*zip(*pairs, strict=True))
-    assert test.interval is not None
-    return f"{test.mean:+.2f} ({test.interval[0]:+.2f} to {test.interval[1]:+.2f})"
+    return interval(*zip(*pairs, strict=True), form="+.2f") if len(pairs) > 1 else NONE
 
 
 def tables(rows: list[Row]) -> dict[str, str]:
@@ -428,15 +421,11 @@ def tables(rows: list[Row]) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RAW)
-    parser.add_argument("--tune", action="store_true", help="the settings of the training")
-    parser.add_argument("--metasmooth", action="store_true", help="metasmoothness beside what it should predict")
-    parser.add_argument("--smooth", action="store_true", help="what makes a convolutional network predictable")
-    given = parsed(parser)
+    given = parsed(arguments(__doc__, RAW))
     torch.set_num_threads(1)
     rows = read(given.out)
     there = {(r["setting"], r["steps"], r["seed"], "scores" in r) for r in rows}
-    for job in asked(given) if given.runs else ():
+    for job in asked(given.miniature) if given.runs else ():
         if (*job[:3], len(job) > 3) not in there:
             half = SETTINGS.get(job[0], {}).get("half") == "autocast"
             with torch.autocast("cpu", torch.bfloat16, enabled=half):

@@ -18,14 +18,14 @@ import hashlib
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import NONE, RESULTS, Row, append, arguments, go_on, grid, parsed, read, show
+from harness import NONE, RESULTS, Row, arguments, every, go_on, grid, interval, parsed, read, show
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -33,7 +33,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metapl
 from metapl.ablation.cost import peak_bytes
-from metapl.metrics import paired_test
 from metapl.problems import DataRater
 
 RAW = RESULTS / "data_rater.jsonl"
@@ -79,8 +78,7 @@ def gain(example: Any, rater: str, seed: int, steps: int) -> Row:
     if rater == "transformer":
         network, rate = Mean(example.Transformer()), 1e-3
     example.learn_rater(network, data, seed, steps, rate=rate)
-    row: Row = {"kind": "gain", "rater": rater, "seed": seed, "steps": steps, "rate": rate, "torch": torch.__version__}
-    row["seconds"] = time.process_time() - start
+    row: Row = {"steps": steps, "rate": rate, "torch": torch.__version__, "seconds": time.process_time() - start}
     row["scores"], row["auc"] = example.found(network, data)
     if rater == "pairs":
         start = time.process_time()
@@ -158,7 +156,7 @@ WAYS: dict[str, Callable[..., Sequence[Tensor]]] = {
 }
 
 
-def costs(example: Any, rounds: int, width: int) -> Iterator[Row]:
+def costs(example: Any, rounds: int, width: int) -> list[Row]:
     """Of one outer step, with each kernel of attention."""
     torch.manual_seed(0)
     example.WIDTH = width
@@ -168,34 +166,27 @@ def costs(example: Any, rounds: int, width: int) -> Iterator[Row]:
     double = copy.deepcopy((rater, student))
     with sdpa_kernel(SDPBackend.MATH):
         exact = torch.cat([g.flatten() for g in by_hand(*(network.double() for network in double), outer, inner)])
-    for attention in ("default", "math"):
-        rows: dict[str, Row] = {}
-        for name, gradient in WAYS.items():
-            rows[name] = row = {"kind": "cost", "way": name, "attention": attention, "width": width, "seconds": []}
-            with sdpa_kernel(SDPBackend.MATH) if attention == "math" else nullcontext():
+    rows = list[Row]()
+    for attention, kernel in (("default", nullcontext()), ("math", sdpa_kernel(SDPBackend.MATH))):
+        measured = list[tuple[Row, Callable[[], Sequence[Tensor]]]]()
+        with kernel:
+            for name, gradient in WAYS.items():
+                row: Row = {"way": name, "attention": attention, "width": width, "seconds": []}
+                run = partial(gradient, rater, student, outer, inner)
+                rows.append(row)
                 try:
-                    grads = gradient(rater, student, outer, inner)
-                    found = torch.cat([g.flatten().double() for g in grads])
-                    row["error"] = float((found - exact).norm() / exact.norm())
-                    row["bytes"] = peak_bytes(lambda g=gradient: g(rater, student, outer, inner), torch.device("cpu"))  # type: ignore[misc]
+                    row["error"] = float(
+                        (torch.cat([g.flatten().double() for g in run()]) - exact).norm() / exact.norm()
+                    )
+                    row["bytes"] = peak_bytes(run, torch.device("cpu"))
+                    measured.append((row, run))
                 except RuntimeError as error:
                     row["reason"] = str(error).splitlines()[0]
-        for _ in range(rounds):
-            for name, gradient in WAYS.items():
-                with sdpa_kernel(SDPBackend.MATH) if attention == "math" else nullcontext():
-                    if "reason" not in rows[name]:
-                        start = time.process_time()
-                        gradient(rater, student, outer, inner)
-                        rows[name]["seconds"].append(time.process_time() - start)
-        yield from rows.values()
-
-
-def spread(values: Sequence[float]) -> str:
-    """A mean with its 95 % interval, of two values or more."""
-    test = paired_test(values, [0.0] * len(values))
-    if test.interval is None:
-        return f"{test.mean:.2f}"
-    return f"{test.mean:.2f} ({test.interval[0]:.2f} to {test.interval[1]:.2f})"
+            for row, run in measured * rounds:  # in turns
+                start = time.process_time()
+                run()
+                row["seconds"].append(time.process_time() - start)
+    return rows
 
 
 def tables(rows: list[Row]) -> dict[str, str]:
@@ -211,8 +202,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
     lines = []
     for name, title in titles.items():
         reached = {other: [r["perplexity"][other] for r in gains] for other in (name, EVERYTHING, RATED)}
-        over = ([a - b for a, b in zip(reached[name], reached[other], strict=True)] for other in (EVERYTHING, RATED))
-        cells = [NONE if name == n else spread(each) for n, each in zip((EVERYTHING, RATED), over, strict=True)]
+        cells = [NONE if name == other else interval(reached[name], reached[other]) for other in (EVERYTHING, RATED)]
         lines.append([title, f"{statistics.fmean(reached[name]):.2f}", *cells])
     found = {
         "a rater: a score for each pair of characters": [r["auc"] for r in gains],
@@ -220,7 +210,9 @@ def tables(rows: list[Row]) -> dict[str, str]:
         "bigrams of the outer text": [r["auc_of_counts"][OUTER] for r in gains],
         "the difference, outer text − mixture": [r["auc_of_counts"][BOTH] for r in gains],
     }
-    scores = [[n, len(areas), *(spread([a[k] for a in areas]) for k in (1, 0))] for n, areas in found.items() if areas]
+    scores = [
+        [n, len(areas), *(interval([a[k] for a in areas]) for k in (1, 0))] for n, areas in found.items() if areas
+    ]
     measured, ways = [r for r in rows if r["kind"] == "cost"], []
     (hand,) = (r for r in measured if (r["way"], r["attention"]) == (BY_HAND, "math"))
     for r in measured:
@@ -240,14 +232,15 @@ def tables(rows: list[Row]) -> dict[str, str]:
 def main() -> None:
     given = parsed(arguments(__doc__, RAW))
     torch.set_num_threads(1)
-    small = given.miniature
     if given.runs:
-        example, jobs = problem(), [("pairs", seed) for seed in SEEDS] + [("transformer", seed) for seed in OTHER_SEEDS]
-        run = partial(gain, example, steps=4 if small else STEPS)
-        named = ({"kind": "gain", "rater": rater, "seed": seed} for rater, seed in jobs[:: len(SEEDS) if small else 1])
-        rows = go_on(given.out, named, lambda kind, rater, seed: run(rater, seed))
-        if not any(row["kind"] == "cost" for row in rows):
-            append(given.out, *costs(example, 1 if small else ROUNDS, 16 if small else WIDTH))
+        steps, rounds, width, most = (4, 1, 16, 1) if given.miniature else (STEPS, ROUNDS, WIDTH, None)
+        example, raters = problem(), [*every(rater="pairs", seed=SEEDS), *every(rater="transformer", seed=OTHER_SEEDS)]
+        jobs: list[Row] = [{"kind": "gain", **job} for job in raters[:most]]
+
+        def run(kind: str, **job: Any) -> Row | list[Row]:
+            return costs(example, rounds, width) if kind == "cost" else gain(example, **job, steps=steps)
+
+        go_on(given.out, [*jobs, {"kind": "cost"}], run)
     for mark, table in tables(read(given.out)).items():
         show(given.write, mark, table)
 

@@ -2,7 +2,6 @@
 
     python benchmarks/digits_study.py                        # tune, then run; goes on where it was stopped
     python benchmarks/digits_study.py --write benchmarks/results/digits_study.md
-    python benchmarks/digits_study.py --miniature --out FILE # all of it in seconds, to see that it runs
 
 Tuning: each method has 12 configurations, each run on 5 seeds, and the one whose best student by validation (197
 labeled images) is best on average is chosen. Final runs: the chosen configuration on 20 other seeds, where nothing is
@@ -17,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -109,13 +108,6 @@ def drawn(seed: int, labels_per_class: int, size: Size) -> Data:
     )
 
 
-def training(config: Digits, data: Data, fit: Callable[..., FitResult]) -> Training:
-    """What a method trains, without a folder, from the weights that the seed gives."""
-    torch.manual_seed(config.fitting.seed)
-    teacher, student = (config.network() for _ in range(2))
-    return Training(config=config, data=data, teacher=teacher, student=student, fit=fit, label=lambda network: {})
-
-
 def one_run(method: str, config: Config, seed: int, labels_per_class: int, final: bool, size: Size) -> Row:
     """Train one method once: tuning runs read the validation images, final runs the test images."""
     torch.set_num_threads(1)
@@ -133,7 +125,10 @@ def one_run(method: str, config: Config, seed: int, labels_per_class: int, final
     def phase(*sources: Any, **own: Any) -> FitResult:
         return fit(*sources, **{"steps": size.steps, **digits.fitting.options(), **looked_at, **own})
 
-    trained = named.train(training(digits, data, phase))
+    torch.manual_seed(seed)
+    teacher, student = (digits.network() for _ in range(2))
+    networks = {"teacher": teacher, "student": student}
+    trained = named.train(Training(config=digits, data=data, **networks, fit=phase, label=lambda network: {}))
     found: Row = {"validation_accuracy": trained.result.validation_accuracy}
     if final:
         found = {"selected": False, STUDENT: trained.trainer.evaluate(data.test).accuracy}

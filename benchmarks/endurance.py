@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy
 import torch
-from harness import RESULTS, Row, arguments, described, grid, loaded, parsed, show, write_json
+from harness import RESULTS, Row, arguments, environment, grid, loaded, parsed, show, write_json
 from PIL import Image
 
 from metapl import MetaplError
@@ -232,8 +232,8 @@ def table(result: Row) -> str:
     setup, rows = result["setup"], result["parts"]
     lines = [[PARTS[name], *(f"{rows[name][key]:,.0f}" for key in ("tried", "failed", "seconds"))] for name in rows]
     return (
-        f"`{setup['command']}` on {setup['cores']} cores of {setup['cpu']}, torch {setup['torch']}, Python "
-        f"{setup['python']}, {setup['system']}.\n\n{grid(['what', 'tried', 'failed', 'seconds'], lines)}"
+        f"`{setup['command']}` on {setup['cpus']} cores of {setup['processor']}, torch {setup['torch']}, Python "
+        f"{setup['python']}.\n\n{grid(['what', 'tried', 'failed', 'seconds'], lines)}"
     )
 
 
@@ -256,7 +256,7 @@ def main() -> None:
                 result["parts"][name] = {**found, "failures": failures[:20]}
                 print(name, found, *failures[:20], sep="\n  ", file=sys.stderr, flush=True)
                 ordered = {part: result["parts"][part] for part in PARTS if part in result["parts"]}
-                write_json(given.out, {"setup": {**described(), "command": "make endurance"}, "parts": ordered})
+                write_json(given.out, {"setup": {**environment(), "command": "make endurance"}, "parts": ordered})
     show(given.write, "endurance", table(loaded(given.out)))
 
 

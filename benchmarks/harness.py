@@ -10,7 +10,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,9 +20,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from metapl.apps.machine.cores import available_cores
 from metapl.apps.machine.environment import environment as environment
 from metapl.metrics import paired_test
 
@@ -58,24 +54,6 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return given
 
 
-def described(device: str = "cpu") -> Row:
-    """Hardware and versions, without the names of hosts or folders."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = [f"model name:{platform.processor()}"]
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
-        "cpu": f"{names[0] if names else 'unknown'} ({platform.machine()})",
-        "cores": available_cores(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.system(),
-    }
-
-
 # ----------------------------------------------------------------------------------------------------------------- rows
 
 
@@ -91,8 +69,11 @@ def append(file: Path, *rows: Row) -> None:
         raw.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def go_on(file: Path, jobs: Iterable[Row], run: Callable[..., Row], workers: int = 1, **about: Any) -> list[Row]:
-    """Run the jobs that no row of the file has, each a row of its own columns and what ``run(**job)`` finds.
+def go_on(
+    file: Path, jobs: Iterable[Row], run: Callable[..., Row | list[Row]], workers: int = 1, **about: Any
+) -> list[Row]:
+    """Run the jobs that no row of the file has, each a row of its own columns and what ``run(**job)`` finds, or a row
+    for each thing that it finds.
 
     Args:
         jobs: one at a time, so that later ones may be chosen by earlier rows; with several ``workers``, all at first.
@@ -108,20 +89,22 @@ def go_on(file: Path, jobs: Iterable[Row], run: Callable[..., Row], workers: int
             if not any(stored.items() <= row.items() for row in rows):
                 yield job
 
-    def keep(row: Row) -> None:
+    def keep(job: Row, found: Row | list[Row]) -> None:
         nonlocal said
-        append(file, *[about] * (bool(about) and not said), row)
+        new = [{**job, **one} for one in (found if isinstance(found, list) else [found])]
+        append(file, *[about] * (bool(about) and not said), *new)
         said = True
-        rows.append(json.loads(json.dumps(row)))
-        print({name: value for name, value in row.items() if name != "made_with"}, file=sys.stderr, flush=True)
+        rows.extend(json.loads(json.dumps(new)))
+        for row in new:
+            print({name: value for name, value in row.items() if name != "made_with"}, file=sys.stderr, flush=True)
 
     if workers == 1:
         for job in missing():
-            keep({**job, **run(**job)})
+            keep(job, run(**job))
         return rows
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         for job, running in [(job, pool.submit(run, **job)) for job in missing()]:
-            keep({**job, **running.result()})
+            keep(job, running.result())
     return rows
 
 
@@ -214,6 +197,17 @@ def between(first: Sequence[float], second: Sequence[float]) -> str:
     return NONE if ends is None else f"{100 * ends[0]:+.1f} to {100 * ends[1]:+.1f}"
 
 
+def interval(first: Sequence[float], second: Sequence[float] | None = None, form: str = ".2f") -> str:
+    """The mean of their difference with its 95 % interval, or that of the first ones; in their unit.
+
+    >>> interval([1.0, 2.0, 4.0], [0.5, 1.0, 2.5])
+    '1.00 (-0.24 to 2.24)'
+    """
+    test = paired_test(first, [0.0] * len(first) if second is None else second)
+    ends = "" if test.interval is None else f" ({test.interval[0]:{form}} to {test.interval[1]:{form}})"
+    return f"{test.mean:{form}}{ends}"
+
+
 # --------------------------------------------------------------------------------------------------- tables and figures
 
 
@@ -248,7 +242,7 @@ def figure_of(page: Path, name: str) -> Path:
     return (HERE.parent / "docs" if page.resolve().parent == RESULTS else page.parent) / name
 
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 """Of Okabe and Ito's colors, which the color-blind can tell apart."""
 
 

@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from harness import RESULTS, Row, arguments, best, go_on, grid, parsed, read, show
+from harness import RESULTS, Row, arguments, best, go_on, grid, interval, parsed, read, show
 from torch.nn import functional as F
 
 import metapl
 from metapl.apps.pictures import load_digits_split
 from metapl.errors import MetaplError
-from metapl.metrics import paired_test
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
@@ -153,10 +152,8 @@ def table(rows: list[Row]) -> str:
     for other in ("random search", UNTUNED):
         cells = []
         for key in names:
-            test = paired_test(columns["metagradients", key], columns[other, key])
-            to = "+.1f" if key == "accuracy" else "+.3f"
-            ends = "" if test.interval is None else " ({:{to}} to {:{to}})".format(*test.interval, to=to)
-            cells.append(f"{test.mean:{to}}{ends}")
+            pair = columns["metagradients", key], columns[other, key]
+            cells.append(interval(*pair, form="+.1f" if key == "accuracy" else "+.3f"))
         lines.append([f"*metagradients − {other}*", "", "", *cells])
     shown = grid(["", "trainings", "processor time, s", *names.values()], lines)
     return shown.replace("|  |", "| |").replace("|  |", "| |")

@@ -1,9 +1,7 @@
 """Do learned weights and labels help against wrong labels? Digits with planted noise, and 100 trusted labels.
 
     python benchmarks/label_noise.py                              # tune, then run; goes on where it was stopped
-    python benchmarks/label_noise.py --costs                      # processor time of each method
     python benchmarks/label_noise.py --write benchmarks/results/label_noise.md  # put them there; the figure: docs/
-    python benchmarks/label_noise.py --miniature --out FILE       # all of it in seconds, to see that it runs
 
 Of scikit-learn's digits, 10 of each class have trusted labels (the handful); the labels of about 1,100 others are made
 wrong, or the classes are made rare. The bilevel methods draw their inner batches from the latter and their outer ones
@@ -17,15 +15,12 @@ after the last step is kept; only early stopping selects a checkpoint, by its ac
 train on. Only the final runs look at the test set, once: the student, and the same student after finetuning on the
 handful.
 
-Metagradient descent (Engstrom et al., 2025), written down before it ran on any of these seeds: the weight of a noisy
-example is σ(t), t = 0 at first, as in ExampleWeights. The whole training of 300 steps begins again 5 times at the same
-weights, with the same batches; each time t moves by ± a constant, with the sign of the derivative of the handful's loss
-at its end; a sixth training, with the weights so found, is the one that is judged. In passes it costs 24 plain
-trainings, and a one-step method 3; so ExampleWeights, which learns the same weights, runs once more with 8 times as
-many steps, tuned again.
+Metagradient descent (Engstrom et al., 2025; in docs/label-noise.md) was written down before it ran on any of these
+seeds. In passes it costs 24 plain trainings, and a one-step method 3; so ExampleWeights, which learns the same weights,
+runs once more with 8 times as many steps, tuned again.
 
 The seeds of the committed rows were trained side by side, as the blocks of one network (last in commit 9e8e3c46), where
-each ends as it does alone.
+each ends as it does alone; the processor time of each method is of those.
 """
 
 from __future__ import annotations
@@ -363,17 +358,6 @@ def jobs(rows: Sequence[Row], size: Size) -> Iterator[Row]:
             yield {"method": name, "config": config, "final": bool(rows), "condition": at, "seed": seed}
 
 
-def costs(raw: Path) -> None:
-    """Write the processor seconds of each method's training, after one in miniature."""
-    seconds: dict[str, float] = {}
-    for size, (name, entry) in itertools.product((MINIATURE, FULL), ENTRIES.items()):
-        if entry.grid:
-            run, since = Run(name, entry.grid[0], "asymmetric_40", 0, size), time.process_time()
-            run.train()
-            seconds[name] = round(time.process_time() - since, 2)
-    harness.append(raw, {"costs": seconds, "of": "One seed", "made_with": harness.environment()})
-
-
 Columns = dict[tuple[str, str, str], list[float]]
 
 
@@ -483,13 +467,9 @@ def draw(path: Path, found: Columns) -> None:
 
 
 def main() -> None:
-    parser = harness.arguments(__doc__, RAW)
-    parser.add_argument("--costs", action="store_true", help="measure what each method costs and stop")
-    given = harness.parsed(parser)
+    given = harness.parsed(harness.arguments(__doc__, RAW))
     torch.set_num_threads(1)
-    if given.costs:
-        costs(given.out)
-    elif given.runs:
+    if given.runs:
         size = MINIATURE if given.miniature else FULL
         run, about = partial(one_run, size=size), {"made_with": harness.environment(), **dataclasses.asdict(size)}
         harness.go_on(given.out, jobs([], size), run, **about)

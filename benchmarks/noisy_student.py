@@ -2,7 +2,6 @@
 
     python benchmarks/noisy_student.py                                 # tune, then run; goes on where it was stopped
     python benchmarks/noisy_student.py --write benchmarks/results/noisy_student.md  # tables there, figure in docs/
-    python benchmarks/noisy_student.py --miniature --out FILE          # all of it in seconds, to see that it runs
 
 A teacher learns from the labeled digits with noise and labels the unlabeled ones without; they are selected, and a
 student learns from both by the mean over the batch, with the losses, batches and selection of ``metapl noisy-student``.

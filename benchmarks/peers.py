@@ -1,7 +1,6 @@
 """The same hypergradient by metapl and by the other libraries, side by side in one run.
 
     python benchmarks/peers.py                                    # about forty minutes on one core
-    python benchmarks/peers.py --only MLP transformer             # the rows of other networks stay
     python benchmarks/peers.py --write benchmarks/results/peers.md
 
 Each library gets a throw-away environment with a pinned version of its own, which reads PyTorch from this one; one that
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import NONE, RESULTS, Row, apart, arguments, described, grid, loaded, parsed, show, write_json
+from harness import NONE, RESULTS, Row, apart, arguments, environment, grid, loaded, parsed, show, write_json
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
@@ -315,7 +314,7 @@ def measure(library: str, network: str, steps: int, calls: int, truth: str, devi
     }
 
 
-def environment(packages: Sequence[str], folder: Path, alone: bool = True) -> str:
+def installed(packages: Sequence[str], folder: Path, alone: bool = True) -> str:
     """The interpreter of a new environment with these packages, ``alone`` or with what they need beyond this
     environment, from which it reads the others.
 
@@ -351,7 +350,7 @@ def call(python: str, *given: Any) -> Row:
 def run(given: Any) -> Row:
     """All measurements, in one drawn order."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    networks = ("MLP",) if given.miniature else given.only
+    networks = ("MLP",) if given.miniature else NETWORKS
     ahead, rounds = ((2,), 1) if given.miniature else ((1, 10), given.rounds)
     pythons, reasons = dict.fromkeys(OWN[:1] if given.miniature else OWN, sys.executable), dict[str, str]()
     rows: dict[tuple[str, str, int], list[Row]] = {}
@@ -361,9 +360,9 @@ def run(given: Any) -> Row:
             here = library.startswith("TorchOpt") and importlib.util.find_spec("torchopt")
             if not packages or (given.miniature and here):
                 pythons[library] = sys.executable
-            elif not given.miniature and library in given.libraries:
+            elif not given.miniature:
                 try:
-                    pythons[library] = environment(packages, Path(folder) / library.split()[0])
+                    pythons[library] = installed(packages, Path(folder) / library.split()[0])
                     reasons |= {} if gradient else {library: "installs, and has no measurement here yet"}
                 except RuntimeError as error:
                     reasons[library] = str(error)
@@ -372,16 +371,14 @@ def run(given: Any) -> Row:
         for one in cases:
             if failed := call(sys.executable, TRUTH, *one, 0, truths[one], device).get("reason"):
                 raise SystemExit(failed)
-        libraries = [library for library in pythons if library in given.libraries and library not in reasons]
-        jobs = [(library, *one) for library in libraries for one in cases] * rounds
+        jobs = [(library, *one) for library in pythons if library not in reasons for one in cases] * rounds
         random.Random(0).shuffle(jobs)
         for number, (library, network, steps) in enumerate(jobs, 1):
             calls = {"MLP": 50, "WRN-28-2": 2}.get(network, 10) // (5 if steps > 1 else 1) or 1
             row = call(pythons[library], library, network, steps, calls, truths[network, steps], device)
             rows.setdefault((library, network, steps), []).append(row)
             print(f"[{number}/{len(jobs)}] {library}, {network}, K = {steps}: {row}", file=sys.stderr, flush=True)
-    kept = [] if given.miniature or not given.out.exists() else loaded(given.out)["rows"]
-    kept = [row for row in kept if (row["library"], row["network"], row["steps"]) not in rows]
+    kept = list[Row]()
     for (library, network, steps), found in sorted(rows.items()):
         # The medians over rounds, and each round's seconds; or the reason why there is nothing.
         failed = next((row["reason"] for row in found if "reason" in row), None)
@@ -389,7 +386,7 @@ def run(given: Any) -> Row:
         medians = {} if failed else {name: statistics.median(row[name] for row in found) for name in names}
         joined = {"reason": failed} if failed else medians | {"each": [row["seconds"] for row in found]}
         kept.append({"library": library, "network": network, "steps": steps, **joined})
-    return {"measured_on": described(device), "not_installed": reasons, "rows": kept}
+    return {"measured_on": environment(), "not_installed": reasons, "rows": kept}
 
 
 def table(result: Row) -> str:
@@ -418,8 +415,6 @@ def missing(result: Row) -> str:
 
 def main() -> None:
     parser = arguments(__doc__, RESULT)
-    parser.add_argument("--only", nargs="+", choices=NETWORKS, default=NETWORKS, help="the rows of the others stay")
-    parser.add_argument("--libraries", nargs="+", default=(*OWN, *PEERS), help="the rows of others stay")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each case")
     given = parsed(parser)
     if given.runs:

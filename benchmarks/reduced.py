@@ -1,12 +1,12 @@
 """Reduced Meta Pseudo Labels: what a step costs beside full MPL and plain training, and what it reaches on the digits.
 
-    python benchmarks/reduced.py                       # both, and writes results/reduced.json
+    python benchmarks/reduced.py                       # both; goes on where it was stopped
     python benchmarks/reduced.py --write benchmarks/results/reduced.md
 
 A step: WRN-28-2 on 16 pictures of 32 px and EfficientNet-B0 on 8 of 64 px, whose teacher is as large; SGD with Nesterov
 momentum. Plain training learns the same stored labels, without a teacher; in a second row it also learns the labeled
-examples, each batch with a backward pass of its own. Each measurement is a process of its own, in a drawn order; memory
-is the allocator's peak beyond what lies there between steps.
+examples, each batch with a backward pass of its own. Each measurement is the median of three processes of its own, in a
+drawn order; memory is the allocator's peak beyond what lies there between steps.
 
 The digits: the recipe's 2 labels a class, 1,500 steps and 200 of finetuning, on the 20 seeds of the digits study. The
 size of Reduced MPL's feedback is chosen by validation on three other seeds; the others have the recipe's settings. The
@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import random
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from metapl.apps.settings import replaced
 from metapl.models import label_adjuster
 from metapl.problems import ReducedLabels
 
-RESULT = RESULTS / "reduced.json"
+RAW = RESULTS / "reduced.jsonl"
 PLAIN = "plain training on stored labels"
 BOTH = "plain training on stored and on given labels"
 STEPS: dict[str, tuple[str, str]] = {  # method and mode
@@ -104,84 +104,65 @@ def measure(case: str, name: str, steps: int) -> Row:
     return {"seconds": seconds, "bytes": peak_bytes(step, torch.device("cpu")), "weights": weights}
 
 
-def steps_measured(miniature: bool) -> list[Row]:
-    rounds, each = (1, 1) if miniature else (3, 3)
-    names = (PLAIN, "Reduced MPL, reinforce") if miniature else tuple(STEPS)
-    jobs = [(case, name) for case in (SMALL if miniature else CASES) for name in names] * rounds
-    random.Random(0).shuffle(jobs)
-    found: dict[tuple[str, str], list[Row]] = {}
-    for number, job in enumerate(jobs, 1):
-        found.setdefault(job, []).append(harness.apart(f"reduced.measure{(*job, each)!r}"))
-        print(f"[{number}/{len(jobs)}] {job}: {found[job][-1]}", file=sys.stderr, flush=True)
-    return [
-        {"case": case, "name": name, **{key: statistics.median(row[key] for row in rows) for key in rows[0]}}
-        for (case, name), rows in sorted(found.items())
-    ]
+def step_of(case: str, name: str, turns: int) -> Row:
+    """The medians of :func:`measure` in processes of its own."""
+    rows = [harness.apart(f"reduced.measure{(case, name, turns)!r}") for _ in range(turns)]
+    return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
 
 
-def digits_run(method: str, seed: int, weight: float, steps: int) -> Row:
+def digits_run(method: str, seed: int, weight: float, final: bool, steps: int) -> Row:
     """A run as ``metapl train digits`` does it: accuracies of the student and of the finetuned one."""
     config = Digits(fitting=fitting(seed=seed, steps=steps))
     named = replaced(KNOWN[method], feedback_weight=weight)  # of a method that has feedback
     with tempfile.TemporaryDirectory() as folder:
         content = Job(config, named.scheduled(steps), Path(folder) / "run", resume=False, threads=1).run()
-    parts = ("validation", "test") if seed in SEEDS else ("validation",)
+    parts = ("validation", "test") if final else ("validation",)
     return {f"{name}_{part}": content[f"{name}_{part}_accuracy"] for name in READOUTS for part in parts}
 
 
-def digits_measured(miniature: bool) -> Row:
-    """Tuning, and the final runs with the weight that it chose."""
-    steps, weights = (3, WEIGHTS[:1]) if miniature else (1500, WEIGHTS)
-    tuning_seeds, seeds = (TUNING[:1], SEEDS[:2]) if miniature else (TUNING, SEEDS)
-    tuning, final = list[Row](), list[Row]()
-    for weight in weights:
-        for seed in tuning_seeds:
-            tuning.append({"weight": weight, "seed": seed, **digits_run("reduced_mpl", seed, weight, steps)})
-            print(f"tuning: {tuning[-1]}", file=sys.stderr, flush=True)
-    best = max(weights, key=lambda weight: statistics.fmean(column_of(tuning, "student_validation", weight=weight)))
-    for seed in seeds:
-        for method in METHODS[: 2 if miniature else None]:
-            weight = best if method == "reduced_mpl" else 1.0
-            final.append({"method": method, "seed": seed, **digits_run(method, seed, weight, steps)})
-            print(f"final: {final[-1]}", file=sys.stderr, flush=True)
-    return {"steps": steps, "weight": best, "tuning": tuning, "final": final}
-
-
-def column_of(rows: list[Row], column: str, **which: Any) -> list[float]:
-    """A column of the rows that agree, in the order of the rows."""
-    return [row[column] for row in rows if which.items() <= row.items()]
-
-
-def table(result: Row) -> str:
+def table(rows: Sequence[Row]) -> str:
     """The costs of a step, and the accuracies on the digits."""
-    known = {(row["case"], row["name"]): row for row in result["steps"]}
-    cases = dict.fromkeys(case for case, _ in known)
+    known = {(row["case"], row["name"]): row for row in rows if "case" in row}
+    cases = sorted({case for case, _ in known})
     costs, lines = list[Any](), list[Any]()
     for case, name in ((case, name) for case in cases for name in STEPS if (case, name) in known):
         row, plain = known[case, name], known[case, PLAIN]
         over = [f"{row[key] / plain[key]:.2f}" for key in ("seconds", "bytes")]
         size = [f"{1e3 * row['seconds']:.0f}", f"{row['bytes'] / 1e6:.0f}", f"{row['weights'] / 1e6:.2f}"]
         costs.append([case, name, *over, *size])
-    final = result["digits"]["final"]
-    own = [column_of(final, f"{name}_test", method="reduced_mpl") for name in READOUTS]
+    final = [row for row in rows if row.get("final")]
+
+    def column(method: str) -> list[list[float]]:
+        return [[row[f"{name}_test"] for row in final if row["method"] == method] for name in READOUTS]
+
+    own = column("reduced_mpl")
     for method in dict.fromkeys(row["method"] for row in final):
-        reached = [column_of(final, f"{name}_test", method=method) for name in READOUTS]
+        reached = column(method)
         beside = [NONE] * 6
         if method != "reduced_mpl":
             pairs = zip(own, reached, strict=True)
             beside = [cell for a, b in pairs for cell in (*harness.difference(a, b), harness.between(a, b))]
         lines.append([KNOWN[method].title, *map(harness.spread, reached), *beside])
     head = ["network", "step", "time / plain", "memory / plain", "ms", "MB", "million weights"]
-    found = ["method", *READOUTS, *(f"{name}: {what}" for name in READOUTS for what in ("difference", "p", "95 %"))]
-    return f"{harness.grid(head, costs, names=2)}\n\n{harness.grid(found, lines)}"
+    about = ["method", *READOUTS, *(f"{name}: {what}" for name in READOUTS for what in ("difference", "p", "95 %"))]
+    return f"{harness.grid(head, costs, names=2)}\n\n{harness.grid(about, lines)}"
 
 
 def main() -> None:
-    given = harness.parsed(harness.arguments(__doc__, RESULT))
+    given = harness.parsed(harness.arguments(__doc__, RAW))
     if given.runs:
-        steps = {"measured_on": harness.described(), "steps": steps_measured(given.miniature)}
-        harness.write_json(given.out, steps | {"digits": digits_measured(given.miniature)})
-    harness.show(given.write, "reduced", table(harness.loaded(given.out)))
+        turns, steps, cases, few = (1, 3, SMALL, 1) if given.miniature else (3, 1500, CASES, None)
+        names = (PLAIN, "Reduced MPL, reinforce") if given.miniature else STEPS
+        jobs = list(harness.every(case=tuple(cases), name=tuple(names)))
+        random.Random(0).shuffle(jobs)
+        harness.go_on(given.out, jobs, partial(step_of, turns=turns), measured_on=harness.environment())
+        run, weights = partial(digits_run, steps=steps), WEIGHTS[:few]
+        tuning = harness.every(method="reduced_mpl", final=False, weight=weights, seed=TUNING[:few])
+        rows = [row for row in harness.go_on(given.out, tuning, run) if row.get("final") is False]
+        chosen = dict.fromkeys(METHODS, 1.0) | {"reduced_mpl": harness.best(rows, "weight", "student_validation")}
+        final = harness.every(final=True, seed=SEEDS[: few and 2], method=METHODS[: few and 2])
+        harness.go_on(given.out, ({**job, "weight": chosen[job["method"]]} for job in final), run)
+    harness.show(given.write, "reduced", table(harness.read(given.out)))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,8 @@ the same library. Without --rival-python the rows of bergson say that they were 
 
 The linear datamodeling score is Spearman's correlation, over random sets of 1, 5 and 10 % of the examples, between the
 predicted outer loss, L + Σ score_i (MAGIC's φ(1) - Σ τ_i), and that of trainings without them by the loop of
-benchmarks/attribution.py, which uses nothing of metapl, in float32. Rows that are there are not repeated. In the
-committed rows the transformer has docstrings of 32 words (``text_corpus.py``, last in commit 34cbc0d7), and not the
-sequences of ``examples/data_rater.py``.
+benchmarks/attribution.py, which uses nothing of metapl, in float32. The transformer and its sequences are those of
+``examples/data_rater.py``; in the committed rows they were another and docstrings of 32 words (at commit 34cbc0d7).
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ import attribution
 import data_rater
 import torch
 from attribution import BASE, factor, losses_of
-from harness import NONE, RESULTS, Row, apart, arguments, described, grid, loaded, parsed, show, write_json
+from harness import NONE, RESULTS, Row, apart, arguments, environment, go_on, grid, parsed, read, show
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,7 +41,7 @@ import metapl
 from metapl.ablation.cost import peak_bytes
 from metapl.feedback import Forward
 
-RESULT = RESULTS / "rival_attribution.json"
+RAW = RESULTS / "rival_attribution.jsonl"
 SHARES, REMOVALS, SEEDS = (0.01, 0.05, 0.1), 30, (0, 1, 2)
 TEXT = data_rater.problem()
 NARROW = "sqrt, default type float32"
@@ -58,23 +57,8 @@ COSTS = {"perceptron, SGD": (500, 3), "causal transformer, AdamW": (50, 1)}  # s
 SCORED = ("perceptron, SGD", 100), ("perceptron, SGD", 500), *((name, 50) for name in [*SETTINGS][1:])
 
 
-class CausalTransformer(nn.Module):
-    """Two layers in GPT-2's order: logits (B, T, V) of the character behind each."""
-
-    def __init__(self, act: nn.Module, width: int) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, act, batch_first=True, norm_first=True)
-        self.words, self.places = nn.Embedding(TEXT.WORDS, width), nn.Embedding(TEXT.LENGTH, width)
-        self.layers = nn.TransformerEncoder(layer, 2, nn.LayerNorm(width), enable_nested_tensor=False)
-        self.last = nn.Linear(width, TEXT.WORDS)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        h = self.words(ids) + self.places.weight
-        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], dtype=h.dtype)
-        return self.last(self.layers(h, mask=mask, is_causal=True))
-
-
-attribution.NETWORKS["words"] = CausalTransformer
+TEXT.WIDTH = WORDS["width"]
+attribution.NETWORKS["words"] = lambda act, width: TEXT.Transformer()
 
 
 def training(setting: Row, steps: int, seed: int, dtype: torch.dtype) -> Row:
@@ -84,9 +68,7 @@ def training(setting: Row, steps: int, seed: int, dtype: torch.dtype) -> Row:
         pairs = (text.clean[:500],) * 2, (text.outer[:100],) * 2
     else:
         pairs = tuple((x.to(dtype), y) for x, y in attribution.data(seed))
-    many, draw = len(pairs[0][0]), torch.Generator().manual_seed(seed)  # as attribute draws them
-    passes = [torch.randperm(many, generator=draw) for _ in range(-(-steps * setting["batch"] // many))]
-    order = torch.cat(passes)[: steps * setting["batch"]].view(steps, -1)
+    order = attribution.order_of(len(pairs[0][0]), steps, setting["batch"], seed)
     weights = {name: t.to(dtype) for name, t in attribution.built(setting, seed)[0].state_dict().items()}
     return {"setting": setting, "seed": seed, "train": pairs[0], "outer": pairs[1], "order": order, "weights": weights}
 
@@ -204,29 +186,26 @@ def measure(library: str, given: Row, rounds: int, ways: tuple[str, ...]) -> lis
     return list(rows.values())
 
 
-def costs(name: str, steps: int, rounds: int, python: Path | None, miniature: bool) -> list[Row]:
+def costs(case: str, steps: int, rounds: int, python: Path | None, miniature: bool) -> list[Row]:
     """The rows of a training, with errors beside metapl with all states kept. One round leaves the first way out."""
-    given, scores, rows = training(SETTINGS[name], steps, 0, torch.float64), dict[str, Tensor](), list[Row]()
+    given, scores, rows = training(SETTINGS[case], steps, 0, torch.float64), dict[str, Tensor](), list[Row]()
     with tempfile.TemporaryDirectory() as folder:
         torch.save(given, Path(folder) / "training.pt")
         for library, every in LIBRARIES.items():
             ways = every[rounds == 1 :]
-            row: Row = {"kind": "cost", "case": name, "steps": steps, "library": library}
             if library == "bergson" and python is None:
-                rows.append(row | {"reason": "skipped: no --rival-python"})
+                rows.append({"library": library, "reason": "skipped: no --rival-python"})
                 continue
-            if miniature:
-                found = measure(library, given, rounds, ways)
-            else:
-                use = f"rival_attribution.measure({library!r}, torch.load('{folder}/training.pt'), {rounds}, {ways!r})"
-                try:
-                    found = apart(use, str(python) if library == "bergson" else sys.executable)
-                except RuntimeError as error:
-                    rows.append(row | {"reason": f"stops: {str(error).splitlines()[-1][:150]}"})
-                    continue
+            use = f"rival_attribution.measure({library!r}, torch.load('{folder}/training.pt'), {rounds}, {ways!r})"
+            with_library = str(python) if library == "bergson" else sys.executable
+            try:
+                found = measure(library, given, rounds, ways) if miniature else apart(use, with_library)
+            except RuntimeError as error:
+                rows.append({"library": library, "reason": f"stops: {str(error).splitlines()[-1][:150]}"})
+                continue
             for own in found:
                 scores[own["way"]] = torch.tensor(own.pop("scores"), dtype=torch.float64)
-                rows.append(row | own)
+                rows.append({"library": library, **own})
     for row in rows:
         if row.get("way"):
             own, exact = scores[row["way"]], scores["all kept"]
@@ -235,17 +214,12 @@ def costs(name: str, steps: int, rounds: int, python: Path | None, miniature: bo
     return rows
 
 
-def lds(name: str, steps: int, seed: int, removals: int, miniature: bool) -> Row:
-    given = training(SETTINGS[name], steps, seed, torch.float32)
+def lds(case: str, steps: int, seed: int, removals: int) -> Row:
+    given = training(SETTINGS[case], steps, seed, torch.float32)
     start = time.process_time()
     scores, loss = by_metapl(given, "all kept")
-    row: Row = {"kind": "lds", "case": name, "steps": steps, "seed": seed, "removals": removals}
-    row["seconds"] = {"scores": time.process_time() - start}
-    many, draw = len(scores), torch.Generator().manual_seed(seed + 1000)
-    sets = [torch.randperm(many, generator=draw)[: round(s * many)] for s in SHARES for _ in range(removals)]
-    weights = torch.ones(1 + len(sets), many)
-    for one, gone in zip(weights[1:], sets, strict=True):
-        one[gone] = 0
+    row: Row = {"removals": removals, "seconds": {"scores": time.process_time() - start}}
+    sets, weights = attribution.removed(len(scores), SHARES, removals, seed)
     start = time.process_time()
     with sdpa_kernel(SDPBackend.MATH):
         how = given["setting"], seed, given["order"], given["train"], given["outer"], weights
@@ -260,10 +234,10 @@ def lds(name: str, steps: int, seed: int, removals: int, miniature: bool) -> Row
     return row
 
 
-def tables(result: Row) -> dict[str, str]:
+def tables(rows: list[Row]) -> dict[str, str]:
     """By their marks in the page."""
     lines = []
-    measured = [row for row in result["rows"] if row["kind"] == "cost"]
+    measured = [row for row in rows if row["kind"] == "cost"]
     torchs = {row["case"]: statistics.median(row["plain_seconds"]) for row in measured if row.get("way") == "all kept"}
     for row in measured:
         cells = [row.get("reason"), NONE, NONE, NONE]
@@ -275,7 +249,7 @@ def tables(result: Row) -> dict[str, str]:
         lines.append([row["case"], row["steps"], by, *cells])
     head = ["training", "K", "by", "error", "time / plain", "time / torch's plain", "peak memory, MB"]
     costs = grid(head, lines, "lrl")
-    scored, lines = [row for row in result["rows"] if row["kind"] == "lds"], []
+    scored, lines = [row for row in rows if row["kind"] == "lds"], []
     for name, steps in dict.fromkeys((row["case"], row["steps"]) for row in scored):
         same = [row for row in scored if (row["case"], row["steps"]) == (name, steps)]
         each = [[row["spearman"][f"{share:g}"] for row in same] for share in SHARES]
@@ -286,28 +260,23 @@ def tables(result: Row) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RESULT)
+    parser = arguments(__doc__, RAW)
     parser.add_argument("--rival-python", type=Path, metavar="FILE", help="an interpreter that has bergson")
     given = parsed(parser)
     torch.set_num_threads(1)
-    rows: list[Row] = loaded(given.out)["rows"] if given.out.exists() else []
+    sizes = dict.fromkeys(COSTS, (3, 1)) if given.miniature else COSTS
+    scored = [(case, 3, 0) for case in COSTS] if given.miniature else [(*of, seed) for of in SCORED for seed in SEEDS]
+    jobs: list[Row] = [{"kind": "cost", "case": case, "steps": steps} for case, (steps, _) in sizes.items()]
+    jobs += [{"kind": "lds", "case": case, "steps": steps, "seed": seed} for case, steps, seed in scored]
 
-    def keep(*new: Row) -> None:
-        rows.extend(new)
-        for row in new:
-            print({name: value for name, value in row.items() if name != "changes"}, file=sys.stderr, flush=True)
-        write_json(given.out, {"machine": described(), "rows": rows})
+    def measured(kind: str, **job: Any) -> Row | list[Row]:
+        if kind == "lds":
+            return lds(**job, removals=4 if given.miniature else REMOVALS)
+        return costs(**job, rounds=sizes[job["case"]][1], python=given.rival_python, miniature=given.miniature)
 
-    there = {(row["kind"], row["case"], row["steps"], row.get("seed")) for row in rows}
-    for name, (steps, rounds) in COSTS.items() if given.runs else ():
-        steps, rounds = (3, 1) if given.miniature else (steps, rounds)
-        if ("cost", name, steps, None) not in there:
-            keep(*costs(name, steps, rounds, given.rival_python, given.miniature))
-    jobs = [(n, 3, 0) for n in COSTS] if given.miniature else [(*case, seed) for case in SCORED for seed in SEEDS]
-    for name, steps, seed in jobs if given.runs else ():
-        if ("lds", name, steps, seed) not in there:
-            keep(lds(name, steps, seed, 4 if given.miniature else REMOVALS, given.miniature))
-    for mark, table in tables(loaded(given.out)).items():
+    if given.runs:
+        go_on(given.out, jobs, measured, machine=environment())
+    for mark, table in tables(read(given.out, "kind")).items():
         show(given.write, mark, table)
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing
-from harness import RESULTS, Row, arguments, described, grid, loaded, parsed, show, write_json
+from harness import RESULTS, Row, arguments, environment, grid, loaded, parsed, show, write_json
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -128,7 +128,7 @@ def measured(miniature: bool) -> Row:
         most = {key: max(rank[key] for rank in by_turn[0]) for key in ("flops", "sent", "bytes")}
         times = {"seconds": statistics.median(seconds), "turns": seconds}
         rows.append({"mode": mode, "layout": name, **times, **most})
-    return {"rows": rows, "widths": widths, "batch": ROWS, "load": load, "measured_on": described()}
+    return {"rows": rows, "widths": widths, "batch": ROWS, "load": load, "measured_on": environment()}
 
 
 def table(result: Row) -> str:

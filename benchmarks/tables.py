@@ -2,7 +2,6 @@
 
     python benchmarks/tables.py                            # minutes of one core; goes on where it was stopped
     python benchmarks/tables.py --write benchmarks/results/tables.md     # the tables into the page
-    python benchmarks/tables.py --miniature --out FILE     # in seconds, to see that it runs
 
 Each seed draws test rows (40 %), labels and weights anew. All arms get the same standardized rows and labels. Nothing
 was tuned on these three problems: the settings were looked at on moons, wine, breast cancer and

@@ -3,7 +3,6 @@
     python benchmarks/when.py                        # tune, then run; goes on where it was stopped
     python benchmarks/when.py --parts worth          # the arms of some questions alone
     python benchmarks/when.py --write benchmarks/results/when.md   # put the tables there, and draw the figure in docs/
-    python benchmarks/when.py --miniature --out FILE # all of it in seconds, to see that it runs
 
 Five questions compare each arm with the same loop without feedback: the length of the training (``length``), which
 part of the feedback acts (``part``), a teacher whose labels are wrong (``wrong``), the size of the outer batch
@@ -38,7 +37,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from harness import RESULTS, Row, append, arguments, environment, parsed
+from harness import RESULTS, Row, append, arguments, environment, every, parsed
 from harness import read as lines_of
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
@@ -48,7 +47,7 @@ from torch.nn import functional as F
 import metapl
 from metapl.apps.pictures import load_digits_split
 from metapl.apps.pictures.views import base
-from metapl.functional import State, stack
+from metapl.functional import stack
 from metapl.models import mlp
 from metapl.problems import EqualWeights
 
@@ -133,9 +132,7 @@ CONDITIONS: dict[Condition, str] = {
 
 
 def _rules(**axes: Any) -> tuple[Rule, ...]:
-    """Every choice from these values; a value that is no tuple is the only one."""
-    columns = [value if isinstance(value, tuple) else (value,) for value in axes.values()]
-    return tuple(Rule(**dict(zip(axes, point, strict=True))) for point in itertools.product(*columns))
+    return tuple(Rule(**settings) for settings in every(**axes))
 
 
 STUDENT_LR = (0.5, 1.0)
@@ -373,16 +370,51 @@ def trainer(rule: Rule, teacher: nn.Module | None, student: nn.Module, prior: An
     )
 
 
-class Stack:
-    """Pairs of a teacher and a student, a pair a seed, that take the pure step of their trainers at once.
+class Stacked:
+    """Networks of several seeds, with their teachers, that take the pure step of their trainers at once.
 
-    ``average`` is that of the students' weights, as a fit takes it; without teachers the students are what learns from
-    the labels. The step is recorded once as operations on the tensors of all seeds: of networks this small, most of a
-    step would be the dispatch of ``vmap``. (What is recorded may be compiled. ``torch.compile`` of the
-    step itself loses the gradient of :class:`Altered`.)
+    The step is recorded once as operations on the tensors of all seeds: of networks this small, most of a step would be
+    the dispatch of ``vmap``. (What is recorded may be compiled. ``torch.compile`` of the step itself loses the gradient
+    of :class:`Altered`.) Stacks of a ``kind`` share what is recorded: rates are tensors of the state.
     """
 
-    graphs: ClassVar[dict[Any, Any]] = {}  # by what they were recorded for; rates are tensors of the state
+    graphs: ClassVar[dict[Any, Any]] = {}
+
+    def __init__(self, trainers: Sequence[metapl.BilevelTrainer], kind: Any = None, compiled: bool = False) -> None:
+        made = [one.functional() for one in trainers]
+        self.like, self.one, self.state = trainers[0].student, made[0][0], stack([state for _, state in made])
+        self.kind, self.compiled = object() if kind is None else kind, compiled
+        self.rates = [[own["lr"] for own in of.settings] for of in (self.state.inner, self.state.outer)]
+
+    def step(self, outer: Any, inner: Any, of_student: float, of_teacher: float = 1.0) -> None:
+        """One step of all seeds, at these factors of their learning rates."""
+        at = []
+        for of, rates, factor in zip(
+            (self.state.inner, self.state.outer), self.rates, (of_student, of_teacher), strict=True
+        ):
+            settings = [own | {"lr": factor * rate} for own, rate in zip(of.settings, rates, strict=True)]
+            at.append(of._replace(settings=settings))
+        given = self.state._replace(inner=at[0], outer=at[1]), outer, inner
+        shapes = tuple(t.shape for t in torch.utils._pytree.tree_leaves((outer, inner)))
+        key = (self.kind, self.compiled, shapes, self.rates[0][0].dtype)
+        if key not in self.graphs:
+            graph = make_fx(lambda *given: vmap(self.one)(*given)[0])(*given)
+            graph.graph.eliminate_dead_code()
+            graph.recompile()
+            self.graphs[key] = torch.compile(graph, dynamic=False) if self.compiled else graph
+        self.state = self.graphs[key](*given)
+
+    @torch.no_grad()
+    def outputs(self, x: Tensor, params: Weights | None = None) -> Tensor:
+        """Of all seeds, (S, n, C); of the students, or of other networks' weights."""
+        weights = self.state.student.params if params is None else params
+        found: Tensor = vmap(functional_call, (None, 0, 0))(self.like, weights, x)
+        return found
+
+
+class Stack(Stacked):
+    """Pairs of a teacher and a student, a pair a seed, by a rule; without teachers the students are what learns from
+    the labels. ``average`` is that of the students' weights, as a fit takes it."""
 
     def __init__(
         self,
@@ -392,31 +424,23 @@ class Stack:
         prior: Any = None,
         compiled: bool = False,
     ) -> None:
-        pairs = zip(teachers or [None] * len(students), students, strict=True)
-        made = [trainer(rule, *pair, prior).functional() for pair in pairs]
-        self.rule, self.one, self.state = rule, made[0][0], stack([state for _, state in made])
-        self.alone, self.prior, self.compiled = teachers is None, prior, compiled
+        self.rule, self.alone, pairs = (
+            rule,
+            teachers is None,
+            zip(teachers or [None] * len(students), students, strict=True),
+        )
+        kind = (
+            dataclasses.replace(rule, student_lr=0, teacher_lr=0),
+            self.alone,
+            prior,
+            next(students[0].parameters()).dtype,
+        )
+        super().__init__([trainer(rule, *pair, prior) for pair in pairs], kind, compiled)
         self.average, self.steps_done = self.state.student.params, 0
 
-    def step(self, labeled: Any, inner: Any, rate: float, student_rate: float | None = None) -> None:
-        """One step of all seeds, at this factor of the base learning rates; the student's may be another."""
-        rule = self.rule
-        own = (
-            rule.teacher_lr * rate if self.alone else rule.student_lr * (rate if student_rate is None else student_rate)
-        )
-        state: State = self.state._replace(
-            inner=_at_rate(self.state.inner, own), outer=_at_rate(self.state.outer, rule.teacher_lr * rate)
-        )
-        kind = dataclasses.replace(rule, student_lr=0, teacher_lr=0), self.alone, self.prior, self.compiled
-        shapes = tuple(t.shape for t in torch.utils._pytree.tree_leaves((labeled, inner)))
-        key = (kind, shapes, next(iter(self.average.values())).dtype)
-        if key not in self.graphs:
-            take = vmap(self.one)
-            graph = make_fx(lambda state, labeled, inner: take(state, labeled, inner)[0])(state, labeled, inner)
-            graph.graph.eliminate_dead_code()
-            graph.recompile()
-            self.graphs[key] = torch.compile(graph, dynamic=False) if self.compiled else graph
-        self.state = self.graphs[key](state, labeled, inner)
+    def step(self, outer: Any, inner: Any, rate: float, student_rate: float | None = None) -> None:
+        """One step of all seeds, at this factor of the learning rates; the student's may be another."""
+        super().step(outer, inner, rate if self.alone or student_rate is None else student_rate, rate)
         decay = min(EMA_DECAY, (1 + self.steps_done) / (10 + self.steps_done))
         params = self.state.student.params
         self.average = {name: t.lerp(params[name], 1 - decay) for name, t in self.average.items()}
@@ -430,16 +454,6 @@ class Stack:
             student = self.state.student._replace(params=before.average)
             self.state, self.average = self.state._replace(outer=before.state.inner, student=student), before.average
         return self
-
-
-def _at_rate(optimizer: Any, lr: float) -> Any:
-    return optimizer._replace(settings=[{**own, "lr": torch.full_like(own["lr"], lr)} for own in optimizer.settings])
-
-
-def outputs(network: nn.Module, weights: Weights, x: Tensor) -> Tensor:
-    """Of all seeds, (S, n, C)."""
-    found: Tensor = vmap(functional_call, (None, 0, 0))(network, weights, x)
-    return found
 
 
 def cosine(step: int, steps: int) -> float:
@@ -667,11 +681,11 @@ def accuracies(classes: Tensor, truth: Tensor, uneven: int = 1) -> list[float]:
 
 def found(arm: Arm, rule: Rule, stack: Stack, seeds: tuple[int, ...], size: Size, final: bool) -> Row:
     """What a row has: tuning runs read the validation pictures, final runs the test pictures."""
-    data, (network, *_) = drawn(arm.labels, seeds, arm.uneven), first_networks(seeds[:1])[0]
+    data = drawn(arm.labels, seeds, arm.uneven)
 
     def of(weights: Weights, part: str) -> list[float]:
         x, y = getattr(data, part)
-        return accuracies(outputs(network, weights, x).argmax(-1), y, 1 if part == "unlabeled" else arm.uneven)
+        return accuracies(stack.outputs(x, weights).argmax(-1), y, 1 if part == "unlabeled" else arm.uneven)
 
     steps, part = size.steps(arm.steps), "test" if final else "validation"
     tuned = Stack(Rule(teacher_lr=0.02, momentum=0.0), None, first_networks(seeds)[0])
@@ -683,7 +697,7 @@ def found(arm: Arm, rule: Rule, stack: Stack, seeds: tuple[int, ...], size: Size
     if final:
         teacher = (stack.state.student if stack.alone else stack.state.teacher).params
         x, truth = data.unlabeled
-        calls = outputs(network, stack.average, x).argmax(-1)
+        calls = stack.outputs(x, stack.average).argmax(-1)
         counts = [torch.stack([each.bincount(minlength=CLASSES) for each in of]) for of in (calls, truth)]
         error = (counts[0] - counts[1]).abs().sum(1) / (2 * x.shape[1])  # total variation of the frequencies
         row |= {"teacher": of(teacher, part), "labels_right": of(teacher, "unlabeled")}
@@ -742,6 +756,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if given.runs:  # tune every method of these arms, then run them on the seeds that nothing was chosen on
         arms = [arm for arm in ARMS if arm.part in given.parts and arm.lookahead <= LONGEST]
+        if given.miniature:  # one place at equal time, and some of the others
+            arms = [*arms[:50:12], *(arm for arm in arms if arm.of_worth and (arm.labels, arm.uneven) == PLACES[0])]
         needed, size = {arm.tuned for arm in arms}, Size(given.miniature)
         grids = [(arm, rules[:1] if given.miniature else rules) for arm, rules in GRIDS.values() if arm.tuned in needed]
         run_missing([(arm, rule) for arm, rules in grids for rule in rules], size, given.out, final=False)

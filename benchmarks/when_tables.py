@@ -160,12 +160,6 @@ def table(found: Study, part: str) -> str:
     return f"**{HEADINGS[part]}**\n\n{harness.grid(head, lines)}".replace("|  |", "| |").replace("|  |", "| |")
 
 
-def block(rows: Sequence[Row]) -> str:
-    """The tables beside the same loop without feedback."""
-    found = collected(rows)
-    return "\n\n".join(table(found, part) for part in HEADINGS if any(arm.part == part for arm in found))
-
-
 def sign_flip(first: Sequence[float], second: Sequence[float], flips: int = 200_000) -> float:
     """Two-sided p of the paired sign-flip test: the share of random signs under which the mean difference is as large.
 
@@ -238,22 +232,16 @@ def place_table(arms: dict[str, Found]) -> str:
     return f"{title}\n\n{harness.grid(head, lines)}\n\n{added} {' and '.join(said)}."
 
 
-def worth_block(rows: Sequence[Row]) -> str:
-    """What was found at equal time."""
-    found = places(collected(rows))
-    return "\n\n".join([primary(next(iter(found.values()))), *(place_table(arms) for arms in found.values())])
-
-
-def draw_worth(path: Path, found: Study) -> None:
+def draw_worth(path: Path, found: dict[str, dict[str, Found]]) -> None:
     """Meta Pseudo Labels minus each other arm, a panel a place."""
     by: dict[str, list[Bar]] = {}
-    for place, arms in places(found).items():
+    for place, arms in found.items():
         mpl = arms["mpl"].accuracy
         for name, one in arms.items():
             if name not in ("mpl", *AFTER):
                 color = BLUE if np.mean(mpl) > np.mean(one.accuracy) else ORANGE
                 by.setdefault(place, []).append(Bar(TITLES[name], mpl, one.accuracy, color))
-    first, arms = next(iter(places(found).items()))
+    first, arms = next(iter(found.items()))
     above = [gap(arms["mpl"], arms[name])[0] for name in ("uda", "uda_aligned")]
     heading = f"At equal time MPL is {above[0]} points against UDA and {above[1]} against aligned UDA ({first})"
     axis = f"points of test accuracy, {len(arms['mpl'].accuracy)} seeds, 95 %; right of 0 Meta Pseudo Labels is ahead"
@@ -262,11 +250,12 @@ def draw_worth(path: Path, found: Study) -> None:
 
 def write(page: Path | None, raw: Path) -> None:
     """Put the tables between the marks of a page, and draw the figure beside it; without a page, print the tables."""
-    rows = read(raw)
-    found = collected(rows)
+    found = collected(read(raw))
     if any(not arm.of_worth for arm in found):
-        harness.show(page, "when", block(rows))
-    if places(found):
-        harness.show(page, "feedback-worth", worth_block(rows))
+        tables = [table(found, part) for part in HEADINGS if any(arm.part == part for arm in found)]
+        harness.show(page, "when", "\n\n".join(tables))
+    if by := places(found):
+        worth = [primary(next(iter(by.values()))), *map(place_table, by.values())]
+        harness.show(page, "feedback-worth", "\n\n".join(worth))
         if page is not None:
-            draw_worth(harness.figure_of(page, "feedback_worth.png"), found)
+            draw_worth(harness.figure_of(page, "feedback_worth.png"), by)

@@ -43,10 +43,10 @@ def run(problem: str | Problem, method: str, seed: int, minutes: float, settings
         make(problem, seed, place / "pictures")
         since = time.process_time()
         asked = {"seed": seed, "minutes": minutes, "steps": REHEARSED, "precision": "bfloat16"} | settings
-        config, method_ = settled(*configured(place / "pictures", method, asked), quiet)
+        config, method_ = settled(*configured(place / "pictures", method, asked), say=lambda text: None)
         if "steps" not in settings:
             asked["steps"] = steps_within(config, method_, minutes, time.process_time)
-            config, method_ = settled(*configured(place / "pictures", method, asked), quiet)
+            config, method_ = settled(*configured(place / "pictures", method, asked), say=lambda text: None)
         result = Job(config, method_, place / "run", resume=False, threads=1).run()
         seconds = time.process_time() - since
         labels = labeled_by(config, place, problem, seed)
@@ -78,10 +78,6 @@ def labeled_by(config: Any, place: Path, problem: Problem, seed: int) -> Row:
     counts = np.asarray(found.confusion)
     error = np.abs(counts.sum(0) - counts.sum(1)).sum() / (2 * len(own))
     return {"labels_right": round(found.accuracy, 4), "frequency_error": round(float(error), 4)}
-
-
-def quiet(text: str) -> None:
-    """What the looking says is not shown."""
 
 
 def configured(pictures: Path, name: str, settings: Row) -> tuple[Any, Any]:
