@@ -19,23 +19,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.harness import RESULTS, Row, environment, go_on
 from benchmarks.pictures.drawing import Problem
-from benchmarks.pictures.problems import arrays, half, make, named
+from benchmarks.pictures.problems import half, make, named
 from metapl.apps.compare import Job
 from metapl.apps.images import METHODS, Images
 from metapl.apps.look import REHEARSED, settled, steps_within
-from metapl.apps.pictures import EvaluationBatches
-from metapl.apps.run import EndedRun
 from metapl.apps.settings import flat, replaced
-from metapl.apps.train import evaluated
 
 
 def run(problem: str | Problem, method: str, seed: int, minutes: float, settings: Row) -> Row:
-    """One training; its accuracies on the test set, and what it was like along the run."""
+    """One training, and its accuracies on the test set."""
     torch.set_num_threads(1)
     problem = named(problem) if isinstance(problem, str) else problem
     with tempfile.TemporaryDirectory() as folder:
@@ -49,7 +45,6 @@ def run(problem: str | Problem, method: str, seed: int, minutes: float, settings
             config, method_ = settled(*configured(place / "pictures", method, asked), say=lambda text: None)
         result = Job(config, method_, place / "run", resume=False, threads=1).run()
         seconds = time.process_time() - since
-        labels = labeled_by(config, place, problem, seed)
     return {
         "half": problem.half,
         "steps": config.fitting.steps,
@@ -58,26 +53,8 @@ def run(problem: str | Problem, method: str, seed: int, minutes: float, settings
         "delivered": result["delivered"],
         "seconds": round(seconds, 1),
         **{name: value for name, value in result.items() if name.endswith(("test_accuracy", "control_accuracy"))},
-        **labels,
         "made_with": environment(),
     }
-
-
-def labeled_by(config: Any, place: Path, problem: Problem, seed: int) -> Row:
-    """How well the network that labeled the unlabeled pictures does that at the end: the share of right labels, and the
-    share that would have to be called otherwise for the classes' frequencies to be right; foreign pictures aside."""
-    trained = EndedRun.load(place / "run")
-    network = trained.network("teacher" if "teacher" in trained.networks else "student")
-    number_of = {name: number for number, name in enumerate(trained.classes)}
-    truth = arrays(problem, seed).unlabeled_labels
-    own = np.flatnonzero(truth >= 0)
-    truth = np.array([number_of[problem.classes[label]] for label in truth[own]])
-    files = sorted((place / "pictures" / "unlabeled").iterdir())
-    images = config.pictures.images([str(files[number]) for number in own], None)
-    found = evaluated(network, EvaluationBatches(images, torch.from_numpy(truth), 256))
-    counts = np.asarray(found.confusion)
-    error = np.abs(counts.sum(0) - counts.sum(1)).sum() / (2 * len(own))
-    return {"labels_right": round(found.accuracy, 4), "frequency_error": round(float(error), 4)}
 
 
 def configured(pictures: Path, name: str, settings: Row) -> tuple[Any, Any]:

@@ -1,6 +1,6 @@
 """The seen half: problems on which recipes and defaults may be tuned.
 
-Those that the study of feedback takes; the other six, which were among the foreign pictures of the digits, are at
+Those that the study of feedback took; the other six, which were among the foreign pictures of the digits, are at
 commit 3ab2ada8.
 """
 

@@ -89,7 +89,7 @@ def test_every_command_is_run_here() -> None:
     found = {path.stem for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text()}
     assert found == {*(script.split()[0] for script in SCRIPTS), "gpu"}
     marked = {mark for page in PAGES for mark in re.findall(r"<!-- ([\w-]+):begin -->", page.read_text())}
-    elsewhere = {"unseen", "picture-feedback", "picture-feedback-unseen"}  # tests/apps/test_picture_problems.py
+    elsewhere = {"unseen"}  # tests/apps/test_picture_problems.py
     assert marked - elsewhere == {mark for _, marks in SCRIPTS.values() for mark in marks}
 
 
