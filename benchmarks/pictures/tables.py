@@ -1,7 +1,7 @@
-"""The table of the runs on the unseen half, with the defaults of each method.
+"""The table and the figure of the runs on the unseen half, with the defaults of each method.
 
     python -m benchmarks.pictures.tables                            # print the table
-    python -m benchmarks.pictures.tables --write docs/pictures.md   # put it there
+    python -m benchmarks.pictures.tables --write docs/pictures.md   # put it there, and the figure
 
 Runs of a method with the same minutes are a row of the table, averaged over their seeds.
 """
@@ -9,8 +9,9 @@ Runs of a method with the same minutes are a row of the table, averaged over the
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 
-from benchmarks.harness import NONE, RESULTS, Row, arguments, grid, parsed, read, show
+from benchmarks.harness import NONE, RESULTS, Row, arguments, figure_of, grid, parsed, read, show
 from benchmarks.pictures.problems import class_counts, half
 from metapl.metrics import chance_level
 
@@ -26,34 +27,71 @@ TITLES = {
 BASELINE = "supervised"
 
 
-def table(rows: list[Row]) -> str:
-    """A line a method and minutes: mean test accuracies in % of what was delivered, each problem and their mean; the
-    mean and the smallest difference to supervised; seconds a run, and seeds."""
+Means = dict[tuple[str, float], list[float]]
+
+
+def reached(rows: list[Row]) -> Means:
+    """Mean test accuracies in % of what was delivered on each problem, by method and minutes."""
     names, keys = [problem.name for problem in half("unseen")], {(row["method"], row["minutes"]) for row in rows}
     of = {key: [row for row in rows if (row["method"], row["minutes"]) == key] for key in keys}
-    means = {
-        key: [statistics.fmean(100 * row["test_accuracy"] for row in own if row["problem"] == name) for name in names]
-        for key, own in of.items()
+    return {
+        key: [statistics.fmean(100 * row["test_accuracy"] for row in of[key] if row["problem"] == p) for p in names]
+        for key in sorted(keys, key=lambda key: ([*TITLES].index(key[0]), key[1]))
     }
+
+
+def titled(method: str, minutes: float, means: Means) -> str:
+    return TITLES[method] + (f", {minutes:g} min" if len({minutes for _, minutes in means}) > 1 else "")
+
+
+def table(rows: list[Row]) -> str:
+    """A line a method and minutes: each problem and their mean; the mean and the smallest difference to supervised;
+    seconds a run, and seeds."""
+    names, means = [problem.name for problem in half("unseen")], reached(rows)
     lines = []
-    for method, minutes in sorted(keys, key=lambda key: ([*TITLES].index(key[0]), key[1])):
-        own, reached, lead = of[method, minutes], means[method, minutes], [NONE, NONE]
-        label = TITLES[method] + (f", {minutes:g} min" if len({minutes for _, minutes in keys}) > 1 else "")
+    for (method, minutes), shares in means.items():
+        own, lead = [row for row in rows if (row["method"], row["minutes"]) == (method, minutes)], [NONE, NONE]
         if method != BASELINE:  # in the same minutes
-            differences = [a - b for a, b in zip(reached, means[BASELINE, minutes], strict=True)]
+            differences = [a - b for a, b in zip(shares, means[BASELINE, minutes], strict=True)]
             lead = [f"{statistics.fmean(differences):+.1f}", f"{min(differences):+.1f}"]
-        cells = [f"{mean:.1f}" for mean in (*reached, statistics.fmean(reached))]
+        cells = [f"{mean:.1f}" for mean in (*shares, statistics.fmean(shares))]
         seconds = statistics.fmean(row["seconds"] for row in own)
-        lines.append([label, *cells, *lead, f"{seconds:.0f}", len(own) // len(names)])
+        lines.append([titled(method, minutes, means), *cells, *lead, f"{seconds:.0f}", len(own) // len(names)])
     # Of guessing on the test set.
     chance = [100 * chance_level(class_counts(len(p.classes), p.test, p.imbalance)) for p in half("unseen")]
     lines.append(["chance", *(f"{value:.1f}" for value in (*chance, statistics.fmean(chance))), *[""] * 4])
     return grid(["method", *names, "mean", "minus supervised: mean", "lowest", "seconds", "seeds"], lines)
 
 
+def draw(means: Means, file: Path) -> None:
+    """Each problem's accuracies on a line, a mark a method and minutes."""
+    from matplotlib.figure import Figure
+
+    names, longest = [problem.name for problem in half("unseen")], max(minutes for _, minutes in means)
+    figure = Figure(figsize=(7, 0.45 * len(names) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    order = sorted(range(len(names)), key=lambda i: means[BASELINE, longest][i])
+    for marker, ((method, minutes), shares) in zip("osD^vPX", means.items(), strict=False):
+        axes.scatter([shares[i] for i in order], range(len(order)), marker=marker, label=titled(method, minutes, means))
+    axes.set(
+        yticks=range(len(order)), yticklabels=[names[i] for i in order], xlabel="test accuracy in %", xlim=(0, 102)
+    )
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="y", color="0.85")
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    each = {method: statistics.fmean(shares) for (method, minutes), shares in means.items() if minutes == longest}
+    texts = [f"{TITLES[method].split(' (')[0]} {mean:.1f} %" for method, mean in each.items()]
+    figure.suptitle(f"Mean in {longest:g} minutes: {', '.join(texts)}", fontsize=9.5)
+    figure.savefig(file, dpi=120)
+
+
 def main() -> None:
     given = parsed(arguments(__doc__, RAW))
-    show(given.write, "unseen", table(read(given.out)))
+    rows = read(given.out)
+    show(given.write, "unseen", table(rows))
+    if given.write is not None:
+        draw(reached(rows), figure_of(given.write, "pictures.png"))
 
 
 if __name__ == "__main__":

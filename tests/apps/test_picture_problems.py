@@ -143,6 +143,7 @@ def test_the_table_is_of_the_means_over_seeds(tmp_path: Path) -> None:
     page.write_text("before\n<!-- unseen:begin -->\nold\n<!-- unseen:end -->\nafter\n")
     command(tables, "--out", raw, "--write", page)
     assert page.read_text() == f"before\n<!-- unseen:begin -->\n{shown}\n<!-- unseen:end -->\nafter\n"
+    assert (tmp_path / "pictures.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_page_has_the_table_of_the_committed_rows() -> None:
