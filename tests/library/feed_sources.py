@@ -93,7 +93,7 @@ def nested() -> DataLoader[Tensor]:
     return DataLoader(own, batch_sampler=BatchSampler(RandomSampler(own, generator=seeded(7)), 3, drop_last=True))
 
 
-def weighted(generator: torch.Generator | None) -> DataLoader[Tensor]:
+def weighted(generator: torch.Generator) -> DataLoader[Tensor]:
     sampler = WeightedRandomSampler([0.1 * (i + 1) for i in range(10)], num_samples=9, generator=generator)
     return DataLoader(Noisy(), batch_size=3, sampler=sampler)
 
@@ -101,7 +101,6 @@ def weighted(generator: torch.Generator | None) -> DataLoader[Tensor]:
 SOURCES: dict[str, Callable[[], Any]] = {
     "steps": Rows,
     "list": lambda: [torch.tensor([i]) for i in range(3)],
-    "tuple": lambda: tuple((torch.tensor([i]), torch.tensor([-i])) for i in range(4)),
     "shuffled": lambda: DataLoader(Noisy(), batch_size=3, shuffle=True),
     "in order": lambda: DataLoader(Noisy(), batch_size=3),
     "own generator": lambda: DataLoader(Noisy(), batch_size=3, shuffle=True, generator=seeded(5)),
@@ -109,8 +108,7 @@ SOURCES: dict[str, Callable[[], Any]] = {
         Noisy(), batch_size=3, sampler=RandomSampler(Noisy(), generator=seeded(5))
     ),
     "batch sampler": lambda: DataLoader(Noisy(), batch_sampler=BatchSampler(RandomSampler(Noisy()), 3, drop_last=True)),
-    "weighted": lambda: weighted(None),
-    "weighted, own generator": lambda: weighted(seeded(6)),
+    "weighted": lambda: weighted(seeded(6)),
     "data set's generators": lambda: DataLoader(OwnGenerators(), batch_size=3, shuffle=True),
     # Where batches fill the epoch, the sampler draws once more as it ends.
     "full batches": lambda: DataLoader(Noisy(12), batch_size=3, shuffle=True, generator=seeded(5)),

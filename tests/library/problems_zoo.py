@@ -253,6 +253,15 @@ def unmoved(problem: Toy, *optimizers: torch.optim.Optimizer, generator: bool = 
     assert same(before, everything(problem, *optimizers, generator=generator)), "something moved"
 
 
+def gradient(case: Toy, mode: Any = "forward", ahead: Iterable[Any] | None = None, **options: Any) -> Any:
+    """What ``metapl.hypergradient`` finds on a case, or over the batches ``ahead``; by SGD, where nothing is said."""
+    batches = case.unlabeled if ahead is None else metapl.Lookahead([*ahead])
+    given = {"labeled": case.labeled, "unlabeled": batches, "mode": mode, **options}
+    if "inner_optimizer" not in given:
+        given["inner_optimizer"] = torch.optim.SGD(case.student.parameters(), lr=0.3)
+    return metapl.hypergradient(**case.networks(), **given)
+
+
 def trainer_for(case: Toy, mode: Any = "forward", **options: Any) -> metapl.BilevelTrainer:
     networks = {name: options.pop(name, network) for name, network in case.networks().items()}
     return metapl.BilevelTrainer(**networks, mode=mode, **{"verify": False, **options})

@@ -118,6 +118,12 @@ def weights(module: nn.Module) -> Tree:
     return {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters() if p.requires_grad}
 
 
+def stepped(loss: Tensor, params: Tree, rule: Rule, state: Any = None) -> tuple[Tree, Any]:
+    """(θ′, state′) of one step, in the graph; the gradient of a weight that the loss does not reach is ``None``."""
+    grads = torch.autograd.grad(loss, [*params.values()], create_graph=True, allow_unused=True)
+    return rule(params, dict(zip(params, grads, strict=True)), state)
+
+
 def drawn(q: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """A label for each row of probabilities, (B,), by Gumbel's argmax."""
     u = torch.rand(q.shape, generator=generator).to(q.dtype)
@@ -166,9 +172,7 @@ def pseudo_labels(
     leaf = (q if hard is None else hard).detach().requires_grad_()
     target = (1 - smoothing) * leaf + smoothing / classes
     inner = (u * cross_entropy(target, z)).mean()
-    names = list(theta)
-    g = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
-    moved, new_state = rule(theta, dict(zip(names, g, strict=True)), state)
+    moved, new_state = stepped(inner, theta, rule, state)
     torch.set_rng_state(own_stream(after_inner))
     outer = F.cross_entropy(at(student, moved, labeled[0]), labeled[1])
     torch.set_rng_state(end)
@@ -205,20 +209,19 @@ def several_steps(
     student: nn.Module,
     labeled: tuple[Tensor, Tensor],
     batches: list[Any],
-    rule: Rule,
+    rule: Rule | list[Rule],
     state: Any = None,
     *,
     kind: str = "soft",
-    penalty: float = 0.0,
 ) -> FoundAhead:
     """Student steps on the batches one after another, all in one graph; ``kind`` is ``"soft"`` or ``"expected"``.
 
     Args:
-        penalty: of the squared weights, added to every example's inner loss.
+        rule: of all steps, or of each.
     """
     theta, phi = weights(student), weights(teacher)
     leaves, told = [], []
-    for x in batches:
+    for x, taken in zip(batches, rule if isinstance(rule, list) else [rule] * len(batches), strict=True):
         weak, strong = x if isinstance(x, tuple) else (x, x)
         z = at(student, theta, strong)
         after_inner = torch.get_rng_state()
@@ -226,11 +229,7 @@ def several_steps(
         hard = None if kind == "soft" else F.one_hot(drawn(q), q.shape[-1]).to(q)
         leaves.append((q if hard is None else hard).detach().requires_grad_())
         told.append(q)
-        inner = cross_entropy(leaves[-1], z).mean()
-        if penalty:  # which reaches every weight
-            inner = inner + penalty * sum(p.square().sum() for p in theta.values())
-        g = torch.autograd.grad(inner, list(theta.values()), create_graph=True, allow_unused=True)
-        theta, state = rule(theta, dict(zip(theta, g, strict=True)), state)
+        theta, state = stepped(cross_entropy(leaves[-1], z).mean(), theta, taken, state)
     end = torch.get_rng_state()
     torch.set_rng_state(own_stream(after_inner))
     outer = F.cross_entropy(at(student, theta, labeled[0]), labeled[1])

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from problems_zoo import everything, same, toy
+from torch import Tensor
 
 import metapl
 from metapl.ablation import Ablation, Altered, ModeCost, ablate, recommendation
 from metapl.ablation.study import _seconds
-from metapl.feedback import Difference, Forward
+from metapl.execution.ranks import ALONE
+from metapl.feedback import Difference, Estimator, Forward
 
 EXACT = ("unrolled", "forward", "difference")
 QUICK: dict[str, Any] = {"draws": 2, "rounds": 1}
@@ -135,3 +137,64 @@ def test_no_feedback_and_the_gradient_at_an_optimum_are_never_recommended() -> N
     modes: dict[str, ModeCost | str] = {"own": ModeCost(1.0, 0.5, 1.0, 9.0, 0.01, 1000)}
     assert recommendation(modes)[0] == "own"
     assert recommendation(modes, never=("own",))[0] is None
+
+
+class Steps(Estimator):
+    """An estimator whose feedback is known."""
+
+    name, labels = "known", ("soft",)
+
+    def __init__(self, h: Tensor, part: Any = "value") -> None:
+        self.h, self.part = h, part
+
+    def feedback(self, path: Any, state: Any) -> Any:
+        return [metapl.feedback.base.Feedback(self.h, self.part)], state
+
+
+def altered(
+    h: Tensor, how: Any, seed: int = 0, labels: Tensor | None = None, weights: Tensor | None = None
+) -> list[Tensor]:
+    """h as it is altered in four steps, on sampled labels or on a differentiable signal."""
+    soft = torch.zeros(len(h)) if weights is None else weights
+    signal = metapl.Signal(soft) if labels is None else metapl.Signal(labels, log_prob=torch.zeros(len(h)))
+    fields = {"signal": signal, "has_rows": lambda name: True, "student": type("Student", (), {"ranks": ALONE})}
+    step = type("Step", (), fields)
+    estimator = Altered(Steps(h), how, seed)
+    state, found = estimator.init(), []
+    for _ in range(4):
+        (feedback,), state = estimator.feedback(type("Path", (), {"steps": [step]}), state)  # type: ignore[arg-type]
+        found.append(feedback.h)
+    return found
+
+
+H = torch.tensor([[1.0, -1.0], [2.0, -2.0], [3.0, -3.0], [6.0, -6.0]])
+
+
+def test_permuted_gives_the_rows_to_others() -> None:
+    found = altered(H, "permuted")
+    for one in found:
+        assert sorted(one[:, 0].tolist()) == [1, 2, 3, 6]
+        assert torch.equal(one[:, 1], -one[:, 0])
+    assert len({tuple(one[:, 0].tolist()) for one in found}) > 1
+    assert all(torch.equal(a, b) for a, b in zip(found, altered(H, "permuted"), strict=True))
+    others = altered(H, "permuted", seed=1)
+    assert any(not torch.equal(a, b) for a, b in zip(found, others, strict=True))
+
+
+def test_class_means_leave_nothing_of_the_single_example() -> None:
+    for one in altered(H, "class_means"):
+        assert torch.equal(one, torch.tensor([[3.0, -3.0]] * 4))
+    labels = torch.tensor([0, 1, 0, 1])
+    for one in altered(torch.tensor([1.0, 2.0, 5.0, 8.0]), "class_means", labels=labels):
+        assert one.tolist() == [3, 5, 3, 5]
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.3])  # equal weights are no class
+    for one in altered(torch.tensor([1.0, 2.0, 5.0, 8.0]), "class_means", weights=weights):
+        assert one.tolist() == [4, 4, 4, 4]
+
+
+def test_random_sign_flips_whole_rows() -> None:
+    found = torch.stack(altered(H, "random_sign"))
+    signs = found[..., 0] / H[:, 0]
+    assert torch.equal(found, H * signs[..., None])
+    assert set(signs.flatten().tolist()) == {-1, 1}
+    assert len({tuple(one.tolist()) for one in signs}) > 1

@@ -57,13 +57,6 @@ for mode in MODES:
     report = trainer.step(labeled=(x, y), unlabeled=u)
     assert torch.isfinite(torch.as_tensor(report.inner_loss)), mode
 """,
-    "hypergradient": """
-for mode in MODES:
-    nets = networks()
-    optimizer = torch.optim.SGD(nets["student"].parameters(), lr=0.1)
-    found = metapl.hypergradient(**nets, labeled=(x, y), unlabeled=u, mode=mode, inner_optimizer=optimizer)
-    assert all(torch.isfinite(g).all() for g in found.grads.values()), mode
-""",
     "fit and evaluate": """
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 import torch
 from reference import error
 from torch import Tensor, nn
@@ -51,30 +52,15 @@ def found(network: nn.Module, by: str = "sgd", **options: Any) -> Attribution:
 def by_hand(
     network: nn.Module, order: Tensor, optimizer: str, factor: Callable[[int], float], clip: float = 1e9
 ) -> tuple[Tensor, Tensor]:
-    """−dL/dw by double backward through the rule, written out, and the losses L_j; dropout from the same masks."""
-    w = torch.ones(N, dtype=torch.float64, requires_grad=True)
-    params: dict[str, Any] = {n: p.detach().clone().requires_grad_() for n, p in network.named_parameters()}
-    buffers = {n: b.clone() for n, b in network.named_buffers()}
-    first: dict[str, Any] = dict.fromkeys(params, 0.0)
-    second = dict(first)
+    """−dL/dw by double backward through the training, and the losses L_j; dropout from the same masks."""
+    w, theta, state = torch.ones(N, dtype=torch.float64, requires_grad=True), reference.weights(network), None
     torch.manual_seed(3)
     for step, chosen in enumerate(order):
-        z = functional_call(network, {**params, **buffers}, (TRAIN[0][chosen],))
+        z, lr = reference.at(network, theta, TRAIN[0][chosen]), 0.1 * factor(step)
         loss = (w[chosen] * F.cross_entropy(z, TRAIN[1][chosen], reduction="none")).mean()
-        grads = dict(zip(params, torch.autograd.grad(loss, list(params.values()), create_graph=True), strict=True))
-        norm = torch.cat([g.flatten() for g in grads.values()]).norm()
-        grads = {n: g * (clip / (norm + 1e-6)).clamp(max=1) for n, g in grads.items()}
-        lr = 0.1 * factor(step)
-        for n, g in grads.items():
-            if optimizer == "sgd":
-                first[n] = 0.9 * first[n] + g if step else g
-                params[n] = params[n] - lr * first[n]
-            else:
-                first[n], second[n] = 0.9 * first[n] + 0.1 * g, 0.999 * second[n] + 0.001 * g * g
-                m, v = first[n] / (1 - 0.9 ** (step + 1)), second[n] / (1 - 0.999 ** (step + 1))
-                params[n] = params[n] * (1 - lr * 0.01) - lr * m / ((v + 1e-30).sqrt() + 1e-3)
-    z = functional_call(network, {**params, **buffers}, (OUTER[0],))
-    losses = F.cross_entropy(z, OUTER[1], reduction="none")
+        rule = reference.sgd(lr, 0.9) if optimizer == "sgd" else reference.adamw(lr=lr, eps=1e-3, weight_decay=0.01)
+        theta, state = reference.stepped(loss, theta, reference.clipped(clip, rule), state)
+    losses = F.cross_entropy(reference.at(network, theta, OUTER[0]), OUTER[1], reduction="none")
     rows = [torch.autograd.grad(loss, w, retain_graph=True)[0] for loss in losses]
     return -torch.stack(rows), losses.detach()
 
@@ -121,18 +107,18 @@ class Causal(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize(
-    ("each", "compile"),
-    [(False, False), (True, False), *(pytest.param(each, True, marks=pytest.mark.long) for each in (False, True))],
-)
-def test_the_scores_of_tokens_are_the_derivatives(each: bool, compile: bool) -> None:
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("how", ["eager", "by two graphs", pytest.param("captured", marks=pytest.mark.long)])
+def test_the_scores_of_tokens_are_the_derivatives(each: bool, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if how == "by two graphs":
+        monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     draw = torch.Generator().manual_seed(0)
     ids, judged = (torch.randint(0, 5, (rows, 4), generator=draw) for rows in (6, 3))
     labels = ids.clone()
     labels[0, 2:] = labels[4] = -100  # padded, and empty
     network = Causal()
     given: dict[str, Any] = {"train": (ids, labels), "outer": (judged, judged), "steps": 5, "batch_size": 4}
-    given |= {"each": each, "compile": compile}
+    given |= {"each": each, "compile": how != "eager"}
     attribution = found(network, problem=NextToken(per="token"), **given)
 
     def losses(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -141,23 +127,20 @@ def test_the_scores_of_tokens_are_the_derivatives(each: bool, compile: bool) -> 
         of_token = F.cross_entropy(z[:, :-1].mT, y[:, 1:], reduction="none", ignore_index=-100)
         return torch.cat([torch.zeros(len(x), 1).double(), of_token], 1)
 
-    def trained(w: Tensor) -> Tensor:
-        """The outer losses, by SGD with momentum written out."""
-        params: dict[str, Any] = {n: p.detach().clone().requires_grad_() for n, p in network.named_parameters()}
-        speed: dict[str, Any] = dict.fromkeys(params, 0.0)
+    def judged_after(w: Tensor) -> Tensor:
+        """The outer losses after a training by SGD with momentum."""
+        params, state = reference.weights(network), None
         for chosen in attribution.order:
             of_tokens = w[chosen] * losses(params, ids[chosen], labels[chosen])
             loss = (of_tokens.sum(1) / (labels[chosen, 1:] != -100).sum(1).clamp_min(1)).mean()
-            grads = torch.autograd.grad(loss, [*params.values()], create_graph=True)
-            speed = {n: 0.9 * speed[n] + g for n, g in zip(params, grads, strict=True)}
-            params = {n: p - 0.1 * speed[n] for n, p in params.items()}
+            params, state = reference.stepped(loss, params, reference.sgd(0.1, 0.9), state)
         of_outer = losses(params, judged, judged)[:, 1:].mean(1)
         return of_outer if each else of_outer.mean()
 
-    exact = -torch.autograd.functional.jacobian(trained, torch.ones(6, 4).double())
+    exact = -torch.autograd.functional.jacobian(judged_after, torch.ones(6, 4).double())
     assert attribution.scores.shape == ((3, 6, 4) if each else (6, 4))
     assert error(attribution.scores, exact) < 1e-7
-    if compile:
+    if how != "eager":
         return
     of_sequences = found(Causal(), problem=NextToken(), **given)
     assert error(attribution.scores.sum(-1), of_sequences.scores) < 1e-10
@@ -166,7 +149,7 @@ def test_the_scores_of_tokens_are_the_derivatives(each: bool, compile: bool) -> 
     second = torch.zeros(6, 4, dtype=torch.bool).index_fill(1, torch.tensor(2), True)  # one token of each sequence
     agreement = attribution.validate([[1, 3], [2], second])
     assert error(agreement.retrained[:2], of_sequences.validate([[1, 3], [2], [5]]).retrained[:2]) < 1e-10
-    assert error(agreement.retrained[2], trained(1.0 - second.double()) - attribution.outer_loss) < 1e-10
+    assert error(agreement.retrained[2], judged_after(1.0 - second.double()) - attribution.outer_loss) < 1e-10
     assert error(agreement.predicted[2], exact[..., 2].sum(-1)) < 1e-7
     plain: dict[str, Any] = {"optimizer": torch.optim.SGD(network.parameters(), lr=0.1), "steps": 5, "batch_size": 4}
     of_problem = [NextToken(), NextToken(per="token")]
@@ -184,32 +167,37 @@ def test_every_example_is_drawn_once_a_pass_and_the_order_is_the_generators() ->
     assert not torch.equal(order, found(student(), generator=torch.Generator().manual_seed(1)).order)
 
 
+def trained(
+    network: nn.Module, order: Tensor, w: Tensor, rate: Callable[[int], float], clip: float | None = None
+) -> tuple[nn.Module, Tensor]:
+    """The network and its outer loss after a plain loop on weighted examples."""
+    plain = copy.deepcopy(network)
+    optimizer = torch.optim.SGD(plain.parameters(), momentum=0.9)
+    torch.manual_seed(3)
+    for step, chosen in enumerate(order):
+        optimizer.param_groups[0]["lr"] = rate(step)
+        optimizer.zero_grad()
+        (w[chosen] * F.cross_entropy(plain(TRAIN[0][chosen]), TRAIN[1][chosen], reduction="none")).mean().backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), clip or torch.inf)
+        optimizer.step()
+    with torch.no_grad(), replayed(RandomState.now(torch.device("cpu")).branch()):
+        return plain, F.cross_entropy(plain(OUTER[0]), OUTER[1])
+
+
 @pytest.mark.parametrize(("kind", "clip"), [("mlp", None), ("mlp", 0.3), ("dropout", None), ("batch_norm", None)])
 def test_trainings_without_examples_are_those_of_a_plain_loop(kind: str, clip: float | None) -> None:
-    network = student(kind)
+    network, ones = student(kind), torch.ones(N, dtype=torch.float64)
     attribution = found(network, schedule=lambda k: 1 - k / STEPS, clip_norm=clip)
     sets = [[1, 2], [5], [7, 8, 9]]
     agreement = attribution.validate(sets)
-
-    def loss(w: Tensor) -> Tensor:
-        plain = copy.deepcopy(network)
-        optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
-        torch.manual_seed(3)
-        for step, chosen in enumerate(attribution.order):
-            optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / STEPS)
-            optimizer.zero_grad()
-            losses = F.cross_entropy(plain(TRAIN[0][chosen]), TRAIN[1][chosen], reduction="none")
-            (w[chosen] * losses).mean().backward()
-            nn.utils.clip_grad_norm_(plain.parameters(), clip or torch.inf)
-            optimizer.step()
-        with torch.no_grad(), replayed(RandomState.now(torch.device("cpu")).branch()):
-            return F.cross_entropy(plain(OUTER[0]), OUTER[1])
-
-    ones = torch.ones(N, dtype=torch.float64)
-    whole = loss(ones)
+    all_but: list[Any] = [[], *sets]
+    whole, *without = (
+        trained(network, attribution.order, ones.index_fill(0, torch.tensor(left_out, dtype=torch.long), 0.0),
+                lambda k: 0.1 * (1 - k / STEPS), clip)[1]
+        for left_out in all_but
+    )  # fmt: skip
     assert error(attribution.outer_loss, whole) < 1e-12
-    expected = [loss(ones.index_fill(0, torch.tensor(chosen), 0.0)) - whole for chosen in sets]
-    assert error(agreement.retrained, torch.stack(expected)) < 1e-10
+    assert error(agreement.retrained, torch.stack(without) - whole) < 1e-10
     assert error(agreement.predicted, torch.stack([attribution.predict(chosen) for chosen in sets])) < 1e-12
 
 
@@ -221,21 +209,12 @@ def test_metasmoothness_is_its_definition_and_falls_with_the_rate() -> None:
         given: dict[str, Any] = {"steps": 30, "batch_size": 8, "step": 0.2, "direction": v}
         inner = torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9)
         smooth = metasmoothness(network, TRAIN, OUTER, optimizer=inner, **given)
-        trained, losses = [], []
-        for h in (0.0, 0.2, 0.4):
-            plain = copy.deepcopy(network)
-            optimizer = torch.optim.SGD(plain.parameters(), lr=rate, momentum=0.9)
-            for chosen in order:
-                optimizer.zero_grad()
-                losses_of = F.cross_entropy(plain(TRAIN[0][chosen]), TRAIN[1][chosen], reduction="none")
-                ((1 + h * v)[chosen] * losses_of).mean().backward()
-                optimizer.step()
-            trained.append(nn.utils.parameters_to_vector(plain.parameters()).detach())
-            losses.append(F.cross_entropy(plain(OUTER[0]), OUTER[1]).detach())
-        d = (trained[2] - trained[0]).abs()
-        signs = [torch.sign(after - before) for before, after in itertools.pairwise(trained)]
+        ends = [trained(network, order, 1 + h * v, lambda _, rate=rate: rate) for h in (0.0, 0.2, 0.4)]  # type: ignore[misc]
+        weights = [nn.utils.parameters_to_vector(plain.parameters()).detach() for plain, _ in ends]
+        d = (weights[2] - weights[0]).abs()
+        signs = [torch.sign(after - before) for before, after in itertools.pairwise(weights)]
         assert smooth.agreement == pytest.approx(float((d / d.sum() * signs[0] * signs[1]).sum()), abs=1e-12)
-        assert error(smooth.outer_loss, torch.stack(losses)) < 1e-10
+        assert error(smooth.outer_loss, torch.stack([loss for _, loss in ends])) < 1e-10
         agreements[rate] = smooth.agreement
     assert agreements[0.02] > 0.99
     assert agreements[2.0] < 0.6

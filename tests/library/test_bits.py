@@ -6,12 +6,11 @@ only where all three are the stored ones. Elsewhere norms and a few products wit
 
 A change that is meant to round otherwise renews the file in a commit of its own, and says why:
 
-    python tests/library/test_bits.py --renew [row ...]
+    python tests/library/test_bits.py
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -255,19 +254,10 @@ def test_twenty_steps_end_on_the_same_bits(stored: dict[str, Any], name: str) ->
 
 
 def main() -> None:
-    """Write what is found here and now, of some rows or of all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--renew", nargs="*", metavar="ROW", required=True, help="rows by name; none: all")
-    names = parser.parse_args().renew or [*TABLE]
-    stored: dict[str, Any] = json.loads(STORED.read_text()) if STORED.exists() else {"rows": {}}
+    """Write what is found here and now."""
     with one_thread():
         machine = here()
-    if stored.get("machine", machine) != machine and {*names} < {*TABLE}:
-        parser.error(f"the file is of {stored['machine']}, and this is {machine}: renew all rows")
-    stored["machine"] = machine
-    rows = {name: of_row(name) if name in names else stored["rows"][name] for name in TABLE}
-    stored["rows"] = rows
-    STORED.write_text(lines(stored))
+    STORED.write_text(lines({"machine": machine, "rows": {name: of_row(name) for name in TABLE}}))
 
 
 def lines(stored: dict[str, Any]) -> str:

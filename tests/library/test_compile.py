@@ -185,8 +185,6 @@ def test_what_cannot_be_captured_is_refused_at_the_first_step_and_nothing_moves(
     case = toy("mlp")
     if change is not None:
         change(case)
-    if "outer_optimizer" in options:
-        options = {"outer_optimizer": options["outer_optimizer"](case.teacher.parameters())}
     trainer = metapl.BilevelTrainer(**case.networks(), **{"mode": "forward", **options}, compile=True)
     before = everything(case)
     inner = metapl.Lookahead([case.unlabeled] * 4) if trainer.lookahead == 4 else case.unlabeled
@@ -237,7 +235,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inducto
 @pytest.mark.parametrize(
     ("backend", "mode", "optimizer", "feature"),
     [("aot_eager", *row) for row in (*PAIRWISE, MUON)]
-    + [pytest.param("inductor", *row, marks=needs_compiler) for row in (*PAIRWISE, MUON)],
+    + [pytest.param("inductor", *row, marks=needs_compiler) for row in (*PAIRWISE[:7], MUON)],  # each mode, optimizer
 )
 def test_a_step_is_captured_whole(backend: str, mode: str, optimizer: str, feature: str) -> None:
     """In one graph, with the labels and masks of the plain function, and no new one for another rate."""
@@ -261,15 +259,10 @@ def test_a_step_is_captured_whole(backend: str, mode: str, optimizer: str, featu
 
 
 STATUSES = {  # a first step with compile=True: taken, taken with a warning, or refused
-    "plain": "R",
-    "a hook that scales outputs": "R",
     "a buffer that counts": "R",
-    "float32 within": "R",
     "straight-through": "A",
-    "a detached branch": "A",
     "a checkpoint": "X",
     "an attribute that counts": "X",
-    "python's random numbers": "X",
     "weights written by .data": "X",
 }
 

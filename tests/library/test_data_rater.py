@@ -1,4 +1,4 @@
-"""Rated sequences: the rater's gradient against double backward of the formulas, in parts and in processes."""
+"""Rated sequences: the rater's gradient against double backward of the formulas, also in micro-batches."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ import reference
 import torch
 from problems_zoo import same
 from reference import error
-from sharded_cases import laid_out
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import metapl
 from metapl import MetaplError
@@ -23,38 +21,24 @@ WORDS, WIDTH, LENGTH = 11, 8, 7
 ADAMW: dict[str, Any] = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-2, "weight_decay": 0.1}
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-        return x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-
-
 class Language(nn.Module):
-    """A causal transformer with the default attention; of a dict it reads the ids."""
+    """Logits of the next token from the mean of those so far; of a dict it reads the ids."""
 
-    def __init__(self) -> None:
+    def __init__(self, outputs: int = WORDS) -> None:
         super().__init__()
-        self.embed, self.places = nn.Embedding(WORDS, WIDTH), nn.Embedding(LENGTH, WIDTH)
-        self.blocks, self.head = nn.ModuleList([Block()]), nn.Linear(WIDTH, WORDS)
+        self.embed, self.head = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, outputs)
 
     def forward(self, given: Any) -> Tensor:
         ids = given["input_ids"] if isinstance(given, dict) else given
-        x = self.embed(ids) + self.places(torch.arange(ids.shape[1]))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
+        mean = self.embed(ids).cumsum(1) / torch.arange(1, ids.shape[1] + 1)[:, None]
+        return self.head(mean.tanh())
 
 
 class Rater(Language):
     """Scores (B, 1) of the tokens that are no padding."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(WIDTH, 1)
+        super().__init__(1)
 
     def forward(self, given: Any) -> Tensor:
         scores = super().forward(given)
@@ -108,18 +92,15 @@ def by_hand(outer: Any, inner: list[Any]) -> tuple[dict[str, Tensor], dict[str, 
         p = rater(batch)[:, 0].softmax(0)
         sequences = losses_of(reference.at(student, theta, batch), batch)
         loss = sum(p[i] * tokens.mean() for i, tokens in enumerate(sequences) if len(tokens))
-        g = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
-        theta, state = rule(theta, dict(zip(theta, g, strict=True)), state)
+        theta, state = reference.stepped(loss, theta, rule, state)
     judged = torch.cat(losses_of(reference.at(student, theta, outer), outer)).mean()
     grads = torch.autograd.grad(judged, list(rater.parameters()))
     named = dict(zip((n for n, _ in rater.named_parameters()), grads, strict=True))
     return named, {n: t.detach() for n, t in theta.items()}, judged.detach()
 
 
-def by_metapl(
-    outer: Any, inner: list[Any], mode: Any = "forward", layout: str | None = None, **options: Any
-) -> metapl.Hypergradient:
-    rater, student = (laid_out(network, layout) for network in networks())
+def by_metapl(outer: Any, inner: list[Any], mode: Any = "forward", **options: Any) -> metapl.Hypergradient:
+    rater, student = networks()
     return metapl.hypergradient(
         rater,
         student,

@@ -1,11 +1,11 @@
-"""What estimators say of themselves, and that alterations say the same as what they alter."""
+"""What estimators say of themselves, and the names that ``dir`` and a type checker show."""
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import Any, get_args
 
-import torch
-from problems_zoo import toy
+from problems_zoo import gradient, toy
 from reference import error
 from torch import nn
 
@@ -13,30 +13,15 @@ import metapl
 from metapl import MetaplError
 from metapl.ablation import Altered
 from metapl.execution.layout import Layout
-from metapl.feedback import Difference, Estimator, Forward, Unrolled, estimator
+from metapl.feedback import Difference, Forward, ModeName, Unrolled, estimator, modes_for
 from metapl.feedback.compatible import check_mode, prepare
 
 
-def gradient(mode: str | Estimator, kind: Any) -> metapl.Hypergradient:
-    problem = toy("mlp")
-    optimizer = torch.optim.SGD(problem.student.parameters(), lr=0.05)
-    generator = torch.Generator().manual_seed(0)
-    pseudo = metapl.PseudoLabels(kind=kind)
-    return metapl.hypergradient(
-        **problem.networks(),
-        **problem.data(),
-        mode=mode,
-        problem=pseudo,
-        inner_optimizer=optimizer,
-        generator=generator,
-    )
-
-
 def test_exact_modes_are_those_that_say_so() -> None:
-    exact = gradient(Unrolled(), "soft").grads
+    exact = gradient(toy("mlp"), Unrolled()).grads
     modes = [Forward(), Forward(normalization="cosine"), Difference(), estimator("none")]
     for mode in modes:
-        assert mode.exact == (error(gradient(mode, "soft").grads, exact) < 1e-10)
+        assert mode.exact == (error(gradient(toy("mlp"), mode).grads, exact) < 1e-10)
     assert [name for name in metapl.MODES if estimator(name).exact] == ["unrolled", "forward"]
     assert not Unrolled(truncate=1).exact
     assert not Forward(truncate=2).exact
@@ -64,3 +49,20 @@ def test_modes_run_on_the_layouts_that_offer_what_they_require() -> None:
         refused(steps=2, kind="sharded") == refused(steps=2, kind="replicated") == {*metapl.MODES} - {"forward", "none"}
     )
     assert refused(steps=2, kind="sharded", product_ranks=2) == {*metapl.MODES}
+
+
+PUBLIC = ("ablation", "data", "distributed", "feedback", "metrics", "models", "problems", "training")
+
+
+def test_dir_shows_the_public_names_alone() -> None:
+    others = {"ablation", "apps", "data", "distributed", "metrics", "sklearn", "__version__"}
+    assert {*dir(metapl)} == {*metapl.__all__, *others}
+    for name in PUBLIC:
+        module = import_module(f"metapl.{name}")
+        assert dir(module) == sorted(module.__all__)
+    assert all(getattr(metapl, name) is not None for name in dir(metapl))
+
+
+def test_the_modes_of_a_type_checker_are_the_modes() -> None:
+    assert metapl.MODES == get_args(ModeName) == modes_for()
+    assert all(estimator(name).name == name for name in metapl.MODES)

@@ -8,11 +8,11 @@ import pytest
 import reference
 import torch
 import torchopt
-from problems_zoo import OPTIMISERS, STUDENTS, Optimiser, Toy, noisy_teacher, product, toy, unmoved, warm
+from problems_zoo import OPTIMISERS, STUDENTS, Optimiser, Toy, gradient, noisy_teacher, product, toy, unmoved, warm
 from reference import error
 
 import metapl
-from metapl.feedback import Difference, ReinforcePerExample
+from metapl.feedback import Difference, Forward, ReinforcePerExample
 
 EXACT, DIFFERENCE = None, 1e-4  # None: the optimiser's own tolerance
 
@@ -20,6 +20,7 @@ ESTIMATORS: dict[str, tuple[Any, str, str, float | None]] = {
     # mode, kind of labels, what the reference differentiates, tolerance
     "unrolled": ("unrolled", "soft", "soft", EXACT),
     "forward": ("forward", "soft", "soft", EXACT),
+    "forward_by_tangent": (Forward(by="tangent"), "soft", "soft", EXACT),  # as of large students
     "forward_hard": ("forward", "hard", "expected", EXACT),
     "difference": ("difference", "soft", "soft", DIFFERENCE),
     "difference_hard": ("difference", "hard", "expected", DIFFERENCE),
@@ -58,14 +59,8 @@ def check_against_reference(
     drawn_to = torch.get_rng_state()
     problem.draw_from_start()
     settings = {name: value for name, value in labels.items() if name == "temperature"}
-    found = metapl.hypergradient(
-        **problem.networks(),
-        **problem.data(),
-        mode=mode,
-        problem=metapl.PseudoLabels(kind=kind, label_smoothing=labels.get("smoothing", 0.0), **settings),
-        inner_optimizer=inner,
-        inner_state=inner_state,
-    )
+    pseudo = metapl.PseudoLabels(kind=kind, label_smoothing=labels.get("smoothing", 0.0), **settings)
+    found = gradient(problem, mode, problem=pseudo, inner_optimizer=inner, inner_state=inner_state)
     assert error(found.grads, expected.grads) < tolerance
     told_of = expected.signal_grad.squeeze() if told == "batch_score" else expected.signal_grad
     assert found.feedback.shape == told_of.shape
@@ -91,23 +86,6 @@ def test_warmed_optimiser(estimator: str, student: str, optimiser: str) -> None:
     inner, inner_state, rule_state = warm(problem, rule)
     with unmoved_but_for_draws(problem, inner):
         check_against_reference(estimator, problem, rule, inner, inner_state, rule_state)
-
-
-@pytest.mark.parametrize(
-    ("estimator", "student", "optimiser"),
-    product(
-        ("forward", "forward_hard", "reinforce_per_example"),
-        STUDENTS,
-        ("torch_sgd_nesterov", "torch_adamw", "torchopt_clip"),
-        usual=["forward", "reinforce_per_example", "mlp", "torch_adamw"],
-    ),
-)
-def test_large_students_go_along_a_tangent(
-    estimator: str, student: str, optimiser: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where small ones keep a graph."""
-    monkeypatch.setattr("metapl.feedback.forward.SMALL", 0)
-    test_fresh_optimiser(estimator, student, optimiser)
 
 
 def unmoved_but_for_draws(problem: Toy, inner: Any) -> Any:
@@ -215,12 +193,8 @@ def test_float32_agrees_with_float64(estimator: str, student: str, optimiser: st
         problem = toy(student, dtype=torch.float32)
         for net in problem.networks().values():
             net.to(dtype)
-        labeled, unlabeled = (problem.labeled[0].to(dtype), problem.labeled[1]), problem.unlabeled.to(dtype)
+        data = {"labeled": (problem.labeled[0].to(dtype), problem.labeled[1]), "unlabeled": problem.unlabeled.to(dtype)}
         problem.draw_from_start()
-        inner = rule.build(problem.student)
         how = mode if dtype == torch.float32 else "forward"
-        found = metapl.hypergradient(
-            **problem.networks(), labeled=labeled, unlabeled=unlabeled, mode=how, inner_optimizer=inner
-        )
-        grads.append(found.grads)
+        grads.append(gradient(problem, how, **data, inner_optimizer=rule.build(problem.student)).grads)
     assert error(*grads) < SINGLE[estimator]

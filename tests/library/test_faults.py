@@ -9,17 +9,17 @@ from typing import Any
 
 import faults
 import pytest
-import test_data
 import test_estimators
 import test_exact
+import test_feed
 import test_fields
 import test_own_problems
-import test_ratio
 import test_relations
 import test_replays
 import test_sampled
 import test_step
 import test_updates
+import test_verify
 
 from metapl import MetaplError
 
@@ -52,7 +52,8 @@ lowers = lambda mode: of(  # noqa: E731
 )
 smoothed = lambda estimator: of(test_exact.test_two_views_temperature_and_smoothing, estimator, 0.15)  # noqa: E731
 one_pass = partial(of, test_step.test_statistics_and_generator_advance_as_by_one_pass_of_each_network)
-ratio = of(test_ratio.test_the_norms_of_the_two_gradients_have_this_ratio, "forward", {}, test_ratio.LOSSES[0])
+later = partial(of, test_verify.test_what_begins_after_the_first_step_is_seen_by_the_flag)
+ratio = of(test_step.test_the_norms_of_the_two_gradients_have_this_ratio, "forward", {}, test_step.LOSSES[0])
 own = lambda problem, mode="forward", parts=1: of(  # noqa: E731
     test_own_problems.test_every_field_gets_its_own_feedback, (mode, 1, parts), getattr(test_own_problems, problem)
 )
@@ -94,10 +95,12 @@ CAUGHT: dict[str, list[Check]] = {
     "backward_at_the_old_weights": [replayed(way, "checkpoint with norm and dropout") for way in ("tangent", "graph")],
     "plain_tensors_stand_in": [replayed("graph", "asks"), replayed("tangent", "asks")],
     "outputs_unchecked": [of(test_replays.test_a_teacher_that_draws_otherwise_when_it_is_recomputed_is_refused)],
-    "slopes_unchecked": [of(test_replays.test_a_gradient_that_is_not_the_derivative_is_seen_by_its_slopes)],
+    "slopes_unchecked": [
+        of(test_verify.test_what_begins_after_the_first_step_is_seen_by_the_flag, "a hook on an activation")
+    ],
     "excluded_end_taken": [of(test_fields.test_what_does_not_fit_is_refused_by_its_field, "decay", 1.0)],
     "requirements_not_held": [of(test_estimators.test_modes_run_on_the_layouts_that_offer_what_they_require)],
-    "same_order_every_epoch": [of(test_data.test_orders_differ_by_epoch_seed_and_stream)],
+    "same_order_every_epoch": [of(test_feed.test_orders_differ_by_epoch_seed_and_stream)],
 }
 
 

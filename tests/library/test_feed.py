@@ -1,14 +1,18 @@
-"""Feeds: whatever the source, a restored one goes on with the batches of the uninterrupted run, and disturbs nobody."""
+"""Feeds: whatever the source, a restored one goes on with the batches of the uninterrupted run, and disturbs nobody;
+batches that are served on a device; and draws that hash their position."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import math
 import os
 import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -16,9 +20,10 @@ import torch
 from feed_sources import SOURCES, Noisy, OwnGenerators, Stream, made, same, seeded, take
 from torch import Tensor
 from torch.multiprocessing import active_children
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, TensorDataset
 
-from metapl.data import StepBatches
+from metapl.data import StepBatches, StepSampler, draws, to_device
 from metapl.data.steps import _begin_worker
 from metapl.errors import MetaplError
 from metapl.runs import generators
@@ -83,24 +88,21 @@ def check_going_on(source: Callable[[], Any], cuts: range) -> None:
 
 
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES.keys())
-def test_goes_on_exactly(source: Callable[[], Any]) -> None:
+def test_goes_on_exactly_and_leaves_the_default_generators_alone(source: Callable[[], Any]) -> None:
     check_going_on(source, range(6))  # an epoch is of three or four batches
-
-
-@pytest.mark.parametrize("source", WITH_WORKERS.values(), ids=WITH_WORKERS.keys())
-def test_goes_on_exactly_with_workers(source: Callable[[], Any]) -> None:
-    check_going_on(source, range(4, 5))
-
-
-@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES.keys())
-def test_leaves_the_default_generators_alone(source: Callable[[], Any]) -> None:
     before = generators.rng_state()
-    stream = made(source())
+    stream, again = made(source()), made(source())
     take(stream, 6)
-    again = made(source())
     again.restore(stream.state())
     again.next()
     assert same(generators.rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "source", [pytest.param(s, marks=[pytest.mark.long] * ("persistent" not in s)) for s in WITH_WORKERS]
+)
+def test_goes_on_exactly_with_workers(source: str) -> None:
+    check_going_on(WITH_WORKERS[source], range(4, 5))
 
 
 @pytest.mark.parametrize("source", [SOURCES["shuffled"], SOURCES["re-iterable"]])
@@ -230,3 +232,160 @@ def test_a_worker_outlives_any_number_of_sigterms_for_a_while() -> None:
         finally:
             os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 7
+
+
+# --------------------------------------------------------------------------------------------------------- a device
+
+
+class Halves(StepBatches[Tensor]):
+    """What is fetched is bytes on the CPU, and finished wherever it is."""
+
+    steps = None
+
+    def __init__(self, bad: int | None = None) -> None:
+        self.bad = bad
+        self.seen: list[tuple[int, str]] = []
+
+    def batch(self, step: int) -> Tensor:
+        raise AssertionError("made whole")
+
+    def raw(self) -> StepBatches[Any]:
+        return Bytes()
+
+    def augment(self, step: int, fetched: Any) -> Tensor:
+        self.seen.append((step, fetched.device.type))
+        if step == self.bad:
+            raise RuntimeError("out of memory")
+        return fetched.float()
+
+
+class Bytes(StepBatches[Tensor]):
+    steps = None
+
+    def batch(self, step: int) -> Tensor:
+        return torch.full((3,), step, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bytes_cross_to_the_device_and_are_finished_there_by_their_step(workers: int) -> None:
+    source = Halves()
+    stream = made(source, num_workers=workers, device="meta")
+    stream.restore({"kind": "steps", "position": 5})
+    batch = take(stream, 2)[-1]
+    stream.close()
+    assert source.seen == [(5, "meta"), (6, "meta")]
+    assert (batch.device.type, batch.dtype) == ("meta", torch.float32)
+
+
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES.keys())
+def test_every_source_is_served_on_the_device(source: Callable[[], Any]) -> None:
+    plain, there, here = made(source()), made(source(), device="meta"), made(source(), device="cpu")
+    for _ in range(3):
+        batch = plain.next()
+        assert same(here.next(), batch)
+        moved = pytree.tree_leaves(there.next())
+        assert [(x.device.type, x.shape) for x in moved] == [("meta", x.shape) for x in pytree.tree_leaves(batch)]
+    assert same(there.state(), plain.state())
+    there.restore(plain.state())
+    for stream in (plain, there, here):
+        stream.close()
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+def test_to_device_moves_tensors_alone() -> None:
+    here = torch.ones(2)
+    batch = {"pair": Pair(here, torch.zeros(3)), "list": [here, "name", None, 3]}
+    moved = to_device(batch, "meta")
+    assert isinstance(moved["pair"], Pair)
+    assert moved["pair"].y.shape == (3,)
+    assert {moved["pair"].x.device.type, moved["list"][0].device.type} == {"meta"}
+    assert moved["list"][1:] == ["name", None, 3]
+    stayed = to_device(batch, torch.device("cpu"))
+    assert stayed["pair"].x is here
+    assert stayed["list"][0] is here
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("make", [lambda x: x.pin_memory(), lambda x: x, lambda x: x[:, None].expand(-1, 3)])
+def test_to_device_moves_pinned_tensors_and_others(make: Callable[[Tensor], Tensor]) -> None:
+    x = make(torch.arange(1000))
+    there = to_device((x,), "cuda")[0]
+    assert torch.equal(there.cpu(), x)
+    assert to_device(there, "cuda") is there
+    assert torch.equal(to_device(there, "cpu"), x)
+
+
+# ------------------------------------------------------------------------------------------------ draws and samplers
+
+
+def test_hash_is_splitmix64() -> None:
+    # Its published outputs, from the seeds 0 and 1234567.
+    assert [draws.fold_in(0, i) for i in range(3)] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert [draws.fold_in(1234567, i) for i in range(2)] == [6457827717110365317, 3203168211198807973]
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**31, 2**63, 2**64 - 1])
+def test_bits_are_the_nested_hash(seed: int) -> None:
+    examples = [0, 1, 12345, 2**40, -3, 2**63 - 1, -(2**63)]
+    got = draws.bits(seed, step=17, examples=torch.tensor(examples), n=3, stream=2)
+    key = draws.fold_in(draws.fold_in(seed, 2), 17)
+    for (row, example), draw in product(enumerate(examples), range(3)):
+        assert int(got[row, draw]) % 2**64 == draws.fold_in(draws.fold_in(key, example), draw)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_ignore_the_rest_of_the_batch(dtype: torch.dtype) -> None:
+    draw, examples = draws.uniform, torch.arange(1003)
+    whole = draw(3, 5, examples, 7, dtype=dtype)
+    assert whole.dtype == dtype
+    order = torch.randperm(1003, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(draw(3, 5, examples[order], 7, dtype=dtype), whole[order])
+    for size in (1, 2, 3, 5, 17):
+        assert torch.equal(draw(3, 5, examples[40 : 40 + size], 7, dtype=dtype), whole[40 : 40 + size])
+    # More draws continue fewer.
+    assert torch.equal(draw(3, 5, examples, 11, dtype=dtype)[:, :7], whole)
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(10, 3), (7, 7), (5, 12), (1, 4), (64, 1)])
+def test_each_epoch_is_a_permutation(size: int, batch_size: int) -> None:
+    sampler = StepSampler(size, batch_size, seed=1)
+    steps = math.ceil(6 * size / batch_size)
+    stream = torch.cat([sampler.indices(t) for t in range(steps)])
+    epochs = torch.cat([sampler.epochs(t) for t in range(steps)])
+    assert all(sampler.indices(t).shape == (batch_size,) for t in range(steps))
+    for epoch in range(6):
+        members = stream[epoch * size : (epoch + 1) * size]
+        assert members.sort().values.tolist() == list(range(size))
+        assert epochs[epoch * size : (epoch + 1) * size].tolist() == [epoch] * size
+
+
+def test_orders_differ_by_epoch_seed_and_stream() -> None:
+    orders = [StepSampler(30, 30, seed, stream).indices(epoch) for seed, stream, epoch in product(range(3), repeat=3)]
+    assert len({tuple(order.tolist()) for order in orders}) == 27
+
+
+def test_orders_are_uniform() -> None:
+    sampler = StepSampler(4, 4, seed=0)
+    counts: dict[tuple[int, ...], int] = {}
+    for epoch in range(1200):
+        order = tuple(sampler.indices(epoch).tolist())
+        counts[order] = counts.get(order, 0) + 1
+    assert len(counts) == 24
+    chi_square = sum((c - 50) ** 2 / 50 for c in counts.values())
+    assert chi_square < 23 + 4 * math.sqrt(2 * 23)
+
+
+def test_sampler_refuses_what_it_cannot_draw() -> None:
+    with pytest.raises(MetaplError):
+        StepSampler(0, 4, seed=0)
+    with pytest.raises(MetaplError):
+        StepSampler(4, 0, seed=0)
+    with pytest.raises(MetaplError):
+        StepSampler(4, 4, seed=0).indices(-1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        StepSampler(4, 4, seed=0).seed = 1  # type: ignore[misc]  # the very mistake under test

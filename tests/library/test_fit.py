@@ -1,8 +1,10 @@
-"""The loop around the steps: what it schedules, averages and selects, against hand computations."""
+"""The loop around the steps: what it averages, selects and writes, against hand computations; one at a time writes to a
+folder."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,39 +13,29 @@ import pytest
 import torch
 from feed_sources import same
 from fits import (
+    OPTIONS,
     VALIDATION,
+    Counting,
     _one_thread,  # noqa: F401  # used by every test
     batches,
     bilevel,
     copied,
+    events,
     network,
     rows,
     single,
 )
+from forked import context
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metapl import MetaplError
+from metapl import MetaplError, StopFit
+from metapl.execution.ranks import ALONE
 from metapl.metrics import evaluate_logits
+from metapl.runs import folder as folders
 from metapl.runs.checkpoint import CheckpointFolder
 from metapl.training import Trainer
-
-
-@pytest.mark.parametrize(("schedule", "warmup"), [("cosine", 0), ("cosine", 3), ("constant", 0), ("constant", 4)])
-def test_every_step_runs_at_the_rates_of_the_schedule(schedule: Any, warmup: int) -> None:
-    trainer, seen = bilevel(), []
-    step = trainer.step
-
-    def noted(*data: Any) -> Any:
-        seen.append([o.param_groups[0]["lr"] for o in trainer.schedulable])
-        return step(*data)
-
-    trainer.step = noted  # type: ignore[method-assign]
-    trainer.fit(*batches(3), steps=10, schedule=schedule, warmup=warmup)
-    after = [1.0 if schedule == "constant" else (1 + math.cos(math.pi * t / (10 - warmup))) / 2 for t in range(10)]
-    factors = [(t + 1) / warmup for t in range(warmup)] + after[: 10 - warmup]
-    assert seen == [pytest.approx([0.1 * f, 0.05 * f], rel=1e-12) for f in factors]
-    assert [o.param_groups[0]["lr"] for o in trainer.schedulable] == [0.1, 0.05]
+from metapl.training.records import figures
 
 
 @pytest.mark.parametrize(("decay", "validation"), [(0.3, None), (0.99, VALIDATION)])
@@ -138,3 +130,137 @@ def test_weights_that_blow_up_are_not_saved_although_the_loss_is_finite(tmp_path
     with pytest.raises(MetaplError):
         trainer.fit(batches(4)[0], steps=5, save_every=1, log_every=5, out=tmp_path)
     assert not list(tmp_path.glob("checkpoints/**/*.ckpt"))
+
+
+# ------------------------------------------------------------------------------------------------------- callbacks
+
+QUIET: dict[str, Any] = {"say": lambda _: None, "schedule": "constant", "log_every": 2}
+
+
+def stop_at(step: int, reason: str = "enough") -> Callable[..., None]:
+    def stop(at: int, row: Any, trainer: Any) -> None:
+        if at == step:
+            raise StopFit(reason)
+
+    return stop
+
+
+@pytest.mark.parametrize("trainer", [single, bilevel])
+def test_each_callback_sees_every_recorded_row_in_turn(trainer: Callable[[], Any], tmp_path: Path) -> None:
+    one, seen = trainer(), []
+    calls = [lambda *given, name=name: seen.append((name, *given)) for name in "ab"]
+    found = one.fit(
+        *batches(4), steps=7, log_every=2, validation=VALIDATION, validate_every=3, out=tmp_path, callbacks=calls
+    )
+    assert [(name, step) for name, step, _, _ in seen] == [(n, step) for step in (2, 3, 4, 6, 7) for n in "ab"]
+    assert all(who is one for *_, who in seen)
+    logged = [{name: value for name, value in row.items() if name != "phase"} for row in rows(tmp_path)]
+    assert [row for name, _, row, _ in seen if name == "a"] == logged == found.history
+    assert "student_validation_accuracy" in found.history[1]
+    assert "loss_cross_entropy" in found.history[0] or "outer_loss" in found.history[0]
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_fit_that_is_stopped_is_one_of_so_many_steps(ema: float | None, tmp_path: Path) -> None:
+    """The steps that were done are kept, and saved; the other callbacks see the last row too."""
+    ends, seen, said = [], [], []
+    for steps, calls in ((20, [stop_at(6), lambda step, *_: seen.append(step)]), (6, [])):
+        trainer = bilevel()
+        torch.manual_seed(1)
+        out = tmp_path / str(steps)
+        how = QUIET | {"say": said.append, "save_every": 5, "ema_decay": ema, "validation": VALIDATION, "select": False}
+        found = trainer.fit(*batches(4), steps=steps, out=out, callbacks=calls, **how)
+        last = CheckpointFolder(out / "checkpoints/fit").newest()
+        assert last is not None
+        assert (found.step, last.state["step"]) == (6, 6)
+        ends.append((trainer.state_dict(), found.weights, last.state["trainer"]))
+        again = bilevel().fit(*batches(4), steps=steps, out=out, resume=True, **how | {"say": lambda _: None})
+        assert (again.step, again.value) == (6, found.value), "it has ended"
+    assert same(*ends)
+    assert (seen, said) == ([2, 4, 6], ["stopped after step 6 by a callback: enough"])
+
+
+# ------------------------------------------------------------------------------------------------- what is written
+
+SCALARS = {
+    *("inner_loss", "outer_loss", "teacher_loss", "teacher_cross_entropy", "student_lr", "teacher_lr"),
+    *("feedback_mean", "feedback_std", "feedback_snr", "pseudo_label_confidence", "pseudo_label_entropy", "agreement"),
+    *("class_shares_vs_labeled", "student_validation_accuracy", "teacher_validation_accuracy"),
+}
+
+
+def test_tensorboard_shows_what_the_rows_say_each_step_once(tmp_path: Path) -> None:
+    """Also after a resume, whose lost steps are purged, and beside a second phase with the same step numbers."""
+    labeled, unlabeled = batches(5)
+    how: dict[str, Any] = {**OPTIONS, "steps": 17, "out": tmp_path, "log_every": 2}
+    breaking = Counting(labeled, 9, lambda: (_ for _ in ()).throw(KeyError("stop")))
+    with pytest.raises(KeyError, match="stop"):
+        bilevel().fit(breaking, unlabeled, **how)
+    trainer = bilevel()
+    trainer.fit(labeled, unlabeled, resume=True, say=lambda _: None, **how)
+    trainer.finetune(labeled, steps=6, out=tmp_path, log_every=1)
+    found, logged = events(tmp_path / "tensorboard/fit"), rows(tmp_path)
+    assert set(found.Tags()["scalars"]) >= SCALARS
+    for name in SCALARS:
+        shown = [(event.step, event.value) for event in found.Scalars(name)]
+        assert shown == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in logged if name in row]
+    assert [e.step for e in events(tmp_path / "tensorboard/finetune").Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_damaged_lines_are_left_out_and_a_torn_one_is_written_anew(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"schedule": "constant", "log_every": 1, "say": lambda _: None, "out": tmp_path}
+    single().fit(batches(5)[0], steps=4, **how)
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b"x" + file.read_bytes() + b'{"phase": "fit", "st')
+    found = single().fit(batches(5)[0], steps=6, resume=True, **how)
+    assert [row["step"] for row in rows(tmp_path)] == [row["step"] for row in found.history] == [2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("mode", ["forward", "reinforce_per_example", "reinforce"])
+def test_figures_of_the_feedback_are_those_of_a_loop_by_hand(mode: str) -> None:
+    labeled, unlabeled = (one[0] for one in batches(1))
+    trainer = bilevel(mode)
+    report = trainer.step(labeled, unlabeled)
+    found = {name: float(t) for name, t in figures(report, trainer.problem, labeled, ALONE).items()}
+    h, logits = report.feedback.double(), report.signal.outputs
+    assert found["feedback_mean"] == pytest.approx(float(h.mean()), rel=1e-6)
+    assert found["feedback_std"] == pytest.approx(float(h.std(correction=0)), rel=1e-6)
+    q = logits.softmax(1).double()
+    assert found["pseudo_label_entropy"] == pytest.approx(float(-(q * q.log()).sum(1).mean()), rel=1e-5)
+    shares = torch.bincount(labeled[1], minlength=3) / len(labeled[1])
+    assert found["class_shares_vs_labeled"] == pytest.approx(float((q.mean(0) - shares).abs().sum() / 2), rel=1e-5)
+    if mode == "reinforce":
+        assert "feedback_snr" not in found  # one number for all rows
+        return
+    z = logits.detach().double().requires_grad_()
+    spoken = z.softmax(1) if h.ndim == 2 else z.log_softmax(1)[range(len(h)), report.signal.value.long()]
+    [g] = torch.autograd.grad((h * spoken).sum(), z)
+    mean, square, count = g.mean(0).square().sum(), g.square().sum(1).mean(), len(g)
+    expected = float((count * mean - square) / (square - mean))
+    assert math.isfinite(found["feedback_snr"])
+    assert found["feedback_snr"] == pytest.approx(expected, rel=1e-4)
+
+
+def held(out: Path, begun: Any) -> None:
+    with folders.Folder(out).held():
+        begun.set()
+        time.sleep(60)
+
+
+def test_a_folder_that_another_process_writes_to_is_refused_until_that_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "PATIENCE", 0.2)
+    begun = context().Event()
+    other = context().Process(target=held, args=(tmp_path, begun))
+    other.start()
+    begun.wait(60)
+    with pytest.raises(MetaplError, match="process"):
+        single().fit(batches(3)[0], steps=3, out=tmp_path)
+    other.kill()
+    other.join()
+    single().fit(batches(3)[0], steps=3, out=tmp_path)
+    folder = folders.Folder(tmp_path)
+    with folder.held():  # which may be held again, as several phases in one folder do
+        single().fit(batches(3)[0], steps=3, out=folder, phase="finetune")
+    assert [row["step"] for row in rows(tmp_path, "finetune")] == [3]

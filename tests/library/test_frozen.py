@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from problems_zoo import CLASSES, OPTIMISERS, Toy
+from problems_zoo import CLASSES, OPTIMISERS, Toy, gradient
 from reference import error
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -53,9 +53,7 @@ def test_the_gradient_in_what_is_learned_is_that_of_double_backward(mode: str, o
     assert all(p is toy.student.get_parameter(name) for name, p in frozen.items())
     before = {name: p.clone() for name, p in frozen.items()}
     expected = reference.pseudo_labels(**toy.networks(), **toy.data(), rule=rule.rule)
-    found = metapl.hypergradient(
-        **toy.networks(), **toy.data(), mode=mode, inner_optimizer=rule.build(toy.student), verify=True
-    )
+    found = gradient(toy, mode, inner_optimizer=rule.build(toy.student), verify=True)
     assert found.grads.keys() == expected.grads.keys()
     assert error(found.grads, expected.grads) < (1e-4 if mode == "difference" else 1e-9)
     assert error(found.student_params, expected.student_params) < 1e-9

@@ -46,8 +46,8 @@ def batch(number: int) -> tuple[Tensor, Tensor]:
     return torch.randn(8, 6, generator=draw), torch.randint(0, 3, (8,), generator=draw)
 
 
-def network() -> nn.Module:
-    torch.manual_seed(0)
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
 
 

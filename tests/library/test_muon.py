@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import reference
 import torch
-from problems_zoo import CLASSES, Toy, everything, product, same, toy
+from problems_zoo import CLASSES, Toy, everything, gradient, product, same, toy
 from reference import Rule, Tree, error
+from test_lookahead import batches
 from torch import Tensor, nn
 
 import metapl
-from metapl import Lookahead, MetaplError
+from metapl import Lookahead
 from metapl.execution.state import trainable
 from metapl.feedback import Forward
 from metapl.updates import as_taken, options_of, update_of
@@ -47,12 +47,13 @@ def muon_and_adamw(
     adjust_lr_fn: str | None = None,
     ns_steps: int = 5,
     ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+    adamw: dict[str, Any] = ADAMW,
 ) -> Rule:
-    adamw = reference.adamw(**ADAMW)
+    of_others = reference.adamw(**adamw)
 
     def rule(params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
         others = {name: p for name, p in params.items() if p.ndim != 2}
-        moved, of_adamw = adamw(others, {name: grads[name] for name in others}, state and state["adamw"])
+        moved, of_adamw = of_others(others, {name: grads[name] for name in others}, state and state["adamw"])
         buffers = {}
         for name, p in params.items():
             if name in others:
@@ -105,11 +106,6 @@ def stepped(real: tuple[Any, Any], student: nn.Module, grads: Tree) -> None:
         one.zero_grad()
 
 
-def batches(steps: int) -> list[Tensor]:
-    draw = torch.Generator().manual_seed(3)
-    return [torch.randn(4, 1, 4, 4, generator=draw, dtype=torch.float64) for _ in range(steps)]
-
-
 @pytest.mark.parametrize(
     ("mode", "settings", "steps", "warm"),
     product(
@@ -118,88 +114,18 @@ def batches(steps: int) -> list[Tensor]:
     ),
 )  # fmt: skip
 def test_the_gradient_is_that_of_double_backward_by_hand(mode: Any, settings: str, steps: int, warm: int) -> None:
-    given, ahead = problem(), batches(steps)
+    given = problem()
+    ahead = batches(steps, given)
     real, state = warmed(given, SETTINGS[settings], warm)
     rule = muon_and_adamw(**SETTINGS[settings])
     expected = reference.several_steps(**given.networks(), labeled=given.labeled, batches=ahead, rule=rule, state=state)
     before = everything(given, *real)
-    found = metapl.hypergradient(
-        **given.networks(), labeled=given.labeled, unlabeled=Lookahead(ahead), mode=mode, inner_optimizer=real
-    )
+    found = gradient(given, mode, ahead, inner_optimizer=real)
     assert same(before, everything(given, *real))
     for h, g in zip(found.feedback, expected.signal_grads, strict=True):
         assert error(h, -g) < 1e-9
     assert error(found.grads, expected.grads) < 1e-9
     assert error(found.student_params, expected.student_params) < 1e-12
-
-
-WRT = ("teacher", "start", "lr", "momentum", "weight_decay", "betas", "eps")
-
-
-def by_hand_in_settings(given: Toy, ahead: list[Tensor]) -> tuple[Tree, dict[str, Tensor]]:
-    """dL/dθ_0, and dL in the settings of each step and group, by double backward."""
-    leaf = lambda x: torch.tensor(x, dtype=torch.float64, requires_grad=True)  # noqa: E731
-    start = reference.weights(given.student)
-    theta, of_muon, of_adamw, at = start, None, None, []
-    for x in ahead:
-        muon = {name: leaf(NESTEROV[name]) for name in ("lr", "momentum", "weight_decay")}
-        betas = tuple(map(leaf, ADAMW["betas"]))
-        adamw: dict[str, Any] = {"betas": betas, **{n: leaf(ADAMW[n]) for n in ("lr", "eps", "weight_decay")}}
-        at.append((muon, adamw))
-        target = given.teacher(x).softmax(-1).detach()
-        inner = reference.cross_entropy(target, reference.at(given.student, theta, x)).mean()
-        g = dict(zip(theta, torch.autograd.grad(inner, [*theta.values()], create_graph=True), strict=True))
-        moved, of_muon = muon_and_adamw(nesterov=True, **muon)(theta, g, of_muon)
-        others = {n: p for n, p in theta.items() if p.ndim != 2}
-        rest, of_adamw = reference.adamw(**adamw)(others, {n: g[n] for n in others}, of_adamw)
-        theta = {**moved, **rest}
-    L = nn.functional.cross_entropy(reference.at(given.student, theta, given.labeled[0]), given.labeled[1])
-    slope = lambda t: torch.autograd.grad(L, t, retain_graph=True)[0]  # noqa: E731
-    zero, found = torch.zeros((), dtype=torch.float64), {}
-    for name in ("lr", "momentum", "weight_decay", "eps"):
-        pairs = [[slope(group[name]) if name in group else zero for group in groups] for groups in at]
-        found[name] = torch.stack([torch.stack(pair) for pair in pairs])
-    of_betas = [torch.stack([*map(slope, adamw["betas"])]) for _, adamw in at]
-    found["betas"] = torch.stack([torch.stack([torch.zeros_like(t), t]) for t in of_betas])
-    return {n: slope(t) for n, t in start.items()}, found
-
-
-@pytest.mark.parametrize("mode", ["forward", "unrolled"])
-def test_the_gradient_in_the_start_and_in_the_settings_of_both(mode: str) -> None:
-    given, ahead = problem(), batches(3)
-    start, settings = by_hand_in_settings(given, ahead)
-    found = metapl.hypergradient(
-        **given.networks(), labeled=given.labeled, unlabeled=Lookahead(ahead), mode=mode, wrt=WRT,
-        inner_optimizer=optimizers(given.student),
-    )  # fmt: skip
-    assert error(found.start, start) < 1e-9
-    for name, expected in settings.items():
-        assert found.settings[name].shape == expected.shape
-        assert error(found.settings[name], expected) < 1e-9, name
-
-
-@pytest.mark.long
-def test_a_training_by_two_graphs_is_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graphs of the last call are kept, where the optimizers in the tuple are the same ones."""
-    compiled: list[Any] = []
-    plainly = torch.compile
-
-    def captured(function: Any, **options: Any) -> Any:
-        compiled.append(function)
-        return plainly(function, fullgraph=True, dynamic=False, backend="aot_eager")
-
-    monkeypatch.setattr(torch, "compile", captured)
-    given, ahead = problem(), batches(4)
-    real = optimizers(given.student)
-    how: dict[str, Any] = {"labeled": given.labeled, "unlabeled": Lookahead(ahead), "wrt": WRT, "inner_optimizer": real}
-    how["problem"] = metapl.PseudoLabels("soft")
-    eager = metapl.hypergradient(**given.networks(), **how)
-    for _ in range(2):
-        found = metapl.hypergradient(**given.networks(), **how, compile=True)
-        assert len(compiled) == 2
-        pairs = [(found.grads, eager.grads), (found.start, eager.start), (found.student_params, eager.student_params)]
-        pairs += [(found.settings[name], t) for name, t in eager.settings.items()]
-        assert all(error(a, b) < 1e-9 for a, b in pairs)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -250,71 +176,27 @@ def test_a_trainer_takes_torchs_own_steps_and_reports_their_distance(mode: str) 
 def test_the_gradient_is_verified_in_the_weights_type(lookahead: int) -> None:
     given = problem()
     trainer = trainer_of(given, lookahead=lookahead)
-    unlabeled = Lookahead(batches(lookahead)) if lookahead > 1 else given.unlabeled
+    unlabeled = Lookahead(batches(lookahead, given)) if lookahead > 1 else given.unlabeled
     found = metapl.check_gradient(trainer, labeled=given.labeled, unlabeled=unlabeled)
     assert found.passed, str(found)
     assert found.status == "right"
     trainer.step(given.labeled, unlabeled)  # verified once more
-    result = metapl.hypergradient(
-        **given.networks(), labeled=given.labeled, unlabeled=unlabeled, inner_optimizer=trainer.update, verify=True
-    )
+    result = gradient(given, unlabeled=unlabeled, inner_optimizer=trainer.update, verify=True)
     assert all(g.isfinite().all() for g in result.grads.values())
 
 
-def overlapping(network: nn.Module) -> Any:
-    return (*optimizers(network), torch.optim.SGD([*network.parameters()][:1], lr=0.1))
-
-
-def without_biases(network: nn.Module) -> Any:
-    return optimizers(network)[:1]
-
-
-def with_a_bias(network: nn.Module) -> Any:
-    muon, adamw = optimizers(network)
-    muon.add_param_group({"params": adamw.param_groups.pop()["params"]})
-    return (muon,)
-
-
-WRONG: dict[str, Callable[[nn.Module], Any]] = {
-    "overlapping": overlapping,
-    "without the biases": without_biases,
-    "a bias in Muon": with_a_bias,
-    "no optimizers": lambda network: ("muon", "adamw"),
-    "none": lambda network: (),
-    "of another network": lambda network: (*optimizers(network), torch.optim.SGD(nn.Linear(2, 2).parameters())),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("level", ["inner_optimizer", "outer_optimizer"])
-def test_wrong_tuples_are_refused_in_a_line_and_nothing_moves(level: str, wrong: str) -> None:
-    given = problem()
-    network = given.student if level == "inner_optimizer" else given.teacher
-    wrongly = {level: WRONG[wrong](network)}
-    before = everything(given)
-    with pytest.raises(MetaplError) as refused:
-        metapl.BilevelTrainer(**given.networks(), **wrongly).step(**given.data())
-    assert "\n" not in str(refused.value)
-    assert same(before, everything(given))
-
-
 def test_the_rates_of_both_follow_schedules() -> None:
-    given, ahead = problem(), batches(3)
+    given = problem()
+    ahead = batches(3, given)
     real = optimizers(given.student)
     rates = torch.optim.lr_scheduler.StepLR(real[0], 1, 0.5), lambda step: 1.0 - 0.2 * step
-    at = []
-    for number in range(3):
-        muon = muon_and_adamw(**{**NESTEROV, "lr": NESTEROV["lr"] * 0.5**number})
-        at.append((muon, reference.adamw(**{**ADAMW, "lr": ADAMW["lr"] * (1 - 0.2 * number)})))
-
-    def rule(params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
-        number, of_muon, of_adamw = state or (0, None, None)
-        moved, of_muon = at[number][0](params, grads, of_muon)
-        others = {n: p for n, p in params.items() if p.ndim != 2}
-        rest, of_adamw = at[number][1](others, {n: grads[n] for n in others}, of_adamw)
-        return {**moved, **rest}, (number + 1, of_muon, of_adamw)
-
-    expected = reference.several_steps(**given.networks(), labeled=given.labeled, batches=ahead, rule=rule)
+    rules = [
+        muon_and_adamw(
+            **{**NESTEROV, "lr": NESTEROV["lr"] * 0.5**number}, adamw={**ADAMW, "lr": ADAMW["lr"] * (1 - 0.2 * number)}
+        )
+        for number in range(3)
+    ]
+    expected = reference.several_steps(**given.networks(), labeled=given.labeled, batches=ahead, rule=rules)
     how = {"labeled": given.labeled, "mode": "forward", "inner_optimizer": real}
     found = metapl.hypergradient(**given.networks(), unlabeled=Lookahead(ahead, schedule=rates), **how)
     assert error(found.grads, expected.grads) < 1e-9

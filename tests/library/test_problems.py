@@ -151,8 +151,7 @@ def by_double_backward(
     for _ in range(steps):
         losses = METHODS[name].losses(teacher, phi, theta, reference.at(student, theta, X))
         after_inner = torch.get_rng_state()
-        g = torch.autograd.grad(losses.mean(), list(theta.values()), create_graph=True)
-        theta, state = rule(theta, dict(zip(theta, g, strict=True)), state)
+        theta, state = reference.stepped(losses.mean(), theta, rule, state)
     torch.set_rng_state(reference.own_stream(after_inner))
     outer = F.cross_entropy(reference.at(student, theta, labeled[0]), labeled[1])
     return dict(zip(phi, torch.autograd.grad(outer, list(phi.values())), strict=True))
@@ -198,8 +197,7 @@ def weights_by_hand(student: nn.Module, labeled: Any, look: reference.Rule, stat
     theta = reference.weights(student)
     epsilon = torch.zeros(5, dtype=X.dtype, requires_grad=True)
     inner = (epsilon * plain(reference.at(student, theta, X))).mean()
-    g = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
-    moved, _ = look(theta, dict(zip(theta, g, strict=True)), state)
+    moved, _ = reference.stepped(inner, theta, look, state)
     outer = F.cross_entropy(reference.at(student, moved, labeled[0]), labeled[1])
     h = -torch.autograd.grad(outer, epsilon)[0]
     helpful = h.clamp_min(0)
@@ -233,8 +231,7 @@ def test_ten_steps_of_learning_to_reweight_are_those_of_its_paper(momentum: floa
         h, w = weights_by_hand(mirror, trusted, *look)
         theta = reference.weights(mirror)
         loss = (w * plain(reference.at(mirror, theta, X))).sum()
-        g = torch.autograd.grad(loss, list(theta.values()))
-        moved, state = rule(theta, dict(zip(theta, g, strict=True)), state)
+        moved, state = reference.stepped(loss, theta, rule, state)
         mirror.load_state_dict({name: t.detach() for name, t in moved.items()})
         report = trainer.step(trusted, (X, Y))
         assert error(report.feedback, h) < 1e-8
@@ -243,30 +240,6 @@ def test_ten_steps_of_learning_to_reweight_are_those_of_its_paper(momentum: floa
         assert error(dict(case.student.named_parameters()), moved) < 1e-8
         used.append(int((w > 0).sum()))
     assert sum(0 < n < 5 for n in used) >= 5
-
-
-class Coins(LearnedDecay):
-    """A sampled signal that is not a class: the teacher draws which examples to keep."""
-
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> Signal:
-        p = teacher(batch[0])[:, 0].sigmoid()
-        kept = torch.bernoulli(p.detach(), generator=generator)
-        return Signal(kept, log_prob=(kept * p + (1 - kept) * (1 - p)).log())
-
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
-        return signal.value * F.cross_entropy(outputs, batch[1], reduction="none")
-
-
-def test_sampled_signals_need_no_classes() -> None:
-    """The examples left out get no credit, and the credits sum to Algorithm 1's scalar."""
-    h, case = {}, toy("mlp")
-    for mode in ("reinforce", "reinforce_per_example"):
-        torch.manual_seed(5)
-        inner = torch.optim.SGD(case.student.parameters(), lr=0.3)
-        given: dict[str, Any] = {"labeled": case.labeled, "unlabeled": (X, Y), "problem": Coins()}
-        h[mode] = metapl.hypergradient(**case.networks(), **given, mode=mode, inner_optimizer=inner).feedback
-    assert 0 < int((h["reinforce_per_example"] == 0).sum()) < 5
-    assert error(h["reinforce_per_example"].sum(), h["reinforce"]) < 1e-12
 
 
 @pytest.mark.parametrize("classes", [2, 10, 1000])
@@ -286,11 +259,6 @@ def test_the_supervised_term_reads_the_stored_labels_of_labeled_examples() -> No
     assert report.teacher_cross_entropy == pytest.approx(expected.item(), rel=1e-6)
 
 
-class Averaged(LearnedDecay):
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
-        return signal.value.mean() * outputs.sum()
-
-
 REWEIGHT = LearningToReweight()
 WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "no labels": ("example_weights", {"unlabeled": X}),
@@ -299,8 +267,6 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "logits for distributions": ("reduced_labels", {"unlabeled": (X, STORED.log())}),
     "a teacher where there is none": ("noise_transition", {"problem": REWEIGHT}),
     "no feedback on examples": ("label_correction", {"teacher": None, "problem": REWEIGHT, "mode": "reinforce"}),
-    "a loss that is averaged already": ("learned_decay", {"problem": Averaged()}),
-    "an object that is no problem": ("learned_decay", {"problem": object()}),
 }
 
 

@@ -204,6 +204,16 @@ def some_of(module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([*module.parameters()][1:], lr=0.1)
 
 
+def muon_of(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Muon([p for p in parameters if p.ndim == 2])
+
+
+def with_a_bias(module: nn.Module) -> torch.optim.Optimizer:
+    muon = muon_of(module.parameters())
+    muon.add_param_group({"params": [p for p in module.parameters() if p.ndim != 2]})
+    return muon
+
+
 Wrong = Callable[[Case], Callable[[], Any]]
 """Of a case, the call that cannot be meant; what it needs beforehand is made already."""
 
@@ -217,6 +227,13 @@ BUILT: dict[str, Wrong] = {
         c.built, inner_optimizer=torch.optim.Rprop(c.student.parameters())
     ),
     "an outer optimizer that lacks a weight": lambda c: partial(c.built, outer_optimizer=some_of(c.teacher)),
+    "two optimizers of one weight": lambda c: partial(c.built, inner_optimizer=(c.inner, some_of(c.student))),
+    "two outer optimizers of one weight": lambda c: partial(c.built, outer_optimizer=(c.outer, some_of(c.teacher))),
+    "an optimizer of matrices alone": lambda c: partial(c.built, inner_optimizer=(muon_of(c.student.parameters()),)),
+    "Muon of a bias": lambda c: partial(c.built, inner_optimizer=(with_a_bias(c.student),)),
+    "a tuple of names": lambda c: partial(c.built, inner_optimizer=("muon", "adamw")),
+    "an empty tuple": lambda c: partial(c.built, inner_optimizer=()),
+    "an optimizer of another network beside": lambda c: partial(c.built, inner_optimizer=(c.inner, c.outer)),
     "steps ahead in Algorithm 1": lambda c: partial(c.built, "reinforce", lookahead=2),
     "another way to compile": lambda c: partial(c.built, compile="max-autotune"),
     "hard labels in double backward": lambda c: partial(c.built, "unrolled", problem=metapl.PseudoLabels(kind="hard")),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from problems_zoo import ANYWHERE, OPTIMISERS, STUDENTS, Toy, product, toy, unmoved, warm
+from problems_zoo import ANYWHERE, OPTIMISERS, STUDENTS, Toy, gradient, product, toy, unmoved, warm
 from reference import error, flat
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,7 +23,7 @@ SAMPLED = ["reinforce", "reinforce_per_example", "loss_difference"]
 def find(case: Toy, mode: Any, optimiser: str = "torch_sgd_nesterov", **options: Any) -> metapl.Hypergradient:
     case.draw_from_start()
     inner = options.pop("inner", None) or OPTIMISERS[optimiser].build(case.student)
-    return metapl.hypergradient(**case.networks(), **case.data(), mode=mode, inner_optimizer=inner, **options)
+    return gradient(case, mode, inner_optimizer=inner, **options)
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def test_weights_buffers_gradients_and_states_stay_bit_for_bit(mode: str, studen
     own = torch.Generator().manual_seed(5)
     drops = student == "dropout"
     with unmoved(problem, inner, generator=not drops):
-        metapl.hypergradient(**problem.networks(), **problem.data(), mode=mode, inner_optimizer=inner, generator=own)
+        gradient(problem, mode, inner_optimizer=inner, generator=own)
     assert (mode in SAMPLED) == (not torch.equal(own.get_state(), torch.Generator().manual_seed(5).get_state()))
 
 

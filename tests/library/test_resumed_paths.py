@@ -14,7 +14,8 @@ import pytest
 import torch
 from feed_sources import same
 from forked import context
-from torch import Tensor, nn
+from test_long_paths import batch, network
+from torch import nn
 
 import metapl
 from metapl import Lookahead, MetaplError
@@ -28,19 +29,10 @@ STEPS = 30
 Call = Callable[[str | None, Callable[[], None]], dict[str, Any]]
 
 
-def batch(number: int) -> tuple[Tensor, ...]:
-    draw = torch.Generator().manual_seed(number)
-    return torch.randn(8, 6, generator=draw), torch.randint(0, 3, (8,), generator=draw)
-
-
-def network() -> nn.Module:
-    return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
-
-
 def gradient(folder: str | None, read: Callable[[], None], **given: Any) -> dict[str, Any]:
     """The whole result of a path, and what it leaves behind."""
-    torch.manual_seed(given.pop("seed", 0))
-    student, teacher = network(), given.pop("teacher", lambda: None)()
+    student, teacher = network(given.pop("seed", 0)), given.pop("teacher", lambda: None)()
+    torch.manual_seed(0)
     dtype, given_batch = given.pop("dtype", None), given.pop("batch", batch)
 
     def made(number: int) -> Any:

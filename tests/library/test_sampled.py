@@ -11,7 +11,7 @@ import pytest
 import reference
 import torch
 import torchopt
-from problems_zoo import CLASSES, OPTIMISERS, Optimiser, Toy, toy, warm
+from problems_zoo import CLASSES, OPTIMISERS, Optimiser, Toy, gradient, toy, warm
 from reference import error, flat
 from torch import Tensor
 
@@ -42,14 +42,8 @@ def library_mean(
 
     def call(ys: Tensor) -> metapl.Hypergradient:
         monkeypatch.setattr(pseudo_labels, "draw_classes", lambda law, generator: ys.unsqueeze(-1))
-        return metapl.hypergradient(
-            **problem.networks(),
-            **problem.data(),
-            mode=mode,
-            problem=metapl.PseudoLabels("hard"),
-            inner_optimizer=inner,
-            inner_state=inner_state,
-        )
+        pseudo = metapl.PseudoLabels("hard")
+        return gradient(problem, mode, problem=pseudo, inner_optimizer=inner, inner_state=inner_state)
 
     found = {ys: call(ys) for ys, _ in joint_labels(problem)}
     return (

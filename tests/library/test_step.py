@@ -1,7 +1,10 @@
-"""The trainer's step: what the hypergradient says, done to both networks, with the teacher's own losses beside it."""
+"""The trainer's step: what the hypergradient says, done to both networks, with the teacher's own losses beside it; what
+a trainer hands out is a snapshot, and threads do not meet."""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,6 +19,7 @@ from problems_zoo import (
     Judged,
     Toy,
     everything,
+    gradient,
     mlp,
     noisy_teacher,
     product,
@@ -26,9 +30,11 @@ from problems_zoo import (
 from reference import error, flat
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector
 
 import metapl
 from metapl import UDA, CrossEntropy
+from metapl.training.loss_trainer import LossTrainer
 
 SAMPLED = ["reinforce", "reinforce_per_example", "loss_difference"]
 
@@ -54,15 +60,16 @@ def moved(before: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
     ),
 )
 def test_a_step_does_what_the_hypergradient_says(mode: str, student: str, optimiser: str) -> None:
-    """Two steps in a row: the teacher moves by −grads exactly, the student to θ′, the state goes on."""
+    """Two steps in a row: the teacher moves by −grads exactly, the student to θ′, the state goes on; whatever gradients
+    the caller has left."""
     case, rule, state = toy(student, teacher=noisy_teacher), OPTIMISERS[optimiser], None
+    for p in (*case.student.parameters(), *case.teacher.parameters()):
+        p.grad = torch.ones_like(p)
     inner = rule.build(case.student)
     trainer = trainer_for(case, mode, inner_optimizer=inner, feedback_weight=3.0)
     for step in range(2):
         torch.manual_seed(step)
-        found = metapl.hypergradient(
-            **case.networks(), **case.data(), mode=mode, inner_optimizer=inner, inner_state=state
-        )
+        found = gradient(case, mode, inner_optimizer=inner, inner_state=state)
         drawn_to, before = torch.get_rng_state(), values(case.teacher)
         torch.manual_seed(step)
         report = trainer.step(**case.data())
@@ -80,7 +87,8 @@ def test_a_step_does_what_the_hypergradient_says(mode: str, student: str, optimi
         if mode != "none":
             assert report.outer_loss == pytest.approx(float(found.outer_loss), rel=1e-12)
         assert report.step == step
-    assert all(p.grad is None for net in case.networks().values() for p in net.parameters())
+    held = [p.grad for net in case.networks().values() for p in net.parameters()]
+    assert all(g is None or (g == 1).all() for g in held), "no gradients but the caller's own"
 
 
 def twice(case_of: Callable[[], Toy], mode: Any, own_generator: bool, **options: Any) -> list[list[Tensor]]:
@@ -175,7 +183,7 @@ def test_the_teachers_own_losses_are_added_to_the_feedback(
     trainer = trainer_for(case, "forward", teacher_losses=losses, recompute_teacher=recompute, feedback_weight=2.0)
     for ramp in (0.0, 0.5, 1.0):
         before = values(case.teacher)
-        found = metapl.hypergradient(**case.networks(), **case.data(), inner_optimizer=trainer.inner_optimizer)
+        found = gradient(case, inner_optimizer=trainer.inner_optimizer)
         supervised = 0.7 * smoothed_cross_entropy(case.teacher, case.labeled, 0.2)
         consistency = 1.5 * ramp * uda(case.teacher, case.unlabeled, temperature, threshold)
         own = torch.autograd.grad(supervised + consistency, list(case.teacher.parameters()))
@@ -230,6 +238,35 @@ def trainer_bias(before: dict[str, Tensor], case: Toy) -> Tensor:
     return moved(before, case.teacher)["3.bias"]
 
 
+def test_a_step_of_one_network_is_torchs_own_on_the_sum_of_the_losses() -> None:
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
+    theirs.load_state_dict(ours.state_dict())
+    labeled = (torch.randn(5, 4).double(), torch.tensor([0, 1, 2, 0, 1]))
+    weak, strong = torch.randn(2, 6, 4).double()
+    trainer = LossTrainer(
+        ours,
+        (CrossEntropy(label_smoothing=0.1), UDA(temperature=0.5, weight=2.0)),
+        optimizer=torch.optim.SGD(ours.parameters(), lr=0.2, momentum=0.9),
+        clip_norm=0.3,
+    )
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.2, momentum=0.9)
+    for _ in range(3):
+        report = trainer.step(labeled, (weak, strong)).as_dict()
+        supervised = F.cross_entropy(theirs(labeled[0]), labeled[1], label_smoothing=0.1)
+        target = (theirs(weak) / 0.5).softmax(1).detach()
+        consistency = 2.0 * F.cross_entropy(theirs(strong), target)
+        optimizer.zero_grad()
+        (supervised + consistency).backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.3)
+        optimizer.step()
+        assert report["loss"] == pytest.approx((supervised + consistency).item(), rel=1e-6)
+        assert report["loss_cross_entropy"] == pytest.approx(supervised.item(), rel=1e-6)
+        assert report["loss_uda"] == pytest.approx(consistency.item(), rel=1e-6)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 class Table(nn.Module):
     """A teacher that is a table of labels."""
 
@@ -256,15 +293,122 @@ def test_the_report_is_of_the_step_where_the_signal_is_a_weight() -> None:
     assert report.signal.value.amax() == 0.25
 
 
-def test_a_gradient_left_by_the_caller_does_not_enter_the_step() -> None:
-    runs = []
-    for stale in (False, True):
-        case = toy("mlp")
-        if stale:
-            for net in case.networks().values():
-                for p in net.parameters():
-                    p.grad = torch.ones_like(p)
+class OfTheSignal:
+    """A teacher loss in the outputs that the feedback goes through as well."""
+
+    name = "of_the_signal"
+
+    def __call__(self, teacher: nn.Module, *, signal: metapl.Signal, **batches: object) -> Tensor:
+        assert signal.outputs is not None
+        return signal.outputs.square().mean()
+
+
+LOSSES = [(metapl.CrossEntropy(0.1),), (metapl.CrossEntropy(0.1), OfTheSignal()), (OfTheSignal(),)]
+
+
+def distance(**options: Any) -> tuple[Tensor, Any]:
+    """How far a step has moved the teacher, and its report."""
+    case = toy("mlp")
+    before = parameters_to_vector(case.teacher.parameters()).detach()
+    trainer = trainer_for(case, generator=torch.Generator().manual_seed(3), **{"teacher_losses": None, **options})
+    report = trainer.step(tuple(t[:4] for t in case.labeled), case.unlabeled)
+    return parameters_to_vector(case.teacher.parameters()).detach() - before, report
+
+
+@pytest.mark.parametrize("losses", LOSSES)
+@pytest.mark.parametrize("given", [{}, {"accumulate": 2}, {"recompute_teacher": True}], ids=str)
+@pytest.mark.parametrize("mode", ["forward", "reinforce"])
+def test_the_norms_of_the_two_gradients_have_this_ratio(
+    mode: str, given: dict[str, Any], losses: tuple[Any, ...]
+) -> None:
+    """And the step is that of the weight which the report says."""
+    found, report = distance(mode=mode, feedback_ratio=0.25, teacher_losses=losses, **given)
+    own, _ = distance(mode=mode, feedback_weight=0.0, teacher_losses=losses, **given)
+    assert float((found - own).norm() / own.norm()) == pytest.approx(0.25)
+    by_weight, _ = distance(mode=mode, feedback_weight=report.feedback_weight, teacher_losses=losses, **given)
+    torch.testing.assert_close(found, by_weight)
+
+
+def test_a_ratio_of_feedback_that_is_zero_leaves_it_zero() -> None:
+    found, report = distance(mode="none", feedback_ratio=0.25)
+    torch.testing.assert_close(found, distance(mode="none")[0])
+    assert report.feedback_weight == 0
+
+
+@pytest.mark.parametrize("inner", ["torch_sgd_momentum", "torch_adam", "torchopt_sgd_nesterov"])
+def test_a_state_dict_is_a_snapshot(inner: str) -> None:
+    """Also once it was loaded: what it brings back is the run from there, twice."""
+    case = toy("batch_norm")
+    optimizer = OPTIMISERS[inner].build(case.student)
+    trainer = trainer_for(case, metapl.feedback.Reinforce(baseline=0.9), inner_optimizer=optimizer)
+    trainer.step(**case.data())
+    best, runs = trainer.state_dict(), []
+    for _ in range(2):
+        trainer.load_state_dict(best)
         torch.manual_seed(0)
-        trainer_for(case, "reinforce").step(**case.data())
-        runs.append([*values(case.student).values(), *values(case.teacher).values()])
+        for _ in range(3):
+            trainer.step(**case.data())
+        runs.append(everything(case, generator=False))
     assert same(*runs)
+
+
+class Caches(nn.Module):
+    """A table that the first pass makes, and later ones read."""
+
+    table: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.linspace(0.5, 1.5, x.shape[-1])
+        return x * self.table
+
+
+def test_what_a_first_evaluation_makes_is_trained_with_afterwards() -> None:
+    """So evaluation is no inference mode, whose tensors autograd refuses."""
+    student = nn.Sequential(Caches(), nn.Linear(5, 3))
+    trainer = metapl.BilevelTrainer(nn.Linear(5, 3), student, "forward")
+    trainer.predict(torch.randn(4, 5))
+    before = student[1].weight.detach().clone()
+    trainer.step((torch.randn(4, 5), torch.arange(4) % 3), torch.randn(6, 5))
+    assert not torch.equal(student[1].weight, before)
+
+
+def in_threads(*runs: Callable[[], Any]) -> None:
+    failures: list[BaseException] = []
+
+    def guarded(run: Callable[[], Any]) -> None:
+        try:
+            run()
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=guarded, args=(run,)) for run in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_two_threads_take_turns() -> None:
+    """Two trainers as well: dropout masks are replayed by generators that the whole process shares."""
+    under_way: list[int] = []
+
+    class Watching(metapl.PseudoLabels):
+        def signal(self, *given: Any, **options: Any) -> metapl.Signal:
+            assert under_way == []
+            under_way.append(threading.get_ident())
+            time.sleep(0.002)
+            return super().signal(*given, **options)
+
+        def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+            assert under_way == [threading.get_ident()]
+            under_way.clear()
+            return super().outer_loss(outputs, batch)
+
+    cases = [toy("dropout", seed=seed) for seed in range(2)]
+    trainers = [trainer_for(case, "forward", problem=Watching()) for case in cases]
+    in_threads(
+        lambda: [trainers[0].step(**cases[0].data()) for _ in range(10)],
+        lambda: [gradient(cases[1], problem=Watching()) for _ in range(10)],
+    )

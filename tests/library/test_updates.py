@@ -19,22 +19,11 @@ from metapl.feedback.path import take_steps
 from metapl.updates import Clipped, Update, update_of
 
 TORCH = [name for name in OPTIMISERS if name.startswith("torch_")]
-TORCHOPT = [name for name in OPTIMISERS if name.startswith("torchopt")]
 
 
 def gradients(student: torch.nn.Module, seed: int = 11) -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(seed)
     return {n: torch.randn(p.shape, generator=draw, dtype=p.dtype) for n, p in student.named_parameters()}
-
-
-def check_three_steps(functional: Any, student: torch.nn.Module) -> None:
-    """θ′ by the pure update, its state carried along, and by the optimizer's own step."""
-    params, state = values(student), functional.read_state()
-    for seed in range(3):
-        g = gradients(student, seed)
-        moved = params, state = functional.update(params, g, state)
-        functional.commit(trainable(student), g, lambda moved=moved: moved)
-        assert error(params, values(student)) < 1e-14
 
 
 @pytest.mark.parametrize("steps", [0, 3])
@@ -45,29 +34,13 @@ def test_the_functional_update_is_the_optimisers_own_step(name: str, steps: int)
     student = problem.student
     real, _, _ = warm(problem, OPTIMISERS[name], steps)
     functional = update_of(real, trainable(student))
-    check_three_steps(functional, student)
+    params, state = values(student), functional.read_state()
+    for seed in range(3):
+        g = gradients(student, seed)
+        moved = params, state = functional.update(params, g, state)
+        functional.commit(trainable(student), g, lambda moved=moved: moved)
+        assert error(params, values(student)) < 1e-14
     assert all(p.grad is None for p in student.parameters())
-
-
-def groups(student: torch.nn.Module) -> list[dict[str, Any]]:
-    first, *rest = student.parameters()
-    return [{"params": [first], "lr": 0.5}, {"params": rest[:1], "weight_decay": 0.2}, {"params": rest[1:]}]
-
-
-@pytest.mark.parametrize(
-    ("cls", "options"),
-    [
-        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
-        (torch.optim.Adam, {"lr": 0.01, "amsgrad": True}),
-        (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.3}),
-    ],
-)
-def test_param_groups_keep_their_own_options(cls: Any, options: dict[str, Any]) -> None:
-    student = toy("mlp").student
-    real = cls(groups(student), **options)
-    functional = update_of(real, trainable(student))
-    check_three_steps(functional, student)
-    check_pullback(functional, student)
 
 
 def check_pullback(functional: Any, student: torch.nn.Module, tolerance: float = 1e-10) -> None:
@@ -87,20 +60,6 @@ def test_the_pullback_is_the_updates_vjp(name: str, steps: int) -> None:
     problem = toy("mlp")
     real, state, _ = warm(problem, OPTIMISERS[name], steps)
     check_pullback(update_of(real, trainable(problem.student), state), problem.student)
-
-
-@pytest.mark.parametrize("name", TORCHOPT)
-def test_a_fresh_transform_with_a_saved_state_goes_on_like_the_old_one(name: str) -> None:
-    """TorchOpt's own momentum forgets the saved state on a fresh transform's first call."""
-    student = toy("mlp").student
-    old = update_of(OPTIMISERS[name].build(student), trainable(student))
-    params, state = values(student), old.read_state()
-    for seed in range(3):
-        params, state = old.update(params, gradients(student, seed), state)
-    fresh = update_of(OPTIMISERS[name].build(student), trainable(student), state)
-    went_on, _ = old.update(params, gradients(student, 9), state)
-    resumed, _ = fresh.update(params, gradients(student, 9), fresh.read_state())
-    assert all(torch.equal(went_on[n], resumed[n]) for n in went_on)
 
 
 @pytest.mark.parametrize("name", ["torch_sgd_nesterov", "torch_adamw", "torchopt_sgd_nesterov"])

@@ -102,8 +102,10 @@ def statuses(expected: dict[str, str], student: Callable[[], nn.Module], patch: 
     assert found == expected
 
 
-LONG = {"a momentum encoder", "a hook on an activation", "a detached average", "an average in a buffer"}
-LONG |= {"a binary layer", "a doubled backward", "the old weight norm"}
+LONG = {"a momentum encoder", "a hook on an activation", "a detached average", "an average in a buffer", "a codebook"}
+LONG |= {"a binary layer", "a doubled backward", "the old weight norm", "an average of earlier passes"}
+LONG |= {"masks in a checkpoint", "a reentrant checkpoint of a function", "an embedding within max_norm"}
+LONG |= {"numpy's random numbers", "weights written by numpy", "clamped weights", "float32 alone"}
 
 
 @pytest.mark.parametrize(("kind", "expected"), rows_of(KINDS, LONG))
@@ -161,7 +163,7 @@ EACH = [*MODES, Forward(by="tangent")]
 
 @pytest.mark.parametrize(
     ("student", "modes"),
-    [pytest.param(name, (EACH * 2)[i % len(EACH) :][:3], id=name) for i, name in enumerate(CLEAN)]
+    [pytest.param(name, EACH[i % len(EACH) :][:1], id=name) for i, name in enumerate(CLEAN)]
     + [pytest.param(name, EACH, id=f"{name}, every mode", marks=pytest.mark.long) for name in CLEAN],
 )
 def test_clean_students_are_right_in_every_mode(student: str, modes: list[Any]) -> None:
@@ -171,7 +173,10 @@ def test_clean_students_are_right_in_every_mode(student: str, modes: list[Any]) 
         assert (mode, found.status) == (mode, "right"), str(found)
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize(
+    "optimizer",
+    [torch.optim.Adam, *(pytest.param(one, marks=pytest.mark.long) for one in (torch.optim.AdamW, torch.optim.SGD))],
+)
 def test_a_fresh_adam_which_is_a_sign_and_relus_at_zero(optimizer: Any) -> None:
     torch.manual_seed(0)
     networks = [model(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 6), nn.ReLU()) for _ in range(2)]
@@ -185,8 +190,7 @@ def test_a_fresh_adam_which_is_a_sign_and_relus_at_zero(optimizer: Any) -> None:
         assert (mode, found.status) == (mode, "right"), str(found)
 
 
-@pytest.mark.parametrize("solver", ["cg", "neumann", "identity"])
-@pytest.mark.parametrize("kind", ["soft", "hard"])
+@pytest.mark.parametrize(("solver", "kind"), [("cg", "soft"), ("neumann", "hard"), ("identity", "soft")])
 def test_implicit_beside_double_backward(solver: Any, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     mode, problem = Implicit(solver=solver, damping=1.0, step_size=0.1, iterations=5), PseudoLabels(kind=kind)
     assert checked(Own(plain), mode, problem=problem) == "right"

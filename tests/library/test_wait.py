@@ -108,10 +108,14 @@ def test_a_warm_start_takes_the_teachers_average_and_the_students_begins_there()
 
 
 @pytest.mark.parametrize("inner", ["sgd", "torchopt"])
-@pytest.mark.parametrize(("schedule", "warmup"), [("cosine", 0), ("cosine", 3), ("constant", 2)])
-def test_the_students_schedule_counts_from_the_end_of_its_wait(inner: str, schedule: Any, warmup: int) -> None:
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "wait"),
+    [("cosine", 0, 4), ("cosine", 3, 4), ("constant", 2, 4), ("cosine", 3, 0), ("constant", 0, 0)],
+)
+def test_every_step_runs_at_the_rates_of_the_schedule(inner: str, schedule: Any, warmup: int, wait: int) -> None:
+    """Which counts for the student from the end of its wait."""
     transform = {"inner": lambda _: torchopt.sgd(0.1, momentum=0.9)} if inner == "torchopt" else {}
-    trainer, steps, wait, seen = bilevel(**transform), 12, 4, []
+    trainer, steps, seen = bilevel(**transform), 12, list[Any]()
 
     def noted(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
         def stepping(*data: Any) -> Any:

@@ -9,10 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import reference
+import test_long_paths
 import torch
 import torchopt
 from problems_zoo import Judged
 from reference import error
+from test_muon import muon_and_adamw
 from torch import Tensor, nn
 
 import metapl
@@ -24,13 +27,22 @@ from metapl.problems import EqualWeights, MetaWeightNet, WeightNet
 STEPS = 7
 RESTED = {"momentum": torch.tensor([[0.0], [0.9], [0.0], [0.8]])}  # torch.optim keeps the buffer where it is 0
 SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
-OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+
+
+def of_kinds(params: list[Any]) -> Any:
+    """Muon for the matrices, AdamW for the rest."""
+    matrices, others = ([p for p in params if (p.ndim == 2) == which] for which in (True, False))
+    return torch.optim.Muon(matrices, lr=0.02), ADAMW(others, lr=0.01, eps=1e-3)
+
+
+OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "sgd": lambda p: SGD(p, lr=0.1),
     "momentum": lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2),
     "nesterov": lambda p: SGD(p, lr=0.05, momentum=0.9, nesterov=True),
     "dampened": lambda p: SGD(p, lr=0.1, momentum=0.9, dampening=0.1),
     "adam": lambda p: torch.optim.Adam(p, lr=0.01, eps=1e-3, weight_decay=1e-2),
     "adamw": lambda p: ADAMW(p, lr=0.01, eps=1e-3),
+    "muon": lambda p: of_kinds([*p]),
     "groups": lambda p: SGD([{"params": [q]} | ({"lr": 0.02} if q.ndim > 1 else {}) for q in p], lr=0.1, momentum=0.5),
 }
 
@@ -54,8 +66,8 @@ class Mixed(Judged):
 
 
 def batch(number: int) -> tuple[Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(number)
-    return torch.randn(8, 6, generator=draw).double(), torch.randint(0, 3, (8,), generator=draw)
+    x, y = test_long_paths.batch(number)
+    return x.double(), y
 
 
 def network(*, drops: bool = True, frozen: bool = False) -> nn.Module:
@@ -98,6 +110,7 @@ ROWS = [
     ("adam", "enters_the_input", "truncated", None, False, False),
     ("adamw", "reads_the_student", "unrolled", 0.5, False, False),
     ("groups", "pseudo_labels", "truncated", None, False, False),
+    ("muon", "weights", "all", None, False, False),
 ]
 
 
@@ -134,10 +147,7 @@ def compared(eager: metapl.Hypergradient, pure: metapl.Hypergradient, most: floa
     assert pure.kept == eager.kept
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "problem", "keep", "clip", "schedule", "frozen"),
-    ROWS,
-)
+@pytest.mark.parametrize(("optimizer", "problem", "keep", "clip", "schedule", "frozen"), ROWS)
 @pytest.mark.parametrize("how", HOW)
 def test_two_graphs_give_the_eager_gradient(
     how: str, optimizer: str, problem: str, keep: str, clip: float | None, schedule: bool, frozen: bool
@@ -231,16 +241,6 @@ def test_inductor_gives_the_eager_gradient_and_keeps_its_graphs() -> None:
     assert [*training._KNOWN.values()] == [graphs]
 
 
-def test_what_two_graphs_do_not_take_is_refused_in_one_line() -> None:
-    student = network()
-    given: Any = {"outer": batch(-1), "inner": Lookahead(batch, steps=3), "problem": EqualWeights()}
-    given |= {"inner_optimizer": SGD(student.parameters(), lr=0.1), "compile": True}
-    wrong: list[dict[str, Any]] = [{"mode": "none"}, {"mode": Forward(normalization="learning_rate")}]
-    for change in [*wrong, {"accumulate": 2}, {"inner_optimizer": torchopt.sgd(0.1)}]:
-        with pytest.raises(MetaplError, match="compile"):
-            metapl.hypergradient(None, student, **given | change)
-
-
 STUDENT, PROBLEM = network(drops=False), EqualWeights()  # of one compilation
 WEIGHTS, RATES = [*STUDENT.parameters()], torch.full((STEPS, 1), 0.1)
 PLAIN = SGD(WEIGHTS, lr=0.1, momentum=0.9)
@@ -257,19 +257,36 @@ def odd(bad: float = 0.0, steps: Sequence[int] = (2,)) -> Callable[[int], tuple[
     return made
 
 
+def ahead(batches: Any = batch, schedule: Any = None, steps: int | None = STEPS) -> dict[str, Any]:
+    return {"inner": Lookahead(batches, steps=steps, schedule=schedule)}
+
+
 WRONG: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "unknown name": ("expected", lambda: {"wrt": "lrr"}),
     "no such setting": ("betas", lambda: {"wrt": ["start", "betas"]}),
     "a setting of a transform": ("lr", lambda: {"wrt": "lr", "inner_optimizer": torchopt.sgd(0.1)}),
-    "an unknown schedule": ("lrr", lambda: {"inner": Lookahead(batch, steps=STEPS, schedule={"lrr": RATES})}),
-    "a schedule that ends": ("shape", lambda: {"inner": Lookahead(batch, steps=STEPS, schedule={"lr": RATES[1:]})}),
-    "another batch": ("for step 2", lambda: {"inner": Lookahead(odd(), steps=STEPS)}),
-    "always another batch": ("for step 0", lambda: {"inner": Lookahead(odd(steps=range(STEPS)), steps=STEPS)}),
-    "NaN": ("step 2", lambda: {"inner": Lookahead(odd(torch.nan), steps=STEPS)}),
-    "NaN in the first step": ("step 0", lambda: {"inner": Lookahead([odd(torch.nan)(2)] * STEPS)}),
-    "a rate of NaN": ("step 1", lambda: {"inner": Lookahead(batch, steps=STEPS, schedule=lambda k: torch.nan)}),
+    "an unknown schedule": ("lrr", lambda: ahead(schedule={"lrr": RATES})),
+    "a schedule that ends": ("shape", lambda: ahead(schedule={"lr": RATES[1:]})),
+    "rates of two groups": ("schedule", lambda: ahead(schedule={"lr": RATES.expand(-1, 2)})),
+    "betas of SGD": ("schedule", lambda: ahead(schedule={"betas": RATES[..., None].expand(-1, -1, 2)})),
+    "another batch": ("for step 2", lambda: ahead(odd())),
+    "always another batch": ("for step 0", lambda: ahead(odd(steps=range(STEPS)))),
+    "NaN": ("step 2", lambda: ahead(odd(torch.nan))),
+    "NaN in the first step": ("step 0", lambda: ahead([odd(torch.nan)(2)] * STEPS)),
+    "a rate of NaN": ("step 1", lambda: ahead(schedule=lambda k: torch.nan)),
     "NaN in the outer batch": ("step 6", lambda: {"outer": odd(torch.nan)(2)}),
-}
+    "a start without a gradient": ("wrt", lambda: {"wrt": "start", "mode": "none", "compile": False}),
+    "a rate in truncated steps": ("wrt", lambda: {"wrt": "lr", "mode": Forward(truncate=2), "compile": False}),
+    "a momentum of 0": (
+        "wrt", lambda: {"wrt": "momentum", "inner_optimizer": SGD(WEIGHTS, lr=0.1), "compile": False}),
+    "a momentum that rests": (
+        "wrt", lambda: {"wrt": "momentum", "mode": Unrolled(), "compile": False, **ahead(schedule=RESTED, steps=3)}),
+    "two graphs of no gradient": ("compile", lambda: {"mode": "none", "compile": True}),
+    "two graphs of h that is shaped": (
+        "compile", lambda: {"mode": Forward(normalization="learning_rate"), "compile": True}),
+    "two graphs of micro-batches": ("compile", lambda: {"accumulate": 2, "compile": True}),
+    "two graphs of a transform": ("compile", lambda: {"inner_optimizer": torchopt.sgd(0.1), "compile": True}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -286,92 +303,62 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_moves(case: str, compile:
     assert torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("each", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_the_scores_of_examples_are_those_of_the_eager_road(each: bool) -> None:
-    student, train = network(), batch(1)
-    found = []
-    for compile in (False, True):
-        torch.manual_seed(5)
-        given: Any = {"optimizer": SGD(student.parameters(), lr=0.1, momentum=0.9), "steps": 5, "batch_size": 4}
-        given |= {"each": each, "compile": compile, "progress": False}
-        found.append(metapl.attribute(student, train, batch(2), **given))
-    eager, pure = ({"scores": a.scores, "L": a.outer_loss, **a.student_params} for a in found)
-    assert error(pure, eager) < 1e-9
-    assert found[1].scores.shape == ((8, 8) if each else (8,))
+SETTINGS: dict[str, dict[str, list[Any]]] = {  # of each param group; a group does not read those that it has not
+    "momentum": {"lr": [0.1], "momentum": [0.9], "weight_decay": [0.0]},
+    "adam": {"lr": [0.01], "betas": [(0.9, 0.99)], "eps": [1e-3], "weight_decay": [0.0]},
+    "muon": {
+        "lr": [0.02, 0.01],
+        "momentum": [0.95, 0.0],
+        "weight_decay": [0.1, 0.1],
+        "betas": [(0.0, 0.0), (0.9, 0.99)],
+        "eps": [0.0, 1e-3],
+    },
+}
 
 
-def by_hand(student: nn.Module, settings: dict[str, Tensor], steps: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """L(θ_K) of steps of SGD with momentum, or of Adam, on cross-entropy, and θ_0, both in the graph."""
-    theta = {name: p.detach().clone().requires_grad_() for name, p in student.named_parameters()}
-    start, first = dict(theta), {name: torch.zeros_like(p) for name, p in theta.items()}
-    second, state = dict(first), dict(student.named_buffers())
+def rule_of(optimizer: str, of: list[dict[str, Tensor]]) -> reference.Rule:
+    """The rule, with its settings as tensors."""
+    if optimizer != "muon":
+        return (reference.adam if optimizer == "adam" else reference.sgd)(**of[0])
+    muon, adamw = of[0], {name: t for name, t in of[1].items() if name != "momentum"}
+    return muon_and_adamw(muon["lr"], muon["momentum"], muon["weight_decay"], nesterov=True, adamw=adamw)
 
-    def loss(theta: dict[str, Tensor], number: int) -> Tensor:
+
+def by_hand(student: nn.Module, optimizer: str, settings: dict[str, Tensor], steps: int) -> tuple[Tensor, Any]:
+    """L(θ_K) of steps on cross-entropy, and θ_0, both in the graph."""
+    start = theta = reference.weights(student)
+    state = None
+
+    def loss(number: int) -> Tensor:
         x, y = batch(number)
-        copied = {name: t.clone() for name, t in state.items()}
-        return nn.functional.cross_entropy(torch.func.functional_call(student, {**theta, **copied}, (x,)), y)
+        return nn.functional.cross_entropy(reference.at(student, theta, x), y)
 
     for k in range(steps):
-        now = {name: t[k, 0] for name, t in settings.items()}
-        grads = torch.autograd.grad(loss(theta, k), list(theta.values()), create_graph=True)
-        for (name, p), g in zip([*theta.items()], grads, strict=True):
-            d = g + now["weight_decay"] * p
-            if "betas" in now:
-                b1, b2 = now["betas"]
-                first[name], second[name] = b1 * first[name] + (1 - b1) * d, b2 * second[name] + (1 - b2) * d * d
-                root = (second[name] / (1 - b2 ** (k + 1)) + 1e-300).sqrt()
-                theta[name] = p - now["lr"] * first[name] / (1 - b1 ** (k + 1)) / (root + now["eps"])
-            else:
-                first[name] = now["momentum"] * first[name] + d
-                theta[name] = p - now["lr"] * first[name]
-    return loss(theta, -1), start
+        of = [{n: t[k, group] for n, t in settings.items()} for group in range(len(settings["lr"][k]))]
+        theta, state = reference.stepped(loss(k), theta, rule_of(optimizer, of), state)
+    return loss(-1), start
 
 
 @pytest.mark.parametrize("how", ["eager", *HOW])
 @pytest.mark.parametrize("mode", [Forward(keep_every=2), Forward(), Unrolled()])
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", SETTINGS)
 @pytest.mark.parametrize("steps", [1, 5])
 def test_the_gradient_in_the_start_and_in_settings_is_that_by_double_backward(
     optimizer: str, mode: Any, steps: int, how: str
 ) -> None:
-    student = network(drops=False)
-    if optimizer == "sgd":
-        numbers: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}
-        inner: Any = SGD(student.parameters(), **numbers)
-    else:
-        numbers = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.0}
-        inner = torch.optim.Adam(student.parameters(), **numbers)
-    falling = torch.linspace(1.0, 0.8, steps).double()[:, None]
-    settings = {name: torch.tensor(value).double() * falling for name, value in numbers.items()}
-    settings |= {name: t[:, None] for name, t in settings.items() if name == "betas"}  # (K, groups, 2)
-    for t in settings.values():
-        t.requires_grad_()
-    L, start = by_hand(student, settings, steps)
+    student, settings = network(drops=False), dict[str, Tensor]()
+    for name, values in SETTINGS[optimizer].items():
+        t = torch.tensor(values, dtype=torch.float64)  # (groups,) or (groups, 2)
+        falling = torch.linspace(1.0, 0.8, steps, dtype=torch.float64).view(-1, *[1] * t.ndim)
+        settings[name] = (falling * t).requires_grad_()
+    L, start = by_hand(student, optimizer, settings, steps)
     expected = torch.autograd.grad(L, [*start.values(), *settings.values()], allow_unused=True, materialize_grads=True)
+    inner = OPTIMIZERS[optimizer](student.parameters())
     ahead = Lookahead(batch, steps=steps, schedule=settings)
     given: Any = {"outer": batch(-1), "inner": ahead, "inner_optimizer": inner, "problem": EqualWeights()}
-    found = metapl.hypergradient(None, student, mode=mode, compile=how != "eager", wrt=["start", *numbers], **given)
+    found = metapl.hypergradient(None, student, mode=mode, compile=how != "eager", wrt=["start", *settings], **given)
     trees = dict(zip([*start, *settings], expected, strict=True))
-    assert found.settings["lr"].shape == (steps, 1)
+    assert found.settings["lr"].shape == settings["lr"].shape
     assert error(found.start, {name: trees[name] for name in start}) < 1e-7
-    for name in numbers:
+    for name in settings:
         assert (found.settings[name] - trees[name]).abs().max() <= 1e-7 * trees[name].abs().max() + 1e-12, name
-
-
-def test_wrt_and_settings_are_refused_where_they_do_not_fit() -> None:
-    student = network()
-    given: Any = {"outer": batch(-1), "inner": Lookahead(batch, steps=3), "problem": EqualWeights()}
-    plain, none = SGD(student.parameters(), lr=0.1, momentum=0.9), SGD(student.parameters(), lr=0.1)
-    wrong: list[tuple[Any, dict[str, Any]]] = [
-        (plain, {"wrt": "start", "mode": "none"}),
-        (plain, {"wrt": "lr", "mode": Forward(truncate=2)}),
-        (none, {"wrt": "momentum"}),
-        (plain, {"wrt": "momentum", "mode": Unrolled(), "inner": Lookahead(batch, steps=3, schedule=RESTED)}),
-        (plain, {"inner": Lookahead(batch, steps=3, schedule={"lr": torch.full((3, 2), 0.1)})}),
-        (plain, {"inner": Lookahead(batch, steps=3, schedule={"betas": torch.full((3, 1, 2), 0.1)})}),
-    ]
-    for inner, change in wrong:
-        with pytest.raises(MetaplError, match="wrt" if "wrt" in change else "schedule"):
-            metapl.hypergradient(None, student, **given | change, inner_optimizer=inner)
-    found = metapl.hypergradient(None, student, **given, inner_optimizer=torchopt.sgd(0.1), wrt="start")
-    assert found.start.keys() == dict(student.named_parameters()).keys()
