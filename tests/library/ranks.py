@@ -1,4 +1,4 @@
-"""Fresh processes that stand for the ranks of a distributed run: they run one function after another.
+"""Processes that stand for the ranks of a distributed run: they run one function after another.
 
 If one of them dies or hangs, the test that it was asked for fails, and the next one begins with new ones.
 """
@@ -6,7 +6,6 @@ If one of them dies or hangs, the test that it was asked for fails, and the next
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 import os
 import socket
 import tempfile
@@ -15,6 +14,8 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from forked import context
 
 SECONDS = 120.0
 
@@ -38,13 +39,13 @@ class Ranks:
         self.pipes, self.processes = list[Connection](), list[Any]()
 
     def start(self) -> None:
-        spawn = multiprocessing.get_context("spawn")
+        server = context()
         self.folder = tempfile.TemporaryDirectory()
         meeting = str(Path(self.folder.name) / "meeting") if self.joined else _free_port()
         for rank in range(self.number):
-            ours, theirs = spawn.Pipe()
+            ours, theirs = server.Pipe()
             given = theirs, rank, self.number, meeting, self.cases
-            process = spawn.Process(target=_serve, args=given, daemon=True)
+            process = server.Process(target=_serve, args=given, daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)

@@ -68,6 +68,28 @@ class Network(nn.Module):
         return self.head(x)
 
 
+class Moving(nn.Module):
+    """Tied weights, a parameter without dimensions, running statistics and a buffer that moves with the rows."""
+
+    def __init__(self, scale: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+        self.layers[2].weight = self.layers[0].weight
+        self.norm, self.head = nn.InstanceNorm1d(1, track_running_stats=True), nn.Linear(4, CLASSES)
+        self.scale = nn.Parameter(torch.tensor(0.9)) if scale else None
+        self.register_buffer("seen", torch.zeros(4))
+        self.register_buffer("constant", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.seen = 0.5 * self.seen + x.mean(0)
+        for layer in self.layers:
+            x = torch.tanh(layer(x)) * self.constant
+        x = self.norm(x[:, None])[:, 0]
+        return self.head(x if self.scale is None else self.scale * x)
+
+
 OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.2, momentum=0.9, nesterov=True, weight_decay=0.01),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, betas=(0.8, 0.95), eps=1e-2, weight_decay=0.1),
@@ -76,6 +98,9 @@ OPTIMIZERS: dict[str, Any] = {
 
 def networks(inside: str = "plain", dtype: torch.dtype = torch.float64, hidden: int = 9) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
+    if inside.startswith("moving"):
+        teacher, student = (Moving("scaled" in inside).to(dtype) for _ in range(2))
+        return teacher, student
     return Network(hidden=hidden).to(dtype), Network(2, inside=inside, hidden=hidden).to(dtype)
 
 
@@ -118,6 +143,8 @@ def laid_out(network: nn.Module, layout: str | None) -> nn.Module:
             plan = {"inner": ColwiseParallel(), "outer": RowwiseParallel()}
             parallelize_module(block, init_device_mesh("cpu", (2,)), plan)
         return network
+    if layout == "replicate":
+        return shard(network, Mesh(replicate=world))
     if layout.startswith("shard"):
         return shard(network, Mesh(shard=world), checkpoint=layout == "shard_checkpoint")
     if layout == "hsdp":
@@ -250,20 +277,6 @@ def _unequal() -> None:
         assert all(torch.equal(a, whole(p)) for a, p in zip(before, trainer.student.parameters(), strict=True))
 
 
-def _ahead(batch_of: Callable[[int, Tensor], Tensor], mode: Any = "forward", *, steps: int = 3) -> metapl.Hypergradient:
-    """A look-ahead on batches that are made as they are read, of this rank's share."""
-    teacher, student = (laid_out(network, "ddp") for network in networks())
-    labeled, unlabeled = share(batches(1)[0])
-    return metapl.hypergradient(
-        teacher,
-        student,
-        labeled=labeled,
-        unlabeled=metapl.Lookahead(lambda step: batch_of(step, unlabeled), steps=steps),
-        mode=mode,
-        inner_optimizer=OPTIMIZERS["sgd"](student.parameters()),
-    )
-
-
 def interrupted(layout: str, at: int) -> float:
     """How far a plain gradient is from that of before, after a look-ahead whose student failed in one of its calls."""
     teacher, student = networks()
@@ -295,14 +308,17 @@ def interrupted(layout: str, at: int) -> float:
 
 
 def _another_batch_on_one() -> None:
-    """The second time that it is asked for."""
+    """The second time that it is asked for, of batches that are made as they are read."""
+    teacher, student = (laid_out(network, "ddp") for network in networks())
+    labeled, unlabeled = share(batches(1)[0])
     asked: list[int] = []
 
-    def batch_of(step: int, u: Tensor) -> Tensor:
+    def batch_of(step: int) -> Tensor:
         asked.append(step)
-        return u + float(dist.get_rank() == 1 and step == 1 and asked.count(1) > 1)
+        return unlabeled + float(dist.get_rank() == 1 and step == 1 and asked.count(1) > 1)
 
-    _ahead(batch_of)
+    given = {"labeled": labeled, "unlabeled": metapl.Lookahead(batch_of, steps=3)}
+    metapl.hypergradient(teacher, student, **given, inner_optimizer=OPTIMIZERS["sgd"](student.parameters()))
 
 
 def _root_forgotten() -> None:
@@ -438,47 +454,6 @@ def without_rows(mode: Any = "forward", matrix: bool = True, rows: int = ROWS, *
     values = torch.cat([p.detach().flatten() for p in trainer.teacher.parameters()])
     report = {name: value for name, value in report.items() if not name.startswith("feedback_")}  # of this rank's h
     return report | {f"teacher_{i}": float(v) for i, v in enumerate(values)}
-
-
-class Moving(nn.Module):
-    """Tied weights, a parameter without dimensions, running statistics and a buffer that moves with the rows."""
-
-    def __init__(self, scale: bool) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
-        self.layers[2].weight = self.layers[0].weight
-        self.norm, self.head = nn.InstanceNorm1d(1, track_running_stats=True), nn.Linear(4, CLASSES)
-        self.scale = nn.Parameter(torch.tensor(0.9)) if scale else None
-        self.register_buffer("seen", torch.zeros(4))
-        self.register_buffer("constant", torch.ones(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            with torch.no_grad():
-                self.seen = 0.5 * self.seen + x.mean(0)
-        for layer in self.layers:
-            x = torch.tanh(layer(x)) * self.constant
-        x = self.norm(x[:, None])[:, 0]
-        return self.head(x if self.scale is None else self.scale * x)
-
-
-def moved(replicate: bool) -> dict[str, Any]:
-    """Weights and buffers after two steps, by metapl's own function; one process alone has every row."""
-    torch.manual_seed(0)
-    teacher, student = (Moving(replicate).double() for _ in range(2))
-    if dist.is_initialized():
-        mesh = Mesh(replicate=2) if replicate else Mesh(shard=2)
-        teacher, student = shard(teacher, mesh), shard(student, mesh)
-    trainer = metapl.BilevelTrainer(teacher, student, mode="forward", teacher_losses=())
-    for labeled, unlabeled in batches(2):
-        trainer.step(share(labeled), share(unlabeled))
-    for layout in trainer.layouts:
-        layout.reshard()
-    found = {}
-    for role, network in (("teacher", trainer.teacher), ("student", trainer.student)):
-        assert network is not None
-        found[role] = {name: whole(t) for name, t in [*network.named_parameters(), *network.named_buffers()]}
-    return found
 
 
 def in_bfloat16(inside: str) -> dict[str, Any]:

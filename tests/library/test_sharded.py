@@ -24,11 +24,6 @@ from metapl.feedback import Forward, Reinforce, ReinforcePerExample
 from metapl.models import mlp as multilayer
 
 MODES = ("none", "reinforce", "reinforce_per_example", "loss_difference", "difference", "forward")
-RULES = {
-    "sgd": reference.sgd(lr=0.2, momentum=0.9, nesterov=True, weight_decay=0.01),
-    "adamw": reference.adamw(lr=0.05, betas=(0.8, 0.95), eps=1e-2, weight_decay=0.1),
-}
-KINDS = {"forward": "soft", "difference": "soft", "reinforce": "batch_score", "reinforce_per_example": "score"}
 
 
 @pytest.fixture(scope="module")
@@ -82,46 +77,6 @@ def compare(found: list[dict[str, Any]], expected: dict[str, Any], limit: float,
         assert float((together - h).norm()) <= limit * float(h.norm()), step
 
 
-def check(ranks: Ranks, cases: list[dict[str, Any]], alike: int = 1) -> list[list[dict[str, Any]]]:
-    """What every rank found in each case, which is what one process finds."""
-    found = list(zip(*ranks.run("many", cases=cases), strict=True))
-    for own, case in zip(found, cases, strict=True):
-        plain = {name: value for name, value in case.items() if name not in ("layout", "teacher_layout")}
-        compare(own, alone(**plain), tolerance(case["mode"]), alike)
-    return found
-
-
-@pytest.mark.parametrize(
-    ("layout", "optimizer", "modes"),
-    [
-        ("ddp", "sgd", MODES),
-        ("fsdp", "sgd", MODES),
-        ("ddp", "adamw", ("reinforce",)),
-        pytest.param("ddp", "adamw", ("none", *MODES[2:]), marks=pytest.mark.long),
-        pytest.param("fsdp", "adamw", MODES, marks=pytest.mark.long),
-    ],
-)
-def test_every_mode_is_as_in_one_process(two: Ranks, layout: str, optimizer: str, modes: tuple[str, ...]) -> None:
-    """And the hypergradient, where it is one, as by double backward."""
-    cases = [{"mode": mode, "layout": layout, "optimizer": optimizer} for mode in modes]
-    for mode, found in zip(modes, check(two, cases), strict=True):
-        if mode in KINDS:
-            check_against_double_backward(found, mode, optimizer)
-
-
-def check_against_double_backward(found: list[dict[str, Any]], mode: str, optimizer: str) -> None:
-    teacher, student = sharded_cases.networks()
-    labeled, unlabeled = sharded_cases.batches(1)[0]
-    q = teacher(unlabeled).softmax(-1).detach()
-    labels = reference.drawn(q, torch.Generator().manual_seed(6))
-    hard = {} if KINDS[mode] == "soft" else {"labels": labels}
-    rule = RULES[optimizer]
-    expected = reference.pseudo_labels(teacher, student, labeled, unlabeled, rule, kind=KINDS[mode], **hard)
-    for own in found:
-        assert error(own["gradients"][0], expected.grads) < tolerance(mode)
-        assert error(own["moved"][0], expected.student_params) < tolerance(mode)
-
-
 def each(modes: tuple[Any, ...] | list[Any], **case: Any) -> list[dict[str, Any]]:
     return [{"mode": mode, **case} for mode in modes]
 
@@ -130,8 +85,12 @@ FORWARD: dict[str, Any] = {"mode": "forward", "gradients": False}
 PLAIN_PASSES = ("none", "reinforce", "loss_difference", "difference", ReinforcePerExample(tangent="difference"))
 CUT: dict[str, Any] = {"layout": "tensor", "hidden": 8}
 OF_TWO: dict[str, list[dict[str, Any]]] = {
-    "signals of several tensors": each(["forward", "difference"], problem=sharded_cases.SEVERAL),
-    "micro-batches of them": each(["forward"], problem=sharded_cases.SEVERAL, accumulate=2),
+    "every mode": each(MODES),
+    "every mode, AdamW": each(MODES, optimizer="adamw"),
+    "signals of several tensors": [
+        *each(["forward", "difference"], problem=sharded_cases.SEVERAL),
+        {"mode": "forward", "problem": sharded_cases.SEVERAL, "accumulate": 2},
+    ],
     # Its weights sum to one over the rows of all ranks, and the teacher learns by those of every rank.
     "a signal of the batch as a whole": [
         {"mode": "forward", "problem": sharded_cases.OF_ALL_ROWS, "accumulate": parts} for parts in (1, 2)
@@ -149,29 +108,21 @@ OF_TWO: dict[str, list[dict[str, Any]]] = {
         {**FORWARD, "feedback_ratio": 0.5, "steps": 1},
         {**FORWARD, "mode": Reinforce(similarity="cosine", baseline=0.9)},
     ],
+    "several steps": [{"mode": Forward(keep_every=2), "lookahead": 3, "accumulate": 2}],
+    "several steps, all kept": each([Forward(), Forward(truncate=2)], lookahead=3),
 }
-
-
-REPLICATED = "signals of several tensors", "an outer loss of a sum and a weight"  # by default; the others are sharded
-
-
-@pytest.mark.parametrize(
-    ("what", "layout"),
-    [
-        pytest.param(what, layout, marks=[pytest.mark.long] * ((what in REPLICATED) != (layout == "ddp")))
-        for what in OF_TWO
+CASES: dict[str, tuple[int, int, list[dict[str, Any]]]] = {  # ranks, how many of them have the same rows, cases
+    **{
+        f"{what}, {layout}": (2, 1, [{**case, "layout": layout} for case in cases])
+        for what, cases in OF_TWO.items()
         for layout in ("ddp", "fsdp")
-    ],
-)
-def test_two_processes_are_as_one(two: Ranks, what: str, layout: str) -> None:
-    check(two, [{**case, "layout": layout} for case in OF_TWO[what]])
-
-
-OTHERS: dict[str, tuple[int, int, list[dict[str, Any]]]] = {  # ranks, how many of them have the same rows, cases
+    },
     "altered feedback": (2, 1, each([Altered(), Altered(ReinforcePerExample(), "random_sign")], layout="ddp")),
     "a replicated teacher": (2, 1, each(["forward"], layout="fsdp", teacher_layout="ddp", optimizer="adamw")),
     "metapl's own function": (2, 1, each(["forward", "difference"], layout="shard")),
     "its checkpoints": (2, 1, each(["forward", "difference"], layout="shard_checkpoint")),
+    "its checkpoints, several steps": (
+        2, 1, each(["forward"], layout="shard_checkpoint", lookahead=3, recompute_teacher=True, steps=1)),
     "products, AdamW": (2, 2, each(["reinforce"], optimizer="adamw", **CUT)),
     "products": (2, 2, each(PLAIN_PASSES, **CUT) + each(["none"], clip_norm=0.05, **CUT)),
     "products of the student": (2, 2, each(["none"], teacher_layout="ddp", **CUT)),  # and nothing to cut
@@ -184,35 +135,21 @@ OTHERS: dict[str, tuple[int, int, list[dict[str, Any]]]] = {  # ranks, how many 
     "replicas, several steps": (4, 1, each([Forward(keep_every=2)], layout="hsdp", lookahead=3)),
     # Widths of 3, 5 and 9 over four processes: some hold nothing of a bias.
     "uneven shards": (4, 1, each(["forward", "reinforce"], layout="fsdp", gradients=False)),
-}
-QUICK = {"altered feedback", "a replicated teacher", "products, AdamW", "replicas of shards of one"}
+}  # fmt: skip
+QUICK = {"every mode, fsdp", "signals of several tensors, ddp", "options, fsdp"}
+QUICK |= {"a signal of the batch as a whole, fsdp", "an outer loss of a sum and a weight, ddp", "several steps, fsdp"}
+QUICK |= {"altered feedback", "a replicated teacher", "its checkpoints, several steps", "products, AdamW"}
+QUICK |= {"replicas of shards of one"}
 
 
-@pytest.mark.parametrize("what", [pytest.param(w, marks=[pytest.mark.long] * (w not in QUICK)) for w in OTHERS])
-def test_other_layouts_are_as_one_process(two: Ranks, four: Ranks, what: str) -> None:
-    number, alike, cases = OTHERS[what]
-    check(two if number == 2 else four, cases, alike)
-
-
-@pytest.mark.parametrize(
-    ("layout", "cases"),
-    [
-        ("ddp", [{"mode": Forward(keep_every=2), "accumulate": 2}]),
-        ("fsdp", [{"mode": Forward(keep_every=2), "steps": 1}]),
-        pytest.param("fsdp", [{"mode": Forward()}, {"mode": Forward(truncate=2)}], marks=pytest.mark.long),
-        pytest.param("fsdp", [{"mode": "forward"}, {"mode": "forward", "optimizer": "adamw"}], marks=pytest.mark.long),
-        ("shard_checkpoint", [{"mode": "forward", "recompute_teacher": True, "steps": 1}]),
-    ],
-)
-def test_several_steps_ahead(two: Ranks, layout: str, cases: list[dict[str, Any]]) -> None:
-    """Weights after two steps of the teacher, the feedback on each of three steps of the student, and the gradient."""
-    found = check(two, [{"layout": layout, "lookahead": 3, **case} for case in cases])
-    teacher, student = sharded_cases.networks()
-    (labeled, _), *_ = drawn = sharded_cases.batches(6)
-    ahead = [unlabeled for _, unlabeled in drawn[:3]]
-    expected = reference.several_steps(teacher, student, labeled=labeled, batches=ahead, rule=RULES["sgd"]).grads
-    for own in found[0]:
-        assert error(own["gradients"][0], expected) < 1e-10
+@pytest.mark.parametrize("what", [pytest.param(w, marks=[pytest.mark.long] * (w not in QUICK)) for w in CASES])
+def test_processes_are_as_one(two: Ranks, four: Ranks, what: str) -> None:
+    """In gradients, weights, feedback and reports; what one process finds is beside double backward elsewhere."""
+    number, alike, cases = CASES[what]
+    found = zip(*(two if number == 2 else four).run("many", cases=cases), strict=True)
+    for own, case in zip(found, cases, strict=True):
+        plain = {name: value for name, value in case.items() if name not in ("layout", "teacher_layout")}
+        compare(list(own), alone(**plain), tolerance(case["mode"]), alike)
 
 
 @pytest.mark.parametrize(
@@ -329,10 +266,8 @@ def test_what_does_not_run_is_refused_on_every_rank(two: Ranks, how: str) -> Non
     "case",
     [
         {},
-        {"rows": 2 * sharded_cases.CLASSES},  # as many on a rank as the matrix has
-        {"rows": 2 * sharded_cases.CLASSES, "mode": Altered()},
+        {"rows": 2 * sharded_cases.CLASSES, "mode": Altered()},  # as many on a rank as the matrix has
         {"mode": Altered(alteration="random_sign"), "accumulate": 2},
-        {"matrix": False},
         {"matrix": False, "accumulate": 2},
     ],
 )
@@ -342,17 +277,17 @@ def test_feedback_on_a_signal_without_rows_is_that_of_all_processes(two: Ranks, 
         assert found == pytest.approx(expected, rel=1e-9, nan_ok=True)
 
 
-@pytest.mark.parametrize("replicate", [True, False])
-def test_tied_weights_and_buffers_that_move(two: Ranks, replicate: bool) -> None:
+@pytest.mark.parametrize(("layout", "inside"), [("replicate", "moving, scaled"), ("shard", "moving")])
+def test_tied_weights_and_buffers_that_move(two: Ranks, layout: str, inside: str) -> None:
     """Running statistics are means over the ranks; another buffer is the first rank's, on all of them."""
-    found, expected = two.run("moved", replicate=replicate), sharded_cases.moved(replicate)
+    case: dict[str, Any] = {"mode": "forward", "inside": inside, "gradients": False, "teacher_losses": ()}
+    found, expected = two.run("train", layout=layout, **case), alone(**case)
     for role in ("teacher", "student"):
-        first, second = (own[role] for own in found)
-        assert first.keys() == expected[role].keys()
+        first, second, whole = ({**one[role], **one[f"{role}_buffers"]} for one in (*found, expected))
+        assert first.keys() == whole.keys()
         assert all(torch.equal(t, second[name]) for name, t in first.items())
-        seen = first.pop("seen")
-        assert not torch.equal(seen, expected[role].pop("seen"))  # of its own rows
-        assert error(first, expected[role]) < 1e-10
+        assert not torch.equal(first.pop("seen"), whole.pop("seen"))  # of its own rows
+        assert error(first, whole) < 1e-10
 
 
 @pytest.mark.parametrize("inside", [pytest.param("plain", marks=pytest.mark.long), "norm"])
