@@ -1,4 +1,4 @@
-"""Processes that stand for the ranks of a distributed run: they run one function after another.
+"""Fresh processes that stand for the ranks of a distributed run: they run one function after another.
 
 If one of them dies or hangs, the test that it was asked for fails, and the next one begins with new ones.
 """
@@ -6,6 +6,7 @@ If one of them dies or hangs, the test that it was asked for fails, and the next
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -14,8 +15,6 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-from forked import context
 
 SECONDS = 120.0
 
@@ -39,13 +38,13 @@ class Ranks:
         self.pipes, self.processes = list[Connection](), list[Any]()
 
     def start(self) -> None:
-        server = context()
+        spawn = multiprocessing.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
         meeting = str(Path(self.folder.name) / "meeting") if self.joined else _free_port()
         for rank in range(self.number):
-            ours, theirs = server.Pipe()
+            ours, theirs = spawn.Pipe()
             given = theirs, rank, self.number, meeting, self.cases
-            process = server.Process(target=_serve, args=given, daemon=True)
+            process = spawn.Process(target=_serve, args=given, daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
