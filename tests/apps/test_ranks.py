@@ -78,7 +78,8 @@ def left_at(run: Path, copy: Path, step: int) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("mesh", ["replicate", pytest.param("shard", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("mesh", ["replicate", "shard"])
 def test_digits_in_two_processes(mesh: str, two: Ranks, tiny: Path, tmp_path: Path) -> None:
     words = [*TINY, f"--mesh.{mesh}", "2"]
     assert "Test accuracy" in trained(two, words, tmp_path / "run")

@@ -129,7 +129,9 @@ def child(kind: str, out: Path, begun: Any) -> None:
     fit(kind, out, resume=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.long] * (k not in ("forward, SGD", "one network"))) for k in KINDS]
+)
 def test_a_fit_that_is_killed_at_random_again_and_again_ends_as_one_that_was_not(kind: str, tmp_path: Path) -> None:
     """By SIGKILL, in a process of its own, while it trains, saves or begins; and half of what it leaves is damaged."""
     expected = fit(kind, tmp_path / "whole", resume=False)

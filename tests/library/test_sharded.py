@@ -136,10 +136,8 @@ CASES: dict[str, tuple[int, int, list[dict[str, Any]]]] = {  # ranks, how many o
     # Widths of 3, 5 and 9 over four processes: some hold nothing of a bias.
     "uneven shards": (4, 1, each(["forward", "reinforce"], layout="fsdp", gradients=False)),
 }  # fmt: skip
-QUICK = {"every mode, fsdp", "signals of several tensors, ddp", "options, fsdp"}
-QUICK |= {"a signal of the batch as a whole, fsdp", "an outer loss of a sum and a weight, ddp", "several steps, fsdp"}
-QUICK |= {"altered feedback", "a replicated teacher", "its checkpoints, several steps", "products, AdamW"}
-QUICK |= {"replicas of shards of one"}
+QUICK = {"every mode, fsdp", "an outer loss of a sum and a weight, ddp", "several steps, fsdp", "altered feedback"}
+QUICK |= {"a replicated teacher", "products, AdamW"}
 
 
 @pytest.mark.parametrize("what", [pytest.param(w, marks=[pytest.mark.long] * (w not in QUICK)) for w in CASES])
@@ -174,7 +172,8 @@ def test_whole_trainings_are_as_in_one_process(
             assert float((own[name] - t).norm()) <= 1e-12 * float(t.norm()), name
 
 
-@pytest.mark.parametrize("inside", ["dropout", pytest.param("norm", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("inside", ["dropout", "norm"])
 def test_blocks_that_run_again_have_their_masks_and_statistics(two: Ranks, inside: str) -> None:
     """As replicas have, whose blocks do not."""
     found, expected = (two.run("whole_training", layout=layout, inside=inside) for layout in ("fsdp", "ddp"))
@@ -184,13 +183,13 @@ def test_blocks_that_run_again_have_their_masks_and_statistics(two: Ranks, insid
             assert error(a, b) < 1e-12, kind
 
 
-@pytest.mark.parametrize("inside", ["dropout", "norm"])
+@pytest.mark.parametrize("inside", [pytest.param("dropout", marks=pytest.mark.long), "norm"])
 def test_replicas_repeat_a_training_with_their_own_masks_and_statistics(two: Ranks, inside: str) -> None:
     for changes in two.run("trained_again", inside=inside):
         assert abs(changes[0]) < 1e-15 < abs(changes[1])
 
 
-@pytest.mark.parametrize("layout", ["fsdp", "shard_checkpoint"])
+@pytest.mark.parametrize("layout", ["fsdp", pytest.param("shard_checkpoint", marks=pytest.mark.long)])
 def test_a_path_that_failed_leaves_the_student_as_it_was(two: Ranks, layout: str) -> None:
     """In a forward pass, and where a block is run again in the backward pass, at weights of a later step."""
     for at in (2, 3, 4, 5):
@@ -218,6 +217,7 @@ def test_dropout_has_the_masks_of_the_inner_pass(two: Ranks) -> None:
     assert error(forward["gradients"][0], difference["gradients"][0]) < 1e-6
 
 
+@pytest.mark.long
 def test_bfloat16_by_autocast(two: Ranks) -> None:
     """Autocast keeps casts of weights, which must not survive a move of them."""
     case: dict[str, Any] = {"optimizer": "sgd", "steps": 1, "dtype": torch.float32, "precision": "bfloat16"}
@@ -290,7 +290,8 @@ def test_tied_weights_and_buffers_that_move(two: Ranks, layout: str, inside: str
         assert error(first, whole) < 1e-10
 
 
-@pytest.mark.parametrize("inside", [pytest.param("plain", marks=pytest.mark.long), "norm"])
+@pytest.mark.long
+@pytest.mark.parametrize("inside", ["plain", "norm"])
 def test_weights_gathered_in_bfloat16(two: Ranks, inside: str) -> None:
     """Forward mode goes along; a difference of outputs would be noise. Batch norms stay in float32, on their own."""
     for found in two.run("in_bfloat16", inside=inside):
