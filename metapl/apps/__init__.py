@@ -8,7 +8,7 @@ commands                metapl train and metapl noisy-student, which go by
   look                  what pictures show decides, and how many steps fit
 settings                what the settings of all trainings are made of
 launch, fitting         the processes of a training; what is added to a fit
-backbone                pretrained networks, and the linear control
+backbone                pretrained networks, and the linear baseline
 run                     the folder of a run; report, web, curves, suspects: its page
 compare, comparison     methods side by side: do they differ?
 predict evaluate label export attribute runs ablate   the other commands

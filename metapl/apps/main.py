@@ -14,6 +14,7 @@ import tyro
 
 from metapl.apps.machine.memory import LESS, out_of_memory
 from metapl.apps.process import accept_all_letters, drop_output, exit_code, stoppable
+from metapl.apps.settings import flat
 from metapl.apps.words import tell
 from metapl.errors import FieldError, MetaplError
 from metapl.runs.fields import check_fields
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     accept_all_letters()
-    if arguments is None:
+    if arguments is None:  # a warning is a line, without its place in the code
         warnings.formatwarning = lambda message, *_, **__: f"metapl: {shown(message)}\n"
     logger, messages = logging.getLogger("metapl"), Messages(logging.INFO)
     logger.addHandler(messages)
@@ -152,11 +153,14 @@ def run(given: list[str]) -> int:
         raise MetaplError(
             f"torchrun has started {count} processes of metapl {name}, which takes one; start it without."
         )
+    command: Any = None
     try:
-        command: Any = tyro.cli(found(name), prog=f"metapl {name}", args=_method_first(words), config=CONFIG)
+        command = tyro.cli(found(name), prog=f"metapl {name}", args=_method_first(words), config=CONFIG)
         check_fields(command)
         code: int = command.run()
     except FieldError as error:  # of a dataclass whose fields are flags, or of a function that is given them
+        if command is not None and error.field not in flat(command):
+            raise
         flag, expected = error.field.replace("_", "-"), error.expected.removesuffix(" or None")  # no flag takes it
         raise MetaplError(f"--{flag} {error.value}: expected {expected}.") from error
     return code

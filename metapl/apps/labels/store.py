@@ -33,7 +33,7 @@ from metapl.apps.errors import require_extra
 from metapl.apps.machine.environment import environment
 from metapl.apps.machine.ownership import owned
 from metapl.apps.machine.sealed import is_temporary, read_json, remove_temporary, sha256_of, write_whole
-from metapl.errors import MetaplError, few, reason_of
+from metapl.errors import FieldError, MetaplError, few, reason_of
 from metapl.execution.checks import described
 
 if TYPE_CHECKING:
@@ -276,7 +276,8 @@ class LabelWriter:
         if not classes or len({*classes}) < len(classes):
             raise MetaplError(f"the classes are {few(classes, 10, 30)}; expected one or more names, each once.")
         if top_k is not None and not 1 <= top_k <= len(classes):
-            raise MetaplError(f"top_k is {top_k}; expected 1 to {len(classes):,}, the number of classes.")
+            expected = f"1 to {len(classes):,}, the number of classes"
+            raise FieldError(f"top_k is {top_k}; expected {expected}.", "top_k", top_k, expected)
         self.folder, self.classes, self.top_k, self.resume = Path(folder), tuple(classes), top_k, resume
         self.rows_per_part = rows_per_part
         begun = datetime.now(UTC).isoformat(timespec="seconds")
