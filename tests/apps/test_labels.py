@@ -1,14 +1,11 @@
 """Stored labels: what is read is what was written, in any order, and nothing else is ever taken for it; statistics and
 selections against plain numpy; and what the commands say."""
 
-from __future__ import annotations
-
 import hashlib
 import json
-import math
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +57,7 @@ def read_by_hand(p: Tensor, k: int | None) -> Tensor:
     return torch.tensor(np.array(result), dtype=torch.float32)
 
 
-@pytest.mark.parametrize("classes", [2, 3])
-def test_what_is_read_is_off_by_two_parts_in_2048_at_most(classes: int, tmp_path: Path) -> None:
-    """One part is the number's own, and one that of the sum that is divided by."""
-    p = softmax(4_000, classes)
-    store = written(tmp_path / "store", [*range(len(p))], p, rows_per_part=len(p))
-    off = (store.at(range(len(p))).double() / p.double() - 1).abs()[p > 6.2e-5].max() * 2048
-    assert 1.1 < off < 2.001
-
-
-@pytest.mark.parametrize("top_k", [None, 1, 3, 5])
+@pytest.mark.parametrize("top_k", [None, 1, 3])
 @pytest.mark.parametrize("kind", ["names", "numbers"])
 def test_what_is_read_follows_the_equation_in_any_order(top_k: int | None, kind: str, tmp_path: Path) -> None:
     p = softmax(53)
@@ -83,31 +71,26 @@ def test_what_is_read_follows_the_equation_in_any_order(top_k: int | None, kind:
     found = store[[ids[i] for i in order]]
     assert (found.dtype, found.shape) == (torch.float32, (200, 5))
     assert torch.allclose(found, expected[order], atol=1e-6)
+    if top_k is None:  # a rounding of the number's own, and one of the sum that is divided by
+        assert (found.double() / p[order] - 1).abs()[p[order] > 6.2e-5].max() < 2.001 / 2048
     assert torch.equal(store[ids[3]], store[[ids[3]]][0])
-    assert store.find([ids[52], ids[0]]).tolist() == [52, 0]
-    assert (store.find([]).tolist(), store.at([]).shape) == ([], (0, 5))
+    assert (store.find([ids[52], ids[0]]).tolist(), store.find([]).tolist()) == ([52, 0], [])
     assert store.rows_with_copies().tolist() == [*range(53)]
     assert np.allclose(store.column("confidence"), p.max(dim=1).values)
     if kind == "numbers":
         for wanted in (np.array([6, 0]), torch.tensor([6, 0]), (6, 0), np.array([6, 0], dtype=np.int32)):
             assert torch.equal(store[wanted], store[[6, 0]])
-    assert not store.matrix(0, "probabilities").flags.owndata  # as they lie in the file
     copy = pickle.loads(pickle.dumps(store))
     assert "tables" not in vars(copy)  # which checks what it reads for itself
     if kind == "names" and top_k is None:
         served = DataLoader([[i, 29 - i] for i in range(6)], batch_size=None, num_workers=2, collate_fn=copy.at)
         assert torch.equal(torch.stack([*served]), torch.stack([store.at([i, 29 - i]) for i in range(6)]))
-
-
-@pytest.mark.parametrize("ids", [names(30), [*range(0, 60, 2)]], ids=["names", "numbers"])
-def test_an_example_that_is_not_there_is_named(ids: list[Any], tmp_path: Path) -> None:
-    store = written(tmp_path / "store", ids, softmax(30))
-    for missing in ["", "sub/0001.png", "zzz", "sub/\udce9.png"] if isinstance(ids[0], str) else [-1, 1, 59]:
+    for missing in ["", "sub/0001.png", "zzz", "sub/\udce9.png"] if kind == "names" else [-21, 1, 86]:
         assert store.find([ids[3], missing]).tolist() == [3, -1]
         with pytest.raises(MetaplError, match="expected"):
             _ = store[[ids[2], missing]]
-    with pytest.raises(MetaplError, match="30"):
-        store.at([0, 30])
+    with pytest.raises(MetaplError, match="53"):
+        store.at([0, 53])
 
 
 def add(folder: Path, ids: Any, p: Any, **options: Any) -> None:
@@ -122,13 +105,11 @@ WRONG: list[tuple[Any, Any, dict[str, Any], str]] = [
     ([1.5, 2.5], softmax(2), {}, "ids"),
     (["\udce9"], softmax(1), {}, "UTF-8"),
     (["a"], softmax(2), {}, "floating"),
-    (["a"], softmax(1, 4), {}, "floating"),
     (["a"], torch.ones(1, 5, dtype=torch.int64), {}, "floating"),
     (["a"], torch.ones(1, 5), {}, "sum"),
     (["a"], torch.tensor([[2.0, -1, 0, 0, 0]]), {}, "negative"),
     (["a"], torch.full((1, 5), torch.nan), {}, "finite"),
     ([], softmax(0), {}, "no example"),
-    (["a"], softmax(1), {"top_k": 0}, "top_k"),
     (["a"], softmax(1), {"top_k": 6}, "top_k"),
 ]
 
@@ -179,19 +160,14 @@ def read_everything(folder: Path) -> Tensor:
     return store.at(range(len(store)))
 
 
-def pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
+SPOILED: tuple[Callable[[Path], object], ...] = (
+    lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    lambda path: path.unlink(),
+    lambda path: [path.unlink(), os.mkfifo(path)],
+)
 
 
-SPOILED: dict[str, Any] = {
-    "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
-    "gone": lambda path: path.unlink(),
-    "a pipe": pipe,
-}
-
-
-def test_one_flipped_bit_is_refused_and_named(store: LabelStore) -> None:
+def test_one_flipped_bit_and_a_description_of_another_version_are_refused_and_named(store: LabelStore) -> None:
     generator = np.random.default_rng(0)
     for file in (reading.DESCRIPTION, *files(store.folder)):
         path = store.folder / file
@@ -205,29 +181,25 @@ def test_one_flipped_bit_is_refused_and_named(store: LabelStore) -> None:
             assert str(path) in str(told.value)
         path.write_bytes(content)
         read_everything(store.folder)
+    told_of = json.loads((store.folder / reading.DESCRIPTION).read_text())
+    for text in (json.dumps({**told_of, "format": 2}), json.dumps({**told_of, "complete": False}), "{", "[]", "\x00"):
+        (store.folder / reading.DESCRIPTION).write_text(text)
+        with pytest.raises(MetaplError, match="store"):
+            read_everything(store.folder)
 
 
-@pytest.mark.parametrize("kind", SPOILED)
-def test_a_spoiled_file_is_named_and_not_gone_on_with(kind: str, tmp_path: Path) -> None:
-    for number in (0, 1, None):
+@pytest.mark.parametrize("spoil", SPOILED, ids=["cut", "gone", "a pipe"])
+def test_a_spoiled_file_is_named_and_not_gone_on_with(spoil: Callable[[Path], object], tmp_path: Path) -> None:
+    for number in (1, None):
         folder = tmp_path / f"{number}"
         stop_after(folder, 25, softmax(35))
         whole = written(tmp_path / f"whole{number}", names(35), softmax(35)).folder
         for there in (folder, whole):
             path = there / (reading.DESCRIPTION if number is None else files(there)[number])
-            SPOILED[kind](path)
+            spoil(path)
             with pytest.raises(MetaplError) as told:
                 read_everything(there) if there == whole else go_on(folder).__enter__()
             assert path.name in str(told.value)
-
-
-def test_a_description_of_something_else_or_of_another_version_is_named(store: LabelStore) -> None:
-    content = json.loads((store.folder / reading.DESCRIPTION).read_text())
-    others = json.dumps({**content, "format": 2}), json.dumps({**content, "complete": False}), "{", "[]", "\x00"
-    for text in others:
-        (store.folder / reading.DESCRIPTION).write_text(text)
-        with pytest.raises(MetaplError, match="store"):
-            read_everything(store.folder)
 
 
 def go_on(folder: Path, **options: Any) -> LabelWriter:
@@ -339,13 +311,12 @@ def chosen_by_hand(
 @pytest.mark.parametrize("numbers", [False, True], ids=["names", "numbers"])
 @pytest.mark.parametrize("top_k", [None, 2])
 @pytest.mark.parametrize(
-    ("threshold", "per_class", "balance"),
-    [(0.3, None, False), (None, 20, False), (None, None, True), (0.4, 30, True), (None, 500, True), (0.35, 1, True)],
+    ("threshold", "per_class", "balance"), [(0.3, None, False), (None, 20, False), (0.4, 30, True), (0.35, 1, True)]
 )
 def test_what_is_selected_is_what_numpy_selects(
     numbers: bool, top_k: int | None, threshold: float | None, per_class: int | None, balance: bool, tmp_path: Path
 ) -> None:
-    """Pictures of a folder dropped, from a store and from what was selected of one."""
+    """Pictures of a folder dropped, from a store and from what was selected of one; and its statistics."""
     store = made(tmp_path / "store", numbers=numbers, top_k=top_k)
     gone = () if numbers else (0, 7, 399)
     dropped = {"drop_overlap": held_out(tmp_path / "held", *gone)} if gone else {}
@@ -366,23 +337,29 @@ def test_what_is_selected_is_what_numpy_selects(
         kept, again.get("threshold"), again.get("per_class"), not balance
     )
     assert len(LabelStore(tmp_path / "again").provenance["selected"]) == 2
+    rows, told = columns(kept), statistics(kept)
+    labels, confidence = rows["label"], rows["confidence"].astype(float)
+    assert (told.rows, told.copies) == (len(labels), rows["copies"].sum())
+    assert told.counts == tuple(np.bincount(labels, minlength=6).tolist())
+    assert told.class_copies == tuple(np.bincount(labels, rows["copies"], minlength=6).astype(int).tolist())
+    of_class = [confidence[labels == label].mean() if label in labels else None for label in range(6)]
+    assert told.class_confidence == pytest.approx(of_class)
+    assert told.mean_confidence == pytest.approx(confidence.mean())
+    assert told.mean_entropy == pytest.approx(rows["entropy"].astype(float).mean())
 
 
-@pytest.mark.parametrize("top_k", [None, 2])
-@pytest.mark.parametrize(("threshold", "gone"), [(None, []), (0.4, [5, 6, 7])])
+@pytest.mark.parametrize(("top_k", "threshold", "gone"), [(None, None, []), (2, 0.4, [5, 6, 7])])
 def test_of_any_class_the_most_probable_are_kept(
     top_k: int | None, threshold: float | None, gone: list[int], tmp_path: Path
 ) -> None:
     import pyarrow as pa
 
     store = made(tmp_path / "store", top_k=top_k)
-    table = pa.concat_tables(store.tables)
+    table, confidence = pa.concat_tables(store.tables), store.column("confidence")
     p = np.full((400, 6), -1.0)  # of a class that is not stored
     for row, values in enumerate(table["probabilities"].to_pylist()):
         p[row, table["classes"][row].as_py() if top_k else slice(None)] = values
-    sure = [
-        row for row in range(400) if row not in gone and store.column("confidence")[row] > np.float32(threshold or 0)
-    ]
+    sure = [row for row in range(400) if row not in gone and confidence[row] > np.float32(threshold or 0)]
     expected = set()
     for label in range(6):
         known = [row for row in sure if p[row, label] >= 0]
@@ -424,9 +401,7 @@ def test_the_same_selection_gives_the_same_files_and_goes_on_where_it_was_stoppe
 
 UNFIT: list[tuple[dict[str, Any], str]] = [
     ({"threshold": 1.0}, "threshold"),
-    ({"threshold": math.nan}, "threshold"),
     ({"per_class": 0}, "per_class"),
-    ({"per_class": 10**30, "balance": True}, "per_class"),
     ({"any_class": True, "threshold": 0.1}, "any_class"),
     ({"any_class": True, "per_class": 10, "balance": True}, "any_class"),
     ({"threshold": 0.99}, "nothing is left"),
@@ -435,38 +410,18 @@ UNFIT: list[tuple[dict[str, Any], str]] = [
 
 
 def test_what_cannot_be_selected_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
-    store = made(tmp_path / "store")
-    for asked, word in UNFIT:
+    store, numbers = made(tmp_path / "store"), made(tmp_path / "numbers", numbers=True)
+    held = held_out(tmp_path / "held", 1)
+    for of, asked, word in [*((store, *unfit) for unfit in UNFIT), (numbers, {"drop_overlap": held}, "files")]:
         with pytest.raises(MetaplError, match=word):
-            select(store, tmp_path / "out", **asked)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_damaged_part_is_named_and_what_has_no_files_is_not_compared(tmp_path: Path) -> None:
-    store = made(tmp_path / "store")
+            select(of, tmp_path / "out", **asked)
     path = store.folder / store.parts[3].file
     path.write_bytes(path.read_bytes()[:-1] + b"X")
+    store = LabelStore(store.folder)
     for use in (lambda: statistics(store), lambda: select(store, tmp_path / "out", threshold=0.3)):
         with pytest.raises(MetaplError, match=path.name):
             use()
-    with pytest.raises(MetaplError, match="files"):
-        select(made(tmp_path / "numbers", numbers=True), tmp_path / "out", drop_overlap=held_out(tmp_path / "held", 1))
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("numbers", [False, True], ids=["names", "numbers"])
-def test_statistics_are_those_of_numpy(numbers: bool, tmp_path: Path) -> None:
-    select(made(tmp_path / "store", numbers=numbers), tmp_path / "out", per_class=60, balance=True)
-    store = LabelStore(tmp_path / "out")
-    rows, found = columns(store), statistics(store)
-    confidence, entropy = rows["confidence"].astype(float), rows["entropy"].astype(float)
-    assert (found.rows, found.copies) == (len(rows["id"]), rows["copies"].sum())
-    assert found.counts == tuple(np.bincount(rows["label"], minlength=6).tolist())
-    assert found.class_copies == tuple(np.bincount(rows["label"], rows["copies"], minlength=6).astype(int).tolist())
-    assert found.class_confidence[5] is None
-    for label in range(5):
-        assert found.class_confidence[label] == pytest.approx(confidence[rows["label"] == label].mean())
-    assert (found.mean_confidence, found.mean_entropy) == pytest.approx((confidence.mean(), entropy.mean()))
 
 
 def test_the_commands_say_what_is_in_a_store_and_what_became_of_it(tmp_path: Path) -> None:
