@@ -1,8 +1,6 @@
 """Views of whole batches beside slow references, and how often each of their outcomes is drawn; RandAugment: each
 operation is Pillow's to the bit, and the draws are those of the papers."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable
@@ -52,22 +50,15 @@ def is_drawn_alike(got: Tensor, ways: list[Tensor], shares: list[float] | None =
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_weak_is_a_window_of_the_padded_image_or_of_its_mirror_image(dtype: torch.dtype) -> None:
-    image = pictures(1, (3, 9, 7), dtype)
+    image, grey = pictures(1, (3, 9, 7), dtype), 128 if dtype == torch.uint8 else 128 / 255
     for flip in (False, True):
         got = call(Weak(pad=2, flip=flip), image.expand(2000, -1, -1, -1))
-        padded = [
-            pad(x, (2, 2, 2, 2), value=128 if dtype == torch.uint8 else 128 / 255) for x in (image, image.flip(3))
-        ]
+        padded = [pad(x, (2, 2, 2, 2), value=grey) for x in (image, image.flip(3))]
         places = itertools.product(padded[: 1 + flip], range(5), range(5))
         assert is_drawn_alike(got, [x[:, :, top : top + 9, left : left + 7] for x, top, left in places])
-
-
-def test_half_of_the_pictures_are_mirrored() -> None:
-    image = pictures(1, (3, 5, 7))
-    assert is_drawn_alike(call(Flip(), image.expand(4000, -1, -1, -1)), [image, image.flip(3)])
-    image = image[..., :5]
-    got = call(ResizedCrop(5, scale=(1, 1), ratio=(1, 1)), image.expand(500, -1, -1, -1))
-    assert is_drawn_alike(got, [image, image.flip(3)])
+    image = image[..., :7, :]
+    for view in (ResizedCrop(7, scale=(1, 1), ratio=(1, 1)), Flip())[: 1 + dtype.is_floating_point]:
+        assert is_drawn_alike(call(view, image.expand(2000, -1, -1, -1)), [image, image.flip(3)])
 
 
 def test_the_digits_are_moved_by_whole_pixels_get_noise_and_then_lose_one_square() -> None:
@@ -99,7 +90,7 @@ def test_resized_crop_is_pillows_resize_of_a_box() -> None:
     assert (255 * call(view, images.float() / 255) - got.float()).abs().max() <= 0.5001
 
 
-@pytest.mark.parametrize("size", [(60, 90), (60, 60), (10, 200), (200, 10), (1, 1)])
+@pytest.mark.parametrize("size", [(60, 60), (10, 200), (1, 1)])
 def test_boxes_fit_and_have_the_shares_asked_for(size: tuple[int, int]) -> None:
     height, width = size
     boxes, flips = ResizedCrop(24).boxes(0, 0, torch.arange(4000), height, width)
@@ -107,12 +98,9 @@ def test_boxes_fit_and_have_the_shares_asked_for(size: tuple[int, int]) -> None:
     assert min(top.min(), left.min(), h.min() - 1, w.min() - 1, height - (top + h).max(), width - (left + w).max()) >= 0
     assert abs(flips.double().mean() - 0.5) < 0.04
     area, ratio = h * w / (height * width), w / h
-    if min(size) >= 60:
-        assert 0.07 < area.min() < 0.1
-        assert area.max() > 0.85
-        assert 0.7 < ratio.min() < 0.78
-        assert 1.28 < ratio.max() < 1.42
     if height == width == 60:  # near 1, most ratios do not fit; up to there the area is uniform
+        assert 0.07 < area.min() < 0.1 < 0.85 < area.max()
+        assert 0.7 < ratio.min() < 0.78 < 1.28 < ratio.max() < 1.42
         assert abs(area[area < 0.5].mean() - 0.29) < 0.01
         assert abs(ratio.log().mean()) < 0.02
         assert abs((top / (height - h).clamp(min=1)).mean() - 0.5) < 0.03
@@ -138,15 +126,14 @@ def test_affine_is_scipys_resampling_of_the_moved_places(shape: tuple[int, int, 
                 assert np.abs(channel - map_coordinates(image, places, order=1, mode="nearest")).max() < 1e-6
 
 
-def luma(image: np.ndarray) -> np.ndarray:
-    return np.tensordot([0.299, 0.587, 0.114], image, axes=1) if len(image) == 3 else image[0]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_colors_are_those_of_one_step_after_the_other(channels: int, dtype: torch.dtype) -> None:
+    def luma(image: np.ndarray) -> np.ndarray:
+        return np.tensordot([0.299, 0.587, 0.114], image, axes=1) if channels == 3 else image[0]
+
     images, u = pictures(64, (channels, 20, 24), dtype), drawn(64, 4, base.COLOR).numpy()
-    for view in (Color(0.4, 0.5, 0.6, 0.3), Color(hue=0.5), Color(2, 2, 2, 0.5), Color(0.3, 0, 0.7)):
+    for view in (Color(0.4, 0.5, 0.6, 0.3), Color(2, 2, 2, 0.5)):
         ranges = np.array([view.brightness, view.contrast, view.saturation])
         low = np.maximum(0, 1 - ranges)
         for image, got, (b, c, s), turn in zip(
@@ -188,13 +175,12 @@ def test_channels_change_places_and_light_turns_dark() -> None:
     assert all(torch.equal(a, b) or torch.equal(a, 1 - b) for a, b in zip(changed, grey, strict=True))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_a_share_of_the_pictures_is_changed_and_the_others_stay(share: float) -> None:
+def test_a_share_of_the_pictures_is_changed_and_the_others_stay() -> None:
     images, view = pictures(8, (3, 16, 16))[4:].repeat(128, 1, 1, 1), Affine(25, 0.2)
-    changed, got = call(view, images), call(Sometimes(view, share), images)
+    changed, got = call(view, images), call(Sometimes(view, 0.25), images)
     is_changed, stays = ((got == one).flatten(1).all(1) for one in (changed, images))
     assert bool((is_changed | stays).all())
-    assert is_changed.double().mean() == pytest.approx(share, abs=0.06)
+    assert is_changed.double().mean() == pytest.approx(0.25, abs=0.06)
 
 
 def test_normal_draws_are_box_mullers_and_cosine_and_sine_torchs() -> None:
@@ -287,15 +273,6 @@ def test_an_operation_is_pillows_to_the_bit(name: str) -> None:
             assert {(True, False), (False, True)} <= signs
 
 
-@pytest.mark.parametrize("name", SIGNED)
-def test_a_move_of_positive_sign_goes_where_pillows_does(name: str) -> None:
-    images = samples()
-    for level in (-5.6, -1.6, -0.11, 0, 0.03, 1, 3):
-        matrix = randaugment.fixed_point(randaugment._MOVES[name](level, 1 / 8, 33, 46))
-        got = randaugment.affine(images, torch.tensor([matrix] * len(images)))
-        assert torch.equal(got, each(lambda image, level=level: PILLOW[name](image, level), images))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_floating_point_images_give_the_levels_of_bytes(dtype: torch.dtype) -> None:
     levels = samples(32, 32)
@@ -304,43 +281,30 @@ def test_floating_point_images_give_the_levels_of_bytes(dtype: torch.dtype) -> N
         assert torch.equal(call(view, (levels.double() / 255).to(dtype)), expected)
 
 
-@pytest.mark.parametrize(("magnitude", "weight"), [(0, 0.0), (5, 0.2), (10, 0.4), (16, 0.4)])
+@pytest.mark.parametrize(("magnitude", "weight"), [(0, 0.0), (5, 0.2), (16, 0.4)])
 def test_sample_pairing_blends_with_another_image_of_the_batch(magnitude: float, weight: float) -> None:
     images = samples()
     for i, got in enumerate(call(only("Sample Pairing", magnitude=magnitude), images)):
         others = [to_pillow(other) for j, other in enumerate(images) if j != i]
-        ways = [from_pillow(Image.blend(to_pillow(images[i]), other, weight)) for other in others]
-        assert any(torch.equal(got, way) for way in ways)
+        assert any(torch.equal(got, from_pillow(Image.blend(to_pillow(images[i]), one, weight))) for one in others)
     assert torch.equal(call(only("Sample Pairing", magnitude=magnitude), images[:1]), images[:1])
 
 
-def test_the_image_to_pair_with_is_every_other_one_alike_whatever_the_order() -> None:
+def test_the_image_to_pair_with_is_every_other_one_alike() -> None:
     examples, counts = torch.tensor([12, 3, 77, 40, 5]), torch.zeros(5, 5)
     for step in range(1000):
         u = draws.uniform(0, step, examples, 1, dtype=torch.float64)[:, 0]
         counts[torch.arange(5), randaugment._others(examples, u)] += 1
     assert (counts.diagonal() == 0).all()
     assert (counts[~torch.eye(5, dtype=torch.bool)] - 250).abs().max() < 5 * math.sqrt(1000 * 3 / 16)
-    images, examples, order = samples(32, 32).repeat(5, 1, 1, 1), torch.randperm(40) * 10**8, torch.randperm(40)
-    whole = RandAugment()(images, seed=0, step=0, examples=examples)
-    assert torch.equal(RandAugment()(images[order], seed=0, step=0, examples=examples[order]), whole[order])
-
-
-def test_the_second_partner_is_as_it_was_given() -> None:
-    images = samples()
-    rows = draws.uniform(0, 0, torch.arange(8), 9, stream=base.OPERATIONS, dtype=torch.float64)
-    one, two = (images[randaugment._others(torch.arange(8), rows[:, column])] for column in (4, 8))
-    got = call(only("Sample Pairing", "Sample Pairing"), images)
-    assert (got.int() - (0.36 * images + 0.24 * one + 0.4 * two)).abs().max() <= 2
 
 
 def test_operations_follow_each_other() -> None:
     images, found = samples(), set()
     invert, posterize = (lambda x: 255 - x), (lambda x: x & 0b11111100)
     ways = [f(g(images)) for f in (invert, posterize) for g in (invert, posterize)]
-    for step in range(4):
-        for i, picture in enumerate(call(only("Invert", "Posterize", magnitude=16), images, step=step)):
-            found.add([torch.equal(picture, way[i]) for way in ways].index(True))
+    for i, picture in enumerate(call(only("Invert", "Posterize", magnitude=16), images)):
+        found.add([torch.equal(picture, way[i]) for way in ways].index(True))
     assert len(found) >= 3
 
 
