@@ -1,7 +1,5 @@
 """Pictures by number, in memory or in files, and their batches: functions of the step, whatever breaks."""
 
-from __future__ import annotations
-
 import json
 import math
 import mmap
@@ -17,12 +15,12 @@ import pytest
 import torch
 from feed_sources import made, same, take
 from PIL import Image
+from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.apps.pictures import (
     Chain,
-    DigitsSplit,
     EvaluationBatches,
     FileImages,
     Identity,
@@ -106,32 +104,16 @@ def test_pictures_in_memory_are_those_in_files(paths: list[Path]) -> None:
         images, used = one.select(order).select(torch.tensor([1, 0])).fetch(torch.tensor([0, 1, 0]))
         assert torch.equal(images, memory.data[[2, 4, 2]])
         assert used.tolist() == [0, 1, 0]
-    for wrong in (torch.zeros(2, 3, 4, 4), torch.zeros(3, 4, 4, dtype=torch.uint8)):
+    for kind, wrong, more in (
+        *((MemoryImages, torch.zeros(2, 3, 4, 4), {}), (MemoryImages, torch.zeros(3, 4, 4, dtype=torch.uint8), {})),
+        *((FileImages, [], {"size": (4, 4)}), (FileImages, ["a.png"], {"size": (0, 4)})),
+    ):
         with pytest.raises(MetaplError, match="expected"):
-            MemoryImages(wrong)
-    for none in (([], (4, 4)), (["a.png"], (0, 4))):
-        with pytest.raises(MetaplError, match="expected"):
-            FileImages(none[0], size=none[1])
+            kind(wrong, **more)
     broken = FileImages([paths[3], paths[0]], size=(6, 6))
     with pytest.warns(UserWarning, match="left out") as warned:  # once, where there is no log
         assert [broken.fetch(torch.tensor([0]))[1].tolist() for _ in range(2)] == [[1], [1]]
     assert len(warned) == 1
-    gone = FileImages([f"gone{i}.png" for i in range(100)], size=(6, 6))
-    with pytest.warns(UserWarning, match="left out"), pytest.raises(MetaplError, match=r"32 .*gone90"):
-        gone.fetch(torch.tensor([90]))
-
-
-def decodings(patch: pytest.MonkeyPatch, paths: list[Path]) -> np.ndarray[Any, Any]:
-    """How often each file was read, by all processes together."""
-    counts = np.frombuffer(mmap.mmap(-1, len(paths)), dtype=np.uint8)
-    names = [str(path) for path in paths]
-
-    def counted(path: str, **how: Any) -> Tensor:
-        counts[names.index(path)] += 1
-        return read_image(path, **how)
-
-    patch.setattr("metapl.apps.pictures.store.read_image", counted)
-    return counts
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -139,7 +121,13 @@ def test_a_kept_picture_is_decoded_once_by_whichever_process(
     paths: list[Path], tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is broken is tried each time, as it may be whole by then, and recorded once."""
-    counts, log = decodings(monkeypatch, paths), tmp_path / "log"
+    counts, names, log = np.frombuffer(mmap.mmap(-1, COUNT), dtype=np.uint8), [*map(str, paths)], tmp_path / "log"
+
+    def counted(path: str, **how: Any) -> Tensor:
+        counts[names.index(path)] += 1  # by all processes together
+        return read_image(path, **how)
+
+    monkeypatch.setattr("metapl.apps.pictures.store.read_image", counted)
     images = FileImages(paths, size=(8, 8), log=log).cached()
     batches = UnlabeledBatches(images, StepSampler(COUNT, 4, seed=0), Weak(pad=1), None, seed=0)
     for _ in loader(batches, 0, 30, workers):
@@ -148,9 +136,8 @@ def test_a_kept_picture_is_decoded_once_by_whichever_process(
     assert all(1 <= counts[number] <= max(workers, 1) for number in SOUND)
     assert all(counts[number] > workers for number in BROKEN)
     before = counts[SOUND].tolist()
-    for again in (images, images.select(torch.tensor(SOUND)), images.select(torch.arange(COUNT))):
-        again.fetch(torch.tensor([0, 1, 2]))
-    list(loader(batches, 30, 36, 2))
+    images.select(torch.tensor(SOUND)).fetch(torch.tensor([0, 1, 2]))
+    list(loader(batches, 30, 36, workers))
     assert counts[SOUND].tolist() == before
     found = Counter(json.loads(line)["file"] for line in log.read_text().splitlines())
     assert found.keys() == {str(paths[number]) for number in BROKEN}
@@ -165,15 +152,11 @@ def test_a_kept_picture_is_decoded_once_by_whichever_process(
 
 def test_recorded_files(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    record_files(log, {})
-    assert (log.exists(), replaced_files(log)) == (False, {})
     record_files(log, {"a.png": "empty", "ü\n.png": "cut"})
     record_files(log, {"a.png": "empty still", "b.png": "gone"})
-    found = {"a.png": "empty", "ü\n.png": "cut", "b.png": "gone"}
     log.write_text(log.read_text() + '{"file": "c.p')  # a process was killed as it wrote
-    assert replaced_files(log) == found
     record_files(log, {"d.png": "cut"})
-    assert replaced_files(log) == {**found, "d.png": "cut"}
+    assert replaced_files(log) == {"a.png": "empty", "ü\n.png": "cut", "b.png": "gone", "d.png": "cut"}
 
 
 def sources(kind: str, paths: list[Path]) -> dict[str, StepBatches[Any]]:
@@ -276,17 +259,13 @@ def test_batches_end_and_refuse_what_does_not_fit() -> None:
     for step in (3, -1):
         with pytest.raises(IndexError, match="step"):
             batches(3)[step]
-    for given in ({"labels": 4}, {"size": 6}, {"steps": -1}):
+    refused = [lambda g=g: batches(**g) for g in ({"labels": 4}, {"size": 6}, {"steps": -1})]
+    held = MemoryImages(torch.zeros(5, 1, 2, 2).byte())
+    refused += [lambda g=g: EvaluationBatches(held, torch.zeros(g[0]), g[1]) for g in ((3, 2), (5, 0))]
+    refused += [lambda s=s: loader(batches(3), *s) for s in ((-1, 2), (2, 1), (0, 4))]
+    for make in (*refused, lambda: UnlabeledBatches(images[:4], sampler, Identity(), None, 0)):
         with pytest.raises(MetaplError, match="expected"):
-            batches(**given)
-    with pytest.raises(MetaplError, match="sampler"):
-        UnlabeledBatches(images[:4], sampler, Identity(), None, 0)
-    for labels, size in ((3, 2), (5, 0)):
-        with pytest.raises(MetaplError, match="expected"):
-            EvaluationBatches(MemoryImages(torch.zeros(5, 1, 2, 2).byte()), torch.zeros(labels), size)
-    for start, stop in ((-1, 2), (2, 1), (0, 4)):
-        with pytest.raises(MetaplError, match="steps"):
-            loader(batches(3), start, stop)
+            make()
 
 
 @pytest.mark.gpu
@@ -303,45 +282,32 @@ def test_batches_on_cuda_are_those_on_the_cpu(kind: str, workers: int, paths: li
             stream.close()
 
 
-def parts(split: DigitsSplit) -> list[tuple[Tensor, Tensor]]:
-    return [split.labeled, (split.unlabeled, split.unlabeled_truth), split.validation, split.test]
+def test_digits_are_disjoint_keep_their_labels_and_are_a_function_of_the_seed() -> None:
+    def parts(labels: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+        split = load_digits_split(labels, seed=seed)
+        return [split.labeled, (split.unlabeled, split.unlabeled_truth), split.validation, split.test]
 
+    def rows(x: Tensor) -> set[tuple[float, ...]]:
+        return {tuple(row) for row in x.flatten(1).tolist()}
 
-def rows(x: Tensor) -> set[tuple[float, ...]]:
-    return {tuple(row) for row in x.flatten(1).tolist()}
-
-
-@pytest.fixture(scope="module")
-def digits() -> DigitsSplit:
-    return load_digits_split(labels_per_class=2, seed=0)
-
-
-def test_digits_are_disjoint_cover_all_and_keep_their_labels(digits: DigitsSplit) -> None:
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
+    data, found = load_digits(), parts(2, 0)
     pairs = zip(data.images, data.target, strict=True)
     truth = {tuple((image / 16).flatten().tolist()): int(label) for image, label in pairs}
     assert len(truth) == 1797  # no image comes twice, so an image is its own name
-    sets = [rows(x) for x, _ in parts(digits)]
-    assert [len(part) for part in sets] == [20, 1180, 197, 400]
-    assert set.union(*sets) == {*truth}
-    share = torch.cat([y for _, y in parts(digits)]).bincount() / 1797
-    for x, y in parts(digits):
+    assert [len(rows(x)) for x, _ in found] == [20, 1180, 197, 400]
+    assert set.union(*(rows(x) for x, _ in found)) == {*truth}
+    share = torch.cat([y for _, y in found]).bincount() / 1797
+    for x, y in found:
         assert [truth[tuple(row)] for row in x.flatten(1).tolist()] == y.tolist()
         assert (x.shape[1:], x.dtype, y.dtype) == ((1, 8, 8), torch.float32, torch.int64)
-    assert digits.labeled[1].bincount().tolist() == [2] * 10
-    for y in (digits.validation[1], digits.test[1]):
-        assert (y.bincount() - share * len(y)).abs().max() <= 1
-
-
-def test_digits_are_drawn_anew_per_seed_and_fewer_labels_lie_within_more(digits: DigitsSplit) -> None:
-    other, more = load_digits_split(2, seed=1), load_digits_split(4, seed=0)
-    for part, again, drawn in zip(parts(digits), parts(load_digits_split(2, seed=0)), parts(other), strict=True):
-        assert torch.equal(part[0], again[0])
-        assert rows(part[0]) != rows(drawn[0])
-    assert rows(digits.labeled[0]) < rows(more.labeled[0])
-    assert torch.equal(digits.test[0], more.test[0])
+    assert found[0][1].bincount().tolist() == [2] * 10
+    assert all((y.bincount() - share * len(y)).abs().max() <= 1 for _, y in found[2:])
+    for (x, _), (again, _), (drawn, _) in zip(found, parts(2, 0), parts(2, 1), strict=True):
+        assert torch.equal(x, again)
+        assert rows(x) != rows(drawn)
+    more = parts(4, 0)
+    assert rows(found[0][0]) < rows(more[0][0])
+    assert torch.equal(found[3][0], more[3][0])
     for wrong in (0, 150):
         with pytest.raises(MetaplError, match=str(wrong)):
             load_digits_split(labels_per_class=wrong, seed=0)
