@@ -1,10 +1,9 @@
 """Trainings on folders as they come: many files, broken ones, files that block, memory that stays flat, and names that
 move no cursor, are no formula, and no Markdown."""
 
-from __future__ import annotations
-
 import csv
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command import metapl, rows
+from command import metapl, result
 from PIL import Image
 from test_readers import SPECIAL, promptly
 from tiny_runs import color_folders, images_command
@@ -32,7 +31,6 @@ from metapl.apps.look import settled
 from metapl.apps.pictures import check, folders, replaced_files
 from metapl.apps.pictures.csv_files import CsvRows
 from metapl.apps.settings import Fitting
-from metapl.apps.words import cell
 from metapl.errors import few
 from metapl.words import TURNS, shown
 
@@ -108,7 +106,7 @@ def test_a_terminal_shows_how_far_it_is(many: Path, tmp_path: Path) -> None:
 
 def test_files_that_break(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it trains, as in folders that are too large to decode first: they are replaced, recorded once, and counted
-    at the end. Where all are decoded first, they are left out."""
+    at the end. Where all are decoded first, they are left out. A class that has no other file is named."""
     root = color_folders(tmp_path / "root")
     cut = [root / name for name in ("labeled/red/red-2.png", "unlabeled/blue-3.png", "unlabeled/red-4.png")]
     for path in cut:
@@ -125,13 +123,9 @@ def test_files_that_break(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert results[0] == results[1]
     assert "labeled: 1 of 12 files are left out" in told
     assert "unlabeled: 2 of 24 files are left out" in told
-
-
-def test_a_class_of_which_nothing_can_be_read_is_named(tmp_path: Path) -> None:
-    root = color_folders(tmp_path / "root")
     (root / "labeled" / "bee").mkdir()
     (root / "labeled" / "bee" / "1.png").write_bytes(b"")
-    assert "bee" in metapl(*images_command(root), "--out", tmp_path / "run", code=2).stderr
+    assert "bee" in metapl(*images_command(root), "--out", tmp_path / "none", code=2).stderr
 
 
 def test_labels_go_by_the_names_of_the_classes(tmp_path: Path) -> None:
@@ -140,26 +134,8 @@ def test_labels_go_by_the_names_of_the_classes(tmp_path: Path) -> None:
     shutil.rmtree(root / "test" / "blue")
     config = Images(**{name: str(root / name) for name in PARTS}, **SMALL)
     task = settled(config, METHODS["uda"], lambda text: None)[0].data(told.append, False, None)
-    assert task.classes == ("blue", "red")
-    assert torch.cat([y for _, y in task.test]).tolist() == [1] * 6
+    assert (task.classes, torch.cat([y for _, y in task.test]).tolist()) == (("blue", "red"), [1] * 6)
     assert any("no picture of blue" in one for one in told)
-
-
-def links(folder: Path) -> list[Path]:
-    (folder / "nowhere.png").symlink_to("gone.png")
-    (folder / "loop.png").symlink_to("loop.png")
-    return [folder / "nowhere.png", folder / "loop.png"]
-
-
-def test_predict_passes_over_what_is_not_a_plain_file(tiny: Path, digit: Path, tmp_path: Path) -> None:
-    shutil.copy(digit, tmp_path / "b.png")
-    links(tmp_path)
-    for kind, make in SPECIAL.items():
-        make(tmp_path / f"{kind}.png")
-    with promptly():
-        told = metapl("predict", tiny, tmp_path, code=1)
-    assert [Path(row["file"]).name for row in rows(told.stdout)] == ["b.png"]
-    assert told.stderr.count("left out") == 2 + len(SPECIAL) + 1
 
 
 GROWTH = """
@@ -239,23 +215,30 @@ def test_what_is_shown_is_one_line_of_printable_letters() -> None:
         assert shown(name) == name
 
 
-def test_predict_shows_names_of_files_harmlessly_and_writes_them_as_they_are(
+def test_predict_passes_over_what_is_no_plain_file_and_shows_names_harmlessly(
     tiny: Path, digit: Path, tmp_path: Path
 ) -> None:
-    folder, out = tmp_path / "pictures", tmp_path / "out.csv"
+    """And writes them as they are, in the place of what it wrote before."""
+    folder, out = tmp_path / "pictures", tmp_path / "pictures" / "out.csv"
     folder.mkdir()
+    out.write_text("file,class\n")
     for name in EVIL:
         (folder / f"{name}.png").write_bytes(b"no picture")
         (folder / f"fine {name}.png").write_bytes(digit.read_bytes())
-    told = metapl("predict", tiny, folder, "--out", out, code=1)
+    (folder / "nowhere.png").symlink_to("gone.png")
+    (folder / "loop.png").symlink_to("loop.png")
+    for kind, make in SPECIAL.items():
+        make(folder / f"{kind}.png")
+    with promptly():
+        told = metapl("predict", tiny, folder, "--out", out, code=1)
     for text in (told.stdout, told.stderr):
         assert not {*text} & {*TURNS, "\r", "\x1b", "\x07", "\x9b"}
-    assert len(told.stderr.splitlines()) == len(EVIL) + 1
+    assert len(told.stderr.splitlines()) == told.stderr.count("left out") == len(EVIL) + 2 + len(SPECIAL) + 1
     with out.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         assert {row["file"] for row in csv.DictReader(file)} == {f"{folder}/fine {name}.png" for name in EVIL}
 
 
-def test_a_spreadsheet_finds_no_formula() -> None:
+def test_a_spreadsheet_finds_no_formula_and_a_terminal_no_escape() -> None:
     sink = io.StringIO()
     names = ["=1+1.png", "+1.png", "-1.png", "@x.png", "\tx.png", "\rx.png", "a\rb.png", 'a",b.png', "a\nb", "fine.png"]
     writer = CsvRows(sink)
@@ -263,15 +246,7 @@ def test_a_spreadsheet_finds_no_formula() -> None:
         writer.writerow([name, "=cat", "0.5"])
     found = list(csv.reader(io.StringIO(sink.getvalue(), newline="")))
     assert [row[0] for row in found] == [f"'{name}" for name in names[:6]] + names[6:]
-    assert {row[1] for row in found} == {"'=cat"}
-    assert {row[2] for row in found} == {"0.5"}
-    assert cell("0.5") == "0.5"
-    for line in sink.getvalue().split("\n"):
-        bare = line.replace('""', "")
-        assert "\r" not in bare or '"' in bare
-
-
-def test_on_a_terminal_cells_are_escaped() -> None:
+    assert {(row[1], row[2]) for row in found} == {("'=cat", "0.5")}
     sink = io.StringIO()
     sink.isatty = lambda: True  # type: ignore[method-assign]
     CsvRows(sink).writerow(["a\x1b[2J", "b"])
@@ -289,9 +264,12 @@ def test_classes_of_any_name_go_through_everything(tmp_path: Path) -> None:
     texts = [metapl(*images_command(root), "--out", out).stdout, metapl("evaluate", out).stdout]
     metapl("predict", out, root / "unlabeled", "--out", tmp_path / "out.csv", "--probabilities")
     texts.append(metapl("export", out, "--out", tmp_path / "card").stdout)
+    assert hashlib.sha256((tmp_path / "card" / "model.safetensors").read_bytes()).hexdigest() in texts[-1]
     card = (tmp_path / "card" / "MODEL_CARD.md").read_text()
     for text in (*texts, card):
         assert not {*text} & {*TURNS, "\x1b", "\r"}
+    assert f"{100 * result(out)['test_accuracy']:.1f} % (n = 12, 95 % interval" in card
+    assert str(out) not in card, "no place on this machine"
     (classes,) = (line for line in card.splitlines() if line.startswith("| classes |"))
     assert r"\|\<b\>\*c\*" in classes
     assert r"caf\\xe9\\n\[x\](y)" in classes

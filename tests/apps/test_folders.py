@@ -1,7 +1,6 @@
 """Folders of pictures: what a scan finds, what is wrong with them, which files are sound, and how they split."""
 
-from __future__ import annotations
-
+import gzip
 import io
 import os
 import shutil
@@ -70,10 +69,16 @@ def test_any_tree(tmp_path: Path) -> None:
     assert files.names == ("B/4.png", "a-b.webp", "a/deep/er/y.Tiff", "a/z.PNG", "b.jpg")
     assert files.passed_over == {".txt": 2, "no suffix": 1}
     assert [*files.paths()] == [str(root / name) for name in files.names]
-    assert files.path(4) == root / "b.jpg"
     assert files.keep([3, 1]).names == ("a/z.PNG", "a-b.webp")
-    assert scan_unlabeled(str(root)) == files
     assert (told[-1], told) == (5, sorted(told))
+    # Links are followed, and end.
+    (root / "a" / "up").symlink_to(root)
+    fill(tmp_path / "elsewhere", "2.png")
+    for name in ("c", "twice"):
+        (root / name).symlink_to(tmp_path / "elsewhere")
+    assert scan_unlabeled(root).names == ("B/4.png", *files.names[1:], "c/2.png")
+    (tmp_path / "list.txt").write_text("a/z.PNG\nelsewhere/2.png\n\n")
+    assert scan_unlabeled(tmp_path / "list.txt").names == ("a/z.PNG", "elsewhere/2.png")
 
 
 def test_one_folder_a_class(tmp_path: Path) -> None:
@@ -94,29 +99,17 @@ def test_one_folder_a_class(tmp_path: Path) -> None:
         files.targets(("dog", "fish"))
 
 
-def test_links_are_followed_and_end(tmp_path: Path) -> None:
-    root = fill(tmp_path / "data", "a/1.png")
-    fill(tmp_path / "elsewhere", "2.png")
-    (root / "a" / "up").symlink_to(root)
-    for name in ("b", "twice"):
-        (root / name).symlink_to(tmp_path / "elsewhere")
-    assert scan_unlabeled(root).names == ("a/1.png", "b/2.png")
-    (tmp_path / "list.txt").write_text("data/a/1.png\nelsewhere/2.png\n\n")
-    assert scan_unlabeled(tmp_path / "list.txt").names == ("data/a/1.png", "elsewhere/2.png")
-
-
 def test_what_cannot_be_scanned(tmp_path: Path) -> None:
     fill(tmp_path, "one/x.txt", "file.png")
     (tmp_path / "some" / "cat").mkdir(parents=True)
-    for name, word in (("no", "exist"), ("file.png", "file")):
-        for scan in (scan_labeled, scan_unlabeled):
+    both, of_classes, of_none = (scan_labeled, scan_unlabeled), (scan_labeled,), (scan_unlabeled,)
+    for scans, name, word in (
+        *((both, "no", "exist"), (both, "file.png", "file"), (of_classes, "some/cat", "class")),
+        *((of_classes, "some", "picture"), (of_none, "one", "txt")),
+    ):
+        for scan in scans:
             with pytest.raises(MetaplError, match=word):
                 scan(tmp_path / name)
-    for name, word in (("some/cat", "class"), ("some", "picture")):
-        with pytest.raises(MetaplError, match=word):
-            scan_labeled(tmp_path / name)
-    with pytest.raises(MetaplError, match="txt"):
-        scan_unlabeled(tmp_path / "one")
 
 
 def png(level: int = 0) -> bytes:
@@ -135,13 +128,6 @@ def write_tar(path: Path, **members: bytes) -> Path:
     return path
 
 
-def tarred(folder: Path, to: Path) -> Files:
-    """The folder as one tar file, as the page says, in a folder of its own."""
-    to.mkdir()
-    subprocess.run(["tar", "--sort=name", "--mtime=@0", "-cf", to / "many.tar", "-C", folder, "."], check=True)
-    return scan_unlabeled(to)
-
-
 def levels(files: Files) -> list[int]:
     return FileImages(files.paths(), size=(2, 2)).fetch(torch.arange(len(files)))[0][:, 0, 0, 0].tolist()
 
@@ -149,7 +135,10 @@ def levels(files: Files) -> list[int]:
 def test_a_tar_file_stands_for_the_folder(tmp_path: Path) -> None:
     (pictures(tmp_path / "u", any=[1, 2, 3]) / "deep" / "er").mkdir(parents=True)
     (tmp_path / "u" / "any" / "0.bmp").rename(tmp_path / "u" / "deep" / "er" / "blue.0.bmp")
-    files, inside = scan_unlabeled(tmp_path / "u"), tarred(tmp_path / "u", tmp_path / "tars")
+    (tmp_path / "tars").mkdir()
+    made = ("--sort=name", "--mtime=@0", "-cf", tmp_path / "tars" / "many.tar", "-C", tmp_path / "u", ".")
+    subprocess.run(["tar", *made], check=True)  # as the page says
+    files, inside = scan_unlabeled(tmp_path / "u"), scan_unlabeled(tmp_path / "tars")
     assert [name.partition("/")[2] for name in inside.names] == [*files.names]
     assert levels(inside) == levels(files) == [2, 3, 1]
     assert verify_files(inside).sound == (0, 1, 2)
@@ -173,18 +162,14 @@ def test_tar_files_of_others(tmp_path: Path) -> None:
         open_picture(root / "a.tar" / "2.png")
     (root / "loose.png").write_bytes(png())
     assert scan_unlabeled(root).names == ("loose.png",)  # beside pictures, a tar file is a backup
-
-
-@pytest.mark.parametrize("kind", ["cut", "compressed", "text", "twice"])
-def test_a_tar_file_that_is_not_whole_is_refused_by_name(tmp_path: Path, kind: str) -> None:
-    path = write_tar(tmp_path / "many" / "a.tar", **{"1.png": png(), "2.png": png()})
-    if kind in ("cut", "text"):
-        path.write_bytes(path.read_bytes()[:1500] if kind == "cut" else b"no tar file " * 100)
-    else:
-        with tarfile.open(path, "w:gz" if kind == "compressed" else "a") as tar:
-            tar.add(__file__, "1.png")
-    with pytest.raises(MetaplError, match="once" if kind == "twice" else "tar"):
-        scan_unlabeled(tmp_path / "many")
+    path, whole = root / "a.tar", (root / "a.tar").read_bytes()
+    (root / "loose.png").unlink()
+    with tarfile.open(path, "a") as tar:
+        tar.add(__file__, "9.png")
+    for content in (whole[:1500], b"no tar file " * 100, gzip.compress(whole), path.read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(MetaplError, match=r"a\.tar"):
+            scan_unlabeled(root)
 
 
 L = {"cat": [1, 2], "dog": [3, 4]}
@@ -218,7 +203,6 @@ FINDINGS: dict[str, tuple[Sides, list[tuple[str, str, str]]]] = {
         [("warning", "test copies", "among the validation")],
     ),
     "no others": ({"labeled": L, "unlabeled": [1, 2, 3, 4]}, [("warning", "labeled copies", "4 of its 4")]),
-    "all there too": ({"labeled": L, "unlabeled": [4, 3, 2, 1, 5]}, [("warning", "labeled copies", "4 of its 5")]),
     "some there too": ({"labeled": L, "unlabeled": [4, 3, 2, 5]}, []),
 }  # fmt: skip
 
@@ -253,8 +237,6 @@ def test_no_folder_lies_inside_another(tmp_path: Path) -> None:
     findings = check_folders(above, test=scan_labeled(tmp_path / "all"))
     assert only(findings, "lies inside the test folder").level == "error"
     assert not any("are among" in one.message for one in findings)
-    same = only(check_folders(above, test=above), "4 test pictures")
-    assert f"too: {tmp_path / 'all/few/cat/0.bmp'}, " in same.message  # named once
 
 
 def test_a_link_that_leads_nowhere_and_a_pipe_are_copies_of_nothing(tmp_path: Path) -> None:
@@ -278,14 +260,6 @@ def test_a_link_that_leads_nowhere_and_a_pipe_are_copies_of_nothing(tmp_path: Pa
         assert hash_files(many) != hash_files(more) == hash_files(more)
 
 
-def test_files_that_are_copies_of_others_are_left_out(tmp_path: Path) -> None:
-    many, val = unlabeled(tmp_path / "u", 1, 5, 2, 6, 2), labeled(tmp_path / "v", cat=[2, 9], dog=[1])
-    assert without_copies(many, val).names == ("any/1.bmp", "any/3.bmp")
-    assert [len(without_copies(val, other)) for other in (many, val)] == [1, 0]
-    others = unlabeled(tmp_path / "w", 7, 8)
-    assert without_copies(others, val) is others
-
-
 @pytest.mark.parametrize("others", [3, 0])
 def test_pictures_set_aside_for_validation_are_not_learned_from_as_unlabeled_ones(tmp_path: Path, others: int) -> None:
     levels = {"cat": [*range(4)], "dog": [*range(10, 14)]}
@@ -302,27 +276,25 @@ def test_pictures_set_aside_for_validation_are_not_learned_from_as_unlabeled_one
     assert len(left) == task.record["unlabeled"] == 4 + others
     assert val.isdisjoint(left)
     assert len([line for line in said if "4 unlabeled pictures are left out" in line]) == 1
+    assert without_copies(few, scan_labeled(few.root)).names == ()
     with pytest.raises(MetaplError, match="--val"):
         apart(scan_unlabeled(few.root / "cat"), few, said.append)
 
 
 def test_how_far_files_are_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = fill(pictures(tmp_path, good=[1, 2]), "empty.png")
-    (root / "words.jpg").write_bytes(b"words")
-    (root / "words too.jpg").write_bytes(b"other words")
+    for name, content in (("words.jpg", b"words"), ("words too.jpg", b"other words")):
+        (root / name).write_bytes(content)
     Image.new("RGB", (60, 60)).save(root / "large.png")
-    Image.new("RGB", (30, 30)).save(root / "cut.bmp")
-    (root / "cut.bmp").write_bytes((root / "cut.bmp").read_bytes()[:1000])
     monkeypatch.setattr(reader, "MAX_PIXELS", 1000)
     files, told = scan_unlabeled(root), list[int]()
     verified = verify_files(files, progress=told.append)
-    assert sorted(verified.skipped) == ["cut.bmp", "empty.png", "large.png", "words too.jpg", "words.jpg"]
+    assert sorted(verified.skipped) == ["empty.png", "large.png", "words too.jpg", "words.jpg"]
     assert {*files.keep(verified.sound).names} == {*files.names} - {*verified.skipped}
-    assert told == [*range(1, 8)]
+    assert told == [*range(1, 7)]
     lines = verified.summary().splitlines()
     assert lines[0] == "2 skipped: not a picture of a known format (words too.jpg, words.jpg)"
-    assert len(lines) == 4
-    for limit, value in (("DECODE_UP_TO", 6), ("DECODE_BYTES", 10)):
+    for limit, value in (("DECODE_UP_TO", 5), ("DECODE_BYTES", 10)):
         with monkeypatch.context() as patch:
             patch.setattr(checks, limit, value)
             assert [*verify_files(files).skipped] == ["empty.png"]
