@@ -21,7 +21,7 @@ LONGEST = [
     *("test_sharded", "test_verify", "test_compile", "test_sklearn", "test_ranks", "test_resume", "test_commands"),
     *("test_planted_faults", "test_fit_resumed", "test_functional", "test_resumed_paths", "test_long_paths"),
     *("test_views", "test_export", "test_picture_batches", "test_attribute_command", "test_package", "test_refusals"),
-    *("test_folder_runs", "test_attribution", "test_cost", "test_bits"),
+    *("test_folders", "test_attribution", "test_cost", "test_bits"),
 ]
 
 
