@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import robustness
 import torch
-from command import metapl
+from command import result
 from PIL import Image
 from robustness import ALEXNET, FLIPS_OF_ALEXNET, Subject, flip_probability, imagenet_a, imagenet_c, imagenet_p
 from scipy.ndimage import convolve, gaussian_filter, map_coordinates
@@ -175,24 +175,10 @@ def test_an_attack_on_a_linear_classifier_in_closed_form(attack: Any, eps: float
     expected = (x.flatten(1) - eps / 255 * sign * w.sign()).clamp(0, 1)
     assert torch.allclose(found.flatten(1), expected, atol=1e-6)
     assert network[2].weight.grad is None
+    assert torch.allclose(attacked(network, x[2:3], y[2:3], attack, eps), found[2:3])
     right = measure(network, [(x, y)], corruptions=(), attacks=(attack,), eps=(eps,))
     still = (margins.abs() > eps / 255 * w.abs().sum()).float().mean()
     assert right["attacks"][attack][f"{eps:g}"] == pytest.approx(float(still), abs=0.006)
-
-
-def test_an_attack_stays_within_reach_and_does_not_depend_on_the_batch() -> None:
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
-    x, y = torch.rand(6, 3, 8, 8), torch.arange(6) % 4
-    loss = nn.CrossEntropyLoss(reduction="none")
-    for attack in ("fgsm", "pgd"):
-        found = attacked(network, x, y, attack, 16)  # type: ignore[arg-type]  # one of the two
-        assert float((found - x).abs().max()) <= 16 / 255 + 1e-6
-        assert 0 <= found.min() <= found.max() <= 1
-        assert (loss(network(found), y) > loss(network(x), y)).all()
-        assert torch.allclose(attacked(network, x[2:3], y[2:3], attack, 16), found[2:3])  # type: ignore[arg-type]
-    by_pgd = loss(network(attacked(network, x, y, "pgd", 16)), y).mean()
-    assert by_pgd >= loss(network(attacked(network, x, y, "fgsm", 16)), y).mean()
 
 
 def test_measured_accuracies_are_those_of_the_pictures_one_by_one() -> None:
@@ -247,29 +233,6 @@ def write_a(root: Path, outputs: Sequence[int]) -> Path:
     return root
 
 
-def write_c(root: Path, outputs: Sequence[int]) -> Path:
-    """ImageNet-C in the folders of its archives: corruption/severity/class/picture."""
-    archives = {"gaussian_noise": "noise", "defocus_blur": "blur", "snow": "weather", "contrast": "digital"}
-    archive = ""
-    for kind, name in enumerate(CORRUPTIONS):
-        archive = archives.get(name, archive)
-        for severity in range(1, 6):
-            for output in outputs:
-                place = root / archive / name / str(severity) / WNIDS[output]
-                save(place / f"ILSVRC2012_val_{output + 1:08}.JPEG", 100 * kind + 10 * severity + output)
-    return root
-
-
-def write_p(root: Path, outputs: Sequence[int], frames: int = 4) -> Path:
-    """ImageNet-P, each sequence a folder of frames that are called as those its videos were made from."""
-    for kind, name in enumerate(FLIPS_OF_ALEXNET):
-        for output in outputs:
-            for frame in range(frames):
-                place = root / name / WNIDS[output] / f"ILSVRC2012_val_{output + 1:08}"
-                save(place / f"img{frame + 8}.png", 1000 * kind + 10 * output + frame)
-    return root
-
-
 @pytest.fixture
 def subject() -> Subject:
     """A network of a thousand outputs in training mode, in which it would give something else."""
@@ -312,13 +275,17 @@ def test_imagenet_a_is_restricted_to_its_200_outputs(subject: Subject, tmp_path:
 
 
 def test_imagenet_c_by_corruption_and_severity(subject: Subject, tmp_path: Path) -> None:
+    """In the folders of its archives."""
     outputs = [3, 5]
-    root = write_c(tmp_path, outputs)
+    archives = ["noise"] * 3 + ["blur"] * 4 + ["weather"] * 4 + ["digital"] * 4
+    for (kind, name), severity, output in itertools.product(enumerate(CORRUPTIONS), range(1, 6), outputs):
+        place = tmp_path / archives[kind] / name / str(severity) / WNIDS[output]
+        save(place / f"ILSVRC2012_val_{output + 1:08}.JPEG", 100 * kind + 10 * severity + output)
     # A network that is right at some severities of some corruptions, and wrong at the others.
     with torch.no_grad():
         subject.network[2].weight.mul_(3)
         subject.network[2].bias[outputs] += 3
-    found = imagenet_c(subject, root)
+    found = imagenet_c(subject, tmp_path)
     shares = {name: kind["accuracy_by_severity"] for name, kind in found["corruptions"].items()}
     for kind, name in enumerate(CORRUPTIONS):
         for severity in range(1, 6):
@@ -329,11 +296,11 @@ def test_imagenet_c_by_corruption_and_severity(subject: Subject, tmp_path: Path)
     assert found["mean_corruption_error"] == pytest.approx(100 * np.mean(by_hand))
     assert 0.05 < found["mean_corrupted_accuracy"] < 0.95
     assert sum(ALEXNET.values()) / 15 == pytest.approx(0.789, abs=5e-4)
-    shutil.rmtree(root / "noise")
-    found = imagenet_c(subject, root)
+    shutil.rmtree(tmp_path / "noise")
+    found = imagenet_c(subject, tmp_path)
     assert found["mean_corruption_error"] is None
     # A share of the sides is for photographs: these were released as crops.
-    assert imagenet_c(replace(subject, center=0.5), root) == found
+    assert imagenet_c(replace(subject, center=0.5), tmp_path) == found
 
 
 def test_flips_by_hand_and_the_mean_rate_of_a_published_network() -> None:
@@ -351,32 +318,24 @@ def test_flips_by_hand_and_the_mean_rate_of_a_published_network() -> None:
     assert robustness.relative_to(FLIPS_OF_ALEXNET, {"snow": 0.1}) is None
 
 
-def test_imagenet_p_in_folders_of_frames(subject: Subject, tmp_path: Path) -> None:
-    outputs = [0, 9]
-    root = write_p(tmp_path, outputs)
+def test_imagenet_p_in_videos_and_in_folders_of_frames(subject: Subject, tmp_path: Path) -> None:
+    """Frames are called as those its videos were made from; a video is H.264 without loss, a picture a second."""
+    av, outputs, frames = pytest.importorskip("av"), (0, 9), range(4)
     with torch.no_grad():  # two outputs that take turns, so that some frames flip
-        subject.network[2].bias[outputs] += 2
-    found = imagenet_p(subject, root)
+        subject.network[2].bias[list(outputs)] += 2
+    expected, right = {}, 0
     for kind, name in enumerate(FLIPS_OF_ALEXNET):
-        predictions = [
-            logits(subject, [1000 * kind + 10 * output + frame for frame in range(4)]).argmax(1).tolist()
-            for output in outputs
-        ]
-        assert found["flip_probability"][name] == pytest.approx(flip_probability(predictions, name))
-    assert (found["sequences"], found["frames"]) == (20, 80)
-    assert len(set(found["flip_probability"].values())) > 2
-    assert found["mean_flip_rate"] == pytest.approx(robustness.relative_to(FLIPS_OF_ALEXNET, found["flip_probability"]))
-    for folder in (tmp_path / "snow").iterdir():
-        folder.rename(tmp_path / folder.name)
-    with pytest.raises(MetaplError, match="snow has no sequence"):
-        imagenet_p(subject, root)
-
-
-def test_imagenet_p_in_videos(subject: Subject, tmp_path: Path) -> None:
-    """H.264 without loss, a picture a second, as ImageNet-P has them."""
-    av, seeds = pytest.importorskip("av"), list(range(70, 75))
-    file = tmp_path / "rotate" / WNIDS[2] / "ILSVRC2012_val_00000003.mp4"
-    file.parent.mkdir(parents=True)
+        predictions = []
+        for output in outputs:
+            seeds = [1000 * kind + 10 * output + frame for frame in frames]
+            place = tmp_path / name / WNIDS[output] / f"ILSVRC2012_val_{output + 1:08}"
+            for seed, frame in zip(seeds, frames, strict=True):
+                save(place / f"img{frame + 8}.png", seed)
+            predictions.append(logits(subject, seeds).argmax(1).tolist())
+            right += predictions[-1].count(output)
+        expected[name] = flip_probability(predictions, name)
+    file = place.with_suffix(".mp4")  # the last of them
+    shutil.rmtree(place)
     with av.open(str(file), "w") as video:
         stream = video.add_stream("libx264rgb", rate=Fraction(1))
         stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "rgb24"
@@ -384,14 +343,17 @@ def test_imagenet_p_in_videos(subject: Subject, tmp_path: Path) -> None:
         for seed in seeds:
             video.mux(stream.encode(av.VideoFrame.from_image(picture(seed))))
         video.mux(stream.encode())
-    with torch.no_grad():
-        subject.network[2].bias[[2, 9]] += 2
     found = imagenet_p(subject, tmp_path)
-    predictions = logits(subject, seeds).argmax(1)
-    assert found["flip_probability"] == {"rotate": flip_probability([predictions.tolist()], "rotate")}
-    assert found["accuracy"] == pytest.approx(float((predictions == 2).float().mean()))
+    assert found["flip_probability"] == pytest.approx(expected)
+    assert (found["sequences"], found["frames"], found["accuracy"]) == (20, 80, pytest.approx(right / 80))
+    assert len(set(expected.values())) > 2
+    assert found["mean_flip_rate"] == pytest.approx(robustness.relative_to(FLIPS_OF_ALEXNET, expected))
     file.write_bytes(b"no video")
     with pytest.raises(MetaplError, match="decoded"):
+        imagenet_p(subject, tmp_path)
+    for folder in (tmp_path / "snow").iterdir():
+        folder.rename(tmp_path / folder.name)
+    with pytest.raises(MetaplError, match="snow has no sequence"):
         imagenet_p(subject, tmp_path)
 
 
@@ -399,12 +361,13 @@ def printed(patch: pytest.MonkeyPatch, *arguments: object) -> dict[str, Any]:
     patch.setattr(sys, "argv", ["robustness.py", *map(str, arguments)])
     with contextlib.redirect_stdout(io.StringIO()) as out:
         robustness.main()
-    found: dict[str, Any] = json.loads(out.getvalue())
-    return found
+    return dict(json.loads(out.getvalue()))
 
 
 @pytest.mark.usefixtures("blank_programs")
-def test_weights_by_what_the_export_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_and_weights_by_what_the_export_says(
+    colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A network of ImageNet's thousand classes, on ReaL too."""
     architecture = Architecture(name="small_cnn", num_classes=1000, image_size=SIDE)
     torch.manual_seed(0)
@@ -426,6 +389,8 @@ def test_weights_by_what_the_export_says(tmp_path: Path, monkeypatch: pytest.Mon
     assert found["real"] == {"accuracy": pytest.approx(2 / 3), "n": 3, "without_label": 1}
     assert found["accuracy"] == pytest.approx(np.mean([guess == k for k, guess in enumerate(guesses)]))
     assert found["imagenet_a"]["n"] == 200
+    found = printed(monkeypatch, colors / "run", "--test", colors / "test")
+    assert found["accuracy"] == result(colors / "run")["test_accuracy"]
 
 
 @pytest.mark.parametrize(("name", "side"), [("resnet18", 224), ("timm:resnet10t", 176)])
@@ -440,22 +405,3 @@ def test_weights_by_the_networks_name(name: str, side: int, tmp_path: Path) -> N
     mean, std = (torch.tensor(of).view(3, 1, 1) for of in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     with torch.no_grad():
         torch.testing.assert_close(taken.network(x), network((x - mean) / std))
-
-
-def test_a_run_and_what_is_refused(
-    colors: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = printed(monkeypatch, colors / "run", "--test", colors / "test")
-    assert found["accuracy"] == json.loads(metapl("evaluate", colors / "run", "--json").stdout)["accuracy"]
-    (tmp_path / "weights.pt").write_bytes(b"nothing")
-    for given in (
-        (tiny,),
-        (tmp_path / "none.pt",),
-        (tmp_path / "weights.pt",),
-        (tmp_path / "weights.pt", "--network", "small_cnn"),
-        (tmp_path / "weights.pt", "--network", "resnet18"),
-        (colors / "run", "--imagenet-a", tmp_path / "nowhere"),
-    ):
-        with pytest.raises(SystemExit):
-            printed(monkeypatch, *given)
-        assert "expected" in " ".join(capsys.readouterr().err.split()).lower()
