@@ -145,14 +145,8 @@ def test_what_is_no_store_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(MetaplError, match="expected"):
             LabelStore(path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for use in (lambda: LabelStore(tmp_path), lambda: add(tmp_path / "new", ["a"], softmax(1))):
-        with pytest.raises(MetaplError, match="pip install"):
-            use()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> LabelStore:
-    return written(tmp_path / "store", names(30), softmax(30), provenance={"temperature": 1e-05, "é": "é"})
+    with pytest.raises(MetaplError, match="pip install"):
+        LabelStore(tmp_path)
 
 
 def read_everything(folder: Path) -> Tensor:
@@ -167,7 +161,8 @@ SPOILED: tuple[Callable[[Path], object], ...] = (
 )
 
 
-def test_one_flipped_bit_and_a_description_of_another_version_are_refused_and_named(store: LabelStore) -> None:
+def test_one_flipped_bit_and_a_description_of_another_version_are_refused_and_named(tmp_path: Path) -> None:
+    store = written(tmp_path / "store", names(30), softmax(30), provenance={"temperature": 1e-05, "é": "é"})
     generator = np.random.default_rng(0)
     for file in (reading.DESCRIPTION, *files(store.folder)):
         path = store.folder / file
@@ -213,38 +208,29 @@ def stop_after(folder: Path, rows: int, p: Tensor, **options: Any) -> None:
     writer.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
 
 
-def test_a_stopped_writer_goes_on_behind_its_last_part(tmp_path: Path) -> None:
-    p, folder = softmax(35), tmp_path / "store"
-    whole = written(tmp_path / "whole", names(35), p)
-    stop_after(folder, 25, p)
+def test_a_stopped_writer_goes_on_behind_its_last_part_with_the_same_settings(tmp_path: Path) -> None:
+    p, folder, same = softmax(35), tmp_path / "store", {"provenance": {"temperature": 1, "run": "elsewhere"}}
+    whole = written(tmp_path / "whole", names(35), p, provenance={"temperature": 1, "run": "there"})
+    stop_after(folder, 25, p, provenance={"temperature": 1, "run": "there"})
     for use in (lambda: LabelStore(folder), lambda: add(folder, ["a"], softmax(1))):
         with pytest.raises(MetaplError, match="--resume"):
             use()
+    provenances = [{"temperature": 2}, {}, {"temperature": 1, "weights_fingerprint": 0}]
+    for name, other in (("top_k", 2), ("rows_per_part", 11), *(("provenance", one) for one in provenances)):
+        with pytest.raises(MetaplError, match=name):
+            go_on(folder, **{**same, name: other}).__enter__()
     (folder / "part-00002.arrow.01234567.tmp").write_bytes(b"torn")
-    with go_on(folder) as writer:
+    with go_on(folder, **same) as writer:
         assert (writer.rows, writer.last, writer.complete) == (20, names(35)[19], False)
         with pytest.raises(MetaplError, match="after"):
             writer.add(names(35)[19:], p[19:])
         writer.add(names(35)[20:], p[20:])
     assert sorted(os.listdir(folder)) == sorted(os.listdir(whole.folder))
     assert torch.equal(read_everything(folder), read_everything(whole.folder))
-    with go_on(folder) as writer:
+    with go_on(folder, **same) as writer:
         assert (writer.rows, writer.complete) == (35, True)
         with pytest.raises(MetaplError, match="whole"):
             writer.add(["zzz"], softmax(1))
-    with pytest.raises(MetaplError, match="--out"):
-        add(folder, ["a"], softmax(1))
-
-
-def test_what_is_gone_on_with_is_the_same(tmp_path: Path) -> None:
-    stop_after(tmp_path, 25, softmax(35), provenance={"temperature": 1, "run": "there"})
-    same: dict[str, Any] = {"provenance": {"temperature": 1, "run": "elsewhere"}}
-    provenances = [{"temperature": 2}, {}, {"temperature": 1, "weights_fingerprint": 0}]
-    for name, other in (("top_k", 2), ("rows_per_part", 11), *(("provenance", one) for one in provenances)):
-        with pytest.raises(MetaplError, match=name):
-            go_on(tmp_path, **{**same, name: other}).__enter__()
-    with go_on(tmp_path, **same) as writer:
-        assert writer.rows == 20
 
 
 SIX = tuple(f"class {index}" for index in range(6))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from feed_sources import made, same, take
+from feed_sources import same
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -36,7 +36,7 @@ from metapl.apps.pictures import (
     replaced_files,
 )
 from metapl.apps.pictures.store import record_files
-from metapl.data import StepBatches, StepSampler, loader, to_device
+from metapl.data import StepBatches, StepSampler, loader
 from metapl.errors import MetaplError
 
 COUNT, BROKEN = 12, (3, 4, 11)
@@ -266,20 +266,6 @@ def test_batches_end_and_refuse_what_does_not_fit() -> None:
     for make in (*refused, lambda: UnlabeledBatches(images[:4], sampler, Identity(), None, 0)):
         with pytest.raises(MetaplError, match="expected"):
             make()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize(("kind", "workers"), [("memory", 0), ("memory", 2), ("tensor", 0)])
-def test_batches_on_cuda_are_those_on_the_cpu(kind: str, workers: int, paths: list[Path]) -> None:
-    for name in ("labeled", "one view", "two views"):
-        source = sources(kind, paths)[name]
-        streams = [made(source, stop=4, num_workers=workers, device=device) for device in ("cpu", "cuda")]
-        for here, there in zip(*(take(stream, 4) for stream in streams), strict=True):
-            assert {leaf.device.type for leaf in pytree.tree_leaves(there)} == {"cuda"}
-            assert same(to_device(there, "cpu"), here)
-        for stream in streams:
-            stream.close()
 
 
 def test_digits_are_disjoint_keep_their_labels_and_are_a_function_of_the_seed() -> None:
