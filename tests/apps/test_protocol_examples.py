@@ -155,26 +155,6 @@ def test_pictures_are_what_torchvision_reads(tmp_path: Path, monkeypatch: pytest
     assert test.fetch(torch.arange(9))[0].float().mean((1, 2, 3)).sub(50 + 50 * test_labels).abs().max() < 5
 
 
-def test_the_settings_are_the_published_ones() -> None:
-    """The two tables of settings, column by column."""
-
-    def told(name: str) -> tuple[Any, ...]:
-        c = protocols.PROTOCOLS[name][1]
-        rates = (c.student_lr, c.teacher_lr, c.weight_decay, c.dropout, c.teacher_dropout or c.dropout)
-        uda = (c.uda_weight, c.uda_temperature, c.uda_threshold, c.uda_ramp)
-        return (c.steps, c.warmup, c.wait, *rates, *uda, c.label_smoothing, c.pseudo_label_smoothing, c.exact)
-
-    code, smooth = (5_000, 3_000, 0.05 * 128 / 256, 0.05 * 128 / 256, 5e-4), (0.1, 0.1, False)
-    assert told("cifar10-4k") == (300_000, *code, 0.2, 0.2, 8.0, 0.7, 0.6, 5_000, 0.15, 0.15, True)
-    table = (1_000_000, 2_000, 0, 0.3, 0.125, 5e-4, 0.35, 0.5, 1.0, 0.8, 0.0, 0, *smooth)
-    assert told("cifar10-4k-paper") == table
-    assert told("svhn-1k") == (1_000_000, 2_000, 0, 0.15, 0.05, 5e-4, 0.45, 0.65, 2.5, 1.25, 0.0, 0, *smooth)
-    code = (5_000, 20_000, 0.4 * 1024 / 256, 0.6 * 1024 / 256, 1e-4)
-    assert told("imagenet-10pct") == (700_000, *code, 0.1, 0.1, 20.0, 0.5, 0.6, 50_000, 0.1, 0.1, True)
-    table = (500_000, 1_000, 0, 0.8, 0.5, 2e-4, 0.1, 0.1, 16.0, 0.75, 0.0, 0, *smooth)
-    assert told("imagenet-10pct-paper") == told("imagenet-jft") == table
-
-
 @pytest.mark.parametrize(
     "given", [False, pytest.param(True, marks=pytest.mark.long)], ids=["most of ImageNet unlabeled", "a folder"]
 )
@@ -196,10 +176,3 @@ def test_noisy_student_on_imagenet(given: bool, tmp_path: Path, monkeypatch: pyt
     assert delivered.result["test_accuracy"] == result.get(
         "finetuned_test_accuracy", result["test_accuracy_of_rounds"][-1]
     )
-
-
-def test_rows_of_noisy_student_are_the_papers() -> None:
-    b2, b7, l2 = (noisy_student_imagenet.ROWS[name] for name in ("b2", "b7", "l2"))
-    assert (b2.epochs, b7.epochs, b7.image_size, b7.ratio, b7.lr) == (700, 350, 600, 3, 0.128)
-    assert l2.networks == ("efficientnet_b7", "efficientnet_l2", "efficientnet_l2", "efficientnet_l2")
-    assert (l2.image_size, l2.ratio, l2.epochs) == (475, 14, 350)
