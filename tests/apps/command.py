@@ -1,7 +1,5 @@
 """The metapl command in this process, and what it says."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import hashlib

@@ -1,7 +1,5 @@
 """What holds in every test of the application."""
 
-from __future__ import annotations
-
 import io
 import sys
 from collections.abc import Iterator
@@ -11,12 +9,12 @@ from typing import Any
 import pytest
 from PIL import Image
 from test_bits import one_thread
-from tiny_runs import colors, digit, run, tiny
+from tiny_runs import colors, digit, run, ten_digits, three_colors, tiny
 
 from metapl.apps import export, report
 from metapl.apps.export import ONNX, PROGRAM
 
-__all__ = ["colors", "digit", "run", "tiny"]  # fixtures
+__all__ = ["colors", "digit", "run", "ten_digits", "three_colors", "tiny"]  # fixtures
 
 DRAW = report.draw
 sys.path.append(str(Path(__file__).parents[2] / "examples"))  # whose scripts some tests import

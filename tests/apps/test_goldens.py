@@ -6,26 +6,21 @@ that is meant to give other weights renews the file in a commit of its own, and 
     PYTHONPATH=tests/library python tests/apps/test_goldens.py --renew [run ...]
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 from command import metapl
-from PIL import Image
 from safetensors.torch import load_file
 from test_bits import check, here, lines, one_thread, outcome
+from tiny_runs import colored_pictures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STORED = Path(__file__).with_name("goldens.json")
-SIDE, COLORS = 20, ("blue", "green", "red")
-
 DIGITS = (
     *("--steps", "16", "--hidden", "8", "6", "--labeled-batch", "10", "--unlabeled-batch", "12", "--save-every", "6"),
     *("--finetune-steps", "4", "--log-every", "4", "--validate-every", "4"),
@@ -59,22 +54,6 @@ RUNS: dict[str, tuple[str, ...]] = {
 }
 
 
-def pictures(root: Path) -> Path:
-    """Noisy pictures of three colors, one in five of ``noisy`` in another folder; ``clean`` has other ones."""
-    rng = numpy.random.default_rng(0)
-    for part, count in (("labeled", 8), ("test", 6), ("noisy", 15), ("clean", 4), ("unlabeled", 12)):
-        for index, color in enumerate(COLORS):
-            for number in range(count):
-                levels = rng.integers(0, 256, (SIDE, SIDE, 3)) // 2
-                levels[..., 2 - index] += 100
-                wrong = part == "noisy" and number % 5 == 0
-                label = "" if part == "unlabeled" else COLORS[(index + wrong) % 3]
-                folder = root / part / label
-                folder.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(levels.astype("uint8")).save(folder / f"{color}-{number}.png")
-    return root
-
-
 def words_of(name: str, root: Path) -> list[str]:
     """The words of a run but for its folder."""
     parts = {"images": ("labeled", "unlabeled", "test"), "noisy": ("clean", "test")}.get(RUNS[name][1], ())
@@ -89,11 +68,6 @@ def of_run(name: str, root: Path, out: Path) -> dict[str, Any]:
     found = {file.stem: load_file(file) for file in sorted(out.glob("*.safetensors")) if "pictures" not in file.name}
     assert "student" in found
     return outcome(found)
-
-
-@pytest.fixture(name="root", scope="module")
-def _root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(name="stored", scope="module")
@@ -111,9 +85,9 @@ LONG = (*LONG, "noisy transition")  # whose code is that of the others
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n in LONG)) for n in RUNS])
-def test_a_run_ends_on_the_same_weights(name: str, stored: dict[str, Any], root: Path, tmp_path: Path) -> None:
+def test_a_run_ends_on_the_same_weights(name: str, stored: dict[str, Any], three_colors: Path, tmp_path: Path) -> None:
     # Rounding in float32 grows over a run: with AVX2 learned corrections ended 2e-3 of the norm away.
-    check(of_run(name, root, tmp_path / "run"), stored["runs"][name], stored["machine"], 5e-3)
+    check(of_run(name, three_colors, tmp_path / "run"), stored["runs"][name], stored["machine"], 5e-3)
 
 
 def renew() -> None:
@@ -125,7 +99,7 @@ def renew() -> None:
     with one_thread(), tempfile.TemporaryDirectory() as folder:
         if stored.get("machine", here()) != here() and {*names} < {*RUNS}:
             parser.error(f"the file is of {stored['machine']}, and this is {here()}: renew all runs")
-        root = pictures(Path(folder, "pictures"))
+        root = colored_pictures(Path(folder, "pictures"))
         found = {name: of_run(name, root, Path(folder, name)) for name in names}
         stored = {"runs": {name: found.get(name) or stored["runs"][name] for name in RUNS}, "machine": here()}
     STORED.write_text(lines(stored))

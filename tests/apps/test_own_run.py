@@ -8,7 +8,7 @@ import pytest
 import torch
 from command import metapl, rows
 from safetensors.torch import load_file
-from test_goldens import COLORS, pictures
+from tiny_runs import COLORS
 
 from metapl.apps.labels import LabelStore
 from metapl.apps.run import EndedRun
@@ -18,11 +18,10 @@ FACTORY = ("--factory", f"{SCRIPT}:network")
 
 
 @pytest.fixture(name="made", scope="module")
-def _made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, float]:
-    root = pictures(tmp_path_factory.mktemp("pictures"))
-    script = runpy.run_path(str(SCRIPT))
-    places = {part: root / part for part in ("labeled", "unlabeled", "test")}
-    return root, root / "run", script["train"](**places, out=root / "run", steps=12)
+def _made(three_colors: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, float]:
+    out, script = tmp_path_factory.mktemp("own") / "run", runpy.run_path(str(SCRIPT))
+    places = {part: three_colors / part for part in ("labeled", "unlabeled", "test")}
+    return three_colors, out, script["train"](**places, out=out, steps=12)
 
 
 def test_predict_label_evaluate_and_runs_read_it(made: tuple[Path, Path, float], tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """``examples/plan.py``: what it says that a step takes, beside what the step really takes where it runs."""
 
-from __future__ import annotations
-
 import gc
 import runpy
 from pathlib import Path

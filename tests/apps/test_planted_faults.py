@@ -1,7 +1,5 @@
 """The suite of the application can fail: each planted fault, bent as a mistake would be, is caught by a check."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable
@@ -14,8 +12,8 @@ import test_folders
 import test_resume
 from command import metapl, result
 from test_bits import check
-from test_goldens import STORED, of_run, pictures
-from tiny_runs import TINY
+from test_goldens import STORED, of_run
+from tiny_runs import TINY, colored_pictures
 
 from metapl.apps import images, labeling, train
 from metapl.apps.images import Pictures
@@ -146,7 +144,7 @@ TESTED = ("weights", "ends_alike", "nothing_is_learned_from_what_is_selected_on"
 def test_a_planted_fault_is_caught(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     *planted, caught = FAULTS[fault]
     here, bent = (
-        Here(pictures(tmp_path / name / "pictures"), tmp_path / name / "run") for name in ("as_it_is", "bent")
+        Here(colored_pictures(tmp_path / name / "pictures"), tmp_path / name / "run") for name in ("as_it_is", "bent")
     )
     if caught.__name__ not in TESTED:
         caught(here)

@@ -3,8 +3,6 @@
 Damaged, exchanged and missing files, two writers in a folder, a full disk: a line, and nothing is lost.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import resource
@@ -20,7 +18,7 @@ import pytest
 from command import metapl
 from forked import Forked
 from test_bits import one_thread
-from test_goldens import pictures, words_of
+from test_goldens import words_of
 from tiny_runs import TINY, built_once
 
 from metapl.apps.run import WEIGHTS, RunFolder
@@ -70,9 +68,9 @@ class Calls:
         return counting
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("pictures"))
+@pytest.fixture(name="root", scope="module")
+def _root(three_colors: Path) -> Path:
+    return three_colors
 
 
 def command(kind: str, root: Path, out: Path) -> list[str]:
@@ -139,7 +137,8 @@ def gone_on_with(kind: str, root: Path, out: Path) -> None:
 def test_a_run_that_is_stopped_and_then_killed_ends_as_one_that_was_not(
     kind: str, root: Path, tmp_path: Path, wholes: dict[str, Whole]
 ) -> None:
-    """Ctrl-C in the midst of a step that is drawn, and kill -9 in the midst of one of those that were left."""
+    """Ctrl-C in the midst of a step that is drawn, and kill -9 in the midst of one of those that were left; ended, it
+    takes no step more."""
     (whole, count), draw, out = wholes[kind], random.Random(kind), tmp_path / "a run"
     steps = [point for point in (0, 2) if count[point]]
     moment = [(point, draw.randint(1, count[point])) for point in steps]
@@ -147,6 +146,13 @@ def test_a_run_that_is_stopped_and_then_killed_ends_as_one_that_was_not(
     interrupted(kind, root, out, (9, draw.randint(1, count[9])), Killed())
     gone_on_with(kind, root, out)
     assert_equal(out, whole)
+    before = files(out)
+    with pytest.MonkeyPatch.context() as patch:
+        calls = Calls(patch)
+        said = metapl(*command(kind, root, out), "--resume")
+    assert "is finished already" in " ".join(said.stdout.split())
+    assert not calls.count
+    assert files(out) == before
 
 
 @pytest.mark.long
@@ -163,18 +169,6 @@ def test_at_any_moment(
         gone_on_with(kind, root, out)
         assert_equal(out, whole)
         shutil.rmtree(out)
-
-
-@pytest.mark.parametrize("kind", SOME)
-def test_a_run_that_has_ended_takes_no_step_more(kind: str, root: Path, wholes: dict[str, Whole]) -> None:
-    whole, _ = wholes[kind]
-    before = files(whole)
-    with pytest.MonkeyPatch.context() as patch:
-        calls = Calls(patch)
-        said = metapl(*command(kind, root, whole), "--resume")
-    assert "is finished already" in " ".join(said.stdout.split())
-    assert not calls.count
-    assert files(whole) == before
 
 
 @pytest.fixture(scope="module")
@@ -201,8 +195,11 @@ CHANGED: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("change", [*CHANGED, "--lr 0.5", "--uda-weight 2", "--seed 2", "--finetune-steps 3"])
-def test_with_other_settings_or_data_it_is_refused_and_left_as_it_was(change: str, begun: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [*CHANGED, "--lr 0.5", "--finetune-steps 3"])
+def test_with_other_settings_or_data_it_is_refused_and_left_as_it_was(
+    change: str, begun: Path, tmp_path: Path, wholes: dict[str, Whole]
+) -> None:
+    """Moved, both the pictures and the run; as they were, it goes on."""
     own, out = (Path(shutil.copytree(begun / name, tmp_path / name)) for name in ("own", "run"))
     before, flags = files(out), change.split() if change not in CHANGED else []
     if change in CHANGED:
@@ -211,13 +208,9 @@ def test_with_other_settings_or_data_it_is_refused_and_left_as_it_was(change: st
     word = f"{flags[0][2:].replace('-', '_')} was" if flags else "data have changed"
     assert word in " ".join(said.stderr.split())
     assert files(out) == before
-
-
-def test_folders_that_were_moved_are_gone_on_with(begun: Path, tmp_path: Path, wholes: dict[str, Whole]) -> None:
-    """The pictures and the run."""
-    elsewhere, moved = (Path(shutil.copytree(begun / name, tmp_path / name)) for name in ("own", "run"))
-    gone_on_with("images uda", elsewhere, moved)
-    assert_equal(moved, wholes["images uda"][0])
+    if change == "--lr 0.5":
+        gone_on_with("images uda", own, out)
+        assert_equal(out, wholes["images uda"][0])
 
 
 @pytest.mark.long
@@ -305,7 +298,7 @@ WAYS = (*DAMAGES, "exchanged", "removed")
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        pytest.param(name, how, marks=[pytest.mark.long] * ((i + 2 * j) % 5 > 1))  # two of the ways by default
+        pytest.param(name, how, marks=[pytest.mark.long] * ((i + 2 * j) % 5 > 0))  # one of the ways by default
         for i, name in enumerate(PARTS)
         for j, how in enumerate(WAYS)
     ],
@@ -317,29 +310,16 @@ def test_a_file_that_is_not_as_it_was_written_is_refused(
     for _ in range(3 if how == "flipped" else 1):
         if how == "removed":
             (run / name).unlink()
-        elif how == "exchanged":
-            shutil.copy(other / name, run / name)
         else:
-            (run / name).write_bytes(DAMAGES[how](content, own))
-        found = told(run, digit, name)
-        refused(run, name, found, whole)
+            bent = (other / name).read_bytes() if how == "exchanged" else DAMAGES[how](content, own)
+            (run / name).write_bytes(bent)
+        refused(run, name, told(run, digit, name), whole)
         (run / name).write_bytes(content)
-    assert told(run, digit, name) == whole
-
-
-@pytest.mark.parametrize("name", UNREAD)
-def test_what_no_command_reads_may_be_gone(name: str, run: Path, digit: Path) -> None:
-    whole = told(run, digit, "")
-    place = run / name
-    shutil.rmtree(place) if place.is_dir() else place.unlink()
-    assert told(run, digit, "") == whole
-    assert "is finished already" in " ".join(metapl(*TINY, "--out", run, "--resume").stdout.split())
-
-
-def test_a_run_may_be_moved(run: Path, digit: Path, tmp_path: Path) -> None:
-    whole = told(run, digit, "")["predict"]
-    run.rename(tmp_path / "elsewhere")
-    assert told(tmp_path / "elsewhere", digit, "")["predict"] == whole
+    for unread in UNREAD:
+        place = run / unread
+        shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+    moved = run.rename(run.with_name("elsewhere"))
+    assert told(moved, digit, name)["predict"] == whole["predict"]
 
 
 def test_two_writers_in_a_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,17 +335,15 @@ def test_two_writers_in_a_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> 
     metapl(*TINY, "--out", run, "--resume")
 
 
-def test_a_folder_with_files_of_somebody_else_is_left_as_it_is(tmp_path: Path) -> None:
-    for name, content in {"recipe.json": b"{}", "notes.txt": b"mine"}.items():
-        out = tmp_path / name / "mine"
-        out.mkdir(parents=True)
-        (out / name).write_bytes(content)
-        for more in ((), ("--resume",)):
-            assert metapl(*TINY, "--out", out, *more, code=2).stderr.startswith("metapl: ")
-            assert {path: found for path, (_, found) in files(out).items()} == {out / name: content}
+@pytest.mark.parametrize(("name", "content"), [("recipe.json", b"{}"), ("notes.txt", b"mine")])
+def test_a_folder_with_files_of_somebody_else_is_left_as_it_is(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    for more in ((), ("--resume",)):
+        assert metapl(*TINY, "--out", tmp_path, *more, code=2).stderr.startswith("metapl: ")
+        assert {path: found for path, (_, found) in files(tmp_path).items()} == {tmp_path / name: content}
 
 
-@pytest.mark.parametrize("room", [1, 2_500, 12_000])
+@pytest.mark.parametrize("room", [1, 12_000])
 def test_a_full_disk_loses_nothing(room: int, tiny: Path, tmp_path: Path) -> None:
     """No file may have more bytes, as if there were no room for more; with room the run goes on to the same end."""
     out, (soft, hard) = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)

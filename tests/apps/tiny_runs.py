@@ -1,7 +1,5 @@
 """Runs of a few steps, and pictures, that tests of the edges spoil."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable
@@ -55,11 +53,18 @@ def run(tiny: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def digit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One digit as a picture."""
-    path = tmp_path_factory.mktemp("digit") / "digit.png"
-    Image.fromarray((load_digits().images[0] * 255 / 16).round().astype("uint8")).save(path)
-    return path
+def ten_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten digits as pictures, and a file that is none."""
+    folder = tmp_path_factory.mktemp("digits")
+    for index, image in enumerate(load_digits().images[:10]):
+        Image.fromarray((image * 255 / 16).round().astype("uint8")).save(folder / f"{index}.png")
+    (folder / "notes.txt").write_text("not to be read")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digit(ten_digits: Path) -> Path:
+    return ten_digits / "0.png"
 
 
 def color_folders(root: Path, few: int = 6, many: int = 12, side: int = 16) -> Path:
@@ -74,6 +79,30 @@ def color_folders(root: Path, few: int = 6, many: int = 12, side: int = 16) -> P
                 levels[..., 2 - 2 * index] += 150
                 Image.fromarray(levels.astype("uint8")).save(folder / f"{name}-{number}.png")
     return root
+
+
+COLORS = ("blue", "green", "red")
+
+
+def colored_pictures(root: Path) -> Path:
+    """Noisy pictures of three colors, one in five of ``noisy`` in another folder; ``clean`` has other ones."""
+    rng = numpy.random.default_rng(0)
+    for part, count in (("labeled", 8), ("test", 6), ("noisy", 15), ("clean", 4), ("unlabeled", 12)):
+        for index, color in enumerate(COLORS):
+            for number in range(count):
+                levels = rng.integers(0, 256, (20, 20, 3)) // 2
+                levels[..., 2 - index] += 100
+                wrong = part == "noisy" and number % 5 == 0
+                label = "" if part == "unlabeled" else COLORS[(index + wrong) % 3]
+                folder = root / part / label
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(levels.astype("uint8")).save(folder / f"{color}-{number}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def three_colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built_once(tmp_path_factory, "three-colors", colored_pictures)
 
 
 IMAGES = (
