@@ -1,11 +1,8 @@
 """The classifiers for tables: scikit-learn's own checks, what a seed decides, and what is refused."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -26,7 +23,7 @@ import metapl
 from metapl.models import mlp
 from metapl.sklearn import MetaPseudoLabelsClassifier, MetaReweightedClassifier
 
-CLASSES = MetaPseudoLabelsClassifier, MetaReweightedClassifier
+CLASSES = MPL, REWEIGHTING = MetaPseudoLabelsClassifier, MetaReweightedClassifier
 QUICK: dict[str, Any] = {"steps": 12, "hidden_layer_sizes": 8, "random_state": 0}
 
 X, TRUTH = make_blobs(60, centers=3, random_state=0)
@@ -36,13 +33,7 @@ TRUSTED = np.arange(60) < 20
 
 
 def fitted(kind: type, **given: Any) -> Any:
-    labels = FEW if kind is MetaPseudoLabelsClassifier else NOISY
-    return kind(**{**QUICK, **given}).fit(X, labels)
-
-
-@cache
-def of_few() -> MetaPseudoLabelsClassifier:
-    return MetaPseudoLabelsClassifier(**QUICK).fit(X, FEW)
+    return kind(**{**QUICK, **given}).fit(X, FEW if kind is MPL else NOISY)
 
 
 def expected_failed(estimator: Any) -> dict[str, str]:
@@ -87,9 +78,8 @@ def test_fits_in_several_threads_are_those_of_one(kind: type) -> None:
     """Though threads share the default generators, of which dropout draws."""
 
     def rows(seed: int) -> Any:
-        return fitted(
-            kind, steps=10, random_state=seed, network=lambda n, c: mlp([n, 8, c], dropout=0.5)
-        ).predict_proba(X)
+        found = fitted(kind, steps=5, random_state=seed, network=lambda n, c: mlp([n, 8, c], dropout=0.5))
+        return found.predict_proba(X)
 
     alone = rows(0), rows(1)
     with ThreadPoolExecutor(4) as threads:
@@ -97,11 +87,10 @@ def test_fits_in_several_threads_are_those_of_one(kind: type) -> None:
     assert all((one == alone[i % 2]).all() for i, one in enumerate(found))
 
 
-@pytest.mark.parametrize("kind", CLASSES)
-def test_weights_have_the_type_of_the_rows_whatever_the_default_type_is(kind: type) -> None:
+def test_weights_have_the_type_of_the_rows_whatever_the_default_type_is() -> None:
     torch.set_default_dtype(torch.float64)
     try:
-        found = [fitted(kind), fitted(kind, network=lambda n, c: mlp([n, c]))]
+        found = [fitted(MPL), fitted(REWEIGHTING, network=lambda n, c: mlp([n, c]))]
     finally:
         torch.set_default_dtype(torch.float32)
     assert {p.dtype for one in found for p in one.network_.parameters()} == {torch.float32}
@@ -120,15 +109,18 @@ SPELLINGS = {
 }
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_a_missing_label_in_every_spelling(spelling: str) -> None:
-    labels = SPELLINGS[spelling]
-    found, same = MetaPseudoLabelsClassifier(**QUICK).fit(X, labels), of_few()
-    assert len(found.classes_) == 3
-    assert (found.predict_proba(X) == same.predict_proba(X)).all()
-    of = found.classes_[TRUTH]
-    assert found.score(X, labels) == np.mean(found.predict(X)[:15] == of[:15])
-    assert found.score(X, labels, np.arange(60)) == np.average(found.predict(X)[:15] == of[:15], weights=np.arange(15))
+def test_a_missing_label_in_every_spelling() -> None:
+    one = fitted(MPL)
+    for labels in SPELLINGS.values():
+        found = MPL(**QUICK).fit(X, labels)
+        assert len(found.classes_) == 3
+        assert (found.predict_proba(X) == one.predict_proba(X)).all()
+        right = found.predict(X)[:15] == found.classes_[TRUTH][:15]
+        assert found.score(X, labels) == np.mean(right)
+        assert found.score(X, labels, np.arange(60)) == np.average(right, weights=np.arange(15))
+    assert one.score(X, FEW[:, None]) == one.score(X, FEW)
+    with pytest.raises(ValueError, match="samples"):
+        one.score(X, FEW[:-1])
 
 
 def test_a_search_over_a_pipeline_whose_labels_are_few() -> None:
@@ -141,19 +133,12 @@ def test_a_search_over_a_pipeline_whose_labels_are_few() -> None:
 
 
 def test_trusted_rows_go_through_a_pipeline_and_a_search_over_it() -> None:
-    seen = []
-
-    class Noting(MetaReweightedClassifier):
-        def fit(self, X: Any, y: Any, trusted: Any = None) -> Any:
-            seen.append(trusted)
-            return super().fit(X, y, trusted)
-
     mask = np.arange(60) % 3 == 0
     mask.setflags(write=False)  # as a column of pandas is
-    pipeline = make_pipeline(StandardScaler(), Noting(**QUICK))
-    search = GridSearchCV(pipeline, {"noting__weight_decay": [0.0]}, cv=2).fit(X, NOISY, noting__trusted=mask)
-    assert [len(one) for one in seen] == [30, 30, 60]
-    weights = search.best_estimator_[-1].weights_
+    pipeline = make_pipeline(StandardScaler(), REWEIGHTING(**QUICK))
+    grid = {"metareweightedclassifier__weight_decay": [0.0]}
+    found = GridSearchCV(pipeline, grid, cv=2).fit(X, NOISY, metareweightedclassifier__trusted=mask)
+    weights = found.best_estimator_[-1].weights_
     assert (weights[mask] == 1).all()
     assert (weights[~mask] < 1).all()
 
@@ -167,51 +152,32 @@ def test_weights_fall_where_labels_are_wrong() -> None:
 def test_the_seed_decides_which_rows_are_drawn_by_their_weights() -> None:
     """In batches that are all full: of one row, batch normalization would fail."""
     table, y = make_moons(21, noise=0.1, random_state=0)
-
-    def network(columns: int, classes: int) -> torch.nn.Module:
-        return torch.nn.Sequential(torch.nn.Linear(columns, classes), torch.nn.BatchNorm1d(classes))
-
     drawn, real = [], metapl.LossTrainer.step
     for seed in (0, 1):
-        one = MetaReweightedClassifier(network=network, steps=4, batch_size=20, random_state=seed)
+        one = REWEIGHTING(network=lambda n, c: mlp([n, c]), steps=4, batch_size=20, random_state=seed)
         with patch.object(metapl.LossTrainer, "step", autospec=True, side_effect=real) as step:
             one.fit(table, y)
-        given = [call.args[1][0] for call in step.call_args_list]
-        assert [len(x) for x in given] == [20] * 4
-        drawn.append(torch.cat(given))
-    assert not torch.equal(*drawn)
+        drawn.append([call.args[1][0] for call in step.call_args_list])
+        assert [len(x) for x in drawn[-1]] == [20] * 4
+    assert not torch.equal(*map(torch.cat, drawn))
 
 
-def test_columns_of_any_scale_are_learned_alike() -> None:
+def test_columns_of_any_scale_are_learned_alike_and_the_feedback_is_heard() -> None:
     scaled = X * [1e-6, 1e6] + [0, 1e8]
-    same = MetaPseudoLabelsClassifier(**QUICK).fit(X, FEW).predict_proba(X)
-    np.testing.assert_allclose(MetaPseudoLabelsClassifier(**QUICK).fit(scaled, FEW).predict_proba(scaled), same, 1e-3)
+    same = fitted(MPL).predict_proba(X)
+    np.testing.assert_allclose(MPL(**QUICK).fit(scaled, FEW).predict_proba(scaled), same, 1e-3)
+    assert not np.allclose(fitted(MPL, mode="none").predict_proba(X), same, atol=1e-6)
+    with pytest.warns(UserWarning, match="every row of y has a label"):
+        MPL(**QUICK).fit(X, TRUTH)
 
 
 def test_a_network_and_a_mode_of_one_s_own() -> None:
-    found = fitted(
-        MetaPseudoLabelsClassifier, network=lambda columns, classes: mlp([columns, 5, classes]), mode="reinforce"
-    )
+    found = fitted(MPL, network=lambda columns, classes: mlp([columns, 5, classes]), mode="reinforce")
     assert found.network_[1].out_features == 5
-    assert fitted(MetaReweightedClassifier, hidden_layer_sizes=(7, 6)).network_[3].out_features == 6
+    assert fitted(REWEIGHTING, hidden_layer_sizes=(7, 6)).network_[3].out_features == 6
+    assert fitted(REWEIGHTING, hidden_layer_sizes=np.int64(7), steps=np.int64(3)).weights_.shape == (60,)
     with pytest.raises(TypeError, match="positional"):
-        MetaPseudoLabelsClassifier(8, 0.5)
-    assert fitted(MetaReweightedClassifier, hidden_layer_sizes=np.int64(7), steps=np.int64(3)).weights_.shape == (60,)
-
-
-def test_the_feedback_is_heard() -> None:
-    moons, y = make_moons(60, noise=0.1, random_state=0)
-    y[8:] = -1
-    with_it, without = (
-        MetaPseudoLabelsClassifier(**QUICK, mode=mode).fit(moons, y).predict_proba(moons)
-        for mode in ("forward", "none")
-    )
-    assert not np.allclose(with_it, without, atol=1e-6)
-
-
-def test_all_labels_warn() -> None:
-    with pytest.warns(UserWarning, match="every row of y has a label"):
-        MetaPseudoLabelsClassifier(**QUICK).fit(X, TRUTH)
+        MPL(8, 0.5)
 
 
 def spoiled(value: float) -> Any:
@@ -221,9 +187,6 @@ def spoiled(value: float) -> Any:
 
 
 ONE = mlp([2, 3])
-
-
-MPL, REWEIGHTING = CLASSES
 REFUSED: list[tuple[type, str, dict[str, Any], dict[str, Any]]] = [  # a word, what is set, and what is fitted
     *((kind, "variance", {}, {"X": spoiled(1e200)}) for kind in CLASSES),
     *((kind, "classes", {}, {"y": TRUTH * 0}) for kind in CLASSES),
@@ -249,10 +212,3 @@ def test_a_refused_fit(kind: type, word: str, settings: dict[str, Any], data: di
     with pytest.raises((ValueError, TypeError), match=word):
         kind(**{**QUICK, **settings}).fit(**{"X": X, "y": FEW if kind is MPL else NOISY, **data})
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_a_score_leaves_out_rows_without_labels() -> None:
-    one = fitted(MetaPseudoLabelsClassifier)
-    with pytest.raises(ValueError, match="samples"):
-        one.score(X, FEW[:-1])
-    assert one.score(X, FEW[:, None]) == one.score(X, FEW)
