@@ -1,9 +1,8 @@
 """What pictures show decides settings that were left open, and how many steps fit into a time the rest."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,10 @@ from PIL import Image
 from tiny_runs import color_folders
 
 from metapl import MetaplError
-from metapl.apps import images, look, methods
+from metapl.apps import images, look
 from metapl.apps.images import HUE, OTHER_RATE, PRETRAINED_RATE, RATES, Images, Pictures
 from metapl.apps.look import Colors, Look, colors_tell, fitted, settled, steps_within, with_steps
-from metapl.apps.settings import Fitting, filled, flat, replaced
+from metapl.apps.settings import flat, replaced
 from metapl.problems.losses import UDA
 
 LEVELS = np.random.default_rng(0)
@@ -49,7 +48,7 @@ def write(folder: Path, kind: str, count: int, side: tuple[int, int] = (12, 10))
     return sorted(folder.glob(f"{kind}-*.png"))
 
 
-def test_grey_pictures_sides_and_means_are_seen(tmp_path: Path) -> None:
+def test_grey_pictures_sides_means_and_light_marks_are_seen(tmp_path: Path) -> None:
     color, grey = (write(tmp_path, kind, 6) for kind in ("color", "grey"))
     seen = look.look(color, torch.arange(6) % 2, grey)
     assert (seen.grey, len(seen.mean), seen.side, seen.square) == (False, 3, 10, False)
@@ -57,22 +56,13 @@ def test_grey_pictures_sides_and_means_are_seen(tmp_path: Path) -> None:
     seen = look.look(grey, torch.arange(6) % 2, [])
     assert (seen.grey, len(seen.mean), len(seen.std)) == (True, 1, 1)
     assert look.look(write(tmp_path, "wide", 3, (8, 8)), torch.tensor([0, 1, 1]), []).square
-
-
-@pytest.mark.parametrize(("kinds", "share"), [(("light",), 1.0), (("dark",), 0.0), (("light", "dark"), 0.5)])
-def test_how_many_pictures_have_light_marks(kinds: tuple[str, ...], share: float, tmp_path: Path) -> None:
-    files = [file for kind in kinds for file in write(tmp_path, kind, 4)]
-    seen = look.look(files, torch.arange(len(files)) % 2, [])
-    assert seen.light == share
-    assert seen.exchangeable == (0 < share < 1)
-
-
-def test_a_class_without_a_picture_has_a_share_and_broken_files_are_passed_over(tmp_path: Path) -> None:
-    few = write(tmp_path, "color", 4)
-    few[0].write_bytes(b"no picture")
-    assert look.look(few, torch.tensor([0, 0, 0, 2]), few).shares == (4 / 7, 1 / 7, 2 / 7)
+    for kinds, share in ((("light",), 1.0), (("dark",), 0.0), (("light", "dark"), 0.5)):
+        seen = look.look([f for kind in kinds for f in write(tmp_path, kind, 4)], torch.arange(4 * len(kinds)) % 2, [])
+        assert (seen.light, seen.exchangeable) == (share, 0 < share < 1)
+    color[0].write_bytes(b"no picture")  # which is passed over; a class without a picture has a share
+    assert look.look(color[:4], torch.tensor([0, 0, 0, 2]), color).shares == (4 / 7, 1 / 7, 2 / 7)
     with pytest.raises(MetaplError, match="none"):
-        look.look(few[:1], torch.tensor([0]), few)
+        look.look(color[:1], torch.tensor([0]), color)
 
 
 @pytest.mark.parametrize("sizes", [(10, 10), (40, 4), (6, 6, 6, 6)])
@@ -102,12 +92,10 @@ def chosen(of: Look, **fields: Any) -> Pictures:
     return found
 
 
-@pytest.mark.parametrize(
-    ("side", "brought_to"), [(8, 16), (16, 16), (25, 24), (27, 28), (48, 48), (96, 48), (4000, 48)]
-)
-def test_pictures_are_brought_to_a_side_that_a_processor_can_train_on(side: int, brought_to: int) -> None:
-    found = chosen(seen(side))
-    assert (found.image_size, found.network) == (brought_to, "pooled_cnn")
+def test_pictures_are_brought_to_a_side_that_a_processor_can_train_on() -> None:
+    for side, brought_to in ((8, 16), (25, 24), (27, 28), (48, 48), (4000, 48)):
+        found = chosen(seen(side))
+        assert (found.image_size, found.network) == (brought_to, "pooled_cnn")
 
 
 def test_grey_pictures_are_read_as_such_and_colors_where_they_are() -> None:
@@ -139,75 +127,55 @@ def test_pretrained_weights_bring_their_own_network_size_and_normalization() -> 
     assert found.fitting.lr == PRETRAINED_RATE
 
 
-@pytest.mark.parametrize(
-    ("network", "rate", "clipped"),
-    [
+def test_the_rates_are_those_of_the_networks_family_or_as_given() -> None:
+    for network, rate, clipped in (
         *(("pooled_cnn", RATES["pooled_cnn"], False), ("small_cnn", RATES["small_cnn"], False)),
-        *(("resnet18", RATES["resnet"], True), ("wide_resnet28_2", RATES["wide_resnet"], True)),
-        *(("vit_b_16", RATES["vit"], True), ("timm:resnet18", OTHER_RATE, True)),
-    ],
-)
-def test_the_rates_are_those_of_the_networks_family_or_as_given(network: str, rate: float, clipped: bool) -> None:
-    found = fitted(config(network=network), seen(), 0.0)
-    assert found.fitting.lr == rate
-    assert (found.trainer_options()["clip_norm"] == 1.0) == clipped
-    own = fitted(config(network=network, lr=0.5), seen(), 0.0)
-    assert own.fitting.lr == 0.5
-    module = torch.nn.Linear(2, 2)
-    assert [own.optimizer(role, module).param_groups[0]["lr"] for role in ("teacher", "student")] == [0.5, rate]
+        *(("resnet18", RATES["resnet"], True), ("vit_b_16", RATES["vit"], True), ("timm:resnet18", OTHER_RATE, True)),
+    ):
+        found = fitted(config(network=network), seen(), 0.0)
+        assert (found.fitting.lr, found.trainer_options()["clip_norm"] == 1.0) == (rate, clipped)
+        own, module = fitted(config(network=network, lr=0.5), seen(), 0.0), torch.nn.Linear(2, 2)
+        assert [own.optimizer(role, module).param_groups[0]["lr"] for role in ("teacher", "student")] == [0.5, rate]
 
 
 def test_steps_are_as_many_as_fit_into_the_minutes_by_the_clock(tmp_path: Path) -> None:
     """Each look at the clock moves it on by so much; a step is timed by two looks."""
-    settings = replaced(
-        given(color_folders(tmp_path)), classes=("blue", "red"), network="small_cnn", labeled_batch=2, unlabeled_batch=2
-    )
-    settings = fitted(replaced(settings, image_size=8, device="cpu", steps=1000), seen(), 0.0)
-    state = torch.get_rng_state()
-    for method, seconds, minutes, steps in (
-        (images.METHODS["uda"], 0.3, 1.0, 170),  # 0.85 · 60 / 0.3
-        (images.METHODS["supervised"], 0.01, 0.1, 510),
-        (images.METHODS["pseudo_labels"], 0.3, 1.0, 85),  # of two phases
-        (images.METHODS["mpl"], 60.0, 0.1, 1),
+    own: dict[str, Any] = {"network": "small_cnn", "labeled_batch": 2, "unlabeled_batch": 2, "image_size": 8}
+    settings = given(color_folders(tmp_path), classes=("blue", "red"), device="cpu", **own)
+    settings, state = fitted(replaced(settings, steps=1000), seen(), 0.0), torch.get_rng_state()
+    for name, seconds, minutes, steps in (
+        ("supervised", 0.01, 0.1, 510),  # 0.85 · 6 / 0.01
+        ("pseudo_labels", 0.3, 1.0, 85),  # of two phases
+        ("mpl", 60.0, 0.1, 1),
     ):
-        ticks = itertools.count()
-        found = steps_within(settings, method.scheduled(1000), minutes, lambda s=seconds, t=ticks: s * next(t))
-        assert found == steps
+        method, ticks = images.METHODS[name].scheduled(1000), itertools.count()
+        assert steps_within(settings, method, minutes, lambda s=seconds, t=ticks: s * next(t)) == steps
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_steps_of_each_kind_count_as_often_as_they_come() -> None:
-    class Trainer:
-        teacher, teacher_losses = "teacher", (UDA(start=400),)
-        step, teacher_step = "both", "teacher alone"
-
+    both = SimpleNamespace(teacher="one", teacher_losses=(UDA(start=400),), step="both", teacher_step="teacher alone")
     kinds = [(0, 400, "teacher alone"), (400, 750, "teacher alone"), (750, 1000, "both")]
-    assert look.kinds_of_steps(Trainer, 1000, wait=750) == kinds
-    Trainer.teacher = None  # type: ignore[assignment]  # one network
-    assert look.kinds_of_steps(Trainer, 1000, wait=750) == [(0, 400, "both"), (400, 1000, "both")]
+    assert look.kinds_of_steps(both, 1000, wait=750) == kinds
+    both.teacher = None  # one network
+    assert look.kinds_of_steps(both, 1000, wait=750) == [(0, 400, "both"), (400, 1000, "both")]
 
 
-def test_shares_follow_the_steps_and_steps_that_were_given_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(look, "seconds_per_step", lambda *given: pytest.fail("measured"))
+def test_shares_follow_the_steps_of_which_those_that_were_given_are_not_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(look, "seconds_per_step", lambda config, *given: asked.append(config.fitting.steps) or 0.0981)
     found, method = with_steps(config(steps=1000), images.METHODS["mpl"])
     assert (found.fitting.warmup, found.fitting.validate_every, found.minutes) == (50, 50, None)
     assert (method.wait, method.uda.uda_start) == (750, 400)
     own, method = with_steps(config(steps=1000, warmup=0, validate_every=9), replaced(images.METHODS["mpl"], wait=7))
     assert (own.fitting.warmup, own.fitting.validate_every, method.wait) == (0, 9, 7)
-
-
-def test_phases_given_in_steps_are_measured_again_with_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-
-    def second(config: Any, method: Any, clock: Any = None) -> float:
-        asked.append(config.fitting.steps)
-        assert method.wait == 200
-        return 0.0981
-
-    monkeypatch.setattr(look, "seconds_per_step", second)
+    assert asked == []
+    # Phases that are given in steps are measured again with what fits.
     found, _ = with_steps(config(), replaced(images.METHODS["mpl"], wait=200))
-    assert asked == [400, 2600, 2600]
     assert (found.fitting.steps, found.minutes) == (2600, look.MINUTES)
+    assert asked == [400, 2600, 2600]
 
 
 def test_a_look_gives_every_setting_a_value_says_it_and_a_run_that_is_resumed_takes_it(root: Path) -> None:
@@ -228,6 +196,8 @@ def test_a_look_gives_every_setting_a_value_says_it_and_a_run_that_is_resumed_ta
     assert (again.pictures.mean, again.fitting.lr, again.fitting.steps) == ((0.1, 0.2, 0.3), 0.123, 41)
     assert (method.wait, method.uda.uda_start) == (5, 16)
     assert settled(given(root, lr=0.5), images.METHODS["mpl"], print, stored)[0].fitting.lr == 0.5
+    with pytest.raises(MetaplError, match="damaged"):
+        settled(given(root), images.METHODS["uda"], print, {"warmup": -1})
 
 
 def test_batches_of_many_copies_are_told_and_enough_labels_are_set_aside(
@@ -241,10 +211,3 @@ def test_batches_of_many_copies_are_told_and_enough_labels_are_set_aside(
     assert settled(given(root), images.METHODS["uda"], print)[0].val_fraction == look.SET_ASIDE
     given_some = given(root, val=str(root / "test"))
     assert settled(given_some, images.METHODS["uda"], print)[0].val_fraction == 0.0
-
-
-def test_stored_settings_that_cannot_be_are_refused(root: Path) -> None:
-    assert filled(Fitting(), {"steps": 7, "lr": None, "seed": 9}) == Fitting(steps=7)
-    assert filled(methods.Consistency(), {"uda_prior": [0.5, 0.5]}).uda_prior == (0.5, 0.5)
-    with pytest.raises(MetaplError, match="damaged"):
-        settled(given(root), images.METHODS["uda"], print, {"warmup": -1})

@@ -1,7 +1,6 @@
 """What each method trains with: its networks, losses, problem and feedback, on which batches, in which phases."""
 
-from __future__ import annotations
-
+import itertools
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from metapl import UDA, BilevelTrainer, CrossEntropy, LossTrainer, MetaplError, problems
 from metapl.ablation import Altered
 from metapl.apps import digits, images, noisy_labels
-from metapl.apps.methods import Consistency, Entropy, Feedback, Training, Uda, beside
+from metapl.apps.methods import Consistency, Entropy, Feedback, Training, beside
 from metapl.apps.settings import flat, replaced
 from metapl.feedback import Forward
 from metapl.training import FitResult
@@ -87,15 +86,13 @@ def test_a_method_says_the_name_by_which_it_is_asked_for(of: Any) -> None:
         assert replaced(method, **flat(method)) == method
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 19, 1000])
 @pytest.mark.parametrize("of", [images, digits, noisy_labels])
-def test_every_method_fits_into_any_number_of_steps_with_a_value_for_each_setting(of: Any, steps: int) -> None:
-    for method in of.METHODS.values():
+def test_every_method_fits_into_any_number_of_steps_with_a_value_for_each_setting(of: Any) -> None:
+    for method, steps in itertools.product(of.METHODS.values(), (1, 2, 3, 19, 1000)):
         found = method.scheduled(steps)
         assert found.scheduled(steps) == found
         have = flat(found)
-        assert 0 <= have.get("wait", 0) < steps
-        assert 0 <= have.get("warm_steps", 0) < steps
+        assert max(have.get("wait", 0), have.get("warm_steps", 0)) < steps
         assert have.get("uda_start", 0) + have.get("uda_ramp", 0) <= steps
 
 
@@ -145,39 +142,24 @@ def test_one_network_learns_as_a_loss_trainer_with_these_losses_does(name: str) 
     assert not same(weights(network), phase.before[0])
 
 
-def test_pictures_begin_their_consistency_late_and_align_it_with_the_class_shares() -> None:
-    for name, losses in (("uda", (0.5, 0.85, 0.5)), ("fixmatch", (0.0, 0.85, 0.0))):
-        _, uda = replaced(images.METHODS[name], uda_prior=(0.25, 0.75)).scheduled(100).uda.losses()
-        assert (uda.temperature, uda.threshold, uda.align) == losses
-        assert (uda.start, uda.ramp, uda.prior) == (40, 10, (0.25, 0.75))
-    assert replaced(Uda(), uda_weight=0).uda.losses() == (CrossEntropy(),)
-
-
 def test_entropy_minimization_adds_the_mean_entropy_of_the_weak_view() -> None:
     torch.manual_seed(0)
     network, weak, strong = nn.Linear(4, 3), torch.randn(6, 4), torch.full((6, 4), torch.nan)
     p = network(weak).softmax(1).detach()
-    expected = -0.5 * sum(float(p[i, k] * p[i, k].log()) for i in range(6) for k in range(3)) / 6
-    given: Any = {"labeled": None, "signal": None, "step": 0}
     for unlabeled in (weak, (weak, strong)):
-        loss = Entropy(0.5)(network, unlabeled=unlabeled, **given)
-        torch.testing.assert_close(loss, torch.tensor(expected))
-    (down,) = torch.autograd.grad(loss, network.weight)
-    with torch.no_grad():
-        network.weight -= down
-        assert Entropy(0.5)(network, unlabeled=weak, **given) < expected
+        found = Entropy(0.5)(network, labeled=None, unlabeled=unlabeled, signal=None, step=0)
+        torch.testing.assert_close(found, -0.5 * (p * p.log()).sum() / 6)
 
 
 @pytest.mark.parametrize("mode", ["forward", "reinforce"])
 def test_meta_pseudo_labels_are_a_bilevel_trainer_of_both_networks(mode: Any) -> None:
     method = replaced(digits.METHODS["mpl"], mode=mode, uda_weight=0.5, feedback_weight=2.0)
     (phase,) = trained(method)
+    assert phase.options == {"wait": 0, "warm_start": False, "warmup": 0}
     torch.manual_seed(0)
     teacher, student = DIGITS.network(), DIGITS.network()
     plain = BilevelTrainer(
-        teacher,
-        student,
-        mode,
+        *(teacher, student, mode),
         problem=problems.PseudoLabels(),
         teacher_losses=(CrossEntropy(), UDA(weight=0.5)),
         inner_optimizer=DIGITS.optimizer("student", student),
@@ -188,16 +170,11 @@ def test_meta_pseudo_labels_are_a_bilevel_trainer_of_both_networks(mode: Any) ->
     torch.manual_seed(1)
     for t in range(STEPS):
         plain.step(DATA.labeled[t], DATA.unlabeled[t])
-    assert same(weights(phase.trainer.student), weights(student))
-    assert same(weights(phase.trainer.teacher), weights(teacher))
-
-
-def test_a_student_that_waits_warms_up_over_its_share_of_the_steps() -> None:
-    method = replaced(digits.METHODS["mpl"], wait=6, warm_start=True)
-    (phase,) = trained(method, replaced(DIGITS, warmup=4))
+    for role, alone in (("student", student), ("teacher", teacher)):
+        assert same(weights(getattr(phase.trainer, role)), weights(alone))
+    # A student that waits warms up over its share of the steps.
+    (phase,) = trained(replaced(method, wait=6, warm_start=True), replaced(DIGITS, warmup=4))
     assert phase.options == {"wait": 6, "warm_start": True, "warmup": 1}
-    (phase,) = trained(digits.METHODS["mpl"])
-    assert phase.options == {"wait": 0, "warm_start": False, "warmup": 0}
 
 
 @pytest.mark.parametrize("mode", ["forward", "reinforce"])
