@@ -1,7 +1,5 @@
 """Methods and runs side by side: what a comparison says of its numbers, and that its runs are those of one alone."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os
@@ -9,7 +7,6 @@ import re
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 from command import edited, metapl, reseal, result
@@ -68,23 +65,17 @@ def test_the_sentence_claims_what_a_paired_test_of_five_seeds_shows(mpl: list[fl
     assert tested["mean"] == pytest.approx(sum(a - b for a, b in zip(mpl, NONE, strict=False)) / len(mpl))
 
 
-def test_the_best_method_is_named_where_it_is_another() -> None:
+def test_the_best_method_is_named_and_the_delivered_student_is_the_best_by_validation_alone() -> None:
     two = {"mpl": [0.8, 0.8], "none": [0.7, 0.8], "uda": [0.85, 0.86]}
     assert comparison(two).sentence().endswith("is UDA alone with 85.5% of 400 (chance 12.5%).")
     assert "the best" not in comparison({"mpl": [0.9], "none": [0.7]}).sentence()
     assert comparison({"uda": [0.9], "none": [0.7]}).against_control() is None
-
-
-@pytest.mark.parametrize(("better", "word"), [("noise_transition", "helped"), ("plain", "hurt")])
-def test_what_is_learned_about_labels_is_compared_with_plain_training(better: str, word: str) -> None:
-    high, low = [0.9, 0.91, 0.92, 0.93, 0.95], [0.8, 0.82, 0.81, 0.84, 0.83]
-    methods = {name: dict.fromkeys(READOUTS, high if name == better else low) for name in ("noise_transition", "plain")}
-    found = Comparison((0, 1, 2, 3, 4), methods, {"noise_transition": "a matrix", "plain": "plain"}, 400, 0.1)
-    assert f"labels {word}" in found.sentence()
-    assert "noise_transition_against_plain" in found.to_json()
-
-
-def test_the_delivered_student_is_the_best_methods_by_validation_alone() -> None:
+    for better, word in (("noise_transition", "helped"), ("plain", "hurt")):
+        high, low = [0.9, 0.91, 0.92, 0.93, 0.95], [0.8, 0.82, 0.81, 0.84, 0.83]
+        of = {name: dict.fromkeys(READOUTS, high if name == better else low) for name in ("noise_transition", "plain")}
+        found = Comparison((0, 1, 2, 3, 4), of, {name: name for name in of}, 400, 0.1)
+        assert f"labels {word}" in found.sentence()
+        assert "noise_transition_against_plain" in found.to_json()
     test = {"mpl": [0.9, 0.9], "uda": [0.1, 0.1], "supervised": [0.2, 0.2]}
     validation = {"mpl": [0.5, 0.6], "uda": [0.4, 0.9], "supervised": [0.65, 0.65]}
     assert comparison(test, validation).delivered() == ("uda", 1)  # ties go to the earlier one: 0.65 on the mean
@@ -99,12 +90,10 @@ def test_runs_at_a_time_are_those_of_one_after_another(compared: Path, tmp_path:
         assert contents(tmp_path / "pool" / name / "seed-0") == contents(compared / name / "seed-0")
 
 
-def test_a_run_of_a_comparison_is_the_run_alone(compared: Path, tiny: Path) -> None:
-    alone, within = contents(tiny), contents(compared / "mpl" / "seed-0")
-    assert within == alone
-
-
-def test_a_comparison_delivers_the_networks_of_one_of_its_runs(compared: Path) -> None:
+def test_a_comparison_delivers_the_networks_of_one_of_its_runs_which_are_those_of_one_alone(
+    compared: Path, tiny: Path
+) -> None:
+    assert contents(compared / "mpl" / "seed-0") == contents(tiny)
     told = result(compared)
     source = compared / told["method"] / f"seed-{told['seed']}"
     assert {file.name for file in source.glob("*.safetensors")} == {f.name for f in compared.glob("*.safetensors")}
@@ -165,19 +154,14 @@ def test_compare_pairs_the_runs_of_a_comparison_and_single_ones(compared: Path) 
     assert re.search(rf"none +1 +{100 * accuracy:.2f}", singles)
 
 
-def with_fields(run: Path, **fields: Any) -> Path:
-    edited(run / "recipe.json", "recipe", "fields", **fields)
-    return run
-
-
 def test_compare_pairs_by_the_seed_in_whatever_order_runs_are_named() -> None:
-    def entry(method: str, seed: int, accuracy: float) -> Entry:
-        return Entry(Path(), Path(), {}, {"method": method, "seed": seed, STUDENT: accuracy}, (), {})
-
     reached = {"none": [0.5, 0.6, 0.7, 0.8, 0.9], "mpl": [0.51, 0.62, 0.71, 0.82, 0.91]}
-    none, mpl = ([entry(name, seed, share) for seed, share in enumerate(of)] for name, of in reached.items())
+    none, mpl = (
+        [Entry(Path(), Path(), {}, {"method": name, "seed": seed, STUDENT: of[seed]}, (), {}) for seed in range(5)]
+        for name, of in reached.items()
+    )
     assert "p = 0.0046" in verdict([*none, *mpl])
-    assert verdict([*none, *mpl[::-1]]) == verdict([*none, *mpl])
+    assert verdict([*none, *mpl]) == verdict([*none, *mpl[::-1]])
 
 
 def test_compare_says_why_it_does_not_pair(compared: Path, tiny: Path, run: Path) -> None:
@@ -185,7 +169,7 @@ def test_compare_says_why_it_does_not_pair(compared: Path, tiny: Path, run: Path
     assert "Not paired: mpl has seeds 0, none has 1." in metapl("compare", first, other).stdout
     assert "is there twice" in metapl("compare", compared, first).stdout
     assert "Nothing to pair" in metapl("compare", tiny).stdout
-    with_fields(run, lr=0.5)
+    edited(run / "recipe.json", "recipe", "fields", lr=0.5)
     assert "points  mpl, lr 0.5" in metapl("compare", tiny, run).stdout
 
 
@@ -194,7 +178,7 @@ def test_runs_of_the_same_minutes_are_paired_whatever_the_number_of_their_steps(
 ) -> None:
     other = Path(shutil.copytree(tiny, tmp_path / "other"))
     for one, steps in ((run, 6), (other, 9)):
-        with_fields(one, minutes=5.0, steps=steps, wait=steps // 2)
+        edited(one / "recipe.json", "recipe", "fields", minutes=5.0, steps=steps, wait=steps // 2)
         edited(one / "result.json", steps=steps)
     edited(other / "recipe.json", "recipe", method="none")
     edited(other / "result.json", method="none", title="no feedback")
@@ -210,6 +194,6 @@ def test_compare_refuses_runs_on_other_data_or_of_other_classes(tiny: Path, run:
     assert "damaged" in metapl("compare", tiny, run, code=2).stderr
     reseal(run)
     assert "test differ" in " ".join(metapl("compare", tiny, run, code=2).stderr.split())
-    with_fields(run, seed=1)  # another seed has another split of the same data
+    edited(run / "recipe.json", "recipe", "fields", seed=1)  # another seed has another split of the same data
     edited(run / "result.json", seed=1)
     metapl("compare", tiny, run)

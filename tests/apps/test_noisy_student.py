@@ -1,7 +1,5 @@
 """Noisy Student: its losses and noise, its rounds of labeling and selecting, and the ways to train a student."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path
@@ -12,7 +10,7 @@ import pytest
 import torch
 from command import metapl, result
 from test_methods import Phase, phases_of, weights
-from tiny_runs import NOISY_STUDENT, built_once, color_folders
+from tiny_runs import NOISY_STUDENT, built_once, color_folders, images_command
 from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
@@ -49,35 +47,28 @@ def batches(labeled: int = 2, ratio: int = 3) -> dict[str, Any]:
     return {"labeled": (x_l, torch.arange(labeled) % 3), "unlabeled": (x_u, stored)}
 
 
-@pytest.mark.parametrize("ratio", [1, 3, 14])
 @pytest.mark.parametrize("hard", [False, True])
-def test_the_loss_weighs_the_two_parts_as_the_paper_does(ratio: int, hard: bool) -> None:
+def test_the_loss_weighs_the_two_parts_as_the_paper_does(hard: bool) -> None:
     """1/(1+r) and r/(1+r) over the concatenated batch; 1 and 1 as Algorithm 1 is written."""
-    network, data = nn.Linear(4, 3), batches(ratio=ratio)
-    (x_l, y), (x_u, stored) = data["labeled"], data["unlabeled"]
-    labeled = F.cross_entropy(network(x_l), y)
-    unlabeled = F.cross_entropy(network(x_u), stored.argmax(1) if hard else stored)
-    mean, two = (
-        NoisyStudentLoss(form, hard)(network, **data, signal=NOTHING, step=0) for form in ("mean", "two_means")
-    )  # type: ignore[arg-type]  # both forms
-    torch.testing.assert_close(mean, labeled / (1 + ratio) + unlabeled * ratio / (1 + ratio))
-    torch.testing.assert_close(two, labeled + unlabeled)
-    alone = StoredLabelLoss(hard)(network, labeled=data["unlabeled"], unlabeled=None, signal=NOTHING, step=0)
-    torch.testing.assert_close(alone, unlabeled)
+    for ratio in (1, 3, 14):
+        network, data = nn.Linear(4, 3), batches(ratio=ratio)
+        (x_l, y), (x_u, stored) = data["labeled"], data["unlabeled"]
+        labeled = F.cross_entropy(network(x_l), y)
+        unlabeled = F.cross_entropy(network(x_u), stored.argmax(1) if hard else stored)
+        own: dict[str, Any] = {"signal": NOTHING, "step": 0}
+        mean, two = (NoisyStudentLoss(form, hard)(network, **data, **own) for form in ("mean", "two_means"))
+        torch.testing.assert_close(mean, labeled / (1 + ratio) + unlabeled * ratio / (1 + ratio))
+        torch.testing.assert_close(two, labeled + unlabeled)
+        alone = StoredLabelLoss(hard)(network, labeled=data["unlabeled"], unlabeled=None, **own)
+        torch.testing.assert_close(alone, unlabeled)
 
 
 def test_without_noise_on_unlabeled_examples_dropout_acts_on_labeled_ones_alone() -> None:
     seen: dict[int, bool] = {}
-
-    class Watched(nn.Dropout):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            seen[len(x)] = self.training
-            return super().forward(x)
-
-    network, data = nn.Sequential(Watched(0.5), nn.Linear(4, 3)), batches()
+    network, data = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3)), batches()
+    network[0].register_forward_hook(lambda part, given, out: seen.update({len(out): part.training}))
     NoisyStudentLoss(model_noise=False)(network, **data, signal=NOTHING, step=0)
-    assert seen == {2: True, 6: False}
-    assert network[0].training
+    assert (seen, network[0].training) == ({2: True, 6: False}, True)
     seen.clear()
     NoisyStudentLoss()(network, **data, signal=NOTHING, step=0)
     assert seen == {8: True}
@@ -111,10 +102,8 @@ def test_the_exponential_schedule_ends_where_the_papers_does() -> None:
     for epochs in (350, 700):
         options = FitOptions(steps=epochs, schedule="exponential")
         assert 0.128 * options.rate(epochs) == pytest.approx(0.001507, rel=1e-3)
-    for epochs, start in ((35, 0.00235), (70, 0.00366), (140, 0.00891), (280, 0.0526)):
+    for epochs, start in ((35, 0.00235), (280, 0.0526)):
         assert 0.128 * end_matched(epochs, 350) == pytest.approx(start, rel=2e-3)
-        options = FitOptions(steps=epochs, schedule="exponential", decay_every=2.4)
-        assert start * options.rate(epochs) == pytest.approx(0.001507, rel=3e-3)
 
 
 def test_each_round_has_a_network_of_its_own_and_the_rate_that_is_settled() -> None:
@@ -124,10 +113,9 @@ def test_each_round_has_a_network_of_its_own_and_the_rate_that_is_settled() -> N
     found = configs_of(settled, NoisyStudent(rounds=2, networks=("pooled_cnn", "resnet18")))
     assert [one.pictures.network for one in found] == ["pooled_cnn", "resnet18", "resnet18"]
     assert [one.trainer_options()["clip_norm"] for one in found] == [None, 1.0, 1.0]
-    rates = [optimizer(one, nn.Linear(2, 2), 0.5).param_groups[0]["lr"] for one in found]
-    assert rates == [0.5 * 0.01, 0.5 * 0.001, 0.5 * 0.001]
     given = configs_of(replaced(config, lr=0.02), NoisyStudent(rounds=1, networks=("pooled_cnn", "resnet18")))
-    assert [optimizer(one, nn.Linear(2, 2)).param_groups[0]["lr"] for one in given] == [0.02, 0.02]
+    rates = [optimizer(one, nn.Linear(2, 2), 0.5).param_groups[0]["lr"] for one in (*found, *given)]
+    assert rates == [0.5 * 0.01, 0.5 * 0.001, 0.5 * 0.001, 0.01, 0.01]
 
 
 UNFIT: list[tuple[dict[str, Any], str]] = [
@@ -177,8 +165,7 @@ def test_a_student_learns_from_labeled_and_from_more_unlabeled_examples_with_noi
 
 def test_pseudo_labels_alone_come_first_and_labeled_examples_after_them() -> None:
     _, alone, tuned = phases(NoisyStudent(rounds=1, training="pretrain_finetune", unlabeled_noise="none"))
-    assert alone.trainer.losses == (StoredLabelLoss(False, False),)
-    assert alone.unlabeled is None
+    assert (alone.trainer.losses, alone.unlabeled) == ((StoredLabelLoss(False, False),), None)
     how = tuned.options
     assert (how["phase"], how["schedule"], how["steps"]) == ("round-1-finetune", "cosine", 200)
     assert tuned.trainer.student is alone.trainer.student
@@ -191,7 +178,6 @@ def test_a_threshold_and_a_selection_compare_confidences_alike(tmp_path: Path) -
         writer.add(list(range(4)), torch.full((4, 10), 0.1))
     store = LabelStore(tmp_path / "all")
     rounds = Rounds(NoisyStudent(threshold=0.1), DIGITS, DIGITS.data(print, False, None), tmp_path, print)
-    assert rounds.threshold(store) == 0
     assert select(store, tmp_path / "some", threshold=rounds.threshold(store)).kept == 4
 
 
@@ -223,8 +209,6 @@ def test_a_run_keeps_the_labels_of_each_round_and_what_was_selected_of_them(roun
     assert second["teacher"]["test_accuracy"] == told["teacher_test_accuracy"]
     assert sorted(told["networks"]) == ["student", "teacher"]
     assert "Rounds" in (rounds / "report.html").read_text()
-    found = json.loads(metapl("evaluate", rounds, "--json").stdout)
-    assert found["accuracy"] == found["recorded_accuracy"]
 
 
 WAYS = (
@@ -244,27 +228,23 @@ def test_each_way_of_training_leaves_a_run(flags: str, tmp_path: Path) -> None:
     assert named == {"round-0", "round-1", *(["round-1-finetune"] * ("finetune" in flags))}
     store = LabelStore(run / "rounds" / "1" / "labels")
     assert ("augmented" in store.provenance["views"].replace("not augmented", "")) == ("noisy" in flags)
-    if "--per-class" in flags:
-        assert {*only["copies_per_class"].values()} <= {0, 9}
-        assert only["parameters"] == sum(p.numel() for p in Digits(hidden=(8, 8)).network().parameters())
+    assert "--per-class" not in flags or {*only["copies_per_class"].values()} <= {0, 9}
     assert (only["copies"] == only["kept"]) or "False" not in flags
-    assert 0 < json.loads(metapl("evaluate", run, "--json", "--network", "teacher").stdout)["accuracy"] <= 1
+    found = json.loads(metapl("evaluate", run, "--json").stdout)
+    assert found["accuracy"] == found["recorded_accuracy"]
 
 
 def test_pictures_end_at_a_larger_size(tmp_path: Path) -> None:
-    root = color_folders(tmp_path, few=3, many=8)
-    folders = [f"--{part}={root / part}" for part in ("labeled", "unlabeled", "test")]
+    places, out = images_command(color_folders(tmp_path, few=3, many=8))[2:5], tmp_path / "run"
     tiny = "--steps 4 --rounds 1 --network small_cnn --image-size 8 --labeled-batch 4 --finetune-steps 2 --device cpu"
     own = ("--ratio", "2", "--threshold", "0", "--save-every", "2")
-    command = ["noisy-student", "images", *folders, *tiny.split(), *own, "--finetune-size"]
+    command = ["noisy-student", "images", *places, *tiny.split(), *own, "--out", out, "--finetune-size"]
     for size in ("8", "4"):
-        assert "--finetune-size" in metapl(*command, size, "--out", tmp_path / "run", code=2).stderr
-    assert not (tmp_path / "run" / "recipe.json").exists()
-    metapl(*command, "12", "--out", tmp_path / "run")
-    told = result(tmp_path / "run")
-    assert told["delivered"] in ("student", "finetuned")
-    network = json.loads((tmp_path / "run" / "network.json").read_text())["networks"]
+        assert "--finetune-size" in metapl(*command, size, code=2).stderr
+    assert not (out / "recipe.json").exists()
+    metapl(*command, "12")
+    network = json.loads((out / "network.json").read_text())["networks"]
     assert [network[name]["input"]["size"] for name in ("student", "finetuned")] == [8, 12]
-    found = json.loads(metapl("evaluate", tmp_path / "run", "--network", "finetuned", "--json").stdout)
-    assert found["accuracy"] == told["finetuned_test_accuracy"]
+    found = json.loads(metapl("evaluate", out, "--network", "finetuned", "--json").stdout)
+    assert found["accuracy"] == result(out)["finetuned_test_accuracy"]
     assert np.isfinite(found["negative_log_likelihood"])
