@@ -1,8 +1,6 @@
 """A new estimator is one file and one line of the registry, and so is a new method: each is added to a copy of the
 package, whose functions and command then know it."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -17,31 +15,28 @@ ESTIMATOR = """
 from dataclasses import dataclass
 from typing import ClassVar
 
-from metapl.feedback.base import Estimator, Feedback, State
-from metapl.feedback.credit import Tangent, head_feedback
-from metapl.feedback.path import Path
-from metapl.problems.base import Kind
+from metapl.feedback.forward import Forward
 
 
 @dataclass(frozen=True)
-class Doubled(Estimator):
+class Doubled(Forward):
     name: ClassVar[str] = "doubled"
-    labels: ClassVar[tuple[Kind, ...]] = ("soft",)
 
-    def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
-        step, w = path.pullback()
-        return [head_feedback(step, w, Tangent(step.tangent(w))).divided_by(0.5)], state
+    def feedback(self, path, state):
+        found, state = super().feedback(path, state)
+        return [one.divided_by(0.5) for one in found], state
 """
 
 METHOD = """
 from dataclasses import dataclass
 from typing import ClassVar
 
+from metapl.apps.methods import Supervised
 from metapl.problems.losses import CrossEntropy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heavier:
+class Heavier(Supervised):
     \'\'\'The labeled examples alone, each counting more.
 
     Args:
@@ -52,9 +47,6 @@ class Heavier:
     title: ClassVar[str] = "supervised, heavier"
 
     factor: float = 2.0
-
-    def scheduled(self, steps):
-        return self
 
     def train(self, t):
         return t.alone(t.teacher, (CrossEntropy(weight=self.factor),))
@@ -68,19 +60,15 @@ assert "doubled" in metapl.MODES
 x, y = torch.randn(6, 4), torch.arange(6) % 3
 
 
-def gradient(mode, problem=None):
+def gradient(mode):
     torch.manual_seed(1)
     teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
     inner, data = torch.optim.SGD(student.parameters(), lr=0.1), {"labeled": (x, y), "unlabeled": x}
-    return metapl.hypergradient(teacher, student, **data, mode=mode, problem=problem, inner_optimizer=inner)
+    return metapl.hypergradient(teacher, student, **data, mode=mode, inner_optimizer=inner)
 
 
 twice, once = (gradient(mode).grads["weight"] for mode in ("doubled", "unrolled"))
 assert torch.allclose(twice, 2 * once, rtol=1e-4)
-try:
-    gradient("doubled", metapl.PseudoLabels("hard"))
-except metapl.MetaplError as error:
-    assert "mode 'doubled' takes soft labels" in str(error), error
 train = ("train", "digits", "--steps", "2", "--finetune-steps", "2")
 assert main([*train, "--mode", "doubled", "--out", "mode"]) == 0
 assert main([*train, "--method", "heavier", "--factor", "3", "--out", "method"]) == 0
@@ -100,27 +88,17 @@ def add(file: Path, line: str, more: str, imports: str, imported: str) -> None:
 def test_an_estimator_and_a_method_are_a_file_and_a_line_each(tmp_path: Path) -> None:
     shutil.copytree(Path(metapl.__file__).parent, tmp_path / "metapl")
     (tmp_path / "metapl/feedback/doubled.py").write_text(ESTIMATOR)
-    of = "from metapl.feedback.doubled import Doubled"
-    registry = tmp_path / "metapl/feedback/__init__.py"
-    add(registry, '    "none": NoFeedback(),\n', '    "doubled": Doubled(),\n', "from metapl.feedback.none", of)
-    (tmp_path / "metapl/apps/heavier.py").write_text(METHOD)
-    of = "from metapl.apps.heavier import Heavier"
-    registry = tmp_path / "metapl/apps/digits.py"
     add(
-        registry,
-        '    "supervised": Supervised(),\n',
-        '    "heavier": Heavier(),\n',
-        "from metapl.apps.methods import",
-        of,
+        *(tmp_path / "metapl/feedback/__init__.py", '    "none": NoFeedback(),\n', '    "doubled": Doubled(),\n'),
+        *("from metapl.feedback.none", "from metapl.feedback.doubled import Doubled"),
     )
-    done = subprocess.run(
-        [sys.executable, "-c", USE],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
+    (tmp_path / "metapl/apps/heavier.py").write_text(METHOD)
+    add(
+        *(tmp_path / "metapl/apps/digits.py", '    "supervised": Supervised(),\n', '    "heavier": Heavier(),\n'),
+        *("from metapl.apps.methods import", "from metapl.apps.heavier import Heavier"),
     )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", USE], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 0, done.stderr
     for name, words in (("mode", '"doubled"'), ("method", '"factor": 3.0')):
         assert words in (tmp_path / name / "recipe.json").read_text()

@@ -1,8 +1,6 @@
 """``torchrun -m metapl.apps``: two processes end on the numbers of one, go on when killed, are refused in a line; and
 how many cores and threads a process takes."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -12,9 +10,9 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
 from command import metapl
 from ranks import Ranks
 from safetensors.torch import load_file
@@ -57,25 +55,9 @@ def same_numbers(run: Path, other: Path, limit: float) -> None:
         assert (row.pop("phase"), row.pop("step")) == (wanted.pop("phase"), wanted.pop("step"))
         found = {name: value for name, value in row.items() if value is not None}
         assert found == pytest.approx({k: v for k, v in wanted.items() if v is not None}, rel=10 * limit, abs=limit)
-    for name in WEIGHTS.values():
-        assert (run / name).exists() == (other / name).exists()
-        if (run / name).exists():
-            wanted = load_file(other / name)
-            for key, value in load_file(run / name).items():
-                assert float((value - wanted[key]).abs().max()) <= limit, (name, key)
-
-
-def left_at(run: Path, copy: Path, step: int) -> Path:
-    """A finished run as it was after so many steps."""
-    shutil.copytree(run, copy)
-    for path in [*copy.glob("*.safetensors"), *copy.glob("report.*"), copy / "network.json", copy / "result.json"]:
-        path.unlink()
-    shutil.rmtree(copy / "checkpoints" / "finetune")
-    for path in (copy / "checkpoints" / "fit").iterdir():
-        if f"{step:08}" not in path.name:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert [path.stem for path in (copy / "checkpoints" / "fit").iterdir()] == [f"step-{step:08}"]
-    return copy
+    assert {file.name for file in run.glob("*.safetensors")} == {file.name for file in other.glob("*.safetensors")}
+    for file in run.glob("*.safetensors"):
+        torch.testing.assert_close(load_file(file), load_file(other / file.name), rtol=0, atol=limit)
 
 
 @pytest.mark.long
@@ -84,7 +66,14 @@ def test_digits_in_two_processes(mesh: str, two: Ranks, tiny: Path, tmp_path: Pa
     words = [*TINY, f"--mesh.{mesh}", "2"]
     assert "Test accuracy" in trained(two, words, tmp_path / "run")
     same_numbers(tmp_path / "run", tiny, 1e-5)
-    left = left_at(tmp_path / "run", tmp_path / "again", step=4)
+    left = Path(shutil.copytree(tmp_path / "run", tmp_path / "again"))  # as it was after 4 steps
+    for path in [*left.glob("*.safetensors"), *left.glob("report.*"), left / "network.json", left / "result.json"]:
+        path.unlink()
+    shutil.rmtree(left / "checkpoints" / "finetune")
+    for path in (left / "checkpoints" / "fit").iterdir():
+        if "00000004" not in path.name:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert [path.stem for path in (left / "checkpoints" / "fit").iterdir()] == ["step-00000004"]
     trained(two, [*words, "--resume"], left)
     for name in (*WEIGHTS.values(), "metrics.jsonl", "result.json"):
         assert (left / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
@@ -133,8 +122,6 @@ def test_torchrun_starts_a_killed_process_again(two: Ranks, tmp_path: Path) -> N
     assert launcher.returncode == 0, err
     for name in WEIGHTS.values():
         assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    found: dict[str, Any] = json.loads((run / "result.json").read_text())
-    assert found["seed"] == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")
@@ -153,21 +140,20 @@ QUOTAS = [("cpu.max", "150000 100000\n", 2), ("cpu.max", "max 100000\n", 8), ("c
 QUOTAS += [("cpu/cpu.cfs_quota_us", "50000\n", 1), ("cpu/cpu.cfs_quota_us", "-1\n", 8)]
 
 
-@pytest.mark.parametrize(("file", "quota", "expected"), QUOTAS)
-def test_a_limit_of_the_container_counts(
-    file: str, quota: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / file).write_text(quota)
-    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+def test_a_limit_of_the_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("metapl.apps.machine.cores.CONTROL_GROUPS", tmp_path)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    assert available_cores() == expected
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    for file, quota, expected in QUOTAS:
+        (tmp_path / file).write_text(quota)
+        assert available_cores() == expected
+        (tmp_path / file).unlink()
 
 
-@pytest.mark.parametrize(("given", "expected"), [("3", 3), ("4,2", 4), ("0", 7), ("many", 7), ("", 7)])
-def test_omp_num_threads_is_heeded(given: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_omp_num_threads_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("metapl.apps.machine.cores.available_cores", lambda: 7)
-    monkeypatch.setenv("OMP_NUM_THREADS", given)
-    assert default_threads() == expected
+    for given, expected in (("3", 3), ("4,2", 4), ("0", 7), ("many", 7), ("", 7)):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        assert default_threads() == expected

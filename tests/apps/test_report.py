@@ -1,7 +1,5 @@
 """The page of a run, ``report.html``, and its picture, ``report.png``."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil
@@ -70,13 +68,18 @@ def test_a_run_leaves_its_page(tiny: Path) -> None:
     assert (tiny / "report.html").read_text().count("data:image/png") == 1 + 12
 
 
-def test_the_page_is_written_anew_from_the_run_as_it_was_or_elsewhere(run: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("drawn")
+def test_page_and_picture_are_written_anew_from_the_run_as_it_was_or_elsewhere(run: Path, tmp_path: Path) -> None:
     before = (run / "report.html").read_bytes()
     (run / "report.html").unlink()
     metapl("report", run)
     assert Page(before.decode()).headings == page(run).headings
+    write_report(EndedRun.load(run))
+    with Image.open(run / "report.png") as picture:
+        assert min(picture.size) > 500
+        assert len(picture.convert("RGB").getcolors(10**7) or ()) > 50
     metapl("report", run, "--out", tmp_path / "page.html")
-    assert (tmp_path / "page.html").read_bytes() == (run / "report.html").read_bytes()
+    assert page(run).headings == Page((tmp_path / "page.html").read_text()).headings
 
 
 def test_names_and_texts_are_escaped(run: Path) -> None:
@@ -123,24 +126,15 @@ def test_a_run_without_a_test_set_has_its_validation_accuracy(run: Path) -> None
     assert f"{100 * kept['validation_accuracy']:.1f} %" in " ".join(found.words)
 
 
-@pytest.mark.usefixtures("drawn")
-def test_a_run_leaves_its_picture(run: Path) -> None:
-    write_report(EndedRun.load(run))
-    with Image.open(run / "report.png") as picture:
-        assert min(picture.size) > 500
-        assert len(picture.convert("RGB").getcolors(10**7) or ()) > 50
+def evaluated(counts: Any, classes: Any = None) -> Evaluation:
+    counts = np.asarray(counts)
+    share, confusion = float(np.trace(counts) / max(counts.sum(), 1)), tuple(map(tuple, counts.tolist()))
+    return Evaluation(int(counts.sum()), share, None, 0.1, 0.1, (1.0,) * len(counts), confusion, classes=classes)
 
 
 def rows(count: int) -> list[dict[str, float]]:
     keys = ("inner_loss", "outer_loss", "feedback_std", "agreement", "student_validation_accuracy")
     return [{"step": step, **dict.fromkeys(keys, 1 / (step + 1))} for step in range(count)]
-
-
-def evaluated(counts: Any, classes: Any = None) -> Evaluation:
-    counts = np.asarray(counts)
-    share = float(np.trace(counts) / max(counts.sum(), 1))
-    confusion = tuple(map(tuple, counts.tolist()))
-    return Evaluation(int(counts.sum()), share, None, 0.1, 0.1, (1.0,) * len(counts), confusion, classes=classes)
 
 
 SHOWN: dict[str, tuple[Any, Evaluation | None]] = {
