@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmark_runs import as_scripts
 from PIL import Image
 from test_bits import one_thread
 from tiny_runs import colors, digit, run, ten_digits, three_colors, tiny
@@ -14,7 +15,7 @@ from tiny_runs import colors, digit, run, ten_digits, three_colors, tiny
 from metapl.apps import export, report
 from metapl.apps.export import ONNX, PROGRAM
 
-__all__ = ["colors", "digit", "run", "ten_digits", "three_colors", "tiny"]  # fixtures
+__all__ = ["as_scripts", "colors", "digit", "run", "ten_digits", "three_colors", "tiny"]  # fixtures
 
 DRAW = report.draw
 sys.path.append(str(Path(__file__).parents[2] / "examples"))  # whose scripts some tests import

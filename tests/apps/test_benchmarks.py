@@ -1,6 +1,4 @@
-"""Each benchmark runs in miniature and goes on with its rows; the tables of pages are those of the committed rows."""
-
-from __future__ import annotations
+"""The tables of pages are those of the committed rows, and the rows are of runs as the studies say."""
 
 import contextlib
 import doctest
@@ -9,119 +7,33 @@ import io
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+from benchmark_runs import BENCHMARKS, MARKS, RESULTS, ROOT, SCRIPTS, run
 
-pytestmark = pytest.mark.docs
+pytestmark = [pytest.mark.docs, pytest.mark.usefixtures("as_scripts")]
 
-ROOT = Path(__file__).parents[2]
-BENCHMARKS = ROOT / "benchmarks"
-RESULTS = BENCHMARKS / "results"
 PAGES = [*(ROOT / "docs").glob("*.md"), *RESULTS.glob("*.md")]
-LONG = pytest.mark.long
-
-SCRIPTS = {  # what is given to a miniature, and the marks of its tables in a page
-    "attribution": ((), ["attribution", "attribution-settings", "attribution-smooth"]),
-    "data_rater": ((), ["data_rater", "data_rater-scores", "data_rater-costs"]),
-    "digits_study": (("--workers", "1"), ["digits"]),
-    "endurance": ((), ["endurance"]),
-    "hyperparameters": ((), ["hyperparameters", "schedule"]),
-    "label_noise": ((), ["label_noise"]),
-    "long_paths": ((), ["long_paths"]),
-    "mnist": ((), ["mnist"]),
-    "modes": ((), ["modes"]),
-    "noisy_student": ((), ["noisy-student-studies"]),
-    "peers": ((), ["peers"]),
-    "reduced": ((), ["reduced"]),
-    "rival_attribution": ((), ["rival_attribution", "rival_attribution-scores"]),
-    "scale": ((), ["scale"]),
-    "silent": ((), ["silent"]),
-    "step": ((), ["step"]),
-    "stored_labels": ((), ["stored_labels"]),
-    "suspects": ((), ["suspects"]),
-    "suspects --harmful": (("--harmful",), ["harmful_pictures"]),
-    "tables": ((), ["tables"]),
-    "when": ((), ["when", "feedback-worth"]),
-}
-MINUTES = ("endurance", "hyperparameters", "label_noise", "peers", "reduced", "rival_attribution", "silent")
-MINUTES += ("stored_labels", "suspects", "suspects --harmful")
-every_script = pytest.mark.parametrize("script", [pytest.param(s, marks=LONG) if s in MINUTES else s for s in SCRIPTS])
-
-
-@pytest.fixture(autouse=True)
-def _as_scripts_and_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    before, threads = {path: path.read_bytes() for path in RESULTS.iterdir()}, torch.get_num_threads()
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.chdir(ROOT)
-    yield
-    torch.set_num_threads(threads)
-    for path in BENCHMARKS.glob("*.py"):
-        sys.modules.pop(path.stem, None)
-    assert {path: path.read_bytes() for path in RESULTS.iterdir()} == before
-
-
-def run(script: str, *arguments: str | Path) -> str:
-    """What a benchmark's command prints, in this process; endurance forks, which autograd's threads do not survive."""
-    name, *options = script.split()
-    words = [*options, *map(str, arguments)]
-    if name == "endurance":
-        command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *words]
-        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
-        patch.setattr(sys, "argv", [f"{name}.py", *words])
-        importlib.import_module(name).main()
-    return printed.getvalue()
-
-
-def emptied(page: Path, marks: list[str], to: Path) -> Path:
-    """A copy of a page without what stands between the marks."""
-    text = page.read_text()
-    for mark in marks:
-        text = re.sub(f"(<!-- {mark}:begin -->\n).*?\n+(<!-- {mark}:end -->)", r"\1\2", text, flags=re.DOTALL)
-    to.write_text(text)
-    return to
 
 
 def test_every_command_is_run_here() -> None:
     found = {path.stem for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text()}
     assert found == {*(script.split()[0] for script in SCRIPTS), "gpu"}
-    marked = {mark for page in PAGES for mark in re.findall(r"<!-- ([\w-]+):begin -->", page.read_text())}
-    elsewhere = {"unseen"}  # tests/apps/test_picture_problems.py
-    assert marked - elsewhere == {mark for _, marks in SCRIPTS.values() for mark in marks}
-
-
-@every_script
-def test_a_miniature_leaves_rows_that_it_goes_on_with_and_that_its_tables_are_made_of(
-    script: str, tmp_path: Path
-) -> None:
-    options, marks = SCRIPTS[script]
-    out, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
-    run(script.split()[0], "--miniature", "--out", out, *options)
-    if hasattr(importlib.import_module(script.split()[0]), "RAW"):  # rows that are there are not run again
-        made = out.read_bytes()
-        run(script.split()[0], "--miniature", "--out", out, *options)
-        assert out.read_bytes() == made
-    page.write_text("before\n" + "".join(f"<!-- {m}:begin -->\n<!-- {m}:end -->\n" for m in marks) + "after\n")
-    run(script.split()[0], "--out", out, "--write", page, *options)
-    printed, text = run(script.split()[0], "--out", out, "--table", *options), page.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert printed.count("\n|") > 2
-    assert all(table.strip() in text for table in printed.split("\n\n"))
-    for figure in tmp_path.glob("*.png"):
-        assert figure.read_bytes().startswith(b"\x89PNG")
+    marked = [mark for page in PAGES for mark in re.findall(r"<!-- ([\w-]+):begin -->", page.read_text())]
+    elsewhere = ["unseen"]  # tests/apps/test_picture_problems.py
+    assert sorted(marked) == sorted(elsewhere + [mark for script in SCRIPTS for mark in MARKS.get(script, [script])])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_page_has_the_tables_of_the_committed_rows(script: str, tmp_path: Path) -> None:
-    _, marks = SCRIPTS[script]
+    marks, copy = MARKS.get(script, [script]), tmp_path / "page.md"
     (page,) = [page for page in PAGES if all(f"<!-- {mark}:begin -->" in page.read_text() for mark in marks)]
-    copy = emptied(page, marks, tmp_path / page.name)
+    emptied = text = re.sub(r"\n+(<!-- [\w-]+:end -->)", r"\n\1", page.read_text())
+    for mark in marks:
+        emptied = re.sub(f"(<!-- {mark}:begin -->\n).*?(<!-- {mark}:end -->)", r"\1\2", emptied, flags=re.DOTALL)
+    copy.write_text(emptied)
     run(script, "--write", copy)
-    text = re.sub(r"\n+(<!-- [\w-]+:end -->)", r"\n\1", page.read_text())
     assert copy.read_text() == text, f"python benchmarks/{script.replace(' ', '.py ', 1)} --write {page}"
 
 
@@ -176,9 +88,6 @@ def test_what_a_gpu_has_to_show_runs_on_the_cpu_in_miniature(tmp_path: Path) -> 
     (tmp_path / "WRN-28-2-float32.log").write_text("what happened\n")
     assert "| WRN-28-2, float32 | failed: what happened | |" in run("gpu", "--table", tmp_path)
     assert command().count(" ...\n") == 1
-
-
-# ------------------------------------------------------------------------------------------------ studies as they say
 
 
 @pytest.mark.parametrize("name", ["digits_study", "label_noise", "noisy_student", "when"])

@@ -91,11 +91,6 @@ def is_label_method(value: object) -> bool:
     return label_method and not issubclass(value, EqualWeights)
 
 
-def test_no_other_page_has_code_that_nothing_runs() -> None:
-    run = {"README.md", *(f"docs/{name}.md" for name in PASTED)}
-    assert {name for name, page in zip(IDS, PAGES, strict=True) if pages.FENCED.search(page.read_text())} == run
-
-
 @pytest.mark.usefixtures("_own_generator")
 def test_the_notebook_runs_and_prints_what_is_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -143,10 +138,12 @@ def test_files_that_are_named_are_there(page: Path) -> None:
             assert (ROOT / path).exists(), f"{path} is not there"
 
 
-def test_all_pages_are_in_the_navigation() -> None:
+def test_all_pages_are_in_the_navigation_and_no_other_has_code_that_nothing_runs() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").rglob("*.md"):
         assert f" {page.relative_to(ROOT / 'docs').as_posix()}\n" in navigation
+    run = {"README.md", *(f"docs/{name}.md" for name in PASTED)}
+    assert {name for name, page in zip(IDS, PAGES, strict=True) if pages.FENCED.search(page.read_text())} == run
 
 
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:

@@ -1,12 +1,10 @@
 """The generated picture problems, the runs on them, and the tables that are made from their rows."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import doctest
 import io
-import json
+import itertools
 import sys
 from collections import Counter
 from pathlib import Path
@@ -71,12 +69,15 @@ def test_pictures_are_of_the_promised_kind_never_twice_and_a_function_of_the_see
     np.testing.assert_array_equal(more.test, found["test"][0])
 
 
-def test_the_halves_share_no_generator_and_foreign_pictures_are_of_the_same_half(
+def test_the_halves_share_no_generator_the_command_shows_one_and_foreign_pictures_are_of_the_same_half(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert {p.draw for p in half("seen")}.isdisjoint(p.draw for p in half("unseen"))
     assert len({p.name for p in PROBLEMS}) == len({p.draw for p in PROBLEMS}) == len(PROBLEMS)
-    drawn = set[str]()
+    assert doctest.testmod(problems).failed == 0
+    shown, drawn = command(problems).strip(), set[str]()
+    assert shown in (ROOT / "benchmarks" / "pictures" / "README.md").read_text()
+    assert not any(problem.name in shown for problem in half("unseen"))
 
     def noting(rng: np.random.Generator, others: tuple[Problem, ...], problem: Problem) -> np.ndarray:
         drawn.update(other.half for other in others)
@@ -101,16 +102,6 @@ def test_folders_hold_the_arrays_as_a_user_would_have_them(tmp_path: Path) -> No
             make(problem, seed=2, folder=folder)
 
 
-def test_the_command_shows_the_seen_half_and_the_readme_has_its_table() -> None:
-    assert doctest.testmod(problems).failed == 0
-    shown = command(problems).strip()
-    assert shown in (ROOT / "benchmarks" / "pictures" / "README.md").read_text()
-    assert not any(problem.name in shown for problem in half("unseen"))
-
-
-# --------------------------------------------------------------------------------------------------------------- runs
-
-
 @pytest.mark.long
 def test_a_run_leaves_a_row_and_is_not_repeated(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
@@ -125,7 +116,7 @@ def test_a_run_leaves_a_row_and_is_not_repeated(tmp_path: Path) -> None:
 
 def test_the_table_is_of_the_means_over_seeds(tmp_path: Path) -> None:
     rows, names = list[dict[str, Any]](), [problem.name for problem in half("unseen")]
-    for (number, name), seed in ((one, seed) for one in enumerate(names) for seed in (0, 1)):
+    for (number, name), seed in itertools.product(enumerate(names), (0, 1)):
         for method, more in (("supervised", 0.0), ("uda", 0.02 * number)):
             reached = 0.5 + 0.03 * number + more + 0.01 * seed
             row = {"problem": name, "method": method, "test_accuracy": reached, "seconds": 60 + seed, "minutes": 1.5}
@@ -138,14 +129,10 @@ def test_the_table_is_of_the_means_over_seeds(tmp_path: Path) -> None:
     for problem, chance in zip(half("unseen"), by["chance"], strict=False):
         counts = class_counts(len(problem.classes), problem.test, problem.imbalance)
         assert chance == f"{100 * chance_level(counts):.1f}"
-    raw, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
-    raw.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = tmp_path / "page.md"
     page.write_text("before\n<!-- unseen:begin -->\nold\n<!-- unseen:end -->\nafter\n")
-    command(tables, "--out", raw, "--write", page)
-    assert page.read_text() == f"before\n<!-- unseen:begin -->\n{shown}\n<!-- unseen:end -->\nafter\n"
-    assert (tmp_path / "pictures.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_page_has_the_table_of_the_committed_rows() -> None:
+    command(tables, "--write", page)
     made = tables.table(read(tables.RAW))
+    assert page.read_text() == f"before\n<!-- unseen:begin -->\n{made}\n<!-- unseen:end -->\nafter\n"
     assert f"<!-- unseen:begin -->\n{made}\n<!-- unseen:end -->" in PAGE.read_text()
+    assert (tmp_path / "pictures.png").read_bytes().startswith(b"\x89PNG")

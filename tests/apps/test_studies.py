@@ -1,11 +1,6 @@
 """The stacked steps of the studies are those of the library: a seed of a stack is a trainer of its own."""
 
-from __future__ import annotations
-
 import dataclasses
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,22 +15,10 @@ from metapl.models import mlp
 from metapl.problems.losses import UDA, CrossEntropy
 from metapl.training.loss_trainer import LossTrainer
 
-pytestmark = pytest.mark.docs
+pytestmark = [pytest.mark.docs, pytest.mark.usefixtures("as_scripts")]
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SEEDS, STEPS, BATCH = (3, 4), 3, 6
 PRIOR = tuple((torch.linspace(5, 1, 10, dtype=torch.float64) / 30).tolist())
-
-
-@pytest.fixture(autouse=True)
-def _as_scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield
-    for path in BENCHMARKS.glob("*.py"):
-        sys.modules.pop(path.stem, None)
-
-
-# --------------------------------------------------------------------------------------------- when feedback helps
 
 
 def networks(count: int) -> list[nn.Module]:
@@ -160,9 +143,9 @@ def test_altered_feedback_is_what_it_is_called() -> None:
     assert torch.allclose(of["own_class_means"] + of["within_class"], h)
     assert torch.allclose(of["sign"].abs(), h.abs().mean().expand_as(h))
     own = q.argmax(1)
-    for i in range(9):
-        assert torch.allclose(of["own_class_means"][i], h[own == own[i]].mean(0))
-        assert (of["one_number"][i, own[i]], int(of["one_number"][i].count_nonzero())) == (h[i, own[i]], 1)
+    means = torch.stack([h[own == label].mean(0) for label in own])
+    assert torch.allclose(of["own_class_means"], means)
+    assert torch.equal(of["one_number"], h * nn.functional.one_hot(own, 10))
     leaf = q.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(-(leaf.mean(0).log() / 10).sum(), leaf)
     assert torch.allclose(when.altered(h, q, "balance"), gradient)
@@ -173,9 +156,8 @@ def test_the_views_are_those_of_the_library_and_a_seed_s_batches_its_own() -> No
 
     pictures = torch.rand(2, 20, 64, generator=torch.Generator().manual_seed(0))
     which, seen = map(torch.stack, zip(*when.views(pictures, SEEDS, 0, 50, 60), strict=True))
-    for s in range(2):  # every epoch of 20 pictures has each of them once
-        epochs = which[:, s].flatten().unflatten(0, (-1, 20)).sort(1).values
-        assert torch.equal(epochs, torch.arange(20).expand_as(epochs))
+    epochs = which.transpose(0, 1).flatten(1).unflatten(1, (-1, 20)).sort(-1).values
+    assert torch.equal(epochs, torch.arange(20).expand_as(epochs))  # every epoch of 20 pictures has each of them once
     assert torch.equal((seen != 0).sum(-1), torch.full(seen.shape[:-1], 60))  # the square takes 4 of the 64 values
     images, moves = pictures[0].unflatten(-1, (1, 8, 8)), torch.tensor([[-1, 0]]).expand(20, 2)  # the second of nine
     assert torch.equal(when.shifted(pictures[0])[1], base.crop_flip(images, moves, None, 0.0).flatten(1))
@@ -185,6 +167,7 @@ def test_the_views_are_those_of_the_library_and_a_seed_s_batches_its_own() -> No
 
 
 def test_uneven_classes_have_their_shares_and_wrong_labels_are_as_wrong_as_they_are_called() -> None:
+    import label_noise
     import when
 
     data, few = when.drawn(4, (300, 301), 5), torch.tensor(when.apportioned(torch.linspace(5, 1, 10).tolist(), 40))
@@ -199,21 +182,10 @@ def test_uneven_classes_have_their_shares_and_wrong_labels_are_as_wrong_as_they_
     for condition in ("asymmetric", "style"):
         _, given = when.wrongly_labeled(condition, x, y, 100)
         assert all(abs(float((given[y == c] == (c + 1) % 10).double().mean()) - 0.3) < 0.01 for c in range(10))
+    for condition in label_noise.CONDITIONS:
+        of, (kind, percent) = label_noise.drawn(condition, 7), condition.split("_")
+        shares = (float(of.wrong.double().mean()), [*of.given.bincount(minlength=10).sort().values[[0, -1]]])
+        assert shares == (0, [5, 100]) if kind == "imbalance" else abs(shares[0] - int(percent) / 100) < 0.05
     pictures, given = when.wrongly_labeled("half", x, y, 100)
     assert given.bincount().tolist() == [50] * 10
     assert float(pictures[given == 3].var(0).sum()) < 0.95 * float(x[y == 3].var(0).sum())  # from one end
-
-
-# ----------------------------------------------------------------------------------------------------- wrong labels
-
-
-def test_the_planted_noise_is_as_it_is_called() -> None:
-    import label_noise as study
-
-    for condition in study.CONDITIONS:
-        data, (kind, percent) = study.drawn(condition, 7), condition.split("_")
-        counts = data.given.bincount(minlength=10).sort().values.tolist()
-        if kind == "imbalance":
-            assert (counts[0], counts[-1], bool(data.wrong.any())) == (5, 100, False)
-        else:
-            assert abs(float(data.wrong.double().mean()) - int(percent) / 100) < 0.05

@@ -1,0 +1,84 @@
+"""Benchmarks as their commands run, in this process, and without a trace."""
+
+import contextlib
+import importlib
+import io
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+RESULTS = BENCHMARKS / "results"
+
+# Both halves take as long in miniature; each has a file, so that no process is left alone with all of them.
+FIRST = ("endurance", "attribution", "data_rater", "modes", "noisy_student", "scale", "step", "tables")
+SECOND = ("digits_study", "hyperparameters", "label_noise", "long_paths", "mnist", "peers", "reduced", "silent", "when")
+SECOND += ("rival_attribution", "stored_labels", "suspects", "suspects --harmful")
+SCRIPTS = sorted(FIRST + SECOND)
+MARKS = {  # of the tables in a page, where they are not called as the script is
+    "attribution": ["attribution", "attribution-settings", "attribution-smooth"],
+    "data_rater": ["data_rater", "data_rater-scores", "data_rater-costs"],
+    "digits_study": ["digits"],
+    "hyperparameters": ["hyperparameters", "schedule"],
+    "noisy_student": ["noisy-student-studies"],
+    "rival_attribution": ["rival_attribution", "rival_attribution-scores"],
+    "suspects --harmful": ["harmful_pictures"],
+    "when": ["when", "feedback-worth"],
+}
+MINUTES = ("endurance", "hyperparameters", "label_noise", "peers", "reduced", "rival_attribution", "silent")
+MINUTES += ("stored_labels", "suspects", "suspects --harmful")
+
+
+@pytest.fixture
+def as_scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    before, threads = {path: path.read_bytes() for path in RESULTS.iterdir()}, torch.get_num_threads()
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.chdir(ROOT)
+    yield
+    torch.set_num_threads(threads)
+    for path in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+    assert {path: path.read_bytes() for path in RESULTS.iterdir()} == before
+
+
+def run(script: str, *arguments: str | Path) -> str:
+    """What a benchmark's command prints, in this process; endurance forks, which autograd's threads do not survive."""
+    name, *options = script.split()
+    words = [*options, *map(str, arguments)]
+    if name == "endurance":
+        command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *words]
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(sys, "argv", [f"{name}.py", *words])
+        importlib.import_module(name).main()
+    return printed.getvalue()
+
+
+def miniatures(scripts: tuple[str, ...]) -> pytest.MarkDecorator:
+    cases = [pytest.param(script, marks=[pytest.mark.long] * (script in MINUTES)) for script in scripts]
+    return pytest.mark.parametrize("script", cases)
+
+
+def check_miniature(script: str, folder: Path) -> None:
+    """It leaves rows that it goes on with and that its tables are made of."""
+    name, marks, out, page = script.split()[0], MARKS.get(script, [script]), folder / "rows.jsonl", folder / "page.md"
+    own = [script, "--out", out, *(("--workers", "1") if script == "digits_study" else ())]
+    run(*own, "--miniature")
+    if hasattr(importlib.import_module(name), "RAW"):  # rows that are there are not run again
+        made = out.read_bytes()
+        run(*own, "--miniature")
+        assert out.read_bytes() == made
+    page.write_text("before\n" + "".join(f"<!-- {m}:begin -->\n<!-- {m}:end -->\n" for m in marks) + "after\n")
+    run(*own, "--write", page)
+    printed, text = run(*own, "--table"), page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert printed.count("\n|") > 2
+    assert all(table.strip() in text for table in printed.split("\n\n"))
+    for figure in folder.glob("*.png"):
+        assert figure.read_bytes().startswith(b"\x89PNG")

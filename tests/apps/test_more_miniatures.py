@@ -1,0 +1,13 @@
+"""Each benchmark runs in miniature: the second half of them."""
+
+from pathlib import Path
+
+import pytest
+from benchmark_runs import SECOND, check_miniature, miniatures
+
+pytestmark = [pytest.mark.docs, pytest.mark.usefixtures("as_scripts")]
+
+
+@miniatures(SECOND)
+def test_a_miniature_leaves_rows_and_tables(script: str, tmp_path: Path) -> None:
+    check_miniature(script, tmp_path)
