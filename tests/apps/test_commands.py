@@ -189,7 +189,7 @@ def test_what_is_refused_leaves_every_file_as_it_was(
     assert content(tmp_path, tiny, few.parent, colors / "run") == before
 
 
-def test_predict_says_what_the_network_says(tiny: Path, ten_digits: Path) -> None:
+def test_predict_and_label_say_what_the_network_says(tiny: Path, ten_digits: Path, tmp_path: Path) -> None:
     network = Digits(hidden=(4,)).network()
     network.load_state_dict(load_file(tiny / "student.safetensors"))
     p = network(torch.tensor(load_digits().images[:10]).float()[:, None] / 16).softmax(1)
@@ -201,6 +201,9 @@ def test_predict_says_what_the_network_says(tiny: Path, ten_digits: Path) -> Non
         assert [*shares.values()] == pytest.approx(expected.tolist(), abs=0.01)
         for suffix, share in zip(("", "_2", "_3"), sorted(shares.values(), reverse=True), strict=False):
             assert shares[row[f"class{suffix}"]] == float(row[f"probability{suffix}"]) == share
+    metapl("label", tiny, ten_digits, "--network", "student", "--out", tmp_path / "store")
+    store = LabelStore(tmp_path / "store")
+    torch.testing.assert_close(store[[f"{number}.png" for number in range(10)]], p.detach(), atol=2e-3, rtol=0)
 
 
 def test_a_diverged_network_predicts_nothing(run: Path, digit: Path, tmp_path: Path) -> None:
@@ -276,14 +279,6 @@ def test_runs_of_every_state_are_listed(tiny: Path, tmp_path: Path) -> None:
     assert mine["interval"][0] < mine["accuracy"] < mine["interval"][1]
     for words in ("running", "interrupted", "result.json", f"{100 * mine['accuracy']:.1f} ("):
         assert words in table, words
-
-
-def test_labels_are_what_predict_says(tiny: Path, ten_digits: Path, tmp_path: Path) -> None:
-    metapl("label", tiny, ten_digits, "--out", tmp_path / "store")
-    store = LabelStore(tmp_path / "store")
-    for row in rows(metapl("predict", tiny, ten_digits, "--probabilities").stdout):
-        expected = torch.tensor([float(row[f"p({digit})"]) for digit in range(10)])
-        torch.testing.assert_close(store[Path(row["file"]).name], expected, atol=2e-3, rtol=0)
 
 
 def test_ablate_measures_the_modes_of_digits_and_of_networks_of_ones_own(

@@ -164,21 +164,21 @@ def test_compare_pairs_by_the_seed_in_whatever_order_runs_are_named() -> None:
     assert verdict([*none, *mpl]) == verdict([*none, *mpl[::-1]])
 
 
-def test_compare_says_why_it_does_not_pair(compared: Path, tiny: Path, run: Path) -> None:
-    first, other = compared / "mpl" / "seed-0", compared / "none" / "seed-1"
-    assert "Not paired: mpl has seeds 0, none has 1." in metapl("compare", first, other).stdout
-    assert "is there twice" in metapl("compare", compared, first).stdout
-    assert "Nothing to pair" in metapl("compare", tiny).stdout
-    edited(run / "recipe.json", "recipe", "fields", lr=0.5)
-    assert "points  mpl, lr 0.5" in metapl("compare", tiny, run).stdout
-
-
-def test_runs_of_the_same_minutes_are_paired_whatever_the_number_of_their_steps(
-    tiny: Path, run: Path, tmp_path: Path
+def test_compare_pairs_runs_of_the_same_minutes_and_says_why_it_does_not_pair(
+    compared: Path, tiny: Path, run: Path, tmp_path: Path
 ) -> None:
+    first, other = compared / "mpl" / "seed-0", compared / "none" / "seed-1"
+    edited(run / "recipe.json", "recipe", "fields", lr=0.5)
+    for runs, words in (
+        ((first, other), "Not paired: mpl has seeds 0, none has 1."),
+        ((compared, first), "is there twice"),
+        ((tiny,), "Nothing to pair"),
+        ((tiny, run), "points  mpl, lr 0.5"),
+    ):
+        assert words in metapl("compare", *runs).stdout
     other = Path(shutil.copytree(tiny, tmp_path / "other"))
-    for one, steps in ((run, 6), (other, 9)):
-        edited(one / "recipe.json", "recipe", "fields", minutes=5.0, steps=steps, wait=steps // 2)
+    for one, steps in ((run, 6), (other, 9)):  # of the same minutes, whatever the number of their steps
+        edited(one / "recipe.json", "recipe", "fields", minutes=5.0, steps=steps, wait=steps // 2, lr=0.1)
         edited(one / "result.json", steps=steps)
     edited(other / "recipe.json", "recipe", method="none")
     edited(other / "result.json", method="none", title="no feedback")

@@ -73,11 +73,8 @@ def of_run(name: str, root: Path, out: Path) -> dict[str, Any]:
 @pytest.fixture(name="stored", scope="module")
 def _stored() -> dict[str, Any]:
     found: dict[str, Any] = json.loads(STORED.read_text())
+    assert found["runs"].keys() == RUNS.keys()
     return found
-
-
-def test_what_is_stored_is_what_is_run(stored: dict[str, Any]) -> None:
-    assert stored["runs"].keys() == RUNS.keys()
 
 
 LONG = ("digits fixmatch", "images none", "images pseudo labels", "noisy weight net", "noisy label correction")

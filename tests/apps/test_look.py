@@ -92,13 +92,10 @@ def chosen(of: Look, **fields: Any) -> Pictures:
     return found
 
 
-def test_pictures_are_brought_to_a_side_that_a_processor_can_train_on() -> None:
+def test_pictures_are_brought_to_a_side_that_a_processor_can_train_on_grey_ones_as_such() -> None:
     for side, brought_to in ((8, 16), (25, 24), (27, 28), (48, 48), (4000, 48)):
         found = chosen(seen(side))
         assert (found.image_size, found.network) == (brought_to, "pooled_cnn")
-
-
-def test_grey_pictures_are_read_as_such_and_colors_where_they_are() -> None:
     for of, given, channels, mean, std in (
         (seen(grey=True), None, 1, (0.35,), (0.15,)),
         (seen(), None, 3, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
@@ -109,14 +106,13 @@ def test_grey_pictures_are_read_as_such_and_colors_where_they_are() -> None:
         assert (found.input.channels, found.mean, found.std) == (channels, mean, std)
 
 
-@pytest.mark.parametrize("tell", [True, False])
-def test_colors_are_exchanged_where_they_tell_nothing_and_what_was_given_stays(tell: bool) -> None:
-    assert chosen(seen(tell=tell)).recolor == (not tell)
+def test_colors_are_exchanged_where_they_tell_nothing_and_what_was_given_stays() -> None:
     assert chosen(seen(grey=True, light=0.05)).recolor is False
-    for asked in (True, False):
-        found = chosen(seen(tell=tell), recolor=asked)
-        assert found.recolor == asked
-        assert (f"hue={HUE}" in repr(found.views()["strong"])) == asked
+    for tell in (True, False):
+        assert chosen(seen(tell=tell)).recolor == (not tell)
+        for asked in (True, False):
+            found = chosen(seen(tell=tell), recolor=asked)
+            assert found.recolor == (f"hue={HUE}" in repr(found.views()["strong"])) == asked
 
 
 def test_pretrained_weights_bring_their_own_network_size_and_normalization() -> None:

@@ -100,18 +100,12 @@ def test_what_is_learned_about_labels_is_no_network_and_the_finetuned_student_is
     assert right / len(predicted) == told["test_accuracy"]
 
 
-def settings(root: Path, **fields: Any) -> Noisy:
-    whole: dict[str, Any] = {"classes": ("bar", "beam"), "network": "small_cnn", "image_size": 8, "grey": True}
-    whole |= {"mean": (0.3,), "std": (0.3,), "recolor": False, "steps": 10, "warmup": 3, "labeled_batch": 12}
-    whole |= {"clean_batch": 6, "device": "cpu", **fields}
-    noisy, clean = given(root)[1::2]
-    found: Noisy = replaced(Noisy(labeled=noisy, clean=clean), **whole)
-    return found
-
-
 def phases(method: Any, root: Path) -> tuple[Data, list[Phase]]:
     """The data, and what was fitted."""
-    config = settings(root)
+    whole: dict[str, Any] = {"classes": ("bar", "beam"), "network": "small_cnn", "image_size": 8, "grey": True}
+    whole |= {"mean": (0.3,), "std": (0.3,), "recolor": False, "steps": 10, "warmup": 3, "labeled_batch": 12}
+    noisy, clean = given(root)[1::2]
+    config = replaced(Noisy(labeled=noisy, clean=clean), **whole, clean_batch=6, device="cpu")
     data = config.data(lambda text: None, False, None)
     return data, phases_of(config, method, data)
 

@@ -3,7 +3,6 @@
 Damaged, exchanged and missing files, two writers in a folder, a full disk: a line, and nothing is lost.
 """
 
-import json
 import random
 import resource
 import shutil
@@ -15,7 +14,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 import pytest
-from command import metapl
+from command import metapl, result
 from forked import Forked
 from test_bits import one_thread
 from test_goldens import words_of
@@ -217,18 +216,17 @@ def test_with_other_settings_or_data_it_is_refused_and_left_as_it_was(
 @pytest.mark.parametrize(
     ("kind", "number", "signum"), [("digits forward", 0, signal.SIGKILL), ("noisy student", 2, signal.SIGTERM)]
 )
-def test_a_real_process_that_a_signal_ends(kind: str, number: int, signum: int, root: Path, tmp_path: Path) -> None:
-    for name in ("whole", "hit"):
-        words, owner = command(kind, root, tmp_path / name), POINTS[number]
-        born = Forked(words, point=(*owner, 9, int(signum)) if name == "hit" else None)
-        out, err = born.communicate()
-        if name == "hit":
-            assert born.returncode == (-signum if signum == signal.SIGKILL else 128 + signum), err
-            assert "Traceback" not in err
-            out, err = (again := Forked([*words, "--resume"])).communicate()
-            assert again.returncode == 0, err
-            assert "resumed at step" in out + err
-    assert_equal(tmp_path / "hit", tmp_path / "whole")
+def test_a_real_process_that_a_signal_ends(
+    kind: str, number: int, signum: int, root: Path, tmp_path: Path, wholes: dict[str, Whole]
+) -> None:
+    words = command(kind, root, tmp_path / "hit")
+    _, err = (born := Forked(words, point=(*POINTS[number], 9, int(signum)))).communicate()
+    assert born.returncode == (-signum if signum == signal.SIGKILL else 128 + signum), err
+    assert "Traceback" not in err
+    out, err = (again := Forked([*words, "--resume"])).communicate()
+    assert again.returncode == 0, err
+    assert "resumed at step" in out + err
+    assert_equal(tmp_path / "hit", wholes[kind][0])
 
 
 # What a command reads of a run; other files it does not look at.
@@ -359,8 +357,4 @@ def test_a_full_disk_loses_nothing(room: int, tiny: Path, tmp_path: Path) -> Non
     for name in (*WEIGHTS.values(), "metrics.jsonl", "result.json", "network.json"):
         assert (out / name).read_bytes() == (tiny / name).read_bytes(), name
     assert not [*out.rglob("*.tmp")]
-
-
-def test_a_result_notes_all_that_is_read_beside_it(tiny: Path) -> None:
-    noted = json.loads((tiny / "result.json").read_text())["sha256"]
-    assert noted.keys() == {*PARTS} - {"recipe.json"}
+    assert result(tiny)["sha256"].keys() == {*PARTS} - {"recipe.json"}  # it notes all that is read beside it

@@ -38,7 +38,6 @@ from metapl.apps.pictures import (
     Weak,
 )
 from metapl.apps.pictures.views import base
-from metapl.apps.pictures.views.normal import cosine_and_sine, normal
 from metapl.data import draws
 from metapl.errors import MetaplError
 
@@ -382,18 +381,6 @@ def test_a_share_of_the_pictures_is_changed_and_the_others_stay() -> None:
     assert is_changed.double().mean() == pytest.approx(0.25, abs=0.06)
 
 
-def test_normal_draws_are_box_mullers_and_cosine_and_sine_torchs() -> None:
-    u = draws.uniform(5, 1, torch.arange(3000), 20, stream=3, dtype=torch.float64)
-    expected = torch.sqrt(-2 * torch.log1p(-u[:, ::2])) * torch.sin(torch.pi * (u[:, 1::2] - 0.5))
-    found = normal(5, 1, torch.arange(3000), 10, stream=3, dtype=torch.float64)
-    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-14)
-    half_turns = torch.linspace(-1, 1, 20_001, dtype=torch.float64)
-    cos, sin = cosine_and_sine(half_turns)
-    assert (cos - (math.pi * half_turns).cos()).abs().max() < 2e-15
-    assert (sin - (math.pi * half_turns).sin()).abs().max() < 2e-8
-    assert (sin - (math.pi * half_turns).sin())[half_turns.abs() < 0.99].abs().max() < 1e-13
-
-
 SIGNED = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 
 
@@ -490,7 +477,10 @@ def test_operations_follow_each_other() -> None:
     assert len(found) >= 3
 
 
-def test_operations_and_their_taking_place_are_drawn_uniformly() -> None:
+def test_operations_and_their_taking_place_are_drawn_uniformly_from_the_papers_lists() -> None:
+    assert len(set(CIFAR_OPERATIONS)) == 15
+    assert set(CIFAR_OPERATIONS) - set(SVHN_OPERATIONS) == {"Sample Pairing", "Rotate", "TranslateX"}
+    assert (RandAugment().magnitude / RandAugment().scale) == 1.6
     batch = 60_000
     counts, _ = RandAugment(2, operations=SVHN_OPERATIONS[:9])._plan(0, 0, torch.arange(batch), 8, 8)
     for idle, *each_operation in counts:
@@ -517,12 +507,6 @@ def test_cutout_is_a_grey_square_lost_outside_the_image() -> None:
     for side, most in ((4, 16), (100, 240)):
         covered = (call(RandAugment(1, 0, operations=("Rotate",), cutout=side), images) == 128).sum((1, 2, 3))
         assert covered.max() == most
-
-
-def test_lists_are_the_papers() -> None:
-    assert len(set(CIFAR_OPERATIONS)) == 15
-    assert set(CIFAR_OPERATIONS) - set(SVHN_OPERATIONS) == {"Sample Pairing", "Rotate", "TranslateX"}
-    assert (RandAugment().magnitude / RandAugment().scale) == 1.6
 
 
 @pytest.mark.gpu
