@@ -67,28 +67,18 @@ def test_the_page_on_problems_has_the_method_of_its_example() -> None:
     assert method in (ROOT / "examples" / "your_own_method.py").read_text()
 
 
-def methods() -> dict[str, list[str]]:
-    """The cells of the table of label methods, by class."""
+def test_the_table_of_label_methods_has_all_of_them_and_the_figures_of_their_examples() -> None:
     text = (ROOT / "docs" / "write-a-problem.md").read_text()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "examples/" in line]
-    return {re.findall(r"`(\w+)`", cells[0])[0]: cells for cells in rows if cells[0].startswith("[")}
-
-
-def test_the_table_of_label_methods_has_all_of_them_and_the_figures_of_their_examples() -> None:
-    published = set(metapl.problems.__all__) & {k for k, v in vars(metapl.problems).items() if is_label_method(v)}
-    assert methods().keys() == published
-    for name, cells in methods().items():
-        file = re.findall(r"examples/\w+\.py", cells[4])[0]
-        text = (ROOT / file).read_text()
+    methods = {re.findall(r"`(\w+)`", cells[0])[0]: cells for cells in rows if cells[0].startswith("[")}
+    kinds = {name: getattr(metapl.problems, name) for name in metapl.problems.__all__}
+    of_labels = [k for k, v in kinds.items() if isinstance(v, type) and issubclass(v, Classification)]
+    assert methods.keys() == {k for k in of_labels if not issubclass(kinds[k], EqualWeights)} - {"Classification"}
+    for name, cells in methods.items():
+        text = (ROOT / re.findall(r"examples/\w+\.py", cells[4])[0]).read_text()
         assert f'compare("{name}"' in text
-        assert re.findall(r"([+-]\d+\.\d) ± (\d+\.\d)", " ".join(cells[5:])) == re.findall(
-            r"([+-]\d+\.\d) ± (\d+\.\d)", text
-        )
-
-
-def is_label_method(value: object) -> bool:
-    label_method = isinstance(value, type) and issubclass(value, Classification) and value is not Classification
-    return label_method and not issubclass(value, EqualWeights)
+        figures = r"([+-]\d+\.\d) ± (\d+\.\d)"
+        assert re.findall(figures, " ".join(cells[5:])) == re.findall(figures, text)
 
 
 @pytest.mark.usefixtures("_own_generator")

@@ -359,13 +359,9 @@ def test_of_any_class_the_most_probable_are_kept(
 def test_the_same_selection_gives_the_same_files_and_goes_on_where_it_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a folder whose name is not UTF-8 too."""
     asked: dict[str, Any] = {"threshold": 0.25, "per_class": 70, "balance": True}
-    places = tmp_path / "one", Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     store, stop, add = made(tmp_path / "store"), tmp_path / "stopped", LabelWriter.add_table
-    for place in places:
-        select(store, place, **asked)
-    assert files(places[0]) == files(places[1])
+    select(store, tmp_path / "one", **asked)
 
     def stopped(self: LabelWriter, table: Any) -> None:
         if self.rows >= 128:
@@ -381,7 +377,7 @@ def test_the_same_selection_gives_the_same_files_and_goes_on_where_it_was_stoppe
         with pytest.raises(MetaplError, match=word):
             select(store, stop, **other)
     whole = select(store, stop, **asked, resume=True)
-    assert sorted(os.listdir(stop)) == sorted(os.listdir(tmp_path / "one"))
+    assert LabelStore(stop).sha256 == LabelStore(tmp_path / "one").sha256
     assert select(store, stop, **asked, resume=True) == whole
 
 

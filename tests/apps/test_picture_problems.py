@@ -30,10 +30,6 @@ TINY = ("--problems", "arrows", "--methods", "supervised", "--minutes", "0.1", "
 SETTINGS = ("--set", "steps=3", "precision=float32", "finetune_steps=1", "image_size=8", "label_smoothing=0.2")
 
 
-def smaller(problem: Problem, unlabeled: int, test: int) -> Problem:
-    return dataclasses.replace(problem, unlabeled=unlabeled, test=test)
-
-
 def command(module: ModuleType, *words: str | Path) -> str:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.setattr(sys, "argv", [module.__name__, *map(str, words)])
@@ -48,7 +44,7 @@ def test_pictures_are_of_the_promised_kind_never_twice_and_a_function_of_the_see
         return {part: (getattr(pictures, part), getattr(pictures, f"{part}_labels")) for part in PARTS}
 
     classes, few = len(problem.classes), min(problem.labels_per_class, 3)
-    small = smaller(dataclasses.replace(problem, labels_per_class=few), 3 * classes, 2 * classes)
+    small = dataclasses.replace(problem, labels_per_class=few, unlabeled=3 * classes, test=2 * classes)
     found, again, other = (parts(arrays(small, seed)) for seed in (0, 0, 1))
     for part, count in zip(PARTS, (few * classes, 3 * classes, 2 * classes), strict=True):
         pictures, labels = found[part]
@@ -85,12 +81,13 @@ def test_the_halves_share_no_generator_the_command_shows_one_and_foreign_picture
         return np.zeros((problem.size, problem.size, problem.channels), dtype=np.uint8)
 
     monkeypatch.setattr(problems, "_foreign", noting)
-    arrays(smaller(next(p for p in half("seen") if p.foreign), 30, 20), seed=0)
+    arrays(dataclasses.replace(next(p for p in half("seen") if p.foreign), unlabeled=30, test=20), seed=0)
     assert drawn == {"seen"}
 
 
 def test_folders_hold_the_arrays_as_a_user_would_have_them(tmp_path: Path) -> None:
-    for problem in (smaller(p, 30, 20) for p in (problems.named("digits"), problems.named("arrows"))):
+    for name in ("digits", "arrows"):
+        problem = dataclasses.replace(problems.named(name), unlabeled=30, test=20)
         folder, pictures = tmp_path / problem.name, arrays(problem, seed=2)
         make(problem, seed=2, folder=folder)
         read = np.stack([np.asarray(Image.open(path)) for path in sorted((folder / "unlabeled").iterdir())])

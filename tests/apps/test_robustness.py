@@ -247,6 +247,7 @@ def logits(subject: Subject, seeds: list[int]) -> Tensor:
         return subject.network.eval()(torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255)
 
 
+@pytest.mark.docs
 def test_imagenet_a_is_restricted_to_its_200_outputs(subject: Subject, tmp_path: Path) -> None:
     assert (len(IMAGENET_A), sorted(set(IMAGENET_A))) == (200, IMAGENET_A)
     root = write_a(tmp_path / "imagenet-a", IMAGENET_A)
@@ -274,6 +275,7 @@ def test_imagenet_a_is_restricted_to_its_200_outputs(subject: Subject, tmp_path:
             imagenet_a(other, few)
 
 
+@pytest.mark.docs
 def test_imagenet_c_by_corruption_and_severity(subject: Subject, tmp_path: Path) -> None:
     """In the folders of its archives."""
     outputs = [3, 5]
@@ -303,6 +305,7 @@ def test_imagenet_c_by_corruption_and_severity(subject: Subject, tmp_path: Path)
     assert imagenet_c(replace(subject, center=0.5), tmp_path) == found
 
 
+@pytest.mark.docs
 def test_flips_by_hand_and_the_mean_rate_of_a_published_network() -> None:
     """Noise is compared with the clean first frame, all else with the frame before; ResNeXt-101 32x48d WSL has 27.8."""
     sequences = [[1, 1, 2, 2, 1], [4, 4, 4, 4, 4], [1, 2, 3, 4, 5]]
@@ -318,6 +321,7 @@ def test_flips_by_hand_and_the_mean_rate_of_a_published_network() -> None:
     assert robustness.relative_to(FLIPS_OF_ALEXNET, {"snow": 0.1}) is None
 
 
+@pytest.mark.docs
 def test_imagenet_p_in_videos_and_in_folders_of_frames(subject: Subject, tmp_path: Path) -> None:
     """Frames are called as those its videos were made from; a video is H.264 without loss, a picture a second."""
     av, outputs, frames = pytest.importorskip("av"), (0, 9), range(4)
@@ -364,6 +368,7 @@ def printed(patch: pytest.MonkeyPatch, *arguments: object) -> dict[str, Any]:
     return dict(json.loads(out.getvalue()))
 
 
+@pytest.mark.docs
 @pytest.mark.usefixtures("blank_programs")
 def test_a_run_and_weights_by_what_the_export_says(
     colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -393,6 +398,7 @@ def test_a_run_and_weights_by_what_the_export_says(
     assert found["accuracy"] == result(colors / "run")["test_accuracy"]
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize(("name", "side"), [("resnet18", 224), ("timm:resnet10t", 176)])
 def test_weights_by_the_networks_name(name: str, side: int, tmp_path: Path) -> None:
     if name.startswith("timm"):

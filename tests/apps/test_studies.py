@@ -48,27 +48,19 @@ def difference(network: nn.Module, weights: dict[str, Tensor], seed: int) -> flo
     return max(float((own[name] - t[seed]).detach().abs().max()) for name, t in weights.items())
 
 
-# The rule of a stack; the mode and the arguments of a trainer.
+# The rule of a stack; the mode and the arguments of a trainer. That pure steps are eager ones, and stacked ones single
+# ones, is tested in tests/library/test_functional.py.
 CASES: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
-    "weight": ({"size": 3.0}, Forward(), {"feedback_weight": 3.0}),
-    "learning rate": (
-        {"feedback": "learning_rate", "size": 2.0},
+    "learning rate, lookahead": (
+        {"feedback": "learning_rate", "lookahead": 3, "size": 2.0},
         Forward(normalization="learning_rate"),
         {"feedback_weight": 2.0},
     ),
-    "ratio": ({"feedback": "ratio", "size": 0.5}, Forward(), {"feedback_ratio": 0.5}),
-    "none": ({"feedback": "none"}, "none", {}),
     "feedback alone": ({"own_loss": False, "size": 3.0}, Forward(), {"teacher_losses": (), "feedback_weight": 3.0}),
-    "lookahead": ({"lookahead": 3, "size": 3.0}, Forward(), {"feedback_weight": 3.0}),
     "uda, sharpened and aligned": (
         {"uda": 2.0, "temperature": 0.5, "align": 0.5, "feedback": "ratio", "size": 0.5},
         Forward(),
         {"teacher_losses": (CrossEntropy(), UDA(0.5, weight=2.0, align=0.5, prior=PRIOR)), "feedback_ratio": 0.5},
-    ),
-    "fixmatch": (
-        {"uda": 1.0, "temperature": 0.0, "threshold": 0.1, "feedback": "none"},
-        "none",
-        {"teacher_losses": (CrossEntropy(), UDA(0.0, 0.1))},
     ),
     **{
         how: ({"alteration": how, "size": 3.0}, Altered(Forward(), how), {"feedback_weight": 3.0})  # type: ignore[arg-type]
