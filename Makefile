@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 DEMO_ARGS ?=
 TEST_ARGS ?=
 # Test files at a time, each with one thread; 0 for one after another in one process.
-TEST_WORKERS ?= 3
+TEST_WORKERS ?= 2
 BENCH_ARGS ?=
 # Byte code is written also where the shell says otherwise: some thirty processes of the tests import the same files.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import signal
@@ -17,6 +18,9 @@ collect_ignore = ["conftest.py", "apps/conftest.py"]  # which hold no test, and 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+# What is imported and collected stays, two million objects: no test looks for garbage among them.
+gc.disable()
+
 LONGEST = [
     *("test_sharded", "test_verify", "test_compile", "test_sklearn", "test_ranks", "test_resume", "test_commands"),
     *("test_planted_faults", "test_fit_resumed", "test_functional", "test_resumed_paths", "test_long_paths"),
@@ -29,6 +33,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: of several processes, none is left alone with one of them at the end."""
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection(session: pytest.Session) -> None:

@@ -52,7 +52,7 @@ def bilevel(mode: Any = "forward", seed: int = 0, inner: Inner = SGD, **options:
     teacher, student = network(), network()
     outer = torch.optim.SGD(teacher.parameters(), lr=0.05, momentum=0.9)
     return metapl.BilevelTrainer(
-        teacher, student, mode, inner_optimizer=inner(student), outer_optimizer=outer, **options
+        teacher, student, mode, inner_optimizer=inner(student), outer_optimizer=outer, **{"verify": False, **options}
     )
 
 

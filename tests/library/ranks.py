@@ -5,6 +5,7 @@ If one of them dies or hangs, the test that it was asked for fails, and the next
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -100,6 +101,7 @@ def _serve(pipe: Connection, rank: int, number: int, meeting: str | int, module:
         module: whose functions it runs.
     """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    gc.disable()  # what is imported stays
     import torch
     from torch import distributed as dist
 
@@ -110,6 +112,7 @@ def _serve(pipe: Connection, rank: int, number: int, meeting: str | int, module:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting)}
     cases = importlib.import_module(module)
+    gc.enable()
     while (task := pipe.recv()) is not None:
         name, arguments, port = task
         if not isinstance(meeting, str):

@@ -10,8 +10,10 @@ from pathlib import Path
 import metapl
 
 BEGIN = '''
+import gc
 import sys
 
+gc.disable()
 OTHERS = (
     "tyro", "matplotlib", "tensorboard", "sklearn", "joblib", "torchvision", "PIL", "torchopt", "einops", "scipy",
     "timm", "pyarrow", "pandas", "metapl.apps",
@@ -53,7 +55,7 @@ def networks():
 PARTS = {
     "steps": """
 for mode in MODES:
-    trainer = metapl.BilevelTrainer(**networks(), mode=mode)
+    trainer = metapl.BilevelTrainer(**networks(), mode=mode, verify=mode == "forward")
     report = trainer.step(labeled=(x, y), unlabeled=u)
     assert torch.isfinite(torch.as_tensor(report.inner_loss)), mode
 """,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+from problems_zoo import product
 from reference import error
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -65,9 +66,10 @@ def by_hand(
     return -torch.stack(rows), losses.detach()
 
 
-@pytest.mark.parametrize(("scheduled", "clip"), [(False, None), (True, None), (True, 0.3)])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("kind", ["mlp", "batch_norm"])
+@pytest.mark.parametrize(
+    ("kind", "optimizer", "scheduled", "clip"),
+    product(["mlp", "batch_norm"], ["sgd", "adamw"], [False, True], [None, 0.3], usual=["mlp", "sgd", True, 0.3]),
+)
 def test_the_scores_are_the_derivatives(kind: str, optimizer: str, scheduled: bool, clip: float | None) -> None:
     network = student(kind)
     before = copy.deepcopy(network.state_dict())
@@ -222,16 +224,16 @@ def test_metasmoothness_is_its_definition_and_falls_with_the_rate() -> None:
         metasmoothness(network, TRAIN, OUTER, optimizer=inner, **{**given, "direction": 0 * v})
 
 
-@pytest.mark.parametrize(("rate", "dtype"), [(2.0, torch.float32), (0.02, torch.bfloat16)])
-def test_a_rough_training_is_told_before_it_is_differentiated(rate: float, dtype: torch.dtype) -> None:
+def test_a_rough_training_is_told_before_it_is_differentiated() -> None:
     def scores(rate: float, dtype: torch.dtype) -> Tensor:
         network = student().to(dtype)
         rows: dict[str, Any] = {"train": (TRAIN[0].to(dtype), TRAIN[1]), "outer": (OUTER[0].to(dtype), OUTER[1])}
         inner = torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9)
         return attribute(network, **rows, optimizer=inner, steps=100, batch_size=8).scores
 
-    with pytest.warns(UserWarning, match="metasmoothness"):
-        scores(rate, dtype)
+    for rate, dtype in ((2.0, torch.float32), (0.02, torch.bfloat16)):
+        with pytest.warns(UserWarning, match="metasmoothness"):
+            scores(rate, dtype)
     scores(0.02, torch.float32)  # no warning
 
 

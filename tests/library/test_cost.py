@@ -32,8 +32,8 @@ BOUNDS: list[tuple[str | Estimator, float]] = [
 def passes(mode: str | Estimator) -> float:
     """FLOPs of a step on equal batches, after the first, over those of a forward pass of the student."""
     torch.manual_seed(0)
-    teacher, student = (metapl.models.wide_resnet(16, 2) for _ in range(2))
-    unlabeled, labeled = torch.randn(2, 3, 16, 16), (torch.randn(2, 3, 16, 16), torch.tensor([3, 7]))
+    teacher, student = (metapl.models.wide_resnet(10, 1) for _ in range(2))
+    unlabeled, labeled = torch.randn(2, 3, 8, 8), (torch.randn(2, 3, 8, 8), torch.tensor([3, 7]))
     trainer = metapl.BilevelTrainer(teacher, student, mode, teacher_losses=(), verify=False)
     trainer.step(labeled, unlabeled)
     with FlopCounterMode(display=False) as step:

@@ -4,6 +4,7 @@ folder."""
 from __future__ import annotations
 
 import math
+import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,6 @@ from fits import (
     rows,
     single,
 )
-from forked import context
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -251,8 +251,9 @@ def test_a_folder_that_another_process_writes_to_is_refused_until_that_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folders, "PATIENCE", 0.2)
-    begun = context().Event()
-    other = context().Process(target=held, args=(tmp_path, begun))
+    processes = multiprocessing.get_context("fork")
+    begun = processes.Event()
+    other = processes.Process(target=held, args=(tmp_path, begun))
     other.start()
     begun.wait(60)
     with pytest.raises(MetaplError, match="process"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import resource
@@ -25,7 +26,6 @@ from fits import (
     end_of,
     single,
 )
-from forked import context
 from torch.utils.data import DataLoader, TensorDataset
 
 from metapl import UDA, CrossEntropy, MetaplError
@@ -34,7 +34,7 @@ from metapl.feedback import LossDifference, Reinforce
 from metapl.runs.checkpoint import CheckpointFolder
 from metapl.training import Interrupted
 
-STEPS = 40
+STEPS = 24
 LOSSES = (CrossEntropy(label_smoothing=0.1), UDA(weight=2.0, ramp=5))
 
 
@@ -135,10 +135,10 @@ def child(kind: str, out: Path, begun: Any) -> None:
 def test_a_fit_that_is_killed_at_random_again_and_again_ends_as_one_that_was_not(kind: str, tmp_path: Path) -> None:
     """By SIGKILL, in a process of its own, while it trains, saves or begins; and half of what it leaves is damaged."""
     expected = fit(kind, tmp_path / "whole", resume=False)
-    draw, out = random.Random(kind), tmp_path / "run"
+    draw, out, processes = random.Random(kind), tmp_path / "run", multiprocessing.get_context("fork")
     for number in range(3):
-        begun = context().Event()
-        process = context().Process(target=child, args=(kind, out, begun))
+        begun = processes.Event()
+        process = processes.Process(target=child, args=(kind, out, begun))
         process.start()
         begun.wait(60)
         time.sleep(0.05 + 0.5 * draw.random())

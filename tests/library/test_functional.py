@@ -93,7 +93,7 @@ def build(mode: Any, optimizer: str = "nesterov", *features: str, **options: Any
         options["clip_norm"] = 0.05
     made = OPTIMIZERS[optimizer]
     given = {"inner_optimizer": made(weights(student, *features)), "outer_optimizer": made(weights(teacher, *features))}
-    return metapl.BilevelTrainer(teacher, student, mode, **given, **options)
+    return metapl.BilevelTrainer(teacher, student, mode, **{"verify": False, **given, **options})
 
 
 def batches(*features: str, seed: int = 1) -> tuple[Any, Any]:
@@ -197,12 +197,17 @@ def test_options_of_modes_and_trainers(mode: Any, options: dict[str, Any]) -> No
         agree(trainer, data, 1e-5 if "ifference" in repr(mode) else 1e-9)
 
 
-@pytest.mark.parametrize("steps", [3])
-@pytest.mark.parametrize("mode", ["forward", "unrolled", "none", Unrolled(truncate=1)])
-@pytest.mark.parametrize("optimizer", ["nesterov", "adamw", "muon_and_adamw"])
-def test_several_steps_ahead(mode: Any, optimizer: str, steps: int) -> None:
-    trainer = build(mode, optimizer, "batch_norm", lookahead=steps)
-    data = batches()[0], tuple(batches(seed=seed)[1] for seed in range(steps))
+@pytest.mark.parametrize(
+    ("mode", "optimizer"),
+    product(
+        ["forward", "unrolled", "none", Unrolled(truncate=1)],
+        ["nesterov", "adamw", "muon_and_adamw"],
+        usual=["unrolled", "adamw"],
+    ),
+)
+def test_several_steps_ahead(mode: Any, optimizer: str) -> None:
+    trainer = build(mode, optimizer, "batch_norm", lookahead=3)
+    data = batches()[0], tuple(batches(seed=seed)[1] for seed in range(3))
     agree(trainer, data, 1e-9, ahead=True)
     trainer.step(data[0], metapl.Lookahead(list(data[1])))
     agree(trainer, data, 1e-9, ahead=True)

@@ -425,7 +425,7 @@ def bad_call(draw: st.DrawFn, case: Case, folder: Path) -> tuple[str, Callable[[
     return kind, partial(trainer.save, folder / draw(st.sampled_from(["garbage/under", "."])))
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=14, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_what_is_refused_leaves_everything_as_it_was(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -577,7 +577,7 @@ def fused(mode: Any, ahead: int, own_generator: bool, steps: int, **options: Any
     return case, fuse, batches
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data(), situations())
 def test_an_error_anywhere_in_a_step_moves_nothing(data: st.DataObject, situation: dict[str, Any]) -> None:
     """And the next step is that of a trainer that never met one."""

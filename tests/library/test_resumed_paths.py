@@ -7,13 +7,13 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from feed_sources import same
-from forked import context
 from test_long_paths import batch, network
 from torch import nn
 
@@ -53,6 +53,13 @@ def gradient(folder: str | None, read: Callable[[], None], **given: Any) -> dict
         )
     fields = ("grads", "feedback", "inner_loss", "outer_loss", "student_params")
     return {name: getattr(found, name) for name in fields} | {"left": torch.random.get_rng_state()}
+
+
+@cache
+def plain() -> tuple[dict[str, Any], int]:
+    """In one go, without a folder; and how many batches it reads."""
+    reads = itertools.count()
+    return gradient(None, lambda: next(reads)), next(reads)  # type: ignore[arg-type, return-value]
 
 
 def adam(student: nn.Module, first: int = 3) -> torch.optim.Optimizer:
@@ -115,7 +122,7 @@ def test_a_killed_path_goes_on_bit_for_bit(case: str, place: str, tmp_path: Path
     whole, reads = itertools.count(), itertools.count()
     expected = CALLS[case](None, lambda: next(whole))  # type: ignore[arg-type, return-value]
     # Inductor has workers of its own.
-    processes = multiprocessing.get_context("spawn") if case == "by Inductor" else context()
+    processes = multiprocessing.get_context("spawn" if case == "by Inductor" else "fork")
     process = processes.Process(target=killed, args=(case, str(tmp_path), *PLACES[place]))
     process.start()
     process.join(600)
@@ -132,7 +139,7 @@ def test_a_path_that_is_stopped_twice_goes_on_bit_for_bit(tmp_path: Path) -> Non
     for reads in (20, 14, 60):
         with pytest.raises(ZeroDivisionError):
             gradient(str(tmp_path), stopped_at(reads))
-    assert same(gradient(str(tmp_path), lambda: None), gradient(None, lambda: None))
+    assert same(gradient(str(tmp_path), lambda: None), plain()[0])
 
 
 # What the call was given that was killed, where that is not the plain one.
@@ -157,7 +164,7 @@ def test_the_folder_of_another_path_is_refused_and_left(tmp_path: Path) -> None:
         with pytest.raises(MetaplError):
             gradient(str(tmp_path), lambda: None, **other)
         assert there == {file.name: file.read_bytes() for file in tmp_path.iterdir()}, case
-    assert same(gradient(str(tmp_path), lambda: None), gradient(None, lambda: None))
+    assert same(gradient(str(tmp_path), lambda: None), plain()[0])
 
 
 def stopped_at(number: int) -> Callable[[], None]:
@@ -178,10 +185,9 @@ def test_a_full_disk_leaves_what_was_kept(monkeypatch: pytest.MonkeyPatch, tmp_p
     with pytest.raises(MetaplError):
         gradient(str(tmp_path), lambda: None)
     monkeypatch.undo()
-    reads, whole = itertools.count(), itertools.count()
-    found = gradient(str(tmp_path), lambda: next(reads))  # type: ignore[arg-type, return-value]
-    assert same(found, gradient(None, lambda: next(whole)))  # type: ignore[arg-type, return-value]
-    assert next(reads) < next(whole)
+    reads = itertools.count()
+    assert same(gradient(str(tmp_path), lambda: next(reads)), plain()[0])  # type: ignore[arg-type, return-value]
+    assert next(reads) < plain()[1]
 
 
 def test_a_path_is_known_by_the_whole_tensors_of_its_problem() -> None:

@@ -143,18 +143,18 @@ def bias(mode: str, optimiser: Callable[[float], Optimiser], eta: float, warmed:
     return tuple(torch.tensor(seen).median(0).values.tolist())
 
 
-@pytest.mark.parametrize("eta", [0.01, 0.001])
 @pytest.mark.parametrize(
     ("mode", "gap", "length"),
     [("reinforce", 0.49, 0.55), ("reinforce_per_example", 0.33, 0.74), ("forward", 0.26, 0.74)],
 )
+@pytest.mark.parametrize("eta", [pytest.param(0.01, marks=pytest.mark.long), 0.001])
 def test_bias_under_adam_stays_as_the_learning_rate_falls(mode: str, gap: float, length: float, eta: float) -> None:
     """The figures that the docstrings state: too short, in nearly the right direction."""
     found = bias(mode, adam, eta, True)
     assert found == (pytest.approx(gap, abs=0.03), pytest.approx(length, abs=0.03), pytest.approx(0.99, abs=0.011))
 
 
-@pytest.mark.parametrize("eta", [0.1, 0.001])
+@pytest.mark.parametrize("eta", [pytest.param(0.1, marks=pytest.mark.long), 0.001])
 @pytest.mark.parametrize(
     ("mode", "gap", "length"), [("reinforce", 1.0, 0.0), ("reinforce_per_example", 0.86, 0.16), ("forward", 0.82, 0.23)]
 )

@@ -108,7 +108,7 @@ OF_TWO: dict[str, list[dict[str, Any]]] = {
         {**FORWARD, "feedback_ratio": 0.5, "steps": 1},
         {**FORWARD, "mode": Reinforce(similarity="cosine", baseline=0.9)},
     ],
-    "several steps": [{"mode": Forward(keep_every=2), "lookahead": 3, "accumulate": 2}],
+    "several steps": [{"mode": Forward(keep_every=2), "lookahead": 3, "accumulate": 2, "steps": 1}],
     "several steps, all kept": each([Forward(), Forward(truncate=2)], lookahead=3),
 }
 CASES: dict[str, tuple[int, int, list[dict[str, Any]]]] = {  # ranks, how many of them have the same rows, cases
@@ -183,7 +183,8 @@ def test_blocks_that_run_again_have_their_masks_and_statistics(two: Ranks, insid
             assert error(a, b) < 1e-12, kind
 
 
-@pytest.mark.parametrize("inside", [pytest.param("dropout", marks=pytest.mark.long), "norm"])
+@pytest.mark.long
+@pytest.mark.parametrize("inside", ["dropout", "norm"])
 def test_replicas_repeat_a_training_with_their_own_masks_and_statistics(two: Ranks, inside: str) -> None:
     for changes in two.run("trained_again", inside=inside):
         assert abs(changes[0]) < 1e-15 < abs(changes[1])
@@ -355,7 +356,7 @@ def test_a_fit_is_as_in_one_process_and_the_first_rank_writes(two: Ranks, layout
     assert [row["step"] for row in written if row["phase"] == "fit"] == [row["step"] for row in expected["history"]]
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+@pytest.mark.parametrize("layout", [pytest.param("ddp", marks=pytest.mark.long), "fsdp"])
 def test_a_fit_that_was_stopped_goes_on_bit_for_bit_in_as_many_processes(
     two: Ranks, layout: str, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ import reference
 import test_long_paths
 import torch
 import torchopt
-from problems_zoo import Judged
+from problems_zoo import Judged, product
 from reference import error
 from test_muon import muon_and_adamw
 from torch import Tensor, nn
@@ -339,10 +339,16 @@ def by_hand(student: nn.Module, optimizer: str, settings: dict[str, Tensor], ste
     return loss(-1), start
 
 
-@pytest.mark.parametrize("how", ["eager", *HOW])
-@pytest.mark.parametrize("mode", [Forward(keep_every=2), Forward(), Unrolled()])
-@pytest.mark.parametrize("optimizer", SETTINGS)
-@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize(
+    ("optimizer", "mode", "steps", "how"),
+    product(
+        SETTINGS,
+        [Forward(keep_every=2), Forward(), Unrolled()],
+        [1, 5],
+        ["eager", *HOW],
+        usual=[*SETTINGS, Forward(keep_every=2), 5, *HOW],
+    ),
+)
 def test_the_gradient_in_the_start_and_in_settings_is_that_by_double_backward(
     optimizer: str, mode: Any, steps: int, how: str
 ) -> None:
