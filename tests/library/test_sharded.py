@@ -255,7 +255,10 @@ def test_planted_faults_are_caught(two: Ranks, fault: str, layout: str, mode: st
         compare(found, alone(**plain), 1e-3)
 
 
-@pytest.mark.parametrize("how", sharded_cases.REFUSED)
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param(h, marks=[pytest.mark.long] * (h == "repeated_training")) for h in sharded_cases.REFUSED],
+)
 def test_what_does_not_run_is_refused_on_every_rank(two: Ranks, how: str) -> None:
     """Before anything moves, and with one message."""
     said = two.run("refused", how=how)

@@ -74,12 +74,13 @@ def by_the_pure_step(teacher: Any, student: Any, *, unlabeled: Any, labeled: Any
 
 
 def rows_of(kinds: dict[str, tuple[Any, ...]], long: set[str]) -> list[Any]:
-    """Each kind in every column; by default in the first column of each of its letters, and on the pure road."""
+    """Each kind in every column; by default in the first column of each of its letters, of both roads."""
     rows = []
     for kind, (letters, *_) in kinds.items():
         expected = dict(zip(COLUMNS, letters.replace(" ", ""), strict=True))
         first = {letter: column for column, letter in reversed(expected.items())}
-        few = {column: letter for column, letter in expected.items() if column in (*first.values(), "pure")}
+        few = {column: letter for column, letter in expected.items() if column in first.values()}
+        few |= {"pure": expected["pure"]} if expected["pure"] != expected["graph"] else {}
         if kind not in long:
             rows.append(pytest.param(kind, few, id=kind))
         rows.append(pytest.param(kind, expected, id=f"{kind}, every column", marks=pytest.mark.long))

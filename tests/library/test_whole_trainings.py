@@ -339,15 +339,13 @@ def by_hand(student: nn.Module, optimizer: str, settings: dict[str, Tensor], ste
     return loss(-1), start
 
 
+MODES = [Forward(keep_every=2), Forward(), Unrolled()]
+
+
 @pytest.mark.parametrize(
     ("optimizer", "mode", "steps", "how"),
-    product(
-        SETTINGS,
-        [Forward(keep_every=2), Forward(), Unrolled()],
-        [1, 5],
-        ["eager", *HOW],
-        usual=[*SETTINGS, Forward(keep_every=2), 5, *HOW],
-    ),
+    product(SETTINGS, MODES, [1, 5], ["eager", "plain"], usual=[*SETTINGS, MODES[0], 5, "plain"])
+    + product(SETTINGS, MODES, [1, 5], ["captured"], usual=[]),
 )
 def test_the_gradient_in_the_start_and_in_settings_is_that_by_double_backward(
     optimizer: str, mode: Any, steps: int, how: str
