@@ -97,7 +97,6 @@ KEEPS = {
     "truncated": Forward(truncate=3),
     "unrolled": Unrolled(),
 }
-HOW = ["plain", pytest.param("captured", marks=pytest.mark.long)]
 # By pairs: optimizer, problem, way of keeping, clip, schedule, whether a layer is frozen.
 ROWS = [
     ("sgd", "weights", "all", None, False, False),
@@ -148,7 +147,7 @@ def compared(eager: metapl.Hypergradient, pure: metapl.Hypergradient, most: floa
 
 
 @pytest.mark.parametrize(("optimizer", "problem", "keep", "clip", "schedule", "frozen"), ROWS)
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", ["plain", pytest.param("captured", marks=pytest.mark.long)])
 def test_two_graphs_give_the_eager_gradient(
     how: str, optimizer: str, problem: str, keep: str, clip: float | None, schedule: bool, frozen: bool
 ) -> None:
