@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from command import edited, metapl, reseal, result
-from forked import context
 from test_resume import contents
 from tiny_runs import TINY, built_once
 
@@ -136,8 +135,6 @@ def _killed(job: Job) -> None:
 @pytest.mark.long
 def test_a_worker_that_is_killed_is_reported_and_the_others_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "_run_apart", _killed)
-    server = context()  # whose processes have imported everything
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: server)
     two = [Job(Digits(fitting=fitting(seed=s)), METHODS["mpl"], tmp_path / str(s), False, 1) for s in (0, 1)]
     with pytest.raises(MetaplError, match="killed"):
         list(compare.run_all(two, workers=2))

@@ -7,6 +7,8 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,6 @@ from typing import Any
 
 import pytest
 from command import metapl, result
-from forked import Forked
 from test_bits import one_thread
 from test_goldens import words_of
 from tiny_runs import TINY, built_once
@@ -212,6 +213,33 @@ def test_with_other_settings_or_data_it_is_refused_and_left_as_it_was(
         assert_equal(out, wholes["images uda"][0])
 
 
+PLAIN = """
+import sys
+from metapl.apps.main import main
+sys.argv[0] = "metapl"
+sys.exit(main())
+"""
+RINGS = f"""
+import itertools, os, pkgutil, sys
+owner, name, number, signum = sys.argv[1:5]
+del sys.argv[1:5]
+found, calls = pkgutil.resolve_name(owner), itertools.count(1)
+real = getattr(found, name)
+
+def dying(*given, **named):
+    if next(calls) == int(number):
+        os.kill(os.getpid(), int(signum))
+    return real(*given, **named)
+
+setattr(found, name, dying)
+{PLAIN}"""
+"""The command; and the same where one call of a function sends a signal."""
+
+
+def run_apart(code: str, *words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=False)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "number", "signum"), [("digits forward", 0, signal.SIGKILL), ("noisy student", 2, signal.SIGTERM)]
@@ -220,12 +248,11 @@ def test_a_real_process_that_a_signal_ends(
     kind: str, number: int, signum: int, root: Path, tmp_path: Path, wholes: dict[str, Whole]
 ) -> None:
     words = command(kind, root, tmp_path / "hit")
-    _, err = (born := Forked(words, point=(*POINTS[number], 9, int(signum)))).communicate()
-    assert born.returncode == (-signum if signum == signal.SIGKILL else 128 + signum), err
-    assert "Traceback" not in err
-    out, err = (again := Forked([*words, "--resume"])).communicate()
-    assert again.returncode == 0, err
-    assert "resumed at step" in out + err
+    hit, again = (run_apart(RINGS, *POINTS[number], 9, int(signum), *words), run_apart(PLAIN, *words, "--resume"))
+    assert hit.returncode == (-signum if signum == signal.SIGKILL else 128 + signum), hit.stderr
+    assert "Traceback" not in hit.stderr
+    assert again.returncode == 0, again.stderr
+    assert "resumed at step" in again.stdout + again.stderr
     assert_equal(tmp_path / "hit", wholes[kind][0])
 
 
