@@ -146,7 +146,7 @@ def train(c: Config) -> dict[str, Any]:
             place = out / "rounds" / str(number)
             store = labeled_by(student, unlabeled, place / "labels", classes)
             most: dict[str, Any] = {"threshold": c.threshold, "per_class": c.per_class, "balance": True}
-            select(store, place / "selected", resume=(place / "selected").exists(), **most)
+            select(store, place / "selected", **most)
             chosen = LabelStore(place / "selected")
             rows = torch.from_numpy(chosen.rows_with_copies())
             images = unlabeled.select(torch.tensor([*chosen])[rows])

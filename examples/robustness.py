@@ -33,7 +33,7 @@ from metapl.apps.backbone import IMAGENET
 from metapl.apps.evaluation.attacks import by_severity
 from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from metapl.apps.machine.cores import available_cores
-from metapl.apps.networks import Architecture, Normalized, head_outputs, load_weights
+from metapl.apps.networks import Architecture, Normalized, load_weights, read_weights
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.folders import LabeledFiles, scan_labeled
 from metapl.apps.pictures.reader import SUFFIXES, UnreadableImage, fitted, read_image
@@ -146,10 +146,10 @@ def of_weights(file: Path, name: str | None) -> Subject:
             mean, std = evaluated.get("mean", mean), evaluated.get("std", std)
         elif network.library == "metapl":
             raise MetaplError(f"{file} does not say how its pictures are normalized; expected one of metapl export.")
-        outputs = head_outputs(file, network.heads(module))
-        if outputs is None:
+        bias = read_weights(file).get(f"{network.heads(module)[0]}.bias")
+        if bias is None:
             raise MetaplError(f"{file} has no tensors of {few(network.heads(module))}, the head of {name}.")
-        network = replace(network, num_classes=outputs)
+        network = replace(network, num_classes=len(bias))
     module = network.create()
     load_weights(module, file)
     module = (module if mean is None else Normalized(module, mean, std)).eval()

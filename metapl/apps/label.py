@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from os.path import relpath
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from metapl.apps.inputs import Factory, Network, Run, counted
+from metapl.apps.inputs import Factory, Network, Run
 from metapl.apps.labeling import BATCH, provenance, rows_per_part, to_label, write_labels
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels.queries import select, statistics
-from metapl.apps.machine.progress import counting
 from metapl.apps.machine.sealed import sha256_of, write_whole
 from metapl.apps.run import WEIGHTS, EndedRun
 from metapl.apps.settings import MOST_IN_A_BATCH, Switch, unset
@@ -72,7 +70,12 @@ class Label:
         model = {key: run.result[key] for key in ("recipe", "method", "seed")}
         model |= {"network": name, "weights_sha256": sha256_of(run.folder.path / WEIGHTS[name])}
         about = provenance(network, labeled, temperature=self.temperature)
-        unread: list[str] = []
+        left_out: list[str] = []
+
+        def leave_out(reason: str) -> None:
+            left_out.append(reason)
+            tell(f"metapl: left out {reason}", file=sys.stderr)
+
         with LabelWriter(
             self.out,
             run.classes,
@@ -81,29 +84,17 @@ class Label:
             rows_per_part=rows_per_part(len(labeled.ids)),
             resume=self.resume,
         ) as writer:
+            how: Any = {"temperature": self.temperature, "num_workers": self.num_workers, "check": self.check}
             try:
-                write_labels(
-                    network,
-                    labeled,
-                    writer,
-                    temperature=self.temperature,
-                    num_workers=self.num_workers,
-                    check=self.check,
-                    skip=lambda reason: tell(f"metapl: left out {reason}", file=sys.stderr),
-                    unread=unread.append,
-                    tell_progress=True,
-                )
+                write_labels(network, labeled, writer, leave_out, **how, shows=True)
             except KeyboardInterrupt:
                 tell(f"\nmetapl: {writer.rows:,} labels are in {self.out}; go on with --resume.", file=sys.stderr)
                 raise
-        left_out = len(labeled.ids) - writer.rows
+        missing = len(labeled.ids) - writer.rows
         tell(f"{self.out}: labels of {writer.rows:,} pictures; what is in it: metapl labels stats {self.out}")
-        if left_out:
-            tell(f"metapl: {left_out:,} of {len(labeled.ids):,} files left out", file=sys.stderr)
-        if unread:
-            files = f"{counted(len(unread), 'file')} that were labeled before cannot be read now: {few(unread)}"
-            tell(f"metapl: {files}", file=sys.stderr)
-        return 1 if left_out or unread else 0
+        if missing:
+            tell(f"metapl: {missing:,} of {len(labeled.ids):,} files left out", file=sys.stderr)
+        return 1 if missing or left_out else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,18 +105,13 @@ class Stats:
 
     Args:
         store: its folder.
-        json: print JSON.
     """
 
     store: Store
-    json: Switch = False
 
     def run(self) -> int:
         store = LabelStore(self.store)
-        found, about = statistics(store), dict(store.provenance)
-        if self.json:
-            tell(json.dumps({"store": str(self.store), "top_k": store.top_k, "provenance": about, **asdict(found)}))
-            return 0
+        found, about = statistics(store), store.provenance
         lines = [f"{self.store}: {found.rows:,} examples, {found.copies:,} with copies, {len(store.classes):,} classes"]
         if "model" in about:
             what = ", ".join(about["model"][name] for name in ("recipe", "method", "network"))
@@ -162,7 +148,6 @@ class Select:
             probable class is; with 12800, the filter of Meta Pseudo Labels' ResNet-50.
         balance: duplicate examples of classes that have fewer than --per-class, or without it than the largest class.
         drop_overlap: drop pictures whose file has the same bytes as one in this folder, such as your test pictures.
-        resume: go on with a selection that was stopped.
     """
 
     store: Store
@@ -172,12 +157,9 @@ class Select:
     any_class: Switch = False
     balance: Switch = False
     drop_overlap: Annotated[Path | None, unset("FOLDER")] = None
-    resume: Switch = False
 
     def run(self) -> int:
-        asked = {name: value for name, value in vars(self).items() if name not in ("store", "out")}
-        with counting("examples", shown=True) as update:
-            found = select(LabelStore(self.store), self.out, **asked, progress=update)
+        found = select(**{**vars(self), "store": LabelStore(self.store)})
         whose = "of any class" if self.any_class else "of its class"
         lines = [
             (found.rows, "examples in the store"),

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from metapl.apps.labels.store import DIGEST_BYTES, LabelStore, LabelWriter, is_text
 from metapl.apps.machine.progress import counting
 from metapl.apps.methods import Data, ReducedMpl
-from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.folders import Files, ask, digest, hashes, scan_labeled, scan_unlabeled
 from metapl.apps.pictures.input import Input
-from metapl.apps.pictures.store import FileImages, Images, MemoryImages
+from metapl.apps.pictures.store import FileImages
 from metapl.data.steps import StepBatches, loader
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest as digest_of
@@ -36,9 +35,9 @@ from metapl.words import shown
 # that are compared with those that were labeled.
 BATCH, PARTS, FEWEST_ROWS, MOST_ROWS, COMPARED = 256, 1000, 1024, 16_384, 1000
 
-# Pictures (B, C, H, W); their numbers, int64 (B,); what their files begin with as SHA-256, uint8 (B, 16) or (B, 0);
-# and the numbers of files that cannot be read, each with the reason.
-Read = tuple[Tensor, Tensor, Tensor, list[tuple[int, str]]]
+# Pictures (B, C, H, W); their numbers, int64 (B,); the first bytes of the SHA-256 of their files, where they have any;
+# and the numbers of files that are left out, each with the reason.
+Read = tuple[Tensor, Tensor, list[bytes], list[tuple[int, str]]]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -46,12 +45,12 @@ class ToLabel(StepBatches[Read]):
     """Pictures as they are, one batch after another.
 
     Args:
-        images: in memory, of a training, or files that ``input`` reads.
+        images: numbers in memory, or files that ``input`` reads.
         ids: of each picture, ascending: names of files in their folder, or the numbers themselves.
         name: of the folder or of the data set.
     """
 
-    images: Tensor | Images | Files
+    images: Tensor | FileImages | Files
     ids: Sequence[str] | range
     name: str
     input: Input
@@ -61,32 +60,25 @@ class ToLabel(StepBatches[Read]):
     def steps(self) -> int:  # type: ignore[override]  # follows from the rest
         return -(-len(self.ids) // self.batch_size)
 
-    def file(self, number: int) -> Path | None:
-        """Where a picture is; None where it is in no file."""
-        return self.images.path(number) if isinstance(self.images, Files | FileImages) else None
-
     def batch(self, step: int) -> Read:
-        start = step * self.batch_size
-        numbers = range(start, min(start + self.batch_size, len(self.ids)))
-        if self.file(0) is None:
-            used, images = torch.tensor(numbers), self.images
-            x = images[used] if isinstance(images, Tensor) else images.fetch(used)[0]  # type: ignore[union-attr]
-            return in_unit_range(x) if x.dtype == torch.uint8 else x, used, torch.empty(len(used), 0), []
-        sound, pictures, contents, skipped = [], [], [], []
+        numbers = range(len(self.ids))[step * self.batch_size : (step + 1) * self.batch_size]
+        if isinstance(self.images, Tensor):
+            return self.images[numbers.start : numbers.stop], torch.tensor(numbers), [], []
+        pictures, sound, digests, left_out = list[Tensor](), list[int](), list[bytes](), list[tuple[int, str]]()
         for number in numbers:
-            path = self.file(number)
-            assert path is not None
+            path, name = self.images.path(number), self.ids[number]
             try:
-                picture = self.input.read(path)
-                content = digest(str(path))
+                if isinstance(name, str) and not is_text(name):
+                    raise MetaplError(f"{shown(path)}: its name is not UTF-8; rename it.")
+                picture, content = self.input.read(path), digest(str(path))
             except (MetaplError, OSError) as error:
-                skipped.append((number, str(error)))
-            else:
-                sound.append(number)
-                pictures.append(picture)
-                contents.append(list(content[:DIGEST_BYTES]))
+                left_out.append((number, str(error)))
+                continue
+            sound.append(number)
+            pictures.append(picture)
+            digests.append(content[:DIGEST_BYTES])
         x = torch.stack(pictures) if sound else torch.empty(0, *self.input.shape)
-        return x, torch.tensor(sound, dtype=torch.int64), torch.tensor(contents, dtype=torch.uint8), skipped
+        return x, torch.tensor(sound, dtype=torch.int64), digests, left_out
 
 
 def to_label(pictures: str, given: Input, batch_size: int = BATCH) -> ToLabel:
@@ -102,16 +94,13 @@ def to_label(pictures: str, given: Input, batch_size: int = BATCH) -> ToLabel:
 
 def provenance(network: nn.Module, labeled: ToLabel, *, temperature: float = 1.0) -> dict[str, Any]:
     """What a store says of its labels; what is gone on with must say the same."""
-    images = [labeled.images]
-    if isinstance(labeled.images, MemoryImages):
-        images = [part for part in (labeled.images.data, labeled.images.indices) if part is not None]
     names = "".join(f"{name}\0" for name in labeled.ids)
     return {
         "pictures": labeled.name,
         "examples": len(labeled.ids),
         "ids_sha256": hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest(),
         # Of each picture in a file, the store has what it was.
-        "pictures_sha256": None if labeled.file(0) else hashes(pictures=images)["pictures"],
+        "pictures_sha256": hashes(of=labeled.images)["of"] if isinstance(labeled.images, Tensor) else None,
         "weights_fingerprint": int(digest_of(weights_of(network))),
         "temperature": temperature,
         "views": f"as they are, not augmented. {labeled.input.note}",
@@ -137,61 +126,23 @@ def store_labels(
     say: Say,
 ) -> LabelStore:
     """The store of a network's labels in a run's folder; one whose provenance is ``about`` is gone on with."""
-    how: Any = {"provenance": about, "rows_per_part": rows_per_part(len(labeled.ids)), "resume": place.exists()}
-    with LabelWriter(place, classes, **how) as writer:
-        write_labels(network, labeled, writer, skip=say)
+    with LabelWriter(
+        place, classes, provenance=about, rows_per_part=rows_per_part(len(labeled.ids)), resume=True
+    ) as writer:
+        write_labels(network, labeled, writer, say)
     return LabelStore(place)
-
-
-def refuse_other_pictures(
-    store: LabelStore,
-    file: Callable[[Any], str | Path | None],
-    *,
-    check: bool = False,
-    tell_progress: bool = True,
-    unread: Callable[[str], object] = lambda path: None,
-) -> None:
-    """Refuse labels of pictures that were replaced under their names: 1,000 are compared by their bytes, or with
-    ``check`` all.
-
-    ``file`` gives the file of an id, or None, which is not compared; nor is one that cannot be read, which ``unread``
-    takes. Cost: one reading of a file; of a million of 100 KB some four minutes of a local disk, and no decoding.
-    """
-    if not store.has_digests:
-        return
-    compared = len(store) if check else min(len(store), COMPARED)
-    rows = np.linspace(0, len(store) - 1, compared).astype(int)  # evenly over the store, in the order of the names
-    others, done = [], 0
-    with counting("comparing pictures with those that were labeled", tell_progress) as update:
-        for number, where in store.by_part(rows):
-            some = store.tables[number].select(["id", "digest"]).take(rows[where] - store.starts[number])
-            for row in some.to_pylist():
-                path = file(row["id"])
-                found = None if path is None else ask(digest, str(path))
-                if found is not None and found[:DIGEST_BYTES] != row["digest"]:
-                    others.append(row["id"])
-                elif path is not None and found is None:
-                    unread(str(path))
-            done += len(where)
-            update(done)
-    if others:
-        raise MetaplError(
-            f"{len(others):,} of {compared:,} pictures that {store.folder} has labels of are other ones now: "
-            f"{few(others)}; put back those that were labeled, or label these (metapl label) to another folder."
-        )
 
 
 def write_labels(
     network: nn.Module,
     labeled: ToLabel,
     writer: LabelWriter,
+    leave_out: Say,
     *,
     temperature: float = 1.0,
     num_workers: int = 0,
     check: bool = False,
-    skip: Callable[[str], None] = lambda reason: None,
-    unread: Callable[[str], object] = lambda path: None,
-    tell_progress: bool = False,
+    shows: bool = False,
 ) -> None:
     """Write softmax(network(x) / temperature) of every picture behind those that the writer has, which it compares.
 
@@ -199,40 +150,64 @@ def write_labels(
         network: gives logits; it runs in eval mode, without gradients, in the precision of its weights, on the device
             of its first parameter. Afterwards it is in the mode that it was in.
         writer: entered; of these pictures, the same network, temperature and size of a batch, if it resumes.
+        leave_out: is told of each file that is left out, with the reason, or that was labeled and cannot be read now.
         check: compare all pictures that are labeled already, not a sample.
-        skip: takes the reason of each file that is left out.
-        unread: takes the path of each file that cannot be read, and of which the writer has labels.
+        shows: show the progress on a terminal.
     """
     ids: Sequence[Any] = labeled.ids
     done = 0
     if writer.there is not None and writer.last is not None:
-        how: Any = {"check": check, "tell_progress": tell_progress, "unread": unread}
-        refuse_other_pictures(writer.there, lambda name: labeled.file(bisect_left(ids, name)), **how)
-        if writer.complete:
-            return
         done = ids.index(writer.last) + 1
+        if not isinstance(labeled.images, Tensor):
+            path = labeled.images.path
+            refuse_other_pictures(writer.there, lambda name: path(bisect_left(ids, name)), leave_out, check=check)
+    if writer.complete:
+        return
     first, steps = done // labeled.batch_size, len(labeled)
-    with progress(tell_progress, name="labels", start=first, steps=steps) as bar:
-        for x, numbers, digests, skipped in loader(labeled, first, steps, num_workers):
-            for number, reason in skipped:
+    with progress(shows, name="labels", start=first, steps=steps) as bar:
+        for x, numbers, digests, left_out in loader(labeled, first, steps, num_workers):
+            for number, reason in left_out:
                 if number >= done:
-                    skip(reason)
-            if len(numbers):
-                # Of a batch of which some are done, all are run again: a smaller batch may round otherwise.
+                    leave_out(reason)
+            # Of a batch of which some are done, all are run again: a smaller batch may round otherwise.
+            new = numbers >= done
+            if new.any():
                 logits_BC = logits_of(network, [x]).float() / temperature
                 refuse_infinite(logits_BC, [ids[number] for number in numbers.tolist()])
-                kept, names = [], []
-                for row, number in enumerate(numbers.tolist()):
-                    name = ids[number]
-                    if number >= done and isinstance(name, str) and not is_text(name):
-                        skip(f"{shown(name)}: its name is not UTF-8; rename it.")
-                    elif number >= done:
-                        kept.append(row)
-                        names.append(name)
-                contents = [bytes(row) for row in digests[kept].tolist()] if digests.shape[1] else None
-                if kept:
-                    writer.add(names, logits_BC[kept].softmax(dim=1), contents)
+                names = [ids[number] for number in numbers[new].tolist()]
+                writer.add(names, logits_BC[new].softmax(dim=1), digests[-len(names) :] or None)
             bar.update()
+
+
+def refuse_other_pictures(
+    store: LabelStore, file: Callable[[Any], str | Path | None], unread: Say, *, check: bool = False
+) -> None:
+    """Refuse labels of pictures that were replaced under their names: 1,000 are compared by their bytes, or with
+    ``check`` all.
+
+    ``file`` gives the file of an id, or None, which is not compared; nor is one that cannot be read, which ``unread``
+    is told of. Cost: one reading of a file; of a million of 100 KB some four minutes of a local disk, and no decoding.
+    """
+    if not store.has_digests:
+        return
+    compared = len(store) if check else min(len(store), COMPARED)
+    rows = np.linspace(0, len(store) - 1, compared).astype(int)  # evenly over the store, in the order of the names
+    others = []
+    with counting("comparing pictures with those that were labeled", shown=True) as update:
+        for where, some in store.taken(rows, ["id", "digest"]):
+            for row in some.to_pylist():
+                path = file(row["id"])
+                found = None if path is None else ask(digest, str(path))
+                if found is not None and found[:DIGEST_BYTES] != row["digest"]:
+                    others.append(row["id"])
+                elif path is not None and found is None:
+                    unread(f"{shown(path)}: it was labeled before, and cannot be read now.")
+            update(int(where[-1]) + 1)
+    if others:
+        raise MetaplError(
+            f"{len(others):,} of {compared:,} pictures that {store.folder} has labels of are other ones now: "
+            f"{few(others)}; put back those that were labeled, or label these (metapl label) to another folder."
+        )
 
 
 def refuse_infinite(logits_BC: Tensor, names: Sequence[Any]) -> None:
@@ -281,11 +256,10 @@ def check_labels_given(config: Any, method: ReducedMpl) -> None:
             raise MetaplError(f"--labels {place}: expected pictures in folders; {config.name} has none.")
         store, own = LabelStore(place), scan_labeled(config.labeled).classes
         if store.classes != own:
-            raise MetaplError(
-                f"{place} has the classes {few(store.classes)}; expected those of {config.labeled}: {few(own)}."
-            )
+            expected = f"those of {config.labeled}: {few(own)}"
+            raise MetaplError(f"{place} has the classes {few(store.classes)}; expected {expected}.")
         files = scan_unlabeled(getattr(config, part))
-        refuse_other_pictures(store, dict(zip(files.names, files.paths(), strict=True)).get)
+        refuse_other_pictures(store, dict(zip(files.names, files.paths(), strict=True)).get, lambda text: None)
 
 
 def labels_given(config: Any, method: ReducedMpl, data: Data, say: Say) -> dict[str, Tensor]:

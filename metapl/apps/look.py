@@ -158,7 +158,7 @@ def fitted(config: Any, seen: Look, val_fraction: float) -> Any:
     elif given.weights is not None:
         mean, std = IMAGENET
     side = PRETRAINED_SIDE if given.weights else min(max(seen.side, SMALLEST_SIDE), GREATEST_SIDE)
-    part = given.architecture(classes=2).family.patch or 4 if given.network else 4
+    part = given.architecture(classes=2).patch or 4 if given.network else 4
     choices = {
         "grey": grey,
         "image_size": part * max(1, round(side / part)),

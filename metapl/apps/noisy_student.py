@@ -404,7 +404,7 @@ class Rounds:
         labels = store_labels(labeler, source, stored, data.classes, about, self.say)
         threshold, kept = self.threshold(labels), place / str(number) / SELECTED
         how = {"per_class": settings.per_class, "threshold": threshold, "balance": settings.balance}
-        selection = select(labels, kept, resume=kept.exists(), **how)
+        selection = select(labels, kept, **how)
         chosen, changed = LabelStore(kept), None
         before, after = statistics(labels), statistics(chosen)
         if number > 1:  # of how many examples the label is another; a file that became unreadable is in one store alone

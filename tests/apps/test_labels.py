@@ -373,12 +373,11 @@ def test_the_same_selection_gives_the_same_files_and_goes_on_where_it_was_stoppe
         with pytest.raises(KeyboardInterrupt):
             select(store, stop, **asked)
     assert len(files(stop)) == 2
-    for other, word in ((asked, "--resume"), ({**asked, "per_class": 71, "resume": True}, "selected")):
-        with pytest.raises(MetaplError, match=word):
-            select(store, stop, **other)
-    whole = select(store, stop, **asked, resume=True)
+    with pytest.raises(MetaplError, match="selected"):
+        select(store, stop, **{**asked, "per_class": 71})
+    whole = select(store, stop, **asked)
     assert LabelStore(stop).sha256 == LabelStore(tmp_path / "one").sha256
-    assert select(store, stop, **asked, resume=True) == whole
+    assert select(store, stop, **asked) == whole
 
 
 UNFIT: list[tuple[dict[str, Any], str]] = [
@@ -411,8 +410,6 @@ def test_the_commands_say_what_is_in_a_store_and_what_became_of_it(tmp_path: Pat
     text, counts = metapl("labels", "stats", store.folder).stdout, statistics(store).counts
     for name, count in zip(SIX, counts, strict=True):
         assert any(line.startswith(name) and f" {count} " in line for line in text.splitlines())
-    found = json.loads(metapl("labels", "stats", store.folder, "--json").stdout)
-    assert (found["counts"], found["provenance"]["made_with"]["torch"]) == ([*counts], torch.__version__)
     told = metapl("labels", "select", store.folder, "--out", tmp_path / "out", *flags).stdout
     expected = chosen_by_hand(store, 0.3, 50, True)
     assert f"\n{len(expected)}  kept\n" in told
@@ -422,8 +419,8 @@ def test_the_commands_say_what_is_in_a_store_and_what_became_of_it(tmp_path: Pat
     assert "selected from 400: threshold 0.3, per_class 50, balance" in stats
     assert max(map(len, (text + stats).splitlines()[1:])) <= max(80, len(str(tmp_path)) + 80)
     before = sorted(os.listdir(store.folder))
-    for out in (store.folder, tmp_path / "out"):
-        metapl("labels", "select", store.folder, "--out", out, *flags, code=2)
+    metapl("labels", "select", store.folder, "--out", store.folder, *flags, code=2)
+    metapl("labels", "select", store.folder, "--out", tmp_path / "out", *flags[:2], code=2)
     assert sorted(os.listdir(store.folder)) == before
 
 

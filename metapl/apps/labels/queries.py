@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from metapl.apps.labels.store import DIGEST_BYTES, LabelStore, LabelWriter, Values
-from metapl.apps.pictures.folders import Progress, ask, digest, scan_unlabeled, silent
+from metapl.apps.pictures.folders import ask, digest, scan_unlabeled
 from metapl.errors import MetaplError
 from metapl.runs.fields import Range, check_arguments
 
@@ -76,10 +76,9 @@ def select(
     any_class: bool = False,
     balance: bool = False,
     drop_overlap: Path | None = None,
-    resume: bool = False,
-    progress: Progress | None = None,
 ) -> Selection:
-    """Write a store of some of the rows of another one, with their distributions as they are, in the same order.
+    """Write a store of some of the rows of another one, with their distributions as they are, in the same order; or go
+    on with one that was begun with the same.
 
     The steps of Noisy Student's section 3.4, and with ``any_class`` that of Meta Pseudo Labels' section 3.3, each where
     it is asked for, in this order:
@@ -101,8 +100,6 @@ def select(
         any_class: count an example for every class that a probability is stored of; needs ``per_class``.
         balance: fill classes up to ``per_class``, or without it to the size of the largest one.
         drop_overlap: a folder of pictures, in which all folders are searched.
-        resume: go on with a selection that was stopped.
-        progress: called with the number of rows written.
 
     Cost: some 40 bytes of memory a row.
     """
@@ -114,9 +111,34 @@ def select(
         raise MetaplError("any_class needs per_class, and no balance: an example can be of several classes.")
     if drop_overlap is not None and not store.has_digests:
         raise MetaplError(f"the examples of {store.folder} have no files to compare with those in {drop_overlap}.")
-    found = [] if drop_overlap is None else [ask(digest, path) for path in scan_unlabeled(drop_overlap).paths()]
-    known = sorted({content[:DIGEST_BYTES] for content in found if content})
-    overlap = {"pictures": len(known), "sha256": hashlib.sha256(b"".join(known)).hexdigest()}
+    label, confidence, copies = map(store.column, ("label", "confidence", "copies"))
+    rows, found, overlap = np.arange(len(store)), list[bytes | None](), None
+    if drop_overlap is not None:
+        found = [ask(digest, path) for path in scan_unlabeled(drop_overlap).paths()]
+        known = sorted({content[:DIGEST_BYTES] for content in found if content})
+        overlap = {"pictures": len(known), "sha256": hashlib.sha256(b"".join(known)).hexdigest()}
+        held_out = pa.array(known, pa.binary(DIGEST_BYTES))
+        overlaps = [pc.is_in(table["digest"], value_set=held_out).to_numpy() for table in store.tables]
+        rows = np.flatnonzero(~np.concatenate(overlaps))
+    apart = len(rows)
+    if threshold is not None:
+        rows = rows[confidence[rows] > np.float32(threshold)]  # 0.3 of float64 is below that of float32
+    sure = len(rows)
+    if per_class is not None and any_class:
+        rows = _most_probable(store, rows, per_class)
+    elif per_class is not None:
+        rows = rows[_first_of_each(label[rows], -confidence[rows], np.full(len(store.classes), per_class))]
+    if not len(rows):
+        dropped = f"{len(store) - apart:,} overlap, and {apart - sure:,} are not above the threshold"
+        raise MetaplError(f"nothing is left of the {len(store):,} examples of {store.folder}: {dropped}.")
+    counts = np.bincount(label[rows], minlength=len(store.classes))
+    if balance:
+        whole, rest = np.divmod(per_class or int(counts.max()), np.maximum(counts, 1))
+        names = (str(name) for _, table in store.taken(rows, ["id"]) for name in table["id"].to_pylist())
+        hashes = [hashlib.md5(name.encode(), usedforsecurity=False).digest()[8:] for name in names]
+        once_more = _first_of_each(label[rows], np.frombuffer(b"".join(hashes), "<u8"), rest)
+        copies[rows] = whole[label[rows]]
+        copies[rows[once_more]] += 1
     asked = {
         "of_rows": len(store),
         "of_store_sha256": store.sha256,
@@ -124,50 +146,25 @@ def select(
         "per_class": per_class,
         "any_class": any_class,
         "balance": balance,
-        "dropped_overlap_with": None if drop_overlap is None else overlap,
+        "dropped_overlap_with": overlap,
     }
     provenance = {**store.provenance, "selected": [*store.provenance.get("selected", []), asked]}
-    how: dict[str, Any] = {"top_k": store.top_k, "provenance": provenance, "resume": resume}
-    with LabelWriter(out, store.classes, rows_per_part=store.rows_per_part, **how) as writer:
-        label, confidence, copies = map(store.column, ("label", "confidence", "copies"))
-        rows = np.arange(len(store))
-        if drop_overlap is not None:
-            held_out = pa.array(known, pa.binary(DIGEST_BYTES))
-            overlaps = [pc.is_in(table["digest"], value_set=held_out).to_numpy() for table in store.tables]
-            rows = np.flatnonzero(~np.concatenate(overlaps))
-        apart = len(rows)
-        if threshold is not None:
-            rows = rows[confidence[rows] > np.float32(threshold)]  # 0.3 of float64 is below that of float32
-        sure = len(rows)
-        if per_class is not None and any_class:
-            rows = _most_probable(store, rows, per_class)
-        elif per_class is not None:
-            rows = rows[_first_of_each(label[rows], -confidence[rows], np.full(len(store.classes), per_class))]
-        if not len(rows):
-            dropped = f"{len(store) - apart:,} overlap, and {apart - sure:,} are not above the threshold"
-            raise MetaplError(f"nothing is left of the {len(store):,} examples of {store.folder}: {dropped}.")
-        counts = np.bincount(label[rows], minlength=len(store.classes))
-
-        def chosen(number: int, where: Values) -> pa.Table:
-            return store.tables[number].take(pa.array(rows[where] - store.starts[number]))
-
-        if balance:
-            whole, rest = np.divmod(per_class or int(counts.max()), np.maximum(counts, 1))
-            names = (str(name) for part in store.by_part(rows) for name in chosen(*part)["id"].to_pylist())
-            hashes = [hashlib.md5(name.encode(), usedforsecurity=False).digest()[8:] for name in names]
-            once_more = _first_of_each(label[rows], np.frombuffer(b"".join(hashes), "<u8"), rest)
-            copies[rows] = whole[label[rows]]
-            copies[rows[once_more]] += 1
-        done = writer.rows
-        for number, behind in store.by_part(rows[done:]) if not writer.complete else ():
-            table = chosen(number, behind + done)
-            counted = pa.array(copies[rows[behind + done]])
+    how: dict[str, Any] = {"top_k": store.top_k, "rows_per_part": store.rows_per_part, "provenance": provenance}
+    with LabelWriter(out, store.classes, resume=True, **how) as writer:
+        left = rows[writer.rows :]
+        for where, table in store.taken(left):
+            counted = pa.array(copies[left[where]])
             writer.add_table(table.set_column(table.schema.get_field_index("copies"), "copies", counted))
-            (progress or silent)(done + int(behind[-1]) + 1)
-    missing = tuple(name for name, count in zip(store.classes, counts.tolist(), strict=True) if not count)
-    dropped_for = len(store) - apart, apart - sure, sure - len(rows)
-    total = int(copies[rows].sum(dtype=np.int64))
-    return Selection(len(store), *dropped_for, len(rows), total, missing, unread=found.count(None))
+    return Selection(
+        rows=len(store),
+        overlapping=len(store) - apart,
+        unsure=apart - sure,
+        beyond=sure - len(rows),
+        kept=len(rows),
+        copies=int(copies[rows].sum(dtype=np.int64)),
+        missing=tuple(name for name, count in zip(store.classes, counts.tolist(), strict=True) if not count),
+        unread=found.count(None),
+    )
 
 
 def _first_of_each(classes: Values, keys: Values, most: Values) -> Values:

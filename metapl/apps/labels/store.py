@@ -2,7 +2,7 @@
 
 A store is a folder:
 
-store.json                        classes, encoding, provenance and the parts; sealed by a checksum
+store.json                         classes, encoding, provenance and the parts; sealed by a checksum
 part-00000-0123456789abcdef.arrow  rows of the store, with the beginning of the file's SHA-256 in its name
 
 A part is an Arrow file of one batch, uncompressed, so its columns are read where they lie, in a memory map. Rows are in
@@ -16,13 +16,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -50,7 +49,7 @@ TOLERANCE = 1e-3
 # What a resumed writer's provenance may say otherwise: when, on which machine, where the run and the pictures are.
 FREE = ("begun", "made_with", "run", "pictures")
 
-AGAIN = "Put the file back from a copy, or write the labels again to another folder (--out)."
+AGAIN = "A store is expected as it was written: put it back, or write the labels again to another folder (--out)."
 
 Values = np.ndarray[Any, Any]
 Ids = Sequence[str] | Sequence[int] | Values | Tensor
@@ -65,11 +64,6 @@ class Part:
     file: str
     rows: int
     sha256: str
-
-
-def _seal(content: Mapping[str, Any]) -> str:
-    plain = {name: value for name, value in content.items() if name != "seal"}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 class LabelStore:
@@ -106,13 +100,9 @@ class LabelStore:
         require()
         self.folder = Path(folder)
         file = self.folder / DESCRIPTION
-        if not file.exists():
-            raise MetaplError(f"{folder} holds no {DESCRIPTION}; expected a store, as metapl label writes it.")
-        content = read_json(file, needed=["format"], mend=AGAIN)
-        if content["format"] != FORMAT:
-            raise MetaplError(f"{file} is of another format; expected {FORMAT}: write the labels again.")
-        if content.get("seal") != _seal(content):
-            raise MetaplError(f"{file} is damaged: its checksum (seal) is of another content. {AGAIN}")
+        content = read_json(file, mend=AGAIN)
+        if content.get("format") != FORMAT or content.get("seal") != _seal(content):
+            raise MetaplError(f"{file} is damaged, or its format is not {FORMAT}, that of this version. {AGAIN}")
         if whole and not content["complete"]:
             raise MetaplError(f"the store in {folder} is not whole: go on with resume=True (--resume).")
         self.complete: bool = content["complete"]
@@ -199,11 +189,10 @@ class LabelStore:
             if self.top_k is not None:
                 classes_BK[where] = self.matrix(number, "classes")[places]
         # By numpy, in one thread: torch's threads would wait for each other at every small batch.
-        sum_B1 = s_BK.sum(axis=1, keepdims=True)
+        others, sum_B1 = len(self.classes) - width, s_BK.sum(axis=1, keepdims=True)
         if self.top_k is None:
             return torch.from_numpy(s_BK / sum_B1)
-        others = len(self.classes) - width
-        remainder_B1 = np.maximum(0, 1 - sum_B1) if others else np.zeros_like(sum_B1)
+        remainder_B1 = np.maximum(0, 1 - sum_B1) * (others > 0)
         whole_B1 = sum_B1 + remainder_B1
         q_BC = np.repeat(remainder_B1 / whole_B1 / max(others, 1), len(self.classes), axis=1)
         np.put_along_axis(q_BC, classes_BK, s_BK / whole_B1, axis=1)
@@ -216,6 +205,12 @@ class LabelStore:
         for where in np.split(order, np.flatnonzero(np.diff(parts[order])) + 1):
             if len(where):
                 yield int(parts[where[0]]), where
+
+    def taken(self, rows: Values, columns: Sequence[str] | None = None) -> Iterator[tuple[Values, pa.Table]]:
+        """Copies of the rows, part by part, and where these stand among ``rows``."""
+        for number, where in self.by_part(rows):
+            table = self.tables[number] if columns is None else self.tables[number].select(columns)
+            yield where, table.take(rows[where] - self.starts[number])
 
     def matrix(self, number: int, name: str) -> Values:
         """The ``probabilities``, or with ``top_k`` their ``classes``, of a part by its number, (rows, K), as they lie
@@ -230,11 +225,6 @@ class LabelStore:
     def rows_with_copies(self) -> Values:
         """The rows, int64, each as often as it counts: what to draw from where classes were balanced by duplication."""
         return np.repeat(np.arange(len(self)), self.column("copies"))
-
-
-def is_text(name: str) -> bool:
-    """Whether UTF-8 can hold it; nothing else is stored."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 class LabelWriter:
@@ -288,7 +278,7 @@ class LabelWriter:
         self._parts: list[Part] = []
         self._schema: pa.Schema | None = None
         self._waiting: list[pa.Table] = []
-        self._stack = ExitStack()
+        self._block = self._written()
 
     @property
     def rows(self) -> int:
@@ -296,33 +286,31 @@ class LabelWriter:
         return sum(part.rows for part in self._parts)
 
     def __enter__(self) -> Self:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise MetaplError(f"{self.folder} is not a folder; expected that of a store, or a new one (--out).")
-        with ExitStack() as stack:
-            stack.enter_context(owned(self.folder))
+        self._block.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._block.__exit__(*error)
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        with owned(self.folder, (DESCRIPTION,)):
             if (self.folder / DESCRIPTION).exists():
                 self._go_on(LabelStore(self.folder, whole=False))
             elif others := [name for name in os.listdir(self.folder) if name[0] != "." and not is_temporary(name)]:
                 fault = f"{self.folder} holds no {DESCRIPTION} and other files ({few(sorted(others))})"
                 raise MetaplError(f"{fault}; give another folder (--out).")
+            else:
+                self._describe()
             remove_temporary(self.folder)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None:  # what is on disk stays, for a writer to go on with
-            self._stack.__exit__(kind, error, trace)
-            return
-        with self._stack:
+            yield  # where the block fails, what is on disk stays, for a writer to go on with
             if not self.complete:
                 if waiting := sum(map(len, self._waiting)):
                     self._flush(waiting)
                 if not self._parts:
                     raise MetaplError(f"no example was given for the store in {self.folder}; expected one or more.")
-                self._describe(complete=True)
                 self.complete = True
+                self._describe()
 
     def _go_on(self, there: LabelStore) -> None:
         """Go on with what is there, if it was begun as it is now."""
@@ -334,11 +322,10 @@ class LabelWriter:
             | {f"provenance.{name}": value for name, value in each.provenance.items() if name not in FREE}
             for each in (there, self)
         )
-        for name in sorted(then.keys() | now.keys()):
-            if then.get(name) != now.get(name):
-                begun, asked = (few([repr(each.get(name))], longest=60) for each in (then, now))
-                fault = f"the store in {self.folder} was begun with {name} {begun}, and now it is {asked}"
-                raise MetaplError(f"{fault}; go on as it was begun, or give another folder (--out).")
+        changed = [name for name in sorted(then | now) if then.get(name) != now.get(name)]
+        if told := [f"{name} {then.get(name)!r}, now {now.get(name)!r}" for name in changed]:
+            fault = f"the store in {self.folder} was begun with {few(told, longest=160)}"
+            raise MetaplError(f"{fault}; go on as it was begun, or give another folder (--out).")
         self.there, self.provenance, self.complete = there, there.provenance, there.complete
         self._parts = [*there.parts]
         if there.tables:
@@ -357,8 +344,7 @@ class LabelWriter:
 
         shape = (len(ids), len(self.classes))
         if probabilities.shape != shape or not probabilities.is_floating_point():
-            given = f"the probabilities are {described(probabilities)}"
-            raise MetaplError(f"{given}; expected floating point {shape}, a row an id and a column a class.")
+            raise MetaplError(f"the probabilities are {described(probabilities)}; expected floating point {shape}.")
         p_BC = probabilities.detach().to("cpu", torch.float32)
         if not bool(((p_BC >= 0).all(dim=1) & ((p_BC.sum(dim=1) - 1).abs() <= TOLERANCE)).all()):
             fault = "some of the probabilities are negative or not finite, or those of an example do not sum to 1"
@@ -367,8 +353,8 @@ class LabelWriter:
         in_order = names if self.last is None else [self.last, *names]
         kinds = {type(name) for name in in_order}
         if kinds not in (set(), {str}, {int}) or not all(is_text(name) for name in names if isinstance(name, str)):
-            fault = f"the ids are {described(ids)}"
-            raise MetaplError(f"{fault}; expected integers, or strings that UTF-8 can hold, over all calls.")
+            expected = "integers, or strings that UTF-8 can hold, over all calls"
+            raise MetaplError(f"the ids are {described(ids)}; expected {expected}.")
         if wrong := next(((one, other) for one, other in pairwise(in_order) if not one < other), None):
             fault = f"the id {few([wrong[1]])} comes after {few([wrong[0]])}"
             raise MetaplError(f"{fault}; expected each greater than the one before: sort the examples, each once.")
@@ -376,23 +362,20 @@ class LabelWriter:
         def lists(values_BK: Tensor) -> pa.Array:
             return pa.FixedSizeListArray.from_arrays(pa.array(values_BK.numpy().reshape(-1)), values_BK.shape[1])
 
+        confidence_B, label_B = p_BC.max(dim=1)  # of equals the first
         columns = {
             "id": pa.array(names, pa.string() if kinds == {str} else pa.int64()),
-            "label": pa.array(p_BC.numpy().argmax(axis=1).astype(np.int32)),
-            "confidence": pa.array(p_BC.numpy().max(axis=1)),
+            "label": pa.array(label_B.to(torch.int32).numpy()),
+            "confidence": pa.array(confidence_B.numpy()),
             "entropy": pa.array(-(p_BC * p_BC.clamp(min=1e-38).log()).sum(dim=1).numpy()),
             "copies": pa.array(np.ones(len(names), np.int32)),
         }
         if digests is not None:
             columns["digest"] = pa.array([digest[:DIGEST_BYTES] for digest in digests], pa.binary(DIGEST_BYTES))
         if self.top_k is not None:
-            values, found = p_BC.topk(min(self.top_k + 1, p_BC.shape[1]))  # a sort of all takes many times as long
-            tied = (values[:, 1:] == values[:, :-1]).any(dim=1)  # which of equals topk takes is open
-            found[tied] = p_BC[tied].sort(dim=1, descending=True, stable=True).indices[:, : found.shape[1]]
-            classes_BK = found[:, : self.top_k]
-            p_BC = p_BC.gather(1, classes_BK)
-            columns["classes"] = lists(classes_BK.to(torch.int32))
-        columns["probabilities"] = lists(p_BC.to(torch.float16))
+            p_BC, classes_BC = p_BC.sort(dim=1, descending=True, stable=True)  # topk may take any of equals
+            columns["classes"] = lists(classes_BC[:, : self.top_k].to(torch.int32))
+        columns["probabilities"] = lists(p_BC[:, : self.top_k].to(torch.float16))
         self.add_table(pa.table(columns))
 
     def add_table(self, table: pa.Table) -> None:
@@ -400,8 +383,7 @@ class LabelWriter:
         if self.complete:
             raise MetaplError(f"the store in {self.folder} is whole; expected nothing more to be added.")
         if self._schema is not None and not self._schema.equals(table.schema):
-            fault = f"the store in {self.folder} has the columns {', '.join(self._schema.names)}"
-            raise MetaplError(f"{fault}; expected the same of all that is added: either all with digests or none.")
+            raise MetaplError(f"expected {', '.join(self._schema.names)} again: either all have digests or none.")
         if len(table):
             self._schema, self.last = table.schema, table["id"][-1].as_py()
             self._waiting.append(table)
@@ -420,17 +402,15 @@ class LabelWriter:
         content = sink.getvalue()
         sha256 = hashlib.sha256(content).hexdigest()
         part = Part(f"part-{len(self._parts):05}-{sha256[:16]}.arrow", rows, sha256)
-        if not self._parts:
-            self._describe(complete=False)
         self._write(part.file, content)
         self._parts.append(part)
-        self._describe(complete=False)
+        self._describe()
         self._waiting = [together.slice(rows)]
 
-    def _describe(self, *, complete: bool) -> None:
+    def _describe(self) -> None:
         content = {
             "format": FORMAT,
-            "complete": complete,
+            "complete": self.complete,
             "classes": self.classes,
             "top_k": self.top_k,
             "rows_per_part": self.rows_per_part,
@@ -442,3 +422,13 @@ class LabelWriter:
     def _write(self, name: str, content: Any) -> None:
         mend = "Mend that (is the disk full?), then go on with resume=True (--resume)."
         write_whole(self.folder / name, content, f"the {self.rows:,} rows that are there are whole. {mend}")
+
+
+def is_text(name: str) -> bool:
+    """Whether UTF-8 can hold it; nothing else is stored."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    plain = {name: value for name, value in content.items() if name != "seal"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,11 +9,11 @@ from functools import partial
 from typing import Annotated, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from metapl.apps.errors import require_extra
 from metapl.apps.networks.weights import load_weights
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
 from metapl.models.networks import PooledFeatures, small_cnn, wide_resnet
 from metapl.runs.fields import AtLeastOne, Range, check_arguments, check_fields
 from metapl.words import did_you_mean
@@ -38,56 +37,40 @@ class Architecture:
     image_size: AtLeastOne | None = None
 
     def __post_init__(self) -> None:
-        family = self.family
-        check_fields(self)
-        if self.stochastic_depth > 0.0 and not family.stochastic_depth:
-            having = ", ".join(name for name, known in FAMILIES.items() if known.stochastic_depth)
-            raise MetaplError(f"{self.name} has no stochastic_depth; leave it out, or take one that has it: {having}.")
-        if family.patch is not None and self.image_size is not None and self.image_size % family.patch:
-            expected = f"expected a multiple of its patch, {family.patch}"
-            raise MetaplError(f"{self.name} got image_size={self.image_size}; {expected}.")
-
-    @property
-    def family(self) -> Family:
-        """What builds it."""
-        if self.name.startswith("timm:") and self.name != "timm:":
-            return _TIMM
-        if self.name not in FAMILIES:
+        if self.name not in NAMES and (self.name == "timm:" or self.library != "timm"):
             meant = did_you_mean(self.name, NAMES) or "."
             raise MetaplError(f"there is no network {self.name!r}{meant} Expected {', '.join(NAMES)}, or timm:NAME.")
-        return FAMILIES[self.name]
-
-    def create(self, weights: str | os.PathLike[str] | None = None) -> nn.Module:
-        """The network, with fresh weights from the default generator or with those of a file; see :func:`create`."""
-        module = self.family.build(self)
-        if weights is not None:
-            load_weights(module, weights, heads=self.heads(module))
-        return module
+        check_fields(self)
+        if self.stochastic_depth > 0.0 and self.name not in EFFICIENTNETS and self.library != "timm":
+            having = ", ".join(EFFICIENTNETS)
+            raise MetaplError(f"{self.name} has no stochastic_depth; leave it out, or take one that has it: {having}.")
+        if self.image_size is not None and self.image_size % (self.patch or 1):
+            expected = f"expected a multiple of its patch, {self.patch}"
+            raise MetaplError(f"{self.name} got image_size={self.image_size}; {expected}.")
 
     @property
     def library(self) -> str:
         """The package whose names its weights have: torchvision, timm or metapl."""
-        return self.family.library
+        return "metapl" if self.name in OWN else "timm" if self.name.startswith("timm:") else "torchvision"
+
+    @property
+    def patch(self) -> int | None:
+        """What the side of a picture is a multiple of, where torchvision builds the network for one size."""
+        return int(self.name.rpartition("_")[2]) if self.name in TRANSFORMERS else None
+
+    def create(self, weights: str | os.PathLike[str] | None = None) -> nn.Module:
+        """The network, with fresh weights from the default generator or with those of a file; see :func:`create`."""
+        module = {"metapl": _own, "timm": _timm, "torchvision": _torchvision}[self.library](self)
+        if weights is not None:
+            load_weights(module, weights, heads=self.heads(module))
+        return module
 
     def heads(self, module: nn.Module) -> tuple[str, ...]:
         """The names of the layers that turn features into classes; a distilled network of timm has several."""
-        if self.library != "timm":
-            return (self.family.head,)
-        classifier = module.get_classifier()  # type: ignore[operator]  # every network of timm has it
-        wanted = {id(m) for m in (classifier if isinstance(classifier, tuple) else (classifier,))}
-        return tuple(name for name, part in module.named_modules() if id(part) in wanted)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """How networks of one kind are built, and what they have."""
-
-    library: str
-    build: Callable[[Architecture], nn.Module]
-    stem: str = ""  # the layer that sees the channels
-    head: str = "head"
-    stochastic_depth: bool = False
-    patch: int | None = None  # what the side of a picture is a multiple of, where the network is built for one size
+        if self.library == "timm":
+            named: Any = module.pretrained_cfg["classifier"]  # type: ignore[index]  # every network of timm has it
+            return (named,) if isinstance(named, str) else tuple(named)
+        return ([name for name, part in module.named_modules() if isinstance(part, nn.Linear)][-1],)
 
 
 # ----------------------------------------------------------------------------------------------------------------- own
@@ -95,7 +78,7 @@ class Family:
 
 def _own(a: Architecture) -> nn.Module:
     sized = {"image_size": a.image_size} if a.name == "pooled_cnn" else {}
-    return _OWN[a.name](a.num_classes, in_channels=a.in_channels, dropout=a.dropout, **sized)
+    return OWN[a.name](a.num_classes, in_channels=a.in_channels, dropout=a.dropout, **sized)
 
 
 def pooled_cnn(
@@ -136,29 +119,7 @@ def pooled_cnn(
     return PooledFeatures(nn.Sequential(*stages), widths[-1], num_classes, dropout)
 
 
-_OWN: dict[str, Callable[..., nn.Module]] = {
-    "pooled_cnn": pooled_cnn,
-    "small_cnn": small_cnn,
-    "wide_resnet28_2": partial(wide_resnet, 28, 2),
-    "wide_resnet28_10": partial(wide_resnet, 28, 10),
-}
-
-# --------------------------------------------------------------------------------------------------------- torchvision
-
-# Stages of EfficientNet-B0 whose stride is 1 instead of 2 on SVHN: a total of 8 instead of 32.
-_KEEPING_STAGES = (2, 3)
-
-# Of each stage of EfficientNet-B0 expansion, kernel, stride, channels before and after, blocks. torchvision scales them
-# up to B7 by name; further than that it has the parts alone.
-_STAGES = (
-    (1, 3, 1, 32, 16, 1),
-    (6, 3, 2, 16, 24, 2),
-    (6, 5, 2, 24, 40, 2),
-    (6, 3, 2, 40, 80, 3),
-    (6, 5, 1, 80, 112, 3),
-    (6, 5, 2, 112, 192, 4),
-    (6, 3, 1, 192, 320, 1),
-)
+# ---------------------------------------------------------------------------------------------- torchvision and timm
 
 # The factors of width and depth beyond B7. L2: Noisy Student, Table 8. B6-Wide: Meta Pseudo Labels, section 4, which
 # says the depth of B6 and a width of 5.0; that makes 317 million weights, and the 390 million that it prints follow
@@ -168,27 +129,30 @@ _SCALES = {"efficientnet_b6_wide": (5.0, 2.6), "efficientnet_l2": (4.3, 5.3)}
 # A vision transformer of 1.2 billion weights, of the usual shape: twice the width of ViT-L at its depth.
 _LARGE_VIT = {"patch_size": 14, "num_layers": 24, "num_heads": 16, "hidden_dim": 2048, "mlp_dim": 8192}
 
+# Stages of EfficientNet-B0 whose stride is 1 instead of 2 on SVHN: a total of 8 instead of 32.
+_KEEPING_STAGES = (2, 3)
+
 
 def _torchvision(a: Architecture) -> nn.Module:
     from torchvision import models
-    from torchvision.models.efficientnet import EfficientNet, MBConvConfig
+    from torchvision.models.efficientnet import EfficientNet, _efficientnet_conf
     from torchvision.ops import StochasticDepth
 
-    is_resnet = a.name.startswith("resnet")
-    if a.name in _SCALES:
+    how: dict[str, Any] = {"num_classes": a.num_classes, "dropout": a.dropout}
+    module: Any
+    if a.name in _SCALES:  # by name, torchvision goes up to B7
         width, depth = _SCALES[a.name]
-        stages = [MBConvConfig(*stage, width_mult=width, depth_mult=depth) for stage in _STAGES]
-        norm = partial(nn.BatchNorm2d, eps=0.001, momentum=0.01)  # of B5 to B7
-        module: Any = EfficientNet(stages, a.dropout, num_classes=a.num_classes, norm_layer=norm)
-    else:
-        how: dict[str, Any] = {"num_classes": a.num_classes} | ({} if is_resnet else {"dropout": a.dropout})
-        if a.name.startswith("vit"):
-            how |= {"image_size": a.image_size or 224}
+        stages, _ = _efficientnet_conf("efficientnet_b7", width_mult=width, depth_mult=depth)
+        module = EfficientNet(stages, norm_layer=partial(nn.BatchNorm2d, eps=0.001, momentum=0.01), **how)
+    elif a.name in TRANSFORMERS:
         build = partial(models.VisionTransformer, **_LARGE_VIT) if a.name == "vit_1b_14" else None
-        module = (build or models.get_model_builder(a.name.removesuffix("_svhn")))(**how)
-    if is_resnet and a.dropout > 0:
-        module.fc = _DroppedLinear(module.fc.in_features, a.num_classes, a.dropout)
-    if a.name.startswith("efficientnet"):
+        module = (build or models.get_model_builder(a.name))(image_size=a.image_size or 224, **how)
+    elif a.name in EFFICIENTNETS:
+        module = models.get_model(a.name.removesuffix("_svhn"), **how)
+    else:
+        module = models.get_model(a.name, num_classes=a.num_classes)
+        module.avgpool = nn.Sequential(module.avgpool, nn.Dropout(a.dropout))  # before the head, whose name stays
+    if a.name in EFFICIENTNETS:
         for stage in _KEEPING_STAGES if a.name.endswith("_svhn") else ():
             # The first block of a stage: expansion, then the depthwise convolution that strides.
             module.get_submodule(f"features.{stage}.0.block.1.0").stride = (1, 1)
@@ -200,31 +164,17 @@ def _torchvision(a: Architecture) -> nn.Module:
         # unlearn; so it is drawn as for ImageNet's thousand at least.
         with torch.no_grad():
             module.get_parameter("classifier.1.weight").mul_(min(1.0, a.num_classes / 1000) ** 0.5)
-    old = module.get_submodule(a.family.stem)
+    stem, old = next((name, part) for name, part in module.named_modules() if isinstance(part, nn.Conv2d))
     if old.in_channels != a.in_channels:
-        has_bias = old.bias is not None
-        new = nn.Conv2d(a.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, bias=has_bias)
+        shape: Any = (old.out_channels, old.kernel_size, old.stride, old.padding)
+        new = nn.Conv2d(a.in_channels, *shape, bias=old.bias is not None)
         if new.bias is None:
             nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
         else:  # a vision transformer's patches
             nn.init.trunc_normal_(new.weight, std=new.weight[0].numel() ** -0.5)
             nn.init.zeros_(new.bias)
-        module.set_submodule(a.family.stem, new)
+        module.set_submodule(stem, new)
     return module  # type: ignore[no-any-return]
-
-
-class _DroppedLinear(nn.Linear):
-    """A linear layer behind dropout, under the names of a plain one."""
-
-    def __init__(self, features: int, outputs: int, p: float) -> None:
-        super().__init__(features, outputs)
-        self.dropout = nn.Dropout(p)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.dropout(x))
-
-
-# ---------------------------------------------------------------------------------------------------------------- timm
 
 
 def _timm(a: Architecture) -> nn.Module:
@@ -233,43 +183,35 @@ def _timm(a: Architecture) -> nn.Module:
 
     name = a.name.removeprefix("timm:")
     if not timm.is_model(name):
-        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.0))
-        raise MetaplError(f"timm {timm.__version__} has no network {name!r}; the likest of those it has: {near}.")
-    # Only what differs from timm's defaults, for not every network takes every argument.
-    fields: dict[str, Any] = {"num_classes": a.num_classes}
-    own = {"in_chans": "in_channels", "drop_rate": "dropout", "drop_path_rate": "stochastic_depth"}
-    fields |= {theirs: getattr(a, n) for theirs, n in own.items() if getattr(a, n) != getattr(Architecture, n)}
-    if a.image_size is not None:
-        fields["img_size"] = a.image_size
-    while True:
-        try:
-            return timm.create_model(name, pretrained=False, **fields)
-        except TypeError as error:
-            refused = next((field for field in fields if f"'{field}'" in str(error)), "")
-            if refused in own:
-                raise MetaplError(f"{a.name} has no {own[refused]}; leave it out.") from error
-            if refused != "img_size":
-                raise
-            del fields["img_size"]  # a network that takes any
+        raise MetaplError(f"timm {timm.__version__} has no network {name!r}{did_you_mean(name, timm.list_models())}")
+    try:
+        return timm.create_model(
+            name,
+            num_classes=a.num_classes,
+            # Not every network takes these. None is timm's default.
+            in_chans=None if a.in_channels == 3 else a.in_channels,
+            drop_rate=a.dropout or None,
+            drop_path_rate=a.stochastic_depth or None,
+            img_size=a.image_size if timm.get_pretrained_cfg(name).fixed_input_size else None,
+        )
+    except TypeError as error:
+        lacks = "leave out the dropout, stochastic_depth or in_channels that it does not have"
+        raise MetaplError(f"{a.name} cannot be built: {reason_of(error)}; {lacks}.") from error
 
 
-# -------------------------------------------------------------------------------------------------------- the registry
+# -------------------------------------------------------------------------------------------------------------- by name
 
-_TORCHVISION = partial(Family, library="torchvision", build=_torchvision)
-_RESNET = _TORCHVISION(stem="conv1", head="fc")
-_EFFICIENTNET = _TORCHVISION(stem="features.0.0", head="classifier.1", stochastic_depth=True)
-_VITS = {"b_16": 16, "b_32": 32, "l_16": 16, "l_32": 32, "h_14": 14, "1b_14": 14}
-_TIMM = Family(library="timm", build=_timm, stochastic_depth=True)
-
-FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(_OWN, Family(library="metapl", build=_own)),
-    **{f"resnet{depth}": _RESNET for depth in (18, 34, 50, 101, 152)},
-    **{f"efficientnet_b{scale}": _EFFICIENTNET for scale in (*range(8), "0_svhn")},
-    **dict.fromkeys(_SCALES, _EFFICIENTNET),
-    **{f"vit_{size}": _TORCHVISION(stem="conv_proj", head="heads.head", patch=side) for size, side in _VITS.items()},
+OWN: dict[str, Callable[..., nn.Module]] = {
+    "pooled_cnn": pooled_cnn,
+    "small_cnn": small_cnn,
+    "wide_resnet28_2": partial(wide_resnet, 28, 2),
+    "wide_resnet28_10": partial(wide_resnet, 28, 10),
 }
+RESNETS = tuple(f"resnet{depth}" for depth in (18, 34, 50, 101, 152))
+EFFICIENTNETS = (*(f"efficientnet_b{scale}" for scale in (*range(8), "0_svhn")), *_SCALES)
+TRANSFORMERS = tuple(f"vit_{size}" for size in ("b_16", "b_32", "l_16", "l_32", "h_14", "1b_14"))
 
-NAMES: tuple[str, ...] = tuple(FAMILIES)
+NAMES = (*OWN, *RESNETS, *EFFICIENTNETS, *TRANSFORMERS)
 """What :func:`create` builds; beside them, ``timm:NAME`` stands for every network of timm."""
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from metapl.errors import MetaplError, few, reason_of
 
@@ -43,11 +44,8 @@ def load_weights(module: nn.Module, file: str | os.PathLike[str], *, heads: Iter
     >>> load_weights(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), folder / "weights.pt", heads=["1"])
     ['1.weight', '1.bias']
     """
-    path, own = Path(file), module.state_dict()
-    state = _state_dict(path)
-    if all(name in ("mean", "std") or name.startswith("module.") for name in state):  # of a run: see Normalized
-        state = {name: t for name, t in state.items() if name not in ("mean", "std")}
-    state = _without_prefixes(state, own.keys())
+    own, state = module.state_dict(), read_weights(file)
+    state = {name: t for name, t in state.items() if name in own or name not in ("mean", "std")}  # see Normalized
     vit: Any = module
     embedded, grid = state.get("pos_embed"), getattr(vit, "patch_embed", None)
     if embedded is not None and grid is not None and embedded.ndim == 3 and embedded.shape != own["pos_embed"].shape:
@@ -67,10 +65,7 @@ def load_weights(module: nn.Module, file: str | os.PathLike[str], *, heads: Iter
     expected = {name: t for name, t in own.items() if name not in optional}
     kinds = {name: (_kind(fits.get(name)), _kind(expected.get(name))) for name in {**expected, **fits}}
     if faults := [f"{name} {a} instead of {b}" for name, (a, b) in kinds.items() if a != b]:
-        raise MetaplError(
-            f"the weights in {path} are not of this network: {few(faults)}. Only the head may differ, by its number of "
-            "classes; create the network that the weights are of."
-        )
+        raise MetaplError(f"the weights in {file} are not of this network: {few(faults)}; only the head may differ.")
     module.load_state_dict({**own, **fits})
     return fresh
 
@@ -81,11 +76,32 @@ def _kind(tensor: Tensor | None) -> str:
     return f"{(*tensor.shape,)}" + " of whole numbers" * (not tensor.is_floating_point())
 
 
-def head_outputs(file: str | os.PathLike[str], heads: Iterable[str]) -> int | None:
-    """The number of classes of the weights in a file, by the first of the ``heads`` that it has; None: it has none."""
-    state = _without_prefixes(_state_dict(Path(file)), ())
-    names = [f"{head}.{part}" for head in heads for part in ("bias", "weight")]
-    return next((len(state[name]) for name in names if name in state and state[name].ndim), None)
+def read_weights(file: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors in a file, by their names without prefixes of data parallelism and ``torch.compile``; refused as of
+    :func:`load_weights`."""
+    path = Path(file)
+    if not path.is_file():
+        raise MetaplError(f"there is no file of weights {path}; expected a .safetensors or .pt file on this machine.")
+    try:
+        if path.suffix == ".safetensors":
+            stored: Any = load_file(path)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about how others have written it
+                stored = torch.load(path, map_location="cpu", weights_only=True)
+        for key in ("state_dict", "model"):
+            stored = stored[key] if isinstance(stored.get(key), Mapping) else stored
+        if not stored or not all(bool(t.isfinite().all()) for t in stored.values()):
+            raise ValueError("it holds no tensors, or some that are not finite")
+    except Exception as error:  # damage shows in many types: safetensors' own, pickle's, zip's, OSError, EOFError
+        raise MetaplError(
+            f"{path} cannot be read as weights ({type(error).__name__}: {reason_of(error):.80}); expected a state dict "
+            "of finite tensors, as .safetensors or as torch.save(model.state_dict(), path) writes it."
+        ) from error
+    state = dict(stored)
+    for prefix in ("module.", "_orig_mod.", "module."):
+        consume_prefix_in_state_dict_if_present(state, prefix)
+    return state
 
 
 def fetch_imagenet_weights(name: str) -> Path:
@@ -106,42 +122,6 @@ def fetch_imagenet_weights(name: str) -> Path:
         mend = f"download {url} elsewhere and give it as --weights {file.name}, or leave --weights out"
         raise MetaplError(f"the ImageNet weights of {name} could not be downloaded ({error}); {mend}.") from error
     return file
-
-
-def _state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors in a file, by name."""
-    if not path.is_file():
-        raise MetaplError(f"there is no file of weights {path}; expected a .safetensors or .pt file on this machine.")
-    try:
-        if path.suffix == ".safetensors":
-            stored: Any = load_file(path)
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about how others have written it
-                stored = torch.load(path, map_location="cpu", weights_only=True)
-        for _ in range(8):  # how deep training programs wrap it
-            inside = [stored.get(key) for key in ("state_dict", "model")] if isinstance(stored, Mapping) else []
-            stored = next((part for part in inside if isinstance(part, Mapping)), stored)
-        if not isinstance(stored, Mapping) or not stored or not all(isinstance(t, Tensor) for t in stored.values()):
-            raise TypeError(f"it holds {few(stored) if isinstance(stored, Mapping) else type(stored).__name__}")
-        if bad := [name for name, t in stored.items() if not bool(t.isfinite().all())]:
-            raise ValueError(f"values that are not finite, in {few(bad)}")
-    except Exception as error:  # damage shows in many types: safetensors' own, pickle's, zip's, OSError, EOFError
-        told = path.suffix == ".safetensors" or isinstance(error, TypeError | ValueError | OSError)
-        why = reason_of(error) if told else f"torch.load does not take it ({type(error).__name__})"
-        raise MetaplError(
-            f"{path} cannot be read as weights: {why}. Expected a state dict of finite tensors: "
-            ".safetensors, or as torch.save(model.state_dict(), path) writes it."
-        ) from error
-    return {str(name): t for name, t in stored.items()}
-
-
-def _without_prefixes(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
-    while prefix := next((p for p in ("module.", "_orig_mod.") if all(name.startswith(p) for name in state)), None):
-        if own and all(name.startswith(prefix) for name in own):
-            return state
-        state = {name.removeprefix(prefix): t for name, t in state.items()}
-    return state
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, *, on_norms: bool = False) -> list[dict[str, Any]]:
