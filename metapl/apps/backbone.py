@@ -58,37 +58,36 @@ def find(given: str, network: str | None) -> Backbone:
 
     Raises: MetaplError where there is nothing, or something else.
     """
-    path = Path(given).expanduser()
+    path, own = Path(given).expanduser(), dict[str, Any]()
     if path.is_dir():
         run = EndedRun.load(path)
         name = run.result["delivered"]
-        card = run.cards[name]
-        if card.architecture is None or card.mean is None or card.std is None:
+        card, weights = run.cards[name], path / WEIGHTS[name]
+        if card.architecture is None or card.mean is None:
             raise MetaplError(f"--backbone {given}: its network takes no pictures; expected a run on pictures.")
-        own: Any = {"mean": card.mean, "std": card.std, "grey": card.input.channels == 1, "image_size": card.input.size}
-        found = Backbone(network=card.architecture.name, weights=path / WEIGHTS[name], **own)
+        known = card.architecture.name
+        own = {"mean": card.mean, "std": card.std, "grey": card.input.channels == 1, "image_size": card.input.size}
     elif path.is_file():
-        beside = path.parent / "config.json"
-        named = read_json(beside) if network is None and beside.is_file() else {}
-        architecture = network or (f"timm:{named['architecture']}" if "architecture" in named else None)
-        if architecture is None:
+        beside, weights = path.parent / "config.json", path
+        named = read_json(beside).get("architecture") if network is None and beside.is_file() else None
+        if network is None and named is None:
             raise MetaplError(f"--backbone {given}: expected the network that the weights are of too: --network NAME.")
-        found = Backbone(network=architecture, weights=path, **_normalization(architecture))
+        known = network or f"timm:{named}"
     elif not given.startswith("timm:") and (path.suffix or len(path.parts) > 1):  # no name of a network is like that
         raise MetaplError(f"--backbone {given}: there is no such file or folder.")
     else:
-        files = _cached(given)
-        file = next((file for file in files if file.is_file()), None)
-        if file is None:
+        known, files = given, _cached(given)
+        weights = next((file for file in files if file.is_file()), files[0])
+        if not weights.is_file():
             raise MetaplError(
-                f"--backbone {given}: its weights are not on this machine; put them at {files[0]}, or give a file: "
+                f"--backbone {given}: its weights are not on this machine; put them at {weights}, or give a file: "
                 f"--backbone FILE --network {given}."
             )
-        found = Backbone(network=given, weights=file, **_normalization(given))
-    if network not in (None, found.network):
-        raise MetaplError(f"--backbone {given} is {found.network}, and --network {network} was given; leave it out.")
-    hashed = sha256_of(found.weights)
-    return Backbone(**{**vars(found), "weights": found.weights.resolve(), "sha256": hashed})
+    if network not in (None, known):
+        raise MetaplError(f"--backbone {given} is {known}, and --network {network} was given; leave it out.")
+    if not own and known.startswith("timm:") and (config := _config(known)) is not None:
+        own = {"mean": tuple(config.mean), "std": tuple(config.std)}
+    return Backbone(network=known, weights=weights.resolve(), sha256=sha256_of(weights), **own)
 
 
 def auto(network: str | None = None) -> Backbone | None:
@@ -115,29 +114,23 @@ def _cached(name: str) -> list[Path]:
         return [folder / Path(urlparse(one.url).path).name for one in (weights.DEFAULT, *weights)]
     if library != "timm":
         raise MetaplError(f"--backbone {name}: nobody has published its weights; expected a file, or a run's folder.")
-    require_extra("timm", f"{name} needs", "timm")
-    import timm
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    config: Any = timm.get_pretrained_cfg(name.removeprefix("timm:"))
+    config = _config(name)
     if config is None or not (config.hf_hub_id or config.url):
         raise MetaplError(f"--backbone {name}: timm knows no weights of it; expected a file.")
-    found = []
-    for file in filter(None, (config.hf_hub_filename, "model.safetensors", "pytorch_model.bin")):
-        cached = try_to_load_from_cache(config.hf_hub_id or "", file, cache_dir=constants.HF_HUB_CACHE)
-        found += [Path(cached)] if isinstance(cached, str) else []
-    return [*found, folder / Path(urlparse(config.url or f"{config.hf_hub_id}.safetensors").path).name]
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    files = filter(None, (config.hf_hub_filename, "model.safetensors", "pytorch_model.bin"))
+    cached = [try_to_load_from_cache(config.hf_hub_id or "", file, cache_dir=constants.HF_HUB_CACHE) for file in files]
+    by_url = folder / Path(urlparse(config.url or f"{config.hf_hub_id}.safetensors").path).name
+    return [*(Path(file) for file in cached if isinstance(file, str)), by_url]
 
 
-def _normalization(name: str) -> Any:
-    """Of the pictures that a network's published weights expect."""
-    if not name.startswith("timm:"):
-        return {}
+def _config(name: str) -> Any:
+    """What timm says of a network's weights; None where it knows of none."""
     require_extra("timm", f"{name} needs", "timm")
     import timm
 
-    config = timm.get_pretrained_cfg(name.removeprefix("timm:"))
-    return {} if config is None else {"mean": tuple(config.mean), "std": tuple(config.std)}
+    return timm.get_pretrained_cfg(name.removeprefix("timm:"))
 
 
 @dataclass(frozen=True, eq=False)

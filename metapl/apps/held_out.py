@@ -123,7 +123,8 @@ def _tell_copies(files: LabeledFiles, fields: dict[str, Any]) -> None:
         return
     try:
         others = scan_unlabeled(unlabeled) if unlabeled else scan_labeled(labeled)
-        found = find_copies(scan_labeled(right or labeled), others, None, files, trained=True)
+        sides = {"labeled": scan_labeled(right or labeled), "unlabeled": others, "test": files}
+        found = find_copies(sides, trained=True)
         notes = [finding.message for finding in found if finding.kind == "test copies"]
     except MetaplError as error:
         notes = [f"it is not known which of these pictures were trained on: {error}"]

@@ -18,15 +18,8 @@ from metapl.apps.methods import Data, EntMin, FixMatch, Mpl, PseudoLabels, Reduc
 from metapl.apps.methods import Feedback as Fed
 from metapl.apps.pictures.batches import EvaluationBatches, LabeledBatches, UnlabeledBatches
 from metapl.apps.pictures.card import NetworkCard
-from metapl.apps.pictures.check import (
-    Finding,
-    check_folders,
-    find_nested,
-    find_other_classes,
-    verify_files,
-    without_copies,
-)
-from metapl.apps.pictures.folders import Files, LabeledFiles, Progress, hash_files, scan_labeled, scan_unlabeled, silent
+from metapl.apps.pictures.check import Finding, check_folders, verify_files, without_copies
+from metapl.apps.pictures.folders import Files, LabeledFiles, hash_files, scan_labeled, scan_unlabeled
 from metapl.apps.pictures.input import LARGEST_SIDE, Input
 from metapl.apps.pictures.splits import stratified_split
 from metapl.apps.pictures.store import FileImages
@@ -207,10 +200,9 @@ class OfPictures:
     def input(self) -> Input:
         return self.pictures.input
 
-    def scan(self, name: str, progress: Progress = silent) -> Any:
+    def scan(self, name: str) -> Any:
         """The files of a folder by the name of its flag."""
-        scanned: Any = scan_unlabeled if name == "unlabeled" else scan_labeled
-        return scanned(getattr(self, name), progress)
+        return (scan_unlabeled if name == "unlabeled" else scan_labeled)(getattr(self, name))
 
     def check_first(self) -> None:
         """Refuse what can be seen of the folders at once, before anything is measured."""
@@ -225,8 +217,7 @@ class OfPictures:
         found, skipped = dict[str, Any](), dict[str, str]()
         for name in (name for name in self.places if getattr(self, name) is not None):
             word = "validation" if name == "val" else name
-            with counting(f"listing {word} files", progress) as count:
-                files = self.scan(name, count)
+            files = self.scan(name)
             if files.passed_over:
                 others = ", ".join(f"{count:,} with {suffix}" for suffix, count in sorted(files.passed_over.items()))
                 say(f"{name}: files without the name of a picture are passed over: {others}")
@@ -324,13 +315,8 @@ class Images(OfPictures):
     classes: Hidden[tuple[str, ...]] = ()
 
     def check_first(self) -> None:
-        labeled, unlabeled = scan_labeled(self.labeled), scan_unlabeled(self.unlabeled)
-        held_out = {name: Path(folder) for name, folder in (("validation", self.val), ("test", self.test)) if folder}
-        refuse_errors([*find_nested(labeled, {"unlabeled": unlabeled.root} | held_out).values()])
-        for name, folder in held_out.items():
-            refuse_errors([*find_other_classes(labeled, scan_labeled(folder), name)])
-        if not verify_files(labeled).skipped:  # else the files that are left out are listed first
-            refuse_errors(check_folders(labeled))
+        found: list[Any] = [None if getattr(self, name) is None else self.scan(name) for name in self.places]
+        refuse_errors(check_folders(*found, copies=False))
 
     def sources(self, few: LabeledFiles, many: Files, log: Path | None) -> dict[str, Any]:
         """The pictures of step t, and how they are seen, follow from the seed and t."""

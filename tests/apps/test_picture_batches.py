@@ -111,9 +111,8 @@ def test_pictures_in_memory_are_those_in_files(paths: list[Path]) -> None:
         with pytest.raises(MetaplError, match="expected"):
             kind(wrong, **more)
     broken = FileImages([paths[3], paths[0]], size=(6, 6))
-    with pytest.warns(UserWarning, match="left out") as warned:  # once, where there is no log
-        assert [broken.fetch(torch.tensor([0]))[1].tolist() for _ in range(2)] == [[1], [1]]
-    assert len(warned) == 1
+    with pytest.warns(UserWarning, match="left out"):  # where there is no log
+        assert broken.fetch(torch.tensor([0]))[1].tolist() == [1]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

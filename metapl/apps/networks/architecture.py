@@ -166,8 +166,8 @@ def _torchvision(a: Architecture) -> nn.Module:
             module.get_parameter("classifier.1.weight").mul_(min(1.0, a.num_classes / 1000) ** 0.5)
     stem, old = next((name, part) for name, part in module.named_modules() if isinstance(part, nn.Conv2d))
     if old.in_channels != a.in_channels:
-        shape: Any = (old.out_channels, old.kernel_size, old.stride, old.padding)
-        new = nn.Conv2d(a.in_channels, *shape, bias=old.bias is not None)
+        how = {"kernel_size": old.kernel_size, "stride": old.stride, "padding": old.padding}
+        new = nn.Conv2d(a.in_channels, old.out_channels, **how, bias=old.bias is not None)
         if new.bias is None:
             nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
         else:  # a vision transformer's patches
@@ -192,7 +192,7 @@ def _timm(a: Architecture) -> nn.Module:
             in_chans=None if a.in_channels == 3 else a.in_channels,
             drop_rate=a.dropout or None,
             drop_path_rate=a.stochastic_depth or None,
-            img_size=a.image_size if timm.get_pretrained_cfg(name).fixed_input_size else None,
+            img_size=a.image_size if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", True) else None,
         )
     except TypeError as error:
         lacks = "leave out the dropout, stochastic_depth or in_channels that it does not have"

@@ -144,12 +144,10 @@ def _opened(path: str | Path) -> Iterator[Image]:
 
     try:
         with warnings.catch_warnings():
-            # Pillow warns of oddities in files that read well. The one about size is a refusal here.
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # Pillow warns of oddities in files that read well
             with open_picture(path) as file, Image.open(file, formats=_FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise Image.DecompressionBombError(f"{image.width}x{image.height}")
+                    raise UnreadableImage(path, f"more than {MAX_PIXELS:,} pixels ({image.width}x{image.height})")
                 yield image
     except MetaplError:
         raise
@@ -158,14 +156,10 @@ def _opened(path: str | Path) -> Iterator[Image]:
     except UnidentifiedImageError:
         reason = "not a picture of a known format" if size_of(path) else "the file is empty"
         raise UnreadableImage(path, reason) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        reason = f"the picture has more than the {MAX_PIXELS:,} pixels that are allowed ({error})"
-        raise UnreadableImage(path, reason) from error
     except Exception as error:  # each of Pillow's readers has exceptions of its own
         reason = reason_of(error)
-        if not isinstance(error, OSError) or error.errno not in (errno.EINVAL, errno.EISDIR) or not error.strerror:
-            fault = "is truncated" if "truncated" in reason.lower() else "cannot be decoded"
-            reason = f"the picture {fault} ({reason})"
+        if not isinstance(error, OSError) or error.errno not in (errno.EINVAL, errno.EISDIR):
+            reason = f"the picture {'is truncated' if 'truncated' in reason else 'cannot be decoded'} ({reason})"
         raise UnreadableImage(path, reason) from error  # of a pipe, a device or a folder, the system's words
 
 

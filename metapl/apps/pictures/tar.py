@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import posixpath
+import stat
 import tarfile
 from collections.abc import Iterator
 from functools import cache
@@ -56,16 +57,14 @@ def open_picture(path: str | os.PathLike[str]) -> io.BufferedReader | io.BytesIO
         return io.BytesIO(file.read(size))
 
 
-def status_of(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """The mode and the size of a file, or of a member of a tar file; an OSError where there is none."""
-    tar = _split(path)
-    status = os.stat(path if tar is None else tar[0])
-    return status.st_mode, status.st_size if tar is None else _found(*tar)[1]
-
-
 def size_of(path: str | os.PathLike[str]) -> int:
-    """The size in bytes of either; an OSError where there is none."""
-    return status_of(path)[1]
+    """The size in bytes of a plain file, or of a member of a tar file; an OSError where there is none."""
+    if (tar := _split(path)) is not None:
+        return _found(*tar)[1]
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is no plain file")
+    return status.st_size
 
 
 def _split(path: str | os.PathLike[str]) -> tuple[str, str] | None:
