@@ -26,8 +26,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
 
 from metapl.apps.backbone import IMAGENET
 from metapl.apps.evaluation.attacks import by_severity
@@ -36,7 +38,7 @@ from metapl.apps.machine.cores import available_cores
 from metapl.apps.networks import Architecture, Normalized, load_weights, read_weights
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.folders import LabeledFiles, scan_labeled
-from metapl.apps.pictures.reader import SUFFIXES, UnreadableImage, fitted, read_image
+from metapl.apps.pictures.reader import SUFFIXES, UnreadableImage, read_image
 from metapl.apps.run import EndedRun
 from metapl.errors import MetaplError, few, reason_of
 from metapl.metrics import Evaluation, evaluate_logits
@@ -274,8 +276,9 @@ def frames_of(path: Path, subject: Subject) -> Iterator[Tensor]:
         with av.open(str(path)) as video:
             decoded: Iterator[Any] = video.decode(video=0)
             for frame in decoded:
-                size = (subject.side, subject.side)
-                yield in_unit_range(fitted(frame.to_image(), mode="L" if subject.grey else "RGB", size=size))
+                image = frame.to_image().convert("L" if subject.grey else "RGB")
+                square = ImageOps.fit(image, (subject.side, subject.side), Image.Resampling.BILINEAR)
+                yield in_unit_range(pil_to_tensor(square))
     except (av.FFmpegError, IndexError, OSError) as error:
         raise UnreadableImage(path, f"the video cannot be decoded ({reason_of(error)})") from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,10 +19,9 @@ from metapl.errors import MetaplError
 Run = Annotated[Path, tyro.conf.Positional, unset("RUN")]  # the folder of a run, by its place
 Folder = Annotated[Path | None, unset("DIR")]
 File = Annotated[Path | None, unset("FILE")]
-OF_RUNS = "which of the run's networks; by default the one that it delivers."
-Network = Annotated[NetworkName, unset(help=OF_RUNS)]
-OF_FACTORIES = "builds the network of a run that metapl does not know; FILE.py is run."
-Factory = Annotated[str | None, unset("FILE.py:FUNCTION", help=OF_FACTORIES)]
+Network = Annotated[NetworkName, unset(help="which of the run's networks; by default the one that it delivers.")]
+BUILDS = "builds the network of a run that metapl does not know; FILE.py is run."
+Factory = Annotated[str | None, unset("FILE.py:FUNCTION", help=BUILDS)]
 
 
 def counted(number: int, what: str) -> str:
@@ -93,10 +91,17 @@ def run_folder(out: Path | None, recipe: str, resume: bool) -> Iterator[RunFolde
 
     Without ``out``, it is the next free runs/<recipe>-NNN; to resume, the last one that is there.
     """
-    is_new = out is None and not resume
-    if out is None and resume and not _numbers(recipe):
+    places = Path("runs").glob(f"{recipe}-*")
+    number = max((int(end) for place in places if (end := place.name[len(recipe) + 1 :]).isdecimal()), default=0)
+    is_new, path = out is None and not resume, out
+    if path is None and resume and not number:
         raise MetaplError(f"there is no run runs/{recipe}-* to resume here; name its folder with --out.")
-    path = out or (new_default_folder(recipe) if is_new else Path("runs") / f"{recipe}-{max(_numbers(recipe)):03d}")
+    while path is None:
+        place = Path("runs") / f"{recipe}-{number + is_new:03d}"
+        number += 1
+        with suppress(FileExistsError):  # who asked for one at the same moment has it, so it is the next
+            place.mkdir(parents=True, exist_ok=resume)
+            path = place
     folder = RunFolder(path)
     try:
         folder.check(resume)  # where that is clear already, nobody is waited for
@@ -109,17 +114,3 @@ def run_folder(out: Path | None, recipe: str, resume: bool) -> Iterator[RunFolde
                 path.rmdir()
                 path.parent.rmdir()
         raise
-
-
-def new_default_folder(recipe: str) -> Path:
-    """The next free runs/<recipe>-NNN, which is made: who asks for one at the same moment gets another."""
-    while True:
-        path = Path("runs") / f"{recipe}-{max(_numbers(recipe), default=0) + 1:03d}"
-        with suppress(FileExistsError):
-            path.mkdir(parents=True)
-            return path
-
-
-def _numbers(recipe: str) -> list[int]:
-    matches = (re.fullmatch(rf"{recipe}-(\d+)", path.name) for path in Path("runs").glob(f"{recipe}-*"))
-    return [int(match[1]) for match in matches if match]

@@ -6,13 +6,13 @@ import sys
 from dataclasses import dataclass
 from os.path import relpath
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from metapl.apps.inputs import Factory, Network, Run
-from metapl.apps.labeling import BATCH, provenance, rows_per_part, to_label, write_labels
-from metapl.apps.labels import LabelStore, LabelWriter
+from metapl.apps.labeling import BATCH, to_label, write_labels
+from metapl.apps.labels import LabelStore
 from metapl.apps.labels.queries import select, statistics
 from metapl.apps.machine.sealed import sha256_of, write_whole
 from metapl.apps.run import WEIGHTS, EndedRun
@@ -69,29 +69,21 @@ class Label:
         labeled = to_label(self.pictures, run.cards[name].input, self.batch)
         model = {key: run.result[key] for key in ("recipe", "method", "seed")}
         model |= {"network": name, "weights_sha256": sha256_of(run.folder.path / WEIGHTS[name])}
-        about = provenance(network, labeled, temperature=self.temperature)
         left_out: list[str] = []
 
         def leave_out(reason: str) -> None:
             left_out.append(reason)
             tell(f"metapl: left out {reason}", file=sys.stderr)
 
-        with LabelWriter(
-            self.out,
-            run.classes,
-            top_k=self.top_k,
-            provenance={"run": str(self.folder), "model": model, **about},
-            rows_per_part=rows_per_part(len(labeled.ids)),
-            resume=self.resume,
-        ) as writer:
-            how: Any = {"temperature": self.temperature, "num_workers": self.num_workers, "check": self.check}
-            try:
-                write_labels(network, labeled, writer, leave_out, **how, shows=True)
-            except KeyboardInterrupt:
-                tell(f"\nmetapl: {writer.rows:,} labels are in {self.out}; go on with --resume.", file=sys.stderr)
-                raise
-        missing = len(labeled.ids) - writer.rows
-        tell(f"{self.out}: labels of {writer.rows:,} pictures; what is in it: metapl labels stats {self.out}")
+        how = {name: getattr(self, name) for name in ("temperature", "top_k", "num_workers", "resume", "check")}
+        about = {"run": str(self.folder), "model": model}
+        try:
+            store = write_labels(network, labeled, self.out, run.classes, leave_out, about=about, **how, shows=True)
+        except KeyboardInterrupt:
+            tell(f"\nmetapl: what is labeled is in {self.out}; go on with --resume.", file=sys.stderr)
+            raise
+        missing = len(labeled.ids) - len(store)
+        tell(f"{self.out}: labels of {len(store):,} pictures; what is in it: metapl labels stats {self.out}")
         if missing:
             tell(f"metapl: {missing:,} of {len(labeled.ids):,} files left out", file=sys.stderr)
         return 1 if missing or left_out else 0

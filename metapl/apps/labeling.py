@@ -68,7 +68,7 @@ class ToLabel(StepBatches[Read]):
         for number in numbers:
             path, name = self.images.path(number), self.ids[number]
             try:
-                if isinstance(name, str) and not is_text(name):
+                if not is_text(name):
                     raise MetaplError(f"{shown(path)}: its name is not UTF-8; rename it.")
                 picture, content = self.input.read(path), digest(str(path))
             except (MetaplError, OSError) as error:
@@ -92,12 +92,37 @@ def to_label(pictures: str, given: Input, batch_size: int = BATCH) -> ToLabel:
     return ToLabel(images=files, ids=files.names, name=pictures, input=given, batch_size=batch_size)
 
 
-def provenance(network: nn.Module, labeled: ToLabel, *, temperature: float = 1.0) -> dict[str, Any]:
-    """What a store says of its labels; what is gone on with must say the same."""
-    names = "".join(f"{name}\0" for name in labeled.ids)
-    return {
+def write_labels(
+    network: nn.Module,
+    labeled: ToLabel,
+    place: Path,
+    classes: Sequence[str],
+    leave_out: Say,
+    *,
+    about: Mapping[str, Any] | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    num_workers: int = 0,
+    resume: bool = True,
+    check: bool = False,
+    shows: bool = False,
+) -> LabelStore:
+    """The store of softmax(network(x) / temperature) of every picture; one begun with the same is gone on with.
+
+    Args:
+        network: gives logits; it runs in eval mode, without gradients, in the precision of its weights, on the device
+            of its first parameter. Afterwards it is in the mode that it was in.
+        place, classes, top_k, resume: as of :class:`~metapl.apps.labels.LabelWriter`.
+        leave_out: is told of each file that is left out, with the reason, or that was labeled and cannot be read now.
+        about: what else the store says of its labels.
+        check: compare all pictures that are labeled already with what they were, not a sample.
+        shows: show the progress on a terminal.
+    """
+    ids: Sequence[Any] = labeled.ids
+    names = "".join(f"{name}\0" for name in ids)
+    provenance = {
         "pictures": labeled.name,
-        "examples": len(labeled.ids),
+        "examples": len(ids),
         "ids_sha256": hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest(),
         # Of each picture in a file, the store has what it was.
         "pictures_sha256": hashes(of=labeled.images)["of"] if isinstance(labeled.images, Tensor) else None,
@@ -105,78 +130,33 @@ def provenance(network: nn.Module, labeled: ToLabel, *, temperature: float = 1.0
         "temperature": temperature,
         "views": f"as they are, not augmented. {labeled.input.note}",
         "batch": labeled.batch_size,
+        **(about or {}),
     }
-
-
-def rows_per_part(examples: int) -> int:
-    """Rows of a part of a store of so many examples: what a kill costs, against the number of files.
-
-    >>> rows_per_part(50_000), rows_per_part(1_281_167), rows_per_part(300_000_000)
-    (1024, 1282, 16384)
-    """
-    return min(max(-(-examples // PARTS), FEWEST_ROWS), MOST_ROWS)
-
-
-def store_labels(
-    network: nn.Module,
-    labeled: ToLabel,
-    place: Path,
-    classes: Sequence[str],
-    about: Mapping[str, Any],
-    say: Say,
-) -> LabelStore:
-    """The store of a network's labels in a run's folder; one whose provenance is ``about`` is gone on with."""
-    with LabelWriter(
-        place, classes, provenance=about, rows_per_part=rows_per_part(len(labeled.ids)), resume=True
-    ) as writer:
-        write_labels(network, labeled, writer, say)
+    # What a kill costs, against the number of files.
+    rows_per_part = min(max(-(-len(ids) // PARTS), FEWEST_ROWS), MOST_ROWS)
+    how: dict[str, Any] = {"top_k": top_k, "provenance": provenance, "rows_per_part": rows_per_part}
+    with LabelWriter(place, classes, **how, resume=resume) as writer:
+        done = 0
+        if writer.there is not None and writer.last is not None:
+            done = ids.index(writer.last) + 1
+            if not isinstance(labeled.images, Tensor):
+                path = labeled.images.path
+                refuse_other_pictures(writer.there, lambda name: path(bisect_left(ids, name)), leave_out, check=check)
+        first, steps = (0, 0) if writer.complete else (done // labeled.batch_size, len(labeled))
+        with progress(shows, name="labels", start=first, steps=steps) as bar:
+            for x, numbers, digests, left_out in loader(labeled, first, steps, num_workers):
+                for number, reason in left_out:
+                    if number >= done:
+                        leave_out(reason)
+                # Of a batch of which some are done, all are run again: a smaller batch may round otherwise.
+                new = numbers >= done
+                if new.any():
+                    logits_BC = logits_of(network, [x]).float() / temperature
+                    refuse_infinite(logits_BC, [ids[number] for number in numbers.tolist()])
+                    names_of = [ids[number] for number in numbers[new].tolist()]
+                    writer.add(names_of, logits_BC[new].softmax(dim=1), digests[-len(names_of) :] or None)
+                bar.update()
     return LabelStore(place)
-
-
-def write_labels(
-    network: nn.Module,
-    labeled: ToLabel,
-    writer: LabelWriter,
-    leave_out: Say,
-    *,
-    temperature: float = 1.0,
-    num_workers: int = 0,
-    check: bool = False,
-    shows: bool = False,
-) -> None:
-    """Write softmax(network(x) / temperature) of every picture behind those that the writer has, which it compares.
-
-    Args:
-        network: gives logits; it runs in eval mode, without gradients, in the precision of its weights, on the device
-            of its first parameter. Afterwards it is in the mode that it was in.
-        writer: entered; of these pictures, the same network, temperature and size of a batch, if it resumes.
-        leave_out: is told of each file that is left out, with the reason, or that was labeled and cannot be read now.
-        check: compare all pictures that are labeled already, not a sample.
-        shows: show the progress on a terminal.
-    """
-    ids: Sequence[Any] = labeled.ids
-    done = 0
-    if writer.there is not None and writer.last is not None:
-        done = ids.index(writer.last) + 1
-        if not isinstance(labeled.images, Tensor):
-            path = labeled.images.path
-            refuse_other_pictures(writer.there, lambda name: path(bisect_left(ids, name)), leave_out, check=check)
-    if writer.complete:
-        return
-    first, steps = done // labeled.batch_size, len(labeled)
-    with progress(shows, name="labels", start=first, steps=steps) as bar:
-        for x, numbers, digests, left_out in loader(labeled, first, steps, num_workers):
-            for number, reason in left_out:
-                if number >= done:
-                    leave_out(reason)
-            # Of a batch of which some are done, all are run again: a smaller batch may round otherwise.
-            new = numbers >= done
-            if new.any():
-                logits_BC = logits_of(network, [x]).float() / temperature
-                refuse_infinite(logits_BC, [ids[number] for number in numbers.tolist()])
-                names = [ids[number] for number in numbers[new].tolist()]
-                writer.add(names, logits_BC[new].softmax(dim=1), digests[-len(names) :] or None)
-            bar.update()
 
 
 def refuse_other_pictures(
@@ -229,8 +209,7 @@ def label_by(teacher: nn.Module, given: Input, folder: Path, data: Data, say: Sa
     stored = {}
     for name, batches in (("unlabeled", data.unlabeled), ("labeled", data.labeled)):
         labeled = ToLabel(images=batches.images, ids=range(len(batches.images)), name=name, input=given)
-        about = provenance(teacher, labeled)
-        store = store_labels(teacher, labeled, folder / FOLDER / name, data.classes, about, say)
+        store = write_labels(teacher, labeled, folder / FOLDER / name, data.classes, say)
         stored[name] = rows_of(store, labeled.ids, say)
     say(f"the teacher's labels are in {folder / FOLDER}")
     return stored

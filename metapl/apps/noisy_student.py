@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from metapl.apps.digits import Digits
 from metapl.apps.digits import fitting as of_digits
 from metapl.apps.images import Images
-from metapl.apps.labeling import Read, ToLabel, provenance, store_labels
+from metapl.apps.labeling import Read, ToLabel, write_labels
 from metapl.apps.labels import LabelStore
 from metapl.apps.labels.queries import select, statistics
 from metapl.apps.methods import Data, Method, Trained, Training
@@ -396,12 +396,10 @@ class Rounds:
         how: Any = {"images": images, "ids": range(len(images)), "name": "unlabeled", "input": self.config.input}
         noisy = settings.noisy_teacher
         source = Augmented(**how, view=view, seed=seed) if noisy else ToLabel(**how)
-        about = provenance(teacher, source)
-        if noisy:
-            about["views"] = f"augmented by {view!r}, seed {seed}, with dropout and stochastic depth"
+        about = {"views": f"augmented by {view!r}, seed {seed}, with dropout and stochastic depth"} if noisy else {}
         labeler = Noised(teacher, seed) if noisy else teacher
         stored = place / str(number) / LABELS
-        labels = store_labels(labeler, source, stored, data.classes, about, self.say)
+        labels = write_labels(labeler, source, stored, data.classes, self.say, about=about)
         threshold, kept = self.threshold(labels), place / str(number) / SELECTED
         how = {"per_class": settings.per_class, "threshold": threshold, "balance": settings.balance}
         selection = select(labels, kept, **how)

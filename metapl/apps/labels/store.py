@@ -168,10 +168,9 @@ class LabelStore:
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        wanted: list[Any] = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
+        asked: Any = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids
+        wanted = [name if is_text(name) else None for name in asked]
         known = pa.chunked_array([table["id"].chunk(0) for table in self.tables])
-        if known.type == pa.string():  # as bytes, since a name that is not UTF-8 may be asked for
-            wanted, known = [name.encode("utf-8", "surrogatepass") for name in wanted], known.cast(pa.binary())
         rows = pc.index_in(pa.array(wanted, known.type), value_set=known).fill_null(-1)
         return np.asarray(rows.to_numpy(zero_copy_only=False), dtype=np.int64)
 
@@ -352,7 +351,7 @@ class LabelWriter:
         names: list[Any] = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
         in_order = names if self.last is None else [self.last, *names]
         kinds = {type(name) for name in in_order}
-        if kinds not in (set(), {str}, {int}) or not all(is_text(name) for name in names if isinstance(name, str)):
+        if kinds not in (set(), {str}, {int}) or not all(map(is_text, names)):
             expected = "integers, or strings that UTF-8 can hold, over all calls"
             raise MetaplError(f"the ids are {described(ids)}; expected {expected}.")
         if wrong := next(((one, other) for one, other in pairwise(in_order) if not one < other), None):
@@ -424,9 +423,9 @@ class LabelWriter:
         write_whole(self.folder / name, content, f"the {self.rows:,} rows that are there are whole. {mend}")
 
 
-def is_text(name: str) -> bool:
+def is_text(name: str | int) -> bool:
     """Whether UTF-8 can hold it; nothing else is stored."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+    return not any("\ud800" <= letter <= "\udfff" for letter in str(name))
 
 
 def _seal(content: Mapping[str, Any]) -> str:

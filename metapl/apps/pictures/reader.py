@@ -119,12 +119,6 @@ def read_crops(path: str | Path, crops: Sequence[Crop], *, size: tuple[int, int]
         return [_resized(upright, size, box, (width, height)) for box in boxes]
 
 
-def fitted(image: Image, *, mode: Mode = "RGB", size: tuple[int, int]) -> Tensor:
-    """A picture of Pillow's, such as a frame of a video, brought to a mode and a size as :func:`read_image` does."""
-    plain = _plain(image, mode)
-    return _resized(plain, size, _centered(size, 1.0)(plain.height, plain.width), plain.size)
-
-
 def gray_image(path: str | Path, size: int) -> Tensor:
     """Read an image as brightness, averaged over the areas of a ``size`` x ``size`` grid, to which it is stretched:
     float32 (size, size) in [0, 1]. Colors, transparency, turned cameras and errors are as of :func:`read_image`."""

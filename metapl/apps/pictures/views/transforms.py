@@ -273,9 +273,8 @@ class Hole(PictureView):
         plan_B4 = to_device(torch.cat([centers - half, centers + half], dim=1), images.device)
         top, left, bottom, right = plan_B4.to(images.dtype)[:, :, None, None, None].unbind(1)
         y, x = _centered(height, images)[:, None], _centered(width, images)
-        hole = ((y >= top) & (y < bottom) & (x >= left) & (x < right)).to(images.dtype)
-        covered: Tensor = images * (1.0 - hole)
-        return covered.add_(hole * _mean(images).to(images.dtype))
+        hole = (y >= top) & (y < bottom) & (x >= left) & (x < right)
+        return torch.where(hole, _mean(images).to(images.dtype), images)
 
 
 @dataclass(frozen=True)
@@ -284,9 +283,8 @@ class Flip(PictureView):
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         u_B2 = draws.uniform(seed, step, examples, 2, stream=base.FLIP)
-        mirrored = to_device((u_B2[:, :1] < 0.5).to(images.dtype), images.device)[:, :, None, None]
-        result: Tensor = images * (1.0 - mirrored)
-        return result.add_(images.flip(3) * mirrored)
+        mirrored = to_device(u_B2[:, :1] < 0.5, images.device)[:, :, None, None]
+        return torch.where(mirrored, images.flip(3), images)
 
 
 @dataclass(frozen=True)
@@ -304,9 +302,8 @@ class Recolor(PictureView):
         if images.shape[1] == 3:
             order_B3 = to_device(u_B4[:, :3].argsort(dim=1), images.device)
             images = images.gather(1, order_B3[:, :, None, None].expand_as(images))
-        inverted_B = to_device((u_B4[:, 3] < 0.5).to(images.dtype), images.device)[:, None, None, None]
-        result: Tensor = inverted_B + images * (1.0 - 2.0 * inverted_B)
-        return result
+        inverted_B = to_device(u_B4[:, 3] < 0.5, images.device)[:, None, None, None]
+        return torch.where(inverted_B, 1.0 - images, images)
 
 
 @dataclass(frozen=True)
