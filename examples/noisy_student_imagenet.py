@@ -155,7 +155,7 @@ def train(c: Config) -> dict[str, Any]:
             losses = (NoisyStudentLoss(label_smoothing=c.label_smoothing),)
         torch.manual_seed(seed)
         student = network(c, len(classes), c.dropout, name)
-        groups = parameter_groups(student, c.weight_decay, on_norms=False)
+        groups = parameter_groups(student, c.weight_decay)
         optimizer = torch.optim.SGD(groups, lr=c.lr, momentum=0.9, nesterov=True)
         trainer = metapl.LossTrainer(student, losses, optimizer=optimizer)
         own = {"phase": f"round-{number}", "schedule": "exponential", "ema_decay": c.ema_decay}

@@ -273,7 +273,7 @@ def main() -> None:
         networks = [create(given.network, 1000, image_size=given.size, **noise) for _ in range(2)]
 
     def optimizer(network: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameter_groups(network, 1e-4, on_norms=False), lr=1.6, momentum=0.9, nesterov=True)
+        return torch.optim.SGD(parameter_groups(network, 1e-4), lr=1.6, momentum=0.9, nesterov=True)
 
     def train(teacher: nn.Module, student: nn.Module) -> metapl.BilevelTrainer:
         losses = (CrossEntropy(0.1), UDA(weight=20.0, temperature=0.5, threshold=0.6, ramp=50_000))

@@ -237,7 +237,7 @@ def train(c: Protocol) -> dict[str, Any]:
     teacher, student = (network(c, len(classes), dropout) for dropout in (teacher_dropout, c.dropout))
 
     def sgd(of: nn.Module, lr: float) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameter_groups(of, c.weight_decay, on_norms=False), lr=lr, momentum=0.9, nesterov=True)
+        return torch.optim.SGD(parameter_groups(of, c.weight_decay), lr=lr, momentum=0.9, nesterov=True)
 
     options: dict[str, Any] = {"clip_norm": c.clip_norm, "accumulate": c.accumulate, "precision": c.precision}
     losses: tuple[Any, ...] = (CrossEntropy(c.label_smoothing),)
@@ -276,7 +276,7 @@ def train(c: Protocol) -> dict[str, Any]:
     tested = {"student": trainer.evaluate(EvaluationBatches(test, test_labels, 256), classes=classes)}
     if c.finetune_steps and c.method != "headroom":
         torch.manual_seed(c.seed)
-        optimizer = torch.optim.SGD(parameter_groups(student, 0.0, on_norms=True), lr=c.finetune_lr)
+        optimizer = torch.optim.SGD(parameter_groups(student, 0.0), lr=c.finetune_lr)
         tuner = metapl.LossTrainer(student, optimizer=optimizer, **options)
         how |= {"phase": "finetune", "schedule": "constant", "validate_every": max(1, c.finetune_steps // 10)}
         tuned = tuner.fit(labeled(few, c.finetune_batch, 2, c.seed + 1), steps=c.finetune_steps, **how)

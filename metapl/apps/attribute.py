@@ -81,7 +81,7 @@ class Attribute:
         if not fields.get("labeled"):
             raise MetaplError(f"{self.folder} is a run of {run.result['recipe']}; expected one of pictures in folders.")
         check_out(self.out, fields)
-        with held(self.out, TABLE, PAGE):
+        with held(self.out):
             files, judges = files_of(run, "labeled"), files_of(run, "validation") or files_of(run, "clean")
             judges = scan_labeled(self.val) if self.val else judges
             if not judges:

@@ -11,7 +11,7 @@ from urllib.parse import urlparse
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from metapl.apps.errors import require_extra
 from metapl.apps.machine.sealed import read_json, sha256_of
@@ -20,6 +20,7 @@ from metapl.apps.networks import Architecture, Tuned
 from metapl.apps.pictures.batches import EvaluationBatches
 from metapl.apps.run import WEIGHTS, EndedRun
 from metapl.errors import MetaplError
+from metapl.metrics.predictions import eval_mode
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation that pretrained weights expect
 
@@ -185,13 +186,11 @@ class Control:
     def _seen(self, batches: EvaluationBatches) -> Iterator[tuple[Any, Any]]:
         """The features and the labels of the pictures of each batch."""
         network, device = self.network, next(self.network.parameters()).device
-        described = network.features if isinstance(network, Tuned) else _pixels
-        training = network.training
-        network.eval()
-        for images, labels in map(batches.batch, range(batches.steps)):
-            yield described(images.to(device)).flatten(1).double().cpu().numpy(), labels.numpy()
-        network.train(training)
-
-
-def _pixels(images: Tensor) -> Tensor:
-    return nn.functional.adaptive_avg_pool2d(images, min(CONTROL_SIDE, images.shape[-1]))
+        with eval_mode(network):
+            for images, labels in map(batches.batch, range(batches.steps)):
+                x = images.to(device)
+                if isinstance(network, Tuned):
+                    x = network.features(x)
+                else:
+                    x = nn.functional.adaptive_avg_pool2d(x, min(CONTROL_SIDE, x.shape[-1]))
+                yield x.flatten(1).double().cpu().numpy(), labels.numpy()

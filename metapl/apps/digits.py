@@ -127,13 +127,13 @@ class Digits:
         return NetworkCard(title=title, input=self.input, widths=(64, *self.hidden, 10), dropout=self.dropout)
 
     def optimizer(self, role: Role, module: nn.Module, lr: float | None = None) -> torch.optim.Optimizer:
-        groups = parameter_groups(module, 0.0, on_norms=True)
+        groups = parameter_groups(module, 0.0)
         if role == "student":
             return torch.optim.SGD(groups, lr=lr or STUDENT_RATE)
         return torch.optim.SGD(groups, lr=self.fitting.lr or TEACHER_RATE, momentum=MOMENTUM)
 
     def finetuner(self, module: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameter_groups(module, 0.0, on_norms=True), lr=FINETUNED_AT)
+        return torch.optim.SGD(parameter_groups(module, 0.0), lr=FINETUNED_AT)
 
     def trainer_options(self) -> dict[str, Any]:
         return {"accumulate": self.fitting.accumulate, "precision": self.fitting.precision}

@@ -66,7 +66,7 @@ class Evaluate:
     def run(self) -> int:
         if self.eps and self.attack is None:
             raise MetaplError("--eps was given without --attack; expected --attack fgsm or --attack pgd.")
-        with held(self.out, EVALUATION):
+        with held(self.out):
             run = EndedRun.load(self.folder)
             name = run.name(self.network)
             network = run.network(name, self.factory).to(run.device)

@@ -267,11 +267,11 @@ class OfPictures:
         return NetworkCard(title=title, input=self.input, architecture=made, channels_last=True, **normalization)
 
     def optimizer(self, role: Role, module: nn.Module, lr: float | None = None) -> torch.optim.Optimizer:
-        groups = networks.parameter_groups(module, WEIGHT_DECAY, on_norms=False)
+        groups = networks.parameter_groups(module, WEIGHT_DECAY)
         return torch.optim.AdamW(groups, lr=(self.fitting.lr if role == "teacher" else lr) or self.pictures.rate)
 
     def finetuner(self, module: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(networks.parameter_groups(module, 0.0, on_norms=True), lr=FINETUNED_AT)
+        return torch.optim.SGD(networks.parameter_groups(module, 0.0), lr=FINETUNED_AT)
 
     def trainer_options(self) -> dict[str, Any]:
         clip = None if str(self.pictures.network).endswith("_cnn") else CLIPPED  # deeper ones may diverge at first

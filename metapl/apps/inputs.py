@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,21 +46,9 @@ def check_out(out: Path, fields: Mapping[str, Any]) -> None:
             )
 
 
-@contextmanager
-def held(out: Path | None, *files: str) -> Iterator[None]:
-    """The folder of ``--out``, which nobody else writes to until the block ends; nothing where there is none.
-
-    ``files`` will be written there, in the place of plain files alone.
-    """
-    if out is None:
-        yield
-        return
-    if out.exists() and not out.is_dir():
-        raise MetaplError(f"--out {out} is a file; expected a folder, or the name of a new one.")
-    if blocked := [name for name in files if (out / name).exists() and not (out / name).is_file()]:
-        raise MetaplError(f"--out {out}: {blocked[0]} in it is no plain file, and cannot be replaced.")
-    with owned(out, leaves_lock=False):
-        yield
+def held(out: Path | None) -> AbstractContextManager[None]:
+    """The folder of ``--out``, which nobody else writes to until the block ends; nothing where there is none."""
+    return nullcontext() if out is None else owned(out, leaves_lock=False)
 
 
 def check_file(file: Path | None, suffix: str) -> None:

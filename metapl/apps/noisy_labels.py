@@ -121,7 +121,7 @@ class Learned(Method):
         mode: Any = feedback.estimator(self.mode)
         if self.feedback != "whole":
             mode = Altered(mode, self.feedback, seed=fitting.seed)
-        groups = networks.parameter_groups(teacher, 0.0, on_norms=False)
+        groups = networks.parameter_groups(teacher, 0.0)
         own = torch.optim.AdamW(groups, lr=RATES[self.kind])
         options = {"outer_optimizer": own, "student_lr": fitting.lr}
         trainer = t.bilevel(teacher, mode, problem, teacher_losses=(), **options)

@@ -189,8 +189,8 @@ def test_decay_spares_norms_and_biases_but_where_it_is_on_everything(name: str) 
         for leaf, p in module.named_parameters(recurse=False):
             spared = "Norm" in type(module).__name__ or "bias" in leaf
             assert decay[id(p)] == (0.0 if spared else 0.1), (path, leaf)
-    (everything,) = parameter_groups(network, 0.1, on_norms=True)
-    assert (everything["weight_decay"], len(everything["params"])) == (0.1, len(decay))
+    (everything,) = parameter_groups(network, 0.0)
+    assert (everything["weight_decay"], len(everything["params"])) == (0.0, len(decay))
     with pytest.raises(MetaplError, match="weight_decay"):
         parameter_groups(network, -1.0)
 

@@ -69,7 +69,7 @@ class Architecture:
         """The names of the layers that turn features into classes; a distilled network of timm has several."""
         if self.library == "timm":
             named: Any = module.pretrained_cfg["classifier"]  # type: ignore[index]  # every network of timm has it
-            return (named,) if isinstance(named, str) else tuple(named)
+            return (named,) if isinstance(named, str) else tuple(named or ())
         return ([name for name, part in module.named_modules() if isinstance(part, nn.Linear)][-1],)
 
 

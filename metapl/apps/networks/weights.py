@@ -124,21 +124,19 @@ def fetch_imagenet_weights(name: str) -> Path:
     return file
 
 
-def parameter_groups(module: nn.Module, weight_decay: float, *, on_norms: bool = False) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split a network's parameters by whether weight decay acts on them, for ``torch.optim``.
 
-    Without ``on_norms``, decay leaves alone vectors and single numbers (biases, scales and shifts of norms, layer
-    scales) and every parameter of a norm layer: to shrink these does not make the function simpler. Frozen parameters
-    are in no group.
+    Decay leaves alone vectors and single numbers (biases, scales and shifts of norms, layer scales) and every parameter
+    of a norm layer: to shrink these does not make the function simpler. Frozen parameters are in no group.
 
     Args:
         module: the network.
         weight_decay: λ of the decayed parameters, 0 or more.
-        on_norms: decay every parameter alike.
 
     Returns:
-        One or two groups ``{"params": [...], "weight_decay": λ}`` in the order of ``module.parameters()``; the decayed
-        one first, none of them empty.
+        Groups ``{"params": [...], "weight_decay": λ}`` in the order of ``module.parameters()``, none of them empty: one
+        without decay; with it two, the decayed one first.
 
     Raises:
         MetaplError: a weight decay below 0.
@@ -149,11 +147,10 @@ def parameter_groups(module: nn.Module, weight_decay: float, *, on_norms: bool =
     """
     if not weight_decay >= 0:
         raise MetaplError(f"parameter_groups got weight_decay={weight_decay}; expected a number of 0 or more.")
-    if on_norms:
-        return [{"params": [p for p in module.parameters() if p.requires_grad], "weight_decay": weight_decay}]
     norms = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
     of_norms = {id(p) for m in module.modules() if isinstance(m, norms) for p in m.parameters(recurse=False)}
-    is_spared = {p: p.ndim <= 1 or id(p) in of_norms for p in module.parameters() if p.requires_grad}
+    trained = [p for p in module.parameters() if p.requires_grad]
+    is_spared = {p: weight_decay > 0 and (p.ndim <= 1 or id(p) in of_norms) for p in trained}
     decays = ((False, weight_decay), (True, 0.0))
     groups = [{"params": [p for p in is_spared if is_spared[p] == spared], "weight_decay": w} for spared, w in decays]
     return [group for group in groups if group["params"]]

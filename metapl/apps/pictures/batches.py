@@ -38,12 +38,10 @@ class ExampleBatches(StepBatches[BatchT]):
     crop: ResizedCrop | None
 
     def __post_init__(self) -> None:
-        counts = {"images": len(self.images), **{key: len(column) for key, column in self.columns.items()}}
-        if {*counts.values()} != {self.sampler.size} or (self.steps or 0) < 0:
-            given = f"{counts}, a sampler of size {self.sampler.size} and steps={self.steps}"
-            raise MetaplError(
-                f"{type(self).__name__} got {given}; expected the same number everywhere, and steps >= 0."
-            )
+        sizes = {"sampler": self.sampler.size, "images": len(self.images)}
+        sizes |= {name: len(column) for name, column in self.columns.items()}
+        if len({*sizes.values()}) > 1 or (self.steps or 0) < 0:
+            raise MetaplError(f"the sizes are {sizes} and steps {self.steps}; expected one size, and steps >= 0.")
         if self.crop is not None and not isinstance(self.images, FileImages):
             raise MetaplError("images in memory are cropped by a view; expected files for crop=.")
 
@@ -84,17 +82,13 @@ class ExampleBatches(StepBatches[BatchT]):
         return (*images, *(pick(column, used) for column in self.columns.values()))
 
     def augment(self, step: int, fetched: Fetched) -> BatchT:
-        images, columns = fetched[: len(fetched) - len(self.columns)], fetched[len(fetched) - len(self.columns) :]
-        if not isinstance(self.images, Tensor):
-            images = tuple(map(in_unit_range, images))
+        count = len(fetched) - len(self.columns)
+        images = fetched[:count] if isinstance(self.images, Tensor) else tuple(map(in_unit_range, fetched[:count]))
         if self.crop is None:
             images = images * len(self.views)
-        examples = self._examples(step)
-        seen = (
-            view(x, seed=seed, step=step, examples=examples)
-            for view, x, seed in zip(self.views.values(), images, self._seeds(), strict=True)
-        )
-        items: Any = (*seen, *columns)
+        how: Any = {"step": step, "examples": self._examples(step)}
+        each = zip(self.views.values(), images, self._seeds(), strict=True)
+        items: Any = (*(view(x, seed=seed, **how) for view, x, seed in each), *fetched[count:])
         return items if len(items) > 1 else items[0]  # type: ignore[no-any-return]  # what BatchT stands for
 
     def _crops(self, step: int, indices: Tensor) -> tuple[list[Tensor], Tensor]:

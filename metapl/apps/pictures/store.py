@@ -72,10 +72,6 @@ class MemoryImages:
     def select(self, indices: Tensor) -> MemoryImages:
         return MemoryImages(self.data, self._where(indices))
 
-    def to(self, device: torch.device | str) -> MemoryImages:
-        """The same pictures on another device."""
-        return MemoryImages(self.data.to(device), self.indices)
-
     def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         return pick(self.data, self._where(indices)), indices
 
