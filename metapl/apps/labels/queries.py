@@ -47,24 +47,16 @@ def statistics(store: LabelStore) -> Statistics:
 
 @dataclass(frozen=True)
 class Selection:
-    """How many of the ``rows`` of a store :func:`select` kept, and why others were dropped.
-
-    Args:
-        overlapping, unsure, beyond: left out because their files stand in the folder, for their confidence, and because
-            others of their class are more confident.
-        kept, copies: rows of the new store; each as often as it counts.
-        missing: classes of which nothing was kept.
-        unread: files of the folder that cannot be read, and were not compared.
-    """
+    """How many of the ``rows`` of a store :func:`select` kept, and why others were dropped."""
 
     rows: int
-    overlapping: int
-    unsure: int
-    beyond: int
+    overlapping: int  # dropped: their files stand in the folder
+    unsure: int  # dropped for their confidence
+    beyond: int  # dropped: others of their class are more confident
     kept: int
-    copies: int
-    missing: tuple[str, ...]
-    unread: int = 0
+    copies: int  # what is kept, each as often as it counts
+    missing: tuple[str, ...]  # classes of which nothing was kept
+    unread: int = 0  # files of the folder that cannot be read, and were not compared
 
 
 def select(
@@ -77,31 +69,29 @@ def select(
     balance: bool = False,
     drop_overlap: Path | None = None,
 ) -> Selection:
-    """Write a store of some of the rows of another one, with their distributions as they are, in the same order; or go
-    on with one that was begun with the same.
+    """Write a store of some of the rows of another one, in the same order; or go on with one begun with the same.
 
-    The steps of Noisy Student's section 3.4, and with ``any_class`` that of Meta Pseudo Labels' section 3.3, each where
-    it is asked for, in this order:
+    Each step where it is asked for, in this order:
 
-    1. examples whose file has the same bytes as one in a folder are dropped, such as those that are validated on;
+    1. examples are dropped whose file has the same bytes as one in a folder, such as that of the test pictures;
     2. examples are kept whose confidence is above a threshold;
-    3. of each class, by the most probable class of each example, the most confident are kept; of equals, those whose
-       ids come first. With ``any_class``, those with the greatest stored probability of this class, whatever their most
-       probable class is; an example can be kept for several classes, and is kept once;
-    4. classes that have fewer are filled up by duplication: of a class with n examples and a goal of N, each counts
-       ⌊N / n⌋ times, and N mod n of them, drawn by the MD5 of their ids, once more. How often each counts is in the
-       column ``copies``, see :meth:`LabelStore.rows_with_copies`.
+    3. of each class, the most probable one of an example, the most confident are kept; of equals, those whose ids come
+       first. With ``any_class``, those with the greatest stored probability of the class, whatever their most probable
+       one is; an example is kept once;
+    4. smaller classes are filled up: of n examples and a goal of N, each counts ⌊N / n⌋ times, and N mod n of them,
+       drawn by the MD5 of their ids, once more; see :meth:`LabelStore.rows_with_copies`.
 
     Args:
         store: to select from.
         out: folder of the new store.
-        threshold: keep examples of a confidence above it, in [0, 1).
+        threshold: in [0, 1).
         per_class: the most examples of a class.
-        any_class: count an example for every class that a probability is stored of; needs ``per_class``.
+        any_class: needs ``per_class``.
         balance: fill classes up to ``per_class``, or without it to the size of the largest one.
         drop_overlap: a folder of pictures, in which all folders are searched.
 
-    Cost: some 40 bytes of memory a row.
+    Cost: some 40 bytes of memory a row. Source: Noisy Student, section 3.4; with ``any_class`` Meta Pseudo Labels,
+    section 3.3.
     """
     import pyarrow as pa
     import pyarrow.compute as pc

@@ -5,9 +5,9 @@ A store is a folder:
 store.json                         classes, encoding, provenance and the parts; sealed by a checksum
 part-00000-0123456789abcdef.arrow  rows of the store, with the beginning of the file's SHA-256 in its name
 
-A part is an Arrow file of one batch, uncompressed, so its columns are read where they lie, in a memory map. Rows are in
-the order of their ids. A part gets its name when its bytes are on disk; then the description, which names it, is
-replaced. So a writer that was killed goes on behind the last part that the description names.
+A part is an Arrow file of one batch, uncompressed, read in a memory map. Rows are in the order of their ids. A part
+gets its name when its bytes are on disk; then the description, which names it, is replaced. So a writer that was killed
+goes on behind the last part that the description names.
 """
 
 from __future__ import annotations
@@ -154,8 +154,7 @@ class LabelStore:
             yield from table["id"].to_pylist()
 
     def __getitem__(self, ids: str | int | Ids) -> Tensor:
-        """The distributions of examples by B ids in any order, float32 (B, C) on the CPU, each row summing to 1; (C,)
-        of one id. A MetaplError where there is no such example."""
+        """The distributions of examples by B ids, as of :meth:`at`; (C,) of one id."""
         if isinstance(ids, str | int | np.integer):
             return self[np.asarray([ids])][0]
         rows = self.find(ids)
@@ -175,8 +174,7 @@ class LabelStore:
         return np.asarray(rows.to_numpy(zero_copy_only=False), dtype=np.int64)
 
     def at(self, rows: Sequence[int] | Values | Tensor) -> Tensor:
-        """The distributions of B rows of 0, …, len − 1 in any order, float32 (B, C) on the CPU, each summing to 1; read
-        from memory maps. A MetaplError where there is no such row, or a part is damaged."""
+        """The distributions of B rows in any order, float32 (B, C) on the CPU; a MetaplError where there is none."""
         wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
         if outside := wanted[(wanted < 0) | (wanted >= len(self))].tolist():
             raise MetaplError(f"{self.folder} has no row {few(outside)}; expected 0 to {len(self) - 1:,}.")
@@ -212,8 +210,7 @@ class LabelStore:
             yield where, table.take(rows[where] - self.starts[number])
 
     def matrix(self, number: int, name: str) -> Values:
-        """The ``probabilities``, or with ``top_k`` their ``classes``, of a part by its number, (rows, K), as they lie
-        in the file."""
+        """The ``probabilities`` of a part, or with ``top_k`` their ``classes``, (rows, K), as they lie in the file."""
         lists = self.tables[number][name].chunk(0)
         return np.asarray(lists.flatten().to_numpy().reshape(len(lists), -1))
 

@@ -67,7 +67,7 @@ class Tuned(Normalized):
     Cost: with "head", one pass of what is frozen for each batch, however many passes a step has: what the head sees is
     kept as long as the batch.
 
-    Raises: MetaplError for several heads, unless all is trained.
+    Raises: MetaplError for several heads.
     """
 
     def __init__(

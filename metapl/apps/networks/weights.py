@@ -1,5 +1,4 @@
-"""What is done with a network that stands: weights of a file put into it, parameters grouped for optimisers, the
-normalisation of pictures put before it."""
+"""Weights of a file for a network, its parameters in groups for optimizers, and the normalization before it."""
 
 from __future__ import annotations
 
@@ -77,8 +76,7 @@ def _kind(tensor: Tensor | None) -> str:
 
 
 def read_weights(file: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors in a file, by their names without prefixes of data parallelism and ``torch.compile``; refused as of
-    :func:`load_weights`."""
+    """The tensors in a file, by their names without prefixes of data parallelism and ``torch.compile``."""
     path = Path(file)
     if not path.is_file():
         raise MetaplError(f"there is no file of weights {path}; expected a .safetensors or .pt file on this machine.")
@@ -105,8 +103,7 @@ def read_weights(file: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def fetch_imagenet_weights(name: str) -> Path:
-    """The file of a torchvision network's newest ImageNet weights, downloaded once into torch's cache, its hash checked
-    by torch; a MetaplError where there are none, or they cannot be had."""
+    """The file of a torchvision network's newest ImageNet weights, downloaded once into torch's cache and checked."""
     from torchvision.models import get_model_weights
 
     try:

@@ -45,10 +45,7 @@ Crop = Callable[[int, int], Box]
 
 
 class UnreadableImage(MetaplError):
-    """A file that is not a usable picture: ``path`` names it and ``reason`` says why.
-
-    What only one file has, such as its number of pixels, stands in brackets at the end of the reason.
-    """
+    """A file that is no usable picture; what it alone has stands in brackets at the end of the ``reason``."""
 
     def __init__(self, path: str | Path, reason: str) -> None:
         super().__init__(f"{shown(path)}: {reason}.")
