@@ -68,10 +68,9 @@ class HeldOut:
             yield from zip(*(t.split(BATCH) for t in self._digits), strict=True)
             return
         self.names.clear()
-        for batch in self._inputs.batches():
-            paths = [path for path, _ in batch]
+        for paths, x in self._inputs.batches():
             self.names += [Path(path).relative_to(self.root).as_posix() for path in paths]
-            yield torch.stack([x for _, x in batch]), torch.tensor([self._labels[path] for path in paths])
+            yield x, torch.tensor([self._labels[path] for path in paths])
         if not self.names:
             raise MetaplError(f"none of the {len(self._labels)} pictures in {self.root} can be read.")
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 from torch import nn
 
@@ -91,7 +90,7 @@ class Predict:
 
 def predictions(network: nn.Module, inputs: Inputs) -> Iterator[tuple[str, list[float]]]:
     """Of each example: where it stands, and its probabilities; never what is not finite."""
-    for batch in inputs.batches():
-        logits_BC = logits_of(network, [torch.stack([x for _, x in batch])])
-        refuse_infinite(logits_BC, [name for name, _ in batch])
-        yield from zip([name for name, _ in batch], logits_BC.softmax(dim=1).tolist(), strict=True)
+    for names, x in inputs.batches():
+        logits_BC = logits_of(network, [x])
+        refuse_infinite(logits_BC, names)
+        yield from zip(names, logits_BC.softmax(dim=1).tolist(), strict=True)

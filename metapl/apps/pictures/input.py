@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 from torch import Tensor
 
 from metapl.apps.pictures.batches import in_unit_range
@@ -78,17 +79,17 @@ class Inputs:
         for path in paths:
             self.files += scan_unlabeled(path).paths() if path.is_dir() else [str(path)]
 
-    def batches(self) -> Iterator[list[tuple[str, Tensor]]]:
-        """Where each picture stands, and the network's input for it."""
-        self.skipped, batch = 0, []
-        for file in self.files:
-            try:
-                batch.append((file, self.input.read(Path(file))))
-            except MetaplError as error:
-                self.skipped += 1
-                tell(f"metapl: left out {error}", file=sys.stderr)
-            if len(batch) == BATCH:
-                yield batch
-                batch = []
-        if batch:
-            yield batch
+    def batches(self) -> Iterator[tuple[list[str], Tensor]]:
+        """Where each picture stands, and the network's input (B, C, H, W)."""
+        self.skipped = 0
+        for start in range(0, len(self.files), BATCH):
+            names, pictures = list[str](), list[Tensor]()
+            for file in self.files[start : start + BATCH]:
+                try:
+                    pictures.append(self.input.read(Path(file)))
+                    names.append(file)
+                except MetaplError as error:
+                    self.skipped += 1
+                    tell(f"metapl: left out {error}", file=sys.stderr)
+            if names:
+                yield names, torch.stack(pictures)
