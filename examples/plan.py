@@ -36,8 +36,8 @@ from metapl.execution import checks
 from metapl.execution.layout import Layout
 from metapl.execution.local import Pass
 from metapl.execution.ranks import Ranks
-from metapl.execution.rng import RandomState
 from metapl.execution.shards import local
+from metapl.execution.state import RandomState
 from metapl.feedback import keeping
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from metapl.words import shown
 
@@ -37,11 +36,3 @@ def few(names: Iterable[object], most: int = 5, longest: int = 300) -> str:
     texts = [shown(name) for name in names]
     first = [text if len(text) <= longest else f"{text[: longest - 3]}..." for text in texts[:most]]
     return ", ".join(first) + (f" and {len(texts) - most:,} more" if len(texts) > most else "")
-
-
-def either(**spellings: object) -> Any:
-    """The value of an argument that has two spellings, of which None is one that was not given."""
-    given = {name: value for name, value in spellings.items() if value is not None}
-    if len(given) > 1:
-        raise MetaplError(f"{'= and '.join(given)}= were both given; they are two names of one argument: expected one.")
-    return next(iter(given.values()), None)

@@ -29,7 +29,7 @@ from metapl.data.feed import feed
 from metapl.errors import MetaplError, reason_of
 from metapl.execution.batch import is_whole
 from metapl.execution.checks import described
-from metapl.execution.rng import RandomState, replayed
+from metapl.execution.state import RandomState, replayed
 from metapl.feedback import MODES, Estimator, Lookahead, Mode, estimator
 from metapl.feedback.lookahead import inner_batches
 from metapl.problems.base import BilevelProblem, enters_input

@@ -21,14 +21,29 @@ from metapl.execution.checks import described
 LABEL_KEYS = ("labels", "label")  # in a batch that is a dict
 
 
+def either(**spellings: object) -> Any:
+    """The value of an argument that has two spellings, of which None is one that was not given."""
+    given = {name: value for name, value in spellings.items() if value is not None}
+    if len(given) > 1:
+        raise MetaplError(f"{'= and '.join(given)}= were both given; they are two names of one argument: expected one.")
+    return next(iter(given.values()), None)
+
+
+def both_batches(labeled: Any, unlabeled: Any, outer: Any, inner: Any) -> tuple[Any, Any]:
+    """The outer and the inner batch, each by either of its names; one that is missing is refused."""
+    if outer is not None or inner is not None:
+        labeled, unlabeled = either(labeled=labeled, outer=outer), either(unlabeled=unlabeled, inner=inner)
+    if labeled is None or unlabeled is None:
+        raise MetaplError("a batch is missing; expected labeled= (or outer=) and unlabeled= (or inner=).")
+    return labeled, unlabeled
+
+
 def plain(batch: Any) -> Any:
     """The batch with its dict-like parts, such as the output of a tokenizer, as dicts."""
-    if isinstance(batch, Tensor):
-        return batch
     if isinstance(batch, Mapping):
         return {name: plain(value) for name, value in batch.items()}
     if type(batch) in (tuple, list):
-        return type(batch)(plain(part) for part in batch)
+        return type(batch)([part if isinstance(part, Tensor) else plain(part) for part in batch])
     return batch
 
 
@@ -183,4 +198,4 @@ def views(unlabeled: Any) -> tuple[Any, ...]:
 
 
 def holds_tensors(inputs: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(inputs))
+    return isinstance(inputs, Tensor) or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(inputs))

@@ -65,8 +65,6 @@ def refuse(bad: Tensor, text: str) -> None:
 
 def refuse_not_finite(t: Tensor, text: str) -> None:
     """Raise ``text`` if a tensor has NaN or infinite values, now or when the next report is read."""
-    if transformed():
-        return
     if t.ndim or waits(t):
         refuse(~t.isfinite().all(), text)
     elif not math.isfinite(t):  # in a tenth of the time
@@ -84,8 +82,8 @@ def described(value: Any) -> str:
 
 def logits(outputs: Any, who: str) -> Tensor:
     """The outputs of a network, refused if they are not a plain tensor of real numbers."""
-    sharded = type(outputs) is not Tensor and hasattr(outputs, "device_mesh")
-    if isinstance(outputs, Tensor) and not outputs.is_complex() and not sharded:
+    plain = type(outputs) is Tensor or not hasattr(outputs, "device_mesh")
+    if isinstance(outputs, Tensor) and plain and not outputs.is_complex():
         return outputs
     raise MetaplError(
         f"the {who} returned {type(outputs).__name__}, {described(outputs)}; expected a plain tensor of real numbers "
@@ -109,13 +107,14 @@ def class_labels(labels: Any, classes: int, what: str = "the labels", why: str =
     """Labels, refused if they are not integers in [0, classes), as :func:`safe_labels`."""
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
         raise MetaplError(f"{what} are {described(labels)}; expected int64, one class index per example, (batch,).")
-    if not transformed() and len(labels):
+    waiting = waits(labels)
+    if labels.numel() and not transformed():
         low, high = labels.aminmax()
-        if waits(labels) or int(low) < 0 or int(high) >= classes:
+        if waiting or int(low) < 0 or int(high) >= classes:
             why = why or f"the networks have {classes} classes"
             text = f"{what} reach outside 0..{classes - 1}; {why}: expected 0..{classes - 1}."
             refuse((low < 0) | (high >= classes), text)
-    return safe_labels(labels, classes)
+    return labels.clamp(0, classes - 1) if waiting else labels
 
 
 def safe_labels(labels: Tensor, classes: int) -> Tensor:

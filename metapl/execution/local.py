@@ -19,10 +19,9 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, coarsest, same_outputs
 from metapl.execution.kernels import forward_mode, no_fast_path
-from metapl.execution.numerics import DTYPE, HALF, WHOLE, Space, Tree, full_float32, mean_tree, wide, wide_tree
-from metapl.execution.ranks import ALONE, Ranks
-from metapl.execution.rng import RandomState
-from metapl.execution.state import Slot, Slots, State, replay, stand_in, swapped
+from metapl.execution.layout import Layout
+from metapl.execution.numerics import DTYPE, HALF, Tree, full_float32, mean_tree, wide, wide_tree
+from metapl.execution.state import RandomState, Slot, Slots, State, replay, stand_in, swapped
 
 NOTHING: AbstractContextManager[Any] = nullcontext()
 
@@ -35,10 +34,9 @@ WeightedLoss = Callable[[Tensor], tuple[Tensor, Tensor | float]]
 
 
 class LocalStudent:
-    """A student on one device, as it is in one step: its tables are read anew each time.
+    """A student on one device, as it is in one step.
 
     Args:
-        parameters: those that it learns, by name; None: all that require a gradient.
         slots: its tables where they have been read in this step already.
         double_backward: keep the gradients of its inner passes differentiable in the signal.
     """
@@ -46,19 +44,10 @@ class LocalStudent:
     pass_type: type[Pass]
     readable = True  # whether this process holds whole weights, which a loss of the problem may read
 
-    def __init__(
-        self,
-        module: nn.Module,
-        *,
-        double_backward: bool = False,
-        ranks: Ranks = ALONE,
-        space: Space = WHOLE,
-        parameters: dict[str, nn.Parameter] | None = None,
-        slots: Slots | None = None,
-    ) -> None:
-        self.module, self.double_backward, self.ranks, self.space = module, double_backward, ranks, space
-        self.slots = slots or Slots(module)
-        self.parameters: dict[str, nn.Parameter] = self.slots.learned if parameters is None else parameters
+    def __init__(self, layout: Layout, slots: Slots | None = None, *, double_backward: bool = False) -> None:
+        self.module, self.ranks, self.space = layout.network, layout.ranks, layout.space
+        self.double_backward, self.slots = double_backward, slots or Slots(layout.network)
+        self.parameters: dict[str, nn.Parameter] = layout.parameters() if layout.is_sharded else self.slots.learned
         own = self.parameters.values()
         self.params: Tree = dict(zip(self.parameters, map(Tensor.detach, own), strict=True))
         self.device = next(iter(own)).device
@@ -118,22 +107,17 @@ class LocalStudent:
         return wide(checks.logits(self.module(inputs), "student"))
 
     def as_leaves(self, params: Tree) -> Tree:
-        leaves: Tree = {}
-        for name, t in params.items():
-            own = self.parameters[name]
-            if type(own) is nn.Parameter and not own.__dict__:  # the usual ones, in one call
-                leaves[name] = Tensor._make_subclass(nn.Parameter, t, own.requires_grad)
-            else:
-                leaves[name] = stand_in(t.detach(), own)
-        return leaves
+        own, make = self.parameters, Tensor._make_subclass
+        if {*map(type, own.values())} == {nn.Parameter} and not any(map(vars, own.values())):  # the usual ones
+            return {name: make(nn.Parameter, t, True) for name, t in params.items()}
+        return {name: stand_in(t.detach(), own[name]) for name, t in params.items()}
 
     def over_ranks(self, tree: Tree) -> Tree:
         """The mean over the ranks of second derivatives, which each has of its own rows."""
         return self.ranks.mean_tree(tree, self.params)
 
     def held_at(self, params: Tree) -> list[Slot]:
-        at = {id(own := self.parameters[name]): stand_in(p, own) for name, p in params.items()}
-        return [(table, name, at[id(p)]) for table, name, p in self.slots.parameters if id(p) in at]
+        return [(table, name, params[first]) for table, name, first in self.slots.places if first in params]
 
     def holding(self, params: Tree) -> AbstractContextManager[None]:
         return swapped(self.held_at(self.as_leaves(params)))
@@ -148,7 +132,7 @@ class LocalStudent:
     def along(self, params: Tree, w: Tree, random: RandomState, state: State) -> AbstractContextManager[None]:
         """As :meth:`at`, with dual numbers for weights, whose tangent is w."""
         duals = {name: forward_ad.make_dual(p.clone(), w[name].to_dense()) for name, p in params.items() if name in w}
-        return self.at(duals, random, state)
+        return self.at({name: stand_in(dual, self.parameters[name]) for name, dual in duals.items()}, random, state)
 
 
 class Pass:
@@ -166,10 +150,12 @@ class Pass:
             self._at: Tree = {**student.parameters}
             self._held: list[Slot] = []
         else:
-            self._at = params if student.double_backward else student.as_leaves(params)
+            own = student.parameters
+            graph = student.double_backward
+            self._at = {n: stand_in(p, own[n]) for n, p in params.items()} if graph else student.as_leaves(params)
             self._held = student.held_at(self._at)
         self._before = RandomState.now(student.device)
-        self._state, student.slots.state = student.slots.state or State(student.slots), None
+        self._state, student.slots.state = student.slots.state or student.slots.now(), None
         with self._running():
             outputs = checks.logits(student.module(inputs), "student")
         self.after = RandomState.now(student.device)
@@ -255,7 +241,7 @@ class Pass:
         """S(x; θ + step·direction) in float32 or wider, without autocast and TF32."""
         device = self.student.device
         moved = {n: wide(p) + step * wide(direction[n]) if n in direction else wide(p) for n, p in self.params.items()}
-        at = self.student.at(moved, self._before, self._state, upcast=True)
+        at = self.student.at(self.student.as_leaves(moved), self._before, self._state, upcast=True)
         with torch.no_grad(), torch.autocast(device.type, enabled=False), full_float32(device), no_fast_path(), at:
             return self.student.forward(wide_tree(self.inputs))
 

@@ -26,7 +26,10 @@ def as_real(t: Tensor) -> Tensor:
 
 
 def wide_list(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Numbers to take products of: real ones, in float32 or wider."""
     given = [*tensors]
+    if any(map(Tensor.is_complex, given)):
+        given = [as_real(t) for t in given]
     return given if HALF.isdisjoint(map(DTYPE, given)) else [wide(t) for t in given]
 
 
@@ -64,8 +67,9 @@ class Space:
     def _flat(self, a: Tree, b: Tree) -> Tensor:
         if a.keys() != b.keys():
             a = {name: t for name, t in a.items() if name in b}
-        terms = torch._foreach_mul(wide_list(map(as_real, a.values())), wide_list(map(as_real, map(b.__getitem__, a))))
-        return torch.cat([t.to_dense().flatten() for t in terms])  # gradients of embeddings may be sparse
+        terms = torch._foreach_mul(wide_list(a.values()), wide_list(map(b.__getitem__, a)))
+        # Gradients of embeddings may be sparse.
+        return torch.cat([t.to_dense().flatten() if t.is_sparse else t.flatten() for t in terms])
 
     def count(self, a: Tree) -> int:
         return sum(t.numel() for t in a.values())

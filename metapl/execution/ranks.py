@@ -138,39 +138,17 @@ class Ranks:
 
 
 ALONE = Ranks()  # this process alone
-_sharing: ContextVar[Ranks] = ContextVar("sharing", default=ALONE)
+sharing: ContextVar[Ranks] = ContextVar("sharing", default=ALONE)
 
 
 @contextmanager
 def rows_shared(ranks: Ranks) -> Iterator[None]:
-    """Let :func:`draw_classes` in this block draw for the rows of all ranks."""
-    token = _sharing.set(ranks)
+    """Let :func:`metapl.problems.base.draw_classes` in this block draw for the rows of all ranks."""
+    token = sharing.set(ranks)
     try:
         yield
     finally:
-        _sharing.reset(token)
-
-
-def uniform(rows: int, classes: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Uniform noise, (rows, classes): drawn in float32 whatever the type, so that a seed draws the same labels."""
-    u = torch.rand(rows, classes, generator=generator, dtype=torch.float32, device=like.device)
-    return u.double() if like.dtype == torch.float64 else u
-
-
-def gumbel(rows: int, classes: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard Gumbel noise, (rows, classes): log p plus it is greatest at a class drawn from p."""
-    return -(-uniform(rows, classes, like, generator).log()).log()
-
-
-def draw_classes(probabilities: Tensor, generator: torch.Generator | Tensor | None) -> Tensor:
-    """A class for each row of probabilities (B, C), as a column (B, 1); in the place of a generator, Gumbel noise."""
-    if isinstance(generator, Tensor):
-        return (probabilities.log() + generator).argmax(-1, keepdim=True)
-    # Every rank draws for all rows: with equal generators the labels are those that one process would draw.
-    ranks = ALONE if checks.transformed() else _sharing.get()
-    every = uniform(ranks.size * len(probabilities), probabilities.shape[1], probabilities, generator)
-    # log u / p is greatest where log p and the Gumbel noise −log(−log u) are, in half of the operations.
-    return (ranks.own_rows(every).log() / probabilities).argmax(-1, keepdim=True)
+        sharing.reset(token)
 
 
 class _AllRows(torch.autograd.Function):
@@ -188,7 +166,7 @@ class _AllRows(torch.autograd.Function):
 
 def rows_of_all(t: Tensor) -> tuple[Tensor, slice]:
     """In a problem's ``signal``: the rows of all ranks, differentiably, and where this rank's are."""
-    ranks = _sharing.get()
+    ranks = sharing.get()
     if ranks.alone:
         return t, slice(None)
     every: Tensor = _AllRows.apply(t, ranks)

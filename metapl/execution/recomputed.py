@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metapl.execution.rng import RandomState
-from metapl.execution.state import Slots, State, replay
+from metapl.execution.state import RandomState, Slots, State, replay
 
 Run = Callable[..., list[Tensor]]  # of tensors that require a gradient, the floating-point outputs
 

@@ -31,18 +31,8 @@ from metapl.execution.layout import Layout
 from metapl.execution.local import NOTHING, LocalStudent, Pass, as_leaves
 from metapl.execution.numerics import HALF, Tree
 from metapl.execution.recomputed import recomputed
-from metapl.execution.rng import RandomState
 from metapl.execution.shards import as_sharded, is_sharded, local, whole, whole_together
-from metapl.execution.state import Slot, Slots, State, named_parts, replay, stand_in, swapped
-
-
-def student_of(
-    network: nn.Module | Layout, *, double_backward: bool = False, slots: Slots | None = None
-) -> LocalStudent:
-    layout = network if isinstance(network, Layout) else Layout(network)
-    if layout.is_sharded:
-        return ShardedStudent(layout)
-    return LocalStudent(layout.network, double_backward=double_backward, ranks=layout.ranks, slots=slots)
+from metapl.execution.state import RandomState, Slot, Slots, State, named_parts, replay, stand_in, swapped
 
 
 class ShardedStudent(LocalStudent):
@@ -50,10 +40,9 @@ class ShardedStudent(LocalStudent):
 
     readable = False
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, slots: Slots | None = None, *, double_backward: bool = False) -> None:
         layout.reshard()
-        parameters = layout.parameters()
-        super().__init__(layout.network, ranks=layout.ranks, space=layout.space, parameters=parameters)
+        super().__init__(layout, slots)
         self.layout = layout
         self.params: Tree = {name: local(p).detach() for name, p in self.parameters.items()}
         policies = [block._get_fsdp_state()._mp_policy.param_dtype for block in layout.blocks]

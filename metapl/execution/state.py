@@ -1,4 +1,4 @@
-"""What the passes of a network move besides the weights that it learns: its state, copied, replaced, and restored.
+"""What the passes of a network move besides the weights that it learns: state and generators, saved and put back.
 
 State is the buffers and the parameters that are not learned, such as the average of a momentum encoder. What a network
 keeps elsewhere, in attributes or in Python objects, is not carried (docs/contract.md).
@@ -6,13 +6,15 @@ keeps elsewhere, in attributes or in Python objects, is not carried (docs/contra
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import wraps
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import lru_cache, wraps
 from itertools import chain
 from operator import attrgetter
 from threading import RLock
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +22,73 @@ from torch import Tensor, nn
 from metapl.execution import checks
 from metapl.execution.kernels import explain
 from metapl.execution.numerics import wide
-from metapl.execution.rng import RandomState
 from metapl.execution.shards import is_sharded
 
 Table = dict[str, Any]  # of a module: its parameters, or its buffers
 Slot = tuple[Table, str, Any]  # a place in a table, and a tensor for it
+
+
+class RandomState(NamedTuple):
+    """A saved state of the default generators that a forward pass on ``device`` may draw from."""
+
+    device: torch.device
+    cpu: Tensor
+    accelerator: Tensor | None = None
+
+    @staticmethod
+    def now(device: torch.device) -> RandomState:
+        """The current state; it is kept on the host."""
+        accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+        return RandomState(device, torch.default_generator.get_state(), accelerator)
+
+    def values(self) -> dict[str, Tensor | None]:
+        """The states by name, as they are stored; with the device they make the whole."""
+        return {"cpu": self.cpu, "accelerator": self.accelerator}
+
+    def restore(self) -> None:
+        torch.default_generator.set_state(self.cpu)
+        if self.accelerator is not None:
+            torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
+
+    def branch(self) -> RandomState:
+        """The start of a stream that is independent of the one that continues from here; a function of this state."""
+        if (fixed := _branch.get()) is not None:
+            return fixed
+        # A feedback pass that drew from the caller's stream would share its numbers with the caller's next draw.
+        states = [state.numpy().tobytes() for state in (self.cpu, self.accelerator) if state is not None]
+        return _branch_of(b"".join(states), self.device, self.accelerator is not None)
+
+
+@lru_cache(maxsize=4)  # where nothing draws, every step begins in the same state
+def _branch_of(state: bytes, device: torch.device, on_device: bool) -> RandomState:
+    digest = hashlib.blake2b(state, digest_size=8).digest()
+    seed = int.from_bytes(digest, "little") >> 1  # 63 bits: every generator takes them
+    start = torch.Generator().manual_seed(seed).get_state()
+    return RandomState(device, start, torch.Generator(device).manual_seed(seed).get_state() if on_device else None)
+
+
+_branch: ContextVar[RandomState | None] = ContextVar("branch", default=None)
+
+
+@contextmanager
+def branching_to(state: RandomState) -> Iterator[None]:
+    """Let every :meth:`RandomState.branch` in this block start at a given state."""
+    token = _branch.set(state)
+    try:
+        yield
+    finally:
+        _branch.reset(token)
+
+
+@contextmanager
+def replayed(state: RandomState) -> Iterator[None]:
+    """Draw from ``state`` in this block; afterwards the generators are as they were before."""
+    before = RandomState.now(state.device)
+    state.restore()
+    try:
+        yield
+    finally:
+        before.restore()
 
 
 class Slots:
@@ -33,6 +97,7 @@ class Slots:
     Attributes:
         parameters: every place of a parameter; one that is held twice has two.
         learned: the parameters that require a gradient, once each, by their first name.
+        places: every place of one of these, with that name.
         frozen: the places of the others.
         buffers: the tables of buffers.
         mark: what verification holds for, as one number: modes, numbers of hooks, and which parameters are learned.
@@ -55,22 +120,32 @@ class Slots:
                 elif not is_sharded(p):  # a block exchanges those, whatever the table holds
                     self.frozen.append((part._parameters, name, p))
         self.learned = dict(first.values())
+        self.places = [(table, name, first[id(p)][0]) for table, name, p in self.parameters if id(p) in first]
         self.buffers = [part._buffers for _, part in named]
         self._parts = [part for _, part in named]
         self._tables: list[Any] = [table for part in self._parts for table in (part._parameters, part._modules)]
         self._hooks = [hooks for part in self._parts for hooks in _HOOKS(part)]
+        self._held = [p for _, _, p in self.parameters]
+        self._none: State | None = None
         self._ids, self._flags = self._contents()
         self.mark = hash(tuple(self._flags))
 
     def _contents(self) -> tuple[list[int], list[int]]:
         """What the tables hold, by identity, and the modes, numbers of hooks and ``requires_grad`` flags."""
-        parameters = [p for _, _, p in self.parameters]
-        flags = *map(_TRAINING, self._parts), *map(len, self._hooks), *map(_LEARNS, parameters)
-        return [*map(id, chain.from_iterable(map(dict.values, self._tables)))], [*flags]
+        flags = [*map(_TRAINING, self._parts), *map(len, self._hooks), *map(_LEARNS, self._held)]
+        return [*map(id, chain.from_iterable(map(dict.values, self._tables)))], flags
 
     def refreshed(self) -> Slots:
         """These, or the module's new ones where parameters, submodules, modes or hooks have been changed since."""
         return self if (self._ids, self._flags) == self._contents() else Slots(self.module)
+
+    def now(self, *, copies: bool = True) -> State:
+        """The network's state; of one that has none, the same each time."""
+        if any(self.buffers) or self.frozen:
+            return State(self, copies=copies)
+        if self._none is None:
+            self._none = State(self)
+        return self._none
 
 
 _HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -81,17 +156,16 @@ class State:
     """A snapshot of a network's state: the tensors that its tables hold, and their values, copied or not."""
 
     def __init__(self, slots: Slots, *, copies: bool = True) -> None:
-        # A pass may register buffers: tables that hold none yet are read again wherever this is used.
-        self._empty = [table for table in slots.buffers if not table]
+        self._all, self._frozen = slots.buffers, slots.frozen
         self._tables = [(table, dict(table)) for table in slots.buffers if table]
-        self._frozen = slots.frozen
         held = [*chain.from_iterable(of.values() for _, of in self._tables), *(p for _, _, p in slots.frozen)]
         self._held: dict[int, Tensor] = {id(t): t for t in held if t is not None}
         self._values = {key: t.detach().clone() if copies else t.detach() for key, t in self._held.items()}
 
     def tables(self) -> list[tuple[Table, Table]]:
-        """The tables of buffers, with what they held; of those that a later pass has filled, nothing."""
-        return [*self._tables, *((table, {}) for table in self._empty if table)]
+        """The tables of buffers, with what they held; of those that a pass has filled since, nothing."""
+        known = {id(table) for table, _ in self._tables}
+        return [*self._tables, *[(table, {}) for table in self._all if table and id(table) not in known]]
 
     def restore(self) -> None:
         """Put the tensors back into the tables, and their values into them."""
@@ -117,18 +191,22 @@ def replay(
     ``state``, or of that which it has now (``upcast``: in float32 or wider); afterwards all is as it was before."""
     drawn = RandomState.now(random.device)
     random.restore()
-    snapshot = state if isinstance(state, State) else State(state, copies=False)
+    snapshot = state if isinstance(state, State) else state.now(copies=False)
     tables = snapshot.tables()
     before = [(table, dict(table)) for table, _ in tables]
     fresh: dict[int, Any] = {key: wide(t.clone()) if upcast else t.clone() for key, t in snapshot._values.items()}
     for table, tensors in tables:
         table.clear()
         table.update((name, fresh.get(id(t))) for name, t in tensors.items())  # None: a buffer that has no value yet
-    frozen = [(table, name, stand_in(fresh[id(p)], p)) for table, name, p in snapshot._frozen]
+    held = [*held, *[(table, name, stand_in(fresh[id(p)], p)) for table, name, p in snapshot._frozen]]
+    own = [table[name] for table, name, _ in held]
+    for table, name, t in held:
+        table[name] = t
     try:
-        with swapped([*held, *frozen]):
-            yield
+        yield
     finally:
+        for (table, name, _), t in zip(held, own, strict=True):
+            table[name] = t
         for table, tensors in before:
             table.clear()
             table.update(tensors)
@@ -179,22 +257,21 @@ def one_at_a_time(step: Function) -> Function:
 def restored(
     *networks: Slots,
     device: torch.device,
-    optimizer: torch.optim.Optimizer | None = None,
+    trained: Sequence[Tensor] = (),
     generator: torch.Generator | None = None,
     always: bool = False,
 ) -> Iterator[checks.Fault]:
     """Run a step in this block. If it fails (or ``always``), buffers, frozen parameters, gradients and generators are
-    bit for bit as they were. The gradients of an ``optimizer``'s parameters are cleared before and after. Yields the
+    bit for bit as they were. The gradients of the weights that are ``trained`` are cleared before and after. Yields the
     fault of the report, in which checks on a device wait; with ``always`` they are read at once."""
     fault = checks.Fault()
-    with _LOCK, torch.enable_grad():
-        saved = [State(slots) for slots in networks]
+    with _LOCK, nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
+        saved = [slots.now() for slots in networks]
         for slots, state in zip(networks, saved, strict=True):
             slots.state = state
         random, drawn = RandomState.now(device), None if generator is None else generator.get_state()
-        filled = [p for group in ([] if optimizer is None else optimizer.param_groups) for p in group["params"]]
-        grads = [p.grad for p in filled]
-        for p in filled:
+        grads = [p.grad for p in trained]
+        for p in trained:
             p.grad = None
         token = checks.deferred.set(None if always else fault)
         try:
@@ -207,10 +284,10 @@ def restored(
             explain(error)
             raise
         else:
-            grads = [None] * len(filled)
+            grads = [None] * len(trained)
         finally:
             checks.deferred.reset(token)
-            for p, grad in zip(filled, grads, strict=True):
+            for p, grad in zip(trained, grads, strict=True):
                 p.grad = grad
             torch.clear_autocast_cache()  # of a caller's region: it holds casts of weights from before the step
             for state in saved if always else ():

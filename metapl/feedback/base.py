@@ -92,7 +92,7 @@ class Estimator(ABC):
             total = path.inner_loss  # a sum of all is finite where all are
             for of_step in feedback:
                 for h in (of_step.h, *of_step.others.values()):
-                    total = total + h.sum()
+                    total = total + (h.sum() if h.ndim else h)
             checks.refuse_not_finite(
                 total,
                 "the inner loss or the feedback is NaN or infinite; lower the student's learning rate, or look for "

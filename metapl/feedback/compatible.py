@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 from torch import nn
 
-from metapl.errors import MetaplError, either
+from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.layout import CURVATURE, ONE_PROCESS, THROUGH_INPUT, Layout
 from metapl.feedback import Estimator, modes_for
 from metapl.problems import PseudoLabels
-from metapl.problems.base import BilevelProblem, Kind, Problem, Signal, enters_input, has_own, kind_of
+from metapl.problems.base import BilevelProblem, Kind, Problem, enters_input, has_own, kind_of
 
 
 @cache  # compiled graphs are known by their problem
@@ -28,14 +27,6 @@ def prepare(problem: BilevelProblem | None, mode: Estimator) -> Problem:
         given = f"the class {problem.__name__}" if isinstance(problem, type) else checks.described(problem)
         raise MetaplError(f"problem is {given}; expected a metapl.BilevelProblem, such as metapl.PseudoLabels().")
     return problem.for_modes(mode.labels, mode.name)
-
-
-def both_batches(labeled: Any, unlabeled: Any, outer: Any, inner: Any) -> tuple[Any, Any]:
-    """The outer and the inner batch, each by either of its names; one that is missing is refused."""
-    labeled, unlabeled = either(labeled=labeled, outer=outer), either(unlabeled=unlabeled, inner=inner)
-    if labeled is None or unlabeled is None:
-        raise MetaplError("a batch is missing; expected labeled= (or outer=) and unlabeled= (or inner=).")
-    return labeled, unlabeled
 
 
 def check_teacher(teacher: nn.Module | None, problem: Problem, **given: bool) -> None:
@@ -66,17 +57,3 @@ def check_mode(mode: Estimator, steps: int, problem: Problem, student: Layout) -
         raise MetaplError(
             f"{given}, and the student is {student.how}; expected one process, 'difference' or 'reinforce'."
         )
-
-
-def check_kind(signal: Signal, mode: Estimator, problem: Problem, steps: int) -> None:
-    """Refuse a signal of a kind that the mode cannot differentiate; ``steps`` of the student are taken."""
-    if signal.sampled and mode.credits in ("signal", "example") and enters_input(problem):
-        given = f"mode {mode.name!r} credits each label, and those of {kind_of(problem)} enter the student's input"
-        raise MetaplError(f"{given}; expected a differentiable signal, or 'reinforce', 'loss_difference' or 'none'.")
-    kind: Kind = "hard" if signal.sampled else "soft"
-    constant = kind == "soft" and not signal.differentiable() and mode.credits != "nothing"
-    if constant or kind not in mode.labels:
-        own = f"{checks.described(signal.value)} with{'' if signal.sampled else 'out'} a log_prob"
-        fitting = ", ".join(modes_for(kind, looks_ahead=steps > 1))
-        given = f"the problem's signal is {own}, which mode '{mode.name}' does not differentiate"
-        raise MetaplError(f"{given}; expected {fitting}, or a signal of floating point, or with log_prob.")

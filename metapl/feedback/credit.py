@@ -89,6 +89,8 @@ class Feedback:
         """h on the whole batch, as the signal's value is: a tensor, or a dict of its floating-point tensors. Of a field
         without rows it is the sum over micro-batches, each of which has a signal of its own."""
         parts, value = len(step.passes), step.signal.value
+        if parts == 1 and not isinstance(value, dict):
+            return self.h.detach()
         by_field = {
             name: h if parts == 1 or not h.ndim or step.has_rows(name) else h.reshape(parts, -1, *h.shape[1:]).sum(0)
             for name, h in {self.part or "": self.h.detach(), **self.others}.items()

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
+from metapl.execution.batch import both_batches
 from metapl.execution.kernels import no_fast_path
 from metapl.execution.layout import layouts
-from metapl.execution.local import NOTHING
-from metapl.execution.sharded import student_of
+from metapl.execution.local import NOTHING, LocalStudent
+from metapl.execution.sharded import ShardedStudent
 from metapl.execution.state import one_at_a_time, restored
 from metapl.feedback import Estimator, Mode, estimator
-from metapl.feedback.compatible import both_batches, check_mode, check_teacher, prepare
+from metapl.feedback.compatible import check_mode, check_teacher, prepare
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import take_steps
 from metapl.feedback.teacher import Teaching
@@ -209,7 +210,8 @@ def hypergradient(
     for layout in (of_teacher, of_student):
         if layout is not None:
             layout.begin_step()
-    local_student, ranks = student_of(of_student, double_backward=estimate.keep_graph), of_student.ranks
+    kind = ShardedStudent if of_student.is_sharded else LocalStudent
+    local_student, ranks = kind(of_student, double_backward=estimate.keep_graph), of_student.ranks
     teach = Teaching(of_teacher, problem, estimate, generator, ranks, device, batches, accumulate, recompute_teacher)
     graph_of = estimate.graph_of(len(batches), local_student)
     kernels = no_fast_path(math=True) if estimate.keep_graph or graph_of is not None else NOTHING

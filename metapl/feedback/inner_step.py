@@ -131,7 +131,7 @@ class InnerStep:
         losses = [self._loss(of_part, x)(part.outputs, self.params) for part, of_part, x in step.parts()]
         return replace(step, inner_loss=mean_of(losses))
 
-    @cached_property
+    @property
     def outputs(self) -> Tensor:
         """z = S(x; θ), (B, ...), without a graph."""
         return self.passes[0].outputs if len(self.passes) == 1 else joined([part.outputs for part in self.passes])

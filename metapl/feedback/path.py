@@ -15,8 +15,7 @@ from metapl.execution import checks
 from metapl.execution.batch import digest, length, micro_batches
 from metapl.execution.local import NOTHING, LocalStudent, Pass, WeightedLoss, as_leaves, mean_of
 from metapl.execution.numerics import Tree, mean_tree
-from metapl.execution.rng import RandomState, replayed
-from metapl.execution.state import replay
+from metapl.execution.state import RandomState, replay, replayed
 from metapl.feedback.credit import Credited, credited
 from metapl.feedback.inner_step import InnerLoss, InnerStep, SignalInput
 from metapl.feedback.keeping import ALL, Keeping, States
@@ -55,9 +54,14 @@ class Path:
     in_settings: list[Options] = field(default_factory=list, init=False)  # on the last steps so far
     _outer_gradient: Tree | None = field(default=None, init=False)
 
-    def __post_init__(self) -> None:
-        self.rereads = isinstance(self.batches, Lookahead)  # a batch that is needed again is read again, and not held
-        self.settings = [name for name in self.wrt if name != "start"]
+    @property
+    def rereads(self) -> bool:
+        """Whether a batch that is needed again is read again, and not held."""
+        return isinstance(self.batches, Lookahead)
+
+    @property
+    def settings(self) -> list[str]:
+        return [name for name in self.wrt if name != "start"]
 
     @property
     def params(self) -> Tree:
@@ -253,64 +257,38 @@ def take_steps(
 ) -> Path:
     """The student's steps on the inner batches: Algorithm 1, lines 2 and 3. Buffers and generators advance as in
     training; the weights do not move."""
-    local, ranks, several, rereads = student, student.ranks, len(batches) > 1, isinstance(batches, Lookahead)
-    path = Path(problem, local, update, micro_batches(labeled, parts, "labeled"), batches, wrt=wrt)
+    ranks, several, rereads, enters = (
+        student.ranks,
+        len(batches) > 1,
+        isinstance(batches, Lookahead),
+        enters_input(problem),
+    )
+    judged = [labeled] if parts == 1 else micro_batches(labeled, parts, "labeled")
+    path = Path(problem, student, update, judged, batches, wrt=wrt)
     if not ranks.alone:
         ranks.equal(length(labeled), "the outer batch")
-    enters = enters_input(problem)
     # The derivative through the input is another one, and the start's takes a Hessian product.
     graph_of = None if enters or "start" in wrt else graph_of
-
-    def taken(batch: Any, params: Tree, state: Any, rule: Update) -> InnerStep:
-        """One step from θ and s on a batch, in micro-batches; no weight moves."""
-
-        def asked(x: Any, outputs: Tensor | None) -> Signal:
-            """Line 2: ŷ ~ T(x), or the soft label; a problem may read the student as it is in this step."""
-            if ranks.alone and params is local.params:
-                return teach(x, outputs).detached()
-            with NOTHING if params is local.params else local.holding(params), ranks.agreed():
-                return teach(x, outputs).detached()
-
-        def learned(i: int) -> tuple[Tensor, Tree]:
-            """Line 3: g = ∇ (1/B) Σ ℓ_i(z, signal), of a micro-batch, and the value of the loss."""
-            signal, leaves = signals[i], dict[str, Tensor]()
-            if graph_of is not None:
-                leaves = as_leaves(credited(signal, graph_of))
-                signal = signal.having(leaves)
-            loss = InnerLoss(problem, signal, pieces[i], local.readable, leaves.get("factors"))
-            return passes[i].gradient(loss, [*leaves.values()])
-
-        pieces = [batch] if parts == 1 else micro_batches(batch, parts, "unlabeled")
-        if not ranks.alone:
-            ranks.equal(length(batch), "the inner batch")
-        passes, signals, signal_inputs = list[Pass](), list[Signal](), list[SignalInput]()
-        results = list[tuple[Tensor, Tree]]()
-        if before := enters or problem.signal_of_batch:
-            asked_about = [batch] if problem.signal_of_batch else pieces
-            whole = joined_signals([asked(x, None) for x in asked_about], leaves=keep_graph)
-            signals = whole.chunks(parts)
-        for i, x in enumerate(pieces):
-            if enters:
-                signal_inputs.append(SignalInput(problem, x, signals[i], keep_graph))
-            inputs = signal_inputs[i].inputs if enters else problem.student_input(x)
-            passes.append(inner_pass := local.pass_type(local, params, inputs))  # z = S(x; θ)
-            with NOTHING if ranks.alone else ranks.agreed():
-                problem.check(inner_pass.outputs, path.labeled[i], x)
-            if not before:
-                signals.append(asked(x, inner_pass.outputs))
-            if not keep_graph:  # one graph at a time
-                results.append(learned(i))
-        whole = whole if before else joined_signals(signals, leaves=keep_graph)
-        if keep_graph:  # by parts of the leaf that the path is differentiated in
-            signals = whole.chunks(parts)
-            results = [learned(i) for i in range(parts)]
-        losses, gradients = zip(*results, strict=True)
-        given = problem, rule, passes, batch, whole, mean_of(losses), mean_tree(gradients), state, signal_inputs
-        return InnerStep(*given, by_optimizer=several, digest=digest(batch) if rereads else None)
-
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
-    params = as_leaves(local.params) if (several or "start" in wrt) and keep_graph else local.params
+    params = as_leaves(student.params) if (several or "start" in wrt) and keep_graph else student.params
     state = update.read_state()
+
+    def asked(x: Any, outputs: Tensor | None) -> Signal:
+        """Line 2: ŷ ~ T(x), or the soft label; a problem may read the student as it is in this step."""
+        if ranks.alone and params is student.params:
+            return teach(x, outputs).detached()
+        with NOTHING if params is student.params else student.holding(params), ranks.agreed():
+            return teach(x, outputs).detached()
+
+    def learned(inner_pass: Pass, x: Any, signal: Signal) -> tuple[Tensor, Tree]:
+        """Line 3: g = ∇ (1/B) Σ ℓ_i(z, signal), of a micro-batch, and the value of the loss."""
+        leaves: Tree = {}
+        if graph_of is not None:
+            leaves = as_leaves(credited(signal, graph_of))
+            signal = signal.having(leaves)
+        loss = InnerLoss(problem, signal, x, student.readable, leaves.get("factors"))
+        return inner_pass.gradient(loss, [*leaves.values()])
+
     for number in range(len(batches)):
         if number > 0:
             params, state = path.steps[-1].updated
@@ -324,11 +302,37 @@ def take_steps(
             # θ, g and s after the step, and a batch that the step alone holds.
             held = [*params.values()] * 2 + (pytree.tree_leaves(batch) if rereads else [])
             size = update.state_bytes() + sum(t.nbytes for t in held if isinstance(t, Tensor))
-            path.keeping = ALL if keep is None else keep(len(batches), size, local)
+            path.keeping = ALL if keep is None else keep(len(batches), size, student)
             path.states = States(path.keeping.on)
             if path.keeping.spacings:
                 path.states.keep(0, (params, state))
-        path.steps.append(taken(batch, params, state, updates[number] if updates else update))
+        pieces = [batch] if parts == 1 else micro_batches(batch, parts, "unlabeled")
+        if not ranks.alone:
+            ranks.equal(length(batch), "the inner batch")
+        passes, signals, signal_inputs = list[Pass](), list[Signal](), list[SignalInput]()
+        results = list[tuple[Tensor, Tree]]()
+        if before := enters or problem.signal_of_batch:
+            about = [batch] if problem.signal_of_batch else pieces
+            whole = joined_signals([asked(x, None) for x in about], leaves=keep_graph)
+            signals = whole.chunks(parts)
+        for i, x in enumerate(pieces):
+            if enters:
+                signal_inputs.append(SignalInput(problem, x, signals[i], keep_graph))
+            inputs = signal_inputs[i].inputs if enters else problem.student_input(x)
+            passes.append(inner_pass := student.pass_type(student, params, inputs))  # z = S(x; θ)
+            with NOTHING if ranks.alone else ranks.agreed():
+                problem.check(inner_pass.outputs, judged[i], x)
+            if not before:
+                signals.append(asked(x, inner_pass.outputs))
+            if not keep_graph:  # one graph at a time
+                results.append(learned(inner_pass, x, signals[i]))
+        whole = whole if before else joined_signals(signals, leaves=keep_graph)
+        if keep_graph:  # by parts of the leaf that the path is differentiated in
+            results = [*map(learned, passes, pieces, whole.chunks(parts))]
+        losses, gradients = zip(*results, strict=True)
+        rule, known_by = updates[number] if updates else update, digest(batch) if rereads else None
+        given = problem, rule, passes, batch, whole, mean_of(losses), mean_tree(gradients), state, signal_inputs
+        path.steps.append(InnerStep(*given, by_optimizer=several, digest=known_by))
         if several:
             with NOTHING if ranks.alone else ranks.agreed():
                 checks.refuse_not_finite(path.steps[-1].inner_loss.detach(), LOSS_NOT_FINITE.format(number))

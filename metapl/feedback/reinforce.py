@@ -59,7 +59,8 @@ class Reinforce(Estimator):
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         step, w = path.pullback()
         by = "cosine" if self.similarity == "cosine" else self.normalization
-        h = -step.space.dot(w, step.gradient) / divisor(by, step, w)
+        h = -step.space.dot(w, step.gradient)
+        h = h if by == "gradient" else h / divisor(by, step, w)
         h, state = subtract_baseline(h, self.baseline, state)
         return [Feedback(h, "log_prob")], state
 

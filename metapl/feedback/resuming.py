@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution.batch import digest
-from metapl.execution.rng import RandomState
+from metapl.execution.state import RandomState
 from metapl.feedback.keeping import States, folder_of
 from metapl.problems.base import Problem, kind_of
 from metapl.runs import checkpoint

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import micro_batches
 from metapl.execution.compare import EXACTLY, coarsest, same_outputs
@@ -16,16 +17,14 @@ from metapl.execution.kernels import no_fast_path
 from metapl.execution.layout import Layout
 from metapl.execution.local import NOTHING
 from metapl.execution.ranks import Ranks, rows_shared
-from metapl.execution.rng import RandomState
 from metapl.execution.sharded import by_backward
 from metapl.execution.shards import local
-from metapl.execution.state import Slots, State, replay
-from metapl.feedback.base import Estimator
-from metapl.feedback.compatible import check_kind
+from metapl.execution.state import RandomState, Slots, State, replay
+from metapl.feedback import Estimator, modes_for
 from metapl.feedback.credit import Feedback
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import Path
-from metapl.problems.base import Problem, Signal, check_signal
+from metapl.problems.base import Kind, Problem, Signal, check_signal, enters_input, kind_of
 from metapl.problems.losses import TeacherLoss, sum_of_terms
 
 NOT_FINITE = (
@@ -75,7 +74,7 @@ class Teaching:
         """Algorithm 1, line 2, ŷ_u ~ T(x_u): the signal about a micro-batch, given the student's outputs on it."""
         if self.recompute:
             drawn = None if self.generator is None else self.generator.get_state()
-            begun = RandomState.now(self.device), State(self.slots), drawn
+            begun = RandomState.now(self.device), self.slots.now(), drawn
             with torch.no_grad(), no_fast_path():
                 signal = self._ask(batch, outputs)
             taken = TeacherPass(None if self.rereads else batch, outputs, signal, *begun)
@@ -148,7 +147,7 @@ class Teaching:
         first, scalars = len(self.passes) - parts, list[dict[str, Tensor]]()  # the first pass on the last batch
         of_feedback, of_losses = dict[str, Tensor](), dict[str, Tensor]()  # gradients, where their ratio is asked for
         for i, (taken, h) in enumerate(zip(self.passes, pieces, strict=True)):
-            signal, own = self.with_graph(taken, taken.batch), None
+            signal, own = taken.signal if taken.random is None else self.with_graph(taken, taken.batch), None
             from_feedback = h.teacher_loss(signal)
             if not alone:  # a sum over all rows, of a gradient that is averaged over the ranks
                 from_feedback = self.ranks.size * from_feedback
@@ -159,8 +158,8 @@ class Teaching:
                 values = [*terms.values()] or [from_feedback.new_zeros(())]
                 own = values[0] if len(values) == 1 else torch.stack(values).sum()
                 checks.learns(own, "teacher")
-                named = {f"teacher_{name}": term.detach() for name, term in terms.items()}
-                scalars.append({"teacher_loss": own.detach(), **named})
+                scalars.append({"teacher_loss": own.detach()})
+                scalars[-1] |= {f"teacher_{name}": term.detach() for name, term in terms.items()}
                 own = own / parts if parts > 1 else own
             if ratio is None:
                 total = from_feedback if weight == 1.0 else weight * from_feedback
@@ -187,11 +186,25 @@ class Teaching:
             for name, p in parameters.items():
                 p.grad = of_losses.get(name)
             scalars[-1]["feedback_weight"] = scale
-        means = mean_scalars(scalars)
+        means = scalars[0] if len(scalars) == 1 else mean_scalars(scalars)
         means = means if alone else self.ranks.mean_tree(means, means)
         # The mean over the ranks is finite where all of them are: they refuse it together.
         checks.refuse_not_finite(means["teacher_loss"], NOT_FINITE)
         return means
+
+
+def check_kind(signal: Signal, mode: Estimator, problem: Problem, steps: int) -> None:
+    """Refuse a signal of a kind that the mode cannot differentiate; ``steps`` of the student are taken."""
+    if signal.sampled and mode.credits in ("signal", "example") and enters_input(problem):
+        given = f"mode {mode.name!r} credits each label, and those of {kind_of(problem)} enter the student's input"
+        raise MetaplError(f"{given}; expected a differentiable signal, or 'reinforce', 'loss_difference' or 'none'.")
+    kind: Kind = "hard" if signal.sampled else "soft"
+    constant = kind == "soft" and not signal.differentiable() and mode.credits != "nothing"
+    if constant or kind not in mode.labels:
+        own = f"{checks.described(signal.value)} with{'' if signal.sampled else 'out'} a log_prob"
+        fitting = ", ".join(modes_for(kind, looks_ahead=steps > 1))
+        given = f"the problem's signal is {own}, which mode '{mode.name}' does not differentiate"
+        raise MetaplError(f"{given}; expected {fitting}, or a signal of floating point, or with log_prob.")
 
 
 def gradient_of(layout: Layout, loss: Tensor, retain: bool = False) -> dict[str, Tensor]:

@@ -25,14 +25,13 @@ from metapl.execution.batch import length
 from metapl.execution.checks import Fault
 from metapl.execution.kernels import no_fast_path
 from metapl.execution.numerics import as_real
-from metapl.execution.ranks import gumbel
-from metapl.execution.rng import RandomState, branching_to
+from metapl.execution.state import RandomState, branching_to
 from metapl.feedback import MODES, Implicit, estimator
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.report import StepReport
 from metapl.functional.state import Report, State, dot, leaves_of, norm, settings_of, state_of, unclipped
 from metapl.functional.step import Step, make_step
-from metapl.problems.base import Signal, enters_input, has_own
+from metapl.problems.base import Signal, enters_input, gumbel, has_own
 from metapl.updates import Clipped, TorchUpdate, Update, as_taken, options_of, parts_of, update_of
 
 LONGEST = 3  # steps that are unrolled in one function

@@ -33,7 +33,7 @@ from metapl.execution.checks import logits
 from metapl.execution.kernels import no_fast_path
 from metapl.execution.layout import layouts
 from metapl.execution.numerics import HALF, Tree, wide
-from metapl.execution.rng import RandomState, branching_to, replayed
+from metapl.execution.state import RandomState, branching_to, replayed
 from metapl.feedback import Forward
 from metapl.feedback.hypergradient import hypergradient
 from metapl.feedback.keeping import Keeping, States, folder_of, keeping

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from metapl.errors import MetaplError
 from metapl.execution.batch import first_input, joined, labeled_pair
-from metapl.execution.checks import described, scalar_loss
+from metapl.execution.checks import described, scalar_loss, transformed
 from metapl.execution.numerics import wide
+from metapl.execution.ranks import ALONE, sharing
 
 Params = Mapping[str, Tensor]
 Kind = Literal["soft", "hard"]  # of a signal: differentiable, or sampled
@@ -81,10 +82,34 @@ class Signal:
 
     def detached(self) -> Signal:
         """A copy without the teacher's graph: a signal may be weights, such as a table of labels, which move."""
-        with torch.no_grad():
-            value, others = self.value, (self.log_prob, self.probs, self.outputs)
-            copied = {key: t.clone() for key, t in value.items()} if isinstance(value, dict) else value.clone()
-            return type(self)(copied, *[None if t is None else t.clone() for t in others])
+        value: Any = self.value
+        several, others = isinstance(value, dict), (self.log_prob, self.probs, self.outputs)
+        copied = {key: t.detach().clone() for key, t in value.items()} if several else value.detach().clone()
+        return type(self)(copied, *[None if t is None else t.detach().clone() for t in others])
+
+
+def uniform(rows: int, classes: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Uniform noise, (rows, classes): drawn in float32 whatever the type, so that a seed draws the same labels."""
+    u = torch.rand(rows, classes, generator=generator, dtype=torch.float32, device=like.device)
+    return u.double() if like.dtype == torch.float64 else u
+
+
+def gumbel(rows: int, classes: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard Gumbel noise, (rows, classes): log p plus it is greatest at a class drawn from p."""
+    return -(-uniform(rows, classes, like, generator).log()).log()
+
+
+def draw_classes(probabilities: Tensor, generator: torch.Generator | Tensor | None) -> Tensor:
+    """A class for each row of probabilities (B, C), as a column (B, 1); in the place of a generator, Gumbel noise."""
+    if isinstance(generator, Tensor):
+        return (probabilities.log() + generator).argmax(-1, keepdim=True)
+    # Every rank draws for all rows: with equal generators the labels are those that one process would draw.
+    ranks = ALONE if transformed() else sharing.get()
+    rows, classes = probabilities.shape
+    every = uniform(ranks.size * rows, classes, probabilities, generator)
+    # log u / p is greatest where log p and the Gumbel noise −log(−log u) are, in half of the operations.
+    own = every if ranks.alone else ranks.own_rows(every)
+    return (own.log() / probabilities).argmax(-1, keepdim=True)
 
 
 def field_of(key: object) -> str:
@@ -93,11 +118,11 @@ def field_of(key: object) -> str:
 
 def check_signal(signal: Any, problem: Any) -> Signal:
     """What a problem's ``signal`` returned; anything but a signal of tensors is refused."""
-    value = getattr(signal, "value", None)
-    tensors = list(value.values()) if isinstance(value, dict) else [value]
-    fits = isinstance(signal, Signal) and tensors and all(isinstance(t, Tensor) for t in tensors)
-    if fits and signal.sampled:
-        fits = isinstance(value, Tensor) and signal.log_prob.shape == value.shape[:1]
+    value, drawn = getattr(signal, "value", None), getattr(signal, "log_prob", None)
+    fits = isinstance(value, Tensor) and (drawn is None or drawn.shape == value.shape[:1])
+    if isinstance(value, dict):
+        fits = drawn is None and bool(value) and all(isinstance(t, Tensor) for t in value.values())
+    fits = fits and isinstance(signal, Signal)
     if not fits:
         given = f"a Signal of {described(value)}" if isinstance(signal, Signal) else described(signal)
         raise MetaplError(

@@ -14,8 +14,7 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import views
 from metapl.execution.numerics import wide
-from metapl.execution.ranks import draw_classes
-from metapl.problems.base import Kind, Params, Problem, Random, Signal
+from metapl.problems.base import Kind, Params, Problem, Random, Signal, draw_classes
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.runs.fields import Range, check_fields
 
@@ -93,7 +92,8 @@ class PseudoLabels(Problem):
         if student_outputs is not None and logits.shape != student_outputs.shape:  # None where it enters the input
             shape, own = tuple(logits.shape), tuple(student_outputs.shape)
             raise MetaplError(f"the teacher's outputs have shape {shape}; expected that of the student's, {own}.")
-        log_q = F.log_softmax(wide(logits) / self.temperature, -1)
+        z = wide(logits) if self.temperature == 1.0 else wide(logits) / self.temperature
+        log_q = F.log_softmax(z, -1)
         q = log_q.exp()
         if self.kind != "hard":
             return Signal(q, outputs=logits)

@@ -21,9 +21,8 @@ from metapl.execution.batch import as_tensors, labeled_pair, length
 from metapl.execution.layout import layouts
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import Ranks
-from metapl.execution.rng import RandomState, replayed
 from metapl.execution.shards import gathered, local
-from metapl.execution.state import trainable
+from metapl.execution.state import RandomState, replayed, trainable
 from metapl.feedback import Forward
 from metapl.feedback.hypergradient import hypergradient
 from metapl.feedback.keeping import SHARE, folder_of, free_bytes

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError, either
+from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import as_tensors, inputs_of, rows
+from metapl.execution.batch import as_tensors, either, inputs_of, rows
 from metapl.execution.layout import Layout
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import ALONE, Ranks

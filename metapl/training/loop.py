@@ -23,8 +23,8 @@ from metapl.errors import MetaplError, few
 from metapl.execution.batch import as_tensors, digest, plain
 from metapl.execution.checks import Fault
 from metapl.execution.ranks import Ranks
-from metapl.execution.rng import RandomState, replayed
 from metapl.execution.shards import gathered, is_sharded, load_whole, local
+from metapl.execution.state import RandomState, replayed
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.report import Say
 from metapl.metrics.metric import Metric

@@ -98,7 +98,7 @@ class LossTrainer(Trainer):
         trained = map(id, self.layout.parameters().values())
         if not self.steps_done and {*map(id, parameters_of(self.optimizer))}.isdisjoint(trained):
             raise MetaplError("the optimizer holds none of the network's trainable parameters; expected those.")
-        with restored(Slots(self.student), optimizer=self.optimizer, device=self.device) as fault:
+        with restored(Slots(self.student), trained=parameters_of(self.optimizer), device=self.device) as fault:
             of_labeled = micro_batches(labeled, self.accumulate, "labeled")
             of_unlabeled = micro_batches(unlabeled, self.accumulate, "unlabeled")
             kind, parts = self.total.replace("_", " "), []

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.errors import few
-from metapl.execution.rng import RandomState
-from metapl.execution.state import trainable
+from metapl.execution.state import RandomState, trainable
 from metapl.feedback import Lookahead, Mode
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.problems.base import Problem, Signal, enters_input, sum_and_weight

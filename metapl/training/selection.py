@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from metapl.errors import MetaplError
 from metapl.execution.batch import rows
 from metapl.execution.layout import reshard
-from metapl.execution.rng import RandomState, replayed
 from metapl.execution.shards import as_sharded, laid_out_like, local, whole
+from metapl.execution.state import RandomState, replayed
 from metapl.metrics.metric import Metric, default_metric
 from metapl.metrics.predictions import logits_of, outer_batches
 

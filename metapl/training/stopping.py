@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from metapl.execution.rng import RandomState, replayed
+from metapl.execution.state import RandomState, replayed
 from metapl.runs.signals import END, is_heard
 
 Callback = Callable[[int, Mapping[str, float], Any], object]

@@ -9,18 +9,17 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError, either
+from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import labeled_pair, plain
+from metapl.execution.batch import both_batches, either, labeled_pair, plain
 from metapl.execution.kernels import no_fast_path
 from metapl.execution.layout import Layout, layouts
-from metapl.execution.local import NOTHING
-from metapl.execution.rng import RandomState, replayed
-from metapl.execution.sharded import student_of
+from metapl.execution.local import NOTHING, LocalStudent
+from metapl.execution.sharded import ShardedStudent
 from metapl.execution.shards import as_held, load_whole
-from metapl.execution.state import Slots, one_at_a_time, restored
+from metapl.execution.state import RandomState, Slots, one_at_a_time, replayed, restored
 from metapl.feedback import Mode, estimator
-from metapl.feedback.compatible import both_batches, check_mode, check_teacher, prepare
+from metapl.feedback.compatible import check_mode, check_teacher, prepare
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.feedback.lookahead import Lookahead, inner_batches
 from metapl.feedback.path import take_steps
@@ -162,7 +161,9 @@ class BilevelTrainer(Trainer):
             if {*map(id, parameters_of(self.outer_optimizer))} - {*map(id, self.teacher.parameters())}:
                 raise MetaplError("outer_optimizer holds tensors that are not the teacher's; expected its parameters.")
             self._teacher_trainer = _TeacherTrainer(self, teacher, self.outer_optimizer)
+        self._student_type = ShardedStudent if self.layout.is_sharded else LocalStudent
         self._slots = [Slots(nn.Module() if one is None else one) for one in (self.teacher, self.student)]
+        self._held: Any = None  # the weights that the outer optimizer moves, and those that the teacher learns
         self.mode_state = self.mode.init()
         self.steps_done, self.compiled_step = 0, CompiledStep()
 
@@ -184,29 +185,38 @@ class BilevelTrainer(Trainer):
         for layout in self.distributed:
             layout.begin_step()
         self._slots = slots = [of_network.refreshed() for of_network in self._slots]
-        self.verification.before(self, labeled, unlabeled, slots)
-        batches, ahead = inner_batches(unlabeled, self.lookahead), isinstance(unlabeled, Lookahead)
+        verification, mark = self.verification, hash((slots[0].mark, slots[1].mark))
+        if verification.setting and (verification.every or mark not in verification.known):
+            verification.before(self, labeled, unlabeled, mark)
+        ahead = isinstance(unlabeled, Lookahead)
+        batches = inner_batches(unlabeled, self.lookahead) if ahead or self.lookahead > 1 else [plain(unlabeled)]
         if self.compile:
             return self.compiled_step(self, plain(labeled), batches, ahead)
         labeled = self.problem.outer_batch(labeled)
         if len(batches) != self.lookahead:
             check_mode(self.mode, len(batches), self.problem, self.layout)
         mode, outer_optimizer, number = self.mode, self.outer_optimizer, self.steps_done
-        student = student_of(self.layout, double_backward=mode.keep_graph, slots=slots[1])
+        student = self._student_type(self.layout, slots[1], double_backward=mode.keep_graph)
         self.update.follow(student.parameters)
         where, passes = (self.generator, self.ranks, self.device), (self.accumulate, self.recompute_teacher, slots[0])
         teach = Teaching(self.teacher_layout, self.problem, mode, *where, batches, *passes)
-        if outer_optimizer is not None:  # as ``follow`` for the student: layers may have been added, or thawed
+        taught = [] if outer_optimizer is None else parameters_of(outer_optimizer)
+        held = [*map(id, taught)], [*map(id, slots[0].learned.values())]
+        if outer_optimizer is not None and held != self._held:  # as ``follow``: layers may have been added, or thawed
             refuse_missing("outer_optimizer", outer_optimizer, slots[0].learned, "teacher")
-        how: dict[str, Any] = {"keep_graph": mode.keep_graph, "graph_of": mode.graph_of(len(batches), student)}
-        how |= {"parts": self.accumulate, "keep": mode.keeping}
+        self._held, graph_of = held, mode.graph_of(len(batches), student)
         # Fused attention has no second derivative, which a graph of g is for.
-        kernels = no_fast_path(math=True) if how["keep_graph"] or how["graph_of"] is not None else NOTHING
+        kernels = no_fast_path(math=True) if mode.keep_graph or graph_of is not None else NOTHING
         losses = () if self._teacher_trainer is None else self._teacher_trainer.losses_for(batches[-1])
-        with restored(*slots, device=self.device, optimizer=outer_optimizer, generator=self.generator) as fault:
+        with restored(*slots, device=self.device, trained=taught, generator=self.generator) as fault:
             with self._autocast() if self.precision != "float32" else NOTHING, kernels:
-                # Lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
-                path = take_steps(student, self.update, self.problem, labeled, batches, teach, **how)
+                path = take_steps(  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
+                    *(student, self.update, self.problem, labeled, batches, teach),
+                    parts=self.accumulate,
+                    keep_graph=mode.keep_graph,
+                    graph_of=graph_of,
+                    keep=mode.keeping,
+                )
                 feedback, mode_state = mode.checked_feedback(path, self.mode_state)  # line 4: h
                 # Lines 5-7: −Σ h·signal + losses
                 scalars = teach.backward(feedback, losses, labeled, number, self.feedback_weight, self.feedback_ratio)

@@ -14,7 +14,7 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -25,13 +25,12 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, few, reason_of
-from metapl.execution.batch import micro_batches, plain, rows
+from metapl.execution.batch import both_batches, micro_batches, plain, rows
 from metapl.execution.kernels import no_fast_path
 from metapl.execution.layout import layouts
-from metapl.execution.rng import RandomState
-from metapl.execution.state import Slots, trainable
+from metapl.execution.state import RandomState, trainable
 from metapl.feedback import Estimator, Implicit, Lookahead, LossDifference, Mode, estimator
-from metapl.feedback.compatible import both_batches, prepare
+from metapl.feedback.compatible import prepare
 from metapl.feedback.implicit import conjugate_gradient, neumann
 from metapl.problems.base import field_of, has_own, has_rows, sum_and_weight
 from metapl.runs.generators import rng_state, set_rng_state
@@ -149,19 +148,16 @@ class Verification:
         if setting != "warn" and (not isinstance(setting, int) or setting < 0):
             raise MetaplError(f"verify={setting!r} was given; expected True, False, 'warn' or a number of steps.")
         self.setting, self.verdict = setting, ""
+        self.every = 0 if isinstance(setting, bool | str) else setting
         self.known: set[int] = set()  # fingerprints of networks that were verified
 
-    def before(self, trainer: Any, labeled: Any, unlabeled: Any, networks: Sequence[Slots]) -> None:
-        """Verify where it is due, before anything of a step runs; :class:`metapl.MetaplError` for a wrong gradient."""
-        if not self.setting:
-            return
-        mark = hash(tuple(slots.mark for slots in networks))
-        every = 0 if isinstance(self.setting, bool | str) else self.setting
-        if mark in self.known and not (every and trainer.steps_done % every == 0):
+    def before(self, trainer: Any, labeled: Any, unlabeled: Any, mark: int) -> None:
+        """Verify networks with a mark where it is due; :class:`metapl.MetaplError` for a wrong gradient."""
+        if mark in self.known and trainer.steps_done % self.every:
             return
         weights = sum(p.numel() for network in trainer.networks.values() for p in network.parameters())
         spread = any(layout.is_sharded or not layout.ranks.alone for layout in trainer.layouts)
-        if spread or (weights > MOST_WEIGHTS and not every):
+        if spread or (weights > MOST_WEIGHTS and not self.every):
             what = "several processes" if spread else f"{weights:,} weights"
             if trainer.ranks.first:
                 LOG.warning("Networks of %s are not verified: give metapl.check_gradient small ones of one.", what)

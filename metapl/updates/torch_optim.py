@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -213,24 +213,21 @@ class TorchUpdate(Update):
         later._options = options
         return later
 
-    def groups(self, grads: Tree, options: Options | None = None) -> Iterator[tuple[Mapping[str, Any], list[str]]]:
+    def groups(self, grads: Tree, options: Options | None = None) -> list[tuple[Mapping[str, Any], list[str]]]:
         """The param groups, each with the names of its parameters that have a gradient, in shares of ``AT_ONCE``."""
-        groups = options or self.options
+        groups = options or self._options or self.optimizer.param_groups
         if len(groups) == 1 and sum(map(Tensor.numel, grads.values())) <= AT_ONCE:
-            yield groups[0], [*grads]
-            return
+            return [(groups[0], [*grads])]
+        shares = list[tuple[Mapping[str, Any], list[str]]]()
         for number, group in enumerate(groups):
-            names: list[str] = []
-            size = 0
-            for name in grads:
-                if self.group_of[name] == number:
-                    names.append(name)
-                    size += grads[name].numel()
+            size = AT_ONCE
+            for name in (name for name in grads if self.group_of[name] == number):
                 if size >= AT_ONCE:
-                    yield group, names
-                    names, size = [], 0
-            if names:
-                yield group, names
+                    shares.append((group, []))
+                    size = 0
+                shares[-1][1].append(name)
+                size += grads[name].numel()
+        return shares
 
     def write(self, parameters: Parameters, params: Tree, state: Any) -> None:
         with torch.no_grad():
@@ -308,10 +305,14 @@ class SGD(TorchUpdate):
         w: Tree = {}
         for group, names in self.groups(grads, options):
             mu, lr, damping = group["momentum"], group["lr"] * (1.0 if group["maximize"] else -1.0), group["dampening"]
-            fresh = [not _is_set(damping) or state[name].get("momentum_buffer") is None for name in names]
-            cs = [1.0] if all(fresh) else [1.0 if new else 1.0 - damping for new in fresh]
-            slopes = [lr * ((1.0 + mu * c if group["nesterov"] else c) if _is_set(mu) else 1.0) for c in cs]
-            by = slopes[0] if len(slopes) == 1 else slopes
+
+            def slope(c: Any, mu: Any = mu, lr: Any = lr, nesterov: bool = group["nesterov"]) -> Any:
+                return lr * ((1.0 + mu * c if nesterov else c) if _is_set(mu) else 1.0)
+
+            by = slope(1.0)
+            if _is_set(damping):
+                fresh = [state[name].get("momentum_buffer") is None for name in names]
+                by = by if all(fresh) else [by if new else slope(1.0 - damping) for new in fresh]
             w.update(zip(names, mul([*map(v.__getitem__, names)], by), strict=True))
         return {name: w[name] for name in grads}
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from metapl.data import sampler
-from metapl.execution import local, rng
+from metapl.execution import local
 from metapl.execution.layout import Capability, Layout
 from metapl.execution.local import LocalStudent, Pass
-from metapl.execution.state import Slots, State, replay
+from metapl.execution.state import RandomState, Slots, State, replay
 from metapl.feedback import base
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
@@ -151,7 +151,7 @@ def tables_not_restored(patch: pytest.MonkeyPatch) -> None:
     real = State.restore
 
     def restore(self: State) -> None:
-        self._tables, self._empty = [], []
+        self._tables, self._all = [], []
         real(self)
 
     patch.setattr(State, "restore", restore)
@@ -162,7 +162,7 @@ def other_dropout_mask(patch: pytest.MonkeyPatch) -> None:
     real = LocalStudent.at
 
     def at(self: LocalStudent, params: Any, random: Any, state: Any, **options: Any) -> Any:
-        random = rng.RandomState.now(self.device) if isinstance(state, State) else random
+        random = RandomState.now(self.device) if isinstance(state, State) else random
         return real(self, params, random, state, **options)
 
     patch.setattr(LocalStudent, "at", at)

@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 
 import metapl
 from metapl import MetaplError, attribute, metasmoothness
-from metapl.execution.rng import RandomState, replayed
+from metapl.execution.state import RandomState, replayed
 from metapl.problems import EqualWeights, NextToken
 from metapl.training.attribution import Attribution
 

@@ -15,11 +15,11 @@ from torch.utils import _pytree as pytree
 import metapl
 from metapl import UDA, CrossEntropy, MetaplError, Signal
 from metapl.execution.numerics import as_real
-from metapl.execution.ranks import gumbel
 from metapl.feedback import Difference, Forward, LossDifference, Reinforce, ReinforcePerExample, Unrolled
 from metapl.functional import stack, unstack
 from metapl.functional.compiled import eager_step
 from metapl.functional.state import State
+from metapl.problems.base import gumbel
 
 CLASSES, WIDE = 3, 5
 ROWS = 6

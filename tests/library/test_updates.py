@@ -13,6 +13,7 @@ from problems_zoo import OPTIMISERS, product, toy, values, warm
 from reference import error
 
 import metapl
+from metapl.execution.layout import Layout
 from metapl.execution.local import LocalStudent
 from metapl.execution.state import trainable
 from metapl.feedback.path import take_steps
@@ -169,7 +170,7 @@ def test_an_adjoint_in_closed_form_is_autograds(kind: Any, options: dict[str, An
 def reached(problem: Any, update: Any, keep_graph: bool = False) -> Any:
     """The step of a student on soft labels."""
     (step,) = take_steps(
-        LocalStudent(problem.student, double_backward=keep_graph),
+        LocalStudent(Layout(problem.student), double_backward=keep_graph),
         update,
         metapl.PseudoLabels(kind="soft"),
         labeled=problem.labeled,
