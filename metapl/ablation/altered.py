@@ -11,8 +11,7 @@ from torch import Tensor
 
 from metapl.errors import MetaplError
 from metapl.execution.layout import Capability
-from metapl.feedback.base import Estimator, Normalization, State
-from metapl.feedback.credit import Feedback
+from metapl.feedback.base import Estimator, Feedback, Normalization, State
 from metapl.feedback.forward import Forward
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path

@@ -18,9 +18,18 @@ from torch.autograd import forward_ad
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, coarsest, same_outputs
-from metapl.execution.kernels import forward_mode, no_fast_path
 from metapl.execution.layout import Layout
-from metapl.execution.numerics import DTYPE, HALF, Tree, full_float32, mean_tree, wide, wide_tree
+from metapl.execution.numerics import (
+    DTYPE,
+    HALF,
+    Tree,
+    forward_mode,
+    full_float32,
+    mean_tree,
+    no_fast_path,
+    wide,
+    wide_tree,
+)
 from metapl.execution.state import RandomState, Slot, Slots, State, replay, stand_in, swapped
 
 NOTHING: AbstractContextManager[Any] = nullcontext()

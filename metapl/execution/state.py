@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.execution import checks
-from metapl.execution.kernels import explain
-from metapl.execution.numerics import wide
+from metapl.execution.numerics import explain, wide
 from metapl.execution.shards import is_sharded
 
 Table = dict[str, Any]  # of a module: its parameters, or its buffers

@@ -9,8 +9,7 @@ from typing import Annotated, ClassVar
 import torch
 
 from metapl.execution.numerics import Tree
-from metapl.feedback.base import Estimator, Normalization, State, divisor
-from metapl.feedback.credit import Feedback, Tangent, head_feedback
+from metapl.feedback.base import Estimator, Feedback, Normalization, State, Tangent, divisor, head_feedback
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind

@@ -21,8 +21,18 @@ from typing import ClassVar, Literal
 from metapl.errors import MetaplError
 from metapl.execution.layout import FORWARD_AD, Capability
 from metapl.execution.local import LocalStudent
-from metapl.feedback.base import Estimator, Normalization, State, Steps, divisor, padded
-from metapl.feedback.credit import Credited, Feedback, credited, exact_feedback, feedback_from
+from metapl.feedback.base import (
+    Estimator,
+    Feedback,
+    Normalization,
+    State,
+    Steps,
+    divisor,
+    exact_feedback,
+    feedback_from,
+    padded,
+)
+from metapl.feedback.inner_step import Credited, credited
 from metapl.feedback.keeping import Keeping, keeping
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind

@@ -14,13 +14,12 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution.batch import both_batches
-from metapl.execution.kernels import no_fast_path
 from metapl.execution.layout import layouts
 from metapl.execution.local import NOTHING, LocalStudent
+from metapl.execution.numerics import no_fast_path
 from metapl.execution.sharded import ShardedStudent
 from metapl.execution.state import one_at_a_time, restored
-from metapl.feedback import Estimator, Mode, estimator
-from metapl.feedback.compatible import check_mode, check_teacher, prepare
+from metapl.feedback import Estimator, Mode, check_mode, check_teacher, estimator, prepare
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import take_steps
 from metapl.feedback.teacher import Teaching

@@ -21,8 +21,7 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.layout import FORWARD_AD, ONE_PROCESS, Capability
 from metapl.execution.numerics import WHOLE, Tree, scaled
-from metapl.feedback.base import Estimator, State
-from metapl.feedback.credit import Feedback, exact_feedback
+from metapl.feedback.base import Estimator, Feedback, State, exact_feedback
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
 from metapl.runs.fields import Range

@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
@@ -39,6 +40,8 @@ from metapl.problems.base import Problem, Signal, has_rows
 from metapl.updates import Cotangents, Options, Update
 
 Credits = Literal["signal", "example", "batch", "nothing"]
+Credited = Literal["signal", "example"]
+"""What gets numbers of its own: each entry of the signal, or each example."""
 
 
 class SignalInput:
@@ -284,6 +287,19 @@ class InnerStep:
     @property
     def batches(self) -> list[Any]:
         return micro_batches(self.batch, len(self.passes), "unlabeled")
+
+
+def credited(signal: Signal, of: Credited = "signal") -> dict[str, Tensor]:
+    """What gets the feedback, with its values: the differentiable fields of the signal, the one-hot rows of sampled
+    labels in place of their distribution, or a factor of each example's loss."""
+    if of == "example":
+        assert signal.log_prob is not None  # the mode takes sampled labels
+        return {"factors": torch.ones_like(signal.log_prob)}
+    if not signal.sampled:
+        return signal.differentiable()
+    if signal.probs is None:
+        raise MetaplError("the sampled signal has no probs; expected Signal(value, log_prob, probs=...).")
+    return {"value": F.one_hot(signal.value, signal.probs.shape[-1]).to(signal.probs.dtype)}
 
 
 def _double(trees: Any) -> Any:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from metapl.feedback.base import Decay, Estimator, State, divisor
-from metapl.feedback.credit import Feedback
+from metapl.feedback.base import Decay, Estimator, Feedback, State, divisor
 from metapl.feedback.inner_step import Credits
 from metapl.feedback.path import Path
 from metapl.feedback.reinforce import init_baseline, subtract_baseline

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from metapl.feedback.base import Estimator, State
-from metapl.feedback.credit import Feedback
+from metapl.feedback.base import Estimator, Feedback, State
 from metapl.feedback.inner_step import Credits
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind

@@ -16,8 +16,7 @@ from metapl.execution.batch import digest, length, micro_batches
 from metapl.execution.local import NOTHING, LocalStudent, Pass, WeightedLoss, as_leaves, mean_of
 from metapl.execution.numerics import Tree, mean_tree
 from metapl.execution.state import RandomState, replay, replayed
-from metapl.feedback.credit import Credited, credited
-from metapl.feedback.inner_step import InnerLoss, InnerStep, SignalInput
+from metapl.feedback.inner_step import Credited, InnerLoss, InnerStep, SignalInput, credited
 from metapl.feedback.keeping import ALL, Keeping, States
 from metapl.feedback.lookahead import Lookahead
 from metapl.problems.base import Problem, Signal, enters_input, joined_signals, sum_and_weight
@@ -92,7 +91,7 @@ class Path:
         """v = ∇L(θ′), one forward and backward pass on the labeled batch (with its own batch statistics)."""
         if self._outer_gradient is None:
             # L(θ′) comes with its gradient: it is put where the property of that name keeps it.
-            loss, v = self.student.loss_and_gradient(self.params, *self._outer_pass())
+            loss, v = self.student.loss_and_gradient(self.steps[-1].new_params, *self._outer_pass())
             self.__dict__["outer_loss"], self._outer_gradient = loss, v
         return self._outer_gradient
 

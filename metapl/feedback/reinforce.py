@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.feedback.base import Decay, Estimator, State, divisor
-from metapl.feedback.credit import Feedback
+from metapl.feedback.base import Decay, Estimator, Feedback, State, divisor
 from metapl.feedback.inner_step import Credits
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind

@@ -7,11 +7,10 @@ from typing import ClassVar, Literal
 
 from metapl.execution.layout import FORWARD_AD, Capability
 from metapl.execution.local import LocalStudent
-from metapl.feedback.base import Estimator, Normalization, State, divisor
-from metapl.feedback.credit import Credited, Feedback, exact_feedback, head_feedback
+from metapl.feedback.base import Estimator, Feedback, Normalization, State, divisor, exact_feedback, head_feedback
 from metapl.feedback.difference import Difference
 from metapl.feedback.forward import by_graph
-from metapl.feedback.inner_step import Credits
+from metapl.feedback.inner_step import Credited, Credits
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
 

@@ -13,15 +13,15 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import micro_batches
 from metapl.execution.compare import EXACTLY, coarsest, same_outputs
-from metapl.execution.kernels import no_fast_path
 from metapl.execution.layout import Layout
 from metapl.execution.local import NOTHING
+from metapl.execution.numerics import no_fast_path
 from metapl.execution.ranks import Ranks, rows_shared
 from metapl.execution.sharded import by_backward
 from metapl.execution.shards import local
 from metapl.execution.state import RandomState, Slots, State, replay
 from metapl.feedback import Estimator, modes_for
-from metapl.feedback.credit import Feedback
+from metapl.feedback.base import Feedback
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind, Problem, Signal, check_signal, enters_input, kind_of

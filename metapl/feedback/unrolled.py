@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from metapl.feedback.base import Estimator, State, Steps, padded
-from metapl.feedback.credit import Feedback, feedback_from
+from metapl.feedback.base import Estimator, Feedback, State, Steps, feedback_from, padded
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
 

@@ -23,8 +23,7 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution.batch import length
 from metapl.execution.checks import Fault
-from metapl.execution.kernels import no_fast_path
-from metapl.execution.numerics import as_real
+from metapl.execution.numerics import as_real, no_fast_path
 from metapl.execution.state import RandomState, branching_to
 from metapl.feedback import MODES, Implicit, estimator
 from metapl.feedback.lookahead import Lookahead

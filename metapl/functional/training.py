@@ -30,9 +30,8 @@ from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.batch import digest
 from metapl.execution.checks import logits
-from metapl.execution.kernels import no_fast_path
 from metapl.execution.layout import layouts
-from metapl.execution.numerics import HALF, Tree, wide
+from metapl.execution.numerics import HALF, Tree, no_fast_path, wide
 from metapl.execution.state import RandomState, branching_to, replayed
 from metapl.feedback import Forward
 from metapl.feedback.hypergradient import hypergradient

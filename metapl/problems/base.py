@@ -62,8 +62,13 @@ class Signal:
         found = {"value": self.value}
         if isinstance(self.value, dict):
             found = {field_of(key): t for key, t in self.value.items()}
-        others = ("log_prob", self.log_prob), ("probs", self.probs), ("outputs", self.outputs)
-        return found | {name: t for name, t in others if t is not None}
+        if self.log_prob is not None:
+            found["log_prob"] = self.log_prob
+        if self.probs is not None:
+            found["probs"] = self.probs
+        if self.outputs is not None:
+            found["outputs"] = self.outputs
+        return found
 
     def having(self, fields: Mapping[str, Tensor]) -> Signal:
         """The same with other tensors in some of its :meth:`fields`."""

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import both_batches, either, labeled_pair, plain
-from metapl.execution.kernels import no_fast_path
 from metapl.execution.layout import Layout, layouts
 from metapl.execution.local import NOTHING, LocalStudent
+from metapl.execution.numerics import no_fast_path
 from metapl.execution.sharded import ShardedStudent
 from metapl.execution.shards import as_held, load_whole
 from metapl.execution.state import RandomState, Slots, one_at_a_time, replayed, restored
-from metapl.feedback import Mode, estimator
-from metapl.feedback.compatible import check_mode, check_teacher, prepare
+from metapl.feedback import Mode, check_mode, check_teacher, estimator, prepare
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.feedback.lookahead import Lookahead, inner_batches
 from metapl.feedback.path import take_steps

@@ -26,11 +26,10 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.batch import both_batches, micro_batches, plain, rows
-from metapl.execution.kernels import no_fast_path
 from metapl.execution.layout import layouts
+from metapl.execution.numerics import no_fast_path
 from metapl.execution.state import RandomState, trainable
-from metapl.feedback import Estimator, Implicit, Lookahead, LossDifference, Mode, estimator
-from metapl.feedback.compatible import prepare
+from metapl.feedback import Estimator, Implicit, Lookahead, LossDifference, Mode, estimator, prepare
 from metapl.feedback.implicit import conjugate_gradient, neumann
 from metapl.problems.base import field_of, has_own, has_rows, sum_and_weight
 from metapl.runs.generators import rng_state, set_rng_state

@@ -8,12 +8,12 @@ import torch
 
 from metapl.errors import MetaplError
 from metapl.execution.shards import is_sharded
+from metapl.updates.adam import Adam
 from metapl.updates.base import Clipped, Cotangents, Options, Parameters, Update
 from metapl.updates.muon import Muon, as_taken
 from metapl.updates.several import Several, SeveralRules, as_one
 from metapl.updates.torch_optim import (
     SGD,
-    Adam,
     Schedule,
     TorchUpdate,
     options_by_step,

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
-from metapl.execution.checks import transformed
 from metapl.execution.numerics import WHOLE, Space, Tree
 
 Parameters = Mapping[str, nn.Parameter]
@@ -224,30 +223,3 @@ class Clipped(Update):
         along = torch.where(scale < 1, scale / (length + 1e-6) * self.space.dot(w, grads) / length, 0.0)
         clipped = {name: scale.to(t.dtype) * t for name, t in w.items()}
         return {n: t - along.to(t.dtype) * grads[n] if n in grads else t for n, t in clipped.items()}
-
-
-Tensors = Sequence[Tensor]
-Factors = Sequence[Any] | Tensor | float  # one for all, or one for each
-
-
-def _lifted(operation: Callable[[Any, Any], Tensor], fused: Callable[..., Any]) -> Callable[[Tensors, Factors], Any]:
-    def apply(a: Tensors, b: Factors) -> Any:
-        if not (transformed() or isinstance(b, Tensor)):
-            return fused(a, b)
-        several = b if isinstance(b, list | tuple) else [b] * len(a)
-        return [operation(x, y) for x, y in zip(a, several, strict=True)]
-
-    return apply
-
-
-mul = _lifted(torch.mul, torch._foreach_mul)
-div = _lifted(torch.div, torch._foreach_div)
-sub = _lifted(torch.sub, torch._foreach_sub)
-plus = _lifted(torch.add, torch._foreach_add)
-
-
-def add(a: Tensors, b: Tensors, alpha: Any = 1.0) -> Any:
-    if transformed() or isinstance(alpha, Tensor):
-        return plus(a, mul(b, alpha))
-    fused: Any = torch._foreach_add
-    return fused(a, b, alpha=alpha)

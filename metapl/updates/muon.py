@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metapl.updates.base import Tensors
-from metapl.updates.torch_optim import State, TorchUpdate
+from metapl.updates.torch_optim import State, Tensors, TorchUpdate
 
 # What torch.optim.Muon computes its products in, whatever the type of the weights.
 SHORT = torch.bfloat16

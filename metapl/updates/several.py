@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.updates.base import Parameters, Tensors
+from metapl.updates.adam import Adam, refuse_half
+from metapl.updates.base import Parameters
 from metapl.updates.muon import Muon
-from metapl.updates.torch_optim import SGD, Adam, State, TorchUpdate, parameters_of, refuse_half
+from metapl.updates.torch_optim import SGD, State, Tensors, TorchUpdate, parameters_of
 from metapl.updates.torchopt import is_transform
 
 RULES: dict[str, type[TorchUpdate]] = {"ns_steps": Muon, "amsgrad": Adam, "dampening": SGD}

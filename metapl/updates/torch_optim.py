@@ -18,10 +18,12 @@ from metapl.errors import MetaplError, few
 from metapl.execution.checks import transformed
 from metapl.execution.numerics import Tree
 from metapl.execution.shards import as_sharded, is_sharded, local
-from metapl.updates.base import Cotangents, Options, Parameters, Tensors, Update, add, div, mul, plus, sub
+from metapl.updates.base import Cotangents, Options, Parameters, Update
 
 State = dict[str, Any]  # of one parameter, as in ``torch.optim.Optimizer.state``
 States = dict[str, State]
+Tensors = Sequence[Tensor]
+Factors = Sequence[Any] | Tensor | float  # one for all, or one for each
 
 Schedule = LRScheduler | Callable[[int], float] | Sequence[LRScheduler | Callable[[int], float]] | Mapping[str, Tensor]
 """Of a learning rate, by a scheduler or by factors; of several optimizers, also one for each; or settings by name."""
@@ -143,7 +145,7 @@ class TorchUpdate(Update):
         owners = {id(p): one for one in parts_of(self.optimizer) for p in parameters_of(one)}
         self.owner = {name: owners[id(p)] for name, p in parameters.items()}
         self.group_of = {name: group_of[id(p)] for name, p in parameters.items()}
-        self.parameters, self._held = dict(parameters), held
+        self.parameters, self._held, self._own = dict(parameters), held, parameters_of(self.optimizer)
         self._sharded = any(is_sharded(p) for p in parameters.values())
 
     @property
@@ -178,7 +180,7 @@ class TorchUpdate(Update):
     def settings(self) -> list[dict[str, Any]]:
         """The rates, and other numbers in the param groups that are not 0, which leaves a part of the rule out."""
         groups = self.optimizer.param_groups
-        numbers = [{n: group[n] for n in self.numbers if n == "lr" or _is_set(group.get(n, 0))} for group in groups]
+        numbers = [{n: group[n] for n in self.numbers if n == "lr" or is_set(group.get(n, 0))} for group in groups]
         return [{n: float(v) if isinstance(v, Tensor) else v for n, v in group.items()} for group in numbers]
 
     def update(self, params: Tree, grads: Tree, state: States, options: Options | None = None) -> tuple[Tree, States]:
@@ -243,15 +245,14 @@ class TorchUpdate(Update):
                     held[weight] = kept
 
     def commit(self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]) -> None:
-        own = parameters_of(self.optimizer)
-        for p in own:  # a leftover gradient of a frozen parameter must not move it
+        for p in self._own:  # a leftover gradient of a frozen parameter must not move it
             p.grad = None
         try:
             for name, g in grads.items():
                 parameters[name].grad = as_sharded(g, parameters[name]) if self._sharded else g
             self.optimizer.step()
         finally:
-            for p in own:
+            for p in self._own:
                 p.grad = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -261,7 +262,7 @@ class TorchUpdate(Update):
         self.optimizer.load_state_dict(state)
 
 
-def _is_set(setting: Any) -> bool:
+def is_set(setting: Any) -> bool:
     """Whether a number of a param group is not 0; those that are tensors are not."""
     return isinstance(setting, Tensor) or setting != 0
 
@@ -282,9 +283,9 @@ class SGD(TorchUpdate):
         params: list[Tensor], grads: list[Tensor], states: Sequence[State], group: Mapping[str, Any]
     ) -> tuple[Tensors, list[State]]:
         d: Tensors = mul(grads, -1.0) if group["maximize"] else grads
-        d = add(d, params, group["weight_decay"]) if _is_set(group["weight_decay"]) else d
+        d = add(d, params, group["weight_decay"]) if is_set(group["weight_decay"]) else d
         mu, damped = group["momentum"], 1 - group["dampening"]
-        if _is_set(mu):
+        if is_set(mu):
             old: Any = [state.get("momentum_buffer") for state in states]
             if all(b is not None for b in old):
                 new: Tensors = add(mul(old, mu), d, damped)
@@ -307,10 +308,10 @@ class SGD(TorchUpdate):
             mu, lr, damping = group["momentum"], group["lr"] * (1.0 if group["maximize"] else -1.0), group["dampening"]
 
             def slope(c: Any, mu: Any = mu, lr: Any = lr, nesterov: bool = group["nesterov"]) -> Any:
-                return lr * ((1.0 + mu * c if nesterov else c) if _is_set(mu) else 1.0)
+                return lr * ((1.0 + mu * c if nesterov else c) if is_set(mu) else 1.0)
 
             by = slope(1.0)
-            if _is_set(damping):
+            if is_set(damping):
                 fresh = [state[name].get("momentum_buffer") is None for name in names]
                 by = by if all(fresh) else [by if new else slope(1.0 - damping) for new in fresh]
             w.update(zip(names, mul([*map(v.__getitem__, names)], by), strict=True))
@@ -326,8 +327,8 @@ class SGD(TorchUpdate):
         """
         place, moved = "momentum_buffer", {n for group, names in self.groups(grads) if group["momentum"] for n in names}
         after = {n: {**held, place: None} if n in moved else held for n, held in state.items()}
-        given, before = state_cotangent or {}, _numbers(state)
-        bars = {at: given[number] for at, number in _numbers(after).items() if number in given}
+        given, before = state_cotangent or {}, places_of(state)
+        bars = {at: given[number] for at, number in places_of(after).items() if number in given}
         w: Tree = {}
         theta = dict(v)
         for group, names in self.groups(grads):
@@ -350,147 +351,29 @@ class SGD(TorchUpdate):
         return Cotangents({name: w[name] for name in grads}, theta, of_state)
 
 
-class Adam(TorchUpdate):
-    r"""m′ = β₁m + (1−β₁)d; n′ = β₂n + (1−β₂)d²; θ′ = θ(1−ηλ) − η m̂/(√n̂ + ε), with d = ±g (+ λθ where λ is coupled).
-
-    m̂ = m′/(1−β₁ᵗ) and n̂ = n′/(1−β₂ᵗ), or the greatest n′ so far with ``amsgrad``. Where n̂ = 0 the update is smooth
-    in d, and the square root is not: there n̂ counts as the smallest normal number, a constant. In float16 that is
-    above many a real n̂, and such weights are refused.
-    """
-
-    numbers = ("lr", "betas", "eps", "weight_decay")
-
-    def follow(self, parameters: Parameters) -> None:
-        refuse_half(parameters)
-        super().follow(parameters)
-
-    @staticmethod
-    def rule(
-        params: list[Tensor], grads: list[Tensor], states: Sequence[State], group: Mapping[str, Any]
-    ) -> tuple[Tensors, list[State]]:
-        eta, kept = group["lr"], params
-        if _is_set(group["weight_decay"]) and group.get("decoupled_weight_decay", False):
-            kept = mul(params, 1 - eta * group["weight_decay"])
-        _, m_hat, root, _, new = _moments(params, grads, states, group)
-        return sub(kept, mul(div(m_hat, plus(root, group["eps"])), eta)), new
-
-    @staticmethod
-    def completed(p: Tensor, state: State, group: Mapping[str, Any]) -> State:
-        moments = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
-        return {"step": torch.zeros(()), **{name: torch.zeros_like(p) for name in moments}, **state}
-
-    def pullback(self, params: Tree, grads: Tree, state: States, v: Tree, options: Options | None = None) -> Tree:
-        r"""In closed form, with a few fused operations instead of autograd's many:
-
-        .. math:: \frac{\partial\theta'}{\partial d} = \frac{-\eta}{\sqrt{\hat n} + \epsilon} \Big[
-                  \frac{1-\beta_1}{1-\beta_1^t} - \frac{\hat m}{\sqrt{\hat n} + \epsilon}
-                  \frac{1-\beta_2}{1-\beta_2^t} \frac{d}{\sqrt{\hat n}} \Big]
-        """
-        w: Tree = {}
-        for group, names in self.groups(grads, options):
-            (beta1, beta2), sign = group["betas"], -1.0 if group["maximize"] else 1.0
-            given = [params[n] for n in names], [grads[n] for n in names], [state[n] for n in names]
-            d, m_hat, root, steps, new = _moments(*given, group)
-            size = plus(root, group["eps"])
-            of_root = mul(div(d, root), [(1 - beta2) / (1 - beta2**t) for t in steps])
-            if group["amsgrad"]:  # where an older maximum rules, n̂ does not depend on d
-                pairs = [(s["exp_avg_sq"], s["max_exp_avg_sq"]) for s in new]
-                of_root = [torch.where(n >= top, t, 0.0) for t, (n, top) in zip(of_root, pairs, strict=True)]
-            slopes = mul(div(mul(m_hat, of_root), size), -1.0)
-            slopes = plus(slopes, [(1 - beta1) / (1 - beta1**t) for t in steps])
-            slopes = div(mul(slopes, -sign * group["lr"]), size)
-            w.update(zip(names, mul([v[n] for n in names], slopes), strict=True))
-        return {name: w[name] for name in grads}
-
-    def vjp(
-        self, params: Tree, grads: Tree, state: States, v: Tree, state_cotangent: dict[int, Tensor] | None = None
-    ) -> Cotangents:
-        r"""In closed form too, but with ``amsgrad``; with :math:`\bar\theta` for v, :math:`\rho = \sqrt{\hat n}`:
-
-        .. math:: \bar m' \mathrel{+}= \frac{-\eta\bar\theta}{(1-\beta_1^t)(\rho + \epsilon)}, \quad
-                  \bar n' \mathrel{+}= \frac{\eta\bar\theta\,\hat m}{2 (1-\beta_2^t)\rho (\rho + \epsilon)^2}, \quad
-                  \bar d = (1-\beta_1)\bar m' + 2(1-\beta_2)\, d\, \bar n'
-        """
-        if any(group["amsgrad"] for group, _ in self.groups(grads)):
-            return super().vjp(params, grads, state, v, state_cotangent)
-        moments = ("exp_avg", "exp_avg_sq")
-        after = {n: {**s, **dict.fromkeys(("step", *moments))} if n in grads else s for n, s in state.items()}
-        given, before = state_cotangent or {}, _numbers(state)
-        bars = {place: given[number] for place, number in _numbers(after).items() if number in given}
-        w: Tree = {}
-        theta = dict(v)
-        for group, names in self.groups(grads):
-            (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
-            held = [params[n] for n in names], [grads[n] for n in names], [state[n] for n in names]
-            d, m_hat, root, steps, _ = _moments(*held, group)
-            size = plus(root, group["eps"])
-            of_m = div(mul([v[n] for n in names], -lr), size)  # of m̂
-            of_n = div(div(mul(of_m, m_hat), size), root)
-            of_n = mul(of_n, [-0.5 / (1 - beta2**t) for t in steps])
-            of_m = div(of_m, [1 - beta1**t for t in steps])
-            for bar, r in zip(of_n, root, strict=True):
-                bar.masked_fill_(r * r <= torch.finfo(r.dtype).tiny, 0.0)  # where n̂ counts as a constant
-            for key, of_moment in zip(moments, (of_m, of_n), strict=True):
-                for n, bar in zip(names, of_moment, strict=True):
-                    if (n, key) in bars:
-                        bar += bars[n, key]
-            of_d = add(mul(mul(d, of_n), 2 * (1 - beta2)), of_m, 1 - beta1)
-            if decay != 0 and group.get("decoupled_weight_decay", False):
-                theta.update(zip(names, mul([v[n] for n in names], 1 - lr * decay), strict=True))
-            elif decay != 0:
-                theta.update(zip(names, add([v[n] for n in names], of_d, decay), strict=True))
-            for key, of_moment, beta in zip(moments, (of_m, of_n), (beta1, beta2), strict=True):
-                bars |= {(n, key): bar for n, bar in zip(names, mul(of_moment, beta), strict=True)}
-            w.update(zip(names, mul(of_d, -1.0) if group["maximize"] else of_d, strict=True))
-        of_state = {before[place]: bar for place, bar in bars.items() if place in before}
-        return Cotangents({name: w[name] for name in grads}, theta, of_state)
-
-
-def refuse_half(parameters: Parameters) -> None:
-    half = [name for name, p in parameters.items() if p.dtype == torch.float16]
-    if half:
-        raise MetaplError(f"{half[0]} is in float16, too coarse for Adam's second moments; expected float32.")
-
-
-def _numbers(state: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], int]:
+def places_of(state: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], int]:
     """The places of a state by the numbers of their leaves."""
     return {place: number for number, place in enumerate((n, key) for n, held in state.items() for key in held)}
 
 
-def _moments(
-    params: list[Tensor], grads: list[Tensor], states: Sequence[State], group: Mapping[str, Any]
-) -> tuple[Tensors, Tensors, Tensors, list[Any], list[State]]:
-    """d, m̂, √n̂ and the steps t of the parameters of a group, and their new states."""
-    if any(map(Tensor.is_complex, params)):
-        raise MetaplError("inner_optimizer is of Adam's kind, and a weight is complex; expected torch.optim.SGD.")
-    beta1, beta2 = group["betas"]
-    d: Tensors = mul(grads, -1.0) if group["maximize"] else grads
-    if _is_set(group["weight_decay"]) and not group.get("decoupled_weight_decay", False):
-        d = add(d, params, group["weight_decay"])
-    counts = [torch.as_tensor(state.get("step", 0.0)) for state in states]  # on the eager road on the host
-    steps: list[Any] = [n.double() + 1.0 if transformed() else float(n.detach()) + 1.0 for n in counts]
-    m = _average("exp_avg", d, beta1, states)
-    n = _average("exp_avg_sq", mul(d, d), beta2, states)
-    new: list[State] = [
-        {**state, "step": torch.as_tensor(t, dtype=count.dtype), "exp_avg": m_i, "exp_avg_sq": n_i}
-        for state, t, count, m_i, n_i in zip(states, steps, counts, m, n, strict=True)
-    ]
-    if group["amsgrad"]:
-        for state in new:  # where they are equal, the derivative is that of n
-            n_i, top = state["exp_avg_sq"], state.get("max_exp_avg_sq")
-            state["max_exp_avg_sq"] = n_i if top is None else torch.where(n_i >= top, n_i, top)
-        n = [state["max_exp_avg_sq"] for state in new]
-    m_hat = div(m, [1 - beta1**t for t in steps])
-    n_hat = div(n, [1 - beta2**t for t in steps])
-    # Not torch._foreach_sqrt and _foreach_clamp_min, which a transform cannot trace.
-    root = [n_i.clamp_min(torch.finfo(n_i.dtype).tiny).sqrt() for n_i in n_hat]
-    return d, m_hat, root, steps, new
+def _lifted(operation: Callable[[Any, Any], Tensor], fused: Callable[..., Any]) -> Callable[[Tensors, Factors], Any]:
+    def apply(a: Tensors, b: Factors) -> Any:
+        if not (transformed() or isinstance(b, Tensor)):
+            return fused(a, b)
+        several = b if isinstance(b, list | tuple) else [b] * len(a)
+        return [operation(x, y) for x, y in zip(a, several, strict=True)]
+
+    return apply
 
 
-def _average(name: str, new: Tensors, beta: Any, states: Sequence[State]) -> Tensors:
-    """β·old + (1−β)·new; old is 0 in the first step."""
-    fresh: Tensors = mul(new, 1 - beta)
-    if any(name not in state for state in states):
-        return [t + beta * state[name] if name in state else t for t, state in zip(fresh, states, strict=True)]
-    averaged: Tensors = plus(mul([state[name] for state in states], beta), fresh)
-    return averaged
+mul = _lifted(torch.mul, torch._foreach_mul)
+div = _lifted(torch.div, torch._foreach_div)
+sub = _lifted(torch.sub, torch._foreach_sub)
+plus = _lifted(torch.add, torch._foreach_add)
+
+
+def add(a: Tensors, b: Tensors, alpha: Any = 1.0) -> Any:
+    if transformed() or isinstance(alpha, Tensor):
+        return plus(a, mul(b, alpha))
+    fused: Any = torch._foreach_add
+    return fused(a, b, alpha=alpha)

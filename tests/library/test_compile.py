@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import metapl
 from metapl import MetaplError
-from metapl.execution.kernels import no_fast_path
+from metapl.execution.numerics import no_fast_path
 from metapl.feedback import Reinforce
 from metapl.functional import compiled
 from metapl.training.verify import VerificationWarning

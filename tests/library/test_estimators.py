@@ -13,8 +13,7 @@ import metapl
 from metapl import MetaplError
 from metapl.ablation import Altered
 from metapl.execution.layout import Layout
-from metapl.feedback import Difference, Forward, ModeName, Unrolled, estimator, modes_for
-from metapl.feedback.compatible import check_mode, prepare
+from metapl.feedback import Difference, Forward, ModeName, Unrolled, check_mode, estimator, modes_for, prepare
 
 
 def test_exact_modes_are_those_that_say_so() -> None:
