@@ -141,7 +141,7 @@ class Layout:
         if most is None:
             return
         if not self.is_sharded:
-            nn.utils.clip_grad_norm_(self.network.parameters(), most)
+            nn.utils.clip_grad_norm_(parameters.values(), most)  # a frozen one may have an old gradient
         elif parts := {name: local(g) for name, g in grads.items()}:  # the same, which torch has for one mesh only
             scale = (most / (self.space.norm(parts) + 1e-6)).clamp(max=1.0)
             for part in parts.values():

@@ -220,7 +220,7 @@ class TorchUpdate(Update):
         groups = options or self._options or self.optimizer.param_groups
         if len(groups) == 1 and sum(map(Tensor.numel, grads.values())) <= AT_ONCE:
             return [(groups[0], [*grads])]
-        shares = list[tuple[Mapping[str, Any], list[str]]]()
+        shares: list[tuple[Mapping[str, Any], list[str]]] = []
         for number, group in enumerate(groups):
             size = AT_ONCE
             for name in (name for name in grads if self.group_of[name] == number):
