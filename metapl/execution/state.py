@@ -129,10 +129,11 @@ class Slots:
         self._ids, self._flags = self._contents()
         self.mark = hash(tuple(self._flags))
 
-    def _contents(self) -> tuple[list[int], list[int]]:
-        """What the tables hold, by identity, and the modes, numbers of hooks and ``requires_grad`` flags."""
+    def _contents(self) -> tuple[list[Any], list[int]]:
+        """What the tables hold, by name and identity, and the modes, numbers of hooks and ``requires_grad`` flags."""
         flags = [*map(_TRAINING, self._parts), *map(len, self._hooks), *map(_LEARNS, self._held)]
-        return [*map(id, chain.from_iterable(map(dict.values, self._tables)))], flags
+        held = [*chain.from_iterable(self._tables), *map(id, chain.from_iterable(map(dict.values, self._tables)))]
+        return held, flags
 
     def refreshed(self) -> Slots:
         """These, or the module's new ones where parameters, submodules, modes or hooks have been changed since."""
