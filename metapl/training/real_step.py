@@ -72,6 +72,8 @@ class Step:
         for t in memo.values() if dtype is not None else ():
             if isinstance(t, Tensor) and t.is_floating_point():
                 t.grad, t.data = None, t.data.to(dtype)
+        for p in [t for t in memo[id(memo)] if isinstance(t, nn.Parameter)]:
+            vars(memo[id(p)]).update(copy.deepcopy(vars(p), memo))  # Python attributes, which torch's copy leaves out
         memory = {p.untyped_storage().data_ptr(): p for p in trainable(self.student).values()}
         for t in memo[id(memo)]:  # tensors in the memory of a parameter, whose copy has memory of its own
             if isinstance(t, Tensor) and not isinstance(t, nn.Parameter) and t.untyped_storage().data_ptr() in memory:

@@ -172,6 +172,8 @@ KINDS: dict[str, tuple[Any, ...]] = {  # by COLUMNS; after the space, on the pur
     "an embedding within max_norm": (
         "RRRRR XX", embedded, put("e", lambda s: nn.Embedding(2, C, max_norm=50))),
     "float32 within": ("RRRRR RR", lambda s, x: s.b(s.a(x).float().tanh().to(x.dtype))),
+    "an attribute of a weight": (
+        "RRRRR XX", lambda s, x: s.plain(x) * s.a.weight.scale, lambda s: setattr(s.a.weight, "scale", 0.5)),
     "float32 alone": ("RRRRR XX", lambda s, x: s.plain(x) + x @ torch.ones(4, C)),
     "weight norm": ("XRRRX RX", plain, put("a", lambda s: norms.weight_norm(s.a))),  # torch's is wrong
     "the old weight norm": ("XRRRX RX", plain, put("a", lambda s: old.weight_norm(s.a))),

@@ -65,7 +65,7 @@ def by_the_pure_step(teacher: Any, student: Any, *, unlabeled: Any, labeled: Any
         step, state = metapl.BilevelTrainer(teacher, student, feedback_weight=weight, **options).functional()
         with torch.no_grad():
             moved, report = step(state, labeled, unlabeled[0] if len(unlabeled) == 1 else tuple(unlabeled))
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError) as error:  # functional_call gives a module plain tensors
         raise MetaplError("no function") from error
     assert report.flag < 0.1
     h = tuple(report.feedback) if isinstance(report.feedback, list) else (report.feedback,)
