@@ -12,8 +12,8 @@ import torch
 
 from metapl.apps import web
 from metapl.apps.methods import Doubtful
-from metapl.apps.pictures.csv_files import written_csv
 from metapl.apps.pictures.input import Input
+from metapl.apps.words import written_csv
 from metapl.errors import MetaplError
 from metapl.metrics import predict_logits
 from metapl.metrics.predictions import batches_of
@@ -28,7 +28,6 @@ class Suspect(NamedTuple):
     """An example, and what the network takes it for."""
 
     name: str  # such as its file
-    position: int  # in the data set
     given: int  # its label
     probably: int  # the most probable class
     p_given: float
@@ -53,7 +52,7 @@ def find_suspects(doubtful: Doubtful, trained: Trainer) -> list[Suspect]:
     for log_p_given, i, label, taken, log_p_best in sorted(found):
         learned = None if weights is None else weights[i]
         p = math.exp(log_p_given), math.exp(log_p_best)
-        suspects.append(Suspect(doubtful.names[i], i, label, taken, *p, learned))
+        suspects.append(Suspect(doubtful.names[i], label, taken, *p, learned))
     return suspects
 
 

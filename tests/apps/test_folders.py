@@ -40,10 +40,10 @@ from metapl.apps.pictures import (
 from metapl.apps.pictures import check as checks
 from metapl.apps.pictures import folders as hashing
 from metapl.apps.pictures.check import without_copies
-from metapl.apps.pictures.csv_files import CsvRows
 from metapl.apps.pictures.folders import hash_files
 from metapl.apps.pictures.tar import open_picture
 from metapl.apps.settings import Fitting
+from metapl.apps.words import CsvRows
 from metapl.errors import MetaplError, few
 from metapl.words import TURNS, shown
 
