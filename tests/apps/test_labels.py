@@ -410,7 +410,6 @@ def test_the_commands_say_what_is_in_a_store_and_what_became_of_it(tmp_path: Pat
     assert max(map(len, (text + stats).splitlines()[1:])) <= max(80, len(str(tmp_path)) + 80)
     before = sorted(os.listdir(store.folder))
     metapl("labels", "select", store.folder, "--out", store.folder, *flags, code=2)
-    metapl("labels", "select", store.folder, "--out", tmp_path / "out", *flags[:2], code=2)
     assert sorted(os.listdir(store.folder)) == before
 
 
