@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from harness import RESULTS, Row, arguments, environment, go_on, grid, parsed, read, show
+from harness import RESULTS, Row, arguments, environment, every, go_on, grid, parsed, read, show
 from sklearn.datasets import load_digits, load_iris, make_gaussian_quantiles
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.exceptions import ConvergenceWarning
@@ -107,16 +107,16 @@ def one(seed: int, labels: str, problem: str, **own: Any) -> Row:
 def table(rows: Sequence[Row]) -> str:
     """A table for each kind of labels, of the seeds that all of it has."""
     problems = [name for name in PROBLEMS if any(row["problem"] == name for row in rows)]
-    every = {(row["labels"], row["problem"], row["seed"]): row["accuracy"] for row in rows}
+    known = {(row["labels"], row["problem"], row["seed"]): row["accuracy"] for row in rows}
     cases = [*itertools.product(OWN, problems)]
-    seeds = sorted(s for s in {row["seed"] for row in rows} if all((*case, s) in every for case in cases))
+    seeds = sorted(s for s in {row["seed"] for row in rows} if all((*case, s) in known for case in cases))
     parts = []
     for labels, own in OWN.items():
         lines = []
-        for arm in every[labels, problems[0], seeds[0]]:
+        for arm in known[labels, problems[0], seeds[0]]:
             cells = []
             for problem in problems:
-                scores, ours = ([every[labels, problem, seed][one] for seed in seeds] for one in (arm, own))
+                scores, ours = ([known[labels, problem, seed][one] for seed in seeds] for one in (arm, own))
                 test = paired_test(ours, scores)
                 beside = f" ({test.interval[0]:+.1f} to {test.interval[1]:+.1f})" if test.interval else ""
                 cells.append(f"{np.mean(scores):.1f}{beside}")
@@ -128,8 +128,7 @@ def table(rows: Sequence[Row]) -> str:
 def main() -> None:
     given = parsed(arguments(__doc__, RAW))
     problems, seeds = (PROBLEMS[1:2], 2) if given.miniature else (PROBLEMS, 5)
-    names = ("seed", "labels", "problem")
-    jobs = (dict(zip(names, job, strict=True)) for job in itertools.product(range(seeds), OWN, problems))
+    jobs = every(seed=tuple(range(seeds)), labels=(*OWN,), problem=problems)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         if given.runs:

@@ -551,9 +551,9 @@ SHIFT, NOISE, CUTOUT, SIDE = 1, 0.2, 2, 8
 
 
 def views(
-    pictures: Tensor, seeds: Sequence[int], stream: int, batch: int, steps: int, order: Tensor | None = None
+    pictures: Tensor, seeds: Sequence[int], stream: int, batch: int, steps: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches for a stack of seeds: which pictures, (S, B), and how they are seen, (S, B, 64).
+    """Batches for a stack of seeds, in shuffled epochs: which pictures, (S, B), and how they are seen, (S, B, 64).
 
     They have the distribution of :class:`metapl.apps.pictures.ShiftNoiseCutout`, from pseudo-random numbers that take a
     tenth of the time: all shifts of all pictures are made once, and looked up. What a seed sees does not depend on what
@@ -562,11 +562,9 @@ def views(
     Args:
         pictures: (S, n, 64).
         stream: keeps apart what is drawn for different purposes.
-        order: (S, steps, B), which pictures are in the batches; None: shuffled epochs.
     """
-    if order is None:
-        count = pictures.shape[1], batch * steps
-        order = torch.stack([shuffled(*count, seed, stream) for seed in seeds]).unflatten(1, (steps, batch))
+    count = pictures.shape[1], batch * steps
+    order = torch.stack([shuffled(*count, seed, stream) for seed in seeds]).unflatten(1, (steps, batch))
     generators = [torch.Generator().manual_seed(1_000 * seed + stream) for seed in seeds]
     table, holes = torch.stack([shifted(each) for each in pictures]), masks().to(pictures)
     (_, shifts, n, _), table = table.shape, table.flatten(0, 2)

@@ -40,10 +40,6 @@ def reached(rows: list[Row]) -> Means:
     }
 
 
-def titled(method: str, minutes: float, means: Means) -> str:
-    return TITLES[method] + (f", {minutes:g} min" if len({minutes for _, minutes in means}) > 1 else "")
-
-
 def table(rows: list[Row]) -> str:
     """A line a method and minutes: each problem and their mean; the mean and the smallest difference to supervised;
     seconds a run, and seeds."""
@@ -56,7 +52,7 @@ def table(rows: list[Row]) -> str:
             lead = [f"{statistics.fmean(differences):+.1f}", f"{min(differences):+.1f}"]
         cells = [f"{mean:.1f}" for mean in (*shares, statistics.fmean(shares))]
         seconds = statistics.fmean(row["seconds"] for row in own)
-        lines.append([titled(method, minutes, means), *cells, *lead, f"{seconds:.0f}", len(own) // len(names)])
+        lines.append([f"{TITLES[method]}, {minutes:g} min", *cells, *lead, f"{seconds:.0f}", len(own) // len(names)])
     # Of guessing on the test set.
     chance = [100 * chance_level(class_counts(len(p.classes), p.test, p.imbalance)) for p in half("unseen")]
     lines.append(["chance", *(f"{value:.1f}" for value in (*chance, statistics.fmean(chance))), *[""] * 4])
@@ -72,7 +68,8 @@ def draw(means: Means, file: Path) -> None:
     axes = figure.subplots()
     order = sorted(range(len(names)), key=lambda i: means[BASELINE, longest][i])
     for marker, ((method, minutes), shares) in zip("osD^vPX", means.items(), strict=False):
-        axes.scatter([shares[i] for i in order], range(len(order)), marker=marker, label=titled(method, minutes, means))
+        label = f"{TITLES[method]}, {minutes:g} min"
+        axes.scatter([shares[i] for i in order], range(len(order)), marker=marker, label=label)
     axes.set(
         yticks=range(len(order)), yticklabels=[names[i] for i in order], xlabel="test accuracy in %", xlim=(0, 102)
     )

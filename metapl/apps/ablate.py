@@ -14,7 +14,7 @@ from metapl.ablation import ablate
 from metapl.apps import digits
 from metapl.apps.digits import Digits
 from metapl.apps.images import Images
-from metapl.apps.inputs import Folder, held, written
+from metapl.apps.inputs import Folder, held, write
 from metapl.apps.look import settled
 from metapl.apps.methods import Mpl, Training
 from metapl.apps.networks import begin_as
@@ -56,8 +56,8 @@ class Looking:
             tell(f"error and noise are over the length of the exact gradient\n\n{found.table()}\n")
             tell(wrapped(found.recommendation))
             if self.out is not None:
-                with written(self.out, "ablation.json", found.to_json()):
-                    tell(f"\nthe figures are in {self.out / 'ablation.json'}")
+                write(self.out, "ablation.json", found.to_json())
+                tell(f"\nthe figures are in {self.out / 'ablation.json'}")
         return 0
 
 

@@ -17,15 +17,14 @@ from torch.nn import functional as F
 
 from metapl.apps import web
 from metapl.apps.held_out import files_of
-from metapl.apps.inputs import Folder, Run, check_out, counted, held, written
+from metapl.apps.inputs import Folder, Run, check_out, counted, held, write
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.check import verify_files
-from metapl.apps.pictures.csv_files import written_csv
 from metapl.apps.pictures.folders import LabeledFiles, scan_labeled
 from metapl.apps.pictures.store import FileImages
 from metapl.apps.run import EndedRun
 from metapl.apps.settings import Batch, Steps, unset
-from metapl.apps.words import short, table, tell, wrapped
+from metapl.apps.words import short, table, tell, wrapped, written_csv
 from metapl.errors import MetaplError, few
 from metapl.runs.fields import Range
 from metapl.training.attribution import Attribution, attribute
@@ -138,7 +137,8 @@ class Attribute:
                 "removals": self.removals,
                 "removed": max(1, round(REMOVED * len(train))),
             }
-            with written(self.out, PAGE, page(found, rows, train).decode()), written_csv(self.out / TABLE) as csv:
+            write(self.out, PAGE, page(found, rows, train).decode())
+            with written_csv(self.out / TABLE) as csv:
                 csv.writerow(["rank", "file", "label", "score", "effect", "loss"])
                 for rank, row in enumerate(rows, 1):
                     effect = "harms" if row.score < 0 else "helps"
@@ -149,8 +149,7 @@ class Attribute:
                 drawn = (torch.randperm(len(train), generator=draw) for _ in range(self.removals))
                 rho = scores.validate([order[: found["removed"]] for order in drawn]).spearman
                 found |= {"spearman": rho, "interval": interval(rho, self.removals)}
-                with written(self.out, PAGE, page(found, rows, train).decode()):
-                    pass
+                write(self.out, PAGE, page(found, rows, train).decode())
         cells = [(short(row.file, 48), short(row.label, 16), f"{row.score:+.2g}") for row in rows[:LISTED]]
         listed = table([("most harmful", "label", "score"), *cells], left=2)
         told = wrapped("\n".join(sentences(found)))
@@ -242,13 +241,10 @@ def page(found: dict[str, Any], rows: list[Scored], train: Pictures) -> bytes:
     harmful = [row for row in rows if row.score < 0][:SHOWN]
     helpful = [row for row in reversed(rows) if row.score > 0][:SHOWN]
     beneath = "beneath each its label, score and file"
-    title = "Which pictures help, and which harm"
     parts = [
-        f"<h1>{title}</h1>",
-        web.paragraph(found["run"], "quiet"),
         *map(web.paragraph, sentences(found)),
         hung("Most harmful", f"more of these would raise the loss; {beneath}. {DO}", harmful),
         hung("Most helpful", f"more of these would lower the loss; {beneath}", helpful),
         web.folded("How they were found", web.rows([(name, json.dumps(value)) for name, value in found.items()])),
     ]
-    return web.web_page(title, parts)
+    return web.web_page("Which pictures help, and which harm", found["run"], parts)

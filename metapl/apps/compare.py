@@ -22,7 +22,7 @@ import tyro
 
 from metapl.apps.comparison import ENOUGH_SEEDS, STUDENT, Comparison, seeds_in_words, spread, with_chance
 from metapl.apps.errors import placed
-from metapl.apps.machine.cores import available_cores, default_threads
+from metapl.apps.machine.environment import available_cores, default_threads
 from metapl.apps.machine.sealed import read_sealed
 from metapl.apps.report import write_report
 from metapl.apps.run import (

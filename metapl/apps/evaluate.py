@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from metapl.apps.evaluation.attacks import LEVELS, Attack, measure
 from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from metapl.apps.held_out import HeldOut
-from metapl.apps.inputs import Factory, Folder, Network, Run, counted, held, written
+from metapl.apps.inputs import Factory, Folder, Network, Run, counted, held, write
 from metapl.apps.labeling import refuse_infinite
 from metapl.apps.machine.progress import counting
 from metapl.apps.run import WEIGHTS, EndedRun
@@ -102,8 +102,7 @@ class Evaluate:
                     blocks += robustness_tables(damaged, found)
             tell(json.dumps(content, indent=2) if self.json else "\n\n".join(blocks))
             if self.out is not None:
-                with written(self.out, EVALUATION, f"{json.dumps(content, indent=1)}\n"):
-                    pass
+                write(self.out, EVALUATION, f"{json.dumps(content, indent=1)}\n")
             if on.skipped:
                 tell(f"metapl: {counted(on.skipped, 'file')} left out", file=sys.stderr)
             return 1 if on.skipped else 0

@@ -14,7 +14,7 @@ from torch import nn
 
 from metapl.apps import networks
 from metapl.apps.machine.progress import counting
-from metapl.apps.methods import Data, EntMin, FixMatch, Mpl, PseudoLabels, ReducedMpl, Supervised, Uda
+from metapl.apps.methods import TITLES, Data, EntMin, FixMatch, Mpl, PseudoLabels, ReducedMpl, Supervised, Uda
 from metapl.apps.methods import Feedback as Fed
 from metapl.apps.pictures.batches import EvaluationBatches, LabeledBatches, UnlabeledBatches
 from metapl.apps.pictures.card import NetworkCard
@@ -49,17 +49,14 @@ OTHER_RATE, PRETRAINED_RATE, FINETUNED_AT = 5e-4, 2e-4, 1e-2
 TUNING_RATES = {"head": 1e-3, "lora": 1e-3, "all": PRETRAINED_RATE}
 WEIGHT_DECAY, CLIPPED = 0.05, 1.0
 
-METHODS = {
+METHODS: dict[str, Any] = {
     "uda": Uda(),
     "fixmatch": FixMatch(),
     "ent_min": EntMin(),
     "supervised": Supervised(),
     "pseudo_labels": PseudoLabels(),
     "mpl": Mpl(),
-    "none": Mpl(feedback=Fed(feedback="none")),
-    "permuted": Mpl(feedback=Fed(feedback="permuted")),
-    "class_means": Mpl(feedback=Fed(feedback="class_means")),
-    "random_sign": Mpl(feedback=Fed(feedback="random_sign")),
+    **{kind: Mpl(feedback=Fed(feedback=kind)) for kind in TITLES if kind != "whole"},
     "reduced_mpl": ReducedMpl(),
     "reduced_none": ReducedMpl(feedback=Fed(feedback="none")),
 }

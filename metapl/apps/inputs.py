@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import tyro
 
 from metapl.apps.machine.ownership import owned
-from metapl.apps.machine.sealed import written_last
 from metapl.apps.run import PLACES, NetworkName, RunFolder
 from metapl.apps.settings import unset
 from metapl.errors import MetaplError
+from metapl.runs.atomic import replacing
 
 Run = Annotated[Path, tyro.conf.Positional, unset("RUN")]  # the folder of a run, by its place
 Folder = Annotated[Path | None, unset("DIR")]
@@ -62,13 +62,12 @@ def check_file(file: Path | None, suffix: str) -> None:
         raise MetaplError(f"--out {file} cannot be written; expected a file, in a folder that is there.")
 
 
-@contextmanager
-def written(out: Path, name: str, text: str) -> Iterator[None]:
-    """A file in the folder of ``--out``, made if need be, and what the block writes beside it: both, or neither."""
+def write(out: Path, name: str, text: str) -> None:
+    """Write a file into the folder of ``--out``, which is made if need be."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with written_last(out / name, text.encode()):
-            yield
+        with replacing(out / name) as file:
+            file.write(text.encode())
     except OSError as error:
         raise MetaplError(f"--out {out} cannot be written: {error.strerror}; expected a folder with room.") from error
 

@@ -28,16 +28,12 @@ class Processes:
     mesh: Mesh = field(default_factory=Mesh)
 
     @property
-    def size(self) -> int:
-        return self.mesh.size
-
-    @property
     def first(self) -> bool:
-        return self.size == 1 or dist.get_rank() == 0
+        return self.mesh.size == 1 or dist.get_rank() == 0
 
     def share(self, source: Any) -> Any:
         """The rows of this process."""
-        alone = self.size == 1 or source is None
+        alone = self.mesh.size == 1 or source is None
         return source if alone else Share(source, self.mesh.share, self.mesh.shares)
 
     def laid_out(self, *networks: nn.Module, seed: int) -> list[nn.Module]:
@@ -50,7 +46,7 @@ class Processes:
     def seed(self, network: nn.Module, seed: int) -> None:
         """Seed the default generators; where the network drops rows of a batch, each share has its masks."""
         torch.manual_seed(seed)
-        if self.size > 1 and model_noise(network):
+        if self.mesh.size > 1 and model_noise(network):
             torch.manual_seed(seed + 2**32 * (1 + self.mesh.share))
 
 

@@ -12,8 +12,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from metapl.apps.machine.memory import LESS, out_of_memory
-from metapl.apps.process import accept_all_letters, drop_output, exit_code, stoppable
+from metapl.apps.process import LESS, accept_all_letters, drop_output, exit_code, out_of_memory, stoppable
 from metapl.apps.settings import flat
 from metapl.apps.words import tell
 from metapl.errors import FieldError, MetaplError

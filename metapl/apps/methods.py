@@ -324,7 +324,7 @@ class Feedback:
         return {"feedback_ratio": self.feedback_ratio}
 
 
-TITLES = {
+TITLES: dict[FeedbackKind, str] = {
     "whole": "Meta Pseudo Labels",
     "none": "same loop, no feedback",
     "permuted": "MPL, feedback permuted over the batch",

@@ -15,11 +15,10 @@ from torch import nn
 
 from metapl.apps.inputs import Factory, File, Network, Run, check_file, counted
 from metapl.apps.labeling import refuse_infinite
-from metapl.apps.pictures.csv_files import CsvRows, written_csv
 from metapl.apps.pictures.input import Inputs
 from metapl.apps.run import EndedRun
 from metapl.apps.settings import Switch, unset
-from metapl.apps.words import tell
+from metapl.apps.words import CsvRows, tell, written_csv
 from metapl.errors import MetaplError
 from metapl.metrics.predictions import logits_of
 from metapl.words import shown
@@ -74,12 +73,11 @@ class Predict:
         more = [f"{column}_{rank}" for rank in range(2, self.top + 1) for column in HEADER[1:]]
         with nullcontext(CsvRows(sys.stdout)) if self.out is None else written_csv(self.out) as writer:
             writer.writerow([*HEADER, *more, *(f"p({label})" for label in classes if self.probabilities)])
-            escape = shown if self.out is None and sys.stdout.isatty() else str  # a terminal obeys control characters
             for example, p in predictions(network, inputs):
                 ranked = sorted(range(len(p)), key=lambda index: -p[index])[: self.top]
                 best = [cell for index in ranked for cell in (classes[index], f"{p[index]:.6f}")]
                 shares = [f"{share:.6f}" for share in p if self.probabilities]
-                writer.writerow([*map(escape, (example, *best, *shares))])
+                writer.writerow([example, *best, *shares])
                 count += 1
         if self.out is not None:
             tell(f"{counted(count, 'prediction')} in {self.out}")

@@ -65,13 +65,9 @@ def mistakes(network: nn.Module, data: Any, classes: Sequence[str], files: Seque
 def write_report(run: EndedRun, found: Mistakes | None = None) -> None:
     """The page of a run and its picture, in its folder."""
     heading, picture, parts = page_of(run, found)
-    content = {PICTURE: picture, PAGE: html_of(run.folder.path, heading, parts)}
+    content = {PICTURE: picture, PAGE: web.web_page(heading, run.folder.path, parts)}
     for name, data in content.items():
         write_whole(run.folder.path / name, data, "make room, then: metapl report.")
-
-
-def html_of(folder: Path, heading: str, parts: Sequence[str]) -> bytes:
-    return web.web_page(heading, [f"<h1>{web.text(heading)}</h1>", web.paragraph(folder, "quiet"), *parts])
 
 
 def last_fit(folder: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -37,8 +37,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metapl.apps.machine.cores import default_threads
-from metapl.apps.machine.environment import environment
+from metapl.apps.machine.environment import default_threads, environment
 from metapl.apps.machine.ownership import LOCK, owned
 from metapl.apps.machine.sealed import read_json, read_sealed, remove_temporary, sha256_of, write_whole
 from metapl.apps.pictures.card import NetworkCard

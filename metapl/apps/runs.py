@@ -18,7 +18,7 @@ from metapl.apps.inputs import Run, check_file
 from metapl.apps.machine.ownership import is_owned
 from metapl.apps.machine.sealed import read_plain, write_whole
 from metapl.apps.pictures.folders import walk
-from metapl.apps.report import PAGE, drawn, html_of, made, page_of
+from metapl.apps.report import PAGE, drawn, made, page_of
 from metapl.apps.run import TOLD, EndedRun, RunFolder, refuse_changed, stored_result
 from metapl.apps.settings import Switch, unset
 from metapl.apps.words import short, table, tell
@@ -152,7 +152,7 @@ class Report:
             heading, parts = _unfinished(folder)
         else:
             heading, _, parts = page_of(EndedRun.load(self.folder))
-        page = html_of(self.folder, heading, parts)
+        page = web.web_page(heading, self.folder, parts)
         write_whole(out, page, "any earlier page is as it was; expected a disk with room, or another --out.")
         tell(f"{heading}\nthe page is written: {out}, {len(page) / 1e3:,.0f} kB; open it in a browser")
         return 0

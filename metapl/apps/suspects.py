@@ -6,14 +6,13 @@ import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from metapl.apps import web
 from metapl.apps.methods import Doubtful
-from metapl.apps.pictures.csv_files import written_csv
 from metapl.apps.pictures.input import Input
+from metapl.apps.words import written_csv
 from metapl.errors import MetaplError
 from metapl.metrics import predict_logits
 from metapl.metrics.predictions import batches_of
@@ -24,20 +23,9 @@ from metapl.training.trainer import BilevelTrainer
 SUSPECTS, SHOWN = "suspects.csv", 48  # the list of a run, and how many the page shows
 
 
-class Suspect(NamedTuple):
-    """An example, and what the network takes it for."""
-
-    name: str  # such as its file
-    position: int  # in the data set
-    given: int  # its label
-    probably: int  # the most probable class
-    p_given: float
-    p_probably: float
-    weight: float | None = None  # that was learned for it, where weights of examples were
-
-
-def find_suspects(doubtful: Doubtful, trained: Trainer) -> list[Suspect]:
-    """All the examples, first those whose given label the network finds least probable, without augmentation."""
+def write_suspects(folder: Path, doubtful: Doubtful, trained: Trainer, classes: Sequence[str]) -> str:
+    """All the examples, first those whose given label the network finds least probable, without augmentation; with the
+    weight that was learned for each, where weights of examples were. What it says as a whole."""
     teacher, weights = trained.teacher, None
     if isinstance(trained, BilevelTrainer) and isinstance(teacher, Table) and teacher.values.ndim == 1:  # one each
         weights = teacher.values.detach().cpu().sigmoid().tolist()
@@ -49,29 +37,16 @@ def find_suspects(doubtful: Doubtful, trained: Trainer) -> list[Suspect]:
         best = log_p.max(dim=1)
         of_given = log_p.gather(1, given[:, None])[:, 0]
         found += zip(*(c.tolist() for c in (of_given, positions, given, best.indices, best.values)), strict=True)
-    suspects = []
-    for log_p_given, i, label, taken, log_p_best in sorted(found):
-        learned = None if weights is None else weights[i]
-        p = math.exp(log_p_given), math.exp(log_p_best)
-        suspects.append(Suspect(doubtful.names[i], i, label, taken, *p, learned))
-    return suspects
-
-
-def what_they_are(suspects: Sequence[Suspect]) -> str:
-    """What the list says as a whole, which is little where the network agrees with few of the labels."""
-    others = sum(one.probably != one.given for one in suspects)
-    more = ": it has not learned enough for this list; train it longer (--minutes)" * (2 * others > len(suspects))
-    return f"of {others:,} of {len(suspects):,} the network finds another class more probable{more}"
-
-
-def write_suspects(folder: Path, suspects: Sequence[Suspect], names: Sequence[str]) -> None:
-    """``suspects.csv`` with all of them."""
-    weighed = any(one.weight is not None for one in suspects)
     with written_csv(folder / SUSPECTS) as writer:
-        writer.writerow(["file", "given", "probably", "p_given", "p_probably", *(["weight"] if weighed else [])])
-        for one in suspects:
-            cells = [one.name, names[one.given], names[one.probably], f"{one.p_given:.3g}", f"{one.p_probably:.3g}"]
-            writer.writerow([*cells, *([f"{one.weight:.3g}"] if weighed else [])])
+        writer.writerow(["file", "given", "probably", "p_given", "p_probably", *(["weight"] if weights else [])])
+        for log_p_given, number, label, taken, log_p_taken in sorted(found):
+            shares = [f"{math.exp(each):.3g}" for each in (log_p_given, log_p_taken)]
+            cells = [doubtful.names[number], classes[label], classes[taken], *shares]
+            writer.writerow([*cells, *([f"{weights[number]:.3g}"] if weights else [])])
+    # That is little where the network agrees with few of the labels.
+    others = sum(taken != label for _, _, label, taken, _ in found)
+    more = ": it has not learned enough for this list; train it longer (--minutes)" * (2 * others > len(found))
+    return f"of {others:,} of {len(found):,} the network finds another class more probable{more}"
 
 
 def suspects_shown(folder: Path, given: Input) -> str:

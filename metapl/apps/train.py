@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from metapl.apps import suspects
 from metapl.apps.backbone import Control
 from metapl.apps.fitting import fit
 from metapl.apps.labeling import label_by, labels_given
@@ -25,6 +24,7 @@ from metapl.apps.pictures.store import record_files, replaced_files
 from metapl.apps.report import Mistakes, mistakes, write_report
 from metapl.apps.run import EndedRun, RunFolder, seal
 from metapl.apps.settings import flat
+from metapl.apps.suspects import SUSPECTS, write_suspects
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
 from metapl.execution.shards import load_whole
@@ -107,7 +107,7 @@ def train(
         if isinstance(teacher, Tuned):
             control.start(teacher)
     begin_as(teacher, student)
-    if processes.size > 1:
+    if processes.mesh.size > 1:
         teacher, student = processes.laid_out(teacher, student, seed=fitting.seed)
 
     # 3. The method.
@@ -158,10 +158,8 @@ def train(
 
     # 5. Labels that may be wrong, the networks, what they are and reach, and the page of the run.
     if data.doubtful is not None:
-        found = suspects.find_suspects(data.doubtful, trained.trainer)
-        suspects.write_suspects(folder.path, found, data.classes)
-        text = suspects.what_they_are(found)
-        say(f"labels that may be wrong: {folder.path / suspects.SUSPECTS}, the most suspicious first; {text}")
+        text = write_suspects(folder.path, data.doubtful, trained.trainer, data.classes)
+        say(f"labels that may be wrong: {folder.path / SUSPECTS}, the most suspicious first; {text}")
     one = trained.trainer.teacher is None and trained.rounds is None  # no student of a teacher
     words = {"student": "network" if one else "student", "teacher": "teacher"}
     words = {name: words.get(name, f"finetuned {words['student']}") for name in kept}

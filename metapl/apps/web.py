@@ -21,16 +21,14 @@ MOST_UNFOLDED = 40  # classes of a table that is open
 LARGEST_PICTURE = 160  # pixels a side
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #222; --quiet: #666; --line: #ddd; --page: #fff; --box: #f6f7f8;
-  --right: #009e73; --wrong: #d55e00 }
+:root { color-scheme: light dark; --ink: #222; --quiet: #666; --line: #ddd; --page: #fff; --box: #f6f7f8 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --quiet: #a0a4a8; --line: #3a3f44; --page: #15181b;
-  --box: #1e2226; --right: #2fd3a2; --wrong: #ff9248 } }
+  --box: #1e2226 } }
 body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 72rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem }
 p { max-width: 46rem; margin: .4rem 0 } .number { font-size: 3rem; font-weight: 700; line-height: 1.1; margin: 1rem 0 }
 .quiet, figcaption, th { color: var(--quiet) } figcaption, table, pre { font-size: .85rem }
-.state { display: inline-block; padding: .1rem .7rem; border: 2px solid var(--wrong); border-radius: 1rem }
 figure { margin: 0 } .drawn { max-width: 100% } pre { background: var(--box); border-radius: .5rem; padding: .8rem }
 .wide { overflow-x: auto } table { border-collapse: collapse }
 td, th { padding: .2rem .6rem; text-align: right; overflow-wrap: normal } td { white-space: nowrap }
@@ -40,13 +38,12 @@ tr + tr > * { border-top: 1px solid var(--line) }
 .texts td { text-align: left; overflow-wrap: anywhere; white-space: normal }
 .pictures { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)) }
 .pictures img { width: 7rem; max-width: 100%; image-rendering: pixelated; border: 3px solid var(--line) }
-.pictures .right { border-color: var(--right) } .pictures .wrong { border: 3px dashed var(--wrong) }
 details { margin: 1rem 0 } summary { cursor: pointer; font-weight: 600 } pre { white-space: pre-wrap }
 """
 
 
-def web_page(title: str, parts: Sequence[str]) -> bytes:
-    """The page of these parts, which are HTML."""
+def web_page(title: str, of: object, parts: Sequence[str]) -> bytes:
+    """The page of these parts, which are HTML, below its title and the folder that it is ``of``."""
     head = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="generator" content="{GENERATOR}">'
@@ -54,7 +51,8 @@ def web_page(title: str, parts: Sequence[str]) -> bytes:
         f'<meta http-equiv="Content-Security-Policy" content="{ALLOWED}">'
         f"<title>{text(title)}</title><style>{STYLE}</style></head><body>\n"
     )
-    return (head + "\n".join(filter(None, parts)) + "\n</body></html>\n").encode()
+    body = [f"<h1>{text(title)}</h1>", paragraph(of, "quiet"), *filter(None, parts)]
+    return (head + "\n".join(body) + "\n</body></html>\n").encode()
 
 
 def text(words: object) -> str:
@@ -116,7 +114,6 @@ class Picture(NamedTuple):
 
     x: Tensor  # (C, H, W) in [0, 1], C = 1 or 3
     caption: str  # in lines
-    right: bool | None = None  # what its frame says
 
 
 def pictures(title: str, note: str, shown: Sequence[Picture]) -> str:
@@ -124,11 +121,10 @@ def pictures(title: str, note: str, shown: Sequence[Picture]) -> str:
     if not shown or shown[0].x.ndim != 3 or shown[0].x.shape[0] not in (1, 3):
         return ""
     figures = []
-    for x, caption, right in shown:
+    for x, caption in shown:
         levels = (255 * x.detach().cpu().float().clamp(0, 1)).round().byte().permute(1, 2, 0).squeeze(-1).numpy()
-        kind = {True: "right", False: "wrong", None: ""}[right]
         lines = "<br>".join(text(line) for line in caption.split("\n"))
-        image = f'<img class="{kind}" alt="" src="{picture(_png(levels))}">'
+        image = f'<img alt="" src="{picture(_png(levels))}">'
         figures.append(f"<figure>{image}<figcaption>{lines}</figcaption></figure>")
     return section(title, paragraph(note, "quiet"), f'<div class="pictures">{"".join(figures)}</div>')
 

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -69,6 +70,7 @@ def check_miniature(script: str, folder: Path) -> None:
     name, marks, out, page = script.split()[0], MARKS.get(script, [script]), folder / "rows.jsonl", folder / "page.md"
     own = [script, "--out", out, *(("--workers", "1") if script == "digits_study" else ())]
     run(*own, "--miniature")
+    assert name != "endurance" or not re.search(r'"failed": [1-9]', out.read_text())
     if hasattr(importlib.import_module(name), "RAW"):  # rows that are there are not run again
         made = out.read_bytes()
         run(*own, "--miniature")

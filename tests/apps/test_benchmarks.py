@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmark_runs import BENCHMARKS, MARKS, RESULTS, ROOT, SCRIPTS, run
+from benchmark_runs import BENCHMARKS, MARKS, RESULTS, ROOT, SCRIPTS, SECOND, check_miniature, miniatures, run
 
 pytestmark = [pytest.mark.docs, pytest.mark.usefixtures("as_scripts")]
 
@@ -35,6 +35,11 @@ def test_a_page_has_the_tables_of_the_committed_rows(script: str, tmp_path: Path
     copy.write_text(emptied)
     run(script, "--write", copy)
     assert copy.read_text() == text, f"python benchmarks/{script.replace(' ', '.py ', 1)} --write {page}"
+
+
+@miniatures(SECOND)
+def test_a_miniature_leaves_rows_and_tables(script: str, tmp_path: Path) -> None:
+    check_miniature(script, tmp_path)
 
 
 def test_the_rows_that_a_page_shows_are_those_of_the_whole_table() -> None:

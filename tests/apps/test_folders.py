@@ -1,6 +1,5 @@
 """Folders of pictures: what a scan finds, what is wrong with them, which files are sound, and how they split; trainings
-on many files, broken ones, files that block, in memory that stays flat; and names that move no cursor, are no formula,
-and no Markdown."""
+on many files, broken ones, files that block; and names that move no cursor, are no formula, and no Markdown."""
 
 import contextlib
 import csv
@@ -11,13 +10,11 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from command import metapl, result
@@ -43,10 +40,10 @@ from metapl.apps.pictures import (
 from metapl.apps.pictures import check as checks
 from metapl.apps.pictures import folders as hashing
 from metapl.apps.pictures.check import without_copies
-from metapl.apps.pictures.csv_files import CsvRows
 from metapl.apps.pictures.folders import hash_files
 from metapl.apps.pictures.tar import open_picture
 from metapl.apps.settings import Fitting
+from metapl.apps.words import CsvRows
 from metapl.errors import MetaplError, few
 from metapl.words import TURNS, shown
 
@@ -326,51 +323,17 @@ def test_stratified() -> None:
             stratified_split(wrong, fraction, seed=0)
 
 
-@pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """600 unlabeled pictures more, of a size of their own."""
-    root = color_folders(tmp_path_factory.mktemp("many"))
-    (root / "unlabeled" / "more").mkdir()
-    one = root / "unlabeled" / "more" / "000.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(one)
-    for number in range(1, 600):
-        os.link(one, one.with_name(f"{number:03}.png"))
-    return root
-
-
-@contextlib.contextmanager
-def opened(root: Path) -> Iterator[list[str]]:
-    """The pictures below a folder that are opened in the block, whoever opens them."""
-    found: list[str] = []
-    watching = True
-
-    def note(event: str, given: tuple[Any, ...]) -> None:
-        if watching and event == "open" and isinstance(given[0], str | bytes | os.PathLike):
-            path = os.fsdecode(given[0])
-            found.extend([path] if path.startswith(str(root)) and path.endswith((".bmp", ".png")) else [])
-
-    sys.addaudithook(note)  # there is no way to take it off again
-    try:
-        yield found
-    finally:
-        watching = False
-
-
-def test_training_on_many_files_starts_at_once(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No file is opened that no batch needs, but the few that are looked at as a whole."""
+def test_training_on_many_files_starts_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """600 files that are no pictures are not opened to see that before a batch needs them."""
     for limit in (checks, "DECODE_UP_TO"), (hashing, "WHOLE_UP_TO"):
         monkeypatch.setattr(*limit, 100)
-    given = Images(**{name: str(many / name) for name in PARTS}, **SMALL)
-    config = settled(given, METHODS["uda"], lambda text: None)[0]
-    with opened(many) as before:
-        task = config.data(lambda line: None, False, None)
-    assert task.record["unlabeled"] == 624
+    root = color_folders(tmp_path)
+    for number in range(600):
+        (root / "unlabeled" / f"{number:03}.png").write_text("no picture")
+    given = Images(**{name: str(root / name) for name in PARTS}, **SMALL)
+    task = settled(given, METHODS["uda"], lambda text: None)[0].data(lambda line: None, False, None)
+    assert (task.record["unlabeled"], task.skipped) == (624, {})
     assert task.record["hash"]["unlabeled"].startswith("names and sizes: ")
-    assert not [path for path in before if Path(path).parent.name == "more"]
-    assert 0 < len(before) <= 3 * 48
-    with opened(many) as during:
-        task.unlabeled[0]
-    assert len(during) == len({*during}) == config.unlabeled_batch
 
 
 def test_a_terminal_shows_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,69 +374,6 @@ def test_files_that_break(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (root / "labeled" / "bee").mkdir()
     (root / "labeled" / "bee" / "1.png").write_bytes(b"")
     assert "bee" in metapl(*images_command(root), "--out", tmp_path / "none", code=2).stderr
-
-
-def test_labels_go_by_the_names_of_the_classes(tmp_path: Path) -> None:
-    """A folder that lacks the first class does not move the others."""
-    root, told = color_folders(tmp_path / "root"), list[str]()
-    shutil.rmtree(root / "test" / "blue")
-    config = Images(**{name: str(root / name) for name in PARTS}, **SMALL)
-    task = settled(config, METHODS["uda"], lambda text: None)[0].data(told.append, False, None)
-    assert (task.classes, torch.cat([y for _, y in task.test]).tolist()) == (("blue", "red"), [1] * 6)
-    assert any("no picture of blue" in one for one in told)
-
-
-GROWTH = """
-import sys
-from multiprocessing import active_children
-from pathlib import Path
-import torch
-from torch import nn
-import metapl
-from metapl.apps.pictures import FileImages, LabeledBatches, UnlabeledBatches, Weak
-from metapl.data import StepSampler
-
-folder, leak, first, last = sys.argv[1], *map(int, sys.argv[2:])
-held, seen = [], []
-
-def taken(process="self"):
-    # Of its own, in kB: what is kept in shared memory grows until every picture was read once.
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
-
-class Leaking(Weak):
-    def __call__(self, images, **where):
-        held.append(bytes(leak))
-        return super().__call__(images, **where)
-
-class Watched(metapl.BilevelTrainer):
-    def step(self, labeled, unlabeled=None):
-        if self.steps_done in (first, last):
-            seen.append([taken(), *sorted(taken(child.pid) for child in active_children())])
-        return super().step(labeled, unlabeled)
-
-networks = [nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 2)) for _ in range(2)]
-paths = sorted(Path(folder).rglob("*.png"))
-labels = torch.arange(len(paths)) % 2
-images, sampler, view = FileImages(paths, size=(8, 8)).cached(), StepSampler(len(paths), 4, seed=0), Leaking(1)
-sources = LabeledBatches(images, labels, sampler, view, 0), UnlabeledBatches(images, sampler, Weak(1), view, 0)
-Watched(*networks, "loss_difference").fit(*sources, steps=last + 1, num_workers=2, progress=False)
-print(max((after - before) / (last - first) for before, after in zip(*seen, strict=True)))
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc as Linux has it")
-@pytest.mark.long
-def test_memory_is_flat(tmp_path: Path) -> None:
-    """In MB per 1,000 steps, of the process that grew most; a leak of 20 kB a step shows, in those that read too."""
-    color_folders(tmp_path)
-
-    def growth(leak: int, first: int, last: int) -> float:
-        command = [sys.executable, "-c", GROWTH, str(tmp_path), *map(str, (leak, first, last))]
-        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-    assert growth(0, 200, 600) < 3
-    assert growth(20_000, 200, 600) > 3  # two workers share the steps
 
 
 PERSIAN = "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"

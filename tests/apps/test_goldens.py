@@ -3,10 +3,9 @@
 The bits are compared where the machine is that of the store, norms and products elsewhere, as in test_bits.py. A change
 that is meant to give other weights renews the file in a commit of its own, and says why:
 
-    PYTHONPATH=tests/library python tests/apps/test_goldens.py --renew [run ...]
+    PYTHONPATH=tests/library python tests/apps/test_goldens.py
 """
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -87,20 +86,8 @@ def test_a_run_ends_on_the_same_weights(name: str, stored: dict[str, Any], three
     check(of_run(name, three_colors, tmp_path / "run"), stored["runs"][name], stored["machine"], 5e-3)
 
 
-def renew() -> None:
-    """Write what is found here and now, of some runs or of all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--renew", nargs="*", metavar="RUN", required=True, help="runs by name; none: all")
-    names = parser.parse_args().renew or [*RUNS]
-    stored: dict[str, Any] = json.loads(STORED.read_text()) if STORED.exists() else {"runs": {}}
-    with one_thread(), tempfile.TemporaryDirectory() as folder:
-        if stored.get("machine", here()) != here() and {*names} < {*RUNS}:
-            parser.error(f"the file is of {stored['machine']}, and this is {here()}: renew all runs")
-        root = colored_pictures(Path(folder, "pictures"))
-        found = {name: of_run(name, root, Path(folder, name)) for name in names}
-        stored = {"runs": {name: found.get(name) or stored["runs"][name] for name in RUNS}, "machine": here()}
-    STORED.write_text(lines(stored))
-
-
 if __name__ == "__main__":
-    renew()
+    with one_thread(), tempfile.TemporaryDirectory() as folder:
+        root = colored_pictures(Path(folder, "pictures"))
+        found = {name: of_run(name, root, Path(folder, name)) for name in RUNS}
+    STORED.write_text(lines({"runs": found, "machine": here()}))

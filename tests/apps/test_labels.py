@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,13 +154,6 @@ def read_everything(folder: Path) -> Tensor:
     return store.at(range(len(store)))
 
 
-SPOILED: tuple[Callable[[Path], object], ...] = (
-    lambda path: path.write_bytes(path.read_bytes()[:-100]),
-    lambda path: path.unlink(),
-    lambda path: [path.unlink(), os.mkfifo(path)],
-)
-
-
 def test_one_flipped_bit_and_a_description_of_another_version_are_refused_and_named(tmp_path: Path) -> None:
     store = written(tmp_path / "store", names(30), softmax(30), provenance={"temperature": 1e-05, "é": "é"})
     generator = np.random.default_rng(0)
@@ -183,18 +176,15 @@ def test_one_flipped_bit_and_a_description_of_another_version_are_refused_and_na
             read_everything(store.folder)
 
 
-@pytest.mark.parametrize("spoil", SPOILED, ids=["cut", "gone", "a pipe"])
-def test_a_spoiled_file_is_named_and_not_gone_on_with(spoil: Callable[[Path], object], tmp_path: Path) -> None:
-    for number in (1, None):
-        folder = tmp_path / f"{number}"
-        stop_after(folder, 25, softmax(35))
-        whole = written(tmp_path / f"whole{number}", names(35), softmax(35)).folder
-        for there in (folder, whole):
-            path = there / (reading.DESCRIPTION if number is None else files(there)[number])
-            spoil(path)
-            with pytest.raises(MetaplError) as told:
-                read_everything(there) if there == whole else go_on(folder).__enter__()
-            assert path.name in str(told.value)
+def test_what_lacks_a_file_or_has_a_cut_one_is_not_gone_on_with(tmp_path: Path) -> None:
+    stop_after(tmp_path, 25, softmax(35))
+    for path in [tmp_path / name for name in (reading.DESCRIPTION, files(tmp_path)[1])]:
+        content = path.read_bytes()
+        for spoil in (lambda path=path, cut=content[:-100]: path.write_bytes(cut), path.unlink):
+            spoil()
+            with pytest.raises(MetaplError, match=path.name):
+                go_on(tmp_path).__enter__()
+        path.write_bytes(content)
 
 
 def go_on(folder: Path, **options: Any) -> LabelWriter:
@@ -420,7 +410,6 @@ def test_the_commands_say_what_is_in_a_store_and_what_became_of_it(tmp_path: Pat
     assert max(map(len, (text + stats).splitlines()[1:])) <= max(80, len(str(tmp_path)) + 80)
     before = sorted(os.listdir(store.folder))
     metapl("labels", "select", store.folder, "--out", store.folder, *flags, code=2)
-    metapl("labels", "select", store.folder, "--out", tmp_path / "out", *flags[:2], code=2)
     assert sorted(os.listdir(store.folder)) == before
 
 

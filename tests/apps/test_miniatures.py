@@ -1,4 +1,4 @@
-"""Each benchmark runs in miniature: the first half of them."""
+"""Each benchmark runs in miniature: the first half of them; the others in test_benchmarks.py."""
 
 from pathlib import Path
 

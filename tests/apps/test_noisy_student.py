@@ -34,7 +34,6 @@ from metapl.apps.noisy_student import (
 )
 from metapl.apps.settings import replaced
 from metapl.problems.base import Signal
-from metapl.training import FitOptions
 
 NOTHING = Signal(torch.zeros(0))
 DIGITS = Digits(hidden=(4,), fitting=digits.fitting(steps=4, schedule="exponential", lr=0.2, labeled_batch=8))
@@ -95,15 +94,6 @@ def test_a_noisy_teacher_draws_the_same_masks_for_the_same_batch_and_leaves_the_
     assert not torch.equal(first, network(x))
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(part.training for part in network.modules())
-
-
-def test_the_exponential_schedule_ends_where_the_papers_does() -> None:
-    """0.128, times 0.97 every 2.4 of 350 epochs or every 4.8 of 700; a warm start of fewer epochs ends there too."""
-    for epochs in (350, 700):
-        options = FitOptions(steps=epochs, schedule="exponential")
-        assert 0.128 * options.rate(epochs) == pytest.approx(0.001507, rel=1e-3)
-    for epochs, start in ((35, 0.00235), (280, 0.0526)):
-        assert 0.128 * end_matched(epochs, 350) == pytest.approx(start, rel=2e-3)
 
 
 def test_each_round_has_a_network_of_its_own_and_the_rate_that_is_settled() -> None:

@@ -5,13 +5,10 @@ import runpy
 from pathlib import Path
 
 import pytest
-import torch
 from command import metapl, rows
-from safetensors.torch import load_file
 from tiny_runs import COLORS
 
 from metapl.apps.labels import LabelStore
-from metapl.apps.run import EndedRun
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "own_run.py"
 FACTORY = ("--factory", f"{SCRIPT}:network")
@@ -36,26 +33,10 @@ def test_predict_label_evaluate_and_runs_read_it(made: tuple[Path, Path, float],
     assert (len(store), store.classes) == (36, COLORS)
 
     assert f"{accuracy:.2%} of 18, as in result.json" in metapl("evaluate", folder, *FACTORY).stdout
-    other = metapl("evaluate", folder, "--test", root / "labeled", "--json", *FACTORY)
-    assert json.loads(other.stdout)["n"] == 24
-    assert "24 test pictures" in other.stderr
-
     (entry,) = json.loads(metapl("runs", folder, "--json").stdout)
     assert (entry["state"], entry["methods"], entry["steps"], entry["n"]) == ("finished", ["own_run"], 12, 18)
     assert entry["accuracy"] == pytest.approx(accuracy)
     assert entry["data"].endswith("labeled")
-
-
-@pytest.mark.long
-def test_export_gives_its_program_and_weights(made: tuple[Path, Path, float], tmp_path: Path) -> None:
-    root, folder, _ = made
-    metapl("export", folder, "--out", tmp_path / "out", *FACTORY)
-    run_of_it = EndedRun.load(folder)
-    x = run_of_it.cards["student"].input.read(next((root / "test" / "red").iterdir()))
-    network = run_of_it.network("student", FACTORY[1]).eval()
-    program = torch.export.load(tmp_path / "out" / "model.pt2").module()
-    torch.testing.assert_close(program(x[None]), network(x[None]), rtol=1e-4, atol=1e-5)
-    assert load_file(tmp_path / "out" / "model.safetensors").keys() == network.state_dict().keys()
 
 
 def test_without_its_function_and_with_another_it_is_refused(made: tuple[Path, Path, float], tmp_path: Path) -> None:

@@ -290,9 +290,7 @@ def test_digits_are_disjoint_keep_their_labels_and_are_a_function_of_the_seed() 
     for (x, _), (again, _), (drawn, _) in zip(found, parts(2, 0), parts(2, 1), strict=True):
         assert torch.equal(x, again)
         assert rows(x) != rows(drawn)
-    more = parts(4, 0)
-    assert rows(found[0][0]) < rows(more[0][0])
-    assert torch.equal(found[3][0], more[3][0])
+    assert rows(found[0][0]) < rows(parts(4, 0)[0][0])
     for wrong in (0, 150):
         with pytest.raises(MetaplError, match=str(wrong)):
             load_digits_split(labels_per_class=wrong, seed=0)

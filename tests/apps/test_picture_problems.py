@@ -121,8 +121,8 @@ def test_the_table_is_of_the_means_over_seeds(tmp_path: Path) -> None:
     shown = tables.table(rows)
     by = {row[0]: row[1:] for row in ([c.strip() for c in line.strip("|").split("|")] for line in shown.splitlines())}
     supervised = [*(f"{50.5 + 3 * number:.1f}" for number in range(9)), "62.5", "–", "–", "60", "2"]
-    assert by["supervised, the same views"] == supervised
-    assert by["UDA, half aligned (the default)"][-5:] == ["70.5", "+8.0", "+0.0", "60", "2"]
+    assert by["supervised, the same views, 1.5 min"] == supervised
+    assert by["UDA, half aligned (the default), 1.5 min"][-5:] == ["70.5", "+8.0", "+0.0", "60", "2"]
     for problem, chance in zip(half("unseen"), by["chance"], strict=False):
         counts = class_counts(len(problem.classes), problem.test, problem.imbalance)
         assert chance == f"{100 * chance_level(counts):.1f}"

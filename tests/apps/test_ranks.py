@@ -18,7 +18,7 @@ from ranks import Ranks
 from safetensors.torch import load_file
 from tiny_runs import TINY, color_folders, images_command
 
-from metapl.apps.machine.cores import available_cores, default_threads
+from metapl.apps.machine.environment import available_cores, default_threads
 from metapl.apps.run import WEIGHTS
 
 SECONDS = 240.0
@@ -135,7 +135,7 @@ def test_cores_are_those_that_the_process_may_use(tmp_path: Path, monkeypatch: p
     finally:
         os.sched_setaffinity(0, allowed)
     # A limit of the container counts.
-    monkeypatch.setattr("metapl.apps.machine.cores.CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr("metapl.apps.machine.environment.CONTROL_GROUPS", tmp_path)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     (tmp_path / "cpu").mkdir()

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy
@@ -67,37 +67,31 @@ def digit(ten_digits: Path) -> Path:
     return ten_digits / "0.png"
 
 
-def color_folders(root: Path, few: int = 6, many: int = 12, side: int = 16) -> Path:
-    """Red and blue pictures: ``labeled`` and ``test`` with a folder for each class, and ``unlabeled``."""
-    rng = numpy.random.default_rng(0)
-    for part, count in (("labeled", few), ("test", few), ("unlabeled", many)):
-        for index, name in enumerate(("blue", "red")):
-            folder = root / part / ("" if part == "unlabeled" else name)
-            folder.mkdir(parents=True, exist_ok=True)
-            for number in range(count):
-                levels = rng.integers(0, 256, (side, side, 3)) // 3
-                levels[..., 2 - 2 * index] += 150
-                Image.fromarray(levels.astype("uint8")).save(folder / f"{name}-{number}.png")
-    return root
-
-
 COLORS = ("blue", "green", "red")
+PARTS = {"labeled": 8, "test": 6, "noisy": 15, "clean": 4, "unlabeled": 12}
 
 
-def colored_pictures(root: Path) -> Path:
-    """Noisy pictures of three colors, one in five of ``noisy`` in another folder; ``clean`` has other ones."""
+def colored_pictures(
+    root: Path, parts: Mapping[str, int] = PARTS, colors: Sequence[str] = COLORS, side: int = 20
+) -> Path:
+    """So many noisy pictures of each color in each part, one in five of ``noisy`` in the folder of another color."""
     rng = numpy.random.default_rng(0)
-    for part, count in (("labeled", 8), ("test", 6), ("noisy", 15), ("clean", 4), ("unlabeled", 12)):
-        for index, color in enumerate(COLORS):
+    for part, count in parts.items():
+        for index, color in enumerate(colors):
             for number in range(count):
-                levels = rng.integers(0, 256, (20, 20, 3)) // 2
-                levels[..., 2 - index] += 100
+                levels = rng.integers(0, 256, (side, side, 3)) // 2
+                levels[..., 2 - COLORS.index(color)] += 100
                 wrong = part == "noisy" and number % 5 == 0
-                label = "" if part == "unlabeled" else COLORS[(index + wrong) % 3]
+                label = "" if part == "unlabeled" else colors[(index + wrong) % len(colors)]
                 folder = root / part / label
                 folder.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(levels.astype("uint8")).save(folder / f"{color}-{number}.png")
     return root
+
+
+def color_folders(root: Path, few: int = 6, many: int = 12, side: int = 16) -> Path:
+    """Red and blue pictures: ``labeled`` and ``test`` with a folder for each class, and ``unlabeled``."""
+    return colored_pictures(root, {"labeled": few, "test": few, "unlabeled": many}, ("blue", "red"), side)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
 
 EVERY = 0.1  # seconds between two updates of a count
 
@@ -13,12 +16,7 @@ EVERY = 0.1  # seconds between two updates of a count
 def counting(what: str, shown: bool, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """Give a function that takes how many are done, and shows it on one line of the terminal while the block lasts;
     nothing where ``shown`` is False or standard error is no terminal."""
-    if not shown or not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    from tqdm import tqdm
-
-    often: dict[str, float] = {"delay": EVERY, "mininterval": EVERY, "miniters": 1}
+    often: dict[str, Any] = {"delay": EVERY, "mininterval": EVERY, "miniters": 1, "disable": None if shown else True}
     text = "{desc}: {n:,}" + ("" if total is None else f" of {total:,}")
     with tqdm(total=total, desc=what, bar_format=text, leave=False, file=sys.stderr, **often) as bar:
         yield lambda done: bar.update(done - bar.n)

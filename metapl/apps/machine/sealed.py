@@ -11,7 +11,6 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,8 @@ def read_sealed(path: StrPath, sha256: str | None = None, *, mend: str) -> bytes
     return content
 
 
-def read_json(path: StrPath, *, needed: Iterable[str] = (), mend: str = "") -> dict[str, Any]:
-    """The object that a plain file of JSON holds, with the ``needed`` entries; ``mend`` ends the message of the
-    refusal."""
+def read_json(path: StrPath, *, mend: str = "") -> dict[str, Any]:
+    """The object that a plain file of JSON holds; ``mend`` ends the message of the refusal."""
     end = f". {mend}" if mend else "."
     try:
         content = json.loads(read_plain(path))
@@ -46,8 +44,6 @@ def read_json(path: StrPath, *, needed: Iterable[str] = (), mend: str = "") -> d
         raise MetaplError(f"{path} cannot be read: {reason_of(error)}{end}") from error
     if not isinstance(content, dict):
         raise MetaplError(f"{path} is damaged: it holds {content!r:.60}; expected an object{end}")
-    if missing := [name for name in needed if name not in content]:
-        raise MetaplError(f"{path} is damaged: it has no {missing[0]}{end}")
     return content
 
 
@@ -96,14 +92,3 @@ def write_whole(path: Path, content: Any, mend: str) -> None:
             file.write(content)
     except OSError as error:
         raise MetaplError(f"{path} could not be written: {error.strerror or error}; {mend}") from error
-
-
-@contextlib.contextmanager
-def written_last(path: Path, content: bytes) -> Iterator[None]:
-    """A file that appears when the block ends well, such as one whose pictures the block writes. Its bytes are on disk
-    before the block begins, so a full disk leaves neither it nor what the block writes."""
-    with replacing(path) as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-        yield
