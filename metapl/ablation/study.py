@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import astuple, replace
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, get_args
 
@@ -17,14 +17,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.ablation.altered import Alteration, Altered
 from metapl.ablation.cost import flops, peak_bytes
-from metapl.ablation.results import (
-    PREFERRED,
-    Ablation,
-    Distance,
-    ModeCost,
-    gives_the_gradient_of_a_step,
-    recommendation,
-)
+from metapl.ablation.results import PREFERRED, Ablation, ModeCost, gives_the_gradient_of_a_step, recommendation
 from metapl.data.feed import feed
 from metapl.errors import MetaplError, reason_of
 from metapl.execution.batch import is_whole
@@ -95,7 +88,7 @@ def ablate(
     estimates = {mode.name: mode for mode in given}
     if not given or len(estimates) < len(given):
         raise MetaplError(f"ablate was given modes={modes!r}; expected a list of one or more, each name once.")
-    distances: dict[str, list[Distance]] = {}
+    distances: dict[str, list[tuple[float, float, float]]] = {}  # cosine, error and noise at each point
     reasons: dict[str, str] = {}  # why the others do not run
     drawing: set[str] = set()  # names of modes whose gradient has drawn labels in it
 
@@ -120,9 +113,8 @@ def ablate(
             mean, length = g.mean(0), exact.norm().clamp_min(1e-300)
             # The mean of n draws has 1/n of their noise in it, which the spread of n draws is short of.
             noise = ((g - mean).square().sum() / max(1, len(g) - 1)).sqrt() / length
-            cosine = torch.nn.functional.cosine_similarity(mean, exact, dim=0)
-            distance = Distance(float(cosine), float((mean - exact).norm() / length), float(noise))
-            distances.setdefault(name, []).append(distance)
+            cosine, error = torch.nn.functional.cosine_similarity(mean, exact, dim=0), (mean - exact).norm() / length
+            distances.setdefault(name, []).append((float(cosine), float(error), float(noise)))
 
     points = tuple(sorted({0, steps // 2, steps}))
     several = 1 if isinstance(unlabeled, Lookahead) else trainer.lookahead
@@ -160,7 +152,7 @@ def ablate(
         if name in reasons:
             into[name] = reasons[name]
             continue
-        cosines, errors, noises = zip(*(astuple(found) for found in distances[name]), strict=True)
+        cosines, errors, noises = zip(*distances[name], strict=True)
         root = math.sqrt(len(cosines))
         into[name] = ModeCost(
             sum(cosines) / len(cosines), math.hypot(*errors) / root, math.hypot(*noises) / root, *costs[name]

@@ -19,6 +19,9 @@ from metapl.execution.shards import is_sharded, local
 from metapl.execution.state import named_parts
 from metapl.runs.fields import Range, check_arguments, check_fields
 
+__all__ = ["Mesh", "shard"]
+__dir__ = __all__.copy
+
 # The submodules of a network that gather their weights one after another.
 Blocks = Callable[[nn.Module], Iterable[nn.Module]]
 # How the products of layers are shared, by their names: as ``parallelize_module`` takes it.

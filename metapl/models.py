@@ -19,6 +19,10 @@ from metapl.execution.checks import class_labels, described
 from metapl.execution.numerics import in_type_of, wide
 from metapl.runs.fields import AtLeastOne, Range, check_arguments
 
+__all__ = ["Corrector", "LabelAdjuster", "Logits", "label_adjuster", "mlp", "small_cnn"]
+__all__ += ["wide_resnet", "wide_resnet28_2", "wide_resnet28_10"]
+__dir__ = __all__.copy
+
 AtLeastTwo = Annotated[int, Range(2)]
 Dropout = Annotated[float, Range(0, 1, of="a probability")]
 LEAST = 1e-8  # a stored probability below this counts as this: what was stored as impossible may become possible again
