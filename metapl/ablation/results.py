@@ -24,9 +24,8 @@ class ModeCost:
 
     Args:
         cosine: of its gradient, averaged over the draws, with the exact one; the mean over the points.
-        relative_error: ‖mean − exact‖/‖exact‖; the root mean square over the points.
-        noise_to_signal: √(Σ ‖draw − mean‖² / (n − 1))/‖exact‖ of n draws, 0 for a mode that draws nothing; the root
-            mean square over the points.
+        relative_error, noise_to_signal: as :func:`metapl.ablate` defines them, the latter 0 for a mode that draws
+            nothing; root mean squares over the points.
         passes: floating-point operations over those of a forward pass of the student on the unlabeled batch.
         seconds: a call, the least of interleaved rounds; on a CPU the processor's time, where that is less.
         peak_bytes: what a call holds at its fullest, beyond what was held before.

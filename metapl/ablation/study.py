@@ -113,8 +113,8 @@ def ablate(
             mean, length = g.mean(0), exact.norm().clamp_min(1e-300)
             # The mean of n draws has 1/n of their noise in it, which the spread of n draws is short of.
             noise = ((g - mean).square().sum() / max(1, len(g) - 1)).sqrt() / length
-            cosine, error = torch.nn.functional.cosine_similarity(mean, exact, dim=0), (mean - exact).norm() / length
-            distances.setdefault(name, []).append((float(cosine), float(error), float(noise)))
+            cosine, off = torch.nn.functional.cosine_similarity(mean, exact, dim=0), (mean - exact).norm() / length
+            distances.setdefault(name, []).append((float(cosine), float(off), float(noise)))
 
     points = tuple(sorted({0, steps // 2, steps}))
     several = 1 if isinstance(unlabeled, Lookahead) else trainer.lookahead
