@@ -121,6 +121,7 @@ def shard(
     chosen = _untied(module, blocks_of(module)) if blocks is None else list(blocks(module))
     parameters = [p for _, part in named_parts(module) for p in part._parameters.values() if p is not None]
     whole, tied = parameters and not any(map(is_sharded, parameters)), len(_untied(module, chosen)) < len(chosen)
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 0
     refusals = {
         "precision='bfloat16' was given with mesh.shard=1; expected more.": precision == "bfloat16" and mesh.shard == 1,
         "the module has no parameters, or is sharded already; expected a network on one device.": not whole,
@@ -128,14 +129,11 @@ def shard(
         f"mesh.tensor is {mesh.tensor}; expected plan= where it is above 1.": (mesh.tensor > 1) != (plan is not None),
         f"plan names {few(unknown)}, and the network has no such layer.": bool(unknown),
         "blocks share a weight with others; expected all places of their weights.": mesh.shard > 1 and tied,
+        f"{mesh} is not of the {world} processes here; expected torchrun --nproc-per-node.": world != mesh.size,
     }
     for text, wrong in refusals.items():
         if wrong:
             raise MetaplError(text)
-    if not (dist.is_available() and dist.is_initialized()):
-        raise MetaplError(f"{mesh} was given in one process; expected torchrun --nproc-per-node={mesh.size}.")
-    if (world := dist.get_world_size()) != mesh.size:
-        raise MetaplError(f"{mesh} is of {mesh.size} processes; expected the {world} of this job.")
     kind = next(module.parameters()).device.type
     if checkpoint:
         from torch.distributed._composable.checkpoint_activation import checkpoint as checkpointed

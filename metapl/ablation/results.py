@@ -8,8 +8,6 @@ import textwrap
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 
-from metapl.feedback import MODES, Estimator, Implicit, estimator
-
 # A mode that should be exact is taken for it up to this distance: in bfloat16, and where the gradient itself is nearly
 # zero, as in the first steps of Adam, two exact modes differ by as much as some hundredths.
 TRUSTED = 0.1
@@ -90,21 +88,8 @@ class Ablation:
         return "\n\n".join(["\n".join(lines), *(textwrap.fill(text, 80, subsequent_indent="    ") for text in texts)])
 
 
-# ------------------------------------------------------------------------------------------------- what to take
-
-
-def gives_the_gradient_of_a_step(mode: Estimator) -> bool:
-    """Whether a mode gives feedback, and that through the student's step, which is what it is compared with."""
-    return mode.credits != "nothing" and not isinstance(mode, Implicit)
-
-
-# Modes that are exact but for rounding; and that are never recommended: no feedback, and another gradient.
-EXACT = tuple(name for name in MODES if estimator(name).exact)
-NEVER = tuple(name for name in MODES if not gives_the_gradient_of_a_step(estimator(name)))
-
-
 def recommendation(
-    modes: Mapping[str, ModeCost | str], exact_modes: Collection[str] = EXACT, never: Collection[str] = NEVER
+    modes: Mapping[str, ModeCost | str], exact_modes: Collection[str], never: Collection[str]
 ) -> tuple[str | None, str]:
     """The name of the mode to take, and the sentences that say so and what decided.
 

@@ -17,13 +17,13 @@ from torch.utils import _pytree as pytree
 
 from metapl.ablation.altered import Alteration, Altered
 from metapl.ablation.cost import flops, peak_bytes
-from metapl.ablation.results import PREFERRED, Ablation, ModeCost, gives_the_gradient_of_a_step, recommendation
+from metapl.ablation.results import PREFERRED, Ablation, ModeCost, recommendation
 from metapl.data.feed import feed
 from metapl.errors import MetaplError, reason_of
 from metapl.execution.batch import is_whole
 from metapl.execution.checks import described
 from metapl.execution.state import RandomState, replayed
-from metapl.feedback import MODES, Estimator, Lookahead, Mode, estimator
+from metapl.feedback import MODES, Estimator, Implicit, Lookahead, Mode, estimator
 from metapl.feedback.lookahead import inner_batches
 from metapl.problems.base import BilevelProblem, enters_input
 from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_arguments
@@ -158,7 +158,8 @@ def ablate(
             sum(cosines) / len(cosines), math.hypot(*errors) / root, math.hypot(*noises) / root, *costs[name]
         )
     sure = [name for name in compared[0] if estimates[name].exact and name not in drawing]
-    never = [name for name in compared[0] if not gives_the_gradient_of_a_step(estimates[name])]
+    # No feedback; and at the optimum, a gradient that is not through a step, with which it is compared.
+    never = [n for n in compared[0] if estimates[n].credits == "nothing" or isinstance(estimates[n], Implicit)]
     taken, text = recommendation(compared[0], sure, never)
     return Ablation(compared[0], text, points, compared[1], taken)
 

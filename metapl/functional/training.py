@@ -267,7 +267,7 @@ class Walk:
         """The carry after some steps, of which every ``spacing``-th is kept; ``again``: it is not needed at the end."""
         for number in range(begin, end):
             if number % spacing == 0:
-                self.keep(number, carry, again and spacing == 1, again)
+                self.keep(number, carry, again and spacing == 1)
             if not again or number < end - 1:
                 carry, loss = self.step(number, carry)
             if not again:
@@ -290,13 +290,13 @@ class Walk:
             self.forward(begun_at, stop, carry, finer[0], again=True)
             yield from self.backward(begun_at, stop, first, *finer)
 
-    def keep(self, number: int, carry: Carry, in_block: bool = False, again: bool = False) -> None:
+    def keep(self, number: int, carry: Carry, in_block: bool = False) -> None:
         """Keep the state before a step; in a folder with what is known of the steps before it, to go on there."""
         where = self.block if in_block else self.states
         pairs = zip(carry[2:], self.start[2:], strict=True)  # what has not moved, such as frozen weights, is held once
         moved = [{n: t for n, t in now.items() if not torch.equal(t, before[n])} for now, before in pairs]
         where.keep(number, [carry.params, carry.optimizer, *moved, RandomState.now(self.device).values()])
-        if isinstance(where, Folder) and number > where.done and not again:
+        if isinstance(where, Folder) and number > where.done:
             taken = range(where.done, number)
             known = {"losses": [self.losses[k] for k in taken], "digests": [self.digests[k] for k in taken]}
             known |= {"kinds": [self.kinds[k] for k in taken]}
@@ -462,10 +462,10 @@ def refuse_other(
     one, begun = Lookahead([batch], schedule=schedule), RandomState.now(device)
     made.compared[kind] = None  # the step that is compared is none to compare
     try:
-        ours = graphs(one)
-        after = RandomState.now(device)
-        begun.restore()
-        with branching_to(after.branch()):
+        with replayed(begun):
+            ours = graphs(one)
+            after = RandomState.now(device)
+        with replayed(begun), branching_to(after.branch()):
             expected = eager(unlabeled=one)
         moved = {n: t - theta[n] for n, t in expected.student_params.items()}
         least, eps = 1e3 * float(norm(moved)), torch.finfo(expected.inner_loss.dtype).eps
@@ -486,8 +486,6 @@ def refuse_other(
     except BaseException:
         del made.compared[kind]
         raise
-    finally:
-        begun.restore()
     made.compared[kind] = still
 
 
