@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import metapl
 from metapl.ablation.cost import FORMULAS
@@ -51,6 +52,7 @@ from metapl.training.loss_trainer import LossTrainer
 PHASES = ("student step", "labeled gradient", "feedback", "teacher step", "update")
 # What tensors are for. Activations are everything that no name was given to: gathered weights and batches too.
 NAMES = ("weights", "gradients", "optimizer", "for feedback", "activations")
+COUNTED = FlopCounterMode(display=False, custom_mapping=FORMULAS).flop_registry  # operations, by operator
 
 
 class Rehearsal(NamedTuple):
@@ -222,8 +224,8 @@ class Held(TorchDispatchMode):
         for t in pytree.tree_leaves(result):
             if isinstance(t, Tensor):
                 self._count(t.untyped_storage())
-        if func.overloadpacket in FORMULAS:
-            self.flops += FORMULAS[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+        if func.overloadpacket in COUNTED:
+            self.flops += COUNTED[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
         self.look()
         return result
 

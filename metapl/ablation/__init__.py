@@ -2,8 +2,8 @@
 feedback, as a control."""
 
 from metapl.ablation.altered import Altered
-from metapl.ablation.results import Ablation, Distance, ModeCost, recommendation
+from metapl.ablation.results import Ablation, ModeCost, recommendation
 from metapl.ablation.study import ablate
 
-__all__ = ["Ablation", "Altered", "Distance", "ModeCost", "ablate", "recommendation"]
+__all__ = ["Ablation", "Altered", "ModeCost", "ablate", "recommendation"]
 __dir__ = __all__.copy

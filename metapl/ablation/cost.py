@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, flop_registry, shape_wrapper
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 
 def _convolution_backward(*given: Any, **shapes: Any) -> int:
@@ -17,15 +17,12 @@ def _convolution_backward(*given: Any, **shapes: Any) -> int:
     return int(sum(wanted[:2]) * conv_flop_count(x, weight, grad_out, transposed))
 
 
-_OWN = {torch.ops.aten.convolution_backward: _convolution_backward}
-
-# Floating-point operations by operator: PyTorch's, with grouped convolutions counted right.
-FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {name: shape_wrapper(own) for name, own in _OWN.items()}
+FORMULAS = {torch.ops.aten.convolution_backward: _convolution_backward}
 
 
 def flops(run: Callable[[], Any]) -> int:
     """Floating-point operations of a call, of products and convolutions; the rest is not counted."""
-    with FlopCounterMode(display=False, custom_mapping=_OWN) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         run()
     return int(counter.get_total_flops())
 

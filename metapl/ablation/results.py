@@ -7,9 +7,6 @@ import math
 import textwrap
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
-
-from metapl.feedback import MODES, Estimator, Implicit, estimator
 
 # A mode that should be exact is taken for it up to this distance: in bfloat16, and where the gradient itself is nearly
 # zero, as in the first steps of Adam, two exact modes differ by as much as some hundredths.
@@ -20,40 +17,29 @@ PREFERRED = "forward"  # between modes that are equal otherwise: exact, without 
 
 
 @dataclass(frozen=True)
-class Distance:
-    """How far a mode's gradient is from the exact one.
+class ModeCost:
+    """How far a mode's gradient is from the exact one, and what it costs.
 
     Args:
-        cosine: of its gradient, averaged over the draws, with the exact one.
-        relative_error: ‖mean − exact‖/‖exact‖.
-        noise_to_signal: √(Σ ‖draw − mean‖² / (n − 1))/‖exact‖ of n draws; 0 for a mode that draws nothing.
-    """
-
-    cosine: float
-    relative_error: float
-    noise_to_signal: float
-
-    @property
-    def of_one_draw(self) -> float:
-        """Error and noise together, the distance of one draw; at most √(1 + 1/n) times too large."""
-        return math.hypot(self.relative_error, self.noise_to_signal)
-
-
-@dataclass(frozen=True)
-class ModeCost(Distance):
-    """What was found of one mode.
-
-    Args:
-        cosine: as in :class:`Distance`; the mean over the points.
-        relative_error, noise_to_signal: as in :class:`Distance`; root mean squares over the points.
+        cosine: of its gradient, averaged over the draws, with the exact one; the mean over the points.
+        relative_error, noise_to_signal: as :func:`metapl.ablate` defines them, the latter 0 for a mode that draws
+            nothing; root mean squares over the points.
         passes: floating-point operations over those of a forward pass of the student on the unlabeled batch.
         seconds: a call, the least of interleaved rounds; on a CPU the processor's time, where that is less.
         peak_bytes: what a call holds at its fullest, beyond what was held before.
     """
 
+    cosine: float
+    relative_error: float
+    noise_to_signal: float
     passes: float
     seconds: float
     peak_bytes: int
+
+    @property
+    def of_one_draw(self) -> float:
+        """Error and noise together, the distance of one draw; at most √(1 + 1/n) times too large."""
+        return math.hypot(self.relative_error, self.noise_to_signal)
 
 
 @dataclass(frozen=True)
@@ -74,16 +60,13 @@ class Ablation:
     altered: dict[str, ModeCost | str] = field(default_factory=dict)
     recommended: str | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """The fields as dicts; in the place of figures that could not be had stands ``{"reason": ...}``."""
+    def to_json(self) -> str:
+        """The fields as text: a reason in the place of figures is ``{"reason": ...}``, a number that is not finite
+        null."""
         plain = asdict(self)
         for part in ("modes", "altered"):
             plain[part] = {n: {"reason": m} if isinstance(m, str) else m for n, m in plain[part].items()}
-        return plain
-
-    def to_json(self) -> str:
-        """:meth:`as_dict` as text; what is not a finite number is null."""
-        finite = json.loads(json.dumps(self.as_dict()), parse_constant=lambda name: None)
+        finite = json.loads(json.dumps(plain), parse_constant=lambda name: None)
         return json.dumps(finite, indent=1, ensure_ascii=False) + "\n"
 
     def table(self) -> str:
@@ -105,21 +88,8 @@ class Ablation:
         return "\n\n".join(["\n".join(lines), *(textwrap.fill(text, 80, subsequent_indent="    ") for text in texts)])
 
 
-# ------------------------------------------------------------------------------------------------- what to take
-
-
-def gives_the_gradient_of_a_step(mode: Estimator) -> bool:
-    """Whether a mode gives feedback, and that through the student's step, which is what it is compared with."""
-    return mode.credits != "nothing" and not isinstance(mode, Implicit)
-
-
-# Modes that are exact but for rounding; and that are never recommended: no feedback, and another gradient.
-EXACT = tuple(name for name in MODES if estimator(name).exact)
-NEVER = tuple(name for name in MODES if not gives_the_gradient_of_a_step(estimator(name)))
-
-
 def recommendation(
-    modes: Mapping[str, ModeCost | str], exact_modes: Collection[str] = EXACT, never: Collection[str] = NEVER
+    modes: Mapping[str, ModeCost | str], exact_modes: Collection[str], never: Collection[str]
 ) -> tuple[str | None, str]:
     """The name of the mode to take, and the sentences that say so and what decided.
 

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import astuple, replace
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, get_args
 
@@ -17,20 +17,13 @@ from torch.utils import _pytree as pytree
 
 from metapl.ablation.altered import Alteration, Altered
 from metapl.ablation.cost import flops, peak_bytes
-from metapl.ablation.results import (
-    PREFERRED,
-    Ablation,
-    Distance,
-    ModeCost,
-    gives_the_gradient_of_a_step,
-    recommendation,
-)
+from metapl.ablation.results import PREFERRED, Ablation, ModeCost, recommendation
 from metapl.data.feed import feed
 from metapl.errors import MetaplError, reason_of
 from metapl.execution.batch import is_whole
 from metapl.execution.checks import described
 from metapl.execution.state import RandomState, replayed
-from metapl.feedback import MODES, Estimator, Lookahead, Mode, estimator
+from metapl.feedback import MODES, Estimator, Implicit, Lookahead, Mode, estimator
 from metapl.feedback.lookahead import inner_batches
 from metapl.problems.base import BilevelProblem, enters_input
 from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_arguments
@@ -95,7 +88,7 @@ def ablate(
     estimates = {mode.name: mode for mode in given}
     if not given or len(estimates) < len(given):
         raise MetaplError(f"ablate was given modes={modes!r}; expected a list of one or more, each name once.")
-    distances: dict[str, list[Distance]] = {}
+    distances: dict[str, list[tuple[float, float, float]]] = {}  # cosine, error and noise at each point
     reasons: dict[str, str] = {}  # why the others do not run
     drawing: set[str] = set()  # names of modes whose gradient has drawn labels in it
 
@@ -120,9 +113,8 @@ def ablate(
             mean, length = g.mean(0), exact.norm().clamp_min(1e-300)
             # The mean of n draws has 1/n of their noise in it, which the spread of n draws is short of.
             noise = ((g - mean).square().sum() / max(1, len(g) - 1)).sqrt() / length
-            cosine = torch.nn.functional.cosine_similarity(mean, exact, dim=0)
-            distance = Distance(float(cosine), float((mean - exact).norm() / length), float(noise))
-            distances.setdefault(name, []).append(distance)
+            cosine, off = torch.nn.functional.cosine_similarity(mean, exact, dim=0), (mean - exact).norm() / length
+            distances.setdefault(name, []).append((float(cosine), float(off), float(noise)))
 
     points = tuple(sorted({0, steps // 2, steps}))
     several = 1 if isinstance(unlabeled, Lookahead) else trainer.lookahead
@@ -160,13 +152,14 @@ def ablate(
         if name in reasons:
             into[name] = reasons[name]
             continue
-        cosines, errors, noises = zip(*(astuple(found) for found in distances[name]), strict=True)
+        cosines, errors, noises = zip(*distances[name], strict=True)
         root = math.sqrt(len(cosines))
         into[name] = ModeCost(
             sum(cosines) / len(cosines), math.hypot(*errors) / root, math.hypot(*noises) / root, *costs[name]
         )
     sure = [name for name in compared[0] if estimates[name].exact and name not in drawing]
-    never = [name for name in compared[0] if not gives_the_gradient_of_a_step(estimates[name])]
+    # No feedback; and at the optimum, a gradient that is not through a step, with which it is compared.
+    never = [n for n in compared[0] if estimates[n].credits == "nothing" or isinstance(estimates[n], Implicit)]
     taken, text = recommendation(compared[0], sure, never)
     return Ablation(compared[0], text, points, compared[1], taken)
 

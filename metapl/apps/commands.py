@@ -31,7 +31,7 @@ from metapl.apps.run import RunFolder, stored_result
 from metapl.apps.settings import Flat, Switch, unset
 from metapl.apps.train import check_shares, describe, device, train
 from metapl.apps.words import table, tell, wrapped
-from metapl.distributed.mesh import Mesh
+from metapl.distributed import Mesh
 from metapl.errors import MetaplError, few
 from metapl.runs.fields import Range
 from metapl.training import Interrupted

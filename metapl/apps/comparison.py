@@ -6,7 +6,7 @@ import itertools
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from metapl.apps.run import READOUTS
@@ -149,7 +149,7 @@ class Comparison:
             "delivery": self.delivery(),
         }
         if (found := self.against_control()) is not None:
-            content[f"{found[0]}_against_{found[2]}"] = {"read_out": found[3], **found[4].to_json()}
+            content[f"{found[0]}_against_{found[2]}"] = {"read_out": found[3], **asdict(found[4])}
         return content
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from metapl.apps.fitting import Share
 from metapl.apps.model_noise import model_noise
-from metapl.distributed.mesh import Mesh, shard
+from metapl.distributed import Mesh, shard
 from metapl.errors import MetaplError
 
 PATIENCE = timedelta(minutes=10)  # for which a process waits for another one before it gives up

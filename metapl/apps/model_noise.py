@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from metapl.execution import checks
 from metapl.execution.numerics import wide
 from metapl.problems.base import Signal
-from metapl.problems.stored import check_stored, stored_pair
+from metapl.problems.pseudo_labels import check_stored, stored_pair
 from metapl.runs.fields import Range, check_fields
 
 

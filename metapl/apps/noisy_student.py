@@ -42,7 +42,7 @@ from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest
 from metapl.execution.numerics import wide
 from metapl.problems.losses import CrossEntropy
-from metapl.problems.stored import check_stored, stored_pair
+from metapl.problems.pseudo_labels import check_stored, stored_pair
 from metapl.runs.fields import Range, check_fields
 from metapl.training import FitResult, Say
 from metapl.training.loss_trainer import LossTrainer

@@ -25,7 +25,7 @@ from metapl.apps.report import Mistakes, mistakes, write_report
 from metapl.apps.run import EndedRun, RunFolder, seal
 from metapl.apps.settings import flat
 from metapl.apps.suspects import SUSPECTS, write_suspects
-from metapl.distributed.mesh import Mesh
+from metapl.distributed import Mesh
 from metapl.errors import MetaplError
 from metapl.execution.shards import load_whole
 from metapl.metrics import Evaluation, chance_level, evaluate_logits, predict_logits

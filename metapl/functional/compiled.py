@@ -24,13 +24,13 @@ from metapl.errors import MetaplError
 from metapl.execution.batch import length
 from metapl.execution.checks import Fault
 from metapl.execution.numerics import as_real, no_fast_path
-from metapl.execution.state import RandomState, branching_to
+from metapl.execution.state import RandomState, branching_to, trainable
 from metapl.feedback import MODES, Implicit, estimator
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.report import StepReport
 from metapl.functional.state import Report, State, dot, leaves_of, norm, settings_of, state_of, unclipped
 from metapl.functional.step import Step, make_step
-from metapl.problems.base import Signal, enters_input, gumbel, has_own
+from metapl.problems.base import Signal, enters_input, gumbel
 from metapl.updates import Clipped, TorchUpdate, Update, as_taken, options_of, parts_of, update_of
 
 LONGEST = 3  # steps that are unrolled in one function
@@ -43,8 +43,7 @@ KNOWN = {type(estimator(name)) for name in MODES} - {Implicit}
 def updates_of(trainer: Any) -> tuple[Update, Update | None]:
     found: list[Any] = [unclipped(trainer.update), None]
     if trainer.teacher is not None:
-        trained = {name: p for name, p in trainer.teacher.named_parameters() if p.requires_grad}
-        found[1] = update_of(trainer.outer_optimizer, trained, name="outer_optimizer")
+        found[1] = update_of(trainer.outer_optimizer, trainable(trainer.teacher), name="outer_optimizer")
     if trainer.clip_norm is not None:
         space: Any = SimpleNamespace(dot=dot, norm=norm)  # by operations that every transform has rules for
         found = [update and Clipped(update, trainer.clip_norm, space) for update in found]
@@ -54,13 +53,13 @@ def updates_of(trainer: Any) -> tuple[Update, Update | None]:
 def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> Step:
     """The pure step of a trainer that looks so many steps ahead."""
     mode, problem, own = trainer.mode, trainer.problem, trainer.teacher_losses
-    enters, inner = enters_input(problem), unclipped(updates[0])
+    inner, composed = unclipped(updates[0]), steps > 1 or enters_input(problem)
     refused = {
         f"{type(mode).__name__}, but the library's modes without implicit": type(mode) not in KNOWN,
         "accumulate": trainer.accumulate > 1,
         "several processes": trainer.layout.kind != "plain" or not trainer.ranks.alone,
         f"{steps} steps ahead, but {LONGEST} at most": steps > LONGEST,
-        "cosine of several steps": (steps > 1 or enters) and getattr(mode, "normalization", "") == "cosine",
+        "cosine of several steps": composed and getattr(mode, "normalization", "") == "cosine",
         "transform that hides state": not isinstance(inner, TorchUpdate) and not _repeats(inner),
     }
     for what in (what for what, is_so in refused.items() if is_so):
@@ -84,8 +83,6 @@ def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> 
         steps=steps,
         weight=trainer.feedback_weight,
         ratio=trainer.feedback_ratio,
-        enters=enters,
-        revises=has_own(problem, "revised_signal"),
         autocast=autocast,
     )
 
@@ -235,7 +232,7 @@ class CompiledStep:
             raise MetaplError("a parameter of the networks has a hook, which no graph captures; leave compile out.")
         if not isinstance(unclipped(trainer.update), TorchUpdate):
             raise MetaplError("inner_optimizer is a TorchOpt transform; expected torch.optim's, or compile=False.")
-        trainer.update.follow({name: p for name, p in trainer.student.named_parameters() if p.requires_grad})
+        trainer.update.follow(trainable(trainer.student))
         updates = updates_of(trainer)
         # torch.compile's mode of that name, beside our options.
         graphs = {"triton.cudagraphs": True} if trainer.compile == "reduce-overhead" else {}
@@ -265,10 +262,10 @@ class CompiledStep:
         if numbers != self.numbers:
             optimizers = self.state.inner, self.state.outer
             for optimizer, known, given in zip(optimizers, self.numbers, numbers, strict=True):
-                for group, old, new in zip(optimizer.settings, known, given, strict=True):
-                    group |= {n: settings_of(v, trainer.device) for n, v in new.items() if old.get(n) != v}
-                    for name in old.keys() - new.keys():
-                        del group[name]
+                optimizer.settings[:] = [
+                    {n: group[n] if old.get(n) == v else settings_of(v, trainer.device) for n, v in new.items()}
+                    for group, old, new in zip(optimizer.settings, known, given, strict=True)
+                ]
             self.numbers = numbers
         step = torch.tensor(trainer.steps_done, device=trainer.device)
         mode = {name: t.to(trainer.device) for name, t in trainer.mode_state.items()}

@@ -11,7 +11,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from metapl.execution.numerics import Tree
+from metapl.execution.checks import logits
+from metapl.execution.numerics import Tree, wide
 
 
 class Network(NamedTuple):
@@ -65,6 +66,11 @@ class Function(nn.Module):
         held = params | {name: t.clone() for name, t in state.items()}  # a pass moves its state in place
         result: tuple[Any, Tree] = functional_call(self, {f"module.{n}": t for n, t in held.items()}, (ask, [*state]))
         return result
+
+    def outputs(self, params: Tree, state: Tree, x: Any) -> tuple[Tensor, Tree]:
+        """A student's outputs, (B, ...), and the state that it leaves."""
+        z, left = self.at(params, state, lambda network: network(x))
+        return wide(logits(z, "student")), left
 
     def forward(self, ask: Callable[[Any], Any], names: list[str]) -> tuple[Any, Tree]:
         with EagerMasks():

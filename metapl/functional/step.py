@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metapl.execution.checks import logits
-from metapl.execution.numerics import Tree, as_real, wide
+from metapl.execution.numerics import Tree, as_real
 from metapl.functional.network import Function, Network
 from metapl.functional.state import Report, State, dot, held, moves, norm, on_value, taken
-from metapl.problems.base import Problem, Signal, sum_and_weight
+from metapl.problems.base import Problem, Signal, enters_input, has_own, sum_and_weight
+from metapl.problems.losses import sum_of_terms
 from metapl.updates import Update
 
 Step = Callable[..., tuple[State, Report]]
@@ -67,12 +67,11 @@ def make_step(
     steps: int = 1,  # K
     weight: float = 1.0,  # λ
     ratio: float | None = None,  # in its place, the norm of the feedback's gradient over that of the own losses'
-    enters: bool = False,  # whether the signal enters the student's input
-    revises: bool = False,  # whether the problem makes the real step's signal of the feedback
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Step:
     """The step of these networks, losses and rules; the modules' own tensors are not read, those of the state are."""
     T, S, kind = Function(teacher), Function(student), mode.name
+    enters, revises = enters_input(problem), has_own(problem, "revised_signal")
     composed = kind == "unrolled" or steps > 1 or enters
     first = steps if kind == "none" else steps - (getattr(mode, "truncate", None) or steps)  # of those with feedback
     unit = "cosine" if getattr(mode, "similarity", "") == "cosine" else getattr(mode, "normalization", "gradient")
@@ -87,14 +86,12 @@ def make_step(
 
         def run(theta: Tree, at_S: Tree, k: int, *entering: Signal) -> tuple[Tensor, Tree]:
             """z = S(x_k; θ), (B, ...), and the buffers that the pass leaves."""
-            x = problem.student_input(batches[k], *entering)
-            z, left = S.at(theta, at_S, lambda network: network(x))
-            return wide(logits(z, "student")), left
+            return S.outputs(theta, at_S, problem.student_input(batches[k], *entering))
 
         def outer_loss(theta: Tree, at_S: Tree) -> Tensor:
             """L, by a pass with batch statistics of its own, which leaves the running ones as they are."""
-            z, _ = S.at(theta, at_S, lambda network: network(problem.outer_input(judged)))
-            total, count = sum_and_weight(problem.outer_loss(wide(logits(z, "student")), judged))
+            z, _ = S.outputs(theta, at_S, problem.outer_input(judged))
+            total, count = sum_and_weight(problem.outer_loss(z, judged))
             return total / count
 
         def ask(theta_T: Tree, at_T: Tree, k: int, z: Tensor | None) -> Any:
@@ -102,11 +99,9 @@ def make_step(
 
             def asked(network: Any) -> tuple[Signal, Tree]:
                 signal: Any = problem.signal(network, batches[k], z, generator=noises[k])
-                own: Tree = {}
-                for loss in losses_for(batches[k]) if k == steps - 1 else ():
-                    value = loss(network, labeled=judged, unlabeled=batches[k], signal=signal, step=state.step)
-                    own[loss.name] = own[loss.name] + value if loss.name in own else value
-                return signal, own
+                losses = losses_for(batches[k]) if k == steps - 1 else ()
+                given = {"labeled": judged, "unlabeled": batches[k], "signal": signal, "step": state.step}
+                return signal, sum_of_terms(network, losses, **given)
 
             (signal, own), left = T.at(theta_T, at_T, asked)
             return signal, own, left

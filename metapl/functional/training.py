@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -29,10 +30,9 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.batch import digest
-from metapl.execution.checks import logits
 from metapl.execution.layout import layouts
-from metapl.execution.numerics import HALF, Tree, no_fast_path, wide
-from metapl.execution.state import RandomState, branching_to, replayed
+from metapl.execution.numerics import HALF, Tree, no_fast_path
+from metapl.execution.state import RandomState, branching_to, replayed, trainable
 from metapl.feedback import Forward
 from metapl.feedback.hypergradient import hypergradient
 from metapl.feedback.keeping import Keeping, States, folder_of, keeping
@@ -89,9 +89,7 @@ def make_training(
         """(θ′, s′) as a function of all that a gradient may be in; and the buffers, the loss and the signal."""
 
         def run(theta: Tree, *entering: Signal) -> tuple[Tensor, Tree]:
-            x = problem.student_input(batch, *entering)
-            z, left = S.at(theta, carry.state, lambda network: network(x))
-            return wide(logits(z, "student")), left  # (B, ...)
+            return S.outputs(theta, carry.state, problem.student_input(batch, *entering))
 
         def asked(z: Tensor | None) -> tuple[Signal, Tree]:
             found: tuple[Signal, Tree] = T.at(
@@ -179,7 +177,7 @@ def compiled_training(
     weights = [p for network in (teacher, student) if network is not None for p in network.parameters()]
     device = next(student.parameters()).device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    update: Any = update_of(optimizer, {name: p for name, p in student.named_parameters() if p.requires_grad})
+    update: Any = update_of(optimizer, trainable(student))
     groups = [group | dict.fromkeys(update.numbers, 0.0) for group in options_of(optimizer)]
     of = teacher, student, problem, *parts_of(optimizer), *modules, *weights
     flags = [part.training for part in modules], [p.requires_grad for p in weights]
@@ -210,29 +208,30 @@ class Gradient(NamedTuple):
     keeping: Keeping
 
 
+@dataclass
 class Walk:
     """The steps of a training, and the way back: which states are kept, and what was seen of each step."""
 
-    def __init__(
-        self,
-        made: Compiled,
-        phi: Tree,
-        start: Carry,
-        ahead: Lookahead,
-        rates: Sequence[Settings],  # of each step, or of all of them
-        chosen: Keeping,
-        compare: Callable[[Any], None],  # of each batch, whose kind may be new
-        device: torch.device,
-    ) -> None:
-        self.made, self.phi, self.start, self.ahead, self.rates = made, phi, start, ahead, rates
-        self.chosen, self.compare, self.device = chosen, compare, device
-        self.spacings = *chosen.spacings, 1
-        self.in_folder = folder_of(chosen.on) is not None
-        self.states, self.block = States(chosen.on), States(None if self.in_folder else chosen.on)  # of the finest
-        self.digests, self.losses, self.kinds = dict[int, Tensor](), list[Tensor](), dict[int, Any]()  # of each step
-        self.zeros: dict[Any, Tree] = {}  # in the shapes of a signal, by those of its batch
-        self.value: Any = None  # of the last signal
-        self.tell: Callable[[int], None] = lambda number: None
+    made: Compiled
+    phi: Tree
+    start: Carry
+    ahead: Lookahead
+    rates: Sequence[Settings]  # of each step, or of all of them
+    chosen: Keeping
+    compare: Callable[[Any], None]  # of each batch, whose kind may be new
+    device: torch.device
+    digests: dict[int, Tensor] = field(default_factory=dict)  # of each step
+    losses: list[Tensor] = field(default_factory=list)
+    kinds: dict[int, Any] = field(default_factory=dict)
+    zeros: dict[Any, Tree] = field(default_factory=dict)  # in the shapes of a signal, by those of its batch
+    value: Any = None  # of the last signal
+    tell: Callable[[int], None] = lambda number: None
+
+    def __post_init__(self) -> None:
+        self.spacings = *self.chosen.spacings, 1
+        self.in_folder = folder_of(self.chosen.on) is not None
+        self.states = States(self.chosen.on)
+        self.block = States(None if self.in_folder else self.chosen.on)  # of the finest
 
     def batch(self, number: int) -> Any:
         """A batch; one that a function returns is refused where it is not the same when it is read again."""
@@ -268,7 +267,7 @@ class Walk:
         """The carry after some steps, of which every ``spacing``-th is kept; ``again``: it is not needed at the end."""
         for number in range(begin, end):
             if number % spacing == 0:
-                self.keep(number, carry, again and spacing == 1, again)
+                self.keep(number, carry, again and spacing == 1)
             if not again or number < end - 1:
                 carry, loss = self.step(number, carry)
             if not again:
@@ -291,13 +290,13 @@ class Walk:
             self.forward(begun_at, stop, carry, finer[0], again=True)
             yield from self.backward(begun_at, stop, first, *finer)
 
-    def keep(self, number: int, carry: Carry, in_block: bool = False, again: bool = False) -> None:
+    def keep(self, number: int, carry: Carry, in_block: bool = False) -> None:
         """Keep the state before a step; in a folder with what is known of the steps before it, to go on there."""
         where = self.block if in_block else self.states
         pairs = zip(carry[2:], self.start[2:], strict=True)  # what has not moved, such as frozen weights, is held once
         moved = [{n: t for n, t in now.items() if not torch.equal(t, before[n])} for now, before in pairs]
         where.keep(number, [carry.params, carry.optimizer, *moved, RandomState.now(self.device).values()])
-        if isinstance(where, Folder) and number > where.done and not again:
+        if isinstance(where, Folder) and number > where.done:
             taken = range(where.done, number)
             known = {"losses": [self.losses[k] for k in taken], "digests": [self.digests[k] for k in taken]}
             known |= {"kinds": [self.kinds[k] for k in taken]}
@@ -364,8 +363,7 @@ def differentiate(
     walk = Walk(made, phi, start, ahead, rates, chosen, compare, device)
 
     def outer_losses(theta: Tree) -> Tensor:
-        z, _ = Function(student).at(theta, carry.state, lambda network: network(problem.outer_input(judged)))
-        z = wide(logits(z, "student"))
+        z, _ = Function(student).outputs(theta, carry.state, problem.outer_input(judged))
         found = [sum_and_weight(one.outer_loss(z, judged)) for one in judging or [problem]]
         L = torch.stack([total / weight for total, weight in found])
         return L if judging else L[0]
@@ -464,10 +462,10 @@ def refuse_other(
     one, begun = Lookahead([batch], schedule=schedule), RandomState.now(device)
     made.compared[kind] = None  # the step that is compared is none to compare
     try:
-        ours = graphs(one)
-        after = RandomState.now(device)
-        begun.restore()
-        with branching_to(after.branch()):
+        with replayed(begun):
+            ours = graphs(one)
+            after = RandomState.now(device)
+        with replayed(begun), branching_to(after.branch()):
             expected = eager(unlabeled=one)
         moved = {n: t - theta[n] for n, t in expected.student_params.items()}
         least, eps = 1e3 * float(norm(moved)), torch.finfo(expected.inner_loss.dtype).eps
@@ -488,8 +486,6 @@ def refuse_other(
     except BaseException:
         del made.compared[kind]
         raise
-    finally:
-        begun.restore()
     made.compared[kind] = still
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ class Evaluation:
     confusion: tuple[tuple[int, ...], ...]
     classes: tuple[str, ...] | None = None
 
+    metric: ClassVar[str] = "accuracy"
+    """What :attr:`value` is, as other problems have it: see :class:`metapl.metrics.Measured`."""
+
     def __repr__(self) -> str:
         names = "n", "accuracy", "top5", "negative_log_likelihood", "expected_calibration_error"
         return summary("Evaluation", **{name: getattr(self, name) for name in names}, classes=len(self.confusion))
@@ -44,11 +47,6 @@ class Evaluation:
     def chance(self) -> float:
         """The accuracy of guessing on these examples; see :func:`metapl.metrics.chance_level`."""
         return chance_level([sum(row) for row in self.confusion])
-
-    @property
-    def metric(self) -> str:
-        """What :attr:`value` is, as other problems have it: see :class:`metapl.metrics.Measured`."""
-        return "accuracy"
 
     @property
     def value(self) -> float:

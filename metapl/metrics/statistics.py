@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -58,9 +57,6 @@ class PairedTest:
     interval: tuple[float, float] | None
     p: float | None
     p_permutation: float | None
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "interval": None if self.interval is None else list(self.interval)}
 
 
 def paired_test(a: Sequence[float], b: Sequence[float]) -> PairedTest:

@@ -12,9 +12,8 @@ from metapl.problems.doubtful import (
     Table,
     WeightNet,
 )
-from metapl.problems.pseudo_labels import PseudoLabels
+from metapl.problems.pseudo_labels import PseudoLabels, ReducedLabels, StoredCrossEntropy
 from metapl.problems.sequences import DataRater, NextToken
-from metapl.problems.stored import ReducedLabels, StoredCrossEntropy
 
 __all__ = ["BilevelProblem", "DataRater", "EqualWeights", "ExampleLabels", "ExampleWeights", "LabelCorrection"]
 __all__ += ["LearningToReweight", "MetaWeightNet", "NextToken", "NoiseTransition", "Problem", "PseudoLabels"]

@@ -123,19 +123,18 @@ def field_of(key: object) -> str:
 
 def check_signal(signal: Any, problem: Any) -> Signal:
     """What a problem's ``signal`` returned; anything but a signal of tensors is refused."""
-    value, drawn = getattr(signal, "value", None), getattr(signal, "log_prob", None)
-    fits = isinstance(value, Tensor) and (drawn is None or drawn.shape == value.shape[:1])
-    if isinstance(value, dict):
-        fits = drawn is None and bool(value) and all(isinstance(t, Tensor) for t in value.values())
-    fits = fits and isinstance(signal, Signal)
-    if not fits:
-        given = f"a Signal of {described(value)}" if isinstance(signal, Signal) else described(signal)
-        raise MetaplError(
-            f"{kind_of(problem)}.signal returned {given}; expected metapl.Signal(value) of a tensor or a dict of them, "
-            "or metapl.Signal(value, log_prob=...) of a sampled tensor."
-        )
-    checked: Signal = signal
-    return checked
+    if isinstance(signal, Signal):
+        value, drawn = signal.value, signal.log_prob
+        fits = isinstance(value, Tensor) and (drawn is None or drawn.shape == value.shape[:1])
+        if isinstance(value, dict):
+            fits = drawn is None and bool(value) and all(isinstance(t, Tensor) for t in value.values())
+        if fits:
+            return signal
+    given = f"a Signal of {described(signal.value)}" if isinstance(signal, Signal) else described(signal)
+    raise MetaplError(
+        f"{kind_of(problem)}.signal returned {given}; expected metapl.Signal(value) of a tensor or a dict of them, "
+        "or metapl.Signal(value, log_prob=...) of a sampled tensor."
+    )
 
 
 def joined_signals(signals: Sequence[Signal], leaves: bool = False) -> Signal:
@@ -245,15 +244,11 @@ def has_own(problem: Problem, method: str) -> bool:
 
 def has_rows(problem: Problem, signal: Signal, rows: int) -> dict[str, bool]:
     """Whether each field of a signal's value has a row for each of so many examples."""
-    said = problem.signal_has_rows
-    if isinstance(said, Mapping):
-        said = {field_of(key): has for key, has in said.items()}
-    found = {}
-    for name, t in signal.fields().items():
-        if name not in ("log_prob", "probs", "outputs"):
-            has = said.get(name) if isinstance(said, Mapping) else said
-            found[name] = t.ndim > 0 and (len(t) == rows if has is None else has)
-    return found
+    said: Any = problem.signal_has_rows
+    values = {name: t for name, t in signal.fields().items() if name not in ("log_prob", "probs", "outputs")}
+    several = isinstance(said, Mapping)
+    own = {field_of(key): has for key, has in said.items()} if several else dict.fromkeys(values, said)
+    return {n: t.ndim > 0 and (len(t) == rows if own.get(n) is None else own[n]) for n, t in values.items()}
 
 
 @cache  # asked in every step

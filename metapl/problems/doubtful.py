@@ -120,7 +120,6 @@ class MetaWeightNet(Weighted):
     teacher_reads_inputs: ClassVar[bool] = False
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
-        """a, (B,)."""
         losses = F.cross_entropy(
             student_outputs, checks.safe_labels(batch[1], student_outputs.shape[1]), reduction="none"
         )
@@ -173,11 +172,9 @@ class LearningToReweight(Weighted):
         return self
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
-        """ε = 0, (B,)."""
         return Signal(student_outputs.new_zeros(len(student_outputs)))
 
     def revised_signal(self, signal: Signal, h: Tensor) -> Signal:
-        """a = B·w, (B,)."""
         helpful = h.clamp_min(0)
         total = helpful.sum()
         return Signal(len(h) * helpful / torch.where(total > 0, total, torch.ones_like(total)))
@@ -199,7 +196,6 @@ class ExampleWeights(Weighted):
     teacher_reads_inputs: ClassVar[bool] = False
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
-        """a = σ(t), (B,)."""
         return Signal(wide(teacher(batch[2])).sigmoid())
 
 
@@ -253,7 +249,6 @@ class NoiseTransition(Classification):
     signal_has_rows: ClassVar[bool | None] = False
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
-        """M, (C, C)."""
         return Signal(wide(teacher()).softmax(-1))
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:

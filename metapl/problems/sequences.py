@@ -69,7 +69,6 @@ class DataRater(Problem):
         return _read(batch)[0]
 
     def outer_batch(self, batch: Any) -> Any:
-        """Tokens as they are."""
         _read(batch)
         return plain(batch)
 
@@ -96,12 +95,10 @@ class DataRater(Problem):
         return Signal(len(every) * every.softmax(0)[own])
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
-        """ℓ_i, (B,)."""
         losses, counts = _losses(outputs, _read(batch)[1])
         return signal.value * losses.sum(1) / counts.sum(1).clamp_min(1)
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        """The sum over tokens, and their number."""
         losses, counts = _losses(outputs, _read(batch)[1])
         return losses.sum(), counts.sum()
 
@@ -142,14 +139,12 @@ class NextToken(EqualWeights):
         _check_words(outputs, unlabeled[1], labeled[1])
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
-        """ℓ_i, (B,)."""
         losses, counts = _losses(outputs, batch[1])
         of_token = F.pad(losses[:, :-1], (1, 0))  # at the token, not where it is predicted from
         weights = signal.value.reshape(len(losses), -1)  # (B, 1), or (B, T)
         return (weights * of_token).sum(1) / counts.sum(1).clamp_min(1)
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        """The sum over tokens, and their number."""
         losses, counts = _losses(outputs, batch[1])
         return losses.sum(), counts.sum()
 

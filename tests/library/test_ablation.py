@@ -126,17 +126,17 @@ NONE = {"none": cost(0.001, 10_000, 1.0)}
     ],
 )
 def test_of_exact_modes_time_decides_then_memory_then_forward(modes: dict[str, ModeCost | str], taken: str) -> None:
-    name, text = recommendation({**modes, **SAMPLED, **NONE})
+    name, text = recommendation({**modes, **SAMPLED, **NONE}, ("unrolled", "forward"), ("none",))
     assert name == taken
     assert text.startswith(f"Take {taken}: ")
     assert "Algorithm 1's scalar (reinforce) takes 20 ms, and error and noise of one draw are 19 times" in text
 
 
 def test_no_feedback_and_the_gradient_at_an_optimum_are_never_recommended() -> None:
-    assert recommendation({"forward": "it cannot", "implicit": cost(0.001), **NONE})[0] is None
     modes: dict[str, ModeCost | str] = {"own": ModeCost(1.0, 0.5, 1.0, 9.0, 0.01, 1000)}
-    assert recommendation(modes)[0] == "own"
-    assert recommendation(modes, never=("own",))[0] is None
+    assert recommendation(modes, (), ())[0] == "own"
+    assert recommendation({"forward": "it cannot", **modes}, ("forward",), ("own",))[0] is None
+    assert found("mlp", ["none"]).recommended is None
 
 
 class Steps(Estimator):

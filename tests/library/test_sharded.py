@@ -17,8 +17,7 @@ from reference import error
 from torch import nn
 
 from metapl.ablation import Altered
-from metapl.distributed import Mesh, shard
-from metapl.distributed.mesh import blocks_of
+from metapl.distributed import Mesh, blocks_of, shard
 from metapl.errors import MetaplError
 from metapl.feedback import Forward, Reinforce, ReinforcePerExample
 from metapl.models import mlp as multilayer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import asdict
 from typing import Any
 
 import numpy
@@ -264,4 +265,4 @@ def test_scores_without_spread_and_ties() -> None:
     test = paired_test([0.2, 0.3, 0.4], [0.1, 0.2, 0.3])
     assert (test.p, test.interval, test.p_permutation) == (None, None, 0.25)
     assert paired_test([0.1, 0.2, -0.3, 0.1, 0.2], [0.0] * 5).p_permutation == 22 / 32
-    json.dumps(test.to_json(), allow_nan=False)
+    json.dumps(asdict(test), allow_nan=False)

@@ -14,7 +14,7 @@ from torch import nn
 from metapl.apps.errors import require_extra
 from metapl.apps.networks.weights import load_weights
 from metapl.errors import MetaplError, reason_of
-from metapl.models.networks import PooledFeatures, small_cnn, wide_resnet
+from metapl.models import PooledFeatures, small_cnn, wide_resnet
 from metapl.runs.fields import AtLeastOne, Range, check_arguments, check_fields
 from metapl.words import did_you_mean
 

@@ -19,6 +19,9 @@ from metapl.execution.shards import is_sharded, local
 from metapl.execution.state import named_parts
 from metapl.runs.fields import Range, check_arguments, check_fields
 
+__all__ = ["Mesh", "shard"]
+__dir__ = __all__.copy
+
 # The submodules of a network that gather their weights one after another.
 Blocks = Callable[[nn.Module], Iterable[nn.Module]]
 # How the products of layers are shared, by their names: as ``parallelize_module`` takes it.
@@ -68,31 +71,15 @@ class Mesh:
         return dist.get_rank() // self.tensor
 
     def devices(self, kind: str) -> Any:
-        """The mesh of the devices among which ``fully_shard`` cuts weights; ``kind`` is ``"cpu"`` or ``"cuda"``."""
-        mesh = self._built(kind)
-        return mesh if self.tensor == 1 else mesh[("replicate", "shard") if self.replicate > 1 else "shard"]
-
-    def products(self, kind: str) -> Any:
-        """The mesh of the devices that compute products together with this one."""
-        return self._built(kind)["tensor"]
-
-    def _built(self, kind: str) -> Any:
-        """The mesh of all devices; built once, for every mesh has process groups of its own."""
+        """The mesh of the devices of all processes, ``"cpu"`` or ``"cuda"``, whose dimensions are named as the fields
+        here; built once, for every mesh has process groups of its own."""
         from torch.distributed.device_mesh import init_device_mesh
 
         built: dict[str, Any] = self.__dict__.setdefault("_meshes", {})
         if kind not in built:
-            self.check_processes()
             sizes = {name: size for name, size in asdict(self).items() if size > 1 or name == "shard"}
             built[kind] = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         return built[kind]
-
-    def check_processes(self) -> None:
-        """Refuse a mesh that is not of all processes of this job."""
-        if not (dist.is_available() and dist.is_initialized()):
-            raise MetaplError(f"{self} was given in one process; expected torchrun --nproc-per-node={self.size}.")
-        if (world := dist.get_world_size()) != self.size:
-            raise MetaplError(f"{self} is of {self.size} processes; expected the {world} of this job.")
 
 
 def shard(
@@ -134,6 +121,7 @@ def shard(
     chosen = _untied(module, blocks_of(module)) if blocks is None else list(blocks(module))
     parameters = [p for _, part in named_parts(module) for p in part._parameters.values() if p is not None]
     whole, tied = parameters and not any(map(is_sharded, parameters)), len(_untied(module, chosen)) < len(chosen)
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 0
     refusals = {
         "precision='bfloat16' was given with mesh.shard=1; expected more.": precision == "bfloat16" and mesh.shard == 1,
         "the module has no parameters, or is sharded already; expected a network on one device.": not whole,
@@ -141,11 +129,11 @@ def shard(
         f"mesh.tensor is {mesh.tensor}; expected plan= where it is above 1.": (mesh.tensor > 1) != (plan is not None),
         f"plan names {few(unknown)}, and the network has no such layer.": bool(unknown),
         "blocks share a weight with others; expected all places of their weights.": mesh.shard > 1 and tied,
+        f"{mesh} is not of the {world} processes here; expected torchrun --nproc-per-node.": world != mesh.size,
     }
     for text, wrong in refusals.items():
         if wrong:
             raise MetaplError(text)
-    mesh.check_processes()
     kind = next(module.parameters()).device.type
     if checkpoint:
         from torch.distributed._composable.checkpoint_activation import checkpoint as checkpointed
@@ -155,7 +143,7 @@ def shard(
     if plan is not None:
         from torch.distributed.tensor.parallel import parallelize_module
 
-        parallelize_module(module, mesh.products(kind), dict(plan))
+        parallelize_module(module, mesh.devices(kind)["tensor"], dict(plan))
         if mesh.shares == 1:
             return module
     elif mesh.shard == 1:
@@ -170,7 +158,10 @@ def shard(
     module.to(memory_format=torch.contiguous_format)  # fully_shard takes no other
     half = precision == "bfloat16"
     policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
-    options = {"mesh": mesh.devices(kind), "shard_placement_fn": placement}
+    devices = mesh.devices(kind)
+    if mesh.tensor > 1:
+        devices = devices[("replicate", "shard") if mesh.replicate > 1 else "shard"]
+    options = {"mesh": devices, "shard_placement_fn": placement}
     for norm in norms if half else ():
         if norm.affine and not any(norm is block for block in chosen):
             fully_shard(norm, mp_policy=MixedPrecisionPolicy(output_dtype=torch.bfloat16), **options)

@@ -6,6 +6,7 @@ All work out of place: feedback differentiates the same pass forward and twice b
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any
@@ -18,6 +19,10 @@ from metapl.errors import MetaplError
 from metapl.execution.checks import class_labels, described
 from metapl.execution.numerics import in_type_of, wide
 from metapl.runs.fields import AtLeastOne, Range, check_arguments
+
+__all__ = ["Corrector", "LabelAdjuster", "Logits", "label_adjuster", "mlp", "small_cnn"]
+__all__ += ["wide_resnet", "wide_resnet28_2", "wide_resnet28_10"]
+__dir__ = __all__.copy
 
 AtLeastTwo = Annotated[int, Range(2)]
 Dropout = Annotated[float, Range(0, 1, of="a probability")]
@@ -62,18 +67,6 @@ class PooledFeatures(nn.Module):
         return logits
 
 
-class _ConvNorm(nn.Module):
-    """3x3 convolution, group norm, ReLU."""
-
-    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
-        self.norm = nn.GroupNorm(8, channels_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm(self.conv(x)))
-
-
 def small_cnn(num_classes: AtLeastOne = 10, in_channels: AtLeastOne = 3, dropout: Dropout = 0.0) -> nn.Module:
     """A network of four 3x3 convolutions for pictures of about 16x16.
 
@@ -90,8 +83,10 @@ def small_cnn(num_classes: AtLeastOne = 10, in_channels: AtLeastOne = 3, dropout
     torch.Size([2, 7])
     """
     check_arguments(small_cnn, locals())
-    widths, strides = pairwise((in_channels, 32, 48, 64, 64)), (1, 2, 2, 1)
-    features = nn.Sequential(*(_ConvNorm(*each, stride) for each, stride in zip(widths, strides, strict=True)))
+    features = nn.Sequential()
+    for (fan_in, fan_out), stride in zip(pairwise((in_channels, 32, 48, 64, 64)), (1, 2, 2, 1), strict=True):
+        conv, norm = nn.Conv2d(fan_in, fan_out, 3, stride=stride, padding=1, bias=False), nn.GroupNorm(8, fan_out)
+        features.append(nn.Sequential(OrderedDict(conv=conv, norm=norm, relu=nn.ReLU())))
     network = PooledFeatures(features, 64, num_classes, dropout)
     for module in features.modules():
         if isinstance(module, nn.Conv2d):
