@@ -9,16 +9,18 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils import _pytree as pytree
 
+from metapl.data.feed import Feed, feed
+from metapl.data.steps import StepBatches, in_memory
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import as_tensors, digest, plain
 from metapl.execution.checks import Fault
@@ -36,10 +38,7 @@ from metapl.runs.progress import progress
 from metapl.training.options import FitOptions, Rates
 from metapl.training.records import Records, figures
 from metapl.training.selection import Average, metric_for, weights_of
-from metapl.training.stopping import Callback, Interrupted, call, stop_requests
-
-if TYPE_CHECKING:
-    from metapl.data.feed import Feed
+from metapl.training.stopping import Callback, Interrupted, StopFit, stop_requests
 
 # Options of a fit, and settings of an optimizer, that do not decide where it goes; the rate is compared as the schedule
 # found it.
@@ -90,8 +89,6 @@ class Fit:
         say: Say,
         callbacks: Sequence[Callback],
     ) -> None:
-        from metapl.data.steps import in_memory  # needed for fitting only
-
         ranks, networks = trainer.ranks, trainer.networks
         if options.wait and trainer.teacher is None:
             raise MetaplError(f"wait={options.wait} was given, and there is no teacher to train; expected wait=0.")
@@ -181,17 +178,12 @@ class Fit:
             if ranks.processes == dist.get_world_size():
                 self.parts = checkpoint_parts.PartsWriter(Path(place), options.keep)
                 ending.callback(self.parts.close)
-        self.feeds = {name: self.new_feed(name) for name in self.sources}
-        for each in self.feeds.values():
-            ending.callback(each.close)
+        how: dict[str, Any] = {"num_workers": options.num_workers, "device": self.trainer.device}
+        for name, source in self.sources.items():
+            last = options.steps * (self.trainer.lookahead if name == "unlabeled" else 1)
+            self.feeds[name] = feed(source, name=name, stop=last, **how)
+            ending.callback(self.feeds[name].close)
         ending.callback(self.rates.move, None)
-
-    def new_feed(self, name: str) -> Feed:
-        from metapl.data.feed import feed
-
-        options, device = self.options, self.trainer.device
-        last = options.steps * (self.trainer.lookahead if name == "unlabeled" else 1)
-        return feed(self.sources[name], name=name, stop=last, num_workers=options.num_workers, device=device)
 
     def go_on(self) -> None:
         """Take over what the newest whole checkpoint has, if the fit is to be resumed and there is one."""
@@ -213,9 +205,9 @@ class Fit:
         own = own_state(state["ranks"], self.trainer, path, [*self.sources.values()])
         if state["step"] > self.options.steps:
             raise MetaplError(f"{path} has done {state['step']} steps; expected steps={state['step']} or more.")
-        for name, source in self.sources.items():
-            with closing(self.new_feed(name)) as once:  # whose draws nobody else sees
-                self.data[name] = about(source, once.next())
+        begun = {name: one.state() for name, one in self.feeds.items()}
+        for name in self.feeds:
+            self.draw(name)  # the first batch, by which other data are known
         before, now = own["compared"], self.compared()
         names = [name for name in before | now if before.get(name) != now.get(name)]
         if names and self.resume != "anyway":
@@ -228,8 +220,8 @@ class Fit:
             average.load_state_dict(state["averages"][role])
         self.done, self.ended, self.seen, self.best = state["step"], state["ended"], state["seen"], state["best"]
         self.saved = path
-        for name in self.feeds.keys() & own["feeds"].keys():
-            self.feeds[name].restore(own["feeds"][name])
+        for name, one in self.feeds.items():
+            one.restore(own["feeds"].get(name, begun[name]))
         set_rng_state(own["rng"])  # last: what comes before may draw
 
     def compared(self) -> dict[str, str]:
@@ -321,7 +313,16 @@ class Fit:
             return row
         row = {"step": self.done} | row
         try:
-            if reasons := call(self.callbacks, self.done, row, self.trainer):
+            reasons = []
+            for callback in self.callbacks:
+                # Observing must not change the run: a DataLoader, for one, draws from the default generator.
+                with replayed(RandomState.now(self.trainer.device)):
+                    try:
+                        found = callback(self.done, dict(row), self.trainer)
+                        row |= found if isinstance(found, Mapping) else {}
+                    except StopFit as stop:
+                        reasons.append(str(stop))
+            if reasons:
                 self.ended, reason = True, "; ".join(filter(None, reasons))
                 late = "; the student is untrained: it would have begun later" * waits
                 self.say(f"stopped after step {self.done} by a callback{': ' * bool(reason)}{reason}{late}")
@@ -410,8 +411,6 @@ class Fit:
 
 def about(source: Any, batch: Any) -> dict[str, Any]:
     """How many examples a source has, and how many a batch, where that is known, and the digest of its first batch."""
-    from metapl.data.steps import StepBatches  # needed for fitting only
-
     if hasattr(source, "whole"):  # of a share
         source, batch = source.whole, source.whole[0]
     examples, held = getattr(source, "examples", None), getattr(source, "dataset", source)
