@@ -194,7 +194,7 @@ class Fit:
         path = ranks.gathered(found and found.path)[0]
         if path is not None:
             with ranks.agreed(waiting=True):
-                like = None if self.parts is None else layouts(self.trainer, self.averages)
+                like = {} if self.parts is None else layouts(self.trainer, self.averages)
                 self.load(path, (found and found.state) or checkpoint_parts.load(path, like))
             self.say(f"resumed at step {self.done}{'' if phase == 'fit' else f' of phase {phase}'}")
         elif self.resumes:
@@ -435,8 +435,8 @@ def own_state(every: list[dict[str, Any]], trainer: Any, file: Path, sources: Se
     return own
 
 
-def layouts(trainer: Any, averages: Mapping[str, Any]) -> checkpoint_parts.Like:
-    """The layouts of the sharded tensors of a fit's state, by their names."""
+def layouts(trainer: Any, averages: Mapping[str, Any]) -> dict[str, Any]:
+    """The sharded tensors of a fit's state, by their places in it."""
     state = {"trainer": trainer.live_state(), "averages": {role: one.state_dict() for role, one in averages.items()}}
     known = checkpoint_parts.layouts(state)
     # An optimizer's state may not be there yet; it is laid out as its parameters are.
@@ -444,9 +444,4 @@ def layouts(trainer: Any, averages: Mapping[str, Any]) -> checkpoint_parts.Like:
     for key, optimizer in zip(optimizers, trainer.schedulable, strict=True):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         known |= {f"trainer/{key}/state/{i}": p for i, p in enumerate(parameters) if is_sharded(p)}
-
-    def like(name: str, shape: torch.Size) -> Any:
-        layout = known.get(name, known.get(name.rpartition("/")[0]))
-        return layout if layout is not None and layout.shape == shape else None
-
-    return like
+    return known
