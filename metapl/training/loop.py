@@ -112,8 +112,7 @@ class Fit:
         self.stateful: list[Any] = [callback for callback in callbacks if hasattr(callback, "state_dict")]
 
         self.done, self.ended = 0, False  # steps; and whether a callback has ended it
-        self.seen: dict[str, float] = {}  # the last values on validation data,
-        self.examples: int | None = None  # and of how many
+        self.seen: dict[str, float] = {}  # the last values on validation data
         self.best: dict[str, Any] = {"value": None, "step": 0, "weights": {}}  # the best student, the latest of equals
         self.data: dict[str, Any] = {}  # what is known of the sources
         self.faults: list[tuple[int, Fault]] = []  # of steps, on the device until something is read anyway
@@ -265,7 +264,6 @@ class Fit:
         return batch
 
     def step(self, labeled: Any, unlabeled: Any, waits: bool) -> Any:
-        """Take a step, and return its report."""
         trainer = self.trainer
         self.rates.move(self.done)
         if self.options.warm_start and self.done == self.options.wait and trainer.teacher is not None:
@@ -352,10 +350,7 @@ class Fit:
             with self.kept(role) as network, replayed(RandomState.now(trainer.device)):
                 batches = outer_batches(self.validation, trainer.read_outer, trainer.device, "validation")
                 of = f"the {role} on validation data after step {self.done}"
-                found = metric.measured(trainer, network, batches, of)
-                if self.examples not in (None, found.n):
-                    self.say(f"note: validation is on {found.n:,} examples, and was on {self.examples:,}")
-                value, self.examples = found.value, found.n
+                value = metric.measured(trainer, network, batches, of).value
                 if role == "student" and self.options.select and metric.improves(value, self.best["value"]):
                     self.best = {"value": value, "step": self.done, "weights": weights_of(network)}
             self.seen[f"{role}_validation_{metric.name}"] = value

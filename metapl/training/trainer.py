@@ -30,7 +30,7 @@ from metapl.functional.step import Step
 from metapl.metrics.metric import Term
 from metapl.problems.base import BilevelProblem, has_own
 from metapl.problems.losses import TeacherLoss, check_losses
-from metapl.runs.fields import AboveZero, MicroBatches, Range, check_arguments
+from metapl.runs.fields import AboveZero, AtLeastZero, MicroBatches, Range, check_arguments
 from metapl.training import FitResult, Trainer
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
 from metapl.training.verify import Verification, refuse_hooks
@@ -116,7 +116,7 @@ class BilevelTrainer(Trainer):
         accumulate: MicroBatches = 1,
         compile: bool | Literal["reduce-overhead"] = False,
         lookahead: Annotated[int, Range(1, of="a number of student steps")] = 1,
-        verify: bool | int | Literal["warn"] = True,
+        verify: bool | AtLeastZero | Literal["warn"] = True,
     ) -> None:
         self.mode, self.verification = estimator(mode), Verification(verify)
         check_arguments(BilevelTrainer.__init__, locals())
@@ -390,15 +390,13 @@ class BilevelTrainer(Trainer):
             mode, problem: default this trainer's own.
             generator: for drawing labels; without it they are the same in every call too.
         """
-        labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
-        mode = estimator(self.mode if mode is None else mode)
-        problem = prepare(self.given_problem if problem is None else problem, mode)
+        given: Any = {"labeled": labeled, "unlabeled": unlabeled, "outer": outer, "inner": inner}
+        given |= {"mode": self.mode if mode is None else mode, "inner_optimizer": self.update, "generator": generator}
+        given |= {"problem": self.given_problem if problem is None else problem, "accumulate": self.accumulate}
         for layout in self.layouts:
             layout.reshard()
         self.update.follow(self.layout.parameters())
         with replayed(RandomState.now(self.device)), self._autocast():
-            given: Any = {"labeled": labeled, "unlabeled": unlabeled, "mode": mode, "problem": problem}
-            given |= {"inner_optimizer": self.update, "generator": generator, "accumulate": self.accumulate}
             return hypergradient(*self.pair, **given)
 
 

@@ -64,7 +64,6 @@ class GradientCheck:
         return "\n".join([f"{self.status}: {self.verdict}", *(f"  {k:<56} {e:.1e}" for k, e in self.errors.items())])
 
     def refuse_or_warn(self, setting: Setting) -> None:
-        """Refuse, or warn of, a gradient that is not right."""
         if self.status == "refused" and setting != "warn":
             raise MetaplError(f"{self.verdict} verify='warn' goes on, with a warning.")
         if self.status not in ("right", "nothing to verify"):
@@ -140,8 +139,6 @@ class Verification:
     """When the steps of a trainer are verified, and what was found; ``setting`` is its ``verify=``."""
 
     def __init__(self, setting: Setting = True) -> None:
-        if setting != "warn" and (not isinstance(setting, int) or setting < 0):
-            raise MetaplError(f"verify={setting!r} was given; expected True, False, 'warn' or a number of steps.")
         self.setting, self.verdict = setting, ""
         self.every = 0 if isinstance(setting, bool | str) else setting
         self.known: set[int] = set()  # fingerprints of networks that were verified
