@@ -1,10 +1,8 @@
 """Endless streams of batches that know their position, made of whatever a user has batches in.
 
-A feed that is restored goes on with the very batches that an uninterrupted run would have seen. For a
-:class:`~metapl.data.StepBatches` or a list, the position is a number. For a ``DataLoader``, it is where the random
+The position in a :class:`~metapl.data.StepBatches` or a list is a number. In a ``DataLoader`` it is where the random
 number generators were at the start of the epoch, and how many batches were taken since: the epoch is drawn again up to
-there. That is exact only if nothing else draws from those generators, so each feed has states of its own for them,
-which are in place while it makes a batch and at no other time.
+there. Each feed has states of its own for these generators, in place while it makes a batch and at no other time.
 """
 
 from __future__ import annotations
@@ -13,9 +11,10 @@ import copy
 import hashlib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,7 +67,7 @@ class Feed(ABC):
         return {"kind": self.kind, "position": self._position}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on exactly where :meth:`state` was asked for; before the first :meth:`next`."""
+        """Go on exactly where :meth:`state` was asked for."""
         if (kind := state["kind"]) != self.kind:
             raise MetaplError(f"{self._name} was of kind {kind!r}, and is {self.kind!r} now; expected the same kind")
         self.close()
@@ -171,7 +170,8 @@ class _NumberedFeed(Feed):
         if len(source) < least:
             raise MetaplError(f"{name} has {len(source)} batches; expected {least} or more.")
         self._workers = workers
-        self._halves = device is not None and _finishes_batches(device) and hasattr(source, "raw")
+        # Where the device is a CPU, workers make the whole of a batch.
+        self._halves = device is not None and device.type != "cpu" and hasattr(source, "raw")
 
     def _next(self) -> Any:
         if self.kind == "sequence":
@@ -188,11 +188,6 @@ class _NumberedFeed(Feed):
             return batch
         # Converted as loaders do, which turn tuples into lists.
         return default_convert(self._source.augment(self._position, to_device(batch, self._device)))
-
-
-def _finishes_batches(device: torch.device) -> bool:
-    """Whether half of a batch is made on the device itself: on the CPU, workers do that."""
-    return device.type != "cpu"
 
 
 class _EpochFeed(Feed):
@@ -262,10 +257,10 @@ class Generators:
     def __init__(self, seed: int, name: str, parts: Sequence[Any]) -> None:
         attributes = (value for part in parts for value in getattr(part, "__dict__", {}).values())
         own = {id(v): v for v in attributes if isinstance(v, _KINDS) and v is not torch.default_generator}
-        self._generators: tuple[Any, ...] = (torch.default_generator, random, np.random, *own.values())
+        self._accesses = [*map(_access, (torch.default_generator, random, np.random, *own.values()))]
         key = draws.fold_in(seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
         first = (torch.Generator().manual_seed(key), random.Random(key), np.random.RandomState(np.random.MT19937(key)))
-        self.states: list[Any] = [_state(generator) for generator in (*first, *own.values())]
+        self.states = [_access(generator)[0]() for generator in (*first, *own.values())]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -279,24 +274,22 @@ class Generators:
             self.write(outside)
 
     def read(self) -> list[Any]:
-        return [_state(generator) for generator in self._generators]
+        return [get() for get, _ in self._accesses]
 
     def write(self, states: Sequence[Any]) -> None:
-        for generator, state in zip(self._generators, states, strict=True):
-            if isinstance(generator, np.random.Generator):
-                generator.bit_generator.state = state
-            elif hasattr(generator, "setstate"):  # of Python
-                generator.setstate(state)
-            else:  # a checkpoint that was loaded onto a device has moved a state of torch there too
-                generator.set_state(state.cpu() if isinstance(state, torch.Tensor) else state)
+        for (_, put), state in zip(self._accesses, states, strict=True):
+            put(state)
 
 
-def _state(generator: Any) -> Any:
+def _access(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    """How the state of a generator is read, and how it is written."""
     if isinstance(generator, np.random.Generator):
-        return generator.bit_generator.state
+        return lambda: generator.bit_generator.state, partial(setattr, generator.bit_generator, "state")
     if hasattr(generator, "getstate"):  # of Python
-        return generator.getstate()
-    return generator.get_state() if isinstance(generator, torch.Generator) else generator.get_state(legacy=False)
+        return generator.getstate, generator.setstate
+    if isinstance(generator, torch.Generator):  # whose state a checkpoint that was loaded onto a device has moved there
+        return generator.get_state, lambda state: generator.set_state(state.cpu())
+    return partial(generator.get_state, legacy=False), generator.set_state
 
 
 def parts_of(source: Any) -> list[Any]:

@@ -12,8 +12,9 @@ with v = ∇L(θ*), H = ∂²ℓ/∂θ² and g = ∇_θ ℓ: the same form as fo
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
@@ -74,18 +75,20 @@ class Implicit(Estimator):
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         (step,) = path.steps
         v = path.outer_gradient_before()
-        if self.solver == "identity":
-            w = scaled(v, -1.0 if self.step_size is None else -float(self.step_size))
-            return [exact_feedback(step, w)], state
-        step_size = step.update.learning_rate if self.step_size is None else float(self.step_size)
-        if self.solver == "neumann" and not step_size:
-            raise MetaplError('Implicit(solver="neumann") needs step_size=..., for this optimizer has no rate above 0.')
-        with step.hessian() as product:
-            if self.solver == "cg":
-                x = conjugate_gradient(product, v, self.iterations, float(self.damping))
-            else:
-                x = neumann(product, v, self.iterations, float(step_size or 0), float(self.damping))
+        with nullcontext() if self.solver == "identity" else step.hessian() as product:
+            x = self.solved(product, v, step.update.learning_rate)
         return [exact_feedback(step, scaled(x, -1.0))], state
+
+    def solved(self, product: Any, v: Tree, rate: float | None) -> Tree:
+        """About (H + damping)⁻¹ v, by products with H, for an inner optimizer of this learning rate."""
+        damping = float(self.damping)
+        if self.solver == "identity":
+            return scaled(v, float(self.step_size or 1.0))
+        if self.solver == "cg":
+            return conjugate_gradient(product, v, self.iterations, damping)
+        if not (step_size := float(self.step_size or rate or 0.0)):
+            raise MetaplError('Implicit(solver="neumann") needs step_size=..., for this optimizer has no rate above 0.')
+        return neumann(product, v, self.iterations, step_size, damping)
 
 
 def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: float) -> Tree:

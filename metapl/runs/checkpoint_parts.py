@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Mapping
 from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,6 @@ from metapl.runs.checkpoint import CheckpointError, CheckpointFolder, DamagedErr
 
 REST = "rest.ckpt"
 LEAVES_WITHIN = 60.0  # seconds that a fit which ends waits for the parts under way
-
-Like = Callable[[str, torch.Size], Any]
-"""By the place of a tensor in the state and its shape, a DTensor whose layout it is to have; None: whole."""
 
 
 class PartsWriter:
@@ -99,9 +96,9 @@ def check(path: Path) -> dict[str, Any]:
     return {}
 
 
-def load(path: Path, like: Like | None = None) -> dict[str, Any]:
-    """The state in a checkpoint that :func:`check` has found whole. Sharded tensors are read as ``like`` lays them out,
-    or whole, on the host."""
+def load(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
+    """The state in a checkpoint that :func:`check` has found whole. A sharded tensor is read as the DTensor ``like`` it
+    is laid out, by its place or that of the dict it is in, and the shape; or whole, on the host."""
     if not path.is_dir():
         return checkpoint.load(path)
     from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -110,8 +107,9 @@ def load(path: Path, like: Like | None = None) -> dict[str, Any]:
     rest, tensors = checkpoint.load(path / REST), dict[str, Any]()
     about: Any = FileSystemReader(path).read_metadata().state_dict_metadata
     for name, said in about.items():
-        layout, dtype = (None if like is None else like(name, said.size)), said.properties.dtype
-        tensors[name] = torch.empty(said.size, dtype=dtype) if layout is None else torch.empty_like(layout, dtype=dtype)
+        layout, dtype = like.get(name, like.get(name.rpartition("/")[0])), said.properties.dtype
+        known = layout is not None and layout.shape == said.size
+        tensors[name] = torch.empty_like(layout, dtype=dtype) if known else torch.empty(said.size, dtype=dtype)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that each process reads for itself is meant
         load_parts(tensors, checkpoint_id=path, no_dist=True)

@@ -37,14 +37,9 @@ class Range:
         return low and (self.below is None or value < self.below) and (self.most is None or value <= self.most)
 
     def words(self, kind: Any) -> str:
-        name = self.of or ("a whole number" if kind is int else "a number")
-        low = self.least if self.above is None else self.above
-        high = self.most if self.below is None else self.below
-        if high is None:
-            return f"{name} above {low}" if self.least is None else f"{name}{',' if self.of else ' of'} {low} or more"
-        if kind is int and self.above is None and self.below is None:
-            return f"{name} from {low:,} to {high:,}"
-        return f"{name} in {'[' if self.above is None else '('}{low}, {high}{']' if self.below is None else ')'}"
+        limits = {">=": self.least, ">": self.above, "<": self.below, "<=": self.most}
+        said = [f"{sign} {limit:,}" for sign, limit in limits.items() if limit is not None]
+        return f"{self.of or _NAMES[kind]} {' and '.join(said)}"
 
 
 AtLeastOne = Annotated[int, Range(1)]

@@ -218,7 +218,7 @@ def attribute(
         raise MetaplError(f"keep_on={mode.keep_on!r} is a folder; expected compile=True and each=False with it.")
     if steps >= 100 and training.begun is not None:  # a sharded student's training cannot be repeated
         few = min(steps // 10, 50)
-        agreement = training.smoothness(0.1, None, few, lambda _: None)[0].agreement
+        agreement = training.smoothness(0.1, None, few, progress=False)[0].agreement
         if agreement < SMOOTH:
             warnings.warn(
                 f"the metasmoothness of the first {few} of {steps:,} steps is {agreement:.2f}, below {SMOOTH}: scores "
@@ -254,12 +254,8 @@ def attribute(
         scores += ranks.sum(found).unbind()
         losses += L.flatten().unbind()
 
-    def losses_with(weights: Tensor) -> Tensor:
-        found = training.repeated(weights, judging)[1]
-        return found if each else found[0]
-
     by_loss, L = (torch.stack(scores), torch.stack(losses)) if each else (scores[0], losses[0])
-    return Attribution(by_loss, order, L, theta, kept, losses_with)
+    return Attribution(by_loss, order, L, theta, kept, lambda w: training.repeated(w, judging)[1].reshape(L.shape))
 
 
 class Metasmoothness(NamedTuple):
@@ -317,9 +313,7 @@ def metasmoothness(
     Source: definition 2 of metagradient descent (Engstrom et al., 2025), whose metaparameters are here the weights.
     """
     check_arguments(metasmoothness, given := locals())
-    training = _Training(given)
-    with counted(progress, 3, "trainings", 0) as tell:
-        found, moved = training.smoothness(step, direction, steps, tell)
+    found, moved = _Training(given).smoothness(step, direction, steps, progress)
     if not 0 < moved < math.inf:
         raise MetaplError(f"the direction moves the student's weights by {moved:g} in all; expected a finite number.")
     return found
@@ -357,17 +351,16 @@ class _Training:
         cast = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         self.autocast = partial(torch.autocast, kind, *cast)
 
-    def smoothness(
-        self, h: float, v: Tensor | None, steps: int, tell: Callable[[Any], None]
-    ) -> tuple[Metasmoothness, float]:
+    def smoothness(self, h: float, v: Tensor | None, steps: int, progress: bool) -> tuple[Metasmoothness, float]:
         """That of the first ``steps`` steps, and by how much all trained weights move along v, in sum."""
         v = torch.randn(len(self.data), generator=torch.Generator().manual_seed(0)) if v is None else v
         trained, losses = list[Tensor](), list[Tensor]()
-        for number in range(3):
-            params, (loss,) = self.repeated(1 + number * h * v, [self.problem], steps)
-            trained.append(torch.cat([t.flatten() for t in params.values()]))
-            losses.append(loss)
-            tell(self.order)
+        with counted(progress, 3, "trainings", 0) as tell:
+            for number in range(3):
+                params, (loss,) = self.repeated(1 + number * h * v, [self.problem], steps)
+                trained.append(torch.cat([t.flatten() for t in params.values()]))
+                losses.append(loss)
+                tell(self.order)
         t0, t1, t2 = trained
         moved = (t2 - t0).abs().double()
         total, same = float(moved.sum()), float((moved * (t1 - t0).sign() * (t2 - t1).sign()).sum())

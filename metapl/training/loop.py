@@ -9,16 +9,18 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils import _pytree as pytree
 
+from metapl.data.feed import Feed, feed
+from metapl.data.steps import StepBatches, in_memory
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import as_tensors, digest, plain
 from metapl.execution.checks import Fault
@@ -36,10 +38,7 @@ from metapl.runs.progress import progress
 from metapl.training.options import FitOptions, Rates
 from metapl.training.records import Records, figures
 from metapl.training.selection import Average, metric_for, weights_of
-from metapl.training.stopping import Callback, Interrupted, call, stop_requests
-
-if TYPE_CHECKING:
-    from metapl.data.feed import Feed
+from metapl.training.stopping import Callback, Interrupted, StopFit, stop_requests
 
 # Options of a fit, and settings of an optimizer, that do not decide where it goes; the rate is compared as the schedule
 # found it.
@@ -90,8 +89,6 @@ class Fit:
         say: Say,
         callbacks: Sequence[Callback],
     ) -> None:
-        from metapl.data.steps import in_memory  # needed for fitting only
-
         ranks, networks = trainer.ranks, trainer.networks
         if options.wait and trainer.teacher is None:
             raise MetaplError(f"wait={options.wait} was given, and there is no teacher to train; expected wait=0.")
@@ -115,8 +112,7 @@ class Fit:
         self.stateful: list[Any] = [callback for callback in callbacks if hasattr(callback, "state_dict")]
 
         self.done, self.ended = 0, False  # steps; and whether a callback has ended it
-        self.seen: dict[str, float] = {}  # the last values on validation data,
-        self.examples: int | None = None  # and of how many
+        self.seen: dict[str, float] = {}  # the last values on validation data
         self.best: dict[str, Any] = {"value": None, "step": 0, "weights": {}}  # the best student, the latest of equals
         self.data: dict[str, Any] = {}  # what is known of the sources
         self.faults: list[tuple[int, Fault]] = []  # of steps, on the device until something is read anyway
@@ -181,17 +177,12 @@ class Fit:
             if ranks.processes == dist.get_world_size():
                 self.parts = checkpoint_parts.PartsWriter(Path(place), options.keep)
                 ending.callback(self.parts.close)
-        self.feeds = {name: self.new_feed(name) for name in self.sources}
-        for each in self.feeds.values():
-            ending.callback(each.close)
+        how: dict[str, Any] = {"num_workers": options.num_workers, "device": self.trainer.device}
+        for name, source in self.sources.items():
+            last = options.steps * (self.trainer.lookahead if name == "unlabeled" else 1)
+            self.feeds[name] = feed(source, name=name, stop=last, **how)
+            ending.callback(self.feeds[name].close)
         ending.callback(self.rates.move, None)
-
-    def new_feed(self, name: str) -> Feed:
-        from metapl.data.feed import feed
-
-        options, device = self.options, self.trainer.device
-        last = options.steps * (self.trainer.lookahead if name == "unlabeled" else 1)
-        return feed(self.sources[name], name=name, stop=last, num_workers=options.num_workers, device=device)
 
     def go_on(self) -> None:
         """Take over what the newest whole checkpoint has, if the fit is to be resumed and there is one."""
@@ -202,7 +193,7 @@ class Fit:
         path = ranks.gathered(found and found.path)[0]
         if path is not None:
             with ranks.agreed(waiting=True):
-                like = None if self.parts is None else layouts(self.trainer, self.averages)
+                like = {} if self.parts is None else layouts(self.trainer, self.averages)
                 self.load(path, (found and found.state) or checkpoint_parts.load(path, like))
             self.say(f"resumed at step {self.done}{'' if phase == 'fit' else f' of phase {phase}'}")
         elif self.resumes:
@@ -213,9 +204,9 @@ class Fit:
         own = own_state(state["ranks"], self.trainer, path, [*self.sources.values()])
         if state["step"] > self.options.steps:
             raise MetaplError(f"{path} has done {state['step']} steps; expected steps={state['step']} or more.")
-        for name, source in self.sources.items():
-            with closing(self.new_feed(name)) as once:  # whose draws nobody else sees
-                self.data[name] = about(source, once.next())
+        begun = {name: one.state() for name, one in self.feeds.items()}
+        for name in self.feeds:
+            self.draw(name)  # the first batch, by which other data are known
         before, now = own["compared"], self.compared()
         names = [name for name in before | now if before.get(name) != now.get(name)]
         if names and self.resume != "anyway":
@@ -228,8 +219,8 @@ class Fit:
             average.load_state_dict(state["averages"][role])
         self.done, self.ended, self.seen, self.best = state["step"], state["ended"], state["seen"], state["best"]
         self.saved = path
-        for name in self.feeds.keys() & own["feeds"].keys():
-            self.feeds[name].restore(own["feeds"][name])
+        for name, one in self.feeds.items():
+            one.restore(own["feeds"].get(name, begun[name]))
         set_rng_state(own["rng"])  # last: what comes before may draw
 
     def compared(self) -> dict[str, str]:
@@ -273,7 +264,6 @@ class Fit:
         return batch
 
     def step(self, labeled: Any, unlabeled: Any, waits: bool) -> Any:
-        """Take a step, and return its report."""
         trainer = self.trainer
         self.rates.move(self.done)
         if self.options.warm_start and self.done == self.options.wait and trainer.teacher is not None:
@@ -321,7 +311,16 @@ class Fit:
             return row
         row = {"step": self.done} | row
         try:
-            if reasons := call(self.callbacks, self.done, row, self.trainer):
+            reasons = []
+            for callback in self.callbacks:
+                # Observing must not change the run: a DataLoader, for one, draws from the default generator.
+                with replayed(RandomState.now(self.trainer.device)):
+                    try:
+                        found = callback(self.done, dict(row), self.trainer)
+                        row |= found if isinstance(found, Mapping) else {}
+                    except StopFit as stop:
+                        reasons.append(str(stop))
+            if reasons:
                 self.ended, reason = True, "; ".join(filter(None, reasons))
                 late = "; the student is untrained: it would have begun later" * waits
                 self.say(f"stopped after step {self.done} by a callback{': ' * bool(reason)}{reason}{late}")
@@ -351,10 +350,7 @@ class Fit:
             with self.kept(role) as network, replayed(RandomState.now(trainer.device)):
                 batches = outer_batches(self.validation, trainer.read_outer, trainer.device, "validation")
                 of = f"the {role} on validation data after step {self.done}"
-                found = metric.measured(trainer, network, batches, of)
-                if self.examples not in (None, found.n):
-                    self.say(f"note: validation is on {found.n:,} examples, and was on {self.examples:,}")
-                value, self.examples = found.value, found.n
+                value = metric.measured(trainer, network, batches, of).value
                 if role == "student" and self.options.select and metric.improves(value, self.best["value"]):
                     self.best = {"value": value, "step": self.done, "weights": weights_of(network)}
             self.seen[f"{role}_validation_{metric.name}"] = value
@@ -410,8 +406,6 @@ class Fit:
 
 def about(source: Any, batch: Any) -> dict[str, Any]:
     """How many examples a source has, and how many a batch, where that is known, and the digest of its first batch."""
-    from metapl.data.steps import StepBatches  # needed for fitting only
-
     if hasattr(source, "whole"):  # of a share
         source, batch = source.whole, source.whole[0]
     examples, held = getattr(source, "examples", None), getattr(source, "dataset", source)
@@ -436,8 +430,8 @@ def own_state(every: list[dict[str, Any]], trainer: Any, file: Path, sources: Se
     return own
 
 
-def layouts(trainer: Any, averages: Mapping[str, Any]) -> checkpoint_parts.Like:
-    """The layouts of the sharded tensors of a fit's state, by their names."""
+def layouts(trainer: Any, averages: Mapping[str, Any]) -> dict[str, Any]:
+    """The sharded tensors of a fit's state, by their places in it."""
     state = {"trainer": trainer.live_state(), "averages": {role: one.state_dict() for role, one in averages.items()}}
     known = checkpoint_parts.layouts(state)
     # An optimizer's state may not be there yet; it is laid out as its parameters are.
@@ -445,9 +439,4 @@ def layouts(trainer: Any, averages: Mapping[str, Any]) -> checkpoint_parts.Like:
     for key, optimizer in zip(optimizers, trainer.schedulable, strict=True):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         known |= {f"trainer/{key}/state/{i}": p for i, p in enumerate(parameters) if is_sharded(p)}
-
-    def like(name: str, shape: torch.Size) -> Any:
-        layout = known.get(name, known.get(name.rpartition("/")[0]))
-        return layout if layout is not None and layout.shape == shape else None
-
-    return like
+    return known

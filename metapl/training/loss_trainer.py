@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -42,17 +41,13 @@ class LossTrainer(Trainer):
             :class:`~metapl.BilevelTrainer`.
         losses: the terms, each a mean over its batch; default ``(CrossEntropy(),)``.
         optimizer: any ``torch.optim`` optimizer over the model's parameters, or a tuple of several.
-        clip_norm: the greatest global norm of the gradient; None: no clipping.
-        precision: ``"float32"`` or ``"bfloat16"`` (autocast).
-        accumulate: the number of micro-batches that each batch is split into. The numbers are the same, except for
-            batch statistics and dropout masks, which are per micro-batch, in about 1/accumulate of the memory.
+        clip_norm, precision, accumulate: as for :class:`~metapl.BilevelTrainer`.
         compile: run the network through ``torch.compile``, with the same dropout masks; it stays a plain module.
 
     Raises: :class:`metapl.MetaplError` before anything moves.
     """
 
-    total: ClassVar[str] = "loss"  # in reports: the sum of the losses
-    prefix: ClassVar[str] = "loss"  # and each of them
+    total, prefix = "loss", "loss"  # in reports: the sum of the losses, and each of them
 
     def __init__(
         self,
@@ -104,7 +99,7 @@ class LossTrainer(Trainer):
             kind, parts = self.total.replace("_", " "), []
             with self._autocast(), rows_shared(self.ranks):
                 for x_l, x_u in zip(of_labeled, of_unlabeled, strict=True):
-                    terms = sum_of_terms(self.network, self.losses_for(x_u), kind=kind, **self._read(x_l, x_u))
+                    terms = sum_of_terms(self.network, self.losses, kind=kind, **self._read(x_l, x_u))
                     loss = torch.stack(list(terms.values())).sum()
                     checks.learns(loss, "network")
                     if loss.requires_grad:  # UDA alone is a plain 0 before its start
@@ -120,19 +115,15 @@ class LossTrainer(Trainer):
             self.steps_done += 1
             return Report(self.steps_done - 1, means, fault)
 
-    def losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
-        return self.losses
-
     def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]:
         batch = labeled_pair(batch, name)
         return batch[0], batch
 
     def outer_terms(self) -> list[Term]:
-
-        def term(loss: Any, network: Any, inputs: Any, batch: Any) -> Any:
-            return loss(network, **self._read(batch, None))
-
-        return [partial(term, loss) for loss in self.losses]
+        return [
+            lambda network, inputs, batch, loss=loss: loss(network, **self._read(batch, None))  # type: ignore[misc]
+            for loss in self.losses
+        ]
 
     def _read(self, labeled: Any, unlabeled: Any) -> dict[str, Any]:
         """The arguments of a loss besides the network, whose outputs it computes where it needs them."""

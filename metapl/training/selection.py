@@ -39,10 +39,10 @@ class Average:
     def update(self) -> None:
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         parts = {name: local(t) for name, t in self._tensors().items()}
-        moving = [name for name, p in self.network.named_parameters() if p.is_floating_point() or p.is_complex()]
+        moving = {name for name, p in self.network.named_parameters() if p.is_floating_point() or p.is_complex()}
         torch._foreach_lerp_([self._kept[name] for name in moving], [parts[name] for name in moving], 1 - decay)
         # A pass may have made buffers, or given them another shape.
-        self._kept = {name: self._kept[name] if name in {*moving} else t.clone() for name, t in parts.items()}
+        self._kept |= {name: t.clone() for name, t in parts.items() if name not in moving}
         self.steps += 1
 
     @contextmanager

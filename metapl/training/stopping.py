@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from metapl.execution.state import RandomState, replayed
 from metapl.runs.signals import END, is_heard
 
 Callback = Callable[[int, Mapping[str, float], Any], object]
@@ -47,20 +46,6 @@ class StopFit(Exception):
     ...     def load_state_dict(self, state):
     ...         vars(self).update(state)
     """
-
-
-def call(callbacks: Sequence[Callback], step: int, row: dict[str, float], trainer: Any) -> list[str]:
-    """Call each on a row, which the numbers that it returns join; the reasons of those that end the fit."""
-    reasons = []
-    for callback in callbacks:
-        # Observing must not change the run: a DataLoader, for one, draws from the default generator.
-        with replayed(RandomState.now(trainer.device)):
-            try:
-                found = callback(step, dict(row), trainer)
-                row |= found if isinstance(found, Mapping) else {}
-            except StopFit as stop:
-                reasons.append(str(stop))
-    return reasons
 
 
 class Interrupted(KeyboardInterrupt):

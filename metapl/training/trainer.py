@@ -30,7 +30,7 @@ from metapl.functional.step import Step
 from metapl.metrics.metric import Term
 from metapl.problems.base import BilevelProblem, has_own
 from metapl.problems.losses import TeacherLoss, check_losses
-from metapl.runs.fields import AboveZero, MicroBatches, Range, check_arguments
+from metapl.runs.fields import AboveZero, AtLeastZero, MicroBatches, Range, check_arguments
 from metapl.training import FitResult, Trainer
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
 from metapl.training.verify import Verification, refuse_hooks
@@ -116,7 +116,7 @@ class BilevelTrainer(Trainer):
         accumulate: MicroBatches = 1,
         compile: bool | Literal["reduce-overhead"] = False,
         lookahead: Annotated[int, Range(1, of="a number of student steps")] = 1,
-        verify: bool | int | Literal["warn"] = True,
+        verify: bool | AtLeastZero | Literal["warn"] = True,
     ) -> None:
         self.mode, self.verification = estimator(mode), Verification(verify)
         check_arguments(BilevelTrainer.__init__, locals())
@@ -150,7 +150,7 @@ class BilevelTrainer(Trainer):
         update = update_of(self.inner_optimizer, self.layout.parameters())
         self.update = update if clip_norm is None else Clipped(update, clip_norm, self.layout.space)
         self.outer_optimizer = as_one(outer_optimizer, "outer_optimizer")
-        self._teacher_trainer: _TeacherTrainer | None = None
+        self._teacher_trainer: LossTrainer | None = None  # on its own losses, while the student waits
         if self.teacher_layout is not None and self.teacher is not None and teacher is not None:
             self.outer_optimizer = default_optimizer(self.teacher) if outer_optimizer is None else self.outer_optimizer
             if not isinstance(self.outer_optimizer, torch.optim.Optimizer):
@@ -159,7 +159,11 @@ class BilevelTrainer(Trainer):
             refuse_missing("outer_optimizer", self.outer_optimizer, self.teacher_layout.parameters(), "teacher")
             if {*map(id, parameters_of(self.outer_optimizer))} - {*map(id, self.teacher.parameters())}:
                 raise MetaplError("outer_optimizer holds tensors that are not the teacher's; expected its parameters.")
-            self._teacher_trainer = _TeacherTrainer(self, teacher, self.outer_optimizer)
+            options = {name: getattr(self, name) for name in SETTINGS}
+            alone = self._teacher_trainer = LossTrainer(teacher, optimizer=self.outer_optimizer, **options)
+            alone.total, alone.prefix = "teacher_loss", "teacher"
+            alone.layout = self.teacher_layout  # which knows the student's
+            alone.layouts, alone.ranks = [alone.layout], alone.layout.ranks
         self._student_type = ShardedStudent if self.layout.is_sharded else LocalStudent
         self._slots = [Slots(nn.Module() if one is None else one) for one in (self.teacher, self.student)]
         self._held: Any = None  # the weights that the outer optimizer moves, and those that the teacher learns
@@ -206,7 +210,7 @@ class BilevelTrainer(Trainer):
         self._held, graph_of = held, mode.graph_of(len(batches), student)
         # Fused attention has no second derivative, which a graph of g is for.
         kernels = no_fast_path(math=True) if mode.keep_graph or graph_of is not None else NOTHING
-        losses = () if self._teacher_trainer is None else self._teacher_trainer.losses_for(batches[-1])
+        losses = self._losses_for(batches[-1])
         with restored(*slots, device=self.device, trained=taught, generator=self.generator) as fault:
             with self._autocast() if self.precision != "float32" else NOTHING, kernels:
                 path = take_steps(  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
@@ -242,6 +246,10 @@ class BilevelTrainer(Trainer):
                 layout.agree_on_buffers()
             self.mode_state, self.steps_done = mode_state, number + 1
             return report
+
+    def _losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
+        given = () if self.teacher is None else self.teacher_losses
+        return self.problem.default_teacher_losses(unlabeled) if given is None else given
 
     @property
     def _has_losses(self) -> bool:
@@ -282,8 +290,9 @@ class BilevelTrainer(Trainer):
         labeled, unlabeled = either(labeled=labeled, outer=outer), either(unlabeled=unlabeled, inner=inner)
         if self._teacher_trainer is None or not self._has_losses:
             raise MetaplError("the teacher has no losses of its own; expected teacher_losses=, or wait=0.")
-        self._teacher_trainer.steps_done = self.steps_done
-        report = self._teacher_trainer.step(labeled, unlabeled)
+        alone, alone.losses = self._teacher_trainer, self._losses_for(plain(unlabeled))
+        alone.steps_done = self.steps_done
+        report = alone.step(labeled, unlabeled)
         self.steps_done += 1
         return report
 
@@ -355,10 +364,9 @@ class BilevelTrainer(Trainer):
 
         Source: Meta Pseudo Labels, section 2 (finetuning the student), with its learning rate in the recipes.
         """
-        own = {name: getattr(self, name) for name in ("precision", "accumulate", "clip_norm")}
-        own["compile"] = bool(self.compile)
+        own = {name: getattr(self, name) for name in SETTINGS}
         optimizer = torch.optim.SGD(self.student.parameters(), lr=1e-3) if optimizer is None else optimizer
-        trainer = LossTrainer(self.as_given, optimizer=optimizer, **own)
+        trainer = LossTrainer(self.as_given, optimizer=optimizer, compile=bool(self.compile), **own)
         return trainer.fit(labeled, steps=steps, **{"phase": "finetune"} | options)
 
     def hypergradient(
@@ -382,34 +390,14 @@ class BilevelTrainer(Trainer):
             mode, problem: default this trainer's own.
             generator: for drawing labels; without it they are the same in every call too.
         """
-        labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
-        mode = estimator(self.mode if mode is None else mode)
-        problem = prepare(self.given_problem if problem is None else problem, mode)
+        given: Any = {"labeled": labeled, "unlabeled": unlabeled, "outer": outer, "inner": inner}
+        given |= {"mode": self.mode if mode is None else mode, "inner_optimizer": self.update, "generator": generator}
+        given |= {"problem": self.given_problem if problem is None else problem, "accumulate": self.accumulate}
         for layout in self.layouts:
             layout.reshard()
         self.update.follow(self.layout.parameters())
         with replayed(RandomState.now(self.device)), self._autocast():
-            given: Any = {"labeled": labeled, "unlabeled": unlabeled, "mode": mode, "problem": problem}
-            given |= {"inner_optimizer": self.update, "generator": generator, "accumulate": self.accumulate}
             return hypergradient(*self.pair, **given)
-
-
-class _TeacherTrainer(LossTrainer):
-    """The teacher on its own losses, which may be the problem's default for a batch."""
-
-    total = "teacher_loss"
-    prefix = "teacher"
-
-    def __init__(self, trainer: BilevelTrainer, teacher: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        options = {name: getattr(trainer, name) for name in SETTINGS}
-        super().__init__(teacher, optimizer=optimizer, **options)
-        assert trainer.teacher_layout is not None
-        self.layout = trainer.teacher_layout  # which knows the student's
-        self.layouts, self.ranks = [self.layout], self.layout.ranks
-        self.own_losses, self.problem = trainer.teacher_losses, trainer.problem  # None: those of the problem
-
-    def losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
-        return self.problem.default_teacher_losses(unlabeled) if self.own_losses is None else self.own_losses
 
 
 def default_optimizer(module: nn.Module) -> torch.optim.Optimizer:

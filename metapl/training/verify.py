@@ -1,11 +1,8 @@
-r"""Verification by definition: a mode's gradient beside differences of the loss after real steps, on float64 copies.
+"""Verification by definition: a mode's gradient beside differences of the loss after real steps, on float64 copies.
 
-.. math:: F(\theta_T) = L\big(\text{the student after its real optimizer's steps on the teacher's signal}\big), \qquad
-          \frac{F(\theta_T + \delta d) - F(\theta_T - \delta d)}{2\delta} \approx \langle a, d \rangle
-
-a is the mode's gradient, and d is a itself, then a random direction. Labels that are drawn cannot be moved: each inner
-loss is taken (1 + ε_i) times, for h_i = −dL/dε_i, and the teacher is moved under −Σ h·log_prob. Without a teacher, the
-signal's values are moved. Nothing here knows how a mode finds its h.
+In the formula of :func:`check_gradient`, d is the mode's gradient a itself, then a random direction. Labels that are
+drawn cannot be moved: each inner loss is taken (1 + ε_i) times, for h_i = −dL/dε_i, and the teacher is moved under
+−Σ h·log_prob. Without a teacher, the signal's values are moved. Nothing here knows how a mode finds its h.
 """
 
 from __future__ import annotations
@@ -30,7 +27,6 @@ from metapl.execution.layout import layouts
 from metapl.execution.numerics import no_fast_path
 from metapl.execution.state import RandomState, trainable
 from metapl.feedback import Estimator, Implicit, Lookahead, LossDifference, Mode, estimator, prepare
-from metapl.feedback.implicit import conjugate_gradient, neumann
 from metapl.problems.base import field_of, has_own, has_rows, sum_and_weight
 from metapl.runs.generators import rng_state, set_rng_state
 from metapl.training.real_step import Run, Step, Tree, causes, flat, functions_in, rounding_of, size_of
@@ -68,7 +64,6 @@ class GradientCheck:
         return "\n".join([f"{self.status}: {self.verdict}", *(f"  {k:<56} {e:.1e}" for k, e in self.errors.items())])
 
     def refuse_or_warn(self, setting: Setting) -> None:
-        """Refuse, or warn of, a gradient that is not right."""
         if self.status == "refused" and setting != "warn":
             raise MetaplError(f"{self.verdict} verify='warn' goes on, with a warning.")
         if self.status not in ("right", "nothing to verify"):
@@ -144,8 +139,6 @@ class Verification:
     """When the steps of a trainer are verified, and what was found; ``setting`` is its ``verify=``."""
 
     def __init__(self, setting: Setting = True) -> None:
-        if setting != "warn" and (not isinstance(setting, int) or setting < 0):
-            raise MetaplError(f"verify={setting!r} was given; expected True, False, 'warn' or a number of steps.")
         self.setting, self.verdict = setting, ""
         self.every = 0 if isinstance(setting, bool | str) else setting
         self.known: set[int] = set()  # fingerprints of networks that were verified
@@ -331,19 +324,14 @@ class Point:
         how: Any = {"retain_graph": True, "materialize_grads": True, "allow_unused": True}
         with no_fast_path(math=True):
             run = self.base.taken(steps=False)
-            theta, v = trainable(run.copies.student), run.gradients["outer"]
+            theta = trainable(run.copies.student)
             g = torch.autograd.grad(run.inner, [*theta.values()], create_graph=True, **how)
 
             def hessian(w: Tree) -> Tree:
                 along = torch.stack([(a * w[name]).sum() for name, a in zip(theta, g, strict=True)]).sum()
                 return dict(zip(theta, torch.autograd.grad(along, [*theta.values()], **how), strict=True))
 
-            w = {name: float(mode.step_size or 1.0) * t for name, t in v.items()}
-            if mode.solver == "cg":
-                w = conjugate_gradient(hessian, v, mode.iterations, float(mode.damping))
-            elif mode.solver == "neumann":
-                rate = float(mode.step_size or self.base.update.learning_rate or 0.0)
-                w = neumann(hessian, v, mode.iterations, rate, float(mode.damping))
+            w = mode.solved(hessian, run.gradients["outer"], self.base.update.learning_rate)
         return {name: -t for name, t in w.items()}
 
     def fault(self) -> str:
