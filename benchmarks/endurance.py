@@ -1,12 +1,11 @@
 """Kills, damaged files and damaged pictures, by the hundred.
 
     make endurance                                          # 10 to 15 minutes on two cores
-    python benchmarks/endurance.py --only kills             # some parts; the others stay as they were counted
     python benchmarks/endurance.py --write benchmarks/results/endurance.md
 
 Each part tries something many times and counts what went wrong: work that was lost, damage that was accepted, an
 exception that is not the library's own, a process that hung. Everything happens in a temporary folder; what trains does
-so in forked processes of its own. Rows of other parts are of the script at commit 3ab2ada8.
+so in forked processes of its own.
 """
 
 from __future__ import annotations
@@ -50,12 +49,8 @@ RUN = (
 
 PARTS = {
     "kills": "kills (one of five by SIGTERM) at random moments of a run that saves after every step",
-    "full_disks": "full disks and limits on the size of files",
-    "pickles": "malicious and damaged pickles and checkpoints",
     "files": "files of a run with bytes flipped, cut or added",
     "pictures": "mutated pictures",
-    "command_lines": "mutated command lines",
-    "starts": "simultaneous starts, of three or four processes each",
 }
 Faults = Iterator[str | None]  # one for each try: what was wrong with it
 
@@ -238,25 +233,21 @@ def table(result: Row) -> str:
 
 
 def main() -> None:
-    tried = [name for name in PARTS if hasattr(Parts, name)]
-    parser = arguments(__doc__, RESULT)
-    parser.add_argument("--only", nargs="+", choices=tried, default=tried, help="these parts alone")
-    given = parsed(parser)
+    given = parsed(arguments(__doc__, RESULT))
     torch.set_num_threads(1)
     for name in ("matplotlib.figure", "tensorboard", "torch._dynamo", "torch.utils.tensorboard.summary"):
         import_module(name)  # here, and not in each forked process
     if given.runs:
-        result: Row = loaded(given.out) if given.out.is_file() else {"parts": {}}
+        result: Row = {"setup": {**environment(), "command": "make endurance"}, "parts": {}}
         with tempfile.TemporaryDirectory(prefix="metapl-endurance-") as folder:
             parts = Parts(Path(folder), 0.02 if given.miniature else 1.0)
-            for name in given.only:
+            for name in PARTS:
                 since, faults = time.monotonic(), list(getattr(parts, name)())
                 failures = [fault[:300] for fault in faults if fault is not None]
                 found = {"tried": len(faults), "failed": len(failures), "seconds": time.monotonic() - since}
                 result["parts"][name] = {**found, "failures": failures[:20]}
                 print(name, found, *failures[:20], sep="\n  ", file=sys.stderr, flush=True)
-                ordered = {part: result["parts"][part] for part in PARTS if part in result["parts"]}
-                write_json(given.out, {"setup": {**environment(), "command": "make endurance"}, "parts": ordered})
+                write_json(given.out, result)
     show(given.write, "endurance", table(loaded(given.out)))
 
 
