@@ -91,7 +91,7 @@ class Path:
         """v = ∇L(θ′), one forward and backward pass on the labeled batch (with its own batch statistics)."""
         if self._outer_gradient is None:
             # L(θ′) comes with its gradient: it is put where the property of that name keeps it.
-            self.__dict__["outer_loss"], self._outer_gradient = self._outer(self.params, gradient=True)
+            self.__dict__["outer_loss"], self._outer_gradient = self._outer(self.steps[-1].new_params, gradient=True)
         return self._outer_gradient
 
     def outer_gradient_before(self) -> Tree:
@@ -243,7 +243,8 @@ def take_steps(
     training; the weights do not move."""
     judged = [labeled] if parts == 1 else micro_batches(labeled, parts, "labeled")
     path = Path(problem, student, update, judged, batches, wrt=wrt)
-    ranks, several, enters, rereads = student.ranks, len(batches) > 1, enters_input(problem), path.rereads
+    ranks, several = student.ranks, len(batches) > 1
+    enters, rereads = enters_input(problem), isinstance(batches, Lookahead)
     if not ranks.alone:
         ranks.equal(length(labeled), "the outer batch")
     # The derivative through the input is another one, and the start's takes a Hessian product.
