@@ -50,7 +50,7 @@ _KINDS: dict[str, tuple[str, frozenset[Capability]]] = {
     "products": ("sharded by parallelize_module", frozenset()),  # PyTorch has no forward mode through these
 }
 # PyTorch's classes around or inside a network that do not let a pass run at other weights.
-_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel", "ScriptModule")
+_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel", "ScriptModule"}
 # What switches a block's gradients to other than the mean over the ranks: an attribute, its usual value, and the call.
 _SWITCHES = (
     ("gradient_divide_factor", None, "set_gradient_divide_factor"),
@@ -155,7 +155,7 @@ def layouts(teacher: nn.Module | None, student: nn.Module) -> tuple[Layout | Non
     known = {"student": of_student} if of_teacher is None else {"teacher": of_teacher, "student": of_student}
     for name, layout in known.items():
         for prefix, part in named_parts(layout.network):
-            for wrapper in (wrapper for wrapper in _WRAPPERS if wrapper in _of_torch(type(part))):
+            for wrapper in _WRAPPERS & _of_torch(type(part)):
                 if not (layout.is_sharded and wrapper == "FSDPModule"):
                     given = f"the {name} has a {wrapper} at {prefix[:-1]!r}, in which no pass runs at other weights"
                     raise MetaplError(f"{given}; expected it around the whole network, or none.")
@@ -227,14 +227,9 @@ def is_block(part: nn.Module) -> bool:
     return "FSDPModule" in _of_torch(type(part))
 
 
-_NAMES: dict[type, frozenset[str]] = {}
-
-
 def _of_torch(kind: type) -> frozenset[str]:
     """The names of a class and its bases that are PyTorch's: the classes that spread weights take seconds to import."""
-    if kind not in _NAMES:
-        _NAMES[kind] = frozenset(base.__name__ for base in kind.__mro__ if base.__module__.startswith("torch."))
-    return _NAMES[kind]
+    return frozenset(base.__name__ for base in kind.__mro__ if base.__module__.startswith("torch."))
 
 
 def reshard(network: nn.Module) -> tuple[Any, ...]:

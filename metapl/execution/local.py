@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
@@ -28,7 +29,6 @@ from metapl.execution.numerics import (
     mean_tree,
     no_fast_path,
     wide,
-    wide_tree,
 )
 from metapl.execution.state import RandomState, Slot, Slots, State, replay, stand_in, swapped
 
@@ -63,28 +63,32 @@ class LocalStudent:
         self.formats = set(map(DTYPE, own))
         self.half = not HALF.isdisjoint(self.formats)
 
-    def loss(self, params: Tree, batches: Sequence[Any], losses: Sequence[WeightedLoss], start: RandomState) -> Tensor:
-        """Σ sum / Σ weight of losses on batches, of all ranks, at ``params``, on the buffers as they are now."""
-        # The weights require a gradient, as in the pass that learns: a forward may ask.
-        with no_fast_path(), self.at(self.as_leaves(params), start, self.slots):
-            values = [loss(self.forward(x)) for x, loss in zip(batches, losses, strict=True)]
-        return self.mean_of_all(values)[0]
-
-    def loss_and_gradient(
-        self, params: Tree, batches: Sequence[Any], losses: Sequence[WeightedLoss], start: RandomState
+    def loss(
+        self,
+        params: Tree,
+        batches: Sequence[Any],
+        losses: Sequence[WeightedLoss],
+        start: RandomState,
+        *,
+        gradient: bool = False,
     ) -> tuple[Tensor, Tree]:
-        """The value of :meth:`loss`, and its gradient; weights that no loss reaches have zeros."""
+        """Σ sum / Σ weight of losses on batches, of all ranks, at ``params``, on the buffers as they are now, and the
+        ``gradient`` where it is asked for, with zeros for weights that no loss reaches."""
+        # The weights require a gradient also where none is taken: a forward may ask.
         at = self.as_leaves(params)
         values, gradients = list[tuple[Tensor, Tensor | float]](), list[Tree]()
         # The backward pass belongs into the block: checkpoints run the student again in it.
-        with self.at(at, start, self.slots):
+        with NOTHING if gradient else no_fast_path(), self.at(at, start, self.slots):
             for x, loss in zip(batches, losses, strict=True):
                 value, weight = loss(self.forward(x))
-                gradients.append(self.gradient(value, at)[1] if value.requires_grad else {})
+                if gradient:
+                    gradients.append(self.gradient(value, at)[1] if value.requires_grad else {})
                 values.append((value.detach(), weight))
+        mean, weight = self.mean_of_all(values)
+        if not gradient:
+            return mean, {}
         if not any(gradients):
             raise MetaplError("the outer loss has no gradient in the student; expected one of its undetached outputs.")
-        mean, weight = self.mean_of_all(values)
         v = gradients[0] if len(gradients) == 1 else mean_tree(gradients)
         if len(v) < len(at):
             v = {name: v[name] if name in v else torch.zeros_like(p) for name, p in at.items()}
@@ -252,7 +256,7 @@ class Pass:
         moved = {n: wide(p) + step * wide(direction[n]) if n in direction else wide(p) for n, p in self.params.items()}
         at = self.student.at(self.student.as_leaves(moved), self._before, self._state, upcast=True)
         with torch.no_grad(), torch.autocast(device.type, enabled=False), full_float32(device), no_fast_path(), at:
-            return self.student.forward(wide_tree(self.inputs))
+            return self.student.forward(pytree.tree_map_only(Tensor, wide, self.inputs))
 
     def check_shifted(self, ahead: Tensor, behind: Tensor) -> None:
         """Flag outputs of shifted passes whose mean, S(x; θ) to the second order of the shift, is not this pass's."""

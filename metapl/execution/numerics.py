@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 
@@ -44,10 +43,6 @@ def in_type_of(network: nn.Module, t: Tensor) -> Tensor:
     """A tensor in the type of a network's weights, which is that of the first; as it is where there is none."""
     weight = next((p for p in network.parameters() if p.is_floating_point()), None)
     return t if weight is None else t.to(weight.dtype)
-
-
-def wide_tree(tree: Any) -> Any:
-    return pytree.tree_map_only(Tensor, wide, tree)
 
 
 def scaled(tree: Tree, factor: float | Tensor) -> Tree:

@@ -33,12 +33,15 @@ class RandomState(NamedTuple):
     device: torch.device
     cpu: Tensor
     accelerator: Tensor | None = None
+    generator: torch.Generator | None = None  # of labels, where they are drawn by one of their own,
+    drawn: Tensor | None = None  # and its state
 
     @staticmethod
-    def now(device: torch.device) -> RandomState:
+    def now(device: torch.device, generator: torch.Generator | None = None) -> RandomState:
         """The current state; it is kept on the host."""
         accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-        return RandomState(device, torch.default_generator.get_state(), accelerator)
+        drawn = None if generator is None else generator.get_state()
+        return RandomState(device, torch.default_generator.get_state(), accelerator, generator, drawn)
 
     def values(self) -> dict[str, Tensor | None]:
         """The states by name, as they are stored; with the device they make the whole."""
@@ -48,6 +51,8 @@ class RandomState(NamedTuple):
         torch.default_generator.set_state(self.cpu)
         if self.accelerator is not None:
             torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
+        if self.generator is not None and self.drawn is not None:
+            self.generator.set_state(self.drawn)
 
     def branch(self) -> RandomState:
         """The start of a stream that is independent of the one that continues from here; a function of this state."""
@@ -82,7 +87,7 @@ def branching_to(state: RandomState) -> Iterator[None]:
 @contextmanager
 def replayed(state: RandomState) -> Iterator[None]:
     """Draw from ``state`` in this block; afterwards the generators are as they were before."""
-    before = RandomState.now(state.device)
+    before = RandomState.now(state.device, state.generator)
     state.restore()
     try:
         yield
@@ -189,7 +194,7 @@ def replay(
 ) -> Iterator[None]:
     """In this block, torch draws from ``random``, and a network holds the tensors ``held`` and fresh copies of a
     ``state``, or of that which it has now (``upcast``: in float32 or wider); afterwards all is as it was before."""
-    drawn = RandomState.now(random.device)
+    drawn = RandomState.now(random.device, random.generator)
     random.restore()
     snapshot = state if isinstance(state, State) else state.now(copies=False)
     tables = snapshot.tables()
@@ -269,7 +274,7 @@ def restored(
         saved = [slots.now() for slots in networks]
         for slots, state in zip(networks, saved, strict=True):
             slots.state = state
-        random, drawn = RandomState.now(device), None if generator is None else generator.get_state()
+        random = RandomState.now(device, generator)
         grads = [p.grad for p in trained]
         for p in trained:
             p.grad = None
@@ -279,8 +284,6 @@ def restored(
         except BaseException as error:
             always = True
             random.restore()
-            if generator is not None and drawn is not None:
-                generator.set_state(drawn)
             explain(error)
             raise
         else:
@@ -295,17 +298,8 @@ def restored(
 
 
 def named_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """``named_modules`` with prefixes of the names of tensors, in a fraction of its time."""
-    found: dict[nn.Module, str] = {}
-    waiting = [("", module)]
-    while waiting:
-        prefix, part = waiting.pop()
-        if part not in found:
-            found[part] = prefix
-            if part._modules:
-                children = [(f"{prefix}{name}.", child) for name, child in part._modules.items() if child is not None]
-                waiting += children[::-1]
-    return [(prefix, part) for part, prefix in found.items()]
+    """``named_modules`` with prefixes of the names of tensors."""
+    return [(f"{name}." if name else "", part) for name, part in module.named_modules()]
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -32,7 +32,7 @@ from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, ROUNDINGS, same_slo
 from metapl.execution.layout import ONE_PROCESS, Capability
 from metapl.execution.local import NOTHING, LocalStudent, as_leaves, mean_of
 from metapl.execution.numerics import Tree
-from metapl.feedback.inner_step import Credited, Credits, InnerLoss, InnerStep, credited
+from metapl.feedback.inner_step import Credited, Credits, InnerStep, credited, inner_loss
 from metapl.feedback.keeping import ALL, Keeping
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind, Signal, field_of, kind_of
@@ -42,14 +42,6 @@ State = dict[str, Tensor]
 Normalization = Literal["gradient", "learning_rate", "cosine"]
 Steps = Annotated[int, Range(1, of="a number of steps")]
 Decay = Annotated[float, Range(0, 1, of="a decay")]
-
-
-@dataclass(frozen=True)
-class Tangent:
-    """The derivative of the outputs along w."""
-
-    z_dot: Tensor  # ż, (B, ...)
-    rounding: Tensor | None = None  # of a difference of outputs: a bound on the norm of its error
 
 
 @dataclass(frozen=True)
@@ -216,18 +208,20 @@ def exact_feedback(step: InnerStep, w: Tree, of: Credited = "signal") -> Feedbac
     if step.signal_inputs:
         _, gradients = step.second_derivatives(w, step.signal.differentiable(), curved=False)
         return feedback_from(step, gradients, of)
-    return head_feedback(step, w, Tangent(step.tangent(w)), of)
+    return head_feedback(step, w, step.tangent(w), of=of)
 
 
-def head_feedback(step: InnerStep, w: Tree, tangent: Tangent, of: Credited = "signal") -> Feedback:
-    """The feedback along w from ż, in the head alone.
+def head_feedback(
+    step: InnerStep, w: Tree, z_dot: Tensor, rounding: Tensor | None = None, *, of: Credited = "signal"
+) -> Feedback:
+    """The feedback along w from ż, (B, ...), in the head alone; ``rounding``: a bound on the norm of its error.
 
     For sampled labels ℓ is linear in its target, so h_ik = −(1/B) d/dε ℓ(z_i, class k) is the derivative at the one-hot
     rows of the labels. And Σ_i u_i d/dε ℓ_i is linear in u, so its gradient is d/dε ℓ itself: forward mode by two
     reverse passes.
     """
     leaves = as_leaves(credited(step.signal, of))
-    slope = _slope(step, leaves, w, tangent)
+    slope = _slope(step, leaves, w, z_dot, rounding)
     gradients: Sequence[Tensor | None] = [None] * len(leaves)
     if slope.requires_grad:
         gradients = torch.autograd.grad(slope, list(leaves.values()), allow_unused=True)
@@ -254,7 +248,7 @@ def feedback_from(step: InnerStep, gradients: Mapping[str, Tensor | None], of: C
     return Feedback(first, of_value[0], h, used)
 
 
-def _slope(step: InnerStep, leaves: Tree, w: Tree, tangent: Tangent) -> Tensor:
+def _slope(step: InnerStep, leaves: Tree, w: Tree, z_dot: Tensor, of_z_dot: Tensor | None) -> Tensor:
     """d/dε (1/B) Σ_i factor_i ℓ_i(z + εż, signal, θ + εw), this rank's share; flagged where it is not ⟨w, g⟩."""
     ranks, parts = step.student.ranks, len(step.passes)
     z = step.outputs.detach().requires_grad_()
@@ -265,17 +259,17 @@ def _slope(step: InnerStep, leaves: Tree, w: Tree, tangent: Tangent) -> Tensor:
         signals, chunks = step.signal.having(leaves).chunks(parts), z.chunk(parts)
         of_part = factors.chunk(parts) if factors is not None else [None] * parts
         values = [
-            InnerLoss(step.problem, signal, x, step.student.readable, factor)(z_part, theta)
+            inner_loss(step.problem, signal, x, step.student.readable, factor, z_part, theta)
             for signal, x, factor, z_part in zip(signals, step.batches, of_part, chunks, strict=True)
         ]
         mean = mean_of(values) if ranks.alone else mean_of(values) / ranks.size  # the ranks' shares add up to the mean
         grads = torch.autograd.grad(mean, [z, *theta.values()], create_graph=True, allow_unused=True)
-        directions = [tangent.z_dot, *(w[name] if name in w else torch.zeros_like(p) for name, p in theta.items())]
+        directions = [z_dot, *(w[name] if name in w else torch.zeros_like(p) for name, p in theta.items())]
         terms = [g * t for g, t in zip(grads, directions, strict=True) if g is not None]
         slope = terms[0].sum() if len(terms) == 1 else torch.stack([term.sum() for term in terms]).sum()
 
     by_gradient, spread = step.space.slope(step.gradient, w)
-    forward, table = ranks.sum(slope.detach()), EXACTLY if tangent.rounding is None else BY_DIFFERENCE
+    forward, table = ranks.sum(slope.detach()), EXACTLY if of_z_dot is None else BY_DIFFERENCE
     tolerance = table[step.passes[0].rounded_to].slope
     for term in terms:
         spread = spread + ranks.norm(term.detach())
@@ -284,7 +278,7 @@ def _slope(step: InnerStep, leaves: Tree, w: Tree, tangent: Tangent) -> Tensor:
     # Both sums may cancel to rounding: of a bias before batch normalization, whose gradient is zero but for rounding, a
     # first step of Adam makes the whole direction.
     rounding = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * step.space.norm(step.gradient) * step.space.norm(w)
-    if tangent.rounding is not None and grads[0] is not None:
-        rounding = rounding + ranks.norm(grads[0].detach()) * tangent.rounding
+    if of_z_dot is not None and grads[0] is not None:
+        rounding = rounding + ranks.norm(grads[0].detach()) * of_z_dot
     same_slopes(forward, by_gradient, spread, tolerance, rounding)
     return slope

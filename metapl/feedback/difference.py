@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
+from torch import Tensor
 
 from metapl.execution.numerics import Tree
-from metapl.feedback.base import Estimator, Feedback, Normalization, State, Tangent, divisor, head_feedback
+from metapl.feedback.base import Estimator, Feedback, Normalization, State, divisor, head_feedback
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
@@ -61,11 +62,11 @@ class Difference(Estimator):
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         step, w = path.pullback()
-        h = head_feedback(step, w, self.tangent(step, w))
+        h = head_feedback(step, w, *self.tangent(step, w))
         return [h.divided_by(divisor(self.normalization, step, w))], state
 
-    def tangent(self, step: InnerStep, w: Tree) -> Tangent:
-        """ż along w, by moves of length δ; exactly zero for w = 0."""
+    def tangent(self, step: InnerStep, w: Tree) -> tuple[Tensor, Tensor]:
+        """ż along w, by moves of length δ, and a bound on the norm of its rounding; exactly zero for w = 0."""
         length, r = step.space.norm(w), self.relative_step or RELATIVE_STEP[step.shifted_dtype]
         typical_weight = step.space.norm(step.params) / math.sqrt(step.space.count(step.params))
         delta = r * typical_weight.clamp_min(1e-3)  # all weights may be zero
@@ -81,4 +82,4 @@ class Difference(Estimator):
             part.check_shifted(*moved)
         # A small difference of large outputs loses digits: Adam's first w, for example, is orthogonal to the gradient.
         rounding = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * torch.linalg.vector_norm(ahead)
-        return Tangent((ahead - behind) / width, rounding / width)
+        return (ahead - behind) / width, rounding / width

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -72,22 +72,15 @@ class SignalInput:
         return dict(zip(self.fields, grads, strict=True))
 
 
-@dataclass
-class InnerLoss:
-    """The mean of factor_i ℓ_i, (B,), as a function of outputs and weights."""
-
-    problem: Problem
-    signal: Signal
-    batch: Any
-    readable: bool  # whether this process holds the weights whole, so that a loss may read them
-    factors: Tensor | None = None
-
-    def __call__(self, outputs: Tensor, params: Tree) -> Tensor:
-        losses = self.problem.inner_loss(outputs, self.signal, self.batch, params if self.readable else None)
-        if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
-            given = checks.described(losses)
-            raise MetaplError(f"inner_loss returned {given}; expected one loss per example, ({len(outputs)},).")
-        return losses.mean() if self.factors is None else (self.factors * losses).mean()
+def inner_loss(
+    problem: Problem, signal: Signal, batch: Any, readable: bool, factors: Tensor | None, outputs: Tensor, params: Tree
+) -> Tensor:
+    """The mean of factor_i ℓ_i, (B,); ``readable``: this process holds the weights whole, and a loss may read them."""
+    losses = problem.inner_loss(outputs, signal, batch, params if readable else None)
+    if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
+        given = checks.described(losses)
+        raise MetaplError(f"inner_loss returned {given}; expected one loss per example, ({len(outputs)},).")
+    return losses.mean() if factors is None else (factors * losses).mean()
 
 
 @dataclass(eq=False)
@@ -282,7 +275,7 @@ class InnerStep:
         return {name: joined(pieces) if pieces else None for name, pieces in gradients.items()}
 
     def _loss(self, signal: Signal, batch: Any) -> Loss:
-        return InnerLoss(self.problem, signal, batch, self.student.readable)
+        return partial(inner_loss, self.problem, signal, batch, self.student.readable, None)
 
     @property
     def batches(self) -> list[Any]:

@@ -13,10 +13,10 @@ from torch.utils import _pytree as pytree
 
 from metapl.execution import checks
 from metapl.execution.batch import digest, length, micro_batches
-from metapl.execution.local import NOTHING, LocalStudent, Pass, WeightedLoss, as_leaves, mean_of
+from metapl.execution.local import NOTHING, LocalStudent, Pass, as_leaves, mean_of
 from metapl.execution.numerics import Tree, mean_tree
 from metapl.execution.state import RandomState, replay, replayed
-from metapl.feedback.inner_step import Credited, InnerLoss, InnerStep, SignalInput, credited
+from metapl.feedback.inner_step import Credited, InnerStep, SignalInput, credited, inner_loss
 from metapl.feedback.keeping import ALL, Keeping, States
 from metapl.feedback.lookahead import Lookahead
 from metapl.problems.base import Problem, Signal, enters_input, joined_signals, sum_and_weight
@@ -80,24 +80,23 @@ class Path:
     @cached_property
     def outer_loss(self) -> Tensor:
         """L(θ′), without a graph. Cost: one labeled forward pass, unless its gradient has been computed."""
-        return self._outer_loss_at(self.params)
+        return self._outer(self.params)[0]
 
     @cached_property
     def outer_loss_before(self) -> Tensor:
         """L(θ), with the dropout masks of L(θ′); one forward pass."""
-        return self._outer_loss_at(self.student.params)
+        return self._outer(self.student.params)[0]
 
     def outer_gradient(self) -> Tree:
         """v = ∇L(θ′), one forward and backward pass on the labeled batch (with its own batch statistics)."""
         if self._outer_gradient is None:
             # L(θ′) comes with its gradient: it is put where the property of that name keeps it.
-            loss, v = self.student.loss_and_gradient(self.steps[-1].new_params, *self._outer_pass())
-            self.__dict__["outer_loss"], self._outer_gradient = loss, v
+            self.__dict__["outer_loss"], self._outer_gradient = self._outer(self.steps[-1].new_params, gradient=True)
         return self._outer_gradient
 
     def outer_gradient_before(self) -> Tree:
         """∇L(θ), one forward and backward pass on the labeled batch."""
-        self.__dict__["outer_loss_before"], v = self.student.loss_and_gradient(self.student.params, *self._outer_pass())
+        self.__dict__["outer_loss_before"], v = self._outer(self.student.params, gradient=True)
         return v
 
     def pullback(self) -> tuple[InnerStep, Tree]:
@@ -180,27 +179,20 @@ class Path:
     def gradients_in_signals(self, truncate: int | None = None) -> list[tuple[InnerStep, dict[str, Tensor | None]]]:
         """The last ``truncate`` steps, each with dL(θ′)/d(field) for the fields of its signal, by double backward."""
         counted, v = self.steps[-(truncate or 0) :], self.outer_gradient()
-        leaves = [t for step in counted for t in step.signal.differentiable().values()]
         start: Tree = self.steps[0].params if "start" in self.wrt else {}
-        settings = [step.update.settings_in(self.settings) for step in counted] if self.wrt else []
-        signals = len(leaves)
-        if self.wrt:
-            leaves += [*start.values(), *pytree.tree_leaves(settings)]
+        settings = [step.update.settings_in(self.settings) for step in counted]
+        leaves, structure = pytree.tree_flatten(([step.signal.differentiable() for step in counted], start, settings))
         ends = {name: p for name, p in self.steps[-1].updated[0].items() if p.requires_grad}  # θ′
         gradients: Sequence[Tensor | None] = [None] * len(leaves)
         if ends:
             with replay(RandomState.now(self.student.device), self.student.slots):  # checkpoints run again here, at θ
                 cotangents = [v[name] for name in ends]
                 gradients = torch.autograd.grad([*ends.values()], leaves, cotangents, allow_unused=True)
-        found = iter(gradients)
-        in_signals = [(step, {name: next(found) for name in step.signal.differentiable()}) for step in counted]
-
-        if self.wrt:
-            pairs = zip(leaves[signals:], gradients[signals:], strict=True)
-            rest = iter([torch.zeros_like(t) if g is None else g for t, g in pairs])
-            self.start = {name: next(rest) for name in start}
-            self.in_settings = pytree.tree_map(lambda _: next(rest), settings)[::-1]
-        return in_signals
+        in_signals, *found = pytree.tree_unflatten(gradients, structure)
+        given = [start, settings]
+        self.start, back = pytree.tree_map(lambda g, t: torch.zeros_like(t) if g is None else g, found, given)
+        self.in_settings = back[::-1]
+        return [*zip(counted, in_signals, strict=True)]
 
     def revised(self, h: Tensor | dict[str, Tensor]) -> Path:
         """The path of the real step, on the signal that the problem makes of the feedback, or this one."""
@@ -224,18 +216,11 @@ class Path:
         gap = norm({name: t - theta[name] for name, t in exact.items()})
         return {"step_rounding": gap / length.clamp_min(torch.finfo(length.dtype).tiny)}
 
-    def _outer_loss_at(self, params: Tree) -> Tensor:
-        return self.student.loss(params, *self._outer_pass())
-
-    def _outer_pass(self) -> tuple[list[Any], list[WeightedLoss], RandomState]:
-        """The student's inputs, their losses, and the start of a random stream, apart from the teacher's."""
-        problem = self.problem
-
-        def loss(part: Any, outputs: Tensor) -> tuple[Tensor, Tensor | float]:
-            return sum_and_weight(problem.outer_loss(outputs, part))
-
-        inputs = [*map(problem.outer_input, self.labeled)]
-        return inputs, [partial(loss, part) for part in self.labeled], self.steps[-1].passes[-1].after.branch()
+    def _outer(self, params: Tree, *, gradient: bool = False) -> tuple[Tensor, Tree]:
+        """L, and its ``gradient``, at these weights, by a pass that draws from a stream apart from the teacher's."""
+        judge, inputs = self.problem.outer_loss, [*map(self.problem.outer_input, self.labeled)]
+        losses = [lambda outputs, part=part: sum_and_weight(judge(outputs, part)) for part in self.labeled]
+        return self.student.loss(params, inputs, losses, self.steps[-1].passes[-1].after.branch(), gradient=gradient)
 
 
 def take_steps(
@@ -256,14 +241,10 @@ def take_steps(
 ) -> Path:
     """The student's steps on the inner batches: Algorithm 1, lines 2 and 3. Buffers and generators advance as in
     training; the weights do not move."""
-    ranks, several, rereads, enters = (
-        student.ranks,
-        len(batches) > 1,
-        isinstance(batches, Lookahead),
-        enters_input(problem),
-    )
     judged = [labeled] if parts == 1 else micro_batches(labeled, parts, "labeled")
     path = Path(problem, student, update, judged, batches, wrt=wrt)
+    ranks, several = student.ranks, len(batches) > 1
+    enters, rereads = enters_input(problem), isinstance(batches, Lookahead)
     if not ranks.alone:
         ranks.equal(length(labeled), "the outer batch")
     # The derivative through the input is another one, and the start's takes a Hessian product.
@@ -285,7 +266,7 @@ def take_steps(
         if graph_of is not None:
             leaves = as_leaves(credited(signal, graph_of))
             signal = signal.having(leaves)
-        loss = InnerLoss(problem, signal, x, student.readable, leaves.get("factors"))
+        loss = partial(inner_loss, problem, signal, x, student.readable, leaves.get("factors"))
         return inner_pass.gradient(loss, [*leaves.values()])
 
     for number in range(len(batches)):

@@ -55,5 +55,5 @@ class ReinforcePerExample(Estimator):
         if self.tangent == "forward":
             feedback = exact_feedback(step, w, "example")
         else:
-            feedback = head_feedback(step, w, Difference().tangent(step, w), "example")
+            feedback = head_feedback(step, w, *Difference().tangent(step, w), of="example")
         return [feedback.divided_by(divisor(self.normalization, step, w))], state

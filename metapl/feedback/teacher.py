@@ -40,9 +40,8 @@ class TeacherPass:
     batch: Any
     student_outputs: Tensor | None
     signal: Signal
-    random: RandomState | None = None  # what a pass that is computed again began with: the default generators,
-    state: State | None = None  # the network's state,
-    drawn: Tensor | None = None  # and the generator of labels
+    random: RandomState | None = None  # what a pass that is computed again began with: the generators,
+    state: State | None = None  # and the network's state
 
 
 class Teaching:
@@ -73,8 +72,7 @@ class Teaching:
     def __call__(self, batch: Any, outputs: Tensor | None) -> Signal:
         """Algorithm 1, line 2, ŷ_u ~ T(x_u): the signal about a micro-batch, given the student's outputs on it."""
         if self.recompute:
-            drawn = None if self.generator is None else self.generator.get_state()
-            begun = RandomState.now(self.device), self.slots.now(), drawn
+            begun = RandomState.now(self.device, self.generator), self.slots.now()
             with torch.no_grad(), no_fast_path():
                 signal = self._ask(batch, outputs)
             taken = TeacherPass(None if self.rereads else batch, outputs, signal, *begun)
@@ -90,15 +88,8 @@ class Teaching:
         """The signal of a pass with the teacher's graph, computed again if it was computed without."""
         if taken.random is None or taken.state is None:
             return taken.signal
-        generator, before = self.generator, None if self.generator is None else self.generator.get_state()
-        try:
-            if generator is not None and taken.drawn is not None:
-                generator.set_state(taken.drawn)
-            with replay(taken.random, taken.state):
-                again = self._ask(batch, taken.student_outputs)
-        finally:
-            if generator is not None and before is not None:
-                generator.set_state(before)
+        with replay(taken.random, taken.state):
+            again = self._ask(batch, taken.student_outputs)
         fields = again.fields()
         for name, first in taken.signal.fields().items():
             tolerance = EXACTLY[coarsest([first.dtype], first.device)].outputs

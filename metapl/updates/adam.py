@@ -11,8 +11,8 @@ from torch import Tensor
 from metapl.errors import MetaplError
 from metapl.execution.checks import transformed
 from metapl.execution.numerics import Tree
-from metapl.updates.base import Cotangents, Options, Parameters
-from metapl.updates.torch_optim import State, States, Tensors, TorchUpdate, add, div, is_set, mul, places_of, plus, sub
+from metapl.updates.base import Cotangents, Options, Parameters, cotangents_of
+from metapl.updates.torch_optim import State, States, Tensors, TorchUpdate, add, div, is_set, mul, plus, sub
 
 
 class Adam(TorchUpdate):
@@ -67,9 +67,7 @@ class Adam(TorchUpdate):
             w.update(zip(names, mul([v[n] for n in names], slopes), strict=True))
         return {name: w[name] for name in grads}
 
-    def vjp(
-        self, params: Tree, grads: Tree, state: States, v: Tree, state_cotangent: dict[int, Tensor] | None = None
-    ) -> Cotangents:
+    def vjp(self, params: Tree, grads: Tree, state: States, v: Tree, state_cotangent: Any = None) -> Cotangents:
         r"""In closed form too, but with ``amsgrad``; with :math:`\bar\theta` for v, :math:`\rho = \sqrt{\hat n}`:
 
         .. math:: \bar m' \mathrel{+}= \frac{-\eta\bar\theta}{(1-\beta_1^t)(\rho + \epsilon)}, \quad
@@ -79,11 +77,8 @@ class Adam(TorchUpdate):
         if any(group["amsgrad"] for group, _ in self.groups(grads)):
             return super().vjp(params, grads, state, v, state_cotangent)
         moments = ("exp_avg", "exp_avg_sq")
-        after = {n: {**s, **dict.fromkeys(("step", *moments))} if n in grads else s for n, s in state.items()}
-        given, before = state_cotangent or {}, places_of(state)
-        bars = {place: given[number] for place, number in places_of(after).items() if number in given}
         w: Tree = {}
-        theta = dict(v)
+        theta, (given, of_state) = dict(v), cotangents_of(state, state_cotangent)
         for group, names in self.groups(grads):
             (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
             held = [params[n] for n in names], [grads[n] for n in names], [state[n] for n in names]
@@ -97,17 +92,17 @@ class Adam(TorchUpdate):
                 bar.masked_fill_(r * r <= torch.finfo(r.dtype).tiny, 0.0)  # where n̂ counts as a constant
             for key, of_moment in zip(moments, (of_m, of_n), strict=True):
                 for n, bar in zip(names, of_moment, strict=True):
-                    if (n, key) in bars:
-                        bar += bars[n, key]
+                    if (later := given[n].get(key)) is not None:
+                        bar += later
             of_d = add(mul(mul(d, of_n), 2 * (1 - beta2)), of_m, 1 - beta1)
             if decay != 0 and group.get("decoupled_weight_decay", False):
                 theta.update(zip(names, mul([v[n] for n in names], 1 - lr * decay), strict=True))
             elif decay != 0:
                 theta.update(zip(names, add([v[n] for n in names], of_d, decay), strict=True))
             for key, of_moment, beta in zip(moments, (of_m, of_n), (beta1, beta2), strict=True):
-                bars |= {(n, key): bar for n, bar in zip(names, mul(of_moment, beta), strict=True)}
+                for n, bar in zip(names, mul(of_moment, beta), strict=True):
+                    of_state[n] |= {key: bar} if key in state[n] else {}
             w.update(zip(names, mul(of_d, -1.0) if group["maximize"] else of_d, strict=True))
-        of_state = {before[place]: bar for place, bar in bars.items() if place in before}
         return Cotangents({name: w[name] for name in grads}, theta, of_state)
 
 

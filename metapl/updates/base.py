@@ -35,7 +35,14 @@ class Cotangents(NamedTuple):
 
     gradient: Tree  # w, that of g, for the parameters that have one
     params: Tree  # that of θ
-    state: dict[int, Tensor] | None  # that of s by the number of its leaf; None: zero
+    state: Any  # that of s, as s is; None in the place of what has none
+
+
+def cotangents_of(state: Mapping[str, Mapping[str, Any]], of_next: Any) -> tuple[Any, Any]:
+    """Of a state by parameters, as ``torch.optim`` has it: the cotangents of the next one, and of this one where no
+    step changes it; None where there is none."""
+    given = of_next or {name: {} for name in state}
+    return given, {name: {key: given[name].get(key) for key in held} for name, held in state.items()}
 
 
 class Update(ABC):
@@ -94,9 +101,7 @@ class Update(ABC):
         w: Tree = pull(v)[0]
         return w
 
-    def vjp(
-        self, params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: dict[int, Tensor] | None = None
-    ) -> Cotangents:
+    def vjp(self, params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: Any = None) -> Cotangents:
         """The adjoint of the whole step, from the cotangents v of θ′ and ``state_cotangent`` of s′ (None: zero)."""
         leaves, structure = pytree.tree_flatten(state)
         numbers = {i: t for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.is_floating_point()}
@@ -106,14 +111,16 @@ class Update(ABC):
         with torch.enable_grad():
             before = pytree.tree_unflatten([at_state.get(i, t) for i, t in enumerate(leaves)], structure)
             moved, new_state = self.update(at_params, at_grads, before)
-        after = pytree.tree_leaves(new_state)
-        pairs = [(moved[name], bar) for name, bar in v.items()]
-        pairs += [(after[i], bar) for i, bar in (state_cotangent or {}).items()]
-        reached = [(t, bar) for t, bar in pairs if isinstance(t, Tensor) and t.requires_grad]
+        pairs: list[Any] = [(moved[name], bar) for name, bar in v.items()]
+        if state_cotangent is not None:
+            pairs += zip(pytree.tree_leaves(new_state), pytree.tree_leaves(state_cotangent), strict=True)
+        reached = [(t, bar) for t, bar in pairs if bar is not None and t.requires_grad]
         flat = [t for tree in trees for t in tree.values()]
         ends, bars = zip(*reached, strict=True)
         cotangents = iter(torch.autograd.grad(ends, flat, bars, materialize_grads=True))
-        return Cotangents(*[{name: next(cotangents) for name in tree} for tree in trees])
+        of_grads, of_params, found = ({name: next(cotangents) for name in tree} for tree in trees)
+        of_state = pytree.tree_unflatten([found.get(i) for i in range(len(leaves))], structure)
+        return Cotangents(of_grads, of_params, of_state)
 
     def settings_in(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """Of each param group, the settings of these names that it has, as they are."""
@@ -133,7 +140,8 @@ class Update(ABC):
             return {name: theta[name] for name in v}, {number: leaves[number] for number in bars}
 
         vjp: Any = torch.func.vjp
-        bars, groups = state_cotangent or {}, self.options
+        of_state = [] if state_cotangent is None else pytree.tree_leaves(state_cotangent)
+        bars, groups = {i: bar for i, bar in enumerate(of_state) if bar is not None}, self.options
         _, pull = vjp(moved, pytree.tree_map(double, self.settings_in(names)))
         found: list[dict[str, Any]] = pull((v, bars))[0]
         return found
@@ -196,9 +204,7 @@ class Clipped(Update):
     def pullback(self, params: Tree, grads: Tree, state: Any, v: Tree, options: Options | None = None) -> Tree:
         return self._through_clip(self.inner.pullback(params, self._clip(grads), state, v, options), grads)
 
-    def vjp(
-        self, params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: dict[int, Tensor] | None = None
-    ) -> Cotangents:
+    def vjp(self, params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: Any = None) -> Cotangents:
         bar = self.inner.vjp(params, self._clip(grads), state, v, state_cotangent)
         return Cotangents(self._through_clip(bar.gradient, grads), bar.params, bar.state)
 

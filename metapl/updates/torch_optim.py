@@ -18,7 +18,7 @@ from metapl.errors import MetaplError, few
 from metapl.execution.checks import transformed
 from metapl.execution.numerics import Tree
 from metapl.execution.shards import as_sharded, is_sharded, local
-from metapl.updates.base import Cotangents, Options, Parameters, Update
+from metapl.updates.base import Cotangents, Options, Parameters, Update, cotangents_of
 
 State = dict[str, Any]  # of one parameter, as in ``torch.optim.Optimizer.state``
 States = dict[str, State]
@@ -317,43 +317,31 @@ class SGD(TorchUpdate):
             w.update(zip(names, mul([*map(v.__getitem__, names)], by), strict=True))
         return {name: w[name] for name in grads}
 
-    def vjp(
-        self, params: Tree, grads: Tree, state: States, v: Tree, state_cotangent: dict[int, Tensor] | None = None
-    ) -> Cotangents:
+    def vjp(self, params: Tree, grads: Tree, state: States, v: Tree, state_cotangent: Any = None) -> Cotangents:
         r"""In closed form too, with :math:`\bar\theta` for v, and μ = 1 in the first product without Nesterov:
 
         .. math:: \bar b' \mathrel{+}= -\eta\mu\bar\theta, \quad \bar d = c\,\bar b' (- \eta\bar\theta), \quad
                   \bar b = \mu\bar b', \quad \bar\theta \mathrel{+}= \lambda\bar d
         """
-        place, moved = "momentum_buffer", {n for group, names in self.groups(grads) if group["momentum"] for n in names}
-        after = {n: {**held, place: None} if n in moved else held for n, held in state.items()}
-        given, before = state_cotangent or {}, places_of(state)
-        bars = {at: given[number] for at, number in places_of(after).items() if number in given}
         w: Tree = {}
-        theta = dict(v)
+        theta, (given, of_state) = dict(v), cotangents_of(state, state_cotangent)
         for group, names in self.groups(grads):
             mu, damping, decay = group["momentum"], group["dampening"], group["weight_decay"]
             of_d: Tensors = mul([v[n] for n in names], -group["lr"])
             if mu != 0:
                 of_b = mul(of_d, mu) if group["nesterov"] else of_d
                 for n, bar in zip(names, of_b, strict=True):
-                    if (n, place) in bars:
-                        bar += bars[n, place]
-                fresh = [state[n].get(place) is None for n in names]
+                    if (later := given[n].get("momentum_buffer")) is not None:
+                        bar += later
+                fresh = [state[n].get("momentum_buffer") is None for n in names]
                 kept = [b if new or not damping else b * (1 - damping) for b, new in zip(of_b, fresh, strict=True)]
                 of_d = plus(kept, of_d) if group["nesterov"] else kept
-                bars |= {(n, place): bar for n, bar in zip(names, mul(of_b, mu), strict=True)}
+                for n, bar, new in zip(names, mul(of_b, mu), fresh, strict=True):
+                    of_state[n] |= {} if new else {"momentum_buffer": bar}
             if decay != 0:
                 theta.update(zip(names, add([v[n] for n in names], of_d, decay), strict=True))
             w.update(zip(names, mul(of_d, -1.0) if group["maximize"] else of_d, strict=True))
-        held = {at for at in before if isinstance(state[at[0]][at[1]], Tensor)}
-        of_state = {before[at]: bar for at, bar in bars.items() if at in held}
         return Cotangents({name: w[name] for name in grads}, theta, of_state)
-
-
-def places_of(state: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], int]:
-    """The places of a state by the numbers of their leaves."""
-    return {place: number for number, place in enumerate((n, key) for n, held in state.items() for key in held)}
 
 
 def _lifted(operation: Callable[[Any, Any], Tensor], fused: Callable[..., Any]) -> Callable[[Tensors, Factors], Any]:

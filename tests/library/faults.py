@@ -125,8 +125,12 @@ def new_minus_old(patch: pytest.MonkeyPatch) -> None:
 
 def gradient_before_the_step(patch: pytest.MonkeyPatch) -> None:
     """v = ∇L(θ) instead of ∇L(θ′)."""
-    real = LocalStudent.loss_and_gradient
-    patch.setattr(LocalStudent, "loss_and_gradient", lambda self, params, *rest: real(self, self.params, *rest))
+    real = LocalStudent.loss
+
+    def loss(self: Any, params: Any, *rest: Any, gradient: bool = False) -> Any:
+        return real(self, self.params if gradient else params, *rest, gradient=gradient)
+
+    patch.setattr(LocalStudent, "loss", loss)
 
 
 def weight_of_the_outer_loss_forgotten(patch: pytest.MonkeyPatch) -> None:
@@ -171,13 +175,13 @@ def other_dropout_mask(patch: pytest.MonkeyPatch) -> None:
 def backward_at_the_old_weights(patch: pytest.MonkeyPatch) -> None:
     """The gradient of L(θ′) is taken after θ′ has been put aside, so that checkpoints recompute at θ."""
 
-    def loss_and_gradient(self: LocalStudent, params: Any, batches: Any, losses: Any, start: Any) -> Any:
+    def loss(self: LocalStudent, params: Any, batches: Any, losses: Any, start: Any, *, gradient: bool = False) -> Any:
         at = self.as_leaves(params)
         with torch.enable_grad(), self.at(at, start, self.slots):
             value, _ = losses[0](self.forward(batches[0]))
         return value.detach(), dict(zip(at, torch.autograd.grad(value, list(at.values())), strict=True))
 
-    patch.setattr(LocalStudent, "loss_and_gradient", loss_and_gradient)
+    patch.setattr(LocalStudent, "loss", loss)
 
 
 def plain_tensors_stand_in(patch: pytest.MonkeyPatch) -> None:
