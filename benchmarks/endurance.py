@@ -38,8 +38,7 @@ from metapl.apps.main import main as metapl_command
 from metapl.apps.pictures.reader import read_image
 
 RESULT = RESULTS / "endurance.json"
-HUNG = 120.0
-"""Seconds after which something that takes two counts as hanging."""
+HUNG = 120.0  # seconds after which something that takes two counts as hanging
 
 RUN = (
     *("train", "digits", "--steps", "24", "--hidden", "8", "--finetune-steps", "6", "--labeled-batch", "8"),

@@ -59,8 +59,7 @@ LARGE = {
     "ResNet-50": partial(large, partial(torchvision.models.resnet50, num_classes=10), (3, 224, 224), 32, 128),
 }
 COMPARED = ("mlp", "transformer", "WRN-28-2")  # of the first a step is nothing but the host's overhead
-SMALL = partial(large, metapl.models.small_cnn, (3, 16, 16), 2, 6)
-"""The network of a miniature, which has a part of each kind."""
+SMALL = partial(large, metapl.models.small_cnn, (3, 16, 16), 2, 6)  # of a miniature, which has a part of each kind
 
 PARTS: dict[str, tuple[float, tuple[str, str, tuple[str, ...], tuple[str, ...]]]] = {
     **{

@@ -43,8 +43,7 @@ SEEDS, ROUNDS = {"hyperparameters": range(10, 18), "schedule": range(10, 15)}, 8
 SETTINGS = {"metagradients": (0.1, 0.3, 1.0, 3.0), "random search": (0.5, 1.0, 2.0, 4.0)}
 UNTUNED = "the start of both"
 Logs = dict[str, torch.Tensor]
-Found = tuple[float, Logs, Any]
-"""Validation loss, logarithms, and network."""
+Found = tuple[float, Logs, Any]  # validation loss, logarithms, and network
 
 
 def around_start(study: str, width: float, generator: torch.Generator | None = None) -> Logs:

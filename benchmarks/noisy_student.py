@@ -59,15 +59,12 @@ from metapl.training.loss_trainer import LossTrainer
 
 RAW = RESULTS / "noisy_student.jsonl"
 LABELS, LABELED_BATCH, STEPS, FINETUNE_LR = 4, 32, 1500, 0.02
-THRESHOLD = 0.3
-"""Confidence above which unlabeled examples are kept: Noisy Student's."""
+THRESHOLD = 0.3  # confidence above which unlabeled examples are kept: Noisy Student's
 
 WIDTHS = (8, 16, 32, 64, 128)
-RATES, DROPOUTS = (0.1, 0.2), (0.05, 0.1)
-"""What is tuned: the learning rate, and the probability of dropping a hidden unit."""
+RATES, DROPOUTS = (0.1, 0.2), (0.05, 0.1)  # tuned: learning rates, probabilities of dropping a hidden unit
 
-FINETUNINGS = (50, 150, 500)
-"""Lengths of study 6's finetuning, of which the best by validation is taken."""
+FINETUNINGS = (50, 150, 500)  # lengths of study 6's finetuning, of which the best by validation is taken
 
 
 # ------------------------------------------------------------------------------------------------------------ the arms

@@ -53,8 +53,7 @@ from metapl.problems import EqualWeights
 
 RAW = RESULTS / "when.jsonl"
 CLASSES, SIZES, BATCH, EMA_DECAY, MOMENTUM = 10, [64, 32, 32, 10], 64, 0.995, 0.9
-BESIDE = 9
-"""Arms that are trained side by side at most; what is stopped before it has rows begins again."""
+BESIDE = 9  # arms trained side by side at most; what is stopped before it has rows begins again
 
 COMPILED = 3000
 """Trainings of so many steps have their graph compiled, which takes as long as a thousand steps without."""
