@@ -33,8 +33,7 @@ from metapl.training import FitResult
 from metapl.training.loss_trainer import LossTrainer
 
 RAW = RESULTS / "digits_study.jsonl"
-EMA_DECAY = 0.995
-"""Of the averaged student in the final runs; the tuning runs select a checkpoint and have no average."""
+EMA_DECAY = 0.995  # of the averaged student in the final runs; tuning runs select a checkpoint and have no average
 
 STUDENT, FINETUNED = "test_accuracy", "finetuned_test_accuracy"
 Config = dict[str, Any]

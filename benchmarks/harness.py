@@ -242,8 +242,7 @@ def figure_of(page: Path, name: str) -> Path:
     return (HERE.parent / "docs" if page.resolve().parent == RESULTS else page.parent) / name
 
 
-BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
-"""Of Okabe and Ito's colors, which the color-blind can tell apart."""
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # of Okabe and Ito's colors, which the color-blind can tell apart
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,7 @@ from metapl.problems import (
 from metapl.problems.losses import CrossEntropy
 
 RAW = RESULTS / "label_noise.jsonl"
-CLASSES, HANDFUL, BATCH, HIDDEN = 10, 10, 64, 32
-"""Classes, trusted labels of each, examples in a batch, width of the hidden layer."""
+CLASSES, HANDFUL, BATCH, HIDDEN = 10, 10, 64, 32  # trusted labels of each class, examples in a batch, hidden units
 
 MOMENTUM, FINETUNE_LR, CHECKED_EVERY = 0.9, 0.02, 25
 STUDENT, FINETUNED = "test_accuracy", "finetuned_test_accuracy"
@@ -70,8 +69,7 @@ DESCENTS, LONGER = 5, 8
 """Whole trainings that are differentiated, one after another, before the last one; and how many times as many steps
 cost a one-step method the same passes."""
 
-TRUSTED = 4.0
-"""Logit of the given label at first, of a corrector and of a transition matrix: a probability of 0.86."""
+TRUSTED = 4.0  # logit of the given label at first, of a corrector and of a transition matrix: a probability of 0.86
 
 RAREST, MOST = 20, 100
 """How many times rarer the rarest class is than the most frequent one, and the size of that one."""

@@ -96,8 +96,7 @@ def _same(width: int, **changes: Any) -> Arm:
 
 SMALL = WIDTHS[:4]
 SHARES = (1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 4, 1.0)
-BEST = {"teacher": WIDTHS[-1], "rounds": 2}
-"""The largest network after two rounds, in the place of the iterated L2."""
+BEST = {"teacher": WIDTHS[-1], "rounds": 2}  # the largest network after two rounds, in the place of the iterated L2
 
 Arms = dict[str, tuple[Arm, float | None]]
 KINDS: dict[str, Callable[[int], Arm]] = {  # by their width

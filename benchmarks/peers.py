@@ -404,8 +404,13 @@ def table(result: Row) -> str:
                 cells += [f"{1e3 * row['seconds']:.3g}", f"{row['bytes'] / 1e6:.3g}"]
             lines.append([network, steps, library + cold, *cells])
     head = ("network", "K", "library", "relative error", "time / forward", "memory / forward", "ms", "MB")
+    return grid(head, lines, "lrl") + missing(result)
+
+
+def missing(result: Row) -> str:
+    """A sentence of the libraries that did not install."""
     notes = " ".join(f"{library}: {reason}." for library, reason in result["not_installed"].items())
-    return grid(head, lines, "lrl") + (f"\n\nNot installed: {notes}" if notes else "")
+    return f"\n\nNot installed: {notes}" if notes else ""
 
 
 def main() -> None:

@@ -108,7 +108,7 @@ def rehearse(
             by_backward = trained[:-1]
             seams += [(trainers, "take_steps", "student step", None), (Pass, "gradient", None, "gradients")]
             seams += [(Path, "outer_gradient", "labeled gradient", "for feedback"), (Path, "commit", "update", None)]
-            seams += [(Path, "_outer_loss_at", "labeled gradient", None), (Teaching, "backward", "teacher step", None)]
+            seams += [(Path, "_outer", "labeled gradient", None), (Teaching, "backward", "teacher step", None)]
             seams += [(type(trainer.mode), "feedback", "feedback", "for feedback")]
             seams += [(InnerStep, name, None, "for feedback") for name in ("pullback", "tangent", "second_derivatives")]
             seams += [(type(trainer.update), name, None, "for feedback") for name in ("update", "stepped", "vjp")]
