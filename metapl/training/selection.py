@@ -42,7 +42,7 @@ class Average:
         moving = {name for name, p in self.network.named_parameters() if p.is_floating_point() or p.is_complex()}
         torch._foreach_lerp_([self._kept[name] for name in moving], [parts[name] for name in moving], 1 - decay)
         # A pass may have made buffers, or given them another shape.
-        self._kept |= {name: t.clone() for name, t in parts.items() if name not in moving}
+        self._kept = {name: self._kept[name] if name in moving else t.clone() for name, t in parts.items()}
         self.steps += 1
 
     @contextmanager

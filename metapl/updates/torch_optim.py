@@ -337,7 +337,7 @@ class SGD(TorchUpdate):
                 kept = [b if new or not damping else b * (1 - damping) for b, new in zip(of_b, fresh, strict=True)]
                 of_d = plus(kept, of_d) if group["nesterov"] else kept
                 for n, bar, new in zip(names, mul(of_b, mu), fresh, strict=True):
-                    of_state[n] |= {} if new else {"momentum_buffer": bar}
+                    of_state[n] |= {"momentum_buffer": None if new else bar} if "momentum_buffer" in state[n] else {}
             if decay != 0:
                 theta.update(zip(names, add([v[n] for n in names], of_d, decay), strict=True))
             w.update(zip(names, mul(of_d, -1.0) if group["maximize"] else of_d, strict=True))

@@ -271,3 +271,30 @@ def test_steps_by_every_implementation_and_under_a_scheduler(cls: Any, options: 
         scheduler.step()
     trainer.step(problem.labeled, metapl.Lookahead([problem.unlabeled] * 3))
     assert inner.param_groups[0]["lr"] == pytest.approx(2.5e-4)
+
+
+def test_a_weight_without_a_momentum_buffer_that_the_first_step_does_not_reach() -> None:
+    """Some states hold None in its place; with respect to the rates, too."""
+
+    class Student(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) if x[0, 0] > 0 else x[:, :2] * self.weight[0, 0]
+
+    torch.manual_seed(0)
+    teacher, student = torch.nn.Linear(3, 2).double(), Student(3, 2).double()
+    inner = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
+    for p in student.parameters():
+        inner.state[p]["momentum_buffer"] = None
+    batches = [(sign * torch.ones(1, 3) + 0.1 * torch.randn(4, 3)).double() for sign in (-1, 1, 1)]
+    found = [
+        metapl.hypergradient(
+            *(teacher, student),
+            labeled=(torch.randn(4, 3, generator=torch.Generator().manual_seed(1)).double(), torch.arange(4) % 2),
+            unlabeled=metapl.Lookahead(batches),
+            inner_optimizer=inner,
+            mode=mode,
+            wrt=("teacher", "lr"),
+        )
+        for mode in ("forward", "unrolled")
+    ]
+    assert error(found[0].grads, found[1].grads) < 1e-9
