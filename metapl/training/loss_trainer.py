@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -120,10 +121,10 @@ class LossTrainer(Trainer):
         return batch[0], batch
 
     def outer_terms(self) -> list[Term]:
-        return [
-            lambda network, inputs, batch, loss=loss: loss(network, **self._read(batch, None))  # type: ignore[misc]
-            for loss in self.losses
-        ]
+        def term(loss: Any, network: Any, inputs: Any, batch: Any) -> Any:
+            return loss(network, **self._read(batch, None))
+
+        return [partial(term, loss) for loss in self.losses]
 
     def _read(self, labeled: Any, unlabeled: Any) -> dict[str, Any]:
         """The arguments of a loss besides the network, whose outputs it computes where it needs them."""
