@@ -23,9 +23,8 @@ from metapl.apps.methods import (
 )
 from metapl.apps.networks import parameter_groups
 from metapl.apps.pictures import Identity, LabeledBatches, ShiftNoiseCutout, UnlabeledBatches, load_digits_split
-from metapl.apps.pictures.card import NetworkCard
 from metapl.apps.pictures.folders import hashes
-from metapl.apps.pictures.input import Input
+from metapl.apps.pictures.input import Input, NetworkCard
 from metapl.apps.settings import Batch, Fitting, Flat, Role, Share, replaced, require
 from metapl.data import StepSampler
 from metapl.errors import MetaplError
