@@ -127,10 +127,11 @@ class NoisyStudent(Method):
             options = {**sized.finetuning(), "schedule": "cosine", **own}
             return trainer, t.fit(trainer, labeled, None, phase=phase, **options)
 
-        def reaches(network: nn.Module) -> dict[str, float]:
-            """What the network of a round reaches; nothing is measured where a step is timed."""
+        def reaches(network: nn.Module) -> dict[str, Any]:
+            """The weights of the network of a round, and what it reaches; nothing is measured where a step is timed."""
             parts = {"validation_accuracy": data.validation, "test_accuracy": data.test} if t.folder else {}
-            return {name: evaluated(network, on).accuracy for name, on in parts.items() if on is not None}
+            found = {name: evaluated(network, on).accuracy for name, on in parts.items() if on is not None}
+            return {"weights_fingerprint": int(digest(weights_of(network))), **found}
 
         # Round 0, on labeled examples alone, with noise.
         noisy = noisy_view(data)
@@ -169,10 +170,9 @@ class NoisyStudent(Method):
                     _, old, new = np.intersect1d(*ids, assume_unique=True, return_indices=True)
                     changed = int((before.column("label")[old] != labels.column("label")[new]).sum())
                 before = labels
-                fingerprint = int(digest(weights_of(teacher)))
                 record: dict[str, Any] = {
                     "round": number,
-                    "teacher": {"round": number - 1, "weights_fingerprint": fingerprint, **reached},
+                    "teacher": {"round": number - 1, **reached},
                     "store": labels.folder.relative_to(t.folder).as_posix(),
                     "store_sha256": labels.sha256,
                     "threshold": threshold,
@@ -186,9 +186,7 @@ class NoisyStudent(Method):
                     "changed_labels": changed,
                 }
                 copies = f", {selection.copies:,} with copies" if selection.copies != selection.kept else ""
-                tested = (
-                    f", whose test accuracy is {reached['test_accuracy']:.1%}" if "test_accuracy" in reached else ""
-                )
+                tested = "" if data.test is None else f", whose test accuracy is {reached['test_accuracy']:.1%}"
                 t.say(
                     f"round {number}: {selection.kept:,} of {selection.rows:,} unlabeled examples are learned from"
                     f"{copies}, by labels of the network of round {number - 1}{tested}"
@@ -235,7 +233,6 @@ class NoisyStudent(Method):
                 record |= {
                     "parameters": sum(p.numel() for p in network.parameters()),
                     "best_step": result.step,
-                    "weights_fingerprint": int(digest(weights_of(network))),
                     **reached,
                 }
                 records.append(record)

@@ -153,8 +153,8 @@ class FileImages:
         numbers = self._indices[indices]
         if self._kept is not None and self._kept[0][numbers.numpy()].all():  # four times as fast
             return self._kept[1].index_select(0, numbers), indices
-        (images,), used = self.fetch_crops(indices, [()] * len(indices))
-        return images, used
+        images, used = self.fetch_crops(indices, [()] * len(indices))
+        return images[0] if images else torch.empty(0, *self.shape, dtype=torch.uint8), used
 
     def fetch_sound(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`fetch`, but a broken file is left out instead of replaced: for measuring."""
