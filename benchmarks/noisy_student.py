@@ -35,15 +35,13 @@ from harness import NONE, RESULTS, Bar, Row
 from torch import Tensor, nn
 
 from metapl.apps.digits import Digits, fitting
-from metapl.apps.labels import LabelStore, LabelWriter
-from metapl.apps.labels.queries import select
+from metapl.apps.labels import LabelStore, LabelWriter, select
 from metapl.apps.methods import Data
 from metapl.apps.model_noise import NoisyStudentLoss
 from metapl.apps.noisy_student import (
     Chosen,
     Noised,
     PseudoLabeledBatches,
-    StoredLabelLoss,
     decay_interval,
     end_matched,
     noisy_view,
@@ -278,7 +276,7 @@ def student(arm: Arm, teacher: nn.Module, setting: Setting, number: int) -> nn.M
     losses: Any = (NoisyStudentLoss("mean", arm.hard, arm.dropout),)
     sources: Any = (labeled, pairs)
     if arm.training != "joint":
-        losses, sources = (StoredLabelLoss(arm.hard, arm.dropout),), (pairs, None)
+        losses, sources = (NoisyStudentLoss(hard=arm.hard, model_noise=arm.dropout),), (pairs, None)
     torch.manual_seed(seed)
     network = copy.deepcopy(teacher) if arm.warm else config.network()
     usual, steps = setting.steps(STEPS), setting.steps(round(STEPS * arm.steps / 100))

@@ -23,8 +23,7 @@ from protocols import deliver, divided, keep, load, network, views
 from torch import Tensor, nn
 
 import metapl
-from metapl.apps.labels import LabelStore, LabelWriter
-from metapl.apps.labels.queries import select
+from metapl.apps.labels import LabelStore, LabelWriter, select
 from metapl.apps.model_noise import NoisyStudentLoss
 from metapl.apps.networks import parameter_groups
 from metapl.apps.pictures import (

@@ -16,10 +16,8 @@ from torch import nn
 
 import metapl
 from metapl.apps.pictures import EvaluationBatches, FileImages, LabeledBatches, UnlabeledBatches
-from metapl.apps.pictures.card import NetworkCard
-from metapl.apps.pictures.check import check_folders
-from metapl.apps.pictures.folders import scan_labeled, scan_unlabeled
-from metapl.apps.pictures.input import Input
+from metapl.apps.pictures.folders import check_folders, scan_labeled, scan_unlabeled
+from metapl.apps.pictures.input import Input, NetworkCard
 from metapl.apps.pictures.views.base import Chain
 from metapl.apps.pictures.views.transforms import Affine, Color, Hole
 from metapl.apps.run import save

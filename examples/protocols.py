@@ -47,8 +47,7 @@ from metapl.apps.pictures import (
     Weak,
     scan_unlabeled,
 )
-from metapl.apps.pictures.card import NetworkCard
-from metapl.apps.pictures.input import Input
+from metapl.apps.pictures.input import Input, NetworkCard
 from metapl.apps.run import save
 from metapl.data import StepSampler, draws
 from metapl.feedback import Reinforce

@@ -32,8 +32,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from metapl.apps.backbone import IMAGENET
-from metapl.apps.evaluation.attacks import by_severity
-from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
+from metapl.apps.evaluation import CORRUPTIONS, SEVERITIES, by_severity
 from metapl.apps.machine.environment import available_cores
 from metapl.apps.networks import Architecture, Normalized, load_weights, read_weights
 from metapl.apps.pictures.batches import in_unit_range

@@ -18,10 +18,8 @@ from torch.nn import functional as F
 from metapl.apps import web
 from metapl.apps.held_out import files_of
 from metapl.apps.inputs import Folder, Run, check_out, counted, held, write
-from metapl.apps.pictures.batches import in_unit_range
-from metapl.apps.pictures.check import verify_files
-from metapl.apps.pictures.folders import LabeledFiles, scan_labeled
-from metapl.apps.pictures.store import FileImages
+from metapl.apps.pictures.batches import FileImages, in_unit_range
+from metapl.apps.pictures.folders import LabeledFiles, scan_labeled, verify_files
 from metapl.apps.run import EndedRun
 from metapl.apps.settings import Batch, Steps, unset
 from metapl.apps.words import short, table, tell, wrapped, written_csv

@@ -35,21 +35,10 @@ AUTO_SIDE, LEAST_SIDE = 48, 32
 CONTROL_SIDE, CONTROL_PICTURES, CONTROL_BATCH = 16, 2000, 64
 
 
-@dataclass(frozen=True, kw_only=True)
-class Backbone:
-    """A network that was trained on other pictures: its name, its weights, and the pictures that it takes."""
+def find(given: str, network: str | None) -> dict[str, Any]:
+    """The settings of the backbone that a name, a file of weights or the folder of a run stands for.
 
-    network: str
-    weights: Path
-    mean: tuple[float, ...] = IMAGENET[0]
-    std: tuple[float, ...] = IMAGENET[1]
-    grey: bool = False
-    image_size: int | None = None  # None: whatever is usual
-    sha256: str = ""
-
-
-def find(given: str, network: str | None) -> Backbone:
-    """The backbone that a name, a file of weights or the folder of a run stands for; nothing is downloaded.
+    Nothing is downloaded. They are the network, its weights with their SHA-256, and the pictures that it takes.
 
     Args:
         given: ``timm:NAME`` or a name of torchvision, whose weights are in the cache of torch.hub or of
@@ -59,7 +48,8 @@ def find(given: str, network: str | None) -> Backbone:
 
     Raises: MetaplError where there is nothing, or something else.
     """
-    path, own = Path(given).expanduser(), dict[str, Any]()
+    path = Path(given).expanduser()
+    own: dict[str, Any] = {"mean": IMAGENET[0], "std": IMAGENET[1], "grey": False, "image_size": None}  # the usual
     if path.is_dir():
         run = EndedRun.load(path)
         name = run.result["delivered"]
@@ -77,7 +67,31 @@ def find(given: str, network: str | None) -> Backbone:
     elif not given.startswith("timm:") and (path.suffix or len(path.parts) > 1):  # no name of a network is like that
         raise MetaplError(f"--backbone {given}: there is no such file or folder.")
     else:
-        known, files = given, _cached(given)
+        library = Architecture(name=given, num_classes=2).library  # refuses an unknown name
+        known, folder = given, Path(torch.hub.get_dir()) / "checkpoints"
+        if library == "torchvision":
+            from torchvision.models import get_model_weights
+
+            try:
+                published: Any = get_model_weights(given)
+            except ValueError as error:
+                raise MetaplError(f"--backbone {given}: torchvision has no weights of it; expected a file.") from error
+            files = [folder / Path(urlparse(one.url).path).name for one in (published.DEFAULT, *published)]
+        elif library != "timm":
+            raise MetaplError(
+                f"--backbone {given}: nobody has published its weights; expected a file, or a run's folder."
+            )
+        else:
+            config = _config(given)
+            if config is None or not (config.hf_hub_id or config.url):
+                raise MetaplError(f"--backbone {given}: timm knows no weights of it; expected a file.")
+            from huggingface_hub import constants, try_to_load_from_cache
+
+            usual = filter(None, (config.hf_hub_filename, "model.safetensors", "pytorch_model.bin"))
+            where = {"repo_id": config.hf_hub_id or "", "cache_dir": constants.HF_HUB_CACHE}
+            cached = [try_to_load_from_cache(filename=file, **where) for file in usual]
+            by_url = folder / Path(urlparse(config.url or f"{config.hf_hub_id}.safetensors").path).name
+            files = [*(Path(file) for file in cached if isinstance(file, str)), by_url]
         weights = next((file for file in files if file.is_file()), files[0])
         if not weights.is_file():
             raise MetaplError(
@@ -86,12 +100,12 @@ def find(given: str, network: str | None) -> Backbone:
             )
     if network not in (None, known):
         raise MetaplError(f"--backbone {given} is {known}, and --network {network} was given; leave it out.")
-    if not own and known.startswith("timm:") and (config := _config(known)) is not None:
-        own = {"mean": tuple(config.mean), "std": tuple(config.std)}
-    return Backbone(network=known, weights=weights.resolve(), sha256=sha256_of(weights), **own)
+    if not path.is_dir() and known.startswith("timm:") and (config := _config(known)) is not None:
+        own |= {"mean": tuple(config.mean), "std": tuple(config.std)}
+    return {"network": known, "weights": str(weights.resolve()), "backbone_sha256": sha256_of(weights), **own}
 
 
-def auto(network: str | None = None) -> Backbone | None:
+def auto(network: str | None = None) -> dict[str, Any] | None:
     """The first of the usual backbones whose weights are on this machine; or that of the ``network`` asked for."""
     for name in (network,) if network else AUTO:
         try:
@@ -99,31 +113,6 @@ def auto(network: str | None = None) -> Backbone | None:
         except MetaplError:  # without its weights, or without timm
             continue
     return None
-
-
-def _cached(name: str) -> list[Path]:
-    """Where the weights of a network by its name would be."""
-    library = Architecture(name=name, num_classes=2).library  # refuses an unknown name
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    if library == "torchvision":
-        from torchvision.models import get_model_weights
-
-        try:
-            weights: Any = get_model_weights(name)
-        except ValueError as error:
-            raise MetaplError(f"--backbone {name}: torchvision has no weights of it; expected a file.") from error
-        return [folder / Path(urlparse(one.url).path).name for one in (weights.DEFAULT, *weights)]
-    if library != "timm":
-        raise MetaplError(f"--backbone {name}: nobody has published its weights; expected a file, or a run's folder.")
-    config = _config(name)
-    if config is None or not (config.hf_hub_id or config.url):
-        raise MetaplError(f"--backbone {name}: timm knows no weights of it; expected a file.")
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    files = filter(None, (config.hf_hub_filename, "model.safetensors", "pytorch_model.bin"))
-    cached = [try_to_load_from_cache(config.hf_hub_id or "", file, cache_dir=constants.HF_HUB_CACHE) for file in files]
-    by_url = folder / Path(urlparse(config.url or f"{config.hf_hub_id}.safetensors").path).name
-    return [*(Path(file) for file in cached if isinstance(file, str)), by_url]
 
 
 def _config(name: str) -> Any:

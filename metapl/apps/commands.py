@@ -18,7 +18,7 @@ from metapl.apps.comparison import parse_seeds
 from metapl.apps.digits import Digits
 from metapl.apps.images import Images
 from metapl.apps.inputs import Folder, check_out, run_folder
-from metapl.apps.labeling import check_labels_given
+from metapl.apps.label import check_labels_given
 from metapl.apps.launch import Processes, check_started, from_first, joined, program
 from metapl.apps.look import settled
 from metapl.apps.machine.environment import default_threads

@@ -9,23 +9,11 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from metapl.apps.methods import (
-    Consistency,
-    Data,
-    EntMin,
-    Feedback,
-    FixMatch,
-    Mpl,
-    PseudoLabels,
-    ReducedMpl,
-    Supervised,
-    Uda,
-)
+from metapl.apps import methods
 from metapl.apps.networks import parameter_groups
 from metapl.apps.pictures import Identity, LabeledBatches, ShiftNoiseCutout, UnlabeledBatches, load_digits_split
-from metapl.apps.pictures.card import NetworkCard
 from metapl.apps.pictures.folders import hashes
-from metapl.apps.pictures.input import Input
+from metapl.apps.pictures.input import Input, NetworkCard
 from metapl.apps.settings import Batch, Fitting, Flat, Role, Share, replaced, require
 from metapl.data import StepSampler
 from metapl.errors import MetaplError
@@ -40,23 +28,23 @@ VIEW = ShiftNoiseCutout()  # of what the student, and of labeled images the teac
 STUDENT_RATE, TEACHER_RATE, MOMENTUM, FINETUNED_AT = 1.0, 0.06, 0.9, 0.02
 
 # The networks are so small that consistency helps them little: a teacher does without it.
-_UDA = Consistency(uda_temperature=1.0, uda_threshold=0.0, uda_align=0.0, uda_start=0, uda_ramp=0)
+_UDA = methods.Consistency(uda_temperature=1.0, uda_threshold=0.0, uda_align=0.0, uda_start=0, uda_ramp=0)
 _OWN: dict[str, Any] = {"uda": replaced(_UDA, uda_weight=0.0), "wait": 0, "warm_start": False}
-_FIXMATCH = FixMatch()
+_FIXMATCH = methods.FixMatch()
 
 METHODS = {
-    "mpl": Mpl(**_OWN),
-    "none": Mpl(feedback=Feedback(feedback="none"), **_OWN),
-    "supervised": Supervised(),
-    "pseudo_labels": PseudoLabels(),
-    "uda": Uda(uda=_UDA),
+    "mpl": methods.Mpl(**_OWN),
+    "none": methods.Mpl(feedback=methods.Feedback(feedback="none"), **_OWN),
+    "supervised": methods.Supervised(),
+    "pseudo_labels": methods.PseudoLabels(),
+    "uda": methods.Uda(uda=_UDA),
     "fixmatch": replaced(_FIXMATCH, uda_start=0, uda_ramp=0),
-    "ent_min": EntMin(),
-    "permuted": Mpl(feedback=Feedback(feedback="permuted"), **_OWN),
-    "class_means": Mpl(feedback=Feedback(feedback="class_means"), **_OWN),
-    "random_sign": Mpl(feedback=Feedback(feedback="random_sign"), **_OWN),
-    "reduced_mpl": ReducedMpl(uda=_OWN["uda"]),
-    "reduced_none": ReducedMpl(feedback=Feedback(feedback="none"), uda=_OWN["uda"]),
+    "ent_min": methods.EntMin(),
+    "permuted": methods.Mpl(feedback=methods.Feedback(feedback="permuted"), **_OWN),
+    "class_means": methods.Mpl(feedback=methods.Feedback(feedback="class_means"), **_OWN),
+    "random_sign": methods.Mpl(feedback=methods.Feedback(feedback="random_sign"), **_OWN),
+    "reduced_mpl": methods.ReducedMpl(uda=_OWN["uda"]),
+    "reduced_none": methods.ReducedMpl(feedback=methods.Feedback(feedback="none"), uda=_OWN["uda"]),
 }
 COMPARED = ("mpl", "none", "supervised", "pseudo_labels", "uda")
 
@@ -98,7 +86,7 @@ class Digits:
         wide = len(self.hidden) > MOST_LAYERS or max(self.hidden, default=0) > WIDEST
         require(self, not wide, "hidden", f"{MOST_LAYERS} widths at most, of {WIDEST:,} at most")
 
-    def data(self, say: Say, progress: bool, log: Path | None) -> Data:
+    def data(self, say: Say, progress: bool, log: Path | None) -> methods.Data:
         fitting, seed = self.fitting, self.fitting.seed
         split = load_digits_split(self.labels_per_class, seed)
         images, labels = split.labeled
@@ -109,7 +97,7 @@ class Digits:
             return LabeledBatches(images, labels, sampler, VIEW, own)
 
         many = StepSampler(len(split.unlabeled), self.unlabeled_batch, seed=seed, stream=1)
-        return Data(
+        return methods.Data(
             labeled=labeled(images, labels, 0, seed),
             unlabeled=UnlabeledBatches(split.unlabeled, many, Identity(), VIEW, seed),
             finetuning=labeled(images, labels, 2, seed + 1),

@@ -8,11 +8,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from metapl.apps.evaluation.attacks import LEVELS, Attack, measure
-from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
+from metapl.apps.evaluation import CORRUPTIONS, LEVELS, SEVERITIES, Attack, measure
 from metapl.apps.held_out import HeldOut
 from metapl.apps.inputs import Factory, Folder, Network, Run, counted, held, write
-from metapl.apps.labeling import refuse_infinite
+from metapl.apps.label import refuse_infinite
 from metapl.apps.machine.progress import counting
 from metapl.apps.run import WEIGHTS, EndedRun
 from metapl.apps.settings import Switch, unset

@@ -119,54 +119,50 @@ class Export:
 
     def run(self) -> int:
         run = EndedRun.load(self.folder)
-        name = run.name(self.network)
-        check_out(self.out, run.source.recipe().get("fields", {}))
-        with held(self.out):
-            network, told = run.network(name, self.factory), about(run, name)
-            digests = export(network, self.out, **told, onnx=self.onnx)
-        tell(f"{run.heading(name)}\n")
-        for file, sha256 in digests.items():
-            tell(f"{self.out / file}: {(self.out / file).stat().st_size / 1e6:.3g} MB, SHA-256 {sha256}")
-        if self.onnx and not _can_run_onnx():
-            tell(f"{self.out / ONNX} was not run: onnxruntime is not installed")
-        tell(f"{self.out / CARD}: how to load them, and how good they are")
-        return 0
-
-
-def about(run: EndedRun, name: str) -> dict[str, Any]:
-    """What :func:`export` is told of a run's network: figures of this one, and of no others."""
-    result, card, source = run.result, run.cards[name], run.source
-    data = stored_data(source)
-    counts = counts_of(data)
-    tested = result.get("evaluation") or {}
-    sizes: dict[str, Any] = {"test": tested.get("n"), "validation": result.get("validation_size")}
-    reached = {part: result.get(f"{name}_{part}_accuracy") for part in sizes}
-    fields = {
-        # Of the places of files, the last names are left.
-        field: PurePath(value).name if isinstance(value, str) and "/" in value else value
-        for field, value in source.recipe().get("fields", {}).items()
-        if field != "classes"
-    }
-    when = "the last step" if name == "teacher" else f"step {result['best_step']:,} of {result['steps']:,}"
-    notes = (f"The weights are those of the {card.title}, of {when}.", card.input.note)
-    recipe = {"name": result["recipe"], "method": result["method"], "fields": fields}
-    return {
-        "title": f"{result['recipe']}: {result['title']}, {card.title}",
-        "classes": run.classes,
-        "architecture": card.architecture,
-        "shape": card.input.shape,
-        "center": card.input.center,
-        "sections": {
+        name, result, source = run.name(self.network), run.result, run.source
+        own = source.recipe().get("fields", {})
+        check_out(self.out, own)
+        # Figures of this network, and of no others; of the places of files, the last names are left.
+        card, data = run.cards[name], stored_data(source)
+        tested = result.get("evaluation") or {}
+        sizes: dict[str, Any] = {"test": tested.get("n"), "validation": result.get("validation_size")}
+        reached = {part: result.get(f"{name}_{part}_accuracy") for part in sizes}
+        fields = {
+            field: PurePath(value).name if isinstance(value, str) and "/" in value else value
+            for field, value in own.items()
+            if field != "classes"
+        }
+        recipe = {"name": result["recipe"], "method": result["method"], "fields": fields}
+        when = "the last step" if name == "teacher" else f"step {result['best_step']:,} of {result['steps']:,}"
+        sections: dict[str, Any] = {
             "Metrics": {
                 f"{part} accuracy": f"{100 * share:.1f} %" if sizes[part] is None else spoken(share, sizes[part], None)
                 for part, share in reached.items()
                 if share is not None
             },
-            "Data": counts | {f"SHA-256 of {part}": digest for part, digest in data["hash"].items()},
+            "Data": counts_of(data) | {f"SHA-256 of {part}": digest for part, digest in data["hash"].items()},
             "Recipe": f"```json\n{json.dumps(recipe, indent=2, sort_keys=True, default=str)}\n```",
-            "Notes": "\n".join(f"- {note}" for note in notes),
-        },
-    }
+            "Notes": f"- The weights are those of the {card.title}, of {when}.\n- {card.input.note}",
+        }
+        with held(self.out):
+            digests = export(
+                run.network(name, self.factory),
+                self.out,
+                shape=card.input.shape,
+                title=f"{result['recipe']}: {result['title']}, {card.title}",
+                sections=sections,
+                classes=run.classes,
+                architecture=card.architecture,
+                center=card.input.center,
+                onnx=self.onnx,
+            )
+        tell(f"{run.heading(name)}\n")
+        for file, sha256 in digests.items():
+            tell(f"{self.out / file}: {(self.out / file).stat().st_size / 1e6:.3g} MB, SHA-256 {sha256}")
+        if self.onnx and not importlib.util.find_spec("onnxruntime"):
+            tell(f"{self.out / ONNX} was not run: onnxruntime is not installed")
+        tell(f"{self.out / CARD}: how to load them, and how good they are")
+        return 0
 
 
 def export(
@@ -254,7 +250,11 @@ def export(
     text = TEXT.substitute(code, title=_text(title), torch=versions["torch"].partition("+")[0])
     text += ONNX_TEXT.substitute(code) if onnx else ""
     for name, section in {"Network": facts, **(sections or {}), "Versions": versions}.items():
-        text += f"\n## {name}\n\n{section if isinstance(section, str) else _table(section)}\n"
+        if not isinstance(section, str):
+            texts = {key: f"{value:.6g}" if isinstance(value, float) else str(value) for key, value in section.items()}
+            rows = (f"\n| {_text(key)} | {_text(value)} |" for key, value in texts.items())
+            section = f"| what | value |\n|---|---|{''.join(rows)}"
+        text += f"\n## {name}\n\n{section}\n"
     files[CARD] = text.encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -264,10 +264,6 @@ def export(
     except OSError as error:
         raise MetaplError(f"{folder} could not be written: {error.strerror or error}.") from error
     return digests
-
-
-def _can_run_onnx() -> bool:
-    return importlib.util.find_spec("onnxruntime") is not None
 
 
 def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> dict[str, bytes]:
@@ -310,7 +306,7 @@ def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> di
         with torch.inference_mode():
             expected, found = network(images), {}
             found[PROGRAM] = torch.export.load(io.BytesIO(files[PROGRAM])).module()(images)
-        if onnx and _can_run_onnx():
+        if onnx and importlib.util.find_spec("onnxruntime"):
             session = importlib.import_module("onnxruntime").InferenceSession(
                 files[ONNX], providers=["CPUExecutionProvider"]
             )
@@ -322,11 +318,6 @@ def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> di
                 fault = f"{name} gives {tuple(output.shape)} where the network gives {tuple(expected.shape)}"
                 raise MetaplError(f"{fault}, and differs by {apart:.2g}; expected {AGREES_TO:g} of its greatest.")
     return files
-
-
-def _table(values: Mapping[str, Any]) -> str:
-    texts = [(name, f"{value:.6g}" if isinstance(value, float) else str(value)) for name, value in values.items()]
-    return "\n".join(["| what | value |", "|---|---|", *(f"| {_text(a)} | {_text(b)} |" for a, b in texts)])
 
 
 def _text(value: object) -> str:

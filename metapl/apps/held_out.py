@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from metapl.apps.pictures import load_digits_split
-from metapl.apps.pictures.check import find_copies
-from metapl.apps.pictures.folders import LabeledFiles, scan_labeled, scan_unlabeled
+from metapl.apps.pictures.folders import LabeledFiles, find_copies, scan_labeled, scan_unlabeled
 from metapl.apps.pictures.input import BATCH, Inputs
 from metapl.apps.run import EndedRun, stored_data
 from metapl.apps.words import tell

@@ -16,13 +16,11 @@ from metapl.apps import networks
 from metapl.apps.machine.progress import counting
 from metapl.apps.methods import TITLES, Data, EntMin, FixMatch, Mpl, PseudoLabels, ReducedMpl, Supervised, Uda
 from metapl.apps.methods import Feedback as Fed
-from metapl.apps.pictures.batches import EvaluationBatches, LabeledBatches, UnlabeledBatches
-from metapl.apps.pictures.card import NetworkCard
-from metapl.apps.pictures.check import Finding, check_folders, verify_files, without_copies
-from metapl.apps.pictures.folders import Files, LabeledFiles, hash_files, scan_labeled, scan_unlabeled
-from metapl.apps.pictures.input import LARGEST_SIDE, Input
+from metapl.apps.pictures import Finding, check_folders, scan_labeled, scan_unlabeled, verify_files
+from metapl.apps.pictures.batches import EvaluationBatches, FileImages, LabeledBatches, UnlabeledBatches
+from metapl.apps.pictures.folders import Files, LabeledFiles, hash_files, without_copies
+from metapl.apps.pictures.input import LARGEST_SIDE, Input, NetworkCard
 from metapl.apps.pictures.splits import stratified_split
-from metapl.apps.pictures.store import FileImages
 from metapl.apps.pictures.views.base import Chain, Identity, View
 from metapl.apps.pictures.views.transforms import Affine, Color, Flip, Hole, Recolor, ResizedCrop, Sometimes
 from metapl.apps.settings import Batch, Fitting, Flat, Hidden, Role, Share, Switch, replaced, require, unset

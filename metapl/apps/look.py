@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from metapl.apps import backbone
-from metapl.apps.backbone import IMAGENET, Backbone
+from metapl.apps.backbone import IMAGENET
 from metapl.apps.machine.sealed import sha256_of
 from metapl.apps.methods import Data, Training
-from metapl.apps.networks import begin_as
-from metapl.apps.networks.weights import fetch_imagenet_weights
+from metapl.apps.networks import begin_as, fetch_imagenet_weights
 from metapl.apps.pictures.reader import LUMA, UnreadableImage, read_image
 from metapl.apps.settings import filled, flat, replaced
 from metapl.apps.train import SELECTED_ON, device
@@ -85,7 +84,23 @@ def settled(config: Any, method: Any, say: Say, before: Mapping[str, Any] | None
             "drawn from: each is in every batch so often, and each copy costs the time of a picture"
         )
     seen = look([*map(Path, few.paths())], few.targets(), [*map(Path, many.paths())])
-    config = on_backbone(config, found, seen, say)
+    if asked == "auto":
+        large = not seen.grey and seen.side >= backbone.AUTO_SIDE
+        found = backbone.auto(config.pictures.network) if large else None
+        if found is None:
+            why = "the weights of none are on this machine" if large else "the pictures are grey or small"
+            say(f"backbone: none, for {why}; from scratch")
+    if found is not None:
+        own, tuning = config.pictures.image_size, config.pictures.tuning or "lora"
+        if (own or seen.side) < backbone.LEAST_SIDE and found["image_size"] is None:
+            raise MetaplError(
+                f"--backbone {asked}: pictures of {own or seen.side} pixels are too small for it; expected "
+                f"{backbone.LEAST_SIDE} or more, by --image-size where they are to be enlarged, or no backbone."
+            )
+        config = replaced(config, **found | {"tuning": tuning, "image_size": own or found["image_size"]})
+        what = {"head": "its head is trained", "lora": "low-rank changes are trained", "all": "all of it is trained"}
+        sha256 = found["backbone_sha256"][:12]
+        say(f"backbone: {found['network']} from {found['weights']} (SHA-256 {sha256}...), {what[tuning]}")
     aside = round(SET_ASIDE * count) if not config.val else 0
     # Too few to select on train better.
     config = fitted(config, seen, val_fraction=SET_ASIDE if aside >= SELECTED_ON else 0.0)
@@ -115,33 +130,6 @@ def settled(config: Any, method: Any, say: Say, before: Mapping[str, Any] | None
     if pictures.weights is None and asked == "none" and not pictures.grey and seen.side >= PHOTOGRAPHS:
         say("for photographs a network that was trained on photographs is better: --backbone, or --weights imagenet")
     return config, method
-
-
-def on_backbone(config: Any, found: Backbone | None, seen: Look, say: Say) -> Any:
-    """The settings with the backbone that was asked for, or is chosen for such pictures."""
-    given = config.pictures
-    if given.backbone == "none":
-        return config
-    if found is None:
-        large = not seen.grey and seen.side >= backbone.AUTO_SIDE
-        found = backbone.auto(given.network) if large else None
-        if found is None:
-            why = "the weights of none are on this machine" if large else "the pictures are grey or small"
-            say(f"backbone: none, for {why}; from scratch")
-            return config
-    side = given.image_size or found.image_size or seen.side
-    if side < backbone.LEAST_SIDE and found.image_size is None:
-        raise MetaplError(
-            f"--backbone {given.backbone}: pictures of {side} pixels are too small for it; expected "
-            f"{backbone.LEAST_SIDE} or more, by --image-size where they are to be enlarged, or no backbone."
-        )
-    taken: Any = {"network": found.network, "weights": str(found.weights), "backbone_sha256": found.sha256}
-    taken |= {"mean": found.mean, "std": found.std, "tuning": given.tuning or "lora"}
-    taken |= {"grey": found.grey, "image_size": given.image_size or found.image_size}
-    what = {"head": "its head is trained", "lora": "low-rank changes are trained", "all": "all of it is trained"}
-    how = what[taken["tuning"]]
-    say(f"backbone: {found.network} from {found.weights} (SHA-256 {found.sha256[:12]}...), {how}")
-    return replaced(config, **taken)
 
 
 # What a run that is resumed is given anew, with what it was started with, or does not need.

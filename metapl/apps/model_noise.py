@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -36,7 +36,8 @@ class NoisyStudentLoss:
             run in passes of their own, whose batch statistics are their own.
         label_smoothing: of the labels of labeled examples, α in [0, 1).
 
-    Needs: unlabeled batches that are pairs (x, stored), with the stored distributions (B, C).
+    Needs: unlabeled batches that are pairs (x, stored), with the stored distributions (B, C). Where such pairs stand in
+    the place of labeled batches, and there are no unlabeled ones, the loss is that of the pairs alone.
     Source: Noisy Student, Algorithm 1, line 3 (``"two_means"``), and its section on training (``"mean"``).
     """
 
@@ -52,6 +53,12 @@ class NoisyStudentLoss:
         check_fields(self)
 
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
+        if unlabeled is None:
+            x, stored = stored_pair(labeled)
+            with nullcontext() if self.model_noise else with_model_noise(teacher, on=False):
+                logits = wide(teacher(x))
+            check_stored(stored, logits, "unlabeled")
+            return F.cross_entropy(logits, stored.argmax(1) if self.hard else wide(stored))
         (x_l, y), (x_u, stored) = labeled[:2], stored_pair(unlabeled)
         n_l, n_u = len(x_l), len(x_u)
         if self.model_noise:

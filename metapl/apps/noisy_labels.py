@@ -16,10 +16,8 @@ from metapl.ablation import Altered
 from metapl.apps import networks
 from metapl.apps.images import EVALUATED_AT_ONCE, Folder, Minutes, OfPictures, OtherFolder, Pictures, refuse_errors
 from metapl.apps.methods import Data, Doubtful, Method, Trained, Training
-from metapl.apps.pictures.batches import EvaluationBatches, LabeledBatches
-from metapl.apps.pictures.check import check_folders, same_pictures
-from metapl.apps.pictures.folders import LabeledFiles, scan_labeled
-from metapl.apps.pictures.store import Images
+from metapl.apps.pictures.batches import EvaluationBatches, Images, LabeledBatches
+from metapl.apps.pictures.folders import LabeledFiles, check_folders, same_pictures, scan_labeled
 from metapl.apps.settings import Batch, Fitting, Flat, Hidden, SomeSteps, unset
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError, few

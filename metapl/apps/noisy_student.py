@@ -10,24 +10,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from metapl.apps.digits import Digits
 from metapl.apps.digits import fitting as of_digits
 from metapl.apps.images import Images
-from metapl.apps.labeling import Read, ToLabel, write_labels
-from metapl.apps.labels import LabelStore
-from metapl.apps.labels.queries import select, statistics
+from metapl.apps.label import Read, ToLabel, write_labels
+from metapl.apps.labels import LabelStore, select, statistics
 from metapl.apps.methods import Data, Method, Trained, Training
 from metapl.apps.model_noise import NoisyStudentLoss, with_model_noise
 from metapl.apps.networks import begin_as
@@ -40,11 +36,9 @@ from metapl.data.draws import fold_in
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest
-from metapl.execution.numerics import wide
 from metapl.problems.losses import CrossEntropy
-from metapl.problems.pseudo_labels import check_stored, stored_pair
 from metapl.runs.fields import Range, check_fields
-from metapl.training import FitResult, Say
+from metapl.training import FitResult
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.options import DECAY, DECAY_EPOCHS, EPOCHS
 from metapl.training.selection import weights_of
@@ -121,8 +115,7 @@ class NoisyStudent(Method):
         config, data, seed = t.config, t.data, t.config.fitting.seed
         first, *others = configs_of(config, self)
         hard, model_noise = self.labels == "hard", self.unlabeled_noise != "none"
-        place = t.place
-        rounds = None if t.folder is None else Rounds(self, config, data, t.folder, t.say)
+        place, source, records = t.place, data.unlabeled, list[dict[str, Any]]()
 
         def drawn(source: LabeledBatches, number: int, **own: Any) -> LabeledBatches:
             """Labeled batches as a round draws them: each its own."""
@@ -134,8 +127,11 @@ class NoisyStudent(Method):
             options = {**sized.finetuning(), "schedule": "cosine", **own}
             return trainer, t.fit(trainer, labeled, None, phase=phase, **options)
 
-        def even(rows: Tensor) -> Tensor:
-            return torch.full((len(rows), len(data.classes)), 1 / len(data.classes))
+        def reaches(network: nn.Module) -> dict[str, Any]:
+            """The weights of the network of a round, and what it reaches; nothing is measured where a step is timed."""
+            parts = {"validation_accuracy": data.validation, "test_accuracy": data.test} if t.folder else {}
+            found = {name: evaluated(network, on).accuracy for name, on in parts.items() if on is not None}
+            return {"weights_fingerprint": int(digest(weights_of(network))), **found}
 
         # Round 0, on labeled examples alone, with noise.
         noisy = noisy_view(data)
@@ -149,23 +145,73 @@ class NoisyStudent(Method):
         options = {"steps": usual, "warmup": min(warmup, usual), **decay}
         result = t.fit(trainer, drawn(data.labeled, 0, view=noisy), None, phase=FIRST, **options)
         teacher = trainer.student
-        every = torch.arange(len(data.unlabeled.images))
+        reached, before = reaches(teacher), None
         for number, sized in enumerate(others, 1):
-            # The labels of the last network, and what is kept of them; where a step is timed, even ones of all.
-            chosen = Chosen(every, every, even) if rounds is None else rounds.choose(number, teacher)
-            source, augmented = data.unlabeled, self.unlabeled_noise == "all"
-            images, of, size = source.images, chosen.positions, self.ratio * config.fitting.labeled_batch
+            own_seed, images = fold_in(seed, number), source.images
+            if t.folder is None:  # a step is timed: on even labels of all
+                every = torch.arange(len(images))
+                chosen = Chosen(every, every, lambda rows: torch.ones(len(rows), len(data.classes)) / len(data.classes))
+            else:
+                # The last network labels all unlabeled examples, and the surest are selected, as the settings say.
+                stores = t.folder / FOLDER / str(number)
+                how: Any = {"images": images, "ids": range(len(images)), "name": "unlabeled", "input": config.input}
+                labeler, examples, about = teacher, ToLabel(**how), dict[str, str]()
+                if self.noisy_teacher:
+                    labeler, examples = Noised(teacher, own_seed), Augmented(**how, view=noisy, seed=own_seed)
+                    about = {"views": f"augmented by {noisy!r}, seed {own_seed}, with dropout and stochastic depth"}
+                labels = write_labels(labeler, examples, stores / LABELS, data.classes, t.say, about=about)
+                threshold = threshold_of(labels, self.threshold)
+                how = {"per_class": self.per_class, "threshold": threshold, "balance": self.balance}
+                selection = select(labels, stores / SELECTED, **how)
+                kept, changed = LabelStore(stores / SELECTED), None
+                of_all, of_kept = statistics(labels), statistics(kept)
+                if before is not None:  # a file that became unreadable is in one store alone
+                    ids = (before.column("id"), labels.column("id"))
+                    _, old, new = np.intersect1d(*ids, assume_unique=True, return_indices=True)
+                    changed = int((before.column("label")[old] != labels.column("label")[new]).sum())
+                before = labels
+                record: dict[str, Any] = {
+                    "round": number,
+                    "teacher": {"round": number - 1, **reached},
+                    "store": labels.folder.relative_to(t.folder).as_posix(),
+                    "store_sha256": labels.sha256,
+                    "threshold": threshold,
+                    "unlabeled": selection.rows,
+                    "unsure": selection.unsure,
+                    "kept": selection.kept,
+                    "copies": selection.copies,
+                    "labeled_per_class": dict(zip(data.classes, of_all.class_copies, strict=True)),
+                    "kept_per_class": dict(zip(data.classes, of_kept.counts, strict=True)),
+                    "copies_per_class": dict(zip(data.classes, of_kept.class_copies, strict=True)),
+                    "changed_labels": changed,
+                }
+                copies = f", {selection.copies:,} with copies" if selection.copies != selection.kept else ""
+                tested = "" if data.test is None else f", whose test accuracy is {reached['test_accuracy']:.1%}"
+                t.say(
+                    f"round {number}: {selection.kept:,} of {selection.rows:,} unlabeled examples are learned from"
+                    f"{copies}, by labels of the network of round {number - 1}{tested}"
+                )
+                if threshold != self.threshold:
+                    t.say(f"note: of no example is that network more confident than {self.threshold:g}; all are kept")
+                if selection.missing:
+                    without = f"no unlabeled example is kept: {few(selection.missing)}"
+                    t.say(f"note: of these classes {without}; a lower --threshold keeps more")
+                rows = torch.from_numpy(kept.rows_with_copies())
+                chosen = Chosen(torch.from_numpy(kept.column("id"))[rows], rows, kept.at)
+
+            # A new network learns from both.
+            augmented, size = self.unlabeled_noise == "all", self.ratio * config.fitting.labeled_batch
+            positions = chosen.positions
             pairs = PseudoLabeledBatches(
-                images=images[of] if isinstance(images, Tensor) else images.select(of),
-                sampler=StepSampler(len(of), size, seed=fold_in(seed, number), stream=1),
+                images=images[positions] if isinstance(images, Tensor) else images.select(positions),
+                sampler=StepSampler(len(positions), size, seed=own_seed, stream=1),
                 weak=noisy if augmented else Identity(),
                 strong=None,
-                seed=fold_in(seed, number),
+                seed=own_seed,
                 crop=source.crop if augmented else None,
                 chosen=chosen,
             )
-            # A new network learns from both.
-            torch.manual_seed(fold_in(seed, number))  # whatever was drawn before
+            torch.manual_seed(own_seed)  # whatever was drawn before
             network, steps, rate = sized.network().to(place), usual, 1.0
             begin_as(t.student, network)
             if self.warm_start:
@@ -173,35 +219,32 @@ class NoisyStudent(Method):
                 steps = self.warm_steps or usual
                 rate = end_matched(steps, usual)
             losses = (NoisyStudentLoss(self.loss, hard, model_noise, self.label_smoothing),)
-            sources: tuple[Any, Any] = (drawn(data.labeled, number, view=noisy), pairs)
-            if self.training != "joint":
-                losses, sources = (StoredLabelLoss(hard, model_noise),), (pairs, None)
             trainer = LossTrainer(network, losses, optimizer=optimizer(sized, network, rate), **t.options)
             options = {"steps": steps, "warmup": min(warmup, steps), **decay}
+            joint = (drawn(data.labeled, number, view=noisy), pairs)
+            sources: Any = joint if self.training == "joint" else (pairs, None)
             result = t.fit(trainer, *sources, phase=f"round-{number}", **options)
             if self.training == "pretrain_finetune":
                 torch.manual_seed(fold_in(seed + 1, number))  # whatever was drawn before
-                trainer, result = finetuned(
-                    sized, network, drawn(data.finetuning, number), f"round-{number}{FINETUNED}"
-                )
-            if rounds is not None:
-                rounds.records[-1] |= {
+                labeled = drawn(data.finetuning, number)
+                trainer, result = finetuned(sized, network, labeled, f"round-{number}{FINETUNED}")
+            last, teacher, reached = teacher, network, reaches(network)
+            if t.folder is not None:
+                record |= {
                     "parameters": sum(p.numel() for p in network.parameters()),
                     "best_step": result.step,
-                    "weights_fingerprint": int(digest(weights_of(network))),
-                    **rounds.measured(number, network),
+                    **reached,
                 }
-            last, teacher = teacher, network
-        records = None if rounds is None else rounds.records
-        kept = {"student": others[-1], "teacher": first if len(others) == 1 else others[-2]}
-        own: Any = {"teacher": (last, weights_of(last)), "rounds": records, "configs": kept}
+                records.append(record)
+        configs = {"student": others[-1], "teacher": first if len(others) == 1 else others[-2]}
+        own: Any = {"teacher": (last, weights_of(last)), "rounds": records, "configs": configs}
         if self.finetune_size is None:
             return Trained(trainer, result, finetunes=False, **own)
 
         # The last student is finetuned where it is, at a larger size: its first layers are frozen, with the statistics
         # of their norms, and pictures are as they are. The paper ("Fixing the train-test resolution discrepancy") does
         # not tell which layers are frozen.
-        larger = kept["finetuned"] = others[-1].at_size(self.finetune_size)
+        larger = configs["finetuned"] = others[-1].at_size(self.finetune_size)
         student = trainer.as_given
 
         def finetunes() -> Any:
@@ -234,25 +277,6 @@ class ImagesOfRounds(Images):
 
     unlabeled_batch: Hidden[Batch] = 32
     fitting: Flat[Fitting] = field(default_factory=lambda: Fitting(ema_decay=0.99, schedule="exponential"))
-
-
-@dataclass(frozen=True)
-class StoredLabelLoss:
-    """Cross-entropy on pseudo-labeled examples alone, (1/B) Σ_i CE(stored_i, S(x_i)), of labeled batches (x, stored);
-    ``hard`` and ``model_noise`` as for :class:`NoisyStudentLoss`."""
-
-    hard: bool = False
-    model_noise: bool = True
-
-    name: ClassVar[str] = "pseudo_labeled"
-    of_classes: ClassVar[bool] = True
-
-    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: int) -> Tensor:
-        inputs, stored = stored_pair(labeled)
-        with nullcontext() if self.model_noise else with_model_noise(teacher, on=False):
-            logits = wide(teacher(inputs))
-        check_stored(stored, logits, "unlabeled")
-        return F.cross_entropy(logits, stored.argmax(1) if self.hard else wide(stored))
 
 
 # ----------------------------------------------------------------------------------------------- networks and phases
@@ -376,81 +400,9 @@ class Noised(nn.Module):
             return logits
 
 
-@dataclass(frozen=True)
-class Rounds:
-    """The rounds of a run: they label, select, and keep what was found."""
+def threshold_of(labels: LabelStore, asked: float) -> float:
+    """The confidence above which examples are kept: the one that was asked for, or 0 where no example reaches it.
 
-    settings: NoisyStudent  # how labels are made and selected
-    config: Any
-    data: Data
-    folder: Path
-    say: Say
-    records: list[dict[str, Any]] = field(default_factory=list)  # of each round for result.json, from the first student
-    reached: dict[int, dict[str, float]] = field(default_factory=dict)  # by the network of each round, by its number
-
-    def choose(self, number: int, teacher: nn.Module) -> Chosen:
-        """Store the labels by the network of the round before, and select from them for round ``number``, from 1."""
-        settings, data, place = self.settings, self.data, self.folder / FOLDER
-        images, view = data.unlabeled.images, noisy_view(data)
-        seed = fold_in(self.config.fitting.seed, number)
-        how: Any = {"images": images, "ids": range(len(images)), "name": "unlabeled", "input": self.config.input}
-        noisy = settings.noisy_teacher
-        source = Augmented(**how, view=view, seed=seed) if noisy else ToLabel(**how)
-        about = {"views": f"augmented by {view!r}, seed {seed}, with dropout and stochastic depth"} if noisy else {}
-        labeler = Noised(teacher, seed) if noisy else teacher
-        stored = place / str(number) / LABELS
-        labels = write_labels(labeler, source, stored, data.classes, self.say, about=about)
-        threshold, kept = self.threshold(labels), place / str(number) / SELECTED
-        how = {"per_class": settings.per_class, "threshold": threshold, "balance": settings.balance}
-        selection = select(labels, kept, **how)
-        chosen, changed = LabelStore(kept), None
-        before, after = statistics(labels), statistics(chosen)
-        if number > 1:  # of how many examples the label is another; a file that became unreadable is in one store alone
-            last = LabelStore(place / str(number - 1) / LABELS)
-            ids = (last.column("id"), labels.column("id"))
-            _, old, new = np.intersect1d(*ids, assume_unique=True, return_indices=True)
-            changed = int((last.column("label")[old] != labels.column("label")[new]).sum())
-        reached = self.measured(number - 1, teacher)
-        record: dict[str, Any] = {
-            "round": number,
-            "teacher": {"round": number - 1, "weights_fingerprint": int(digest(weights_of(teacher))), **reached},
-            "store": labels.folder.relative_to(self.folder).as_posix(),
-            "store_sha256": labels.sha256,
-            "threshold": threshold,
-            "unlabeled": selection.rows,
-            "unsure": selection.unsure,
-            "kept": selection.kept,
-            "copies": selection.copies,
-            "labeled_per_class": dict(zip(data.classes, before.class_copies, strict=True)),
-            "kept_per_class": dict(zip(data.classes, after.counts, strict=True)),
-            "copies_per_class": dict(zip(data.classes, after.class_copies, strict=True)),
-            "changed_labels": changed,
-        }
-        self.records.append(record)
-        copies = f", {selection.copies:,} with copies" if selection.copies != selection.kept else ""
-        tested = f", whose test accuracy is {reached['test_accuracy']:.1%}" if "test_accuracy" in reached else ""
-        self.say(
-            f"round {number}: {selection.kept:,} of {selection.rows:,} unlabeled examples are learned from{copies}, by "
-            f"labels of the network of round {number - 1}{tested}"
-        )
-        if threshold != settings.threshold:
-            self.say(f"note: of no example is that network more confident than {settings.threshold:g}; all are kept")
-        if selection.missing:
-            without = few(selection.missing)
-            self.say(f"note: of these classes no unlabeled example is kept: {without}; a lower --threshold keeps more")
-        rows = torch.from_numpy(chosen.rows_with_copies())
-        return Chosen(torch.from_numpy(chosen.column("id"))[rows], rows, chosen.at)
-
-    def threshold(self, labels: LabelStore) -> float:
-        """The confidence above which examples are kept; 0 where no example reaches the one in the settings."""
-        # Compared in float32, as confidences are stored and select compares them: there, 0.1 is more than in float64.
-        above = labels.column("confidence") > np.float32(self.settings.threshold)
-        return self.settings.threshold if above.any() else 0.0
-
-    def measured(self, number: int, network: nn.Module) -> dict[str, float]:
-        """What the network of a round reaches."""
-        if number not in self.reached:
-            parts = {"validation_accuracy": self.data.validation, "test_accuracy": self.data.test}
-            on = {name: data for name, data in parts.items() if data is not None}
-            self.reached[number] = {name: evaluated(network, data).accuracy for name, data in on.items()}
-        return self.reached[number]
+    It is compared in float32, as confidences are stored and select compares them: there, 0.1 is more than in float64.
+    """
+    return asked if (labels.column("confidence") > np.float32(asked)).any() else 0.0

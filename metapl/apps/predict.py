@@ -14,7 +14,7 @@ import tyro
 from torch import nn
 
 from metapl.apps.inputs import Factory, File, Network, Run, check_file, counted
-from metapl.apps.labeling import refuse_infinite
+from metapl.apps.label import refuse_infinite
 from metapl.apps.pictures.input import Inputs
 from metapl.apps.run import EndedRun
 from metapl.apps.settings import Switch, unset

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from metapl.apps.machine.environment import default_threads, environment
 from metapl.apps.machine.ownership import LOCK, owned
 from metapl.apps.machine.sealed import read_json, read_sealed, remove_temporary, sha256_of, write_whole
-from metapl.apps.pictures.card import NetworkCard
+from metapl.apps.pictures.input import NetworkCard
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
 from metapl.runs.folder import Folder

@@ -14,13 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from metapl.apps.backbone import Control
 from metapl.apps.fitting import fit
-from metapl.apps.labeling import label_by, labels_given
-from metapl.apps.labels.store import DESCRIPTION
+from metapl.apps.label import stored_labels
+from metapl.apps.labels import DESCRIPTION
 from metapl.apps.launch import Processes
 from metapl.apps.machine.sealed import sha256_of
 from metapl.apps.methods import Data, ReducedMpl, Training
 from metapl.apps.networks import Tuned, begin_as, merged
-from metapl.apps.pictures.store import record_files, replaced_files
+from metapl.apps.pictures.batches import record_files, replaced_files
 from metapl.apps.report import Mistakes, mistakes, write_report
 from metapl.apps.run import EndedRun, RunFolder, seal
 from metapl.apps.settings import flat
@@ -118,18 +118,13 @@ def train(
         shares = map(processes.share, (labeled, unlabeled))
         return fit(trainer, *shares, phase=phase, **options | own)
 
-    def label(network: nn.Module | None) -> dict[str, Tensor]:
-        if network is None:
-            return labels_given(config, method, data, say)
-        return label_by(network, config.input, folder.path, data, say)
-
     training = Training(
         config=config,
         data=data,
         teacher=teacher,
         student=student,
         fit=phase,
-        label=label,
+        label=lambda network: stored_labels(network, config, method, folder.path, data, say),
         folder=folder.path,
         progress=progress,
         say=say,

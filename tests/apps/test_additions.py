@@ -94,8 +94,8 @@ def test_an_estimator_and_a_method_are_a_file_and_a_line_each(tmp_path: Path) ->
     )
     (tmp_path / "metapl/apps/heavier.py").write_text(METHOD)
     add(
-        *(tmp_path / "metapl/apps/digits.py", '    "supervised": Supervised(),\n', '    "heavier": Heavier(),\n'),
-        *("from metapl.apps.methods import", "from metapl.apps.heavier import Heavier"),
+        *(tmp_path / "metapl/apps/digits.py", '"supervised": methods.Supervised(),\n', '    "heavier": Heavier(),\n'),
+        *("from metapl.apps.networks import", "from metapl.apps.heavier import Heavier"),
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", USE], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)

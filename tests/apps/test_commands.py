@@ -22,7 +22,7 @@ from tiny_runs import TINY, color_folders
 
 from metapl.apps import look
 from metapl.apps.digits import Digits
-from metapl.apps.evaluation.corruptions import CORRUPTIONS
+from metapl.apps.evaluation import CORRUPTIONS
 from metapl.apps.labels import LabelStore
 from metapl.apps.main import COMMANDS, CONFIG, _method_first, _named, found
 from metapl.apps.run import RunFolder

@@ -30,6 +30,7 @@ from metapl.apps.pictures import (
     Files,
     Finding,
     check_folders,
+    folders,
     reader,
     replaced_files,
     scan_labeled,
@@ -37,11 +38,8 @@ from metapl.apps.pictures import (
     stratified_split,
     verify_files,
 )
-from metapl.apps.pictures import check as checks
-from metapl.apps.pictures import folders as hashing
-from metapl.apps.pictures.check import without_copies
-from metapl.apps.pictures.folders import hash_files
-from metapl.apps.pictures.tar import open_picture
+from metapl.apps.pictures.folders import hash_files, without_copies
+from metapl.apps.pictures.reader import open_picture
 from metapl.apps.settings import Fitting
 from metapl.apps.words import CsvRows
 from metapl.errors import MetaplError, few
@@ -287,7 +285,7 @@ def test_how_far_files_are_looked_into(tmp_path: Path, monkeypatch: pytest.Monke
     assert lines[0] == "2 skipped: not a picture of a known format (words too.jpg, words.jpg)"
     for limit, value in (("DECODE_UP_TO", 5), ("DECODE_BYTES", 10)):
         with monkeypatch.context() as patch:
-            patch.setattr(checks, limit, value)
+            patch.setattr(folders, limit, value)
             assert [*verify_files(files).skipped] == ["empty.png"]
 
 
@@ -304,7 +302,7 @@ def test_large_folders_are_known_by_names_and_sizes(tmp_path: Path, monkeypatch:
     assert hash_files(labeled(tmp_path / "classes", ant=[])) != one  # its pictures have other labels
     for limit in ("WHOLE_UP_TO", "WHOLE_BYTES"):
         with monkeypatch.context() as patch:
-            patch.setattr(hashing, limit, 0)
+            patch.setattr(folders, limit, 0)
             first, *others = changes()
             assert first.startswith("names and sizes: ")
             assert [one == first for one in others] == [True, False, False]
@@ -325,8 +323,8 @@ def test_stratified() -> None:
 
 def test_training_on_many_files_starts_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """600 files that are no pictures are not opened to see that before a batch needs them."""
-    for limit in (checks, "DECODE_UP_TO"), (hashing, "WHOLE_UP_TO"):
-        monkeypatch.setattr(*limit, 100)
+    for limit in ("DECODE_UP_TO", "WHOLE_UP_TO"):
+        monkeypatch.setattr(folders, limit, 100)
     root = color_folders(tmp_path)
     for number in range(600):
         (root / "unlabeled" / f"{number:03}.png").write_text("no picture")
@@ -359,8 +357,8 @@ def test_files_that_break(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     os.mkfifo(cut[3])
     cut[4].symlink_to("loop.png")
     results, told = [], ""
-    for first, workers in ((1, "0"), (1, "2"), (checks.DECODE_UP_TO, "0")):
-        monkeypatch.setattr(checks, "DECODE_UP_TO", first)
+    for first, workers in ((1, "0"), (1, "2"), (folders.DECODE_UP_TO, "0")):
+        monkeypatch.setattr(folders, "DECODE_UP_TO", first)
         run = tmp_path / f"run{len(results)}"
         words = images_command(root, "--num-workers", workers, "--unlabeled-batch", "8", "--out", str(run))
         with promptly():

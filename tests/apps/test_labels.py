@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from metapl import MetaplError
-from metapl.apps.labels import LabelStore, LabelWriter, select, statistics
-from metapl.apps.labels import store as reading
+from metapl.apps.labels import DESCRIPTION, LabelStore, LabelWriter, select, statistics
 from metapl.apps.pictures.folders import scan_unlabeled
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
@@ -157,7 +156,7 @@ def read_everything(folder: Path) -> Tensor:
 def test_one_flipped_bit_and_a_description_of_another_version_are_refused_and_named(tmp_path: Path) -> None:
     store = written(tmp_path / "store", names(30), softmax(30), provenance={"temperature": 1e-05, "é": "é"})
     generator = np.random.default_rng(0)
-    for file in (reading.DESCRIPTION, *files(store.folder)):
+    for file in (DESCRIPTION, *files(store.folder)):
         path = store.folder / file
         content = path.read_bytes()
         for _ in range(40):
@@ -169,16 +168,16 @@ def test_one_flipped_bit_and_a_description_of_another_version_are_refused_and_na
             assert str(path) in str(told.value)
         path.write_bytes(content)
         read_everything(store.folder)
-    told_of = json.loads((store.folder / reading.DESCRIPTION).read_text())
+    told_of = json.loads((store.folder / DESCRIPTION).read_text())
     for text in (json.dumps({**told_of, "format": 2}), json.dumps({**told_of, "complete": False}), "{", "[]", "\x00"):
-        (store.folder / reading.DESCRIPTION).write_text(text)
+        (store.folder / DESCRIPTION).write_text(text)
         with pytest.raises(MetaplError, match="store"):
             read_everything(store.folder)
 
 
 def test_what_lacks_a_file_or_has_a_cut_one_is_not_gone_on_with(tmp_path: Path) -> None:
     stop_after(tmp_path, 25, softmax(35))
-    for path in [tmp_path / name for name in (reading.DESCRIPTION, files(tmp_path)[1])]:
+    for path in [tmp_path / name for name in (DESCRIPTION, files(tmp_path)[1])]:
         content = path.read_bytes()
         for spoil in (lambda path=path, cut=content[:-100]: path.write_bytes(cut), path.unlink):
             spoil()

@@ -16,9 +16,8 @@ from torch import nn
 from torchvision.models import ResNet18_Weights
 from torchvision.ops import StochasticDepth
 
+from metapl.apps import networks
 from metapl.apps.networks import Architecture, Normalized, create, load_weights, parameter_groups, read_weights
-from metapl.apps.networks.architecture import EFFICIENTNETS
-from metapl.apps.networks.weights import fetch_imagenet_weights
 from metapl.errors import MetaplError
 from metapl.feedback.hypergradient import hypergradient
 from metapl.models import mlp, wide_resnet
@@ -62,7 +61,7 @@ def test_an_efficientnets_stochastic_depth_is_linear_and_its_head_small_for_few_
 @pytest.mark.parametrize("name", ["pooled_cnn", "small_cnn", "wide_resnet28_2", "resnet18", "efficientnet_b0_svhn"])
 def test_grey_pictures_and_noise_in_training_alone(name: str) -> None:
     torch.manual_seed(0)
-    noise = {"stochastic_depth": 0.5} if name in EFFICIENTNETS else {"dropout": 0.5}
+    noise = {"stochastic_depth": 0.5} if name in networks.EFFICIENTNETS else {"dropout": 0.5}
     network, images = create(name, 3, in_channels=1, **noise).eval(), torch.randn(4, 1, 32, 32)
     assert torch.equal(network(images), network(images))
     assert network(images).shape == (4, 3)
@@ -288,7 +287,7 @@ def test_imagenet_weights_are_downloaded_once_and_checked(tmp_path: Path, monkey
         where = "urlopen" if isinstance(fault, URLError) else "load_state_dict_from_url"
         monkeypatch.setattr(torch.hub, where, Mock(side_effect=fault))
         with pytest.raises(MetaplError, match=FILE) as caught:  # what to download and how to give it
-            fetch_imagenet_weights("resnet18")
+            networks.fetch_imagenet_weights("resnet18")
         assert URL in str(caught.value)
     asked: list[tuple[str, dict[str, Any]]] = []
 
@@ -297,8 +296,8 @@ def test_imagenet_weights_are_downloaded_once_and_checked(tmp_path: Path, monkey
         (Path(folder) / FILE).write_bytes(b"weights")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
-    assert [fetch_imagenet_weights("resnet18") for _ in range(2)] == [tmp_path / "checkpoints" / FILE] * 2
+    assert [networks.fetch_imagenet_weights("resnet18") for _ in range(2)] == [tmp_path / "checkpoints" / FILE] * 2
     assert asked == [(URL, {"check_hash": True, "weights_only": True})]
     for name in ("pooled_cnn", "timm:resnet18", "resnet_18"):
         with pytest.raises(MetaplError, match="resnet18"):
-            fetch_imagenet_weights(name)
+            networks.fetch_imagenet_weights(name)

@@ -19,18 +19,16 @@ from metapl import MetaplError
 from metapl.apps import digits
 from metapl.apps.digits import Digits
 from metapl.apps.images import Images
-from metapl.apps.labels import LabelStore, LabelWriter
-from metapl.apps.labels.queries import select
+from metapl.apps.labels import LabelStore, LabelWriter, select
 from metapl.apps.model_noise import NoisyStudentLoss, model_noise
 from metapl.apps.networks import Architecture
 from metapl.apps.noisy_student import (
     Noised,
     NoisyStudent,
-    Rounds,
-    StoredLabelLoss,
     configs_of,
     end_matched,
     optimizer,
+    threshold_of,
 )
 from metapl.apps.settings import replaced
 from metapl.problems.base import Signal
@@ -58,7 +56,7 @@ def test_the_loss_weighs_the_two_parts_as_the_paper_does(hard: bool) -> None:
         mean, two = (NoisyStudentLoss(form, hard)(network, **data, **own) for form in ("mean", "two_means"))
         torch.testing.assert_close(mean, labeled / (1 + ratio) + unlabeled * ratio / (1 + ratio))
         torch.testing.assert_close(two, labeled + unlabeled)
-        alone = StoredLabelLoss(hard)(network, labeled=data["unlabeled"], unlabeled=None, **own)
+        alone = NoisyStudentLoss(hard=hard)(network, labeled=data["unlabeled"], unlabeled=None, **own)
         torch.testing.assert_close(alone, unlabeled)
 
 
@@ -79,8 +77,8 @@ def test_dropout_that_is_called_as_a_function_is_noise_too() -> None:
     labeled = (torch.rand(6, 3, 32, 32), torch.full((6, 3), 1 / 3))
     batch: Any = {"labeled": labeled, "unlabeled": None, "signal": NOTHING, "step": 0}
     with torch.no_grad():
-        still = {float(StoredLabelLoss(model_noise=False)(network, **batch)) for _ in range(3)}
-        moving = {float(StoredLabelLoss()(network, **batch)) for _ in range(3)}
+        still = {float(NoisyStudentLoss(model_noise=False)(network, **batch)) for _ in range(3)}
+        moving = {float(NoisyStudentLoss()(network, **batch)) for _ in range(3)}
     assert (len(still), len(moving)) == (1, 3)
 
 
@@ -155,7 +153,7 @@ def test_a_student_learns_from_labeled_and_from_more_unlabeled_examples_with_noi
 
 def test_pseudo_labels_alone_come_first_and_labeled_examples_after_them() -> None:
     _, alone, tuned = phases(NoisyStudent(rounds=1, training="pretrain_finetune", unlabeled_noise="none"))
-    assert (alone.trainer.losses, alone.unlabeled) == ((StoredLabelLoss(False, False),), None)
+    assert (alone.trainer.losses, alone.unlabeled) == ((NoisyStudentLoss("mean", False, False),), None)
     how = tuned.options
     assert (how["phase"], how["schedule"], how["steps"]) == ("round-1-finetune", "cosine", 200)
     assert tuned.trainer.student is alone.trainer.student
@@ -167,8 +165,7 @@ def test_a_threshold_and_a_selection_compare_confidences_alike(tmp_path: Path) -
     with LabelWriter(tmp_path / "all", tuple("0123456789")) as writer:
         writer.add(list(range(4)), torch.full((4, 10), 0.1))
     store = LabelStore(tmp_path / "all")
-    rounds = Rounds(NoisyStudent(threshold=0.1), DIGITS, DIGITS.data(print, False, None), tmp_path, print)
-    assert select(store, tmp_path / "some", threshold=rounds.threshold(store)).kept == 4
+    assert select(store, tmp_path / "some", threshold=threshold_of(store, 0.1)).kept == 4
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from test_bits import check
 from test_goldens import STORED, of_run
 from tiny_runs import TINY, colored_pictures
 
-from metapl.apps import images, labeling, train
+from metapl.apps import images, label, train
 from metapl.apps.images import Pictures
 from metapl.apps.launch import Processes
 from metapl.apps.methods import Training
@@ -126,7 +126,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any], Check]] = {
     ),
     "resume skips a phase": (train, "fit", skipping, resumed("images pseudo labels")),
     "labels of other pictures taken": (
-        *(labeling, "refuse_other_pictures", lambda *given, **named: None),
+        *(label, "refuse_other_pictures", lambda *given, **named: None),
         replaced_pictures_are_noticed,
     ),
     "average not kept": (

@@ -24,9 +24,8 @@ from scipy.ndimage import convolve, gaussian_filter, map_coordinates
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
-from metapl.apps.evaluation import corruptions as kinds
-from metapl.apps.evaluation.attacks import attacked, measure
-from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupted
+from metapl.apps import evaluation as kinds
+from metapl.apps.evaluation import CORRUPTIONS, SEVERITIES, attacked, corrupted, measure
 from metapl.apps.export import WEIGHTS, export
 from metapl.apps.networks import Architecture, Normalized
 from metapl.errors import MetaplError

@@ -29,10 +29,10 @@ FLOORS = (
     ("apps.methods", "apps.run", "apps.fitting", "apps.launch"),
     ("apps.held_out", "apps.comparison", "apps.inputs", "apps.suspects", "apps.images", "apps.digits"),
     ("apps.backbone",),
-    ("apps.labeling", "apps.report", "apps.noisy_labels", "apps.export"),
+    ("apps.label", "apps.report", "apps.noisy_labels", "apps.export"),
     ("apps.train",),
     ("apps.look", "apps.compare", "apps.noisy_student"),
-    ("apps.commands", "apps.predict", "apps.evaluate", "apps.label", "apps.attribute", "apps.runs", "apps.ablate"),
+    ("apps.commands", "apps.predict", "apps.evaluate", "apps.attribute", "apps.runs", "apps.ablate"),
     ("apps.main",),
 )
 """Rooms, the lowest first: each imports from its own floor and from those below it. Problems, updates and the execution
@@ -75,8 +75,8 @@ def graph() -> dict[str, set[str]]:
 def room(module: str) -> str:
     """The room of a module: the first word below the package, or the two of the application.
 
-    >>> room("metapl.feedback.forward"), room("metapl.apps.labels.store"), room("metapl.errors")
-    ('feedback', 'apps.labels', 'errors')
+    >>> room("metapl.feedback.forward"), room("metapl.apps.pictures.batches"), room("metapl.errors")
+    ('feedback', 'apps.pictures', 'errors')
     """
     words = module.split(".")[1:]
     return ".".join(words[: 1 + (words[:1] == ["apps"])])

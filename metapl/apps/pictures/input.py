@@ -1,22 +1,24 @@
-"""How a file becomes what a network takes."""
+"""How a file becomes what a network takes, and what builds the network: what ``network.json`` says of a run."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from metapl.apps.networks import Architecture, Normalized
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.folders import scan_unlabeled
 from metapl.apps.pictures.reader import gray_image, read_image
 from metapl.apps.words import tell
 from metapl.errors import MetaplError
-from metapl.runs.fields import Range, check_fields
+from metapl.models import mlp
+from metapl.runs.fields import AtLeastOne, Range, check_fields
 
 BATCH = 256  # examples in a pass
 LARGEST_SIDE = 4096  # pixels; a batch of larger pictures would not fit into any memory
@@ -67,6 +69,46 @@ class Input:
         image = gray_image(path, self.size)
         # The digits are bright ink on dark, paper is the other way round.
         return (1 - image if image.mean() > 0.5 else image)[None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkCard:
+    """What builds a network of a run, and what it takes.
+
+    Args:
+        title: what messages call it.
+        input: how a file becomes its input.
+        architecture: a network by its name; or
+        widths: of a perceptron with ``dropout``, from the flattened input to the outputs. Where both are None, the
+            network is one's own, and whoever reads the run gives the function that builds it, by ``--factory``.
+        mean, std: of each channel, by which it normalizes its input; None: it does not.
+        channels_last: whether its weights lie in the channels-last format, on which rounding depends.
+    """
+
+    title: str
+    input: Input
+    architecture: Architecture | None = None
+    widths: tuple[AtLeastOne, ...] | None = None
+    dropout: float = 0.0
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    channels_last: bool = False
+
+    def create(self, factory: Callable[[], nn.Module] | None = None, weights: str | None = None) -> nn.Module:
+        """The network with fresh weights, or with those of a file, which its architecture takes."""
+        if self.architecture is not None:
+            network = self.architecture.create(weights)
+        elif self.widths is not None:
+            network = mlp(self.widths, dropout=self.dropout)
+        elif factory is not None:
+            network = factory()
+        else:
+            raise MetaplError(
+                "the run's network is one of its own; expected --factory FILE.py:FUNCTION, which builds it."
+            )
+        if self.mean is not None and self.std is not None:
+            network = Normalized(network, self.mean, self.std)
+        return network.to(memory_format=torch.channels_last) if self.channels_last else network
 
 
 class Inputs:

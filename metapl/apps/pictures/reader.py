@@ -1,26 +1,122 @@
-"""Reading of image files: every format becomes the same kind of tensor, or is refused with the reason."""
+"""Reading of image files: every format becomes the same kind of tensor, or is refused with the reason.
+
+A file may be a member of a tar file, as WebDataset has them, with the path ``many/000000.tar/cats/1.png``: it is
+listed, checked, cached and labeled like any other, and drawn like one.
+"""
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import io
 import math
+import os
+import posixpath
+import stat
+import tarfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy
+import numpy as np
 import torch
 from einops import rearrange
+from numpy.typing import NDArray
 from torch import Tensor
 
-from metapl.apps.pictures.tar import open_picture, size_of
+from metapl.apps.machine.sealed import open_plain
 from metapl.errors import MetaplError, reason_of
 from metapl.words import shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+SUFFIX = ".tar"
+
+
+def members(path: str | Path) -> Iterator[tuple[str, int, int]]:
+    """The plain files of a tar file, from its headers alone (20 µs a member): the name without a leading ``./`` or
+    ``/``, where its bytes begin, and how many they are. A MetaplError where it is no tar file, compressed, or cut."""
+    try:
+        with open_plain(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for entry in tar:
+                if entry.isreg():
+                    yield posixpath.normpath(entry.name).lstrip("/"), entry.offset_data, entry.size
+            # tarfile takes a header that is cut, or missing, for the end, which is two blocks of zeros.
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 2 * tarfile.BLOCKSIZE))
+            if file.read().strip(b"\0") or size < 2 * tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("its end is missing")
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise MetaplError(
+            f"{shown(path)} cannot be read as a tar file: {reason_of(error)}; expected a whole, uncompressed one."
+        ) from error
+
+
+def open_picture(path: str | os.PathLike[str]) -> io.BufferedReader | io.BytesIO:
+    """Open a file, or a member of a tar file, for reading its bytes; an OSError where there is none."""
+    tar = _split(path)
+    if tar is None:
+        return open_plain(path)
+    start, size = _found(*tar)
+    with open_plain(tar[0]) as file:
+        file.seek(start)
+        return io.BytesIO(file.read(size))
+
+
+def size_of(path: str | os.PathLike[str]) -> int:
+    """The size in bytes of a plain file, or of a member of a tar file; an OSError where there is none."""
+    if (tar := _split(path)) is not None:
+        return _found(*tar)[1]
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is no plain file")
+    return status.st_size
+
+
+def _split(path: str | os.PathLike[str]) -> tuple[str, str] | None:
+    """The tar file and the name in it of a path that leads into one."""
+    text, at = os.fspath(path), -1
+    while (at := text.find(f"{SUFFIX}/", at + 1)) >= 0:
+        end = at + len(SUFFIX)
+        if os.path.isfile(text[:end]):
+            return text[:end], text[end + 1 :]
+    return None
+
+
+def _found(tar: str, name: str) -> tuple[int, int]:
+    """Where a member of a tar file starts, and its size."""
+    status, wanted = os.stat(tar), _hash(name)
+    hashes, starts, sizes = _index(tar, status.st_size, status.st_mtime_ns)
+    row = int(np.searchsorted(hashes, wanted))
+    if row == len(hashes) or hashes[row] != wanted:
+        raise FileNotFoundError(errno.ENOENT, "No such file in the tar file")
+    return int(starts[row]), int(sizes[row])
+
+
+@cache
+def _index(tar: str, size: int, changed: int) -> NDArray[np.int64]:
+    """The members of a tar file of this size and time of change, read once in a process: hashes of the names in rising
+    order, starts and sizes. These are 24 bytes a member, in arrays that forked worker processes share."""
+    try:
+        found = sorted((_hash(name), start, length) for name, start, length in members(tar))
+    except MetaplError as error:
+        raise OSError(errno.EIO, str(error)) from error
+    index = np.array(found, dtype=np.int64).reshape(-1, 3).T.copy()
+    if not np.diff(index[0]).all():
+        raise OSError(errno.EIO, f"{tar} has a name twice")
+    return index
+
+
+def _hash(name: str) -> int:
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+# ---------------------------------------------------------------------------------------------- from a file to a tensor
 
 _KINDS = ("bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp")
 SUFFIXES = tuple(f".{kind}" for kind in _KINDS)
@@ -123,8 +219,8 @@ def gray_image(path: str | Path, size: int) -> Tensor:
 
     with _opened(path) as image:
         # Floats, so that the averages are not rounded to 8 bits.
-        levels = Image.fromarray(numpy.asarray(_plain(_turned(image), "L"), dtype=numpy.float32))
-        grid = numpy.array(levels.resize((size, size), Image.Resampling.BOX))
+        levels = Image.fromarray(np.asarray(_plain(_turned(image), "L"), dtype=np.float32))
+        grid = np.array(levels.resize((size, size), Image.Resampling.BOX))
     return torch.from_numpy(grid / 255).clamp(0, 1)
 
 
@@ -182,11 +278,11 @@ def _plain(image: Image, mode: Mode) -> Image:
 
     if image.mode.startswith(("I", "F")):
         # Brightness of 16 bits is scaled down; Pillow's own conversion would clip it at 255.
-        values = numpy.asarray(image)
+        values = np.asarray(image)
         if image.mode == "F" or (values.size and (values.min() < 0 or values.max() > 65535)):
             kind = "floating point" if image.mode == "F" else "32 bits"
             raise ValueError(f"numbers in {kind}, whose range is unknown: save it with 8 or 16 bits")
-        image = Image.fromarray(((values.astype(numpy.uint32) + 128) // 257).astype(numpy.uint8))
+        image = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -206,5 +302,5 @@ def _resized(image: Image, size: tuple[int, int], part: Box, full: tuple[int, in
 
 
 def _as_tensor(image: Image) -> Tensor:
-    levels = torch.from_numpy(numpy.atleast_3d(numpy.array(image, dtype=numpy.uint8)))
+    levels = torch.from_numpy(np.atleast_3d(np.array(image, dtype=np.uint8)))
     return rearrange(levels, "h w c -> c h w").contiguous()

@@ -58,14 +58,14 @@ class DigitsSplit:
     test: tuple[Tensor, Tensor]
 
 
-def load_digits_split(labels_per_class: int, seed: int, validation: int = 197, test: int = 400) -> DigitsSplit:
+def load_digits_split(labels_per_class: int, seed: int) -> DigitsSplit:
     """Split scikit-learn's 1,797 handwritten digits anew for a seed, and keep the labels of a few of each class.
+
+    197 images are to select on and 400 to report on, drawn with the classes in proportion.
 
     Args:
         labels_per_class: labeled images of each class, 1 or more.
         seed: from 0 to 2³² − 1. With one seed, the parts for fewer labels lie within those for more.
-        validation, test: number of images to select on and to report on, 10 or more each, drawn with the classes in
-            proportion.
 
     >>> split = load_digits_split(labels_per_class=4, seed=0)
     >>> len(split.labeled[0]), len(split.unlabeled), len(split.validation[0]), len(split.test[0])
@@ -78,8 +78,8 @@ def load_digits_split(labels_per_class: int, seed: int, validation: int = 197, t
     images = torch.as_tensor(data.images, dtype=torch.float32)[:, None] / 16.0
     labels = torch.as_tensor(data.target, dtype=torch.int64)
     how = {"random_state": seed}
-    rest, test_rows = train_test_split(range(len(labels)), test_size=test, stratify=labels, **how)
-    train_rows, validation_rows = train_test_split(rest, test_size=validation, stratify=labels[rest], **how)
+    rest, test_rows = train_test_split(range(len(labels)), test_size=400, stratify=labels, **how)
+    train_rows, validation_rows = train_test_split(rest, test_size=197, stratify=labels[rest], **how)
     train = torch.tensor(train_rows)
     fewest = int(labels[train].bincount(minlength=10).min())
     if not 1 <= labels_per_class <= fewest:

@@ -87,15 +87,51 @@ class RandAugment(PictureView):
         self.require(known, "operations", f"one or more of {', '.join(CIFAR_OPERATIONS)}")
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
-        is_float = images.is_floating_point()
+        is_float, device, level = images.is_floating_point(), images.device, self.magnitude / self.scale
         levels = (255 * images.float()).round().clamp(0, 255).to(torch.uint8) if is_float else images
-        counts, rows = self._plan(seed, step, examples.cpu(), *images.shape[2:])
-        rows = to_device(rows, images.device)
+        # The plan, on the CPU, where the host reads how many images each operation gets. Rows (8n + 3, B): per drawn
+        # operation, with the images in the order of their groups, where each stands in the order before, the image to
+        # pair it with, and six numbers of an affine map; then where each stands in the last order, and its square's
+        # center. The images of one group are changed at once: all moves are one.
+        examples, (height, width) = examples.cpu(), images.shape[2:]
+        groups = list(dict.fromkeys([_AS_IT_IS, *(_MOVED if name in _MOVES else name for name in self.operations)]))
+        group_of = torch.tensor([groups.index(_MOVED if name in _MOVES else name) for name in self.operations])
+        u = draws.uniform(seed, step, examples, 1 + 4 * self.n, stream=base.OPERATIONS, dtype=torch.float64)
+        low, high = self.probability
+        p_B = low + (high - low) * u[:, 0]
+        signed, size = (level, -level), (self.translate, height, width)
+        stay: Affine = (1, 0, 0, 0, 1, 0)
+        moves = ([_MOVES[op](way, *size) if op in _MOVES else stay for way in signed] for op in self.operations)
+        maps = torch.tensor([list(map(fixed_point, both)) for both in moves])
+        counts, plan, place_B, batch = [], [], torch.arange(len(examples)), max(len(examples), 1)
+        in_order_B = examples.argsort(stable=True)
+        rank_B = in_order_B.argsort()
+        for u_choice_B, u_place_B, u_sign_B, u_other_B in u[:, 1:].T.split(4):
+            choice_B = below(u_choice_B, len(self.operations))
+            group_B = group_of[choice_B] * (u_place_B < p_B)  # group 0 is left as it is
+            order_B = group_B.argsort(stable=True)
+            matrices_B6 = maps[choice_B, (u_sign_B < 0.5).long()]
+            # Another image, uniform on the rest of the batch and blind to its order; of one that is alone, itself.
+            others_B = in_order_B[(rank_B + 1 + below(u_other_B, max(batch - 1, 1))) % batch]
+            plan += [place_B[order_B], others_B[order_B], *matrices_B6[order_B].T]
+            counts.append(torch.bincount(group_B, minlength=len(groups)).tolist())
+            place_B = order_B.argsort()
+        u_B2 = draws.uniform(seed, step, examples, 2, stream=base.CUTOUT, dtype=torch.float64)
+        rows = to_device(torch.stack([*plan, place_B, *below(u_B2, torch.tensor([height, width])).T]), device)
+
         changed = levels
         for count, part in zip(counts, rows[:-3].split(8), strict=True):
-            # The images in the order of their groups, each group changed.
-            each = zip(self._groups, changed[part[0]].split(count), part.split(count, dim=1), strict=True)
-            changed = torch.cat([self._change(name, x, levels, row) for name, x, row in each if len(x)] or [changed])
+            parts = []
+            for group, x, row in zip(groups, changed[part[0]].split(count), part.split(count, dim=1), strict=True):
+                if group == _AS_IT_IS or not len(x):
+                    parts.append(x)
+                elif group == _MOVED:
+                    parts.append(affine(x, row[2:].T))
+                elif group == _PAIRED:
+                    parts.append(blend(x, levels[row[1]], min(0.4 * level, 0.4)))
+                else:
+                    parts.append(_RECOLORS[group](x, level))
+            changed = torch.cat(parts)
         changed = changed[rows[-3]]
         if self.cutout > 0:
             changed = base.cutout(changed, rows[-2:].T - self.cutout // 2, self.cutout, base.GREY)
@@ -103,48 +139,7 @@ class RandAugment(PictureView):
             return changed
         wide = torch.promote_types(images.dtype, torch.float32)
         # CUDA divides by a number of the host's as it multiplies by the rounded reciprocal; the CPU does not.
-        return (changed.to(wide) / torch.full((), 255.0, dtype=wide, device=changed.device)).to(images.dtype)
-
-    def _plan(self, seed: int, step: int, examples: Tensor, height: int, width: int) -> tuple[list[list[int]], Tensor]:
-        # On the CPU, where the host reads how many images each operation gets. Rows (8n + 3, B): per drawn operation,
-        # with the images in the order of their groups, where each stands in the order before, the image to pair it
-        # with, and six numbers of an affine map; then where each stands in the last order, and its square's center.
-        u = draws.uniform(seed, step, examples, 1 + 4 * self.n, stream=base.OPERATIONS, dtype=torch.float64)
-        low, high = self.probability
-        p_B = low + (high - low) * u[:, 0]
-        groups = self._groups
-        group_of = torch.tensor([groups.index(_MOVED if name in _MOVES else name) for name in self.operations])
-        level = self.magnitude / self.scale
-        signed, size = (level, -level), (self.translate, height, width)
-        stay: Affine = (1, 0, 0, 0, 1, 0)
-        moves = ([_MOVES[op](way, *size) if op in _MOVES else stay for way in signed] for op in self.operations)
-        maps = torch.tensor([list(map(fixed_point, both)) for both in moves])
-        counts, rows, place_B = [], [], torch.arange(len(examples))
-        for u_choice_B, u_place_B, u_sign_B, u_other_B in u[:, 1:].T.split(4):
-            choice_B = below(u_choice_B, len(self.operations))
-            group_B = group_of[choice_B] * (u_place_B < p_B)  # group 0 is left as it is
-            order_B = group_B.argsort(stable=True)
-            matrices_B6 = maps[choice_B, (u_sign_B < 0.5).long()]
-            rows += [place_B[order_B], _others(examples, u_other_B)[order_B], *matrices_B6[order_B].T]
-            counts.append(torch.bincount(group_B, minlength=len(groups)).tolist())
-            place_B = order_B.argsort()
-        u_B2 = draws.uniform(seed, step, examples, 2, stream=base.CUTOUT, dtype=torch.float64)
-        return counts, torch.stack([*rows, place_B, *below(u_B2, torch.tensor([height, width])).T])
-
-    @property
-    def _groups(self) -> list[str]:
-        """What happens to the images of one group at once: all moves are one."""
-        return list(dict.fromkeys([_AS_IT_IS, *(_MOVED if name in _MOVES else name for name in self.operations)]))
-
-    def _change(self, group: str, images: Tensor, originals: Tensor, rows: Tensor) -> Tensor:
-        level = self.magnitude / self.scale
-        if group == _AS_IT_IS:
-            return images
-        if group == _MOVED:
-            return affine(images, rows[2:].T)
-        if group == _PAIRED:
-            return blend(images, originals[rows[1]], min(0.4 * level, 0.4))
-        return _RECOLORS[group](images, level)
+        return (changed.to(wide) / torch.full((), 255.0, dtype=wide, device=device)).to(images.dtype)
 
 
 _AS_IT_IS, _MOVED, _PAIRED = "as it is", "moved", "Sample Pairing"
@@ -169,14 +164,6 @@ _MOVES: dict[str, Callable[[float, float, int, int], Affine]] = {
     "TranslateX": lambda level, share, height, width: (1, 0, -share * level * width, 0, 1, 0),
     "TranslateY": lambda level, share, height, width: (1, 0, 0, 0, 1, -share * level * height),
 }
-
-
-def _others(examples: Tensor, u_B: Tensor) -> Tensor:
-    """For each image the place of another, uniform on the rest of the batch and blind to its order; alone, itself."""
-    batch = max(len(examples), 1)
-    order_B = examples.argsort(stable=True)
-    rank_B = order_B.argsort()
-    return order_B[(rank_B + 1 + below(u_B, max(batch - 1, 1))) % batch]
 
 
 # --------------------------------------------------------------------------------------- the operations, as in Pillow

@@ -2,7 +2,7 @@
 of folders of pictures.
 
 What a picture becomes depends on (seed, step, example) alone, to the last bit on one device: angles come from
-:func:`~metapl.apps.pictures.views.normal.cosine_and_sine`, sums over a picture are exact, and everything else is
+:func:`~metapl.apps.pictures.views.base.cosine_and_sine`, sums over a picture are exact, and everything else is
 elementwise or works on one picture at a time. Products of batched matrices would depend on the batch.
 """
 
@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from metapl.apps.pictures.reader import LUMA
 from metapl.apps.pictures.views import base
 from metapl.apps.pictures.views.base import NotNegative, PictureView, Positive, Probability, View, below
-from metapl.apps.pictures.views.normal import cosine_and_sine, normal
 from metapl.data import draws
 from metapl.errors import MetaplError
 from metapl.execution.batch import to_device
@@ -138,7 +137,7 @@ class ShiftNoiseCutout(PictureView):
         offsets_B2 = self.shift - below(u_B4[:, :2], 2 * self.shift + 1)
         images = base.crop_flip(images, offsets_B2, None, 0.0)
         if self.noise > 0:
-            z = normal(seed, step, examples, math.prod(images.shape[1:]), stream=base.NOISE)
+            z = base.normal(seed, step, examples, math.prod(images.shape[1:]), stream=base.NOISE)
             images = images + self.noise * z.view_as(images).to(images.dtype)
         if self.cutout > 0:
             room = torch.tensor(images.shape[2:], device=images.device) - self.cutout + 1
@@ -175,19 +174,9 @@ class Affine(PictureView):
         if self == Affine():
             return images
         height, width = images.shape[2:]
-        maps_B23 = to_device(self._maps(seed, step, examples, height, width), images.device).to(images.dtype)
-        along_x, along_y, offset = maps_B23[:, :, None, None].unbind(4)
-        x, y = _centered(width, images), _centered(height, images)[:, None]
-        # Not one fused operation, which may round differently at the end of a tensor than in its middle.
-        grid_BHW2 = rearrange(along_x * x + (along_y * y + offset), "b xy h w -> b h w xy")
-        moved = F.grid_sample(images, grid_BHW2, padding_mode="border", align_corners=False)
-        return moved.clamp_(0, 1)  # weights may add up to a rounding more than 1
-
-    def _maps(self, seed: int, step: int, examples: Tensor, height: int, width: int) -> Tensor:
-        """(B, 2, 3) float64: from pixels about the center to where they come from, in units of half the sides."""
         u_B5 = draws.uniform(seed, step, examples, 5, stream=base.AFFINE, dtype=torch.float64)
         v_B5 = 2.0 * u_B5 - 1.0
-        cos_B2, sin_B2 = cosine_and_sine(v_B5[:, :2] * u_B5.new_tensor([self.degrees / 180, self.shear / 180]))
+        cos_B2, sin_B2 = base.cosine_and_sine(v_B5[:, :2] * u_B5.new_tensor([self.degrees / 180, self.shear / 180]))
         (cos, cos_shear), (sin, sin_shear) = cos_B2.unbind(1), sin_B2.unbind(1)
         slope = sin_shear / cos_shear
         low, high = self.scale
@@ -196,7 +185,15 @@ class Affine(PictureView):
         a, b = (cos - sin * slope) / scale, (sin + cos * slope) / scale
         c, d = -sin / scale, cos / scale
         rows = [a, b, -(a * right + b * down), c, d, -(c * right + d * down)]
-        return torch.stack(rows, dim=1).view(-1, 2, 3) / (u_B5.new_tensor([width, height])[:, None] / 2.0)
+        # From pixels about the center to where they come from, in units of half the sides.
+        maps_B23 = torch.stack(rows, dim=1).view(-1, 2, 3) / (u_B5.new_tensor([width, height])[:, None] / 2.0)
+        maps_B23 = to_device(maps_B23, images.device).to(images.dtype)
+        along_x, along_y, offset = maps_B23[:, :, None, None].unbind(4)
+        x, y = _centered(width, images), _centered(height, images)[:, None]
+        # Not one fused operation, which may round differently at the end of a tensor than in its middle.
+        grid_BHW2 = rearrange(along_x * x + (along_y * y + offset), "b xy h w -> b h w xy")
+        moved = F.grid_sample(images, grid_BHW2, padding_mode="border", align_corners=False)
+        return moved.clamp_(0, 1)  # weights may add up to a rounding more than 1
 
 
 @dataclass(frozen=True)
@@ -222,8 +219,16 @@ class Color(PictureView):
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         if self == Color():
             return images
-        plan_B5 = to_device(self._plan(seed, step, examples), images.device)
-        own, luma, mean, next_, last = plan_B5[:, :, None, None, None].unbind(1)
+        u_B4 = draws.uniform(seed, step, examples, 4, stream=base.COLOR, dtype=torch.float64)
+        ranges = [self.brightness, self.contrast, self.saturation]
+        low, high = u_B4.new_tensor([[max(0.0, 1.0 - r) for r in ranges], [1.0 + r for r in ranges]])
+        b, c, s = (low + (high - low) * u_B4[:, :3]).unbind(1)
+        cos, sin = base.cosine_and_sine((2.0 * u_B4[:, 3] - 1.0) * (2.0 * self.hue))
+        # Rodrigues' rotation about (1, 1, 1): a channel becomes a mean of itself, the next and the last one.
+        turn, tilt = (1.0 - cos) / 3.0, sin / math.sqrt(3.0)
+        # Weights of the turned picture, of its luma and of the mean luma, and two of the turn.
+        plan_B5 = torch.stack([s * c * b, (1.0 - s) * c * b, (1.0 - c) * b, turn - tilt, turn + tilt], dim=1)
+        own, luma, mean, next_, last = to_device(plan_B5, images.device)[:, :, None, None, None].unbind(1)
         grey = _luma(images)
         if images.shape[1] == 1:
             own, luma = own + luma, torch.zeros_like(luma)
@@ -239,17 +244,6 @@ class Color(PictureView):
             changed += around[:, 2:5] * (own * last)
         changed += grey * luma + level
         return changed.clamp_(0, 1)
-
-    def _plan(self, seed: int, step: int, examples: Tensor) -> Tensor:
-        """(B, 5) float64: weights of the turned picture, of its luma and of the mean luma, and two of the turn."""
-        u_B4 = draws.uniform(seed, step, examples, 4, stream=base.COLOR, dtype=torch.float64)
-        ranges = [self.brightness, self.contrast, self.saturation]
-        low, high = u_B4.new_tensor([[max(0.0, 1.0 - r) for r in ranges], [1.0 + r for r in ranges]])
-        b, c, s = (low + (high - low) * u_B4[:, :3]).unbind(1)
-        cos, sin = cosine_and_sine((2.0 * u_B4[:, 3] - 1.0) * (2.0 * self.hue))
-        # Rodrigues' rotation about (1, 1, 1): a channel becomes a mean of itself, the next and the last one.
-        turn, tilt = (1.0 - cos) / 3.0, sin / math.sqrt(3.0)
-        return torch.stack([s * c * b, (1.0 - s) * c * b, (1.0 - c) * b, turn - tilt, turn + tilt], dim=1)
 
 
 @dataclass(frozen=True)

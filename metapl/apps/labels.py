@@ -1,4 +1,4 @@
-"""Stores of labels: written part by part, read in any order.
+"""Stored class distributions of many examples: written part by part by a teacher, read in any order, selected from.
 
 A store is a folder:
 
@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import numpy as np
 import torch
@@ -32,8 +32,10 @@ from metapl.apps.errors import require_extra
 from metapl.apps.machine.environment import environment
 from metapl.apps.machine.ownership import owned
 from metapl.apps.machine.sealed import is_temporary, read_json, remove_temporary, sha256_of, write_whole
+from metapl.apps.pictures.folders import ask, digest, scan_unlabeled
 from metapl.errors import FieldError, MetaplError, few, reason_of
 from metapl.execution.checks import described
+from metapl.runs.fields import Range, check_arguments
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -292,7 +294,23 @@ class LabelWriter:
     def _written(self) -> Iterator[None]:
         with owned(self.folder, (DESCRIPTION,)):
             if (self.folder / DESCRIPTION).exists():
-                self._go_on(LabelStore(self.folder, whole=False))
+                # Go on with what is there, if it was begun as it is now.
+                self.there = there = LabelStore(self.folder, whole=False)
+                if not self.resume:
+                    mend = "give another folder (--out)" if there.complete else "go on with resume=True (--resume)"
+                    raise MetaplError(f"{self.folder} holds a store of labels already; {mend}.")
+                then, now = (
+                    {"classes": each.classes, "top_k": each.top_k, "rows_per_part": each.rows_per_part}
+                    | {f"provenance.{name}": value for name, value in each.provenance.items() if name not in FREE}
+                    for each in (there, self)
+                )
+                changed = [name for name in sorted(then | now) if then.get(name) != now.get(name)]
+                if told := [f"{name} {then.get(name)!r}, now {now.get(name)!r}" for name in changed]:
+                    fault = f"the store in {self.folder} was begun with {few(told, longest=160)}"
+                    raise MetaplError(f"{fault}; go on as it was begun, or give another folder (--out).")
+                self.provenance, self.complete, self._parts = there.provenance, there.complete, [*there.parts]
+                if there.tables:
+                    self._schema, self.last = there.tables[0].schema, there.tables[-1]["id"][-1].as_py()
             elif others := [name for name in os.listdir(self.folder) if name[0] != "." and not is_temporary(name)]:
                 fault = f"{self.folder} holds no {DESCRIPTION} and other files ({few(sorted(others))})"
                 raise MetaplError(f"{fault}; give another folder (--out).")
@@ -307,25 +325,6 @@ class LabelWriter:
                     raise MetaplError(f"no example was given for the store in {self.folder}; expected one or more.")
                 self.complete = True
                 self._describe()
-
-    def _go_on(self, there: LabelStore) -> None:
-        """Go on with what is there, if it was begun as it is now."""
-        if not self.resume:
-            mend = "give another folder (--out)" if there.complete else "go on with resume=True (--resume)"
-            raise MetaplError(f"{self.folder} holds a store of labels already; {mend}.")
-        then, now = (
-            {"classes": each.classes, "top_k": each.top_k, "rows_per_part": each.rows_per_part}
-            | {f"provenance.{name}": value for name, value in each.provenance.items() if name not in FREE}
-            for each in (there, self)
-        )
-        changed = [name for name in sorted(then | now) if then.get(name) != now.get(name)]
-        if told := [f"{name} {then.get(name)!r}, now {now.get(name)!r}" for name in changed]:
-            fault = f"the store in {self.folder} was begun with {few(told, longest=160)}"
-            raise MetaplError(f"{fault}; go on as it was begun, or give another folder (--out).")
-        self.there, self.provenance, self.complete = there, there.provenance, there.complete
-        self._parts = [*there.parts]
-        if there.tables:
-            self._schema, self.last = there.tables[0].schema, there.tables[-1]["id"][-1].as_py()
 
     def add(self, ids: Ids, probabilities: Tensor, digests: Sequence[bytes] | None = None) -> None:
         """Add examples behind those that are there.
@@ -428,3 +427,167 @@ def is_text(name: str | int) -> bool:
 def _seal(content: Mapping[str, Any]) -> str:
     plain = {name: value for name, value in content.items() if name != "seal"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+# ----------------------------------------------------------------------------------- what is in a store, and selections
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What is in a store; :func:`statistics` finds it. Classes are the most probable ones."""
+
+    rows: int
+    copies: int  # the rows, each as often as it counts
+    classes: tuple[str, ...]
+    counts: tuple[int, ...]  # rows of each class
+    class_copies: tuple[int, ...]
+    class_confidence: tuple[float | None, ...]  # mean over the rows of a class; None where there are none
+    mean_confidence: float
+    mean_entropy: float  # in nats
+
+
+def statistics(store: LabelStore) -> Statistics:
+    """Counts by class, and how confident the labels are; memory for 16 bytes a row."""
+    label, confidence, entropy, copies = map(store.column, ("label", "confidence", "entropy", "copies"))
+    counts, sums, copied = (np.bincount(label, of, len(store.classes)) for of in (None, confidence, copies))
+    return Statistics(
+        rows=len(store),
+        copies=int(copied.sum()),
+        classes=store.classes,
+        counts=tuple(counts.tolist()),
+        class_copies=tuple(copied.astype(np.int64).tolist()),
+        class_confidence=tuple(float(total / n) if n else None for total, n in zip(sums, counts, strict=True)),
+        mean_confidence=float(confidence.mean(dtype=np.float64)),
+        mean_entropy=float(entropy.mean(dtype=np.float64)),
+    )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How many of the ``rows`` of a store :func:`select` kept, and why others were dropped."""
+
+    rows: int
+    overlapping: int  # dropped: their files stand in the folder
+    unsure: int  # dropped for their confidence
+    beyond: int  # dropped: others of their class are more confident
+    kept: int
+    copies: int  # what is kept, each as often as it counts
+    missing: tuple[str, ...]  # classes of which nothing was kept
+    unread: int = 0  # files of the folder that cannot be read, and were not compared
+
+
+def select(
+    store: LabelStore,
+    out: Path,
+    *,
+    threshold: Annotated[float, Range(0, 1)] | None = None,
+    per_class: Annotated[int, Range(1, most=2**30)] | None = None,
+    any_class: bool = False,
+    balance: bool = False,
+    drop_overlap: Path | None = None,
+) -> Selection:
+    """Write a store of some of the rows of another one, in the same order; or go on with one begun with the same.
+
+    Each step where it is asked for, in this order:
+
+    1. examples are dropped whose file has the same bytes as one in a folder, such as that of the test pictures;
+    2. examples are kept whose confidence is above a threshold;
+    3. of each class, the most probable one of an example, the most confident are kept; of equals, those whose ids come
+       first. With ``any_class``, those with the greatest stored probability of the class, whatever their most probable
+       one is; an example is kept once;
+    4. smaller classes are filled up: of n examples and a goal of N, each counts ⌊N / n⌋ times, and N mod n of them,
+       drawn by the MD5 of their ids, once more; see :meth:`LabelStore.rows_with_copies`.
+
+    Args:
+        store: to select from.
+        out: folder of the new store.
+        threshold: in [0, 1).
+        per_class: the most examples of a class.
+        any_class: needs ``per_class``.
+        balance: fill classes up to ``per_class``, or without it to the size of the largest one.
+        drop_overlap: a folder of pictures, in which all folders are searched.
+
+    Cost: some 40 bytes of memory a row. Source: Noisy Student, section 3.4; with ``any_class`` Meta Pseudo Labels,
+    section 3.3.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    check_arguments(select, locals())
+    if any_class and (per_class is None or balance):
+        raise MetaplError("any_class needs per_class, and no balance: an example can be of several classes.")
+    if drop_overlap is not None and not store.has_digests:
+        raise MetaplError(f"the examples of {store.folder} have no files to compare with those in {drop_overlap}.")
+    label, confidence, copies = map(store.column, ("label", "confidence", "copies"))
+    rows, found, overlap = np.arange(len(store)), list[bytes | None](), None
+    if drop_overlap is not None:
+        found = [ask(digest, path) for path in scan_unlabeled(drop_overlap).paths()]
+        known = sorted({content[:DIGEST_BYTES] for content in found if content})
+        overlap = {"pictures": len(known), "sha256": hashlib.sha256(b"".join(known)).hexdigest()}
+        held_out = pa.array(known, pa.binary(DIGEST_BYTES))
+        overlaps = [pc.is_in(table["digest"], value_set=held_out).to_numpy() for table in store.tables]
+        rows = np.flatnonzero(~np.concatenate(overlaps))
+    apart = len(rows)
+    if threshold is not None:
+        rows = rows[confidence[rows] > np.float32(threshold)]  # 0.3 of float64 is below that of float32
+    sure, most = len(rows), np.full(len(store.classes), per_class or 0)
+    if per_class is not None and any_class:
+        kept: list[Values] = [np.empty(0, kind) for kind in (np.int64, np.float16, np.int64)]  # classes, keys and rows
+        for number, where in store.by_part(rows):  # part by part, for the probabilities of all may not fit into memory
+            places = rows[where] - store.starts[number]
+            p_BK = store.matrix(number, "probabilities")[places]
+            classes_BK = np.broadcast_to(np.arange(p_BK.shape[1]), p_BK.shape)
+            if store.top_k is not None:
+                classes_BK = store.matrix(number, "classes")[places]
+            new = classes_BK.ravel(), -p_BK.ravel(), np.repeat(rows[where], p_BK.shape[1])
+            kept = [np.concatenate(both) for both in zip(kept, new, strict=True)]
+            first = _first_of_each(kept[0], kept[1], most)
+            kept = [column[first] for column in kept]
+        rows = np.unique(kept[2])
+    elif per_class is not None:
+        rows = rows[_first_of_each(label[rows], -confidence[rows], most)]
+    if not len(rows):
+        dropped = f"{len(store) - apart:,} overlap, and {apart - sure:,} are not above the threshold"
+        raise MetaplError(f"nothing is left of the {len(store):,} examples of {store.folder}: {dropped}.")
+    counts = np.bincount(label[rows], minlength=len(store.classes))
+    if balance:
+        whole, rest = np.divmod(per_class or int(counts.max()), np.maximum(counts, 1))
+        names = (str(name) for _, table in store.taken(rows, ["id"]) for name in table["id"].to_pylist())
+        hashes = [hashlib.md5(name.encode(), usedforsecurity=False).digest()[8:] for name in names]
+        once_more = _first_of_each(label[rows], np.frombuffer(b"".join(hashes), "<u8"), rest)
+        copies[rows] = whole[label[rows]]
+        copies[rows[once_more]] += 1
+    asked = {
+        "of_rows": len(store),
+        "of_store_sha256": store.sha256,
+        "threshold": threshold,
+        "per_class": per_class,
+        "any_class": any_class,
+        "balance": balance,
+        "dropped_overlap_with": overlap,
+    }
+    provenance = {**store.provenance, "selected": [*store.provenance.get("selected", []), asked]}
+    how: dict[str, Any] = {"top_k": store.top_k, "rows_per_part": store.rows_per_part, "provenance": provenance}
+    with LabelWriter(out, store.classes, resume=True, **how) as writer:
+        left = rows[writer.rows :]
+        for where, table in store.taken(left):
+            counted = pa.array(copies[left[where]])
+            writer.add_table(table.set_column(table.schema.get_field_index("copies"), "copies", counted))
+    return Selection(
+        rows=len(store),
+        overlapping=len(store) - apart,
+        unsure=apart - sure,
+        beyond=sure - len(rows),
+        kept=len(rows),
+        copies=int(copies[rows].sum(dtype=np.int64)),
+        missing=tuple(name for name, count in zip(store.classes, counts.tolist(), strict=True) if not count),
+        unread=found.count(None),
+    )
+
+
+def _first_of_each(classes: Values, keys: Values, most: Values) -> Values:
+    """The places, ascending, of the ``most`` (C,) least keys of each class; of equal keys, the first."""
+    order = np.lexsort((keys, classes))  # which is stable
+    of = classes[order]
+    rank = np.arange(len(of)) - np.searchsorted(of, of)
+    return np.sort(order[rank < most[of]])

@@ -1,1 +1,0 @@
-"""How a classifier does on pictures that are damaged, or made to mislead it."""
