@@ -27,7 +27,7 @@ from metapl.feedback import MODES, Estimator, Implicit, Lookahead, Mode, estimat
 from metapl.feedback.lookahead import inner_batches
 from metapl.problems.base import BilevelProblem, enters_input
 from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_arguments
-from metapl.runs.progress import counted
+from metapl.runs.terminal import counted
 from metapl.training.trainer import BilevelTrainer
 
 Draws = Annotated[int, Range(2)]  # of one draw no noise can be seen

@@ -26,7 +26,7 @@ from metapl.data.steps import StepBatches, loader
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest as digest_of
 from metapl.metrics.predictions import logits_of
-from metapl.runs.progress import progress
+from metapl.runs.terminal import progress
 from metapl.training import Say
 from metapl.training.selection import weights_of
 from metapl.words import shown

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError
 from metapl.execution.batch import as_tensors, is_array, length, plain
-from metapl.runs.signals import END, is_heard
+from metapl.runs.terminal import END, is_heard
 
 BatchT = TypeVar("BatchT")
 PATIENCE = 30  # seconds that a worker lives on after it was asked to end, for the step under way
