@@ -25,10 +25,10 @@ from metapl.apps.pictures.store import FileImages
 from metapl.data.steps import StepBatches, loader
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest as digest_of
+from metapl.execution.shards import weights_of
 from metapl.metrics.predictions import logits_of
 from metapl.runs.terminal import progress
 from metapl.training import Say
-from metapl.training.selection import weights_of
 from metapl.words import shown
 
 # Pictures in a pass; the most parts of a store, unless that would make them too large; rows of a part; and pictures

@@ -21,7 +21,7 @@ from metapl.apps.pictures.check import check_folders, same_pictures
 from metapl.apps.pictures.folders import LabeledFiles, scan_labeled
 from metapl.apps.pictures.store import Images
 from metapl.apps.settings import Batch, Fitting, Flat, Hidden, SomeSteps, unset
-from metapl.data.sampler import StepSampler
+from metapl.data.steps import StepSampler
 from metapl.errors import MetaplError, few
 from metapl.models import Corrector
 from metapl.problems import ExampleWeights, LabelCorrection, MetaWeightNet, NoiseTransition, Table, WeightNet

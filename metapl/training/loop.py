@@ -25,18 +25,17 @@ from metapl.errors import MetaplError, few
 from metapl.execution.batch import as_tensors, digest, plain
 from metapl.execution.checks import Fault
 from metapl.execution.ranks import Ranks
-from metapl.execution.shards import gathered, is_sharded, load_whole, local
+from metapl.execution.shards import gathered, is_sharded, load_whole, local, weights_of
 from metapl.execution.state import RandomState, replayed
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.report import Say
-from metapl.metrics.metric import Metric
+from metapl.metrics.metric import Metric, metric_for
 from metapl.metrics.predictions import outer_batches
 from metapl.runs.checkpoint import CheckpointFolder, PartsFolder, encoded, load, load_parts, rng_state, set_rng_state
 from metapl.runs.folder import Folder, Records
 from metapl.runs.terminal import progress, stop_requests
-from metapl.training.options import FitOptions, Rates
+from metapl.training.options import Average, FitOptions, Rates
 from metapl.training.records import figures
-from metapl.training.selection import Average, metric_for, weights_of
 
 # Options of a fit, and settings of an optimizer, that do not decide where it goes; the rate is compared as the schedule
 # found it.
@@ -237,14 +236,13 @@ def fit(
             "compared": compared(),
         }
         state["ranks"] = ranks.gathered(own)
-        in_parts = isinstance(checkpoints, PartsFolder)
-        state = state if ranks.alone or in_parts else gathered(state)
+        if not (ranks.alone or isinstance(checkpoints, PartsFolder)):
+            state = gathered(state)
         with ranks.agreed(waiting=True):
             records.flush()
-            if checkpoints is not None and not in_parts:
+        with ranks.agreed(waiting=True):
+            if checkpoints is not None:
                 checkpoints.write(now.step, state)
-        if checkpoints is not None and in_parts:  # while the training goes on, when the one before is written
-            checkpoints.write(now.step, state)
 
     with ExitStack() as ending:
         # Own the folder.

@@ -19,8 +19,7 @@ from metapl.apps.pictures.store import FileImages, Images, pick
 from metapl.apps.pictures.views.base import View
 from metapl.apps.pictures.views.transforms import ResizedCrop
 from metapl.data import draws
-from metapl.data.sampler import StepSampler
-from metapl.data.steps import BatchT, StepBatches
+from metapl.data.steps import BatchT, StepBatches, StepSampler
 from metapl.errors import MetaplError
 
 Fetched = tuple[Tensor, ...]
