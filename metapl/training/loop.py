@@ -374,9 +374,11 @@ def fit(
                 if chosen_by in row:
                     bar.set_postfix_str(f"validation {row[chosen_by]:.4g}", refresh=False)
                 bar.update()
+                if due := now.ended or options.due(options.save_every, now.step):
+                    save()
                 # Several processes agree on a stop where numbers are read anyway.
                 stops = (ranks.alone or options.due(options.log_every, now.step)) and ranks.any(bool(stop))
-                if stops or now.ended or options.due(options.save_every, now.step):
+                if stops and not due:
                     save()
             if checkpoints is not None:
                 checkpoints.finish()
@@ -418,7 +420,7 @@ def own_state(every: list[dict[str, Any]], trainer: Any, file: Path, sources: Se
     the networks have dropout, a default generator seeded anew for each share."""
     ranks: Ranks = trainer.ranks
     if len(every) == ranks.processes:
-        return every[ranks.number]
+        return every[0 if ranks.alone else ranks.gathered(dist.get_rank()).index(dist.get_rank())]
     if ranks.size > 1 and not all(hasattr(source, "whole") for source in sources):
         raise MetaplError(f"{file} is of a fit in {len(every)} processes with sources of their own; expected as many.")
     own, parts = every[0], [part for network in trainer.networks.values() for part in network.modules()]
