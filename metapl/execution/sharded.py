@@ -18,7 +18,7 @@ would be silently wrong here and are kept in this file:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -104,7 +104,6 @@ class ShardedStudent(LocalStudent):
         hooks = [
             (t, dict(t)) for _, part in named_parts(self.module) for t in (part._forward_pre_hooks, part._forward_hooks)
         ]
-        forwards = [(block, vars(block).get("forward")) for block in slots if block is not None]
 
         def holding(own: list[Slot], learned: Sequence[Tensor]) -> AbstractContextManager[None]:
             """These places with the weights of which the learned ones have such parts."""
@@ -121,17 +120,16 @@ class ShardedStudent(LocalStudent):
                 # Of fully_shard, or of checkpoint for it, whose passes are run again once alone.
                 if str(getattr(hook, "__module__", "")).startswith("torch.distributed."):
                     del table[number]
+        replaced = {
+            block: recomputed(block, block.forward, self.device, parts_of(own), partial(holding, own))
+            for block, own in slots.items()
+            if block is not None
+        }
+        root = slots.get(None, [])
         try:
-            for block, _ in forwards:
-                own = slots[block]
-                block.forward = recomputed(block, block.forward, self.device, parts_of(own), partial(holding, own))
-            with holding(root, parts_of(root)) if (root := slots.get(None, [])) else NOTHING:
+            with _running_as(replaced), holding(root, parts_of(root)) if root else NOTHING:
                 yield
         finally:
-            for block, forward in forwards:
-                del block.forward
-                if forward is not None:
-                    block.forward = forward
             for table, before in hooks:
                 table.clear()
                 table.update(before)
@@ -156,46 +154,43 @@ class ShardedStudent(LocalStudent):
             for attribute, p in part._parameters.items():
                 if id(p) in names:
                     held.setdefault(block, []).append((part._parameters, attribute, names[id(p)]))
-        with self.at(params, random, state), ExitStack() as stack:
-            stack.callback(self.layout.reshard)
-            for block, slots in held.items():
-                stack.enter_context(_dual_while_it_runs(block, slots, w))
-            yield
+        duals = {block: _with_duals(block.forward, slots, w) for block, slots in held.items()}
+        with self.at(params, random, state), _running_as(duals):
+            try:
+                yield
+            finally:
+                self.layout.reshard()
 
 
 @contextmanager
-def _dual_while_it_runs(block: nn.Module, slots: list[Slot], w: Tree) -> Iterator[None]:
-    """Make dual numbers of the weights that a block gathers while it runs in this block of code."""
-    before: list[Slot] = []
-    like = {name: tensors[attribute] for tensors, attribute, name in slots if name in w}  # the sharded parameters
-
-    def enter(*_: Any) -> None:
-        if before:
-            return
-        direction = {name: whole(as_sharded(w[name], p)) for name, p in like.items()}
-        duals: dict[str, Tensor] = {}  # of tied weights, one
-        for tensors, attribute, name in slots:
-            weight = tensors[attribute]
-            before.append((tensors, attribute, weight))
-            if name in direction and name not in duals:
-                dual = forward_ad.make_dual(weight.detach(), direction[name].to(weight.dtype))
-                duals[name] = stand_in(dual, weight)
-            tensors[attribute] = duals.get(name, weight)
-
-    def leave(*_: Any) -> None:
-        for tensors, attribute, weight in before:
-            tensors[attribute] = weight
-        before.clear()
-
-    # After fully_shard's hook that gathers the weights, and before the one that frees them.
-    hooks = [block.register_forward_pre_hook(enter), block.register_forward_hook(leave, prepend=True)]
-
+def _running_as(forwards: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    """The modules with these ``forward`` methods in this block, which run when a module has gathered its weights."""
+    before = {module: vars(module).get("forward") for module in forwards}
     try:
+        for module, forward in forwards.items():
+            module.forward = forward
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
-        leave()
+        for module, forward in before.items():
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
+
+
+def _with_duals(forward: Callable[..., Any], slots: list[Slot], w: Tree) -> Callable[..., Any]:
+    """A ``forward`` for which the gathered weights are dual numbers; ``slots`` say where they are, and their names."""
+    like = {name: tensors[attribute] for tensors, attribute, name in slots if name in w}  # the sharded parameters
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        duals: dict[str, Tensor] = {}  # of tied weights, one
+        for tensors, attribute, name in slots:
+            if name in like and name not in duals:
+                weight, direction = tensors[attribute], whole(as_sharded(w[name], like[name]))
+                duals[name] = stand_in(forward_ad.make_dual(weight.detach(), direction.to(weight.dtype)), weight)
+        with swapped([(tensors, attribute, duals[name]) for tensors, attribute, name in slots if name in duals]):
+            return forward(*args, **kwargs)
+
+    return run
 
 
 class ShardedPass(Pass):
