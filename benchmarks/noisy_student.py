@@ -49,7 +49,7 @@ from metapl.apps.noisy_student import (
 from metapl.apps.pictures.views.base import Identity
 from metapl.apps.train import evaluated
 from metapl.data.draws import fold_in
-from metapl.data.sampler import StepSampler
+from metapl.data.steps import StepSampler
 from metapl.metrics import paired_test
 from metapl.metrics.predictions import logits_of
 from metapl.problems.losses import CrossEntropy

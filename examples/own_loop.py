@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import metapl
 from metapl.data import feed
-from metapl.runs.generators import rng_state, set_rng_state
+from metapl.runs.checkpoint import rng_state, set_rng_state
 
 
 def train(out: Path, steps: int, save_every: int = 50, workers: int = 2) -> metapl.BilevelTrainer:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import metapl
 from metapl.data import feed
-from metapl.runs.generators import rng_state, set_rng_state
+from metapl.runs.checkpoint import rng_state, set_rng_state
 
 
 class MetaPseudoLabels(L.LightningModule):

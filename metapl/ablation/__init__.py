@@ -2,8 +2,7 @@
 feedback, as a control."""
 
 from metapl.ablation.altered import Altered
-from metapl.ablation.results import Ablation, ModeCost, recommendation
-from metapl.ablation.study import ablate
+from metapl.ablation.study import Ablation, ModeCost, ablate, recommendation
 
 __all__ = ["Ablation", "Altered", "ModeCost", "ablate", "recommendation"]
 __dir__ = __all__.copy

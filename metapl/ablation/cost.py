@@ -1,8 +1,9 @@
-"""What a call costs: floating-point operations and memory."""
+"""What a call costs: floating-point operations, time and memory."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,17 @@ def flops(run: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         run()
     return int(counter.get_total_flops())
+
+
+def seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """What a call takes: on a CPU the processor's time where that is less than the time that passes."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
+    wait(device)
+    start, computed = time.perf_counter(), time.process_time()
+    run()
+    wait(device)
+    passed = time.perf_counter() - start
+    return passed if device.type == "cuda" else min(passed, time.process_time() - computed)
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:

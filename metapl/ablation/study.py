@@ -1,13 +1,16 @@
-"""Every mode on a model: `ablate` compares their gradients with the exact one, and measures what a call costs."""
+"""Every mode on a model: `ablate` compares their gradients with the exact one and measures what a call costs; what it
+finds is figures as values, as JSON and in lines of a terminal, and the mode that they recommend."""
 
 from __future__ import annotations
 
 import copy
+import json
 import math
+import textwrap
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, get_args
 
@@ -16,8 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.ablation.altered import Alteration, Altered
-from metapl.ablation.cost import flops, peak_bytes
-from metapl.ablation.results import PREFERRED, Ablation, ModeCost, recommendation
+from metapl.ablation.cost import flops, peak_bytes, seconds
 from metapl.data.feed import feed
 from metapl.errors import MetaplError, reason_of
 from metapl.execution.batch import is_whole
@@ -27,7 +29,7 @@ from metapl.feedback import MODES, Estimator, Implicit, Lookahead, Mode, estimat
 from metapl.feedback.lookahead import inner_batches
 from metapl.problems.base import BilevelProblem, enters_input
 from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_arguments
-from metapl.runs.progress import counted
+from metapl.runs.terminal import counted
 from metapl.training.trainer import BilevelTrainer
 
 Draws = Annotated[int, Range(2)]  # of one draw no noise can be seen
@@ -35,6 +37,123 @@ Draws = Annotated[int, Range(2)]  # of one draw no noise can be seen
 # Rounds of timing where none are asked for: at least 5, and more for short calls, until a second has passed.
 LEAST_ROUNDS, MOST_ROUNDS, TIMED = 5, 50, 1.0
 CANNOT_RUN = MetaplError, RuntimeError, MemoryError  # what a mode raises that cannot run on a model
+
+# A mode that should be exact is taken for it up to this distance: in bfloat16, and where the gradient itself is nearly
+# zero, as in the first steps of Adam, two exact modes differ by as much as some hundredths.
+TRUSTED = 0.1
+NEAR = 0.01  # distance, noise included, up to which a gradient is near the exact one
+EQUAL = 0.1  # times, and bytes, that differ by no more than this fraction count as equal: timings are noisy
+PREFERRED = "forward"  # between modes that are equal otherwise: exact, without a second backward pass and its memory
+
+
+@dataclass(frozen=True)
+class ModeCost:
+    """How far a mode's gradient is from the exact one, and what it costs.
+
+    Args:
+        cosine: of its gradient, averaged over the draws, with the exact one; the mean over the points.
+        relative_error, noise_to_signal: as :func:`metapl.ablate` defines them, the latter 0 for a mode that draws
+            nothing; root mean squares over the points.
+        passes: floating-point operations over those of a forward pass of the student on the unlabeled batch.
+        seconds: a call, the least of interleaved rounds; on a CPU the processor's time, where that is less.
+        peak_bytes: what a call holds at its fullest, beyond what was held before.
+    """
+
+    cosine: float
+    relative_error: float
+    noise_to_signal: float
+    passes: float
+    seconds: float
+    peak_bytes: int
+
+    @property
+    def of_one_draw(self) -> float:
+        """Error and noise together, the distance of one draw; at most √(1 + 1/n) times too large."""
+        return math.hypot(self.relative_error, self.noise_to_signal)
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What :func:`metapl.ablate` returns.
+
+    Args:
+        modes: by name: the costs, or the reason why a mode cannot run on this model.
+        recommendation: which mode to take, and why.
+        points: the steps of training that were looked at.
+        altered: the figures of a mode's feedback, altered (:class:`metapl.ablation.Altered`); controls.
+        recommended: the name in the recommendation; None where no mode can be recommended.
+    """
+
+    modes: dict[str, ModeCost | str]
+    recommendation: str
+    points: tuple[int, ...]
+    altered: dict[str, ModeCost | str] = field(default_factory=dict)
+    recommended: str | None = None
+
+    def to_json(self) -> str:
+        """The fields as text: a reason in the place of figures is ``{"reason": ...}``, a number that is not finite
+        null."""
+        plain = asdict(self)
+        for part in ("modes", "altered"):
+            plain[part] = {n: {"reason": m} if isinstance(m, str) else m for n, m in plain[part].items()}
+        finite = json.loads(json.dumps(plain), parse_constant=lambda name: None)
+        return json.dumps(finite, indent=1, ensure_ascii=False) + "\n"
+
+    def table(self) -> str:
+        """The figures in lines of a terminal of 80 columns; the reasons for what is missing stand below."""
+        lines = ["mode                     cosine     error    noise   passes time, ms peak, KB"]
+        reasons: list[str] = []
+        for modes in (self.modes, self.altered):
+            if modes is self.altered and modes:
+                lines.append("altered feedback, as a control:")
+            for name, found in modes.items():
+                if isinstance(found, str):
+                    reasons += [found] * (found not in reasons)
+                    lines.append(f"{name:<22}  cannot run on this model [{reasons.index(found) + 1}]")
+                else:
+                    distance = f"{found.cosine:>9.3f}{found.relative_error:>10.2g}{found.noise_to_signal:>9.2g}"
+                    cost = f"{found.passes:>9.1f}{found.seconds * 1e3:>9.3g}{found.peak_bytes / 1e3:>9.0f}"
+                    lines.append(f"{name:<22}{distance}{cost}")
+        texts = (f"[{number}] {' '.join(reason.split())}" for number, reason in enumerate(reasons, 1))
+        return "\n\n".join(["\n".join(lines), *(textwrap.fill(text, 80, subsequent_indent="    ") for text in texts)])
+
+
+def recommendation(
+    modes: Mapping[str, ModeCost | str], exact_modes: Collection[str], never: Collection[str]
+) -> tuple[str | None, str]:
+    """The name of the mode to take, and the sentences that say so and what decided.
+
+    Of the modes that are exact to rounding (``exact_modes``), and without noise, the fastest is taken; where times are
+    within 10 % the one with the least memory; where that is too, ``forward``. Where none is, the same holds for those
+    within 1 %; else the nearest in one draw is taken. Those in ``never`` are not recommended; None where no mode ran.
+    """
+    ran = {n: m for n, m in modes.items() if isinstance(m, ModeCost) and n not in never}
+    if not ran:
+        return None, "No mode that gives feedback can run on this model; the reasons stand beside the modes."
+    sure = {n: m for n, m in ran.items() if n in exact_modes and m.noise_to_signal == 0 and m.relative_error <= TRUSTED}
+    near = {n: m for n, m in ran.items() if m.of_one_draw <= NEAR}
+    name = min(ran, key=lambda n: ran[n].of_one_draw)
+    why = "no mode is exact, or nearly, and of one draw of labels its gradient is the nearest to the exact one"
+    if among := sure or near:
+
+        def least(values: Mapping[str, float]) -> list[str]:
+            return [name for name, value in values.items() if value <= min(values.values()) * (1 + EQUAL)]
+
+        fastest = least({n: m.seconds for n, m in among.items()})
+        smallest = least({n: among[n].peak_bytes for n in fastest})
+        name = PREFERRED if PREFERRED in smallest else min(smallest, key=lambda n: among[n].of_one_draw)
+        why = "its gradient is " + ("the exact one to rounding" if sure else f"within {NEAR:.0%} of the exact one")
+        if len(among) > 1:
+            decided = "is the fastest" if len(fastest) == 1 else "takes the least memory of the fastest"
+            why += f", and of {', '.join(among)} it {decided if len(smallest) == 1 else 'is as fast and small as any'}"
+    found = ran[name]
+    text = f"Take {name}: {why}. A call takes {found.seconds * 1e3:.3g} ms and {found.peak_bytes / 1e3:,.0f} KB."
+    if "reinforce" in ran and name != "reinforce":
+        text += (
+            f" Algorithm 1's scalar (reinforce) takes {ran['reinforce'].seconds * 1e3:.3g} ms, and error and noise of "
+            f"one draw are {ran['reinforce'].of_one_draw:.2g} times the signal."
+        )
+    return name, text
 
 
 def ablate(
@@ -88,6 +207,7 @@ def ablate(
     estimates = {mode.name: mode for mode in given}
     if not given or len(estimates) < len(given):
         raise MetaplError(f"ablate was given modes={modes!r}; expected a list of one or more, each name once.")
+    problem, device = trainer.problem, trainer.device
     distances: dict[str, list[tuple[float, float, float]]] = {}  # cosine, error and noise at each point
     reasons: dict[str, str] = {}  # why the others do not run
     drawing: set[str] = set()  # names of modes whose gradient has drawn labels in it
@@ -98,7 +218,7 @@ def ablate(
             draws_any = isinstance(mode, Altered) and mode.alteration != "class_means"
             try:
                 for seed in range(draws):
-                    generator = torch.Generator(trainer.device).manual_seed(seed)
+                    generator = torch.Generator(device).manual_seed(seed)
                     start = generator.get_state()
                     drawn = replace(mode, seed=mode.seed + seed) if isinstance(mode, Altered) else mode
                     found.append(_gradient(trainer, batches, drawn, generator))
@@ -116,10 +236,16 @@ def ablate(
             cosine, off = torch.nn.functional.cosine_similarity(mean, exact, dim=0), (mean - exact).norm() / length
             distances.setdefault(name, []).append((float(cosine), float(off), float(noise)))
 
-    points = tuple(sorted({0, steps // 2, steps}))
+    def student(batch: Any) -> None:
+        with torch.no_grad(), replayed(RandomState.now(device)):
+            given: Any = (batch,)
+            if enters_input(problem):
+                given = (batch, problem.signal(copy.deepcopy(trainer.teacher), batch, None, generator=None))  # type: ignore[arg-type]
+            copy.deepcopy(trainer.student)(problem.student_input(*given))
+
+    points, stop = tuple(sorted({0, steps // 2, steps})), steps + 1
     several = 1 if isinstance(unlabeled, Lookahead) else trainer.lookahead
     one_batch = isinstance(unlabeled, Tensor | dict | tuple | Lookahead)
-    stop, device = steps + 1, trainer.device
     outer = feed([labeled] if is_whole(labeled) else labeled, name="labeled", stop=stop, device=device)
     inner = feed([unlabeled] if one_batch else unlabeled, name="unlabeled", stop=stop * several, device=device)
     state, random = trainer.state_dict(), RandomState.now(device)
@@ -142,21 +268,29 @@ def ablate(
                 if t < steps:
                     trainer.step(*batches)
                 update(batches)
-        costs = _costs(trainer, batches, {n: m for n, m in estimates.items() if n not in reasons}, rounds)
+        # What a call costs; the modes, which have run here before, take turns.
+        one = flops(partial(student, inner_batches(batches[1])[0]))
+        calls = {n: partial(_gradient, trainer, batches, m) for n, m in estimates.items() if n not in reasons}
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        start = time.perf_counter()
+        for done in range(rounds or MOST_ROUNDS):
+            if rounds is None and done >= LEAST_ROUNDS and time.perf_counter() - start > TIMED:
+                break
+            for name, run in calls.items():
+                times[name].append(seconds(run, device))
+        ran = {}
+        for name, run in calls.items():
+            cosines, errors, noises = zip(*distances[name], strict=True)
+            off, noise = (math.hypot(*each) / math.sqrt(len(each)) for each in (errors, noises))
+            passes = flops(run) / one if one else math.nan
+            least, peak = min(times[name]), peak_bytes(run, device)
+            ran[name] = ModeCost(sum(cosines) / len(cosines), off, noise, passes, least, peak)
     finally:
         trainer.load_state_dict(state)
         random.restore()
     compared: tuple[dict[str, ModeCost | str], ...] = {}, {}  # the modes, and the controls
     for name, mode in estimates.items():
-        into = compared[isinstance(mode, Altered)]
-        if name in reasons:
-            into[name] = reasons[name]
-            continue
-        cosines, errors, noises = zip(*distances[name], strict=True)
-        root = math.sqrt(len(cosines))
-        into[name] = ModeCost(
-            sum(cosines) / len(cosines), math.hypot(*errors) / root, math.hypot(*noises) / root, *costs[name]
-        )
+        compared[isinstance(mode, Altered)][name] = reasons[name] if name in reasons else ran[name]
     sure = [name for name in compared[0] if estimates[name].exact and name not in drawing]
     # No feedback; and at the optimum, a gradient that is not through a step, with which it is compared.
     never = [n for n in compared[0] if estimates[n].credits == "nothing" or isinstance(estimates[n], Implicit)]
@@ -167,6 +301,16 @@ def ablate(
 def _reason(error: BaseException) -> str:
     """A refusal in full; of torch's errors, which may run over many lines, the first one, which says what is wrong."""
     return str(error) if isinstance(error, MetaplError) else f"{type(error).__name__}: {reason_of(error)}"
+
+
+def _exact(trainer: BilevelTrainer, batches: tuple[Any, Any]) -> Tensor:
+    reasons = []
+    for mode in map(estimator, ("unrolled", "forward")):
+        try:
+            return _gradient(trainer, batches, mode, problem=trainer.problem.exact())
+        except CANNOT_RUN as error:
+            reasons.append(_reason(error))
+    raise MetaplError(f"there is no exact gradient: by double backward, {reasons[0]}; by forward mode, {reasons[1]}")
 
 
 def _gradient(
@@ -181,52 +325,3 @@ def _gradient(
     found = trainer.hypergradient(*batches, mode, problem=problem, generator=generator)
     parts = found.grads.values() if trainer.teacher is not None else [-h for h in pytree.tree_leaves(found.feedback)]
     return torch.cat([part.flatten().double() for part in parts])
-
-
-def _exact(trainer: BilevelTrainer, batches: tuple[Any, Any]) -> Tensor:
-    reasons = []
-    for mode in map(estimator, ("unrolled", "forward")):
-        try:
-            return _gradient(trainer, batches, mode, problem=trainer.problem.exact())
-        except CANNOT_RUN as error:
-            reasons.append(_reason(error))
-    raise MetaplError(f"there is no exact gradient: by double backward, {reasons[0]}; by forward mode, {reasons[1]}")
-
-
-def _costs(
-    trainer: BilevelTrainer, batches: tuple[Any, Any], modes: dict[str, Estimator], rounds: int | None
-) -> dict[str, tuple[float, float, int]]:
-    """Passes, seconds and peak bytes by mode; the modes, which have run here before, take turns."""
-    problem, batch = trainer.problem, inner_batches(batches[1])[0]
-
-    def student() -> None:
-        with torch.no_grad(), replayed(RandomState.now(trainer.device)):
-            given: Any = (batch,)
-            if enters_input(problem):
-                given = (batch, problem.signal(copy.deepcopy(trainer.teacher), batch, None, generator=None))  # type: ignore[arg-type]
-            copy.deepcopy(trainer.student)(problem.student_input(*given))
-
-    one = flops(student)
-    calls = {name: partial(_gradient, trainer, batches, mode) for name, mode in modes.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    start = time.perf_counter()
-    for done in range(rounds or MOST_ROUNDS):
-        if rounds is None and done >= LEAST_ROUNDS and time.perf_counter() - start > TIMED:
-            break
-        for name, run in calls.items():
-            seconds[name].append(_seconds(run, trainer.device))
-    return {
-        name: (flops(run) / one if one else math.nan, min(seconds[name]), peak_bytes(run, trainer.device))
-        for name, run in calls.items()
-    }
-
-
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """What a call takes, in seconds: on a CPU the processor's time where that is less than the time that passes."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
-    wait(device)
-    start, computed = time.perf_counter(), time.process_time()
-    run()
-    wait(device)
-    passed = time.perf_counter() - start
-    return passed if device.type == "cuda" else min(passed, time.process_time() - computed)

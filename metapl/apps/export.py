@@ -36,7 +36,7 @@ from metapl.apps.run import EndedRun, counts_of, stored_data
 from metapl.apps.settings import Switch, unset
 from metapl.apps.words import tell
 from metapl.errors import MetaplError, few, reason_of
-from metapl.runs.atomic import replacing
+from metapl.runs.folder import replacing
 from metapl.words import shown
 
 WEIGHTS, CARD, PROGRAM, ONNX = "model.safetensors", "MODEL_CARD.md", "model.pt2", "model.onnx"

@@ -24,7 +24,7 @@ from metapl.apps.pictures.splits import stratified_split
 from metapl.apps.pictures.views.base import Chain, Identity, View
 from metapl.apps.pictures.views.transforms import Affine, Color, Flip, Hole, Recolor, ResizedCrop, Sometimes
 from metapl.apps.settings import Batch, Fitting, Flat, Hidden, Role, Share, Switch, replaced, require, unset
-from metapl.data.sampler import StepSampler
+from metapl.data.steps import StepSampler
 from metapl.errors import MetaplError
 from metapl.errors import few as some
 from metapl.runs.fields import Range, check_fields

@@ -14,7 +14,7 @@ from metapl.apps.machine.ownership import owned
 from metapl.apps.run import PLACES, NetworkName, RunFolder
 from metapl.apps.settings import unset
 from metapl.errors import MetaplError
-from metapl.runs.atomic import replacing
+from metapl.runs.folder import replacing
 
 Run = Annotated[Path, tyro.conf.Positional, unset("RUN")]  # the folder of a run, by its place
 Folder = Annotated[Path | None, unset("DIR")]

@@ -34,12 +34,12 @@ from metapl.apps.words import short, table, tell
 from metapl.data.steps import StepBatches, loader
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest as digest_of
+from metapl.execution.shards import weights_of
 from metapl.metrics.predictions import logits_of
 from metapl.runs.fields import Range
-from metapl.runs.progress import progress
+from metapl.runs.terminal import progress
 from metapl.training import Say
 from metapl.training.options import MOST_WORKERS
-from metapl.training.selection import weights_of
 from metapl.words import shown
 
 Store = Annotated[Path, tyro.conf.Positional, unset("STORE")]

@@ -19,7 +19,7 @@ from metapl.apps.methods import Data, Doubtful, Method, Trained, Training
 from metapl.apps.pictures.batches import EvaluationBatches, Images, LabeledBatches
 from metapl.apps.pictures.folders import LabeledFiles, check_folders, same_pictures, scan_labeled
 from metapl.apps.settings import Batch, Fitting, Flat, Hidden, SomeSteps, unset
-from metapl.data.sampler import StepSampler
+from metapl.data.steps import StepSampler
 from metapl.errors import MetaplError, few
 from metapl.models import Corrector
 from metapl.problems import ExampleWeights, LabelCorrection, MetaWeightNet, NoiseTransition, Table, WeightNet

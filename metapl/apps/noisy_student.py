@@ -33,15 +33,15 @@ from metapl.apps.pictures.views.base import Identity, View
 from metapl.apps.settings import Batch, Fitting, Flat, Hidden, Share, Steps, Switch, replaced, require, unset
 from metapl.apps.train import evaluated, measured
 from metapl.data.draws import fold_in
-from metapl.data.sampler import StepSampler
+from metapl.data.steps import StepSampler
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest
+from metapl.execution.shards import weights_of
 from metapl.problems.losses import CrossEntropy
 from metapl.runs.fields import Range, check_fields
 from metapl.training import FitResult
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.options import DECAY, DECAY_EPOCHS, EPOCHS
-from metapl.training.selection import weights_of
 
 # The phase of the first teacher, the end of the name of one that finetunes a student, and the phase that finetunes the
 # last student on larger pictures.

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from metapl.runs.signals import END, is_heard
+from metapl.runs.terminal import END, is_heard
 
 
 class Terminated(KeyboardInterrupt):

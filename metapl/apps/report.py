@@ -24,7 +24,7 @@ from metapl.apps.words import short, tell
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, interval, predict_logits
 from metapl.metrics.predictions import batches_of
-from metapl.runs.rows import Metrics
+from metapl.runs.folder import read_rows
 
 PAGE, PICTURE = "report.html", "report.png"
 CURVES = 7  # methods whose curves can be told apart
@@ -74,7 +74,7 @@ def last_fit(folder: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of the main phase of a run, which of Noisy Student is the last round."""
     file = folder / "metrics.jsonl"
     refuse_changed(file, content)
-    return Metrics(file).rows(f"round-{len(content['rounds'])}" if "rounds" in content else "fit")
+    return read_rows(file, f"round-{len(content['rounds'])}" if "rounds" in content else "fit")
 
 
 def page_of(run: EndedRun, found: Mistakes | None = None) -> tuple[str, bytes, list[str]]:

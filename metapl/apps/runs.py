@@ -24,7 +24,7 @@ from metapl.apps.settings import Switch, unset
 from metapl.apps.words import short, table, tell
 from metapl.errors import MetaplError, reason_of
 from metapl.metrics import interval
-from metapl.runs.rows import Metrics
+from metapl.runs.folder import read_rows
 from metapl.words import shown
 
 WRITTEN = ("recipe.json", "metrics.jsonl", "result.json")  # the newest of them says of when a run is
@@ -96,7 +96,7 @@ def state_of(folder: RunFolder) -> dict[str, Any]:
         places = [folder.path / name / f"seed-{seed}" for name in methods for seed in seeds]
         done = sum((place / "result.json").exists() for place in places)
         return entry | {"phase": "runs", "done": done, "steps": len(places)}
-    rows = Metrics(folder.path / "metrics.jsonl").rows() or [{"step": 0, "phase": "fit"}]
+    rows = read_rows(folder.path / "metrics.jsonl") or [{"step": 0, "phase": "fit"}]
     return entry | {"phase": rows[-1]["phase"], "done": rows[-1]["step"], "steps": fields.get("steps", 0)}
 
 
@@ -162,7 +162,7 @@ def _unfinished(folder: RunFolder) -> tuple[str, list[str]]:
     """What :func:`state_of` says of a run that has not ended, and its curves so far."""
     description, found = folder.recipe(), state_of(folder)
     heading = f"{found['recipe']}: {' and '.join(found['methods'])}, {found['state']}"
-    rows = Metrics(folder.path / "metrics.jsonl").rows(found["phase"])
+    rows = read_rows(folder.path / "metrics.jsonl", found["phase"])
     picture = draw(title=heading, curves={found["phase"]: rows}, evaluation=None, network="network")
     state = web.rows([(name, json.dumps(value)) for name, value in found.items()])
     return heading, [state, drawn(picture), *made(folder, description, folder)]

@@ -34,8 +34,8 @@ from metapl.feedback import Mode
 from metapl.metrics.predictions import logits_of
 from metapl.models import mlp
 from metapl.problems import ExampleWeights, Table
+from metapl.runs.checkpoint import rng_state, set_rng_state
 from metapl.runs.fields import AboveZero, AtLeastOne, Range, check_fields
-from metapl.runs.generators import rng_state, set_rng_state
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from metapl.runs.atomic import replacing
+from metapl.runs.folder import replacing
 from metapl.words import shown
 
 WIDTH = 80  # columns of text
@@ -87,7 +87,7 @@ class CsvRows:
 
 @contextmanager
 def written_csv(path: Path) -> Iterator[CsvRows]:
-    """A file of CSV, written by :func:`~metapl.runs.atomic.replacing`."""
+    """A file of CSV, written by :func:`~metapl.runs.folder.replacing`."""
     with replacing(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
         yield CsvRows(text)

@@ -27,7 +27,7 @@ from metapl.data.steps import StepBatches, loader
 from metapl.errors import MetaplError
 from metapl.execution.batch import inputs_of, to_device
 from metapl.execution.checks import described
-from metapl.runs.generators import plain_states
+from metapl.runs.checkpoint import plain_states
 
 _END: Any = object()
 

@@ -8,8 +8,7 @@ sharded     by ``fully_shard``: every rank holds a part of each weight, and gath
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Literal
@@ -237,16 +236,6 @@ def reshard(network: nn.Module) -> tuple[Any, ...]:
     for block in blocks:
         block.reshard()
     return blocks
-
-
-@contextmanager
-def without_gradients(network: nn.Module) -> Iterator[None]:
-    """Passes without gradients in this block, by ``no_grad``: what a module keeps of inference mode has no gradient."""
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        reshard(network)
 
 
 def _param_groups(blocks: Sequence[Any]) -> list[Any]:

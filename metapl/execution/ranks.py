@@ -100,10 +100,6 @@ class Ranks:
         most, least = self.greatest(torch.tensor([count, -count], device=self.device))
         checks.refuse(most != -least, f"the shares of {what} are unequal; expected as many rows on every rank.")
 
-    @property
-    def number(self) -> int:
-        return 0 if self.alone else self.gathered(dist.get_rank()).index(dist.get_rank())
-
     def gathered(self, value: Any) -> list[Any]:
         values = [value]
         for group in reversed(self.groups):

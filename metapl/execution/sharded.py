@@ -18,7 +18,7 @@ would be silently wrong here and are kept in this file:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -104,7 +104,6 @@ class ShardedStudent(LocalStudent):
         hooks = [
             (t, dict(t)) for _, part in named_parts(self.module) for t in (part._forward_pre_hooks, part._forward_hooks)
         ]
-        forwards = [(block, vars(block).get("forward")) for block in slots if block is not None]
 
         def holding(own: list[Slot], learned: Sequence[Tensor]) -> AbstractContextManager[None]:
             """These places with the weights of which the learned ones have such parts."""
@@ -121,17 +120,16 @@ class ShardedStudent(LocalStudent):
                 # Of fully_shard, or of checkpoint for it, whose passes are run again once alone.
                 if str(getattr(hook, "__module__", "")).startswith("torch.distributed."):
                     del table[number]
+        replaced = {
+            block: recomputed(block, block.forward, self.device, parts_of(own), partial(holding, own))
+            for block, own in slots.items()
+            if block is not None
+        }
+        root = slots.get(None, [])
         try:
-            for block, _ in forwards:
-                own = slots[block]
-                block.forward = recomputed(block, block.forward, self.device, parts_of(own), partial(holding, own))
-            with holding(root, parts_of(root)) if (root := slots.get(None, [])) else NOTHING:
+            with _running_as(replaced), holding(root, parts_of(root)) if root else NOTHING:
                 yield
         finally:
-            for block, forward in forwards:
-                del block.forward
-                if forward is not None:
-                    block.forward = forward
             for table, before in hooks:
                 table.clear()
                 table.update(before)
@@ -156,46 +154,43 @@ class ShardedStudent(LocalStudent):
             for attribute, p in part._parameters.items():
                 if id(p) in names:
                     held.setdefault(block, []).append((part._parameters, attribute, names[id(p)]))
-        with self.at(params, random, state), ExitStack() as stack:
-            stack.callback(self.layout.reshard)
-            for block, slots in held.items():
-                stack.enter_context(_dual_while_it_runs(block, slots, w))
-            yield
+        duals = {block: _with_duals(block.forward, slots, w) for block, slots in held.items()}
+        with self.at(params, random, state), _running_as(duals):
+            try:
+                yield
+            finally:
+                self.layout.reshard()
 
 
 @contextmanager
-def _dual_while_it_runs(block: nn.Module, slots: list[Slot], w: Tree) -> Iterator[None]:
-    """Make dual numbers of the weights that a block gathers while it runs in this block of code."""
-    before: list[Slot] = []
-    like = {name: tensors[attribute] for tensors, attribute, name in slots if name in w}  # the sharded parameters
-
-    def enter(*_: Any) -> None:
-        if before:
-            return
-        direction = {name: whole(as_sharded(w[name], p)) for name, p in like.items()}
-        duals: dict[str, Tensor] = {}  # of tied weights, one
-        for tensors, attribute, name in slots:
-            weight = tensors[attribute]
-            before.append((tensors, attribute, weight))
-            if name in direction and name not in duals:
-                dual = forward_ad.make_dual(weight.detach(), direction[name].to(weight.dtype))
-                duals[name] = stand_in(dual, weight)
-            tensors[attribute] = duals.get(name, weight)
-
-    def leave(*_: Any) -> None:
-        for tensors, attribute, weight in before:
-            tensors[attribute] = weight
-        before.clear()
-
-    # After fully_shard's hook that gathers the weights, and before the one that frees them.
-    hooks = [block.register_forward_pre_hook(enter), block.register_forward_hook(leave, prepend=True)]
-
+def _running_as(forwards: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    """The modules with these ``forward`` methods in this block, which run when a module has gathered its weights."""
+    before = {module: vars(module).get("forward") for module in forwards}
     try:
+        for module, forward in forwards.items():
+            module.forward = forward
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
-        leave()
+        for module, forward in before.items():
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
+
+
+def _with_duals(forward: Callable[..., Any], slots: list[Slot], w: Tree) -> Callable[..., Any]:
+    """A ``forward`` for which the gathered weights are dual numbers; ``slots`` say where they are, and their names."""
+    like = {name: tensors[attribute] for tensors, attribute, name in slots if name in w}  # the sharded parameters
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        duals: dict[str, Tensor] = {}  # of tied weights, one
+        for tensors, attribute, name in slots:
+            if name in like and name not in duals:
+                weight, direction = tensors[attribute], whole(as_sharded(w[name], like[name]))
+                duals[name] = stand_in(forward_ad.make_dual(weight.detach(), direction.to(weight.dtype)), weight)
+        with swapped([(tensors, attribute, duals[name]) for tensors, attribute, name in slots if name in duals]):
+            return forward(*args, **kwargs)
+
+    return run
 
 
 class ShardedPass(Pass):
@@ -241,56 +236,40 @@ def by_backward(value: Tensor, parameters: Mapping[str, nn.Parameter], *, retain
     return found
 
 
-# A part of a network of which no graph keeps more than its inputs, and which can be differentiated twice.
-# ``torch.utils.checkpoint`` frees what a part computes until the backward pass, but the graph of that backward pass,
-# which a second one goes through, holds it again for all parts at once. Here the part, y = f(t), and its pullback,
-# p(c, t) = (∂f/∂t)ᵀ c, are one operation of autograd each: the derivative of f is p, and that of p runs both again.
-
-Run = Callable[..., list[Tensor]]  # of tensors that require a gradient, the floating-point outputs
+Run = Callable[..., Sequence[Tensor]]  # of tensors, the floating-point outputs
 
 
-class _Part(torch.autograd.Function):
+class Recomputed(torch.autograd.Function):
+    """An operation y = f(t) whose graph keeps no more than t, and can be differentiated twice.
+
+    ``torch.utils.checkpoint`` frees what a part computes until the backward pass, but the graph of that backward pass,
+    which a second one goes through, holds it again for all parts at once. Here the derivative of f is the pullback
+    p(c, t) = (∂f/∂t)ᵀ c as such an operation, which runs f again, and so does the derivative of that.
+    """
+
     @staticmethod
-    def forward(ctx: Any, run: Run, again: Run, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, first: Run, again: Run, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.again = again
         ctx.save_for_backward(*tensors)
-        return tuple(run(*tensors))
+        return tuple(first(*tensors))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        return None, None, *_Pullback.apply(ctx.again, len(cotangents), *cotangents, *ctx.saved_tensors)
+        again, count = ctx.again, len(cotangents)
 
+        def pullback(*given: Tensor) -> list[Tensor]:
+            graph = torch.is_grad_enabled()  # where the pullback is run again, to be differentiated
+            with torch.enable_grad():
+                leaves = given if graph else [t.detach().requires_grad_() for t in given]
+                inputs = leaves[count:]
+                grads: Sequence[Tensor | None] = [None] * len(inputs)
+                pairs = [(y, c) for y, c in zip(again(*inputs), leaves[:count], strict=True) if y.requires_grad]
+                if pairs:
+                    outputs, along = zip(*pairs, strict=True)
+                    grads = torch.autograd.grad(outputs, inputs, along, create_graph=graph, allow_unused=True)
+            return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads, strict=True)]
 
-class _Pullback(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, again: Run, count: int, *given: Tensor) -> tuple[Tensor, ...]:
-        ctx.again, ctx.count = again, count
-        ctx.save_for_backward(*given)
-        return tuple(_pulled(again, count, [t.detach() for t in given], create_graph=False)[1])
-
-    @staticmethod
-    def backward(ctx: Any, *w: Tensor) -> tuple[Any, ...]:
-        given, found = _pulled(ctx.again, ctx.count, [t.detach() for t in ctx.saved_tensors], create_graph=True)
-        pairs = [(t, of_t) for t, of_t in zip(found, w, strict=True) if t.requires_grad]
-        grads: Any = [None] * len(given)
-        if pairs:
-            tensors, along = zip(*pairs, strict=True)
-            grads = torch.autograd.grad(tensors, given, along, allow_unused=True)
-        return None, None, *grads
-
-
-def _pulled(again: Run, count: int, given: list[Tensor], *, create_graph: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Cotangents and inputs as leaves, and (∂f/∂t)ᵀ c of them."""
-    with torch.enable_grad():
-        inputs = [t.requires_grad_() for t in given[count:]]
-        cotangents = [t.requires_grad_(create_graph) for t in given[:count]]
-        pairs = [(y, c) for y, c in zip(again(*inputs), cotangents, strict=True) if y.requires_grad]
-        grads: Any = [None] * len(inputs)
-        if pairs:
-            outputs, along = zip(*pairs, strict=True)
-            grads = torch.autograd.grad(outputs, inputs, along, create_graph=create_graph, allow_unused=True)
-    found = [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads, strict=True)]
-    return [*cotangents, *inputs], found
+        return None, None, *Recomputed.apply(pullback, pullback, *cotangents, *ctx.saved_tensors)
 
 
 def recomputed(
@@ -306,24 +285,21 @@ def recomputed(
         precision = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
         returned: list[Any] = []  # by the first run alone: what later ones return has a graph
 
-        def run(*tensors: Tensor) -> tuple[list[Any], Any, list[int]]:
+        def run(*tensors: Tensor, keep: bool = False) -> list[Tensor]:
             replaced = {**dict(enumerate(values)), **dict(zip(entering, tensors, strict=False))}
             own_args, own_kwargs = pytree.tree_unflatten([*replaced.values()], given_as)
             with using(tensors[len(entering) :]):
                 results, returned_as = pytree.tree_flatten(forward(*own_args, **own_kwargs))
             places = [i for i, t in enumerate(results) if isinstance(t, Tensor) and t.is_floating_point()]
-            return results, returned_as, places
-
-        def first(*tensors: Tensor) -> list[Tensor]:
-            returned[:] = run(*tensors)
-            return [returned[0][i] for i in returned[2]]
+            if keep:
+                returned[:] = results, returned_as, places
+            return [results[i] for i in places]
 
         def again(*tensors: Tensor) -> list[Tensor]:
             with replay(random, state), torch.autocast(device.type, *precision):
-                results, _, places = run(*tensors)
-            return [results[i] for i in places]
+                return run(*tensors)
 
-        outputs = _Part.apply(first, again, *(values[i] for i in entering), *weights)
+        outputs = Recomputed.apply(partial(run, keep=True), again, *(values[i] for i in entering), *weights)
         results, returned_as, places = returned
         returned.clear()
         for i, t in zip(places, outputs, strict=True):

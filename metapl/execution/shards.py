@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -97,6 +98,14 @@ def laid_out_like(value: Any, like: Any) -> Any:
 def load_whole(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     held = network.state_dict()
     network.load_state_dict({name: laid_out_like(t, held.get(name)) for name, t in weights.items()})
+
+
+def weights_of(model: nn.Module) -> dict[str, Any]:
+    """The weights and buffers of a network as they are now, whole and on the host."""
+    return {
+        name: whole(t).detach().cpu().clone() if isinstance(t, Tensor) else copy.deepcopy(t)
+        for name, t in model.state_dict().items()
+    }
 
 
 class ShardedSpace(Space):

@@ -25,7 +25,7 @@ from metapl.feedback.path import take_steps
 from metapl.feedback.teacher import Teaching
 from metapl.problems.base import BilevelProblem
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
-from metapl.runs.progress import counted
+from metapl.runs.terminal import counted
 from metapl.updates import Clipped, Update, as_one, options_of, update_of
 from metapl.words import summary
 

@@ -43,7 +43,7 @@ from metapl.functional.compiled import captured, capturing, refuse_gap
 from metapl.functional.network import Function, tensors_of
 from metapl.functional.state import dot, held, norm, on_value, settings_of
 from metapl.problems.base import Problem, Signal, enters_input, has_own, sum_and_weight
-from metapl.runs.progress import counted
+from metapl.runs.terminal import counted
 from metapl.updates import Clipped, Options, Update, options_of, parts_of, update_of
 
 vjp: Any = torch.func.vjp

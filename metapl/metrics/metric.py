@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError, reason_of
-from metapl.execution.batch import LABEL_KEYS, length, to_device
+from metapl.execution.batch import LABEL_KEYS, length, rows, to_device
 from metapl.execution.checks import described
+from metapl.execution.state import RandomState, replayed
 from metapl.metrics.classification import Evaluation, evaluate_logits
-from metapl.metrics.predictions import passes, predict_logits
+from metapl.metrics.predictions import logits_of, outer_batches, passes, predict_logits
 from metapl.problems.base import OuterLoss, sum_and_weight
 
 Better = Literal["min", "max"]
@@ -72,8 +73,8 @@ class Metric:
                     self.given.reset()
                 for inputs, batch in batches:
                     # Other tensors of a batch, such as weights of classes, may be longer than it has examples.
-                    rows = next((t for t in (inputs, labels_of(batch)) if isinstance(t, Tensor) and t.ndim), None)
-                    n += (count := length(batch) if rows is None else len(rows))
+                    own = next((t for t in (inputs, labels_of(batch)) if isinstance(t, Tensor) and t.ndim), None)
+                    n += (count := length(batch) if own is None else len(own))
                     for held, term in zip(sums, terms, strict=True):
                         total, weight = sum_and_weight(term(network, inputs, batch))
                         of_rows = isinstance(weight, float)  # a mean over examples
@@ -135,6 +136,25 @@ def metric_of(given: Any, mode: Better | None = None) -> Metric | None:
         raise MetaplError(f"metric is {described(given)}; expected {expected}.")
     if mode not in (None, metric.better):
         raise MetaplError(f"mode={mode!r} was given, and of the metric {metric.name!r} the {metric.better} is best.")
+    return metric
+
+
+def metric_for(trainer: Any, validation: Any, metric: Metric | None, select: bool) -> Metric | None:
+    """The metric of the networks on validation data, None without these; the student is measured on the first batch."""
+    if validation is None:
+        if metric is not None:
+            raise MetaplError(f"the metric {metric.name!r} was given without validation data; expected both.")
+        return None
+    if isinstance(validation, Iterator):
+        raise MetaplError("validation is an iterator, which is read once; expected a list or a DataLoader.")
+    with replayed(RandomState.now(trainer.device)):
+        first = next(outer_batches(validation, trainer.read_outer, trainer.device, "validation"), None)
+        if first is None:
+            raise MetaplError("validation has no batches; expected at least one example, or None.")
+        metric = metric or default_metric(trainer, first[1], logits_of(trainer.student, [rows(first[0], 0, 2)]))
+        if select and metric.better is None:
+            raise MetaplError(f"metric {metric.name!r}: expected mode='max', or mode='min' of an error, beside it.")
+        metric.over(trainer, trainer.student, [first])
     return metric
 
 

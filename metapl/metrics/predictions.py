@@ -22,7 +22,7 @@ from metapl.execution.batch import (
     rows,
     to_device,
 )
-from metapl.execution.layout import without_gradients
+from metapl.execution.layout import reshard
 
 ROWS = 1024  # examples in a pass, where data comes as a whole
 
@@ -66,8 +66,11 @@ def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
 def passes(model: nn.Module) -> Iterator[Callable[[Any], Tensor]]:
     """A function from inputs to the network's outputs on them, in eval mode and without gradients."""
     first = next(model.parameters(), None)
-    with eval_mode(model), without_gradients(model):
-        yield lambda x: checks.logits(model(x if first is None else to_device(x, first.device)), "network")
+    try:
+        with eval_mode(model), torch.no_grad():  # what a module keeps of inference mode has no gradient
+            yield lambda x: checks.logits(model(x if first is None else to_device(x, first.device)), "network")
+    finally:
+        reshard(model)
 
 
 def outer_batches(

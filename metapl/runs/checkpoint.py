@@ -3,6 +3,11 @@
 A file is in the format of safetensors: the tensors of a tree by their places in it, such as
 "trainer/student/0.weight", and in the header's metadata the tree itself as JSON and a SHA-256 of both. Nothing in it
 can run. It is written under another name, synced, and renamed, so what has its name is whole or damaged by others.
+
+Of networks that are sharded over all processes, a checkpoint is a folder, of which every process writes its part while
+the training goes on: the sharded tensors as torch.distributed.checkpoint writes them, and in ``rest.ckpt``, which is
+written last, everything else and the sizes of these files. The folder has its name only when all of them are on the
+disk. Their metadata is a pickle, which can run code: load only what one's own job wrote.
 """
 
 from __future__ import annotations
@@ -11,23 +16,30 @@ import hashlib
 import json
 import logging
 import os
+import random
 import shutil
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch import distributed as dist
+from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
-from metapl.runs.atomic import replacing
+from metapl.runs.folder import replacing, sync_folder
 
 _LOG = logging.getLogger(__name__)
 
-FORMAT = "3"
+FORMAT, REST = "3", "rest.ckpt"
+LEAVES_WITHIN = 60.0  # seconds that a fit which ends waits for the parts under way
 
 
 class CheckpointError(MetaplError):
@@ -138,10 +150,10 @@ def decoded(tree: str, tensors: Mapping[str, Tensor]) -> Any:
 
 
 class Found(NamedTuple):
-    """The newest whole checkpoint."""
+    """The newest whole checkpoint, and the state in it where it is one file."""
 
     path: Path
-    state: dict[str, Any]
+    state: dict[str, Any] | None
 
 
 class CheckpointFolder:
@@ -149,22 +161,31 @@ class CheckpointFolder:
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 3) -> None:
         self.folder, self.keep = Path(folder), keep
+        self.last: Path | None = None  # that was written, or gone on from
 
-    def write(self, step: int, state: dict[str, Any]) -> Path:
+    def write(self, step: int, state: dict[str, Any]) -> None:
         """Write a checkpoint, then delete the oldest earlier ones beyond ``keep``; raises as :func:`save`."""
         path = self.folder / f"step-{step:08d}.ckpt"
-        self.remove_begun()
+        _remove(self.folder.glob("step-[0-9]*.tmp"))  # what killed processes had begun to write
         save(path, state)
         self.remove_oldest(step)
-        return path
+        self.last = path
 
-    def newest(self, read: Callable[[Path], dict[str, Any]] = load) -> Found | None:
-        """The checkpoint of the latest step that is whole, as ``read`` gives it; None where there is none at all. Where
-        none can be used, or one that cannot be read may be whole, :class:`CheckpointError`."""
+    def finish(self) -> None:
+        """Wait for what is under way, of :class:`PartsFolder`."""
+
+    def newest(self) -> Found | None:
+        """The checkpoint of the latest step that is whole; None where there is none at all. Where none can be used, or
+        one that cannot be read may be whole, :class:`CheckpointError`. Within parts, flipped bits are not seen."""
         reasons = []
         for path in self.paths():
             try:
-                return Found(path, read(path))
+                if not path.is_dir():
+                    return Found(path, load(path))
+                for name, size in load(path / REST)["sizes"].items():
+                    if not (path / name).is_file() or (path / name).stat().st_size != size:
+                        raise DamagedError(f"{path} is damaged: its {name} is missing, or was cut")
+                return Found(path, None)
             except DamagedError as error:
                 _LOG.warning("passed over %s: %s", path.name, error)
                 reasons.append(str(error))
@@ -177,10 +198,6 @@ class CheckpointFolder:
         """Of all checkpoints, newest first."""
         found = [path for path in self.folder.glob("step-*") if path.suffix in (".ckpt", ".parts")]
         return sorted((path for path in found if path.stem[5:].isdecimal()), key=_step, reverse=True)
-
-    def remove_begun(self) -> None:
-        """Remove what killed processes had begun to write."""
-        _remove(self.folder.glob("step-[0-9]*.tmp"))
 
     def remove_oldest(self, step: int) -> None:
         """Delete the oldest checkpoints before ``step`` beyond ``keep``, of which that one counts."""
@@ -198,3 +215,110 @@ def _remove(paths: Iterable[Path]) -> None:
         except OSError as error:
             # The new checkpoint is whole, so this must not end a training; it must not stay unseen either.
             _LOG.warning("%s could not be deleted: %s", path, error.strerror)
+
+
+class PartsFolder(CheckpointFolder):
+    """Checkpoints in parts, written beside the training, one at a time; every process of the job has this folder."""
+
+    def __init__(self, folder: str | os.PathLike[str], keep: int = 3) -> None:
+        super().__init__(folder, keep)
+        # Exchanges in another thread must not come between those of the training.
+        self.group: Any = dist.new_group(backend="gloo")
+        self._under_way: tuple[Path, Any] | None = None
+
+    def write(self, step: int, state: dict[str, Any]) -> None:
+        """Begin to write a state as it is now; of what is not sharded, the first process writes its own. On every
+        process :class:`CheckpointError` where the checkpoint before this one could not be written."""
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
+        from torch.distributed.checkpoint.state_dict_saver import async_save
+
+        self.finish()
+        path, first, tensors = self.folder / f"step-{step:08d}.parts", dist.get_rank() == 0, dict[str, Any]()
+        begun, remove_oldest = path.with_suffix(".parts.tmp"), self.remove_oldest
+        tree = json.dumps(encoded(state, tensors))
+        sharded = {place: t for place, t in tensors.items() if hasattr(t, "device_mesh")}
+        plain = {place: t.to("cpu", copy=True) for place, t in tensors.items() if first and place not in sharded}
+
+        class Writer(FileSystemWriter):
+            def finish(self, metadata: Any, results: Any) -> None:
+                """On the first process, when all have written theirs; what fails here fails in all."""
+                super().finish(metadata, results)
+                sizes = {file.name: file.stat().st_size for file in begun.iterdir()}
+                save(begun / REST, {"tree": tree, "tensors": plain, "sizes": sizes})
+                # One of the same step was damaged, and passed over when the run was resumed.
+                shutil.rmtree(path, ignore_errors=True)
+                os.replace(begun, path)
+                sync_folder(path.parent)
+                remove_oldest(step)
+
+        if first:
+            _remove(self.folder.glob("step-[0-9]*.tmp"))
+        # The parts are copied before it returns.
+        self._under_way = path, async_save(sharded, storage_writer=Writer(begun), process_group=self.group)
+
+    def finish(self) -> None:
+        """Wait for the checkpoint under way; raises as :meth:`write`."""
+        if self._under_way is None:
+            return
+        (path, saved), self._under_way = self._under_way, None
+        if error := saved.exception():
+            if dist.get_rank() == 0:
+                shutil.rmtree(path.with_suffix(".parts.tmp"), ignore_errors=True)
+            why = str(error).strip().rpartition("\n")[2] or type(error).__name__
+            raise CheckpointError(f"{path} could not be written: {why}") from error
+        self.last = path
+
+    def close(self) -> None:
+        """Let the checkpoint under way come to its end, whatever ended the fit."""
+        if self._under_way is None or wait([self._under_way[1]], LEAVES_WITHIN).done:
+            dist.destroy_process_group(self.group)
+
+
+def load_parts(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
+    """The state in a folder that :meth:`CheckpointFolder.newest` has found whole. A sharded tensor is read as the
+    DTensor ``like`` it is laid out, by its place or that of the dict it is in, and the shape; or whole, on the host."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+
+    rest, tensors = load(path / REST), dict[str, Any]()
+    about: Any = FileSystemReader(path).read_metadata().state_dict_metadata
+    for name, said in about.items():
+        layout, dtype = like.get(name, like.get(name.rpartition("/")[0])), said.properties.dtype
+        known = layout is not None and layout.shape == said.size
+        tensors[name] = torch.empty_like(layout, dtype=dtype) if known else torch.empty(said.size, dtype=dtype)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that each process reads for itself is meant
+        load_tensors(tensors, checkpoint_id=path, no_dist=True)
+    state: dict[str, Any] = decoded(rest["tree"], rest["tensors"] | tensors)
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------- generators
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of Python's, NumPy's and torch's default random number generators, as a checkpoint takes it."""
+    return {
+        "python": random.getstate(),
+        "numpy": plain_states(numpy.random.get_state(legacy=False)),  # noqa: NPY002 - the global one is meant
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Restore what :func:`rng_state` returned; a warning says where the number of CUDA devices has changed."""
+    random.setstate(state["python"])
+    numpy.random.set_state(state["numpy"])  # noqa: NPY002 - the global one is meant
+    torch.set_rng_state(state["torch"])
+    saved, present = state["cuda"], torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if len(saved) != present:
+        text = "the generators of %d CUDA devices were saved and %d are present: what runs on CUDA draws other numbers"
+        _LOG.warning(text, len(saved), present)
+    for device, generator in enumerate(saved[:present]):
+        torch.cuda.set_rng_state(generator, device)
+
+
+def plain_states(value: Any) -> Any:
+    """The same with lists and numbers in the place of NumPy's arrays, which a checkpoint does not take."""
+    return pytree.tree_map_only((numpy.ndarray, numpy.generic), lambda array: array.tolist(), value)

@@ -2,9 +2,8 @@
 
 from metapl.feedback.report import Report, Say
 from metapl.training.base import Trainer
-from metapl.training.loop import FitResult
+from metapl.training.loop import Callback, FitResult, Interrupted, StopFit
 from metapl.training.options import FitOptions
-from metapl.training.stopping import Callback, Interrupted, StopFit
 
 __all__ = ["Callback", "FitOptions", "FitResult", "Interrupted", "Report", "Say", "StopFit", "Trainer"]
 __dir__ = __all__.copy

@@ -31,9 +31,9 @@ from metapl.feedback.resuming import generators_at_start
 from metapl.functional.training import differentiate
 from metapl.problems.base import Problem, Signal, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
-from metapl.runs.atomic import replacing
 from metapl.runs.fields import AboveZero, AtLeastOne, check_arguments
-from metapl.runs.progress import counted
+from metapl.runs.folder import replacing
+from metapl.runs.terminal import counted
 from metapl.updates import Schedule, as_one, options_by_step, update_of
 from metapl.words import summary
 

@@ -27,11 +27,9 @@ from metapl.metrics.metric import Asked, Better, Term, default_metric, metric_of
 from metapl.metrics.predictions import input_batches, logits_of, outer_batches
 from metapl.runs import checkpoint
 from metapl.runs.folder import Folder
-from metapl.runs.generators import rng_state, set_rng_state
 from metapl.training import loop
-from metapl.training.loop import FitResult
+from metapl.training.loop import Callback, FitResult
 from metapl.training.options import FitOptions
-from metapl.training.stopping import Callback
 
 
 class Trainer(ABC):
@@ -163,7 +161,7 @@ class Trainer(ABC):
         how, folder = FitOptions(steps=steps, **options), Folder(out) if isinstance(out, str | Path) else out
         say = say or partial(print, file=sys.stderr, flush=True)
         data = given, batch_size, validation, measure
-        return loop.Fit(self, how, *data, folder, resume, progress, say, callbacks).run()
+        return loop.fit(self, how, *data, folder, resume, progress, say, callbacks)
 
     def evaluate(self, data: Any, *, classes: list[str] | None = None, metric: Asked | None = None) -> Any:
         """How good the student is on labeled data.
@@ -255,12 +253,12 @@ class Trainer(ABC):
 
     def save(self, path: str | Path) -> None:
         """Write :meth:`state_dict` and the default generators to a file, whole or not at all. Not of sharded ones."""
-        checkpoint.save(path, {"trainer": self.live_state(), "rng": rng_state()})
+        checkpoint.save(path, {"trainer": self.live_state(), "rng": checkpoint.rng_state()})
 
     def load(self, path: str | Path) -> None:
         state = checkpoint.load(path)
         self.load_state_dict(state["trainer"])
-        set_rng_state(state["rng"])  # last, for loading may draw
+        checkpoint.set_rng_state(state["rng"])  # last, for loading may draw
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "float32":

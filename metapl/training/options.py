@@ -1,12 +1,19 @@
-"""How a fit runs, and the learning rates that its schedule moves."""
+"""How a fit runs, the learning rates that its schedule moves, and the averages of weights that it keeps."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import torch
+from torch import Tensor, nn
+
 from metapl.errors import MetaplError
+from metapl.execution.layout import reshard
+from metapl.execution.shards import as_sharded, laid_out_like, local
 from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_fields
 
 MOST_WORKERS = 256  # processes that prepare batches; some machines end when more are started
@@ -113,3 +120,62 @@ class Rates:
 
     def now(self) -> dict[str, float]:
         return {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
+
+
+class Average:
+    r"""The average that follows a network's weights, \theta̅ \leftarrow d_t \theta̅ + (1 - d_t) \theta.
+
+    .. math:: d_t = \min\big(\mathrm{decay}, \tfrac{1 + t}{10 + t}\big), \quad t = 0, 1, \dots
+
+    so early in training the average is over the last few steps only. Buffers (running statistics) are copied.
+    ``torch.optim.swa_utils.AveragedModel`` counts on the device, so that each step would wait for it, and copies the
+    module, which a sharded one does not allow. Cost: a copy of the weights; one fused pass over them an update.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        if any(p.dtype in (torch.bfloat16, torch.float16) for p in network.parameters()):
+            raise MetaplError("ema_decay of 16-bit weights does not move; expected 32-bit ones with precision=.")
+        self.network, self.decay, self.steps = network, decay, 0
+        self._kept = {name: local(t).detach().clone() for name, t in self._tensors().items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        parts = {name: local(t) for name, t in self._tensors().items()}
+        moving = {name for name, p in self.network.named_parameters() if p.is_floating_point() or p.is_complex()}
+        torch._foreach_lerp_([self._kept[name] for name in moving], [parts[name] for name in moving], 1 - decay)
+        # A pass may have made buffers, or given them another shape.
+        self._kept = {name: self._kept[name] if name in moving else t.clone() for name, t in parts.items()}
+        self.steps += 1
+
+    @contextmanager
+    def held(self) -> Iterator[nn.Module]:
+        """The network with the averaged weights in this block, and bit for bit its own afterwards."""
+        own = {name: local(t).detach().clone() for name, t in self._tensors().items()}
+        try:
+            self._write(self._kept)
+            yield self.network
+        finally:
+            self._write(own)
+
+    @torch.no_grad()
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        for name, t in self._tensors().items():
+            part, value = local(t), values.get(name)
+            if value is not None and value.shape == part.shape:  # others are caches that grew with a longer input
+                part.copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averaged weights, laid out as the network's, and how many steps they have followed."""
+        held = {name: as_sharded(self._kept[name], t) for name, t in self._tensors().items() if name in self._kept}
+        return {"module": held, "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`, whole or laid out as the network is."""
+        for name, t in self._tensors().items():
+            self._kept[name] = local(laid_out_like(state["module"][name], t)).to(t.device, copy=True)
+        self.steps = state["steps"]
+
+    def _tensors(self) -> dict[str, Any]:
+        reshard(self.network)  # else a sharded network holds other tensors
+        return dict(self.network.named_parameters()) | dict(self.network.named_buffers())

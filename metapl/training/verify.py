@@ -28,7 +28,7 @@ from metapl.execution.numerics import no_fast_path
 from metapl.execution.state import RandomState, trainable
 from metapl.feedback import Estimator, Implicit, Lookahead, LossDifference, Mode, estimator, prepare
 from metapl.problems.base import field_of, has_own, has_rows, sum_and_weight
-from metapl.runs.generators import rng_state, set_rng_state
+from metapl.runs.checkpoint import rng_state, set_rng_state
 from metapl.training.real_step import Run, Step, Tree, causes, flat, functions_in, rounding_of, size_of
 from metapl.updates import Clipped, parts_of, update_of
 

@@ -192,7 +192,7 @@ def test_an_earlier_export_stays_where_another_fails(tmp_path: Path, monkeypatch
     export(create("small_cnn", 2), tmp_path, shape=SHAPE)
     content = {file: file.read_bytes() for file in tmp_path.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr("metapl.runs.atomic.os.replace", Mock(side_effect=OSError(28, "No space left on device")))
+        patch.setattr("metapl.runs.folder.os.replace", Mock(side_effect=OSError(28, "No space left on device")))
         with pytest.raises(MetaplError, match="No space left"):
             export(create("small_cnn", 2), tmp_path, shape=SHAPE)
     (tmp_path / ONNX).write_bytes(b"of another network")  # which would stand beside weights that are not its own

@@ -20,8 +20,8 @@ from metapl.apps.images import Pictures
 from metapl.apps.launch import Processes
 from metapl.apps.methods import Training
 from metapl.apps.settings import Fitting
+from metapl.execution.shards import weights_of
 from metapl.training import FitResult
-from metapl.training.selection import weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metapl.data import sampler
+from metapl.data import steps as sampler
 from metapl.execution import local
 from metapl.execution.layout import Capability, Layout
 from metapl.execution.local import LocalStudent, Pass

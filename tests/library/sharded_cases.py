@@ -610,21 +610,21 @@ def unwritten(folder: str) -> list[str]:
     """What each rank hears of two checkpoints that fail on the first alone, in its part and at the end."""
     from torch.distributed.checkpoint import FileSystemWriter
 
-    from metapl.runs import checkpoint_parts as parts
+    from metapl.runs import checkpoint
 
     def refuse(*_: Any) -> Any:
         raise RuntimeError("a bug")
 
     told = []
-    for where, name in ((FileSystemWriter, "write_data"), (parts.checkpoint, "save")):
-        writer = parts.PartsWriter(Path(folder), 2)
+    for where, name in ((FileSystemWriter, "write_data"), (checkpoint, "save")):
+        writer = checkpoint.PartsFolder(Path(folder), 2)
         with pytest.MonkeyPatch.context() as patch:
             if dist.get_rank() == 0:
                 patch.setattr(where, name, refuse)
             try:
                 writer.write(1, {"weight": torch.ones(3)})
-                writer.finished()
-            except parts.CheckpointError as error:
+                writer.finish()
+            except checkpoint.CheckpointError as error:
                 told.append(str(error))
         writer.close()
     return told

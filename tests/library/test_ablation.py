@@ -13,7 +13,7 @@ from torch import Tensor
 
 import metapl
 from metapl.ablation import Ablation, Altered, ModeCost, ablate, recommendation
-from metapl.ablation.study import _seconds
+from metapl.ablation.cost import seconds
 from metapl.execution.ranks import ALONE
 from metapl.feedback import Difference, Estimator, Forward
 
@@ -97,7 +97,7 @@ def test_a_mode_that_cannot_run_has_its_reason_below_the_table() -> None:
 
 
 def test_a_call_that_waits_for_a_core_is_timed_by_what_it_computes() -> None:
-    assert _seconds(lambda: time.sleep(0.2), torch.device("cpu")) < 0.1
+    assert seconds(lambda: time.sleep(0.2), torch.device("cpu")) < 0.1
 
 
 def cost(seconds: float, peak: int = 100_000, error: float = 0.0, noise: float = 0.0) -> ModeCost:

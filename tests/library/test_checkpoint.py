@@ -19,10 +19,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
 from metapl.runs import checkpoint
-from metapl.runs.checkpoint import CheckpointError, CheckpointFolder, DamagedError, load, save
-from metapl.runs.checkpoint_parts import PartsWriter
-from metapl.runs.checkpoint_parts import check as check_parts
-from metapl.runs.checkpoint_parts import load as load_parts
+from metapl.runs.checkpoint import CheckpointError, CheckpointFolder, DamagedError, PartsFolder, load, load_parts, save
 
 WEIGHT = torch.arange(6.0).reshape(2, 3)
 TREES: dict[str, Any] = {
@@ -131,10 +128,10 @@ def test_as_many_stay_as_are_kept_and_what_others_have_there_too(tmp_path: Path)
 
 
 @pytest.fixture
-def writer(tmp_path: Path) -> Iterator[PartsWriter]:
+def writer(tmp_path: Path) -> Iterator[PartsFolder]:
     """Of one process."""
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    writer = PartsWriter(tmp_path / "fit", keep=2)
+    writer = PartsFolder(tmp_path / "fit", keep=2)
     yield writer
     writer.close()
     dist.destroy_process_group()
@@ -148,25 +145,25 @@ def state_of(step: int, value: float = 1.0, size: int = 3) -> dict[str, Any]:
     return {"trainer": {"student": student, "optimizer": optimizer}, "step": step, "rng": torch.arange(3)}
 
 
-def written(writer: PartsWriter, step: int, value: float = 1.0) -> Path:
+def written(writer: PartsFolder, step: int, value: float = 1.0) -> Any:
     writer.write(step, state_of(step, value))
-    path = writer.finished()
-    assert path is not None
-    return path
+    writer.finish()
+    return writer.last
 
 
-def names(writer: PartsWriter) -> list[str]:
-    return sorted(path.name for path in writer.checkpoints.folder.iterdir())
+def names(writer: PartsFolder) -> list[str]:
+    return sorted(path.name for path in writer.folder.iterdir())
 
 
-def test_it_is_read_as_it_was_when_it_was_asked_for(writer: PartsWriter) -> None:
+def test_it_is_read_as_it_was_when_it_was_asked_for(writer: PartsFolder) -> None:
     state = state_of(7, 2.0)
     writer.write(7, state)
     state["trainer"]["student"]["sharded"].to_local().zero_()
     state["trainer"]["student"]["weight"].zero_()
     state["trainer"]["optimizer"]["param_groups"][0]["lr"] = 0.0
-    path = writer.finished()
-    assert path == writer.checkpoints.folder / "step-00000007.parts"
+    writer.finish()
+    path = writer.last
+    assert path == writer.folder / "step-00000007.parts"
     expected = state_of(7, 2.0)
     expected["trainer"]["student"]["sharded"] = torch.full((3, 2), 2.0)
     assert repr(load_parts(path, {})) == repr(expected)
@@ -176,18 +173,18 @@ def test_it_is_read_as_it_was_when_it_was_asked_for(writer: PartsWriter) -> None
     assert again.full_tensor().unique().tolist() == [2.0]
 
 
-def test_old_ones_go_when_a_new_one_is_whole_and_what_kills_left_goes_too(writer: PartsWriter) -> None:
-    (writer.checkpoints.folder / "step-00000009.parts.tmp").mkdir(parents=True)
+def test_old_ones_go_when_a_new_one_is_whole_and_what_kills_left_goes_too(writer: PartsFolder) -> None:
+    (writer.folder / "step-00000009.parts.tmp").mkdir(parents=True)
     for step in (2, 3, 4):
         written(writer, step)
     assert names(writer) == ["step-00000003.parts", "step-00000004.parts"]
     written(writer, 4, 5.0)  # in the place of one that was passed over
-    newest = CheckpointFolder(writer.checkpoints.folder).newest(check_parts)
+    newest = CheckpointFolder(writer.folder).newest()
     assert newest is not None
     assert load_parts(newest.path, {})["trainer"]["student"]["weight"].unique().tolist() == [5.0]
 
 
-def test_one_with_a_damaged_file_is_passed_over(writer: PartsWriter) -> None:
+def test_one_with_a_damaged_file_is_passed_over(writer: PartsFolder) -> None:
     written(writer, 1)
     whole = written(writer, 2)
     files = {path: path.read_bytes() for path in whole.iterdir()}
@@ -197,7 +194,7 @@ def test_one_with_a_damaged_file_is_passed_over(writer: PartsWriter) -> None:
         flipped = content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
         for broken in (content[:middle], None, *([flipped] if path.name == "rest.ckpt" else [])):
             path.unlink() if broken is None else path.write_bytes(broken)
-            newest = CheckpointFolder(writer.checkpoints.folder).newest(check_parts)
+            newest = CheckpointFolder(writer.folder).newest()
             assert newest is not None
             assert load_parts(newest.path, {})["step"] == 1
             path.write_bytes(content)

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from metapl.data import StepBatches, StepSampler, draws, to_device
 from metapl.data.steps import _begin_worker
 from metapl.errors import MetaplError
-from metapl.runs import generators
+from metapl.runs import checkpoint
 
 
 class Doubles(StepBatches[Tensor]):
@@ -90,12 +90,12 @@ def check_going_on(source: Callable[[], Any], cuts: range) -> None:
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES.keys())
 def test_goes_on_exactly_and_leaves_the_default_generators_alone(source: Callable[[], Any]) -> None:
     check_going_on(source, range(6))  # an epoch is of three or four batches
-    before = generators.rng_state()
+    before = checkpoint.rng_state()
     stream, again = made(source()), made(source())
     take(stream, 6)
     again.restore(stream.state())
     again.next()
-    assert same(generators.rng_state(), before)
+    assert same(checkpoint.rng_state(), before)
 
 
 @pytest.mark.parametrize(
@@ -175,10 +175,10 @@ REFUSED: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_be_served_is_refused_and_no_generator_moves(what: str) -> None:
-    before = generators.rng_state()
+    before = checkpoint.rng_state()
     with pytest.raises(MetaplError, match="labeled"):
         REFUSED[what]()
-    assert same(generators.rng_state(), before)
+    assert same(checkpoint.rng_state(), before)
 
 
 class Failing(Noisy):
@@ -208,11 +208,11 @@ def test_a_failed_step_is_not_skipped(num_workers: int) -> None:
 def test_goes_on_exactly_after_an_interruption(error: BaseException) -> None:
     expected = take(made(DataLoader(Failing(), batch_size=2, shuffle=True)), 8)
     stream = made(DataLoader(Failing(error), batch_size=2, shuffle=True))
-    before = generators.rng_state()
+    before = checkpoint.rng_state()
     batches: list[Any] = []
     with pytest.raises(type(error)):
         batches.extend(iter(stream.next, None))
-    assert same(generators.rng_state(), before)
+    assert same(checkpoint.rng_state(), before)
     state = stream.state()
     batches += take(stream, 8 - len(batches))
     assert same(batches, expected)

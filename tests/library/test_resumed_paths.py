@@ -22,7 +22,7 @@ from metapl import Lookahead, MetaplError
 from metapl.feedback import Forward
 from metapl.feedback.resuming import known_by
 from metapl.problems import EqualWeights, ExampleWeights, Table
-from metapl.runs import atomic
+from metapl.runs import folder as folders
 from metapl.updates import update_of
 
 STEPS = 30
@@ -102,7 +102,7 @@ def killed(case: str, folder: str, kind: str, number: int) -> None:
 
     replace = os.replace
     if kind == "file":
-        atomic.os.replace = lambda *names: (come(), replace(*names))[1]  # type: ignore[attr-defined, func-returns-value]
+        folders.os.replace = lambda *names: (come(), replace(*names))[1]  # type: ignore[attr-defined, func-returns-value]
     CALLS[case](folder, come if kind == "read" else lambda: None)
 
 
@@ -181,7 +181,7 @@ def test_a_full_disk_leaves_what_was_kept(monkeypatch: pytest.MonkeyPatch, tmp_p
             raise OSError(28, "No space left on device")
         sync(descriptor)
 
-    monkeypatch.setattr(atomic.os, "fsync", full)
+    monkeypatch.setattr(folders.os, "fsync", full)
     with pytest.raises(MetaplError):
         gradient(str(tmp_path), lambda: None)
     monkeypatch.undo()

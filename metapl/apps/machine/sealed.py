@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from metapl.errors import MetaplError, reason_of
-from metapl.runs.atomic import replacing
+from metapl.runs.folder import replacing
 
 StrPath = str | os.PathLike[str]
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")

@@ -29,8 +29,7 @@ from metapl.apps.pictures.reader import Box, Crop, UnreadableImage, read_crops, 
 from metapl.apps.pictures.views.base import View
 from metapl.apps.pictures.views.transforms import ResizedCrop
 from metapl.data import draws
-from metapl.data.sampler import StepSampler
-from metapl.data.steps import BatchT, StepBatches
+from metapl.data.steps import BatchT, StepBatches, StepSampler
 from metapl.errors import MetaplError
 from metapl.execution.batch import to_device
 
