@@ -106,7 +106,7 @@ def _of_training(config: Any, method: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class AblateFactory:
-    """Compare the modes on networks of your own.
+    """Compare the modes on networks of your own; metapl ablate digits and metapl ablate images do on these.
 
     Args:
         factory: module:function of a module in this folder or installed; the function takes nothing and returns a

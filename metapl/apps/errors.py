@@ -1,8 +1,9 @@
-"""Errors of the application: where something failed, and which package it lacks."""
+"""Errors of the application: where something failed, which package it lacks, and what a stopped command exits with."""
 
 from __future__ import annotations
 
 import importlib.util
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,3 +24,8 @@ def placed(where: str) -> Iterator[None]:
         yield
     except MetaplError as error:
         raise MetaplError(f"{where}{error}") from error
+
+
+def exit_code(stopped: KeyboardInterrupt) -> int:
+    """That of a process which the signal has ended."""
+    return 128 + int(getattr(stopped, "signal_number", signal.SIGINT))

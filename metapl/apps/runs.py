@@ -1,4 +1,4 @@
-"""``metapl runs``: the runs below a folder, a line each; ``metapl report``: all there is to see of one as a page."""
+"""``metapl runs``: the runs below a folder, a line each."""
 
 from __future__ import annotations
 
@@ -12,14 +12,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from metapl.apps import web
-from metapl.apps.curves import draw
-from metapl.apps.inputs import Run, check_file
 from metapl.apps.machine.ownership import is_owned
-from metapl.apps.machine.sealed import read_plain, write_whole
 from metapl.apps.pictures.folders import walk
-from metapl.apps.report import PAGE, drawn, made, page_of
-from metapl.apps.run import TOLD, EndedRun, RunFolder, refuse_changed, stored_result
+from metapl.apps.run import TOLD, RunFolder, refuse_changed, stored_result
 from metapl.apps.settings import Switch, unset
 from metapl.apps.words import short, table, tell
 from metapl.errors import MetaplError, reason_of
@@ -117,52 +112,3 @@ def listing(found: Sequence[Mapping[str, Any]]) -> str:
         method = short(methods[0]) if len(methods) == 1 else f"{len(methods)} methods"
         rows.append((name, method, short(entry.get("data", "")), steps, state, entry["date"][:10]))
     return f"{table(rows, left=len(rows[0]))}\n\n{notes}"
-
-
-# --------------------------------------------------------------------------------------------------- metapl report RUN
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """Write all there is to see of a run as one web page, for a browser, without any other file; a run that ended left
-    such a page already.
-
-    Its accuracy, curves of losses, validation and feedback, the confusion matrix, each class, the surest mistakes on
-    the test set where its pictures are still there, settings, the command and versions. Of a comparison: its methods
-    side by side, the paired test, and the run that it delivers. Of a run that has not ended: how far it has come.
-
-    A page that was written before is replaced; another file is not.
-
-    Args:
-        folder: the run folder.
-        out: the page, a file that ends with .html.
-    """
-
-    folder: Run
-    out: Annotated[Path | None, unset("FILE.html", default="(default: RUN/report.html)")] = None
-
-    def run(self) -> int:
-        out = self.out or self.folder / PAGE
-        if self.out is not None or self.folder.is_dir():  # else there is no run
-            check_file(out, ".html")
-        if out.exists() and web.GENERATOR.encode() not in read_plain(out)[:1000]:
-            raise MetaplError(f"{out} is there, and metapl report did not write it; expected another --out FILE.html.")
-        folder = RunFolder(self.folder)
-        if folder.exists and not folder.ended:
-            heading, parts = _unfinished(folder)
-        else:
-            heading, _, parts = page_of(EndedRun.load(self.folder))
-        page = web.web_page(heading, self.folder, parts)
-        write_whole(out, page, "any earlier page is as it was; expected a disk with room, or another --out.")
-        tell(f"{heading}\nthe page is written: {out}, {len(page) / 1e3:,.0f} kB; open it in a browser")
-        return 0
-
-
-def _unfinished(folder: RunFolder) -> tuple[str, list[str]]:
-    """What :func:`state_of` says of a run that has not ended, and its curves so far."""
-    description, found = folder.recipe(), state_of(folder)
-    heading = f"{found['recipe']}: {' and '.join(found['methods'])}, {found['state']}"
-    rows = Metrics(folder.path / "metrics.jsonl").rows(found["phase"])
-    picture = draw(title=heading, curves={found["phase"]: rows}, evaluation=None, network="network")
-    state = web.rows([(name, json.dumps(value)) for name, value in found.items()])
-    return heading, [state, drawn(picture), *made(folder, description, folder)]
