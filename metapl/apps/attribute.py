@@ -16,8 +16,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from metapl.apps import web
-from metapl.apps.held_out import files_of
-from metapl.apps.inputs import Folder, Run, check_out, counted, held, write
+from metapl.apps.inputs import Folder, Run, check_out, counted, files_of, held, write
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.check import verify_files
 from metapl.apps.pictures.folders import LabeledFiles, scan_labeled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import tempfile
@@ -16,11 +17,10 @@ from metapl.apps import digits, images, noisy_labels, noisy_student
 from metapl.apps.compare import compare
 from metapl.apps.comparison import parse_seeds
 from metapl.apps.digits import Digits
-from metapl.apps.errors import exit_code
 from metapl.apps.images import Images
 from metapl.apps.inputs import Folder, check_out, run_folder
 from metapl.apps.labeling import check_labels_given
-from metapl.apps.launch import check_started, from_first, joined, program
+from metapl.apps.launch import from_first, joined, program
 from metapl.apps.look import settled
 from metapl.apps.machine.environment import default_threads
 from metapl.apps.methods import ReducedMpl, beside
@@ -30,7 +30,7 @@ from metapl.apps.report import summary
 from metapl.apps.run import RunFolder, stored_result
 from metapl.apps.settings import Flat, Switch, unset
 from metapl.apps.train import check_shares, describe, device, train
-from metapl.apps.words import tell, wrapped
+from metapl.apps.words import exit_code, tell, wrapped
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError, few
 from metapl.runs.fields import Range
@@ -103,7 +103,12 @@ class Train:
         config, method, options = self.config, self.method, self.options
         # 1. What can be refused by the words alone.
         mesh = Mesh(replicate=getattr(options, "replicate", 1), shard=getattr(options, "shard", 1))
-        check_started(mesh)
+        if mesh.size != (count := int(os.environ.get("WORLD_SIZE", "1"))):
+            raise MetaplError(
+                f"{count} process{'es were' if count > 1 else ' was'} started for a mesh of {mesh.size}; expected as "
+                "many: torchrun --nproc-per-node=N -m metapl.apps ... --mesh.replicate N, or --mesh.shard N for shared "
+                "weights."
+            )
         place = device(config.fitting.device)
         if not options.resume:
             check_out(options.out or Path("runs"), {name: getattr(config, name) for name in config.places})

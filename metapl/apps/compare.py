@@ -10,23 +10,23 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
 import tyro
+from joblib import cpu_count
 
 from metapl.apps.comparison import ENOUGH_SEEDS, STUDENT, Comparison, spread
-from metapl.apps.errors import placed
 from metapl.apps.inputs import counted
-from metapl.apps.machine.environment import available_cores, default_threads
+from metapl.apps.machine.environment import default_threads
 from metapl.apps.machine.sealed import read_sealed
-from metapl.apps.report import linear_baseline, write_report
+from metapl.apps.report import SUSPECTS, linear_baseline, write_report
 from metapl.apps.run import (
     ANOTHER,
     NETWORK,
@@ -39,7 +39,6 @@ from metapl.apps.run import (
     stored_result,
 )
 from metapl.apps.settings import replaced
-from metapl.apps.suspects import SUSPECTS
 from metapl.apps.train import describe, device, train
 from metapl.apps.words import table, tell, wrapped
 from metapl.errors import MetaplError, few
@@ -96,7 +95,7 @@ def compare(
                 place = out / name / f"seed-{seed}"
                 begun = resume or (place / "recipe.json").exists()
                 todo.append(Job(replaced(config, seed=seed), method, place, begun, default_threads() if on_gpu else 1))
-        workers = min(jobs or (1 if on_gpu else available_cores()), len(todo))
+        workers = min(jobs or (1 if on_gpu else cpu_count()), len(todo))
         tell(f"{counted(len(names), 'method')} x {counted(len(seeds), 'seed')}, {workers} at a time -> {out}")
         with closing(run_all(todo, workers)) as running:  # workers end before the command does
             for number, (job, result) in enumerate(running, 1):
@@ -169,6 +168,15 @@ def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str,
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def placed(where: str) -> Iterator[None]:
+    """Say where, in front of what a :class:`MetaplError` of this block says."""
+    try:
+        yield
+    except MetaplError as error:
+        raise MetaplError(f"{where}{error}") from error
 
 
 _stopped = False  # whether this worker was stopped, and begins no other job

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 
 from metapl.apps.evaluation.attacks import LEVELS, Attack, measure
 from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
-from metapl.apps.held_out import HeldOut
-from metapl.apps.inputs import Factory, Folder, Network, Run, counted, held, write
+from metapl.apps.inputs import Factory, Folder, HeldOut, Network, Run, counted, held, write
 from metapl.apps.labeling import refuse_infinite
 from metapl.apps.machine.progress import counting
 from metapl.apps.run import WEIGHTS, EndedRun

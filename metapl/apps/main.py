@@ -24,9 +24,8 @@ from typing import Annotated, Any, Union
 import torch
 import tyro
 
-from metapl.apps.errors import exit_code
 from metapl.apps.settings import flat
-from metapl.apps.words import tell
+from metapl.apps.words import exit_code, tell
 from metapl.errors import FieldError, MetaplError
 from metapl.runs.fields import check_fields
 from metapl.runs.signals import END, is_heard

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
@@ -18,18 +19,21 @@ from torch import Tensor, nn
 
 from metapl.apps import web
 from metapl.apps.comparison import Comparison
-from metapl.apps.held_out import HeldOut
-from metapl.apps.inputs import Run, check_file, counted
+from metapl.apps.inputs import HeldOut, Run, check_file, counted
 from metapl.apps.machine.sealed import read_plain, write_whole
+from metapl.apps.methods import Doubtful
+from metapl.apps.pictures.input import Input
 from metapl.apps.run import EndedRun, RunFolder, counts_of, refuse_changed, results_within, stored_data, stored_result
 from metapl.apps.runs import state_of
 from metapl.apps.settings import unset
-from metapl.apps.suspects import suspects_shown
-from metapl.apps.words import short, tell
+from metapl.apps.words import short, tell, written_csv
 from metapl.errors import MetaplError
-from metapl.metrics import Evaluation, interval, predict_logits
+from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits
 from metapl.metrics.predictions import batches_of
+from metapl.problems import Table
 from metapl.runs.rows import Metrics
+from metapl.training import Trainer
+from metapl.training.trainer import BilevelTrainer
 
 PAGE, PICTURE = "report.html", "report.png"
 MOST_CURVES = 7  # methods whose curves can be told apart
@@ -79,11 +83,9 @@ class Report:
 
 @dataclass(frozen=True)
 class Mistakes:
-    """A network on labeled examples: its logits (n, K), their labels (n,), and the mistakes that it is surest of."""
+    """What a network reaches on labeled examples, and the mistakes that it is surest of."""
 
-    logits: Tensor
-    labels: Tensor
-    wrong: int
+    evaluation: Evaluation
     surest: list[web.Picture]
 
 
@@ -91,7 +93,7 @@ def mistakes(network: nn.Module, data: Any, classes: Sequence[str], files: Seque
     """Beneath each mistake stands what it is taken for, what it is, and its file."""
     kept: list[tuple[float, web.Picture]] = []
     seen: list[tuple[Tensor, Tensor]] = []
-    n = wrong = 0
+    n = 0
     for inputs, labels in batches_of(data, torch.device("cpu")):
         logits, labels = predict_logits(network, [(inputs, labels)])
         seen.append((logits, labels))
@@ -101,11 +103,10 @@ def mistakes(network: nn.Module, data: Any, classes: Sequence[str], files: Seque
             sure, file = float(best.values[row]), (files or ())[n + row : n + row + 1]  # some have no file
             words = [f"{classes[int(taken[row])]} {100 * sure:.0f} %", f"is {classes[int(labels[row])]}", *file]
             kept.append((sure, web.Picture(inputs[row], "\n".join(words))))
-            wrong += 1
         n += len(labels)
         kept = sorted(kept, key=lambda each: -each[0])[:SHOWN]  # the others need no memory
     logits, labels = map(torch.cat, zip(*seen, strict=True))
-    return Mistakes(logits, labels, wrong, [picture for _, picture in kept])
+    return Mistakes(evaluate_logits(logits, labels, list(classes)), [picture for _, picture in kept])
 
 
 def write_report(run: EndedRun, found: Mistakes | None = None) -> None:
@@ -180,8 +181,9 @@ def page_of(run: EndedRun, found: Mistakes | None = None) -> tuple[str, bytes, l
                 on = HeldOut(run, result["delivered"])
                 judged = run.network(result["delivered"]).to(run.device)
                 found = mistakes(judged, on.batches(), run.classes, on.names)
-            wrong = f"of the {delivered} on test: {found.wrong:,} of {len(found.labels):,} are wrong"
-            parts.append(web.pictures("Surest mistakes", wrong, found.surest))
+            wrong = round(found.evaluation.n * (1 - found.evaluation.accuracy))
+            note = f"of the {delivered} on test: {wrong:,} of {found.evaluation.n:,} are wrong"
+            parts.append(web.pictures("Surest mistakes", note, found.surest))
         except (MetaplError, OSError) as error:
             tell(f"metapl: the test pictures are left out: {error}", file=sys.stderr)
             parts.append(web.section("Surest mistakes", web.paragraph(f"The test pictures are left out: {error}")))
@@ -236,6 +238,58 @@ def made(folder: RunFolder, description: Mapping[str, Any], source: RunFolder) -
     told = {name: value for name, value in description.items() if name != "fields"} | description["fields"]
     yield web.folded("Settings", web.rows([(name, json.dumps(value)) for name, value in told.items()]))
     yield web.folded("Versions and hardware", web.rows([*by.get("made_with", {}).items()]))
+
+
+# -------------------------------------------------------------------------------------------- labels that may be wrong
+
+SUSPECTS, SUSPECTS_SHOWN = "suspects.csv", 48  # the list of a run, and how many the page shows
+
+
+def write_suspects(folder: Path, doubtful: Doubtful, trained: Trainer, classes: Sequence[str]) -> str:
+    """All the examples, first those whose given label the network finds least probable, without augmentation; with the
+    weight that was learned for each, where weights of examples were. What it says as a whole."""
+    teacher, weights = trained.teacher, None
+    if isinstance(trained, BilevelTrainer) and isinstance(teacher, Table) and teacher.values.ndim == 1:  # one each
+        weights = teacher.values.detach().cpu().sigmoid().tolist()
+    found: list[tuple[float, int, int, int, float]] = []
+    for inputs, positions in batches_of(doubtful.examples, torch.device("cpu")):
+        given = doubtful.given[positions]
+        logits, _ = predict_logits(trained.student, [(inputs, given)])
+        log_p = logits.double().log_softmax(dim=1)
+        best = log_p.max(dim=1)
+        of_given = log_p.gather(1, given[:, None])[:, 0]
+        found += zip(*(c.tolist() for c in (of_given, positions, given, best.indices, best.values)), strict=True)
+    with written_csv(folder / SUSPECTS) as writer:
+        writer.writerow(["file", "given", "probably", "p_given", "p_probably", *(["weight"] if weights else [])])
+        for log_p_given, number, label, taken, log_p_taken in sorted(found):
+            shares = [f"{math.exp(each):.3g}" for each in (log_p_given, log_p_taken)]
+            cells = [doubtful.names[number], classes[label], classes[taken], *shares]
+            writer.writerow([*cells, *([f"{weights[number]:.3g}"] if weights else [])])
+    # That is little where the network agrees with few of the labels.
+    others = sum(taken != label for _, _, label, taken, _ in found)
+    more = ": it has not learned enough for this list; train it longer (--minutes)" * (2 * others > len(found))
+    return f"of {others:,} of {len(found):,} the network finds another class more probable{more}"
+
+
+def suspects_shown(folder: Path, given: Input) -> str:
+    """The first of the list for the page, as far as their pictures are there."""
+    if not (folder / SUSPECTS).is_file():
+        return ""
+    with (folder / SUSPECTS).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = list(csv.DictReader(file))
+    shown = []
+    for row in rows[:SUSPECTS_SHOWN]:
+        caption = f"{row['given']}\n{row['probably']}, {float(row['p_probably']):.0%}\n{Path(row['file']).name}"
+        try:
+            x = given.read(Path(row["file"]))
+        except (MetaplError, OSError):
+            continue
+        shown.append(web.Picture(x, caption))
+    note = (
+        f"of {len(rows):,} labels, the most suspicious first; beneath each, the given label, what the network takes it "
+        f"for and how surely, and its file. {SUSPECTS} has all of them."
+    )
+    return web.pictures("Labels that may be wrong", note, shown)
 
 
 # --------------------------------------------------------------------------------------------------------- the picture

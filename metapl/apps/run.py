@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import os
 import re
+import runpy
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -38,8 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.apps.machine.environment import default_threads, environment
-from metapl.apps.machine.ownership import LOCK, owned
-from metapl.apps.machine.sealed import read_json, read_sealed, remove_temporary, sha256_of, write_whole
+from metapl.apps.machine.sealed import LOCK, owned, read_json, read_sealed, remove_temporary, sha256_of, write_whole
 from metapl.apps.pictures.card import NetworkCard
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
@@ -345,15 +344,12 @@ def _rebuilt(kind: type, values: Mapping[str, Any]) -> Any:
 def function_in(place: str) -> Callable[..., nn.Module]:
     """The function that FILE.py:FUNCTION names; its file is run."""
     file, _, name = place.rpartition(":")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file) if Path(file).is_file() else None
-    if spec is None or spec.loader is None:
+    if not Path(file).is_file():
         raise MetaplError(f"--factory {place}: there is no file {file or place}; expected FILE.py:FUNCTION.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function: Callable[..., nn.Module] | None = getattr(module, name, None)
-    if function is None:
+    if (function := runpy.run_path(file).get(name)) is None:
         raise MetaplError(f"--factory {place}: {file} has no function {name!r}.")
-    return function
+    found: Callable[..., nn.Module] = function
+    return found
 
 
 def save(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from metapl.apps.machine.ownership import is_owned
+from metapl.apps.machine.sealed import is_owned
 from metapl.apps.pictures.folders import walk
 from metapl.apps.run import TOLD, RunFolder, refuse_changed, stored_result
 from metapl.apps.settings import Switch, unset
@@ -47,29 +46,44 @@ class Runs:
         refused, found = list[OSError](), list[dict[str, Any]]()
         for where, folders, files in walk(self.folder, refused.append):
             folders[:] = [name for name in folders if not name.startswith(".") and "recipe.json" not in files]
-            if "recipe.json" in files:
-                found.append(glance(Path(where)))
-        for error in refused:
-            tell(f"metapl: left out {error.filename}: {error.strerror}", file=sys.stderr)
+            if "recipe.json" not in files:
+                continue
+            path = Path(where)
+            times = (file.stat().st_mtime for file in map(path.joinpath, WRITTEN) if file.exists())
+            date = datetime.fromtimestamp(max(times, default=path.stat().st_mtime)).isoformat(timespec="seconds")
+            try:
+                about = state_of(RunFolder(path))
+            except (MetaplError, OSError) as error:
+                about = {"state": "damaged", "why": reason_of(error)}
+            found.append({"run": where, "date": date, **about})
+        for place in refused:
+            tell(f"metapl: left out {place.filename}: {place.strerror}", file=sys.stderr)
         if not found:
             raise MetaplError(f"there is no run in {self.folder}; metapl train writes them: metapl train digits.")
         found.sort(key=lambda entry: str(entry["date"]))
-        tell(json.dumps(found, indent=2) if self.json else listing(found))
+        if self.json:
+            tell(json.dumps(found, indent=2))
+            return 1 if refused else 0
+        rows, notes = [("run", "method", "data", "steps", "accuracy, %", "date")], "accuracy with its 95 % interval"
+        for entry in found:
+            name, state, steps = shown(entry["run"]), entry["state"], ""
+            methods, phase = entry.get("methods", [""]), entry.get("phase", "fit")
+            if state == "damaged":
+                notes += f"\n{name}: {shown(entry['why'])}"
+            else:
+                of = "" if state == "finished" else f"{entry['done']:,}/"
+                steps = f"{'' if phase == 'fit' else f'{phase} '}{of}{entry['steps']:,}"
+            if "accuracy" in entry:
+                low, high = entry["interval"]
+                state = f"{100 * entry['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f}) {entry['on']}"
+            method = short(methods[0]) if len(methods) == 1 else f"{len(methods)} methods"
+            rows.append((name, method, short(entry.get("data", "")), steps, state, entry["date"][:10]))
+        tell(f"{table(rows, left=len(rows[0]))}\n\n{notes}")
         return 1 if refused else 0
 
 
-def glance(path: Path) -> dict[str, Any]:
-    """What a run is, how far it has come and what it reached; of a damaged one, why it cannot be read."""
-    times = (file.stat().st_mtime for file in map(path.joinpath, WRITTEN) if file.exists())
-    date = datetime.fromtimestamp(max(times, default=path.stat().st_mtime)).isoformat(timespec="seconds")
-    try:
-        return {"run": str(path), "date": date, **state_of(RunFolder(path))}
-    except (MetaplError, OSError) as error:
-        return {"run": str(path), "date": date, "state": "damaged", "why": reason_of(error)}
-
-
 def state_of(folder: RunFolder) -> dict[str, Any]:
-    """What :func:`glance` says of a run that is not damaged."""
+    """What a run is, how far it has come and what it reached; refused where it is damaged."""
     description = folder.recipe()
     name, fields, methods = description["name"], description["fields"], description.get("compare")
     seeds, labeled = description.get("seeds", [fields.get("seed", 0)]), Path(fields.get("labeled") or name)
@@ -93,22 +107,3 @@ def state_of(folder: RunFolder) -> dict[str, Any]:
         return entry | {"phase": "runs", "done": done, "steps": len(places)}
     rows = Metrics(folder.path / "metrics.jsonl").rows() or [{"step": 0, "phase": "fit"}]
     return entry | {"phase": rows[-1]["phase"], "done": rows[-1]["step"], "steps": fields.get("steps", 0)}
-
-
-def listing(found: Sequence[Mapping[str, Any]]) -> str:
-    """The table of what :func:`glance` says."""
-    rows, notes = [("run", "method", "data", "steps", "accuracy, %", "date")], "accuracy with its 95 % interval"
-    for entry in found:
-        name, state, steps = shown(entry["run"]), entry["state"], ""
-        methods, phase = entry.get("methods", [""]), entry.get("phase", "fit")
-        if state == "damaged":
-            notes += f"\n{name}: {shown(entry['why'])}"
-        else:
-            of = "" if state == "finished" else f"{entry['done']:,}/"
-            steps = f"{'' if phase == 'fit' else f'{phase} '}{of}{entry['steps']:,}"
-        if "accuracy" in entry:
-            low, high = entry["interval"]
-            state = f"{100 * entry['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f}) {entry['on']}"
-        method = short(methods[0]) if len(methods) == 1 else f"{len(methods)} methods"
-        rows.append((name, method, short(entry.get("data", "")), steps, state, entry["date"][:10]))
-    return f"{table(rows, left=len(rows[0]))}\n\n{notes}"

@@ -1,9 +1,8 @@
 """Files that are read as they were written, or refused by name: plain files alone, of a known SHA-256 where there is
-one, and JSON."""
+one, and JSON; and folders that one process at a time owns."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import io
@@ -11,11 +10,14 @@ import json
 import os
 import re
 import stat
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from metapl.errors import MetaplError, reason_of
 from metapl.runs.atomic import replacing
+from metapl.runs.folder import Folder
 
 StrPath = str | os.PathLike[str]
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")
@@ -81,7 +83,7 @@ def is_temporary(name: str) -> bool:
 def remove_temporary(folder: Path) -> None:
     """Remove what killed processes had begun to write; for whoever owns the folder."""
     for name in filter(is_temporary, os.listdir(folder)):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             (folder / name).unlink()
 
 
@@ -92,3 +94,53 @@ def write_whole(path: Path, content: Any, mend: str) -> None:
             file.write(content)
     except OSError as error:
         raise MetaplError(f"{path} could not be written: {error.strerror or error}; {mend}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------ one owner
+
+LOCK = ".lock"  # the file that is locked; in the folder of a run it stays where it is when that is let go
+
+
+@contextmanager
+def owned(folder: Path, undone: Collection[str] = (), *, leaves_lock: bool = True) -> Iterator[None]:
+    """Own a folder, against other processes, until the block ends; it is made where it is missing.
+
+    Where the block fails and has made nothing in the folder but the files ``undone``, these are removed, and the folder
+    too if it was made here. ``leaves_lock`` is False for a folder that others get, such as what is exported.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        there = {*os.listdir(folder)}
+    except OSError as error:
+        raise MetaplError(f"the folder {folder} cannot be made: {error.strerror}.") from error
+    try:
+        with Folder(folder).held():
+            try:
+                yield
+            except Exception:  # what was stopped is gone on with
+                new = {*os.listdir(folder)} - there
+                if new <= {*undone, LOCK}:  # else there is more, which is worth keeping
+                    for name in sorted(new, key=LOCK.__eq__):
+                        (folder / name).unlink()
+                raise
+            finally:
+                if not leaves_lock:
+                    (folder / LOCK).unlink(missing_ok=True)
+    finally:
+        for place in made:
+            with suppress(OSError):  # there is something in it
+                place.rmdir()
+
+
+def is_owned(folder: Path) -> bool:
+    """Whether somebody owns the folder now."""
+    from filelock import FileLock, Timeout
+
+    if not (folder / LOCK).is_file():
+        return False
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True

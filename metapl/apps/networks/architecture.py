@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import torch
 from torch import nn
 
-from metapl.apps.errors import require_extra
 from metapl.apps.networks.weights import load_weights
+from metapl.apps.words import require_extra
 from metapl.errors import MetaplError, reason_of
 from metapl.models import PooledFeatures, small_cnn, wide_resnet
 from metapl.runs.fields import AtLeastOne, Range, check_arguments, check_fields
