@@ -16,7 +16,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from metapl.apps import web
-from metapl.apps.inputs import Folder, Run, check_out, counted, files_of, held, write
+from metapl.apps.inputs import ROOM, Folder, Run, check_out, counted, files_of, held
+from metapl.apps.machine import write_whole
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.check import verify_files
 from metapl.apps.pictures.folders import LabeledFiles, scan_labeled
@@ -136,7 +137,7 @@ class Attribute:
                 "removals": self.removals,
                 "removed": max(1, round(REMOVED * len(train))),
             }
-            write(self.out, PAGE, page(found, rows, train).decode())
+            write_whole(self.out / PAGE, page(found, rows, train), ROOM)
             with written_csv(self.out / TABLE) as csv:
                 csv.writerow(["rank", "file", "label", "score", "effect", "loss"])
                 for rank, row in enumerate(rows, 1):
@@ -148,7 +149,7 @@ class Attribute:
                 drawn = (torch.randperm(len(train), generator=draw) for _ in range(self.removals))
                 rho = scores.validate([order[: found["removed"]] for order in drawn]).spearman
                 found |= {"spearman": rho, "interval": interval(rho, self.removals)}
-                write(self.out, PAGE, page(found, rows, train).decode())
+                write_whole(self.out / PAGE, page(found, rows, train), ROOM)
         cells = [(short(row.file, 48), short(row.label, 16), f"{row.score:+.2g}") for row in rows[:LISTED]]
         listed = table([("most harmful", "label", "score"), *cells], left=2)
         told = wrapped("\n".join(sentences(found)))

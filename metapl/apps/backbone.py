@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from metapl.apps.machine.sealed import read_json, sha256_of
+from metapl.apps.machine import read_json, sha256_of
 from metapl.apps.methods import Data
 from metapl.apps.networks import Architecture, Tuned
 from metapl.apps.pictures.batches import EvaluationBatches

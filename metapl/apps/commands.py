@@ -22,7 +22,7 @@ from metapl.apps.inputs import Folder, check_out, run_folder
 from metapl.apps.labeling import check_labels_given
 from metapl.apps.launch import from_first, joined, program
 from metapl.apps.look import settled
-from metapl.apps.machine.environment import default_threads
+from metapl.apps.machine import default_threads
 from metapl.apps.methods import ReducedMpl, beside
 from metapl.apps.noisy_labels import Noisy
 from metapl.apps.noisy_student import DigitsOfRounds, ImagesOfRounds, NoisyStudent

@@ -24,8 +24,7 @@ from joblib import cpu_count
 
 from metapl.apps.comparison import ENOUGH_SEEDS, STUDENT, Comparison, spread
 from metapl.apps.inputs import counted
-from metapl.apps.machine.environment import default_threads
-from metapl.apps.machine.sealed import read_sealed
+from metapl.apps.machine import default_threads, read_sealed
 from metapl.apps.report import SUSPECTS, linear_baseline, write_report
 from metapl.apps.run import (
     ANOTHER,

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 from metapl.apps.evaluation.attacks import LEVELS, Attack, measure
 from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
-from metapl.apps.inputs import Factory, Folder, HeldOut, Network, Run, counted, held, write
+from metapl.apps.inputs import ROOM, Factory, Folder, HeldOut, Network, Run, counted, held
 from metapl.apps.labeling import refuse_infinite
-from metapl.apps.machine.progress import counting
+from metapl.apps.machine import counting, write_whole
 from metapl.apps.run import WEIGHTS, EndedRun
 from metapl.apps.settings import Switch, unset
 from metapl.apps.words import WIDTH, short, table, tell
@@ -101,7 +101,7 @@ class Evaluate:
                     blocks += robustness_tables(damaged, found)
             tell(json.dumps(content, indent=2) if self.json else "\n\n".join(blocks))
             if self.out is not None:
-                write(self.out, EVALUATION, f"{json.dumps(content, indent=1)}\n")
+                write_whole(self.out / EVALUATION, f"{json.dumps(content, indent=1)}\n".encode(), ROOM)
             if on.skipped:
                 tell(f"metapl: {counted(on.skipped, 'file')} left out", file=sys.stderr)
             return 1 if on.skipped else 0

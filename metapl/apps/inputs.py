@@ -13,7 +13,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from metapl.apps.machine.sealed import owned
+from metapl.apps.machine import owned
 from metapl.apps.pictures import load_digits_split
 from metapl.apps.pictures.check import find_copies
 from metapl.apps.pictures.folders import LabeledFiles, scan_labeled, scan_unlabeled
@@ -23,11 +23,11 @@ from metapl.apps.settings import unset
 from metapl.apps.words import tell
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
-from metapl.runs.atomic import replacing
 
 Run = Annotated[Path, tyro.conf.Positional, unset("RUN")]  # the folder of a run, by its place
 Folder = Annotated[Path | None, unset("DIR")]
 File = Annotated[Path | None, unset("FILE")]
+ROOM = "expected another --out, a folder with room."  # where a file could not be written
 Network = Annotated[NetworkName, unset(help="which of the run's networks; by default the one that it delivers.")]
 BUILDS = "builds the network of a run that metapl does not know; FILE.py is run."
 Factory = Annotated[str | None, unset("FILE.py:FUNCTION", help=BUILDS)]
@@ -69,16 +69,6 @@ def check_file(file: Path | None, suffix: str) -> None:
     where = Path(os.path.realpath(file))
     if not where.parent.is_dir() or (where.exists() and not where.is_file()):
         raise MetaplError(f"--out {file} cannot be written; expected a file, in a folder that is there.")
-
-
-def write(out: Path, name: str, text: str) -> None:
-    """Write a file into the folder of ``--out``, which is made if need be."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with replacing(out / name) as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise MetaplError(f"--out {out} cannot be written: {error.strerror}; expected a folder with room.") from error
 
 
 @contextmanager

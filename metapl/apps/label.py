@@ -14,7 +14,7 @@ from metapl.apps.inputs import Factory, Network, Run
 from metapl.apps.labeling import BATCH, to_label, write_labels
 from metapl.apps.labels import LabelStore
 from metapl.apps.labels.queries import select, statistics
-from metapl.apps.machine.sealed import sha256_of, write_whole
+from metapl.apps.machine import sha256_of, write_whole
 from metapl.apps.run import WEIGHTS, EndedRun
 from metapl.apps.settings import MOST_IN_A_BATCH, Switch, unset
 from metapl.apps.words import short, table, tell

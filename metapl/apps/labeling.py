@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.apps.labels.store import DIGEST_BYTES, LabelStore, LabelWriter, is_text
-from metapl.apps.machine.progress import counting
+from metapl.apps.machine import counting
 from metapl.apps.methods import Data, ReducedMpl
 from metapl.apps.pictures.folders import Files, ask, digest, hashes, scan_labeled, scan_unlabeled
 from metapl.apps.pictures.input import Input

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from metapl.apps import backbone
 from metapl.apps.backbone import IMAGENET, Backbone
-from metapl.apps.machine.sealed import sha256_of
+from metapl.apps.machine import sha256_of
 from metapl.apps.methods import Data, Training
 from metapl.apps.networks import begin_as
 from metapl.apps.networks.weights import fetch_imagenet_weights

@@ -53,6 +53,8 @@ COMMANDS = {
     "ablate digits": "ablate.AblateDigits",
 }
 
+SEVERAL = ("train images", "train digits")  # which torchrun may start in several processes
+
 HELP = """\
 Train a classifier from a few labeled examples and many unlabeled ones:
 
@@ -98,10 +100,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     messages.setFormatter(logging.Formatter("metapl: %(message)s"))
     logger.addHandler(messages)
     logger.setLevel(logging.INFO)
+    command: Any = None
     with stoppable(for_good=arguments is None):
         try:
             try:
-                return run(sys.argv[1:] if arguments is None else list(arguments))
+                name, command = parsed(sys.argv[1:] if arguments is None else arguments)
+                count = os.environ.get("WORLD_SIZE", "1")
+                if "TORCHELASTIC_RUN_ID" in os.environ and count != "1" and name not in SEVERAL:
+                    started = f"torchrun has started {count} processes of metapl {name}"
+                    raise MetaplError(f"{started}, which takes one; start it without.")
+                check_fields(command)
+                return int(command.run())
             finally:
                 logger.removeHandler(messages)
                 sys.stdout.flush()
@@ -111,6 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\nmetapl: stopped.", file=sys.stderr)
             return exit_code(stopped)
         except Exception as error:  # what is a fault of metapl passes through
+            if isinstance(error, FieldError) and (command is None or error.field in flat(command)):
+                # Of a dataclass whose fields are flags, or of a function that is given them; no flag takes None.
+                flag, expected = error.field.replace("_", "-"), error.expected.removesuffix(" or None")
+                error = MetaplError(f"--{flag} {error.value}: expected {expected}.")
             whose, rank = out_of_memory(error), os.environ.get("RANK", "0")
             if whose is not None or isinstance(error, MetaplError):
                 text = error if whose is None else f"the memory {whose} does not suffice; {LESS}."
@@ -124,26 +137,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 name, reason = error.filename or "input or output", error.strerror or error
                 print(f"metapl: {shown(f'{name}: {reason}')}.", file=sys.stderr)
             return 1
-
-
-def run(given: list[str]) -> int:
-    """Run the command that the words name."""
-    name, command = "", None
-    try:
-        name, command = parsed(given)
-        count = os.environ.get("WORLD_SIZE", "1")
-        if "TORCHELASTIC_RUN_ID" in os.environ and count != "1" and name not in ("train images", "train digits"):
-            raise MetaplError(
-                f"torchrun has started {count} processes of metapl {name}, which takes one; start it without."
-            )
-        check_fields(command)
-        code: int = command.run()
-    except FieldError as error:  # of a dataclass whose fields are flags, or of a function that is given them
-        if command is not None and error.field not in flat(command):
-            raise
-        flag, expected = error.field.replace("_", "-"), error.expected.removesuffix(" or None")  # no flag takes it
-        raise MetaplError(f"--{flag} {error.value}: expected {expected}.") from error
-    return code
 
 
 def parsed(given: Sequence[str]) -> tuple[str, Any]:

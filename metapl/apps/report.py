@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from metapl.apps import web
 from metapl.apps.comparison import Comparison
 from metapl.apps.inputs import HeldOut, Run, check_file, counted
-from metapl.apps.machine.sealed import read_plain, write_whole
+from metapl.apps.machine import read_plain, write_whole
 from metapl.apps.methods import Doubtful
 from metapl.apps.pictures.input import Input
 from metapl.apps.run import EndedRun, RunFolder, counts_of, refuse_changed, results_within, stored_data, stored_result

@@ -37,8 +37,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metapl.apps.machine.environment import default_threads, environment
-from metapl.apps.machine.sealed import LOCK, owned, read_json, read_sealed, remove_temporary, sha256_of, write_whole
+from metapl.apps.machine import (
+    LOCK,
+    default_threads,
+    environment,
+    owned,
+    read_json,
+    read_sealed,
+    remove_temporary,
+    sha256_of,
+    write_whole,
+)
 from metapl.apps.pictures.card import NetworkCard
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from metapl.apps.machine.sealed import is_owned
+from metapl.apps.machine import is_owned
 from metapl.apps.pictures.folders import walk
 from metapl.apps.run import TOLD, RunFolder, refuse_changed, stored_result
 from metapl.apps.settings import Switch, unset

@@ -16,7 +16,7 @@ from metapl.apps.backbone import Control
 from metapl.apps.labeling import label_by, labels_given
 from metapl.apps.labels.store import DESCRIPTION
 from metapl.apps.launch import Processes
-from metapl.apps.machine.sealed import sha256_of
+from metapl.apps.machine import sha256_of
 from metapl.apps.methods import Data, ReducedMpl, Training
 from metapl.apps.model_noise import model_noise
 from metapl.apps.networks import Tuned, begin_as, merged

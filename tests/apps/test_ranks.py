@@ -18,7 +18,7 @@ from ranks import Ranks
 from safetensors.torch import load_file
 from tiny_runs import TINY, color_folders, images_command
 
-from metapl.apps.machine.environment import default_threads
+from metapl.apps.machine import default_threads
 from metapl.apps.run import WEIGHTS
 
 SECONDS = 240.0
@@ -134,7 +134,7 @@ def test_threads_are_as_many_as_the_cores_that_the_process_may_use(monkeypatch: 
         assert default_threads() == 1
     finally:
         os.sched_setaffinity(0, allowed)
-    monkeypatch.setattr("metapl.apps.machine.environment.cpu_count", lambda: 8)
+    monkeypatch.setattr("metapl.apps.machine.cpu_count", lambda: 8)
     for given, expected in (("3", 3), ("4,2", 4), ("0", 8), ("many", 8), ("", 8)):
         monkeypatch.setenv("OMP_NUM_THREADS", given)
         assert default_threads() == expected

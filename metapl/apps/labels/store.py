@@ -28,8 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metapl.apps.machine.environment import environment
-from metapl.apps.machine.sealed import is_temporary, owned, read_json, remove_temporary, sha256_of, write_whole
+from metapl.apps.machine import environment, is_temporary, owned, read_json, remove_temporary, sha256_of, write_whole
 from metapl.apps.words import require_extra
 from metapl.errors import FieldError, MetaplError, few, reason_of
 from metapl.execution.checks import described

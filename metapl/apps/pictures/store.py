@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metapl.apps.machine.sealed import read_plain
+from metapl.apps.machine import read_plain
 from metapl.apps.pictures.reader import Crop, UnreadableImage, read_crops, read_image
 from metapl.errors import MetaplError
 from metapl.execution.batch import to_device

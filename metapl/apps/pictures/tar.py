@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from metapl.apps.machine.sealed import open_plain
+from metapl.apps.machine import open_plain
 from metapl.errors import MetaplError, reason_of
 from metapl.words import shown
 

@@ -1,5 +1,8 @@
-"""Files that are read as they were written, or refused by name: plain files alone, of a known SHA-256 where there is
-one, and JSON; and folders that one process at a time owns."""
+"""The machine that the application runs on, and its files.
+
+Files are read as they were written, or refused by name: plain files alone, of a known SHA-256 where there is one, and
+JSON; one process at a time owns a folder.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,19 @@ import hashlib
 import io
 import json
 import os
+import platform
 import re
 import stat
-from collections.abc import Collection, Iterator
+import sys
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
+from joblib import cpu_count
+from tqdm import tqdm
 
 from metapl.errors import MetaplError, reason_of
 from metapl.runs.atomic import replacing
@@ -21,6 +31,51 @@ from metapl.runs.folder import Folder
 
 StrPath = str | os.PathLike[str]
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")
+EVERY = 0.1  # seconds between two updates of a count
+
+
+def environment() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for package in ("metapl", "torch", "torchvision", "torchopt"):
+        found[package] = None
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return found | {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "processor": next(named, None) or platform.processor(),
+        "cpus": cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def default_threads() -> int:
+    """Threads of a process that runs alone: ``OMP_NUM_THREADS`` where that is set, else one for each core it may use.
+
+    PyTorch's own default heeds the first and the affinity, and not the limit of a container: with 64 threads on 2
+    cores' worth of time, these mostly wait for each other.
+    """
+    first, _, _ = os.environ.get("OMP_NUM_THREADS", "").partition(",")  # a list is for nested regions
+    asked = first.strip()
+    return int(asked) if asked.isdecimal() and int(asked) >= 1 else cpu_count()
+
+
+@contextmanager
+def counting(what: str, shown: bool, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Give a function that takes how many are done, and shows it on one line of the terminal while the block lasts;
+    nothing where ``shown`` is False or standard error is no terminal."""
+    often: dict[str, Any] = {"delay": EVERY, "mininterval": EVERY, "miniters": 1, "disable": None if shown else True}
+    text = "{desc}: {n:,}" + ("" if total is None else f" of {total:,}")
+    with tqdm(total=total, desc=what, bar_format=text, leave=False, file=sys.stderr, **often) as bar:
+        yield lambda done: bar.update(done - bar.n)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
 
 
 def read_sealed(path: StrPath, sha256: str | None = None, *, mend: str) -> bytes:
