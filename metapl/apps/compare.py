@@ -10,10 +10,10 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -67,14 +67,17 @@ class Job:
         """Run it here, in silence. One that is finished only gives its result, if its networks are those it was of."""
         folder = RunFolder(self.folder)
         torch.set_num_threads(self.config.threads or self.threads)
-        with folder.claimed(describe(self.config, self.method), resume=self.resume):
-            if not folder.ended:
-                return train(self.config, self.method, folder, resume=self.resume)
-            result = stored_result(folder)
-            for name, sha256 in result["sha256"].items():
-                if (folder.path / name).is_file():  # weights may have been removed for their room
-                    read_sealed(folder.path / name, sha256, mend=ANOTHER)
-            return result
+        try:
+            with folder.claimed(describe(self.config, self.method), resume=self.resume):
+                if not folder.ended:
+                    return train(self.config, self.method, folder, resume=self.resume)
+                result = stored_result(folder)
+                for name, sha256 in result["sha256"].items():
+                    if (folder.path / name).is_file():  # weights may have been removed for their room
+                        read_sealed(folder.path / name, sha256, mend=ANOTHER)
+                return result
+        except MetaplError as error:
+            raise MetaplError(f"{self.title}: {error}") from error
 
 
 def compare(
@@ -130,9 +133,7 @@ def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str,
     """
     if workers <= 1 or len(jobs) == 1:
         for job in jobs:
-            with placed(f"{job.title}: "):
-                result = job.run()
-            yield job, result
+            yield job, job.run()
         return
     spawned: Any = {"mp_context": multiprocessing.get_context("spawn")}
     pool = ProcessPoolExecutor(workers, **spawned, initializer=_end_with_parent, initargs=(os.getpid(),))
@@ -146,9 +147,7 @@ def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str,
     started = [*pool._processes.values()]
     try:
         for future in as_completed(running):
-            with placed(f"{running[future].title}: "):
-                result = future.result()
-            yield running[future], result
+            yield running[future], future.result()
     except BrokenProcessPool as error:
         fault = "the process of one of the runs was killed"
         raise MetaplError(f"{fault}: was there too little memory? Go on with --resume.") from error
@@ -167,15 +166,6 @@ def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str,
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def placed(where: str) -> Iterator[None]:
-    """Say where, in front of what a :class:`MetaplError` of this block says."""
-    try:
-        yield
-    except MetaplError as error:
-        raise MetaplError(f"{where}{error}") from error
 
 
 _stopped = False  # whether this worker was stopped, and begins no other job

@@ -26,7 +26,6 @@ import json
 import os
 import re
 import runpy
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -48,7 +47,9 @@ from metapl.apps.machine import (
     sha256_of,
     write_whole,
 )
+from metapl.apps.networks.architecture import Architecture
 from metapl.apps.pictures.card import NetworkCard
+from metapl.apps.pictures.input import Input
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
 from metapl.runs.folder import Folder
@@ -282,10 +283,14 @@ class EndedRun:
         file = path / NETWORK
         description, result = folder.recipe(), stored_result(folder)
         refuse_changed(file, result)
-        said = folder.read_json(NETWORK)
+        said, cards = folder.read_json(NETWORK), dict[str, NetworkCard]()
         try:
-            cards = {name: _rebuilt(NetworkCard, card) for name, card in said["networks"].items()}
-        except (MetaplError, TypeError) as error:  # TypeError: it lacks a field, or has others
+            for name, card in said["networks"].items():
+                fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card.items()}
+                if card["architecture"] is not None:
+                    fields["architecture"] = Architecture(**card["architecture"])
+                cards[name] = NetworkCard(**fields | {"input": Input(**card["input"])})
+        except (MetaplError, TypeError, KeyError) as error:  # it lacks a field, or has others
             raise MetaplError(f"{file} is of another version: {error}") from error
         return cls(folder, said["title"], tuple(said["classes"]), cards, description, result)
 
@@ -337,17 +342,6 @@ class EndedRun:
     def heading(self, name: str) -> str:
         which = f", delivered by {self.result['delivered_by']}" if name == self.result["delivered"] else ""
         return f"{self.folder.path}: {self.title}, {self.cards[name].title} ({WEIGHTS[name]}{which})"
-
-
-def _rebuilt(kind: type, values: Mapping[str, Any]) -> Any:
-    """A dataclass from what :func:`dataclasses.asdict` made of it, by way of JSON."""
-    hints, fields = typing.get_type_hints(kind), dict[str, Any]()
-    for name, value in values.items():
-        fields[name] = tuple(value) if isinstance(value, list) else value
-        for part in (hints.get(name), *typing.get_args(hints.get(name))):  # one that may be left out
-            if isinstance(part, type) and dataclasses.is_dataclass(part) and value is not None:
-                fields[name] = _rebuilt(part, value)
-    return kind(**fields)
 
 
 def function_in(place: str) -> Callable[..., nn.Module]:
