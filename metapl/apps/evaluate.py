@@ -84,10 +84,18 @@ class Evaluate:
                     refuse_infinite(logits, on.names)
                 found = evaluate_logits(logits, labels, run.classes)
                 low, high = interval(round(found.accuracy * found.n), found.n)
-                beside = {"interval": [low, high], "chance": found.chance, "even_guess": 1 / len(found.confusion)}
-                content |= found.to_json() | beside
+                even = 1 / len(found.confusion)
+                content |= found.to_json() | {"interval": [low, high], "chance": found.chance, "even_guess": even}
+                rows = [
+                    (f"{on.part} accuracy", f"{found.accuracy:.2%} of {found.n:,}{on.remark(found)}"),
+                    ("95 % interval", f"{low:.2%} to {high:.2%}"),
+                    ("chance level", f"{found.chance:.2%}, the largest class; even guesses: {even:.2%}"),
+                    *([] if found.top5 is None else [("top-5 accuracy", f"{found.top5:.2%}")]),
+                    ("expected calibration error", f"{found.expected_calibration_error:.2%}"),
+                    ("negative log-likelihood", f"{found.negative_log_likelihood:.3f}"),
+                ]
                 blocks = [run.heading(name) + ("" if self.test is None else f"\non {self.test}")]
-                blocks += [figures(found, on), confusions(found, run.classes)]
+                blocks += [table(rows, left=2), confusions(found, run.classes)]
                 if self.corruptions or self.attack is not None:
                     damaged = measure(
                         network,
@@ -111,22 +119,6 @@ class Evaluate:
 
 # Letters of a class that head a row, and the least that head a column; classes listed where there is no room for all.
 MOST_LETTERS, LEAST_LETTERS, LISTED = 16, 3, 10
-
-
-def figures(evaluation: Evaluation, on: HeldOut) -> str:
-    """Accuracy, its interval, the chance level and what else was measured, a line each."""
-    low, high = interval(round(evaluation.accuracy * evaluation.n), evaluation.n)
-    even = 1 / len(evaluation.confusion)
-    rows = [
-        (f"{on.part} accuracy", f"{evaluation.accuracy:.2%} of {evaluation.n:,}{on.remark(evaluation)}"),
-        ("95 % interval", f"{low:.2%} to {high:.2%}"),
-        ("chance level", f"{evaluation.chance:.2%}, the largest class; even guesses: {even:.2%}"),
-    ]
-    if evaluation.top5 is not None:
-        rows.append(("top-5 accuracy", f"{evaluation.top5:.2%}"))
-    rows.append(("expected calibration error", f"{evaluation.expected_calibration_error:.2%}"))
-    rows.append(("negative log-likelihood", f"{evaluation.negative_log_likelihood:.3f}"))
-    return table(rows, left=2)
 
 
 def robustness_tables(found: Mapping[str, Any], clean: Evaluation) -> Iterator[str]:

@@ -30,7 +30,7 @@ figure { margin: 0 } .drawn { max-width: 100% } pre { background: var(--box); bo
 .wide { overflow-x: auto } table { border-collapse: collapse }
 td, th { padding: .2rem .6rem; text-align: right; overflow-wrap: normal } td { white-space: nowrap }
 th { font-weight: 600 }
-th:first-child { text-align: left; min-width: 4rem; max-width: 16rem; overflow-wrap: anywhere }
+th:first-child { text-align: left; min-width: 6rem; max-width: 16rem; overflow-wrap: anywhere }
 tr + tr > * { border-top: 1px solid var(--line) }
 .texts td { text-align: left; overflow-wrap: anywhere; white-space: normal }
 .pictures { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)) }
