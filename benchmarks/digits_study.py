@@ -26,7 +26,6 @@ import torch
 from harness import NONE, RESULTS, Row, best, difference, every, grid, read, spread
 
 from metapl.apps.digits import METHODS, Digits, fitting
-from metapl.apps.fitting import fit
 from metapl.apps.methods import Data, Training
 from metapl.apps.settings import flat, replaced
 from metapl.training import FitResult
@@ -121,8 +120,8 @@ def one_run(method: str, config: Config, seed: int, labels_per_class: int, final
     data = dataclasses.replace(drawn(seed, labels_per_class, size), **{"validation" if final else "test": None})
     looked_at = {"validation": data.validation, "select": not final, "progress": False}
 
-    def phase(*sources: Any, **own: Any) -> FitResult:
-        return fit(*sources, **{"steps": size.steps, **digits.fitting.options(), **looked_at, **own})
+    def phase(trainer: Any, *sources: Any, truth: Any = None, **own: Any) -> FitResult:
+        return trainer.fit(*sources, **{"steps": size.steps, **digits.fitting.options(), **looked_at, **own})
 
     torch.manual_seed(seed)
     teacher, student = (digits.network() for _ in range(2))

@@ -20,7 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from metapl.apps.machine.environment import environment as environment
+from metapl.apps.machine import environment as environment
 from metapl.metrics import paired_test
 
 HERE = Path(__file__).parent

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torchvision import datasets
 
 import metapl
-from metapl.apps.fitting import Truth
 from metapl.apps.networks import Architecture, Normalized, create, parameter_groups
 from metapl.apps.pictures import (
     CIFAR_OPERATIONS,
@@ -49,6 +48,7 @@ from metapl.apps.pictures import (
 )
 from metapl.apps.pictures.input import Input, NetworkCard
 from metapl.apps.run import save
+from metapl.apps.train import Truth
 from metapl.data import StepSampler, draws
 from metapl.feedback import Reinforce
 from metapl.problems.losses import UDA, CrossEntropy

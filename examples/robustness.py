@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from joblib import cpu_count
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -33,7 +34,6 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from metapl.apps.backbone import IMAGENET
 from metapl.apps.evaluation import CORRUPTIONS, SEVERITIES, by_severity
-from metapl.apps.machine.environment import available_cores
 from metapl.apps.networks import Architecture, Normalized, load_weights, read_weights
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.folders import LabeledFiles, scan_labeled
@@ -96,7 +96,7 @@ class Subject:
 
     def logits(self, paths: Sequence[Path]) -> Tensor:
         """Of pictures in files, (N, K)."""
-        with ThreadPoolExecutor(available_cores()) as pool:  # Pillow decodes without Python's lock
+        with ThreadPoolExecutor(cpu_count()) as pool:  # Pillow decodes without Python's lock
             pieces = (pool.map(self.read, paths[at : at + AT_ONCE]) for at in range(0, len(paths), AT_ONCE))
             return torch.cat([logits_of(self.network, [torch.stack([*piece])]) for piece in pieces])
 

@@ -14,8 +14,9 @@ from metapl.ablation import ablate
 from metapl.apps import digits
 from metapl.apps.digits import Digits
 from metapl.apps.images import Images
-from metapl.apps.inputs import Folder, held, write
+from metapl.apps.inputs import ROOM, Folder, held
 from metapl.apps.look import settled
+from metapl.apps.machine import write_whole
 from metapl.apps.methods import Mpl, Training
 from metapl.apps.networks import begin_as
 from metapl.apps.settings import Flat, SomeSteps, unset
@@ -56,7 +57,7 @@ class Looking:
             tell(f"error and noise are over the length of the exact gradient\n\n{found.table()}\n")
             tell(wrapped(found.recommendation))
             if self.out is not None:
-                write(self.out, "ablation.json", found.to_json())
+                write_whole(self.out / "ablation.json", found.to_json().encode(), ROOM)
                 tell(f"\nthe figures are in {self.out / 'ablation.json'}")
         return 0
 
@@ -106,7 +107,7 @@ def _of_training(config: Any, method: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class AblateFactory:
-    """Compare the modes on networks of your own.
+    """Compare the modes on networks of your own; metapl ablate digits and metapl ablate images do on these.
 
     Args:
         factory: module:function of a module in this folder or installed; the function takes nothing and returns a

@@ -6,9 +6,10 @@ import json
 import math
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from metapl.apps import web
-from metapl.apps.held_out import files_of
-from metapl.apps.inputs import Folder, Run, check_out, counted, held, write
+from metapl.apps.inputs import ROOM, Folder, Run, check_out, counted, files_of, held
+from metapl.apps.machine import write_whole
 from metapl.apps.pictures.batches import FileImages, in_unit_range
 from metapl.apps.pictures.folders import LabeledFiles, scan_labeled, verify_files
 from metapl.apps.run import EndedRun
@@ -79,12 +80,12 @@ class Attribute:
             raise MetaplError(f"{self.folder} is a run of {run.result['recipe']}; expected one of pictures in folders.")
         check_out(self.out, fields)
         with held(self.out):
-            files, judges = files_of(run, "labeled"), files_of(run, "validation") or files_of(run, "clean")
+            given, judges = files_of(run, "labeled"), files_of(run, "validation") or files_of(run, "clean")
             judges = scan_labeled(self.val) if self.val else judges
             if not judges:
                 raise MetaplError(f"{self.folder} has no validation pictures to judge by; expected --val DIR.")
-            assert files is not None  # a run has been trained on them
-            train, outer = (Pictures(run, each.keep(verify_files(each).sound)) for each in (files, judges))
+            assert given is not None  # a run has been trained on them
+            train, outer = (Pictures(run, each.keep(verify_files(each).sound)) for each in (given, judges))
             batch, seed = min(self.batch, len(train)), fields["seed"] if self.seed is None else self.seed
             steps = self.steps or max(FEWEST_STEPS, -(-PASSES * len(train) // batch))
             if steps * batch < len(train):  # which would leave some pictures out, which would have no score
@@ -113,9 +114,9 @@ class Attribute:
                 )
             losses = F.cross_entropy(logits(network, scores, train), train.labels, reduction="none").tolist()
             labels = [run.classes[label] for label in train.labels.tolist()]
-            names = [str(train.images.path(number)) for number in range(len(train))]
-            rows = list(map(Scored, range(len(train)), names, labels, scores.scores.tolist(), losses))
-            rows.sort(key=lambda row: row.score)
+            files = [str(train.images.path(number)) for number in range(len(train))]
+            score = scores.scores.tolist()
+            ranked = sorted(range(len(train)), key=score.__getitem__)  # the most harmful first
             found: dict[str, Any] = {
                 "run": str(self.folder),
                 "pictures": len(train),
@@ -129,40 +130,64 @@ class Attribute:
                 "device": str(run.device),
                 "loss": judged,
                 "loss_of_guesses": guesses,
-                "harmful": sum(row.score < 0 for row in rows),
+                "harmful": sum(each < 0 for each in score),
                 "spearman": None,
                 "interval": None,
                 "removals": self.removals,
                 "removed": max(1, round(REMOVED * len(train))),
             }
-            write(self.out, PAGE, page(found, rows, train).decode())
+
+            def hung(title: str, note: str, numbers: Sequence[int]) -> str:
+                shown = ((n, f"{labels[n]}: {score[n]:+.2g}\n{Path(files[n]).name}") for n in numbers[:SHOWN])
+                return web.pictures(title, note, [web.Picture(train[n][0], caption) for n, caption in shown])
+
+            def publish(check: str) -> list[str]:
+                """Write the page of the first and the last of the list; what it says, for the terminal too."""
+                missing = f", none of them of {few(found['not_judged_on'])}," * bool(found["not_judged_on"])
+                said = (
+                    f"{found['harmful']:,} of {len(train):,} labeled pictures have a score below 0: more of one would "
+                    f"raise the loss on {len(outer):,} others{missing}, which is {judged:.3f}, and of even guesses "
+                    f"{guesses:.3f}."
+                )
+                beneath = "beneath each its label, score and file"
+                harmful = [number for number in ranked if score[number] < 0]
+                helpful = [number for number in reversed(ranked) if score[number] > 0]
+                parts = [
+                    *map(web.paragraph, (said, check)),
+                    hung("Most harmful", f"more of these would raise the loss; {beneath}. {DO}", harmful),
+                    hung("Most helpful", f"more of these would lower the loss; {beneath}", helpful),
+                    web.folded("How they were found", web.rows([(k, json.dumps(value)) for k, value in found.items()])),
+                ]
+                content = web.web_page("Which pictures help, and which harm", self.folder, parts)
+                write_whole(self.out / PAGE, content, ROOM)
+                return [said, check]
+
+            said = publish(
+                "The scores are not checked yet." if self.removals else "The scores were not checked: --removals was 0."
+            )
             with written_csv(self.out / TABLE) as csv:
                 csv.writerow(["rank", "file", "label", "score", "effect", "loss"])
-                for rank, row in enumerate(rows, 1):
-                    effect = "harms" if row.score < 0 else "helps"
-                    csv.writerow([str(rank), row.file, row.label, f"{row.score:.6g}", effect, f"{row.loss:.6g}"])
+                for rank, n in enumerate(ranked, 1):
+                    effect = "harms" if score[n] < 0 else "helps"
+                    csv.writerow([str(rank), files[n], labels[n], f"{score[n]:.6g}", effect, f"{losses[n]:.6g}"])
             if self.removals:
                 tell(f"metapl: {self.out / TABLE} has all of them; now the check", file=sys.stderr)
                 draw = torch.Generator().manual_seed(seed)
                 drawn = (torch.randperm(len(train), generator=draw) for _ in range(self.removals))
                 rho = scores.validate([order[: found["removed"]] for order in drawn]).spearman
-                found |= {"spearman": rho, "interval": interval(rho, self.removals)}
-                write(self.out, PAGE, page(found, rows, train).decode())
-        cells = [(short(row.file, 48), short(row.label, 16), f"{row.score:+.2g}") for row in rows[:LISTED]]
+                found |= {"spearman": rho, "interval": (between := interval(rho, self.removals))}
+                without = counted(found["removed"], "random picture")
+                said = publish(
+                    f"The check: {self.removals} trainings, each without {without}, and what the scores predict of "
+                    f"them, have a Spearman correlation of {rho:.2f} (95 % {between[0]:.2f} to {between[1]:.2f}). Near "
+                    "1 the scores can be believed; near 0 or below they cannot, and a lower rate, such as --lr "
+                    f"{self.lr / 3:.1g}, may help."
+                )
+        cells = [(short(files[n], 48), short(labels[n], 16), f"{score[n]:+.2g}") for n in ranked[:LISTED]]
         listed = table([("most harmful", "label", "score"), *cells], left=2)
-        told = wrapped("\n".join(sentences(found)))
+        told = wrapped("\n".join(said))
         tell(f"{told}\n\n{listed}\n\n{self.out / TABLE} has all of them, {self.out / PAGE} shows them")
         return 0
-
-
-class Scored(NamedTuple):
-    """A picture, and what it does."""
-
-    number: int  # among the labeled ones
-    file: str
-    label: str
-    score: float
-    loss: float  # of the trained network, on the picture itself
 
 
 class Pictures:
@@ -206,43 +231,3 @@ def interval(rho: float, n: int) -> tuple[float, float]:
     """
     z, half = math.atanh(max(min(rho, 0.999), -0.999)), 1.96 * math.sqrt((1 + rho**2 / 2) / (n - 3))
     return math.tanh(z - half), math.tanh(z + half)
-
-
-def sentences(found: dict[str, Any]) -> list[str]:
-    """What was found, for the terminal and for the page."""
-    check = "The scores are not checked yet." if found["removals"] else "The scores were not checked: --removals was 0."
-    if found["spearman"] is not None:
-        low, high = found["interval"]
-        left_out, tuned = counted(found["removed"], "random picture"), found["lr"] / 3
-        check = (
-            f"The check: {found['removals']} trainings, each without {left_out}, and what the scores predict of them, "
-            f"have a Spearman correlation of {found['spearman']:.2f} (95 % {low:.2f} to {high:.2f}). Near 1 the scores "
-            f"can be believed; near 0 or below they cannot, and a lower rate, such as --lr {tuned:.1g}, may help."
-        )
-    missing = f", none of them of {few(found['not_judged_on'])}," * bool(found["not_judged_on"])
-    return [
-        f"{found['harmful']:,} of {found['pictures']:,} labeled pictures have a score below 0: more of one would raise "
-        f"the loss on {found['judged_on']:,} others{missing}, which is {found['loss']:.3f}, and of even guesses "
-        f"{found['loss_of_guesses']:.3f}.",
-        check,
-    ]
-
-
-def page(found: dict[str, Any], rows: list[Scored], train: Pictures) -> bytes:
-    """The first and the last of the list, and how they were found."""
-
-    def hung(title: str, note: str, shown: list[Scored]) -> str:
-        captions = [f"{row.label}: {row.score:+.2g}\n{Path(row.file).name}" for row in shown]
-        pictures = [web.Picture(train[row.number][0], words) for row, words in zip(shown, captions, strict=True)]
-        return web.pictures(title, note, pictures)
-
-    harmful = [row for row in rows if row.score < 0][:SHOWN]
-    helpful = [row for row in reversed(rows) if row.score > 0][:SHOWN]
-    beneath = "beneath each its label, score and file"
-    parts = [
-        *map(web.paragraph, sentences(found)),
-        hung("Most harmful", f"more of these would raise the loss; {beneath}. {DO}", harmful),
-        hung("Most helpful", f"more of these would lower the loss; {beneath}", helpful),
-        web.folded("How they were found", web.rows([(name, json.dumps(value)) for name, value in found.items()])),
-    ]
-    return web.web_page("Which pictures help, and which harm", found["run"], parts)

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from metapl.apps.errors import require_extra
-from metapl.apps.machine.sealed import read_json, sha256_of
+from metapl.apps.machine import read_json, sha256_of
 from metapl.apps.methods import Data
 from metapl.apps.networks import Architecture, Tuned
 from metapl.apps.pictures.batches import EvaluationBatches
 from metapl.apps.run import WEIGHTS, EndedRun
+from metapl.apps.words import require_extra
 from metapl.errors import MetaplError
 from metapl.metrics.predictions import eval_mode
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -9,7 +10,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -19,12 +20,12 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import tyro
+from joblib import cpu_count
 
-from metapl.apps.comparison import ENOUGH_SEEDS, STUDENT, Comparison, seeds_in_words, spread, with_chance
-from metapl.apps.errors import placed
-from metapl.apps.machine.environment import available_cores, default_threads
-from metapl.apps.machine.sealed import read_sealed
-from metapl.apps.report import write_report
+from metapl.apps.comparison import ENOUGH_SEEDS, STUDENT, Comparison, spread
+from metapl.apps.inputs import counted
+from metapl.apps.machine import default_threads, read_sealed
+from metapl.apps.report import SUSPECTS, linear_baseline, write_report
 from metapl.apps.run import (
     ANOTHER,
     NETWORK,
@@ -37,7 +38,6 @@ from metapl.apps.run import (
     stored_result,
 )
 from metapl.apps.settings import replaced
-from metapl.apps.suspects import SUSPECTS
 from metapl.apps.train import describe, device, train
 from metapl.apps.words import table, tell, wrapped
 from metapl.errors import MetaplError, few
@@ -67,19 +67,22 @@ class Job:
         """Run it here, in silence. One that is finished only gives its result, if its networks are those it was of."""
         folder = RunFolder(self.folder)
         torch.set_num_threads(self.config.threads or self.threads)
-        with folder.claimed(describe(self.config, self.method), resume=self.resume):
-            if not folder.ended:
-                return train(self.config, self.method, folder, resume=self.resume)
-            result = stored_result(folder)
-            for name, sha256 in result["sha256"].items():
-                if (folder.path / name).is_file():  # weights may have been removed for their room
-                    read_sealed(folder.path / name, sha256, mend=ANOTHER)
-            return result
+        try:
+            with folder.claimed(describe(self.config, self.method), resume=self.resume):
+                if not folder.ended:
+                    return train(self.config, self.method, folder, resume=self.resume)
+                result = stored_result(folder)
+                for name, sha256 in result["sha256"].items():
+                    if (folder.path / name).is_file():  # weights may have been removed for their room
+                        read_sealed(folder.path / name, sha256, mend=ANOTHER)
+                return result
+        except MetaplError as error:
+            raise MetaplError(f"{self.title}: {error}") from error
 
 
 def compare(
     config: Any, methods: Mapping[str, Any], seeds: Sequence[int], folder: RunFolder, *, resume: bool, jobs: int | None
-) -> Comparison:
+) -> None:
     """Train by each method with each seed, ``jobs`` runs at a time, and compare; config and methods are settled."""
     out, names = folder.path, list(methods)
     with folder.claimed(describe(config, methods[names[0]], compare=names, seeds=list(seeds)), resume=resume):
@@ -94,18 +97,16 @@ def compare(
                 place = out / name / f"seed-{seed}"
                 begun = resume or (place / "recipe.json").exists()
                 todo.append(Job(replaced(config, seed=seed), method, place, begun, default_threads() if on_gpu else 1))
-        workers = min(jobs or (1 if on_gpu else available_cores()), len(todo))
-        of_methods = f"{len(names)} method{'s' if len(names) != 1 else ''}"
-        tell(f"{of_methods} x {seeds_in_words(len(seeds))}, {workers} at a time -> {out}")
+        workers = min(jobs or (1 if on_gpu else cpu_count()), len(todo))
+        tell(f"{counted(len(names), 'method')} x {counted(len(seeds), 'seed')}, {workers} at a time -> {out}")
         with closing(run_all(todo, workers)) as running:  # workers end before the command does
             for number, (job, result) in enumerate(running, 1):
                 results[job.method.name, job.config.fitting.seed] = result
-                on = Evaluation(**result["evaluation"])
-                reached = with_chance(result["test_accuracy"], on.n, on.chance)
+                reached = f"{result['test_accuracy']:.1%} of {result['evaluation']['n']:,}"
                 tell(f"[{number:>{len(str(len(todo)))}}/{len(todo)}] {job.title}: {reached}")
         # 2. What they reach, and the networks of the one that is delivered.
         comparison = Comparison.of(tuple(seeds), names, results)
-        method, seed = comparison.delivered()
+        method, seed, _ = comparison.delivered()
         source = RunFolder(out / method / f"seed-{seed}")
         for name in WEIGHTS.values():
             if (source.path / name).is_file():
@@ -116,7 +117,11 @@ def compare(
             shutil.copyfile(source.path / SUSPECTS, out / SUSPECTS)
         folder.write_json("result.json", {**results[method, seed], **comparison.to_json()})
         write_report(EndedRun.load(out))
-    return comparison
+        result = stored_result(folder)
+    tell(f"figures, report and the delivered networks are in {out}")
+    tell(f"\n{wrapped(comparison.caption())}\n\n{table(comparison.rows(), left=4)}\n")
+    for text in (result["sentence"], result["delivery"], *linear_baseline(result)):
+        tell(wrapped(text))
 
 
 def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str, Any]], None, None]:
@@ -128,9 +133,7 @@ def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str,
     """
     if workers <= 1 or len(jobs) == 1:
         for job in jobs:
-            with placed(f"{job.title}: "):
-                result = job.run()
-            yield job, result
+            yield job, job.run()
         return
     spawned: Any = {"mp_context": multiprocessing.get_context("spawn")}
     pool = ProcessPoolExecutor(workers, **spawned, initializer=_end_with_parent, initargs=(os.getpid(),))
@@ -144,9 +147,7 @@ def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str,
     started = [*pool._processes.values()]
     try:
         for future in as_completed(running):
-            with placed(f"{running[future].title}: "):
-                result = future.result()
-            yield running[future], result
+            yield running[future], future.result()
     except BrokenProcessPool as error:
         fault = "the process of one of the runs was killed"
         raise MetaplError(f"{fault}: was there too little memory? Go on with --resume.") from error
@@ -200,27 +201,11 @@ class Entry(NamedTuple):
     """A run, or one of those of a comparison."""
 
     given: Path  # the folder that was named
-    place: Path
-    fields: dict[str, str]  # in which it may differ from others
+    fields: Mapping[str, str]  # in which it may differ from others
     result: Mapping[str, Any]
-    data: tuple[str, ...]  # what its examples are drawn by: runs of which it is the same have the same hashes
-    hashes: Mapping[str, str]
 
-
-def entries_of(path: Path) -> Iterator[Entry]:
-    """The run in a folder, or those of a comparison."""
-    run = EndedRun.load(path)
-    fields = {name: str(value) for name, value in run.description["fields"].items()}
-    unlike = {*IRRELEVANT, *(BY_STEPS if run.description["fields"].get("minutes") else ())}
-    within = results_within(path, run.result) if run.is_comparison else {("", 0): run.result}
-    for (method, seed), result in within.items():
-        place = path / method / f"seed-{seed}" if run.is_comparison else path
-        if "evaluation" not in result:
-            raise MetaplError(f"{place} has no test accuracy; train it again with --test.")
-        # A folder of pictures is the data; the digits are drawn from a data set.
-        drawn = (str(result["seed"]), fields["labels_per_class"]) if result["recipe"] == "digits" else ()
-        relevant = {name: value for name, value in fields.items() if name not in unlike}
-        yield Entry(path, place, relevant, result, drawn, stored_data(RunFolder(place))["hash"])
+    def reached(self, readout: str) -> float:
+        return float(self.result.get(readout, self.result[STUDENT]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,35 +226,41 @@ class Compare:
         if not self.folders or len({path.resolve() for path in self.folders}) < len(self.folders):
             given = few(self.folders) if self.folders else "no run"
             raise MetaplError(f"metapl compare RUN RUN...: expected runs, each once, and {given} was given.")
-        entries = [entry for path in self.folders for entry in entries_of(path)]
-        # Accuracies on other test pictures, or of students of other classes, say nothing of which method is better.
-        first, like = entries[0], dict[tuple[str, ...], Entry]()
-        for entry in entries:
-            same = like.setdefault(entry.data, entry)
-            parts = sorted({part for part, _ in same.hashes.items() ^ entry.hashes.items()})
-            if entry.result["recipe"] != first.result["recipe"]:
-                parts = ["test sets"]
-            elif entry.result["evaluation"]["classes"] != first.result["evaluation"]["classes"]:
-                own, others = (each.result["evaluation"]["classes"] for each in (entry, first))
-                parts = [f"classes ({few(sorted({*own} ^ {*others})) or 'their order'})"]
-            if parts:
-                raise MetaplError(f"{entry.place} and {first.place} are on different data: {', '.join(parts)} differ.")
-        groups: dict[tuple[str, str], list[Entry]] = {}
-        for entry in entries:
-            groups.setdefault((str(entry.given), entry.result["method"]), []).append(entry)
+        groups: dict[tuple[str, str], list[Entry]] = {}  # by folder and method
+        drawn: dict[tuple[str, ...], Mapping[str, str]] = {}  # hashes of data, by what these are drawn by
+        evaluations = list[Evaluation]()
+        for path in self.folders:
+            run = EndedRun.load(path)
+            own = run.description["fields"]
+            unlike = {*IRRELEVANT, *(BY_STEPS if own.get("minutes") else ())}
+            fields = {name: str(value) for name, value in own.items() if name not in unlike}
+            within = results_within(path, run.result) if run.is_comparison else {("", 0): run.result}
+            for (method, seed), result in within.items():
+                place = path / method / f"seed-{seed}" if run.is_comparison else path
+                if "evaluation" not in result:
+                    raise MetaplError(f"{place} has no test accuracy; train it again with --test.")
+                evaluations.append(Evaluation(**result["evaluation"]))
+                # Accuracies on other test pictures, or of students of other classes, say nothing of which method is
+                # better. A folder of pictures is the data; the digits are drawn from a data set.
+                kind, seeded, hashes = result["recipe"], str(result["seed"]), stored_data(RunFolder(place))["hash"]
+                by = (kind, seeded, fields["labels_per_class"]) if kind == "digits" else (kind,)
+                parts = sorted({part for part, _ in drawn.setdefault(by, hashes).items() ^ hashes.items()})
+                if kind != next(iter(drawn))[0]:
+                    parts = ["test sets"]
+                elif (classes := evaluations[-1].classes or ()) != (others := evaluations[0].classes or ()):
+                    parts = [f"classes ({few(sorted({*classes} ^ {*others})) or 'their order'})"]
+                if parts:
+                    both = f"{place} and {self.folders[0]} are on different data"
+                    raise MetaplError(f"{both}: {', '.join(parts)} differ.")
+                groups.setdefault((str(path), result["method"]), []).append(Entry(path, fields, result))
         rows: list[tuple[str, ...]] = [("run", "method", "seeds", "delivered", "student", "finetuned")]
         for key, group in groups.items():
-            shares = [spread([reached(entry, each) for entry in group], digits=2) for each in READOUTS]
-            rows.append((*key, spoken_seeds([entry.result["seed"] for entry in group]), *shares))
-        on = first.result["evaluation"]["n"]
-        chance = statistics.fmean(Evaluation(**entry.result["evaluation"]).chance for entry in entries)
-        caption = f"test accuracy in % on {on:,} examples (chance {100 * chance:.1f})"
-        tell(f"{caption}\n\n{table(rows, left=3)}\n\n{wrapped(verdict(entries))}")
+            shares = [spread([entry.reached(each) for entry in group]) for each in READOUTS]
+            rows.append((*key, spoken_seeds(entry.result["seed"] for entry in group), *shares))
+        chance = statistics.fmean(each.chance for each in evaluations)
+        caption = f"test accuracy in % on {evaluations[0].n:,} examples (chance {100 * chance:.1f})"
+        tell(f"{caption}\n\n{table(rows, left=3)}\n\n{wrapped(verdict([*itertools.chain(*groups.values())]))}")
         return 0
-
-
-def reached(entry: Entry, readout: str) -> float:
-    return float(entry.result.get(readout, entry.result[STUDENT]))
 
 
 def spoken_seeds(seeds: Iterable[int]) -> str:
@@ -289,7 +280,7 @@ def verdict(entries: Sequence[Entry]) -> str:
         name, seed = f"{entry.result['method']}{options}", entry.result["seed"]
         if seed in variants.setdefault(name, {}):
             return f"Not paired: {name} with seed {seed} is there twice."
-        variants[name][seed] = reached(entry, STUDENT)
+        variants[name][seed] = entry.reached(STUDENT)
     first, *others = variants
     seeds = sorted(variants[first])
     for name in others:

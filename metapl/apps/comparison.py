@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from metapl.apps.inputs import counted
 from metapl.apps.run import READOUTS
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, PairedTest, paired_test
@@ -74,41 +75,35 @@ class Comparison:
         better = max((STUDENT, FINETUNED), key=lambda readout: self.mean(control, readout))
         return method, own, control, better, paired_test(self.methods[method][own], self.methods[control][better])
 
-    def delivered(self) -> tuple[str, int]:
-        """The method with the highest mean validation accuracy and its best seed by it; the earlier of equals.
+    def delivered(self) -> tuple[str, int, str]:
+        """The method with the highest mean validation accuracy and its best seed by it, the earlier of equals, and why.
 
         The test set has no say in it. Where validation cannot tell them apart, it is the first method's first seed.
         """
-        if not self.validated:
-            return next(iter(self.methods)), self.seeds[0]
+        if not all("validation_accuracy" in of for of in self.methods.values()):
+            why = ", the first one named; there was no validation that could tell them apart"
+            return next(iter(self.methods)), self.seeds[0], why
         method = max(self.methods, key=lambda name: self.mean(name, "validation_accuracy"))
         by_seed = dict(zip(self.seeds, self.methods[method]["validation_accuracy"], strict=True))
-        return method, max(self.seeds, key=by_seed.__getitem__)
-
-    @property
-    def validated(self) -> bool:
-        return all("validation_accuracy" in of for of in self.methods.values())
+        why = "; of all methods it has the best mean validation accuracy"
+        return method, max(self.seeds, key=by_seed.__getitem__), why
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The methods with mean ± standard deviation of all read-outs, in %, below a head.
-
-        >>> accuracies = {"mpl": dict.fromkeys(READOUTS, [0.8, 0.9])}
-        >>> Comparison((0, 1), accuracies, {"mpl": "Meta Pseudo Labels"}, examples=400, chance=0.1).rows()[1]
-        ('Meta Pseudo Labels', '85.0 ± 7.1', '85.0 ± 7.1', '85.0 ± 7.1')
-        """
+        """The methods with mean ± standard deviation of all read-outs, in %, below a head."""
         found: list[tuple[str, ...]] = [("method", "delivered", "student", "finetuned")]
         for name, of in self.methods.items():
-            found.append((self.titles[name], *(spread(of[readout], digits=1) for readout in READOUTS)))
+            found.append((self.titles[name], *(spread(of[readout]) for readout in READOUTS)))
         return [*found, ("chance", *[f"{100 * self.chance:.1f}"] * len(READOUTS))]
 
     def caption(self) -> str:
-        over = f", mean ± standard deviation over {seeds_in_words(len(self.seeds))}" if len(self.seeds) > 1 else ""
+        """What stands in :meth:`rows`."""
+        over = f", mean ± standard deviation over {len(self.seeds)} seeds" if len(self.seeds) > 1 else ""
         return f"test accuracy in % on {self.examples:,} examples{over}"
 
     def sentence(self) -> str:
         """Whether what was run beside its control helped, with its statistics, and which method is the best."""
         best = max(self.methods, key=lambda name: self.mean(name, DELIVERED))
-        reached = with_chance(self.mean(best, DELIVERED), self.examples, self.chance)
+        reached = f"{self.mean(best, DELIVERED):.1%} of {self.examples:,} (chance {self.chance:.1%})"
         said = f"The best on the test set is {self.titles[best]} with {reached}."
         if (found := self.against_control()) is None:
             return said
@@ -127,44 +122,36 @@ class Comparison:
             f"The {which[own]} of {self.titles[name]} reaches {self.mean(name, own):.1%} on the test set (n = "
             f"{self.examples:,}, chance {self.chance:.1%}), the {which[readout]} of {self.titles[control]}, the better "
             f"of its two, {self.mean(control, readout):.1%}: {100 * test.mean:+.1f} points over "
-            f"{seeds_in_words(test.n)}{p}; {verdict}.{f' {said}' if best != name else ''}"
+            f"{counted(test.n, 'seed')}{p}; {verdict}.{f' {said}' if best != name else ''}"
         )
 
-    def delivery(self) -> str:
-        """Which run the comparison delivers, and why that one."""
-        method, seed = self.delivered()
-        why = ", the first one named; there was no validation that could tell them apart"
-        if self.validated:
-            why = "; of all methods it has the best mean validation accuracy"
-        return f"delivered: {self.titles[method]}, seed {seed}{why}"
-
     def to_json(self) -> dict[str, Any]:
+        """All of it, with the run that is delivered, ``method`` and ``seed``."""
+        method, seed, why = self.delivered()
         content: dict[str, Any] = {
+            "method": method,
+            "seed": seed,
             "seeds": list(self.seeds),
             "methods": self.methods,
             "titles": dict(self.titles),
             "test_examples": self.examples,
             "chance": self.chance,
             "sentence": self.sentence(),
-            "delivery": self.delivery(),
+            "delivery": f"delivered: {self.titles[method]}, seed {seed}{why}",
         }
         if (found := self.against_control()) is not None:
             content[f"{found[0]}_against_{found[2]}"] = {"read_out": found[3], **asdict(found[4])}
         return content
 
 
-def spread(values: Sequence[float], digits: int) -> str:
+def spread(values: Sequence[float]) -> str:
     """The mean in %, and the standard deviation of several values.
 
-    >>> spread([0.8, 0.9], digits=1), spread([0.8], digits=2)
-    ('85.0 ± 7.1', '80.00')
+    >>> spread([0.8, 0.9]), spread([0.8])
+    ('85.0 ± 7.1', '80.0')
     """
-    mean = f"{100 * statistics.fmean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.{digits}f}"
-
-
-def seeds_in_words(n: int) -> str:
-    return f"{n} seed{'s' if n != 1 else ''}"
+    mean = f"{100 * statistics.fmean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -181,12 +168,3 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         expected = f"rising numbers and ranges below 2^32, such as 0-9 or 0,3,5, each once, {MOST_SEEDS:,} at most"
         raise MetaplError(f"--seeds {text:.60}: expected {expected}.")
     return tuple(seeds)
-
-
-def with_chance(accuracy: float, n: int, chance: float) -> str:
-    """An accuracy with the number of examples and the chance level.
-
-    >>> with_chance(0.7125, 400, 0.1)
-    '71.2% of 400 (chance 10.0%)'
-    """
-    return f"{accuracy:.1%} of {n:,} (chance {chance:.1%})"

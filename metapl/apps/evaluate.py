@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from metapl.apps.evaluation import CORRUPTIONS, LEVELS, SEVERITIES, Attack, measure
-from metapl.apps.held_out import HeldOut
-from metapl.apps.inputs import Factory, Folder, Network, Run, counted, held, write
+from metapl.apps.inputs import ROOM, Factory, Folder, HeldOut, Network, Run, counted, held
 from metapl.apps.label import refuse_infinite
-from metapl.apps.machine.progress import counting
+from metapl.apps.machine import counting, write_whole
 from metapl.apps.run import WEIGHTS, EndedRun
 from metapl.apps.settings import Switch, unset
 from metapl.apps.words import WIDTH, short, table, tell
@@ -84,10 +83,18 @@ class Evaluate:
                     refuse_infinite(logits, on.names)
                 found = evaluate_logits(logits, labels, run.classes)
                 low, high = interval(round(found.accuracy * found.n), found.n)
-                beside = {"interval": [low, high], "chance": found.chance, "even_guess": 1 / len(found.confusion)}
-                content |= found.to_json() | beside
+                even = 1 / len(found.confusion)
+                content |= found.to_json() | {"interval": [low, high], "chance": found.chance, "even_guess": even}
+                rows = [
+                    (f"{on.part} accuracy", f"{found.accuracy:.2%} of {found.n:,}{on.remark(found)}"),
+                    ("95 % interval", f"{low:.2%} to {high:.2%}"),
+                    ("chance level", f"{found.chance:.2%}, the largest class; even guesses: {even:.2%}"),
+                    *([] if found.top5 is None else [("top-5 accuracy", f"{found.top5:.2%}")]),
+                    ("expected calibration error", f"{found.expected_calibration_error:.2%}"),
+                    ("negative log-likelihood", f"{found.negative_log_likelihood:.3f}"),
+                ]
                 blocks = [run.heading(name) + ("" if self.test is None else f"\non {self.test}")]
-                blocks += [figures(found, on), confusions(found, run.classes)]
+                blocks += [table(rows, left=2), confusions(found, run.classes)]
                 if self.corruptions or self.attack is not None:
                     damaged = measure(
                         network,
@@ -101,7 +108,7 @@ class Evaluate:
                     blocks += robustness_tables(damaged, found)
             tell(json.dumps(content, indent=2) if self.json else "\n\n".join(blocks))
             if self.out is not None:
-                write(self.out, EVALUATION, f"{json.dumps(content, indent=1)}\n")
+                write_whole(self.out / EVALUATION, f"{json.dumps(content, indent=1)}\n".encode(), ROOM)
             if on.skipped:
                 tell(f"metapl: {counted(on.skipped, 'file')} left out", file=sys.stderr)
             return 1 if on.skipped else 0
@@ -111,22 +118,6 @@ class Evaluate:
 
 # Letters of a class that head a row, and the least that head a column; classes listed where there is no room for all.
 MOST_LETTERS, LEAST_LETTERS, LISTED = 16, 3, 10
-
-
-def figures(evaluation: Evaluation, on: HeldOut) -> str:
-    """Accuracy, its interval, the chance level and what else was measured, a line each."""
-    low, high = interval(round(evaluation.accuracy * evaluation.n), evaluation.n)
-    even = 1 / len(evaluation.confusion)
-    rows = [
-        (f"{on.part} accuracy", f"{evaluation.accuracy:.2%} of {evaluation.n:,}{on.remark(evaluation)}"),
-        ("95 % interval", f"{low:.2%} to {high:.2%}"),
-        ("chance level", f"{evaluation.chance:.2%}, the largest class; even guesses: {even:.2%}"),
-    ]
-    if evaluation.top5 is not None:
-        rows.append(("top-5 accuracy", f"{evaluation.top5:.2%}"))
-    rows.append(("expected calibration error", f"{evaluation.expected_calibration_error:.2%}"))
-    rows.append(("negative log-likelihood", f"{evaluation.negative_log_likelihood:.3f}"))
-    return table(rows, left=2)
 
 
 def robustness_tables(found: Mapping[str, Any], clean: Evaluation) -> Iterator[str]:

@@ -28,13 +28,12 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from metapl.apps.errors import require_extra
 from metapl.apps.inputs import Factory, Network, Run, check_out, held
 from metapl.apps.networks import Architecture, Normalized
 from metapl.apps.report import spoken
 from metapl.apps.run import EndedRun, counts_of, stored_data
 from metapl.apps.settings import Switch, unset
-from metapl.apps.words import tell
+from metapl.apps.words import require_extra, tell
 from metapl.errors import MetaplError, few, reason_of
 from metapl.runs.folder import replacing
 from metapl.words import shown

@@ -13,7 +13,7 @@ import tyro
 from torch import nn
 
 from metapl.apps import networks
-from metapl.apps.machine.progress import counting
+from metapl.apps.machine import counting
 from metapl.apps.methods import TITLES, Data, EntMin, FixMatch, Mpl, PseudoLabels, ReducedMpl, Supervised, Uda
 from metapl.apps.methods import Feedback as Fed
 from metapl.apps.pictures import Finding, check_folders, scan_labeled, scan_unlabeled, verify_files

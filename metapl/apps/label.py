@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from metapl.apps.inputs import Factory, Network, Run
 from metapl.apps.labels import DIGEST_BYTES, LabelStore, LabelWriter, is_text, select, statistics
-from metapl.apps.machine.progress import counting
-from metapl.apps.machine.sealed import sha256_of, write_whole
+from metapl.apps.machine import counting, sha256_of, write_whole
 from metapl.apps.methods import Data, ReducedMpl
 from metapl.apps.pictures.batches import FileImages
 from metapl.apps.pictures.folders import Files, ask, digest, hashes, scan_labeled, scan_unlabeled

@@ -28,11 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metapl.apps.errors import require_extra
-from metapl.apps.machine.environment import environment
-from metapl.apps.machine.ownership import owned
-from metapl.apps.machine.sealed import is_temporary, read_json, remove_temporary, sha256_of, write_whole
+from metapl.apps.machine import environment, is_temporary, owned, read_json, remove_temporary, sha256_of, write_whole
 from metapl.apps.pictures.folders import ask, digest, scan_unlabeled
+from metapl.apps.words import require_extra
 from metapl.errors import FieldError, MetaplError, few, reason_of
 from metapl.execution.checks import described
 from metapl.runs.fields import Range, check_arguments

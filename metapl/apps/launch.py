@@ -13,12 +13,39 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from metapl.apps.fitting import Share
 from metapl.apps.model_noise import model_noise
-from metapl.distributed import Mesh, shard
-from metapl.errors import MetaplError
+from metapl.data import StepBatches
+from metapl.distributed import Mesh
+from metapl.execution.batch import length, micro_batches
 
 PATIENCE = timedelta(minutes=10)  # for which a process waits for another one before it gives up
+
+
+@dataclass(frozen=True, eq=False)
+class Share(StepBatches[Any]):
+    """This process's rows of the batches that every process has whole; a run may go on in another number of them."""
+
+    whole: StepBatches[Any]
+    number: int
+    shares: int
+
+    def __post_init__(self) -> None:
+        if hasattr(self.whole, "raw"):  # half of a batch is made on the device
+            object.__setattr__(self, "raw", self.whole.raw)
+
+    @property
+    def steps(self) -> int | None:  # type: ignore[override]  # the whole batches'
+        return self.whole.steps
+
+    def batch(self, step: int) -> Any:
+        return self._own(self.whole[step])
+
+    def augment(self, step: int, fetched: Any) -> Any:
+        return self._own(self.whole.augment(step, fetched))  # type: ignore[attr-defined]  # of those that have raw()
+
+    def _own(self, batch: Any) -> Any:
+        assert length(batch) % self.shares == 0, "check_shares has refused it"
+        return micro_batches(batch, self.shares, "whole")[self.number]
 
 
 @dataclass(frozen=True)
@@ -35,13 +62,6 @@ class Processes:
         """The rows of this process."""
         alone = self.mesh.size == 1 or source is None
         return source if alone else Share(source, self.mesh.share, self.mesh.shares)
-
-    def laid_out(self, *networks: nn.Module, seed: int) -> list[nn.Module]:
-        """Networks over the processes."""
-        found = [shard(network, self.mesh) for network in networks]
-        if any(map(model_noise, networks)):
-            self.seed(networks[-1], seed)
-        return found
 
     def seed(self, network: nn.Module, seed: int) -> None:
         """Seed the default generators; where the network drops rows of a batch, each share has its masks."""
@@ -68,19 +88,9 @@ def from_first(value: Any) -> Any:
     return values[0]
 
 
-def check_started(mesh: Mesh) -> None:
-    """Refuse a mesh that is not of the processes that were started."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if mesh.size != count:
-        raise MetaplError(
-            f"{count} process{'es were' if count > 1 else ' was'} started for a mesh of {mesh.size}; expected as many: "
-            f"torchrun --nproc-per-node=N -m metapl.apps ... --mesh.replicate N, or --mesh.shard N for shared weights."
-        )
-
-
 @contextmanager
 def joined(mesh: Mesh, place: torch.device) -> Iterator[Processes]:
-    """Join the processes of a mesh for this block."""
+    """Join the processes of a mesh for this block; refused where it is not of the processes that were started."""
     if mesh.size == 1:
         yield Processes()
         return

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from metapl.apps import backbone
 from metapl.apps.backbone import IMAGENET
-from metapl.apps.machine.sealed import sha256_of
+from metapl.apps.machine import sha256_of
 from metapl.apps.methods import Data, Training
 from metapl.apps.networks import begin_as, fetch_imagenet_weights
 from metapl.apps.pictures.reader import LUMA, UnreadableImage, read_image

@@ -1,23 +1,35 @@
-"""The ``metapl`` command: its commands by name, and how what goes wrong becomes a line and an exit code."""
+"""The ``metapl`` command: its commands by name, and how what goes wrong becomes a line and an exit code.
+
+The words that name a command lead to a dataclass of :data:`COMMANDS`; tyro makes it from the flags, ``check_fields``
+holds the values against its annotations, and its method ``run`` does the work and returns the exit code.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import logging
 import os
+import re
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from importlib.metadata import version
 from typing import Annotated, Any, Union
 
+import torch
 import tyro
 
-from metapl.apps.process import LESS, accept_all_letters, drop_output, exit_code, out_of_memory, stoppable
 from metapl.apps.settings import flat
-from metapl.apps.words import tell
+from metapl.apps.words import exit_code, tell
 from metapl.errors import FieldError, MetaplError
 from metapl.runs.fields import check_fields
-from metapl.words import did_you_mean, shown
+from metapl.runs.terminal import END, is_heard
+from metapl.words import shown
 
 # Where each command is: a dataclass whose fields are the flags, with a method ``run``.
 COMMANDS = {
@@ -28,7 +40,7 @@ COMMANDS = {
     "noisy-student digits": "commands.RoundsOfDigits",
     "predict": "predict.Predict",
     "evaluate": "evaluate.Evaluate",
-    "report": "runs.Report",
+    "report": "report.Report",
     "runs": "runs.Runs",
     "compare": "compare.Compare",
     "attribute": "attribute.Attribute",
@@ -36,37 +48,22 @@ COMMANDS = {
     "label": "label.Label",
     "labels stats": "label.Stats",
     "labels select": "label.Select",
+    "ablate": "ablate.AblateFactory",
     "ablate images": "ablate.AblateImages",
     "ablate digits": "ablate.AblateDigits",
-    "ablate own": "ablate.AblateFactory",
 }
 
+SEVERAL = ("train images", "train digits")  # which torchrun may start in several processes
+
 HELP = """\
-metapl trains a classifier from a few labeled examples and many unlabeled ones.
-
-  metapl train images           on your own pictures (--method: uda, mpl, ...)
-  metapl train digits           on scikit-learn's digits, in a minute
-  metapl train noisy            on pictures some of which have a wrong label
-  metapl noisy-student images   students on the labels of their teachers
-  metapl predict RUN FILES...   let a run classify your pictures
-  metapl evaluate RUN           measure it again, or on other pictures
-  metapl report RUN             all there is to see of it as one web page
-  metapl runs [FOLDER]          the runs below runs/: accuracy, date, state
-  metapl compare RUN RUN...     put runs side by side, and test if they differ
-  metapl attribute RUN          which labeled pictures help, and which harm
-  metapl export RUN --out DIR   for others: a program, weights, a card
-  metapl label RUN DIR          store its probabilities of many pictures
-  metapl labels stats STORE     look at such a store; select: from it
-  metapl ablate digits          which way to take the teacher's gradient
-
-For example:
+Train a classifier from a few labeled examples and many unlabeled ones:
 
   metapl train images --labeled few/ --unlabeled many/ --test held_out/
   metapl train digits --compare --seeds 0-4 --out runs/compared
 
-Each says more with --help. metapl --print-completion SHELL completes commands
-and flags in bash, zsh or tcsh; metapl --version says which metapl this is.
-"""
+Each command says more with --help.
+
+metapl --print-completion SHELL completes them in bash, zsh or tcsh."""
 
 CONFIG = (
     tyro.conf.FlagCreatePairsOff,
@@ -75,19 +72,17 @@ CONFIG = (
     tyro.conf.CascadeSubcommandArgs,
 )
 
+LESS = (  # not every recipe has all of these
+    "lower the batch sizes (--labeled-batch, --unlabeled-batch), --image-size or --num-workers, raise --accumulate, or "
+    "take --precision bfloat16"
+)
 
-class Messages(logging.Handler):
-    """What the library logs, such as which layers pretrained weights leave fresh: each message once, for networks are
-    built several times."""
-
-    def __init__(self, level: int) -> None:
-        super().__init__(level)
-        self.told = set[str]()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if (text := self.format(record)) not in self.told:
-            self.told.add(text)
-            tell(f"metapl: {text}", file=sys.stderr)
+# However it is said: Python, NumPy, torch on the host and oneDNN each have a way of their own.
+TOO_LITTLE_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|MemoryError|bad_alloc|cannot allocate memory|"
+    r"could not create a (primitive|memory)",
+    re.IGNORECASE,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,17 +91,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns: the exit code: 0 done; 1 done in part, or the system refused, or nobody reads what is printed; 2 wrong
     input; 128 + n stopped by signal n.
     """
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    accept_all_letters()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # letters that it does not have are written as their escapes
+            stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "backslashreplace")
     if arguments is None:  # a warning is a line, without its place in the code
         warnings.formatwarning = lambda message, *_, **__: f"metapl: {shown(message)}\n"
-    logger, messages = logging.getLogger("metapl"), Messages(logging.INFO)
+    logger, messages = logging.getLogger("metapl"), logging.StreamHandler()
+    messages.setFormatter(logging.Formatter("metapl: %(message)s"))
     logger.addHandler(messages)
     logger.setLevel(logging.INFO)
+    command: Any = None
     with stoppable(for_good=arguments is None):
         try:
             try:
-                return run(given)
+                name, command = parsed(sys.argv[1:] if arguments is None else arguments)
+                count = os.environ.get("WORLD_SIZE", "1")
+                if "TORCHELASTIC_RUN_ID" in os.environ and count != "1" and name not in SEVERAL:
+                    started = f"torchrun has started {count} processes of metapl {name}"
+                    raise MetaplError(f"{started}, which takes one; start it without.")
+                check_fields(command)
+                return int(command.run())
             finally:
                 logger.removeHandler(messages)
                 sys.stdout.flush()
@@ -116,6 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\nmetapl: stopped.", file=sys.stderr)
             return exit_code(stopped)
         except Exception as error:  # what is a fault of metapl passes through
+            if isinstance(error, FieldError) and (command is None or error.field in flat(command)):
+                # Of a dataclass whose fields are flags, or of a function that is given them; no flag takes None.
+                flag, expected = error.field.replace("_", "-"), error.expected.removesuffix(" or None")
+                error = MetaplError(f"--{flag} {error.value}: expected {expected}.")
             whose, rank = out_of_memory(error), os.environ.get("RANK", "0")
             if whose is not None or isinstance(error, MetaplError):
                 text = error if whose is None else f"the memory {whose} does not suffice; {LESS}."
@@ -123,83 +131,111 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 2
             if not isinstance(error, OSError):
                 raise
-            drop_output()  # what is still buffered must not be written again at exit
+            with suppress(OSError, ValueError):  # what is still buffered would fail again at exit; a test has no file
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if not isinstance(error, BrokenPipeError):  # the reader has gone, as head does
                 name, reason = error.filename or "input or output", error.strerror or error
                 print(f"metapl: {shown(f'{name}: {reason}')}.", file=sys.stderr)
             return 1
 
 
-def run(given: list[str]) -> int:
-    """Print what is asked for, or run the command that the words name."""
-    first = given[0] if given else "help"
-    if first in ("-h", "--help", "help"):
-        print(HELP, end="")
-        return 0
-    if first == "--version":
-        from metapl import __version__
-
-        print(f"metapl {__version__}")
-        return 0
-    if first == "--print-completion":
-        # The flags of all commands and methods, in the shell's own language.
-        kinds = [Annotated[found(name), tyro.conf.subcommand(name.replace(" ", "-"))] for name in COMMANDS]
-        every: Any = Union[tuple(kinds)]  # noqa: UP007  # made from a list
-        tyro.cli(every, prog="metapl", args=["--tyro-print-completion", *given[1:2]], config=CONFIG)
-    name, words = _named(given)
-    count = os.environ.get("WORLD_SIZE", "1")
-    if "TORCHELASTIC_RUN_ID" in os.environ and count != "1" and name not in ("train images", "train digits"):
-        raise MetaplError(
-            f"torchrun has started {count} processes of metapl {name}, which takes one; start it without."
-        )
-    command: Any = None
-    try:
-        command = tyro.cli(found(name), prog=f"metapl {name}", args=_method_first(words), config=CONFIG)
-        check_fields(command)
-        code: int = command.run()
-    except FieldError as error:  # of a dataclass whose fields are flags, or of a function that is given them
-        if command is not None and error.field not in flat(command):
-            raise
-        flag, expected = error.field.replace("_", "-"), error.expected.removesuffix(" or None")  # no flag takes it
-        raise MetaplError(f"--{flag} {error.value}: expected {expected}.") from error
-    return code
-
-
-def _named(given: list[str]) -> tuple[str, list[str]]:
-    """The command by its name, of one word or of two, and the other words."""
-    two = " ".join(given[:2])
-    for name in (two, given[0]):
-        if name in COMMANDS:
-            return name, given[len(name.split()) :]
-    if given[0] == "ablate" and any(word.partition("=")[0] == "--factory" for word in given):
-        return "ablate own", given[1:]
-    ends = [name.split()[1] for name in COMMANDS if name.startswith(f"{given[0]} ")]
-    if ends and given[1:2] in ([], ["-h"], ["--help"]):
-        print(f"metapl {given[0]} {'|'.join(ends)} ...; each says more with --help: metapl {given[0]} {ends[0]} --help")
-        raise SystemExit(0 if given[1:] else 2)
-    known, word = (ends, given[1]) if ends else ([*dict.fromkeys(each.split()[0] for each in COMMANDS)], given[0])
-    meant = did_you_mean(word, known) or "."
-    named = two if ends else word
-    raise MetaplError(f"there is no metapl {named}{meant} Expected one of {', '.join(known)}.")
-
-
-def _method_first(words: list[str]) -> list[str]:
-    """``--method NAME`` as the word NAME, which a command that trains takes before its flags; and the names behind
-    ``--methods`` as one word, for each of them alone would be taken for that."""
+def parsed(given: Sequence[str]) -> tuple[str, Any]:
+    """The name of the command that the words begin with, and its dataclass, made of the others; what is no command
+    ends in help, or with what is wrong."""
+    names = " ".join(given[:2]), *given[:1]
+    name = next((name for name in names if name in COMMANDS), None)
+    if name is None:
+        if given[:1] == ["--version"]:
+            print(f"metapl {version('metapl')}")
+            raise SystemExit(0)
+        other = {"help": ["--help"], "--print-completion": ["--tyro-print-completion", *given[1:]]}
+        args = other.get(given[0], [*given]) if given else ["--help"]
+        return "", tyro.cli(every_command(), prog="metapl", description=HELP, args=args, config=CONFIG)
+    # The names behind --methods become one word, for each of them alone is taken for a method; and --method NAME, of
+    # several the last one, the word NAME in front of the flags.
+    words, method, others = [*given[len(name.split()) :]], list[str](), list[str]()
     if "--methods" in words:
         first = words.index("--methods") + 1
         last = next((i for i in range(first, len(words)) if words[i].startswith("--")), len(words))
-        words = [*words[:first], ",".join(words[first:last]), *words[last:]]
-    each, method, others = iter(words), list[str](), list[str]()
+        words[first:last] = [",".join(words[first:last])]
+    each = iter(words)
     for word in each:
-        flag, _, name = word.partition("=")
-        if flag == "--method" and (name := name or next(each, "")):
-            method = [name]  # the last one, as of other flags
+        flag, _, value = word.partition("=")
+        if flag == "--method" and (value := value or next(each, "")):
+            method = [value]
         else:
             others.append(word)
-    return [*method, *others]
+    return name, tyro.cli(found(name), prog=f"metapl {name}", args=[*method, *others], config=CONFIG)
 
 
 def found(name: str) -> Any:
     module, _, kind = COMMANDS[name].rpartition(".")
     return getattr(import_module(f"metapl.apps.{module}"), kind)
+
+
+def every_command() -> Any:
+    """All commands as one type, for its help, its completion, and the words that name none."""
+
+    def either(kinds: Mapping[str, Any]) -> Any:
+        told = {word: " ".join(kind.__doc__.partition("\n\n")[0].split()) for word, kind in kinds.items()}
+        return Union[tuple(Annotated[kinds[w], tyro.conf.subcommand(w, description=told[w])] for w in kinds)]  # noqa: UP007
+
+    kinds: dict[str, Any] = {}
+    for name in COMMANDS:
+        first, _, second = name.partition(" ")
+        kinds.setdefault(first, {})[second] = found(name)
+    for first, of in kinds.items():
+        alone = of.pop("", None)
+        kinds[first] = dataclasses.make_dataclass(first.replace("-", "_"), [("of", either(of))]) if of else alone
+        if of:
+            kinds[first].__doc__ = alone.__doc__ if alone else f"{', '.join(of)}: each says more with --help."
+    return either(kinds)
+
+
+# ------------------------------------------------------------------------------------------------- what may go wrong
+
+
+class Terminated(KeyboardInterrupt):
+    def __init__(self, signal_number: int) -> None:
+        super().__init__()
+        self.signal_number = signal_number
+
+
+@contextmanager
+def stoppable(*, for_good: bool) -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind as Ctrl-C does, so that temporary files are removed; what comes meanwhile is not heard.
+    With ``for_good`` the process ends with the block: signals that come after it has begun to end are not heard either.
+    """
+    stopping = False
+
+    def unwind(number: int, frame: Any) -> None:
+        nonlocal stopping
+        # Who stops a group of processes may reach one of them twice; a second Ctrl-C is meant.
+        # A fit that was stopped has saved its step already, and says so when this has unwound.
+        if number in END and (stopping or isinstance(sys.exc_info()[1], KeyboardInterrupt)):
+            return
+        stopping = True
+        raise Terminated(number)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # which alone may handle signals
+        before = {number: signal.signal(number, unwind) for number in filter(is_heard, (signal.SIGINT, *END))}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if for_good and stopping else handler or signal.SIG_DFL)
+
+
+def out_of_memory(error: BaseException | None) -> str | None:
+    """Whose memory did not suffice, where that is the error or one that it came from; None for any other error, and for
+    a refusal that says so itself."""
+    while error is not None and "does not suffice" not in str(error):
+        if isinstance(error, torch.OutOfMemoryError):
+            return "of the GPU"
+        if isinstance(error, MemoryError | RuntimeError | OSError) and (
+            isinstance(error, MemoryError) or TOO_LITTLE_MEMORY.search(str(error))
+        ):
+            return "of the GPU" if "CUDA" in str(error) else "of this machine"
+        error = error.__cause__ or error.__context__
+    return None

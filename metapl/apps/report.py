@@ -1,43 +1,91 @@
-"""The page of a run, ``report.html``: what it reached, its curves, confusion, mistakes, settings and command; and its
-picture, ``report.png``."""
+"""The page of a run, ``report.html``, its picture, ``report.png``, and ``metapl report``, which writes a page again."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import math
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from metapl.apps import web
-from metapl.apps.comparison import Comparison, seeds_in_words
-from metapl.apps.curves import Curves, draw
-from metapl.apps.held_out import HeldOut
-from metapl.apps.machine.sealed import write_whole
+from metapl.apps.comparison import Comparison
+from metapl.apps.inputs import HeldOut, Run, check_file, counted
+from metapl.apps.machine import read_plain, write_whole
+from metapl.apps.methods import Doubtful
+from metapl.apps.pictures.input import Input
 from metapl.apps.run import EndedRun, RunFolder, counts_of, refuse_changed, results_within, stored_data, stored_result
-from metapl.apps.suspects import suspects_shown
-from metapl.apps.words import short, tell
+from metapl.apps.runs import state_of
+from metapl.apps.settings import unset
+from metapl.apps.words import short, tell, written_csv
 from metapl.errors import MetaplError
-from metapl.metrics import Evaluation, interval, predict_logits
+from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits
 from metapl.metrics.predictions import batches_of
+from metapl.problems import Table
 from metapl.runs.folder import read_rows
+from metapl.training import Trainer
+from metapl.training.trainer import BilevelTrainer
 
 PAGE, PICTURE = "report.html", "report.png"
-CURVES = 7  # methods whose curves can be told apart
+MOST_CURVES = 7  # methods whose curves can be told apart
 SHOWN = 12  # mistakes
+MOST_UNFOLDED = 40  # classes of a table that is open
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write all there is to see of a run as one web page, for a browser, without any other file; a run that ended left
+    such a page already.
+
+    Its accuracy, curves of losses, validation and feedback, the confusion matrix, each class, the surest mistakes on
+    the test set where its pictures are still there, settings, the command and versions. Of a comparison: its methods
+    side by side, the paired test, and the run that it delivers. Of a run that has not ended: how far it has come.
+
+    A page that was written before is replaced; another file is not.
+
+    Args:
+        folder: the run folder.
+        out: the page, a file that ends with .html.
+    """
+
+    folder: Run
+    out: Annotated[Path | None, unset("FILE.html", default="(default: RUN/report.html)")] = None
+
+    def run(self) -> int:
+        out, folder = self.out or self.folder / PAGE, RunFolder(self.folder)
+        if self.out is not None or self.folder.is_dir():  # else there is no run
+            check_file(out, ".html")
+        if out.exists() and web.GENERATOR.encode() not in read_plain(out)[:1000]:
+            raise MetaplError(f"{out} is there, and metapl report did not write it; expected another --out FILE.html.")
+        if folder.exists and not folder.ended:
+            state = state_of(folder)
+            heading = f"{state['recipe']}: {' and '.join(state['methods'])}, {state['state']}"
+            curves = {state["phase"]: read_rows(self.folder / "metrics.jsonl", state["phase"])}
+            picture = draw(title=heading, curves=curves, evaluation=None, network="network")
+            parts = [web.rows([(name, json.dumps(value)) for name, value in state.items()]), drawn(picture)]
+            parts += made(folder, folder.recipe(), folder)
+        else:
+            heading, _, parts = page_of(EndedRun.load(self.folder))
+        page = web.web_page(heading, self.folder, parts)
+        write_whole(out, page, "any earlier page is as it was; expected a disk with room, or another --out.")
+        tell(f"{heading}\nthe page is written: {out}, {len(page) / 1e3:,.0f} kB; open it in a browser")
+        return 0
 
 
 @dataclass(frozen=True)
 class Mistakes:
-    """A network on labeled examples: its logits (n, K), their labels (n,), and the mistakes that it is surest of."""
+    """What a network reaches on labeled examples, and the mistakes that it is surest of."""
 
-    logits: Tensor
-    labels: Tensor
-    wrong: int
+    evaluation: Evaluation
     surest: list[web.Picture]
 
 
@@ -45,7 +93,7 @@ def mistakes(network: nn.Module, data: Any, classes: Sequence[str], files: Seque
     """Beneath each mistake stands what it is taken for, what it is, and its file."""
     kept: list[tuple[float, web.Picture]] = []
     seen: list[tuple[Tensor, Tensor]] = []
-    n = wrong = 0
+    n = 0
     for inputs, labels in batches_of(data, torch.device("cpu")):
         logits, labels = predict_logits(network, [(inputs, labels)])
         seen.append((logits, labels))
@@ -55,11 +103,10 @@ def mistakes(network: nn.Module, data: Any, classes: Sequence[str], files: Seque
             sure, file = float(best.values[row]), (files or ())[n + row : n + row + 1]  # some have no file
             words = [f"{classes[int(taken[row])]} {100 * sure:.0f} %", f"is {classes[int(labels[row])]}", *file]
             kept.append((sure, web.Picture(inputs[row], "\n".join(words))))
-            wrong += 1
         n += len(labels)
         kept = sorted(kept, key=lambda each: -each[0])[:SHOWN]  # the others need no memory
     logits, labels = map(torch.cat, zip(*seen, strict=True))
-    return Mistakes(logits, labels, wrong, [picture for _, picture in kept])
+    return Mistakes(evaluate_logits(logits, labels, list(classes)), [picture for _, picture in kept])
 
 
 def write_report(run: EndedRun, found: Mistakes | None = None) -> None:
@@ -70,41 +117,85 @@ def write_report(run: EndedRun, found: Mistakes | None = None) -> None:
         write_whole(run.folder.path / name, data, "make room, then: metapl report.")
 
 
+def page_of(run: EndedRun, found: Mistakes | None = None) -> tuple[str, bytes, list[str]]:
+    """The heading, the picture and the parts of the page of a run that has ended; ``found``: what is not to be looked
+    for again."""
+    result, path, delivered = run.result, run.folder.path, run.cards[run.result["delivered"]].title
+    evaluation = Evaluation(**result["evaluation"]) if "evaluation" in result else None
+    # 1. What it reached; of a comparison, the methods side by side and the paired test.
+    reached = result.get("test_accuracy", result.get("validation_accuracy"))
+    heading, network, note = f"{result['recipe']}: {result['title']}, seed {result['seed']}", "network", ""
+    parts = [] if reached is None else [f'<p class="number">{100 * reached:.1f} %</p>']
+    parts += map(web.paragraph, summary(result))
+    if run.is_comparison and evaluation is not None:
+        methods, seeds = result["methods"], result["seeds"]
+        heading = f"{result['recipe']}: {len(methods)} methods, {counted(len(seeds), 'seed')}"
+        comparison = Comparison(tuple(seeds), methods, result["titles"], evaluation.n, result["chance"])
+        head, *cells = comparison.rows()
+        own = web.section(f"{result['delivery'][:1].upper()}{result['delivery'][1:]}.", *parts)
+        parts = [web.paragraph(result["sentence"])]
+        parts.append(web.section("Methods", web.rows(cells, head), web.paragraph(comparison.caption(), "quiet")))
+        if (compared := comparison.against_control()) is not None:
+            name, _, control, _, test = compared
+            figures = {"difference": f"{100 * test.mean:+.2f} points", "pairs of one seed": test.n}
+            if test.interval is not None:
+                figures["95 % interval"] = " to ".join(f"{100 * end:+.2f}" for end in test.interval)
+            kinds = {"p, paired t-test": test.p, "p, exact permutation test": test.p_permutation}
+            figures |= {name: f"{p:.2g}" for name, p in kinds.items() if p is not None}
+            title = f"{result['titles'][name]} against {result['titles'][control]}"
+            parts.append(web.section(title, web.rows([*figures.items()])))
+        parts.append(own)
+        # 2. Curves: those of the first seed, where the runs that were compared are still there.
+        places = {(name, seed): RunFolder(path / name / f"seed-{seed}") for name in methods for seed in seeds}
+        if all(place.exists for place in places.values()):
+            results_within(path, result)
+            firsts = {name: places[name, seeds[0]] for name in [*methods][:MOST_CURVES]}
+            curves = {name: last_fit(one.path, stored_result(one)) for name, one in firsts.items()}
+            note = f"Curves are those of seed {seeds[0]}."
+        else:
+            curves, note = {}, "Without curves: the folders of the runs are not there any more."
+    else:
+        curves, network = {result["title"]: last_fit(path, result)}, run.cards["student"].title
+    picture = draw(title=heading, curves=curves, evaluation=evaluation, network=network)
+    parts.append(drawn(picture, note))
+    # 3. Rounds of Noisy Student: what each reached and kept.
+    if "rounds" in result:
+        rounds, last = result["rounds"], result["rounds"][-1]
+        cells = [("0", "", "", "", share(rounds[0]["teacher"].get("test_accuracy")))]
+        for each in rounds:
+            changed = "" if each["changed_labels"] is None else f"{each['changed_labels']:,}"
+            counts = f"{each['kept']:,} of {each['unlabeled']:,}", f"{each['copies']:,}"
+            cells.append((str(each["round"]), *counts, changed, share(each.get("test_accuracy"))))
+        kept = [
+            (name, f"{count:,}", f"{last['kept_per_class'][name]:,}", f"{last['copies_per_class'][name]:,}")
+            for name, count in last["labeled_per_class"].items()
+        ]
+        table = web.rows(kept, ("class", "labeled so", "kept", "with copies"))
+        heads = ("round", "kept", "with copies", "labels changed", "test accuracy")
+        parts.append(web.section("Rounds", web.rows(cells, heads), web.folded("classes of the last round", table)))
+    # 4. The test set: classes, and the mistakes that the network is surest of.
+    if evaluation is not None:
+        parts.append(web.section("Classes", classes_of(evaluation)))
+        try:
+            if found is None:
+                on = HeldOut(run, result["delivered"])
+                judged = run.network(result["delivered"]).to(run.device)
+                found = mistakes(judged, on.batches(), run.classes, on.names)
+            wrong = round(found.evaluation.n * (1 - found.evaluation.accuracy))
+            note = f"of the {delivered} on test: {wrong:,} of {found.evaluation.n:,} are wrong"
+            parts.append(web.pictures("Surest mistakes", note, found.surest))
+        except (MetaplError, OSError) as error:
+            tell(f"metapl: the test pictures are left out: {error}", file=sys.stderr)
+            parts.append(web.section("Surest mistakes", web.paragraph(f"The test pictures are left out: {error}")))
+    parts.append(suspects_shown(path, run.cards["student"].input))
+    return heading, picture, [*parts, *made(run.folder, run.description, run.source)]
+
+
 def last_fit(folder: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of the main phase of a run, which of Noisy Student is the last round."""
     file = folder / "metrics.jsonl"
     refuse_changed(file, content)
     return read_rows(file, f"round-{len(content['rounds'])}" if "rounds" in content else "fit")
-
-
-def page_of(run: EndedRun, found: Mistakes | None = None) -> tuple[str, bytes, list[str]]:
-    """The heading, the picture and the parts of the page of a run that has ended; ``found``: what is not to be looked
-    for again."""
-    result, path, reached = run.result, run.folder.path, run.result.get("test_accuracy")
-    reached = result.get("validation_accuracy") if reached is None else reached
-    heading = f"{result['recipe']}: {result['title']}, seed {result['seed']}"
-    parts = [] if reached is None else [f'<p class="number">{100 * reached:.1f} %</p>']
-    parts += map(web.paragraph, summary(result))
-    evaluation = Evaluation(**result["evaluation"]) if "evaluation" in result else None
-    if run.is_comparison and evaluation is not None:
-        heading = f"{result['recipe']}: {len(result['methods'])} methods, {seeds_in_words(len(result['seeds']))}"
-        parts = [
-            *_compared(run, evaluation),
-            web.section(f"{result['delivery'][:1].upper()}{result['delivery'][1:]}.", *parts),
-        ]
-        curves, network, of = *_curves(run), "network"
-    else:
-        curves, network, of = {result["title"]: last_fit(path, result)}, run.cards["student"].title, ""
-    picture = draw(title=heading, curves=curves, evaluation=evaluation, network=network)
-    parts.append(drawn(picture, of))
-    if "rounds" in result:
-        parts.append(web.section("Rounds", *_rounds(result["rounds"])))
-    if evaluation is not None:
-        names = [short(str(name), 60) for name in evaluation.classes or range(len(evaluation.confusion))]
-        parts.append(web.section("Classes", web.classes(evaluation, names)))
-        parts.append(_mistakes(run, found))
-    parts.append(suspects_shown(path, run.cards["student"].input))
-    return heading, picture, [*parts, *made(run.folder, run.description, run.source)]
 
 
 def drawn(picture: bytes, note: str = "") -> str:
@@ -113,68 +204,25 @@ def drawn(picture: bytes, note: str = "") -> str:
     return web.section("Curves and confusion", image, web.paragraph(note, "quiet") if note else "")
 
 
-def _compared(run: EndedRun, evaluation: Evaluation) -> Iterator[str]:
-    """The methods of a comparison side by side, and the paired test."""
-    result = run.result
-    of = tuple(result["seeds"]), result["methods"], result["titles"]
-    found = Comparison(*of, evaluation.n, result["chance"])
-    head, *cells = found.rows()
-    yield web.paragraph(found.sentence())
-    yield web.section("Methods", web.rows(cells, head), web.paragraph(found.caption(), "quiet"))
-    if (compared := found.against_control()) is not None:
-        test, pair = compared[4], [found.titles[compared[0]], found.titles[compared[2]]]
-        figures = {"difference": f"{100 * test.mean:+.2f} points", "pairs of one seed": test.n}
-        if test.interval is not None:
-            figures["95 % interval"] = " to ".join(f"{100 * end:+.2f}" for end in test.interval)
-        names = {"p, paired t-test": test.p, "p, exact permutation test": test.p_permutation}
-        figures |= {name: f"{p:.2g}" for name, p in names.items() if p is not None}
-        yield web.section(" against ".join(pair), web.rows([*figures.items()]))
-
-
-def _curves(run: EndedRun) -> tuple[Curves, str]:
-    """Those of the first methods of a comparison, each with the first seed, and a note; none where a run is gone."""
-    path, methods, seeds = run.folder.path, run.result["methods"], run.result["seeds"]
-    if not all(RunFolder(path / name / f"seed-{seed}").exists for name in methods for seed in seeds):
-        return {}, "Without curves: the folders of the runs are not there any more."
-    results_within(path, run.result)  # they are those that were compared
-    runs = {name: RunFolder(path / name / f"seed-{seeds[0]}") for name in [*methods][:CURVES]}
-    curves = {name: last_fit(one.path, stored_result(one)) for name, one in runs.items()}
-    return curves, f"Curves are those of seed {seeds[0]}."
-
-
-def _mistakes(run: EndedRun, found: Mistakes | None) -> str:
-    """The surest mistakes on the test set; or why there are none."""
-    try:
-        if found is None:
-            name = run.result["delivered"]
-            on = HeldOut(run, name)
-            found = mistakes(run.network(name).to(run.device), on.batches(), run.classes, on.names)
-    except (MetaplError, OSError) as error:
-        tell(f"metapl: the test pictures are left out: {error}", file=sys.stderr)
-        return web.section("Surest mistakes", web.paragraph(f"The test pictures are left out: {error}"))
-    whose = f"of the {run.cards[run.result['delivered']].title} on test"
-    note = f"{whose}: {found.wrong:,} of {len(found.labels):,} are wrong"
-    return web.pictures("Surest mistakes", note, found.surest)
-
-
-def _rounds(rounds: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What each round reached and kept, and the classes of the last one."""
-    cells = [(0, "", "", "", _share(rounds[0]["teacher"].get("test_accuracy")))]
-    for each in rounds:
-        changed = "" if each["changed_labels"] is None else f"{each['changed_labels']:,}"
-        counts = f"{each['kept']:,} of {each['unlabeled']:,}", f"{each['copies']:,}"
-        cells.append((each["round"], *counts, changed, _share(each.get("test_accuracy"))))
-    yield web.rows(cells, ("round", "kept", "with copies", "labels changed", "test accuracy"))
-    last = rounds[-1]
-    classes = [
-        (name, f"{count:,}", f"{last['kept_per_class'][name]:,}", f"{last['copies_per_class'][name]:,}")
-        for name, count in last["labeled_per_class"].items()
-    ]
-    yield web.folded("classes of the last round", web.rows(classes, ("class", "labeled so", "kept", "with copies")))
-
-
-def _share(accuracy: float | None) -> str:
+def share(accuracy: float | None) -> str:
     return "" if accuracy is None else f"{100 * accuracy:.1f} %"
+
+
+def classes_of(evaluation: Evaluation) -> str:
+    """How many of each class are right, the worst first, and what it is most often taken for."""
+    names = [short(str(name), 60) for name in evaluation.classes or range(len(evaluation.confusion))]
+    cells: list[tuple[float, Sequence[object]]] = []
+    for index, (name, row) in enumerate(zip(names, evaluation.confusion, strict=True)):
+        n, right = sum(row), row[index]
+        others = [0 if other == index else count for other, count in enumerate(row)]
+        most = max(range(len(row)), key=others.__getitem__)
+        taken = f"{names[most]} ({others[most]:,})" if others[most] else ""
+        low, high = interval(right, n) if n else (0.0, 1.0)
+        reached = f"{100 * right / n:.1f} % ({100 * low:.1f}-{100 * high:.1f})" if n else "-"
+        cells.append((right / n if n else 2.0, (name, f"{n:,}", f"{right:,}", reached, taken)))
+    head = ("class", "examples", "right", "accuracy (95 %)", "most often taken for")
+    found = web.rows([row for _, row in sorted(cells, key=lambda cell: cell[0])], head)
+    return found if len(names) <= MOST_UNFOLDED else web.folded(f"all {len(names):,} classes", found)
 
 
 def made(folder: RunFolder, description: Mapping[str, Any], source: RunFolder) -> Iterator[str]:
@@ -190,6 +238,167 @@ def made(folder: RunFolder, description: Mapping[str, Any], source: RunFolder) -
     told = {name: value for name, value in description.items() if name != "fields"} | description["fields"]
     yield web.folded("Settings", web.rows([(name, json.dumps(value)) for name, value in told.items()]))
     yield web.folded("Versions and hardware", web.rows([*by.get("made_with", {}).items()]))
+
+
+# -------------------------------------------------------------------------------------------- labels that may be wrong
+
+SUSPECTS, SUSPECTS_SHOWN = "suspects.csv", 48  # the list of a run, and how many the page shows
+
+
+def write_suspects(folder: Path, doubtful: Doubtful, trained: Trainer, classes: Sequence[str]) -> str:
+    """All the examples, first those whose given label the network finds least probable, without augmentation; with the
+    weight that was learned for each, where weights of examples were. What it says as a whole."""
+    teacher, weights = trained.teacher, None
+    if isinstance(trained, BilevelTrainer) and isinstance(teacher, Table) and teacher.values.ndim == 1:  # one each
+        weights = teacher.values.detach().cpu().sigmoid().tolist()
+    found: list[tuple[float, int, int, int, float]] = []
+    for inputs, positions in batches_of(doubtful.examples, torch.device("cpu")):
+        given = doubtful.given[positions]
+        logits, _ = predict_logits(trained.student, [(inputs, given)])
+        log_p = logits.double().log_softmax(dim=1)
+        best = log_p.max(dim=1)
+        of_given = log_p.gather(1, given[:, None])[:, 0]
+        found += zip(*(c.tolist() for c in (of_given, positions, given, best.indices, best.values)), strict=True)
+    with written_csv(folder / SUSPECTS) as writer:
+        writer.writerow(["file", "given", "probably", "p_given", "p_probably", *(["weight"] if weights else [])])
+        for log_p_given, number, label, taken, log_p_taken in sorted(found):
+            shares = [f"{math.exp(each):.3g}" for each in (log_p_given, log_p_taken)]
+            cells = [doubtful.names[number], classes[label], classes[taken], *shares]
+            writer.writerow([*cells, *([f"{weights[number]:.3g}"] if weights else [])])
+    # That is little where the network agrees with few of the labels.
+    others = sum(taken != label for _, _, label, taken, _ in found)
+    more = ": it has not learned enough for this list; train it longer (--minutes)" * (2 * others > len(found))
+    return f"of {others:,} of {len(found):,} the network finds another class more probable{more}"
+
+
+def suspects_shown(folder: Path, given: Input) -> str:
+    """The first of the list for the page, as far as their pictures are there."""
+    if not (folder / SUSPECTS).is_file():
+        return ""
+    with (folder / SUSPECTS).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = list(csv.DictReader(file))
+    shown = []
+    for row in rows[:SUSPECTS_SHOWN]:
+        caption = f"{row['given']}\n{row['probably']}, {float(row['p_probably']):.0%}\n{Path(row['file']).name}"
+        try:
+            x = given.read(Path(row["file"]))
+        except (MetaplError, OSError):
+            continue
+        shown.append(web.Picture(x, caption))
+    note = (
+        f"of {len(rows):,} labels, the most suspicious first; beneath each, the given label, what the network takes it "
+        f"for and how surely, and its file. {SUSPECTS} has all of them."
+    )
+    return web.pictures("Labels that may be wrong", note, shown)
+
+
+# --------------------------------------------------------------------------------------------------------- the picture
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+LINES = ("-", "--", ":", "-.")  # those of a panel; colors and lines begin again where a figure has more
+MOST_NAMED, MOST_NUMBERED = 60, 20  # classes of a matrix whose names, and whose counts, can be read
+
+# Plots of a few quantities over the steps: keys of the rows, and their names in the legend.
+PANELS = {
+    "Validation accuracy": {"student_validation_accuracy": "student", "teacher_validation_accuracy": "teacher"},
+    "Losses": {"inner_loss": "inner (student)", "outer_loss": "outer (labeled)"},
+    "Losses of the network": {
+        "loss_cross_entropy": "labeled",
+        "loss_uda": "unlabeled (strong view, own label)",
+        "loss_entropy": "unlabeled (entropy)",
+        "loss_noisy_student": "with pseudo-labels",
+    },
+    "Feedback to the teacher": {"feedback_std": "its standard deviation in a batch"},
+    "Signal to noise of the feedback": {"feedback_snr": "of one step, by its examples"},
+    "Pseudo-labels": {
+        "pseudo_label_accuracy": "accuracy",
+        "pseudo_label_confidence": "confidence",
+        "agreement": "agreement",
+    },
+    "Class-frequency error": {"class_shares_vs_truth": "pseudo-labels against the truth"},
+    "Class-frequency error of the labels": {"class_shares_vs_labeled": "pseudo-labels against the labels"},
+}
+PERCENT = ("Validation accuracy", "Pseudo-labels", "Class-frequency error", "Class-frequency error of the labels")
+LOGARITHMIC = ("Feedback to the teacher",)  # which has no zero
+
+
+def draw(
+    *, title: str, curves: Mapping[str, Sequence[Mapping[str, float]]], evaluation: Evaluation | None, network: str
+) -> bytes:
+    """A panel for each group of figures, and the confusion matrix on the test set where there is one, as PNG.
+
+    Args:
+        curves: rows by method.
+        network: what it is called where no method has a teacher beside it.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator, PercentFormatter
+
+    # 1. What there is to draw: of each panel its lines, each with the numbers of its method and of its quantity.
+    panels: dict[str, list[tuple[int, int, str, list[tuple[float, float]]]]] = {}
+    for panel, names in PANELS.items():
+        lines = []
+        for number, (method, rows) in enumerate(curves.items()):
+            for rank, (key, name) in enumerate(names.items()):
+                pairs = ((float(r["step"]), float(r[key])) for r in rows if "step" in r and r.get(key) is not None)
+                finite = (pair for pair in pairs if all(map(math.isfinite, pair)))
+                if points := sorted(pair for pair in finite if pair[1] > 0 or panel not in LOGARITHMIC):
+                    lines.append((number, rank, f"{method}, {name}" if len(curves) > 1 else name, points))
+        if panel == "Validation accuracy" and not any(rank for _, rank, _, _ in lines):  # no teacher
+            lines = [(number, 0, name.replace("student", network), points) for number, _, name, points in lines]
+        if lines:
+            panels[panel] = lines
+    if "Class-frequency error" in panels:
+        panels.pop("Class-frequency error of the labels", None)
+    count = len(panels) + (evaluation is not None)
+    columns = 1 if count <= 1 else 2  # on the page, more would be too small to read
+    figure = Figure((4.6 * columns, 3.6 * math.ceil(max(1, count) / columns) + 0.5), 150, layout="constrained")
+    plain: Any = {"parse_math": False}  # a name with a $ is a name
+    figure.suptitle(short(title, 90), x=0.01, ha="left", **plain)
+    places = [figure.add_subplot(math.ceil(count / columns), columns, number + 1) for number in range(count)]
+    # 2. The curves: the mean about each value of many, over fewer towards the ends.
+    for (panel, lines), axes in zip(panels.items(), places, strict=False):
+        axes.set_title(panel, fontsize=10, loc="left")
+        for number, rank, name, points in lines:
+            steps, values = np.array(points).T
+            span = np.ones(2 * (len(values) // 80) + 1)
+            axes.plot(
+                steps,
+                np.convolve(values, span, "same") / np.convolve(np.ones(len(values)), span, "same"),
+                color=COLORS[(number if len(curves) > 1 else rank) % len(COLORS)],
+                linestyle=LINES[rank % len(LINES)],
+                marker="o" if len(values) == 1 else None,
+                label=name,
+            )
+        if panel in LOGARITHMIC:
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        if panel in PERCENT:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_xlabel("step", loc="right")
+        axes.grid(color="#dddddd")
+        axes.legend(fontsize=7).set_in_layout(False)  # of many methods it is higher than the panel
+    # 3. The confusion matrix.
+    if evaluation is not None:
+        counts, axes = np.array(evaluation.confusion), places[-1]
+        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        axes.set_title(f"Confusion on test, {100 * evaluation.accuracy:.1f} % right", fontsize=10, loc="left")
+        axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1)  # the root shows a mistake in a hundred
+        axes.set(xlabel="predicted", ylabel="true")
+        if len(counts) <= MOST_NAMED:
+            labels = [short(str(name), 14) for name in evaluation.classes or range(len(counts))]
+            look: Any = {"fontsize": 8 if len(counts) <= MOST_NUMBERED else 5, **plain}
+            axes.set_xticks(range(len(counts)), labels, rotation=90, **look)
+            axes.set_yticks(range(len(counts)), labels, **look)
+        for row, column in np.argwhere(counts) if len(counts) <= MOST_NUMBERED else ():
+            color = "white" if shares[row, column] > 0.4 else "black"
+            axes.text(column, row, str(counts[row, column]), color=color, ha="center", va="center", fontsize=7)
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # boxes stand for letters that the font does not have
+        figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------------- in sentences

@@ -22,11 +22,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import os
 import re
-import typing
+import runpy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -37,10 +36,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metapl.apps.machine.environment import default_threads, environment
-from metapl.apps.machine.ownership import LOCK, owned
-from metapl.apps.machine.sealed import read_json, read_sealed, remove_temporary, sha256_of, write_whole
-from metapl.apps.pictures.input import NetworkCard
+from metapl.apps.machine import (
+    LOCK,
+    default_threads,
+    environment,
+    owned,
+    read_json,
+    read_sealed,
+    remove_temporary,
+    sha256_of,
+    write_whole,
+)
+from metapl.apps.networks import Architecture
+from metapl.apps.pictures.input import Input, NetworkCard
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
 from metapl.runs.folder import Folder
@@ -274,10 +282,14 @@ class EndedRun:
         file = path / NETWORK
         description, result = folder.recipe(), stored_result(folder)
         refuse_changed(file, result)
-        said = folder.read_json(NETWORK)
+        said, cards = folder.read_json(NETWORK), dict[str, NetworkCard]()
         try:
-            cards = {name: _rebuilt(NetworkCard, card) for name, card in said["networks"].items()}
-        except (MetaplError, TypeError) as error:  # TypeError: it lacks a field, or has others
+            for name, card in said["networks"].items():
+                fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card.items()}
+                if card["architecture"] is not None:
+                    fields["architecture"] = Architecture(**card["architecture"])
+                cards[name] = NetworkCard(**fields | {"input": Input(**card["input"])})
+        except (MetaplError, TypeError, KeyError) as error:  # it lacks a field, or has others
             raise MetaplError(f"{file} is of another version: {error}") from error
         return cls(folder, said["title"], tuple(said["classes"]), cards, description, result)
 
@@ -331,29 +343,15 @@ class EndedRun:
         return f"{self.folder.path}: {self.title}, {self.cards[name].title} ({WEIGHTS[name]}{which})"
 
 
-def _rebuilt(kind: type, values: Mapping[str, Any]) -> Any:
-    """A dataclass from what :func:`dataclasses.asdict` made of it, by way of JSON."""
-    hints, fields = typing.get_type_hints(kind), dict[str, Any]()
-    for name, value in values.items():
-        fields[name] = tuple(value) if isinstance(value, list) else value
-        for part in (hints.get(name), *typing.get_args(hints.get(name))):  # one that may be left out
-            if isinstance(part, type) and dataclasses.is_dataclass(part) and value is not None:
-                fields[name] = _rebuilt(part, value)
-    return kind(**fields)
-
-
 def function_in(place: str) -> Callable[..., nn.Module]:
     """The function that FILE.py:FUNCTION names; its file is run."""
     file, _, name = place.rpartition(":")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file) if Path(file).is_file() else None
-    if spec is None or spec.loader is None:
+    if not Path(file).is_file():
         raise MetaplError(f"--factory {place}: there is no file {file or place}; expected FILE.py:FUNCTION.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function: Callable[..., nn.Module] | None = getattr(module, name, None)
-    if function is None:
+    if (function := runpy.run_path(file).get(name)) is None:
         raise MetaplError(f"--factory {place}: {file} has no function {name!r}.")
-    return function
+    found: Callable[..., nn.Module] = function
+    return found
 
 
 def save(

@@ -13,19 +13,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from metapl.apps.backbone import Control
-from metapl.apps.fitting import fit
 from metapl.apps.label import stored_labels
 from metapl.apps.labels import DESCRIPTION
 from metapl.apps.launch import Processes
-from metapl.apps.machine.sealed import sha256_of
+from metapl.apps.machine import sha256_of
 from metapl.apps.methods import Data, ReducedMpl, Training
+from metapl.apps.model_noise import model_noise
 from metapl.apps.networks import Tuned, begin_as, merged
 from metapl.apps.pictures.batches import record_files, replaced_files
-from metapl.apps.report import Mistakes, mistakes, write_report
+from metapl.apps.report import SUSPECTS, Mistakes, mistakes, write_report, write_suspects
 from metapl.apps.run import EndedRun, RunFolder, seal
 from metapl.apps.settings import flat
-from metapl.apps.suspects import SUSPECTS, write_suspects
-from metapl.distributed import Mesh
+from metapl.distributed import Mesh, shard
 from metapl.errors import MetaplError
 from metapl.execution.shards import load_whole
 from metapl.metrics import Evaluation, chance_level, evaluate_logits, predict_logits
@@ -42,11 +41,10 @@ class Measured:
 
     weights: Mapping[str, Tensor]  # on the host
     validation_accuracy: float | None  # a fraction
-    evaluation: Evaluation | None  # on the test examples
-    mistakes: Mistakes | None  # there, for the page
+    tested: Mistakes | None  # on the test examples
 
     def accuracies(self, prefix: str = "") -> dict[str, float]:
-        tested = None if self.evaluation is None else self.evaluation.accuracy
+        tested = None if self.tested is None else self.tested.evaluation.accuracy
         found = {"validation_accuracy": self.validation_accuracy, "test_accuracy": tested}
         return {prefix + key: value for key, value in found.items() if value is not None}
 
@@ -108,15 +106,29 @@ def train(
             control.start(teacher)
     begin_as(teacher, student)
     if processes.mesh.size > 1:
-        teacher, student = processes.laid_out(teacher, student, seed=fitting.seed)
+        noisy = any(map(model_noise, (teacher, student)))
+        teacher, student = (shard(network, processes.mesh) for network in (teacher, student))
+        if noisy:
+            processes.seed(student, fitting.seed)
 
     # 3. The method.
     options = {"validation": data.validation, "out": folder, "resume": resume, "progress": progress, "say": say}
-    options |= {"truth": data.truth, "steps": fitting.steps, **fitting.options(), "select": select}
+    options |= {"steps": fitting.steps, **fitting.options(), "select": select}
 
-    def phase(trainer: Trainer, labeled: Any, unlabeled: Any, *, phase: str = "fit", **own: Any) -> FitResult:
-        shares = map(processes.share, (labeled, unlabeled))
-        return fit(trainer, *shares, phase=phase, **options | own)
+    def phase(
+        trainer: Trainer, labeled: Any, unlabeled: Any, *, phase: str = "fit", truth: Any = data.truth, **own: Any
+    ) -> FitResult:
+        shares, looking = map(processes.share, (labeled, unlabeled)), [] if truth is None else [Truth(truth)]
+        try:
+            return trainer.fit(*shares, phase=phase, callbacks=looking, **options | own)
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            reason = str(error).partition(". ")[0].strip(" .")
+            lost = isinstance(error, ConnectionError | EOFError) and fitting.num_workers
+            if not (lost or reason.startswith("DataLoader worker")):
+                raise
+            raise MetaplError(
+                f"a process that prepares batches died ({reason}): was there too little memory?"
+            ) from error
 
     training = Training(
         config=config,
@@ -161,7 +173,7 @@ def train(
     chosen = delivered(kept, select, trained.rounds is not None)
     cards = {name: trained.configs.get(name, config).card(words[name]) for name in kept}
     called = f"{config.name}, {method.name}, seed {fitting.seed}"
-    evaluation, counts = kept[chosen].evaluation, None
+    tested, counts = kept[chosen].tested, None
     if len(validated):
         counts = torch.bincount(validated, minlength=len(data.classes)).tolist()
     content: dict[str, Any] = {
@@ -180,17 +192,33 @@ def train(
         **({} if trained.rounds is None else {"rounds": trained.rounds}),
         **({} if beside is None else {"control_accuracy": beside[0], "control_of": beside[1]}),
         **kept[chosen].accuracies(),
-        **({} if evaluation is None else {"evaluation": evaluation.to_json()}),
+        **({} if tested is None else {"evaluation": tested.evaluation.to_json()}),
     }
     for name, network in kept.items():
         content |= network.accuracies(f"{name}_")
     folder.write_json("result.json", content)
     if processes.first:  # what the others leave is not kept
         run = EndedRun(folder, called, data.classes, cards, describe(config, method), content)
-        write_report(run, kept[chosen].mistakes)
+        write_report(run, tested)
     if unread := replaced_files(skipped):
         say(f"files that could not be read: {len(unread):,}, listed in {skipped}")
     return content
+
+
+class Truth:
+    """How many of the teacher's labels are right, on (inputs, labels) of unlabeled examples, at each validation."""
+
+    def __init__(self, truth: Any) -> None:
+        self.truth = truth
+
+    def __call__(self, step: int, row: Mapping[str, float], trainer: Any) -> dict[str, float]:
+        validated = any("_validation_" in name for name in row)
+        if not validated or trainer.teacher is None or not trainer.teacher_classifies:
+            return {}
+        found = evaluate_logits(*predict_logits(trainer.teacher, batches_of(self.truth, trainer.device, "truth")))
+        confusion = torch.tensor(found.confusion)
+        off = (confusion.sum(0) - confusion.sum(1)).abs().sum()
+        return {"pseudo_label_accuracy": found.accuracy, "class_shares_vs_truth": float(off) / (2 * found.n)}
 
 
 def delivered(kept: Mapping[str, Measured], select: bool, rounds: bool) -> str:
@@ -207,10 +235,8 @@ def delivered(kept: Mapping[str, Measured], select: bool, rounds: bool) -> str:
 
 def measured(data: Data, network: nn.Module, validated: float | None, weights: Mapping[str, Tensor]) -> Measured:
     """A network that has these weights and this validation accuracy, with what it reaches on the test examples."""
-    if data.test is None:
-        return Measured(dict(weights), validated, None, None)
-    found = mistakes(network, data.test, data.classes, data.test_names)
-    return Measured(dict(weights), validated, evaluate_logits(found.logits, found.labels, list(data.classes)), found)
+    tested = None if data.test is None else mistakes(network, data.test, data.classes, data.test_names)
+    return Measured(dict(weights), validated, tested)
 
 
 def evaluated(network: nn.Module, data: Any) -> Evaluation:

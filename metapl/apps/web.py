@@ -8,16 +8,13 @@ import io
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
-from metapl.metrics import Evaluation, interval
 from metapl.words import shown
 
 GENERATOR = "metapl report"  # what a page says of who wrote it
 ALLOWED = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # what a browser may load: nothing
-MOST_UNFOLDED = 40  # classes of a table that is open
 LARGEST_PICTURE = 160  # pixels a side
 
 STYLE = """
@@ -33,7 +30,7 @@ figure { margin: 0 } .drawn { max-width: 100% } pre { background: var(--box); bo
 .wide { overflow-x: auto } table { border-collapse: collapse }
 td, th { padding: .2rem .6rem; text-align: right; overflow-wrap: normal } td { white-space: nowrap }
 th { font-weight: 600 }
-th:first-child { text-align: left; min-width: 4rem; max-width: 16rem; overflow-wrap: anywhere }
+th:first-child { text-align: left; min-width: 6rem; max-width: 16rem; overflow-wrap: anywhere }
 tr + tr > * { border-top: 1px solid var(--line) }
 .texts td { text-align: left; overflow-wrap: anywhere; white-space: normal }
 .pictures { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)) }
@@ -87,25 +84,6 @@ def rows(cells: Sequence[Sequence[object]], head: Sequence[object] = ()) -> str:
     return f'<div class="wide"><table{kind}><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-# ------------------------------------------------------------------------------------------------------- the test set
-
-
-def classes(evaluation: Evaluation, names: Sequence[str]) -> str:
-    """How many of each class are right, the worst first, and what it is most often taken for."""
-    cells: list[tuple[float, Sequence[object]]] = []
-    for index, (name, row) in enumerate(zip(names, evaluation.confusion, strict=True)):
-        n, right = sum(row), row[index]
-        others = [0 if other == index else count for other, count in enumerate(row)]
-        most = max(range(len(row)), key=others.__getitem__)
-        taken = f"{names[most]} ({others[most]:,})" if others[most] else ""
-        low, high = interval(right, n) if n else (0.0, 1.0)
-        share = f"{100 * right / n:.1f} % ({100 * low:.1f}-{100 * high:.1f})" if n else "-"
-        cells.append((right / n if n else 2.0, (name, f"{n:,}", f"{right:,}", share, taken)))
-    head = ("class", "examples", "right", "accuracy (95 %)", "most often taken for")
-    found = rows([row for _, row in sorted(cells, key=lambda cell: cell[0])], head)
-    return found if len(names) <= MOST_UNFOLDED else folded(f"all {len(names):,} classes", found)
-
-
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
@@ -123,8 +101,11 @@ def pictures(title: str, note: str, shown: Sequence[Picture]) -> str:
     figures = []
     for x, caption in shown:
         levels = (255 * x.detach().cpu().float().clamp(0, 1)).round().byte().permute(1, 2, 0).squeeze(-1).numpy()
+        thumbnail, file = Image.fromarray(levels), io.BytesIO()
+        thumbnail.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
+        thumbnail.save(file, format="png", optimize=True)
         lines = "<br>".join(text(line) for line in caption.split("\n"))
-        image = f'<img alt="" src="{picture(_png(levels))}">'
+        image = f'<img alt="" src="{picture(file.getvalue())}">'
         figures.append(f"<figure>{image}<figcaption>{lines}</figcaption></figure>")
     return section(title, paragraph(note, "quiet"), f'<div class="pictures">{"".join(figures)}</div>')
 
@@ -132,13 +113,3 @@ def pictures(title: str, note: str, shown: Sequence[Picture]) -> str:
 def picture(content: bytes) -> str:
     """A picture in PNG, in the page itself."""
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
-
-
-def _png(levels: NDArray[np.integer]) -> bytes:
-    """Levels (H, W) or (H, W, C) from 0 to 255."""
-    from PIL import Image
-
-    image, file = Image.fromarray(levels.astype(np.uint8)), io.BytesIO()
-    image.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
-    image.save(file, format="png", optimize=True)
-    return file.getvalue()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import itertools
 import re
+import signal
 import sys
 import textwrap
 import unicodedata
@@ -14,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from metapl.errors import MetaplError
 from metapl.runs.folder import replacing
 from metapl.words import shown
 
@@ -109,3 +112,15 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
         cells = [text + gap if i < left else gap + text for i, (text, gap) in enumerate(zip(row, gaps, strict=True))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def require_extra(extra: str, need: str, *packages: str) -> None:
+    """Refuse to go on without the packages of an extra; ``need`` is what the message begins with, "ONNX needs" say."""
+    missing = " and ".join(name for name in packages if importlib.util.find_spec(name) is None)
+    if missing:
+        raise MetaplError(f"{need} {missing}: not installed; get it by: pip install 'metapl[{extra}]'")
+
+
+def exit_code(stopped: KeyboardInterrupt) -> int:
+    """That of a process which the signal has ended."""
+    return 128 + int(getattr(stopped, "signal_number", signal.SIGINT))

@@ -77,8 +77,8 @@ def test_the_best_method_is_named_and_the_delivered_student_is_the_best_by_valid
         assert "noise_transition_against_plain" in found.to_json()
     test = {"mpl": [0.9, 0.9], "uda": [0.1, 0.1], "supervised": [0.2, 0.2]}
     validation = {"mpl": [0.5, 0.6], "uda": [0.4, 0.9], "supervised": [0.65, 0.65]}
-    assert comparison(test, validation).delivered() == ("uda", 1)  # ties go to the earlier one: 0.65 on the mean
-    assert comparison(test).delivered() == ("mpl", 0)
+    assert comparison(test, validation).delivered()[:2] == ("uda", 1)  # ties go to the earlier one: 0.65 on the mean
+    assert comparison(test).delivered()[:2] == ("mpl", 0)
 
 
 @pytest.mark.long
@@ -148,13 +148,13 @@ def test_compare_pairs_the_runs_of_a_comparison_and_single_ones(compared: Path) 
     for text in (singles, metapl("compare", compared).stdout):
         assert f"{50 * (none - mpl):+.2f} points  none" in text
     accuracy = result(compared / "none" / "seed-1")["test_accuracy"]
-    assert re.search(rf"none +1 +{100 * accuracy:.2f}", singles)
+    assert re.search(rf"none +1 +{100 * accuracy:.1f}", singles)
 
 
 def test_compare_pairs_by_the_seed_in_whatever_order_runs_are_named() -> None:
     reached = {"none": [0.5, 0.6, 0.7, 0.8, 0.9], "mpl": [0.51, 0.62, 0.71, 0.82, 0.91]}
     none, mpl = (
-        [Entry(Path(), Path(), {}, {"method": name, "seed": seed, STUDENT: of[seed]}, (), {}) for seed in range(5)]
+        [Entry(Path(), {}, {"method": name, "seed": seed, STUDENT: of[seed]}) for seed in range(5)]
         for name, of in reached.items()
     )
     assert "p = 0.0046" in verdict([*none, *mpl])

@@ -21,7 +21,7 @@ from metapl.apps.launch import Processes
 from metapl.apps.methods import Training
 from metapl.apps.settings import Fitting
 from metapl.execution.shards import weights_of
-from metapl.training import FitResult
+from metapl.training import FitResult, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,12 +97,12 @@ def best_by_test(kept: Any, select: bool, rounds: bool) -> str:
 
 
 def skipping(trainer: Any, *sources: Any, **options: Any) -> FitResult:
-    if options["resume"] and options["phase"] == "teacher":
+    if options.get("resume") and options["phase"] == "teacher":
         return FitResult(None, 0, weights_of(trainer.student))
     return FIT(trainer, *sources, **options)
 
 
-FIT, SAMPLER, VIEWS, OPTIONS = train.fit, images.StepSampler, Pictures.views, Fitting.options
+FIT, SAMPLER, VIEWS, OPTIONS = Trainer.fit, images.StepSampler, Pictures.views, Fitting.options
 FAULTS: dict[str, tuple[Any, str, Callable[..., Any], Check]] = {
     # An owner, its attribute, what a mistake would make of it, and the check that catches it.
     "one stream of draws": (
@@ -124,7 +124,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any], Check]] = {
         *(Pictures, "views", lambda self: {**VIEWS(self), "finetuned": VIEWS(self)["strong"]}),
         golden("images uda"),
     ),
-    "resume skips a phase": (train, "fit", skipping, resumed("images pseudo labels")),
+    "resume skips a phase": (Trainer, "fit", skipping, resumed("images pseudo labels")),
     "labels of other pictures taken": (
         *(label, "refuse_other_pictures", lambda *given, **named: None),
         replaced_pictures_are_noticed,

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metapl.apps.machine.sealed import read_plain
+from metapl.apps.machine import read_plain
 from metapl.apps.pictures.reader import Box, Crop, UnreadableImage, read_crops, read_image
 from metapl.apps.pictures.views.base import View
 from metapl.apps.pictures.views.transforms import ResizedCrop

@@ -27,7 +27,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metapl.apps.machine.sealed import open_plain
+from metapl.apps.machine import open_plain
 from metapl.errors import MetaplError, reason_of
 from metapl.words import shown
 

@@ -1,0 +1,200 @@
+"""The machine that the application runs on, and its files.
+
+Files are read as they were written, or refused by name: plain files alone, of a known SHA-256 where there is one, and
+JSON; one process at a time owns a folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import platform
+import re
+import stat
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from joblib import cpu_count
+from tqdm import tqdm
+
+from metapl.errors import MetaplError, reason_of
+from metapl.runs.folder import Folder, replacing
+
+StrPath = str | os.PathLike[str]
+_TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")
+EVERY = 0.1  # seconds between two updates of a count
+
+
+def environment() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for package in ("metapl", "torch", "torchvision", "torchopt"):
+        found[package] = None
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return found | {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "processor": next(named, None) or platform.processor(),
+        "cpus": cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def default_threads() -> int:
+    """Threads of a process that runs alone: ``OMP_NUM_THREADS`` where that is set, else one for each core it may use.
+
+    PyTorch's own default heeds the first and the affinity, and not the limit of a container: with 64 threads on 2
+    cores' worth of time, these mostly wait for each other.
+    """
+    first, _, _ = os.environ.get("OMP_NUM_THREADS", "").partition(",")  # a list is for nested regions
+    asked = first.strip()
+    return int(asked) if asked.isdecimal() and int(asked) >= 1 else cpu_count()
+
+
+@contextmanager
+def counting(what: str, shown: bool, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Give a function that takes how many are done, and shows it on one line of the terminal while the block lasts;
+    nothing where ``shown`` is False or standard error is no terminal."""
+    often: dict[str, Any] = {"delay": EVERY, "mininterval": EVERY, "miniters": 1, "disable": None if shown else True}
+    text = "{desc}: {n:,}" + ("" if total is None else f" of {total:,}")
+    with tqdm(total=total, desc=what, bar_format=text, leave=False, file=sys.stderr, **often) as bar:
+        yield lambda done: bar.update(done - bar.n)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_sealed(path: StrPath, sha256: str | None = None, *, mend: str) -> bytes:
+    """All bytes of a plain file that is as it was written; ``sha256`` is None where it is not known, as of files of
+    earlier versions. ``mend`` ends the message of the refusal."""
+    try:
+        content = read_plain(path)
+    except OSError as error:
+        raise MetaplError(f"{path} cannot be read: {reason_of(error)}. {mend}") from error
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise MetaplError(f"{path} is damaged or of another run: its SHA-256 is not the one that was noted. {mend}")
+    return content
+
+
+def read_json(path: StrPath, *, mend: str = "") -> dict[str, Any]:
+    """The object that a plain file of JSON holds; ``mend`` ends the message of the refusal."""
+    end = f". {mend}" if mend else "."
+    try:
+        content = json.loads(read_plain(path))
+    except RecursionError as error:
+        raise MetaplError(f"{path} cannot be read: it is nested too deeply.") from error
+    except (OSError, ValueError) as error:
+        raise MetaplError(f"{path} cannot be read: {reason_of(error)}{end}") from error
+    if not isinstance(content, dict):
+        raise MetaplError(f"{path} is damaged: it holds {content!r:.60}; expected an object{end}")
+    return content
+
+
+def sha256_of(path: StrPath) -> str:
+    with open_plain(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_plain(path: StrPath) -> io.BufferedReader:
+    """Open a file for reading its bytes: to open a pipe may wait for ever, and a device may never end."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no plain file", os.fspath(path))
+    return open(descriptor, "rb")
+
+
+def read_plain(path: StrPath) -> bytes:
+    with open_plain(path) as file:
+        return file.read()
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file is what :func:`replacing` writes to, such as one that a killed process left.
+
+    >>> is_temporary("recipe.json.0123abcd.tmp"), is_temporary("recipe.tmp")
+    (True, False)
+    """
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what killed processes had begun to write; for whoever owns the folder."""
+    for name in filter(is_temporary, os.listdir(folder)):
+        with suppress(OSError):
+            (folder / name).unlink()
+
+
+def write_whole(path: Path, content: Any, mend: str) -> None:
+    """Write a file by :func:`replacing`; ``mend`` says what to do where the disk refuses, and ends the message."""
+    try:
+        with replacing(path) as file:
+            file.write(content)
+    except OSError as error:
+        raise MetaplError(f"{path} could not be written: {error.strerror or error}; {mend}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------ one owner
+
+LOCK = ".lock"  # the file that is locked; in the folder of a run it stays where it is when that is let go
+
+
+@contextmanager
+def owned(folder: Path, undone: Collection[str] = (), *, leaves_lock: bool = True) -> Iterator[None]:
+    """Own a folder, against other processes, until the block ends; it is made where it is missing.
+
+    Where the block fails and has made nothing in the folder but the files ``undone``, these are removed, and the folder
+    too if it was made here. ``leaves_lock`` is False for a folder that others get, such as what is exported.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        there = {*os.listdir(folder)}
+    except OSError as error:
+        raise MetaplError(f"the folder {folder} cannot be made: {error.strerror}.") from error
+    try:
+        with Folder(folder).held():
+            try:
+                yield
+            except Exception:  # what was stopped is gone on with
+                new = {*os.listdir(folder)} - there
+                if new <= {*undone, LOCK}:  # else there is more, which is worth keeping
+                    for name in sorted(new, key=LOCK.__eq__):
+                        (folder / name).unlink()
+                raise
+            finally:
+                if not leaves_lock:
+                    (folder / LOCK).unlink(missing_ok=True)
+    finally:
+        for place in made:
+            with suppress(OSError):  # there is something in it
+                place.rmdir()
+
+
+def is_owned(folder: Path) -> bool:
+    """Whether somebody owns the folder now."""
+    from filelock import FileLock, Timeout
+
+    if not (folder / LOCK).is_file():
+        return False
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True

@@ -1,1 +1,0 @@
-"""The machine that the application runs on, and its files."""
