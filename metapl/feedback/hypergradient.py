@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from typing import Any, Literal
@@ -195,16 +195,11 @@ def hypergradient(
     settings = check_wrt(wrt, estimate, update, options, eager=not compile, sharded=of_student.is_sharded)
     if compile:
         pure = import_module("metapl.functional.training")
-        given = {"clip_norm": clip_norm, "accumulate": accumulate, "progress": progress, "wrt": settings}
-        found = pure.differentiate(teacher, student, problem, inner_optimizer, estimate, labeled, ahead, **given)
-        h = tuple(found.feedback) if ahead is unlabeled else found.feedback[0]
-        kept = found.keeping.words(len(ahead)) if ahead is unlabeled else ""
-        return Hypergradient(
-            found.teacher if "teacher" in wrt else {},
-            *(h, found.inner_loss, found.outer_loss, found.params, None, kept),
-            found.start if "start" in wrt else {},
-            stacked_settings(found.settings, settings),
+        given = {"clip_norm": clip_norm, "accumulate": accumulate, "progress": progress, "wrt": wrt}
+        found: Hypergradient = pure.differentiate(
+            *(teacher, student, problem, inner_optimizer, estimate, labeled, ahead), **given
         )
+        return found if ahead is unlabeled else replace(found, feedback=found.feedback[0], kept="")
     labeled = problem.outer_batch(labeled)
     for layout in (of_teacher, of_student):
         if layout is not None:

@@ -15,7 +15,7 @@ Source: Metagradient descent (Engstrom et al., 2025), REPLAY; MAGIC (Ilyas and E
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,17 +34,16 @@ from metapl.execution.layout import layouts
 from metapl.execution.numerics import HALF, Tree, no_fast_path
 from metapl.execution.state import RandomState, branching_to, replayed, trainable
 from metapl.feedback import Forward
-from metapl.feedback.hypergradient import hypergradient
-from metapl.feedback.keeping import Keeping, States, folder_of, keeping
+from metapl.feedback.hypergradient import Hypergradient, hypergradient, stacked_settings
+from metapl.feedback.keeping import FolderStates, States, folder_of, keeping, known_by
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import LOSS_NOT_FINITE, NOT_FINITE, OTHER_BATCH
-from metapl.feedback.resuming import Folder, known_by
 from metapl.functional.compiled import captured, capturing, refuse_gap
 from metapl.functional.network import Function, tensors_of
 from metapl.functional.state import dot, held, norm, on_value, settings_of
 from metapl.problems.base import Problem, Signal, enters_input, has_own, sum_and_weight
 from metapl.runs.progress import counted
-from metapl.updates import Clipped, Options, Update, options_of, parts_of, update_of
+from metapl.updates import Clipped, Update, options_of, parts_of, update_of
 
 vjp: Any = torch.func.vjp
 grad_and_value, vmap = torch.func.grad_and_value, torch.func.vmap
@@ -195,51 +194,33 @@ def compiled_training(
     return _KNOWN[key]
 
 
-class Gradient(NamedTuple):
-    """What :func:`differentiate` returns."""
-
-    outer_loss: Tensor  # L(θ_K); of M outer losses, here and below, with a first dimension M
-    feedback: list[Any]  # h_k = −dL/d(signal_k), as the value of the signal is
-    teacher: Tree  # dL/dφ
-    start: Tree  # dL/dθ_0
-    settings: list[Any]  # dL/dη_k, as the settings are
-    params: Tree  # θ_K
-    inner_loss: Tensor  # the mean over the steps
-    keeping: Keeping
-
-
 @dataclass
 class Walk:
-    """The steps of a training, and the way back: which states are kept, and what was seen of each step."""
+    """The steps of a training and the way back: which states are kept, and what is known of each step."""
 
     made: Compiled
     phi: Tree
     start: Carry
     ahead: Lookahead
     rates: Sequence[Settings]  # of each step, or of all of them
-    chosen: Keeping
+    states: States
     compare: Callable[[Any], None]  # of each batch, whose kind may be new
     device: torch.device
-    digests: dict[int, Tensor] = field(default_factory=dict)  # of each step
     losses: list[Tensor] = field(default_factory=list)
-    kinds: dict[int, Any] = field(default_factory=dict)
-    zeros: dict[Any, Tree] = field(default_factory=dict)  # in the shapes of a signal, by those of its batch
+    digests: list[Tensor] = field(default_factory=list)  # of batches that are read again
+    zeros: dict[Any, Tree] = field(default_factory=dict)  # in the shapes of a signal, by those of its batch,
+    kinds: list[int] = field(default_factory=list)  # which are of these
     value: Any = None  # of the last signal
-    tell: Callable[[int], None] = lambda number: None
-
-    def __post_init__(self) -> None:
-        self.spacings = *self.chosen.spacings, 1
-        self.in_folder = folder_of(self.chosen.on) is not None
-        self.states = States(self.chosen.on)
-        self.block = States(None if self.in_folder else self.chosen.on)  # of the finest
 
     def batch(self, number: int) -> Any:
         """A batch; one that a function returns is refused where it is not the same when it is read again."""
-        if not self.in_folder and not callable(self.ahead.batches):
+        if not isinstance(self.states, FolderStates) and not callable(self.ahead.batches):
             return self.ahead[number]
         with replayed(RandomState.now(self.device)):  # a function may seed the default generator
             batch = self.ahead[number]
-        if bool(self.digests.setdefault(number, found := digest(batch)) != found):
+        found = digest(batch)
+        self.digests += [found] if number == len(self.digests) else []
+        if bool(self.digests[number] != found):
             raise MetaplError(OTHER_BATCH.format(number))
         return batch
 
@@ -248,32 +229,36 @@ class Walk:
         self.compare(batch)
         after, loss, signal = self.made.step(self.phi, carry, batch, self.rates[number % len(self.rates)])
         self.value, shapes = signal["value"], shapes_of(batch)
-        self.kinds[number] = shapes
         if shapes not in self.zeros:
             if "log_prob" in signal:
                 raise MetaplError("compile=True was given with a signal that is drawn; leave compile out.")
             self.zeros[shapes] = {n: torch.zeros_like(t) for n, t in Signal(**signal).differentiable().items()}
+        self.kinds += [[*self.zeros].index(shapes)] if number == len(self.kinds) else []
         return after, loss
 
     def adjoint(self, number: int, carry: Carry, bars: Cotangents) -> tuple[Cotangents, Any, Any]:
         """The cotangents before a step, the feedback on its signal, and dL/dη of it."""
-        batch = self.batch(number)
-        now = self.phi, carry, batch, self.rates[number % len(self.rates)], bars, self.zeros[shapes_of(batch)]
-        bars, of_signal, of_rates, size = self.made.adjoint(*now)
+        given = self.phi, carry, self.batch(number), self.rates[number % len(self.rates)]
+        bars, of_signal, of_rates, size = self.made.adjoint(*given, bars, self.zeros_of(number))
         checks.refuse_not_finite(size, NOT_FINITE.format(number))
         return bars, on_value({name: -t for name, t in of_signal.items()}, self.value), of_rates
 
-    def forward(self, begin: int, end: int, carry: Carry, spacing: int, again: bool = False) -> Carry:
-        """The carry after some steps, of which every ``spacing``-th is kept; ``again``: it is not needed at the end."""
+    def zeros_of(self, number: int) -> Tree:
+        return [*self.zeros.values()][self.kinds[number]]
+
+    def forward(self, begin: int, end: int, carry: Carry, spacing: int, tell: Any = None) -> Carry:
+        """The carry after some steps, of which every ``spacing``-th is kept. Without ``tell`` they are taken again, and
+        the last need not be."""
         for number in range(begin, end):
             if number % spacing == 0:
-                self.keep(number, carry, again and spacing == 1)
-            if not again or number < end - 1:
+                self.keep(number, carry, finest=tell is None and spacing == 1)
+            if tell is not None:
                 carry, loss = self.step(number, carry)
-            if not again:
                 self.losses.append(loss)
                 checks.refuse_not_finite(loss, LOSS_NOT_FINITE.format(number))
-                self.tell(number)
+                tell(number)
+            elif number < end - 1:
+                carry, _ = self.step(number, carry)
         return carry
 
     def backward(self, begin: int, end: int, first: int, spacing: int, *finer: int) -> Iterator[tuple[int, Carry]]:
@@ -283,39 +268,32 @@ class Walk:
             stop = min(begun_at + spacing, end)
             if stop <= first:
                 return
-            carry = self.taken(begun_at, in_block=not finer and bool(self.chosen.spacings))
-            if spacing == 1:
+            carry = self.taken(begun_at)
+            if finer:
+                self.forward(begun_at, stop, carry, finer[0])
+                yield from self.backward(begun_at, stop, first, *finer)
+            else:
                 yield begun_at, carry
-                continue
-            self.forward(begun_at, stop, carry, finer[0], again=True)
-            yield from self.backward(begun_at, stop, first, *finer)
 
-    def keep(self, number: int, carry: Carry, in_block: bool = False) -> None:
-        """Keep the state before a step; in a folder with what is known of the steps before it, to go on there."""
-        where = self.block if in_block else self.states
+    def keep(self, number: int, carry: Carry, finest: bool = False) -> None:
         pairs = zip(carry[2:], self.start[2:], strict=True)  # what has not moved, such as frozen weights, is held once
         moved = [{n: t for n, t in now.items() if not torch.equal(t, before[n])} for now, before in pairs]
-        where.keep(number, [carry.params, carry.optimizer, *moved, RandomState.now(self.device).values()])
-        if isinstance(where, Folder) and number > where.done:
-            taken = range(where.done, number)
-            known = {"losses": [self.losses[k] for k in taken], "digests": [self.digests[k] for k in taken]}
-            known |= {"kinds": [self.kinds[k] for k in taken]}
-            where.came_to(number, **known, zeros=self.zeros, value=self.value)
+        random = RandomState.now(self.device).values()
+        self.states.keep(number, [carry.params, carry.optimizer, *moved, random], finest)
+        if number == len(self.losses) > 0:
+            self.store()
 
-    def taken(self, number: int, in_block: bool = False) -> Carry:
+    def taken(self, number: int) -> Carry:
         """The state before a step, which is no longer kept, with the generators as they were then."""
-        params, state, *moved, random = (self.block if in_block else self.states).take(number)
+        params, state, *moved, random = self.states.take(number)
         RandomState(self.device, **random).restore()
         return Carry(params, state, *(was | now for was, now in zip(self.start[2:], moved, strict=True)))
 
-    def go_on(self, folder: Folder) -> None:
-        """Take over what a killed process has left."""
-        self.states = folder
-        for known in folder.known():
-            self.digests |= enumerate(known["digests"], len(self.digests))
-            self.kinds |= enumerate(known["kinds"], len(self.kinds))
-            self.losses += known["losses"]
-            self.zeros, self.value = known["zeros"], known["value"]
+    def store(self, **back: Any) -> None:
+        """In a folder, store what is known of the steps so far, and of the way ``back``."""
+        if isinstance(self.states, FolderStates):
+            steps = {"losses": torch.stack(self.losses), "digests": torch.stack(self.digests), "kinds": self.kinds}
+            self.states.came_to(**steps, zeros=self.zeros, value=self.value, back=back)
 
 
 def differentiate(
@@ -328,39 +306,63 @@ def differentiate(
     ahead: Lookahead,
     *,
     clip_norm: float | None = None,
-    wrt: Sequence[str] = (),  # names of settings
+    wrt: Sequence[str] = (),
     judging: Sequence[Problem] = (),  # for the outer losses of M examples, in the place of the problem's
     accumulate: int = 1,
     progress: bool = False,
-) -> Gradient:
-    """The gradient of L(θ_K) through K compiled steps, which move nothing but generators. The first call compares both
-    graphs with the eager road, over one step."""
+) -> Hypergradient:
+    """:func:`metapl.hypergradient` through K compiled steps, which move nothing but generators; of M outer losses, with
+    a first dimension M. The first call compares both graphs with the eager road, over one step."""
     of_teacher, of_student, device = layouts(teacher, student)
     check(mode, problem, of_student, of_teacher, optimizer, accumulate)
-    steps, judged = len(ahead), problem.outer_batch(outer)
-    made = compiled_training(teacher, student, problem, optimizer, clip_norm, bool(wrt), bool(judging))
-    options = ahead.options(optimizer) or [options_of(optimizer)] * steps
+    steps, judged, settings = len(ahead), problem.outer_batch(outer), [n for n in wrt if n not in ("teacher", "start")]
+    made = compiled_training(teacher, student, problem, optimizer, clip_norm, bool(settings), bool(judging))
     update, first = made.update, steps - (getattr(mode, "truncate", None) or steps)
-    rates = rates_of(update, options if ahead.schedule else options[:1], options, wrt, device)
+    options = ahead.options(optimizer) or [options_of(optimizer)] * steps
+    by_group = [*zip(*options, strict=True)]  # of each, step by step
+    # The settings that are tensors in the graphs. A number that is 0 in all steps leaves a part of the rule out, and a
+    # momentum of 0 leaves the buffer as it is.
+    names = [
+        [n for n in update.numbers if n in groups[0] and (n in wrt or any(now[n] != 0 for now in groups))]
+        for groups in by_group
+    ]
+    pairs = [zip(names, groups, strict=True) for groups in (options if ahead.schedule else options[:1])]
+    kept = [[{n: now[n] for n in own if n in wrt or n != "momentum" or now[n]} for own, now in of] for of in pairs]
+    rates = settings_of(kept, device)
     (theta, state), (phi, teacher_state) = tensors_of(student), tensors_of(teacher)
     # A first step with dampening is not the one from a buffer of zeros, nor is its derivative in the dampening.
-    by_group = [*zip(*options, strict=True)]
     dampened = ["dampening" in wrt or any(now.get("dampening") for now in groups) for groups in by_group]
     first_groups = [{**group, "dampening": is_so} for group, is_so in zip(options[0], dampened, strict=True)]
     start = carry = Carry(theta, update.at(first_groups).complete_state(), state, teacher_state)
+
     buffers = [b for network in (student, teacher) if network is not None for b in network.buffers()]
     size = update.state_bytes() + sum(t.nbytes for t in (*theta.values(), *buffers))
-    how, on = getattr(mode, "keep", None) or getattr(mode, "keep_every", None), mode.keep_on
-    chosen, folder = keeping(steps, size, device, how, on), folder_of(on)
-    # The first step that moves: a schedule may begin with a rate of 0.
+    how = getattr(mode, "keep", None) or getattr(mode, "keep_every", None)
+    chosen = keeping(steps, size, device, how, mode.keep_on)
+
+    # What is compared is the first step that moves, for a schedule may begin with a rate of 0; with all of the decay
+    # that there will be, which moves what no loss reaches.
     moves = next((k for k, groups in enumerate(options) if any(now["lr"] != 0 for now in groups)), 0)
-    own: dict[str, Any] = {"clip_norm": clip_norm, "judging": judging, "wrt": wrt}
-    graphs = partial(differentiate, teacher, student, problem, optimizer, Forward(), outer, **own)
-    own = {"labeled": outer, "problem": [*judging, problem][0], "inner_optimizer": optimizer, "clip_norm": clip_norm}
-    eager = partial(hypergradient, teacher, student, **own)
-    schedule = row_of(update, options, moves) if ahead.schedule else None
-    compare = partial(refuse_other, made, theta, graphs, eager, schedule)
-    walk = Walk(made, phi, start, ahead, rates, chosen, compare, device)
+    empty, row = dict.fromkeys(update.numbers, 0.0) | {"betas": (0.0, 0.0)}, dict[str, Tensor]()
+    for name in update.numbers if ahead.schedule else ():
+        own = [now.get(name, empty[name]) for now in options[moves]]
+        own = [max(now[name] for now in groups) for groups in by_group] if name == "weight_decay" else own
+        row[name] = torch.tensor([own], dtype=torch.float64)
+    given: dict[str, Any] = {"clip_norm": clip_norm, "wrt": ("teacher", *settings)}
+    graphs = partial(differentiate, teacher, student, problem, optimizer, Forward(), outer, judging=judging, **given)
+    given = {"labeled": outer, "problem": [*judging, problem][0], "inner_optimizer": optimizer, "clip_norm": clip_norm}
+    eager = partial(hypergradient, teacher, student, **given)
+    compare = partial(refuse_other, made, theta, graphs, eager, row or None)
+    compare(ahead[moves])
+
+    folder, states, spacings = folder_of(mode.keep_on), States(mode.keep_on), (*chosen.spacings, 1)
+    going_on: AbstractContextManager[Any] = nullcontext()
+    if folder is not None:
+        asked = student, teacher or nn.Module(), problem, mode, update, optimizer
+        states = FolderStates(folder, known_by(*asked, options, wrt, clip_norm, outer, ahead[0], steps), device)
+        going_on = states.opened()
+    walk = Walk(made, phi, start, ahead, rates, states, compare, device)
+    feedback, in_settings, end = list[Any](), list[Any](), steps
 
     def outer_losses(theta: Tree) -> Tensor:
         z, _ = Function(student).outputs(theta, carry.state, problem.outer_input(judged))
@@ -368,90 +370,67 @@ def differentiate(
         L = torch.stack([total / weight for total, weight in found])
         return L if judging else L[0]
 
-    compare(ahead[moves])
     begun = RandomState.now(device)
-    going_on: Any = nullcontext()
-    if folder is not None:
-        asked = student, teacher or nn.Module(), problem, mode, update, optimizer
-        of = known_by(*asked, options, wrt, clip_norm, outer, ahead[0], steps)
-        going_on = Folder(folder, of, steps, device).opened()
-    feedback, in_settings, end, done = list[Any](), list[Any](), steps, 0
     try:
-        with torch.no_grad(), no_fast_path(math=True), capturing(), going_on as opened:
-            if opened is not None:
-                walk.go_on(opened)
-                done = opened.done
-            if done:
-                carry = walk.taken(done)
-                walk.batch(done - 1)  # of a path that is truncated, no other is read again
-            else:
+        with torch.no_grad(), no_fast_path(math=True), capturing(), going_on as known:
+            if known is None:
                 walk.batch(0)  # a function that always returns another batch is refused here, not after the path
-            with counted(progress, steps, "steps", done) as walk.tell:
-                carry = walk.forward(done, steps, carry, walk.spacings[0])
+            else:  # of a process that was killed
+                walk.losses, walk.digests = ([*known[name].unbind()] for name in ("losses", "digests"))
+                walk.kinds, walk.zeros, walk.value = known["kinds"], known["zeros"], known["value"]
+                carry = walk.taken(len(walk.losses))
+                walk.batch(len(walk.losses) - 1)  # of a path that is truncated, no other is read again
+            with counted(progress, steps, "steps", done := len(walk.losses)) as tell:
+                carry = walk.forward(done, steps, carry, spacings[0], tell)
             if done < steps and folder is not None:
                 walk.keep(steps, carry)
             ended = RandomState.now(device)
-            if (left := walk.states.adjoint) is None:
+            if known and known["back"]:
+                end, L, feedback, in_settings, found = known["back"].values()
+                bars = Cotangents(*found)
+            else:
                 with replayed(ended.branch()):
                     L, pull = vjp(outer_losses, carry.params)
                     v = vmap(pull)(torch.eye(len(L)).to(L))[0] if judging else pull(torch.ones_like(L))[0]
                 nothing = pytree.tree_map(lambda t: t.new_zeros((*L.shape, *t.shape)), (carry.optimizer, phi))
                 bars = Cotangents(v, *nothing)
-            else:
-                end, L, feedback, in_settings = (left[n] for n in ("at", "L", "feedback", "in_settings"))
-                bars = Cotangents(*left["bars"])
             with counted(progress, steps - first, "steps back", steps - end) as tell:
-                for number, held in walk.backward(0, end, first, *walk.spacings):
+                for number, held in walk.backward(0, end, first, *spacings):
                     if number < first:
                         break
                     bars, h, of_rates = walk.adjoint(number, held, bars)
                     feedback.append(h)
                     in_settings.append(of_rates)
                     tell(number)
-                    if isinstance(walk.states, Folder) and number > first and number % chosen.spacings[-1] == 0:
-                        found = {"feedback": feedback, "in_settings": in_settings, "L": L}
-                        walk.states.came_back_to(number, bars=[*bars], **found)
+                    if isinstance(states, FolderStates) and number > first and number % spacings[-2] == 0:
+                        walk.store(at=number, L=L, feedback=feedback, in_settings=in_settings, bars=[*bars])
+                        states.forget(number, end)
+                        end = number
     except BaseException:
         begun.restore()
         raise
     ended.restore()
     for number in reversed(range(first)):
-        nothing = {name: t.new_zeros((*L.shape, *t.shape)) for name, t in walk.zeros[walk.kinds[number]].items()}
+        nothing = {name: t.new_zeros((*L.shape, *t.shape)) for name, t in walk.zeros_of(number).items()}
         feedback.append(on_value(nothing, walk.value))
-    mean = torch.stack(walk.losses).mean()
-    return Gradient(L, feedback[::-1], bars.teacher, bars.params, in_settings[::-1], carry.params, mean, chosen)
-
-
-def rates_of(
-    update: Any, scheduled: Sequence[Options], options: Sequence[Options], wrt: Sequence[str], device: torch.device
-) -> list[Settings]:
-    """The settings that are tensors in the graphs, of each of the ``scheduled`` steps; ``options``: of all."""
-    # A number that is 0 in all steps leaves a part of the rule out, and a momentum of 0 leaves the buffer as it is.
-    names = [
-        {n for n in update.numbers if n in groups[0] and (n in wrt or any(now[n] != 0 for now in groups))}
-        for groups in zip(*options, strict=True)
-    ]
-
-    def values(own: set[str], now: Mapping[str, Any]) -> dict[str, Any]:
-        return {n: now[n] for n in own if n in wrt or n != "momentum" or now[n] != 0}
-
-    return [settings_of([*map(values, names, groups)], device) for groups in scheduled]
-
-
-def row_of(update: Any, options: Sequence[Options], number: int) -> dict[str, Tensor]:
-    """A schedule of one step: that of a number, with all of the decay that there will be, which moves what no loss
-    reaches."""
-    empty = dict.fromkeys(update.numbers, 0.0) | {"betas": (0.0, 0.0)}
-    row = {n: [now.get(n, empty[n]) for now in options[number]] for n in update.numbers}
-    row["weight_decay"] = [max(now["weight_decay"] for now in groups) for groups in zip(*options, strict=True)]
-    return {n: torch.tensor([own], dtype=torch.float64) for n, own in row.items()}
+    return Hypergradient(
+        grads=bars.teacher if "teacher" in wrt else {},
+        feedback=tuple(feedback[::-1]),
+        inner_loss=torch.stack(walk.losses).mean(),
+        outer_loss=L,
+        student_params=carry.params,
+        inner_state=None,
+        kept=chosen.words(steps),
+        start=bars.params if "start" in wrt else {},
+        settings=stacked_settings(in_settings[::-1], settings),
+    )
 
 
 def refuse_other(
     made: Compiled,
     theta: Tree,
-    graphs: Callable[..., Gradient],  # of a look-ahead
-    eager: Callable[..., Any],
+    graphs: Callable[..., Hypergradient],  # of a look-ahead
+    eager: Callable[..., Hypergradient],
     schedule: dict[str, Tensor] | None,
     batch: Any,
 ) -> None:
@@ -471,7 +450,7 @@ def refuse_other(
         least, eps = 1e3 * float(norm(moved)), torch.finfo(expected.inner_loss.dtype).eps
         rounding = {n: eps * (least + 8 * float(t.norm())) for n, t in theta.items()}  # as of a bias before a norm
         still = frozenset(n for n, t in moved.items() if float(t.norm()) <= rounding[n])
-        for name in (n for n in still if float((ours.params[n] - theta[n]).norm()) > rounding[n]):
+        for name in (n for n in still if float((ours.student_params[n] - theta[n]).norm()) > rounding[n]):
             raise MetaplError(f"no loss reaches the student's {name}; expected requires_grad=False.")
         for other in (own for own in made.compared.values() if own is not None and own != still):
             names = few(sorted(other ^ still), 3)
@@ -480,7 +459,7 @@ def refuse_other(
         if L.ndim:  # of several outer losses, by the first
             h, L = pytree.tree_map(lambda t: t[0], (h, L))
         pairs = {"h": (h, expected.feedback[0]), "the outer loss": (L, expected.outer_loss)}
-        for name, pair in (pairs | {"the teacher's gradient": (ours.teacher, expected.grads)}).items():
+        for name, pair in (pairs | {"the teacher's gradient": (ours.grads, expected.grads)}).items():
             a, b = (dict(enumerate(pytree.tree_leaves(tree))) for tree in pair)
             refuse_gap(name, a, b, expected.inner_loss, rounding=name == "h")
     except BaseException:
