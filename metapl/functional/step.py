@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metapl.execution.numerics import Tree, as_real
-from metapl.functional.network import Function, Network
-from metapl.functional.state import Report, State, dot, held, moves, norm, on_value, taken
+from metapl.functional.state import Function, Network, Report, State, dot, held, moves, norm, on_value, taken
 from metapl.problems.base import Problem, Signal, enters_input, has_own, sum_and_weight
 from metapl.problems.losses import sum_of_terms
 from metapl.updates import Update

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -39,11 +38,20 @@ from metapl.feedback.keeping import FolderStates, States, folder_of, keeping, kn
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import LOSS_NOT_FINITE, NOT_FINITE, OTHER_BATCH
 from metapl.functional.compiled import captured, capturing, refuse_gap
-from metapl.functional.network import Function, tensors_of
-from metapl.functional.state import dot, held, norm, on_value, settings_of
+from metapl.functional.state import (
+    Function,
+    autocast_of,
+    clipped,
+    constants_of,
+    held,
+    norm,
+    on_value,
+    settings_of,
+    tensors_of,
+)
 from metapl.problems.base import Problem, Signal, enters_input, has_own, sum_and_weight
 from metapl.runs.progress import counted
-from metapl.updates import Clipped, Update, options_of, parts_of, update_of
+from metapl.updates import Update, options_of, parts_of, update_of
 
 vjp: Any = torch.func.vjp
 grad_and_value, vmap = torch.func.grad_and_value, torch.func.vmap
@@ -83,7 +91,7 @@ def make_training(
     T, S, enters = Function(teacher), Function(student), enters_input(problem)
 
     def moved(
-        theta: Tree, s: Any, phi: Tree, nudge: Tree, settings: Settings, carry: Carry, batch: Any
+        carry: Carry, batch: Any, theta: Tree, s: Any, phi: Tree, nudge: Tree, settings: Settings
     ) -> tuple[tuple[Tree, Any], Any]:
         """(θ′, s′) as a function of all that a gradient may be in; and the buffers, the loss and the signal."""
 
@@ -113,21 +121,18 @@ def make_training(
 
     def step(phi: Tree, carry: Carry, batch: Any, settings: Settings) -> tuple[Carry, Tensor, dict[str, Any]]:
         with autocast(), sdpa_kernel(SDPBackend.MATH):
-            (theta, s), (left, of_teacher, loss, signal) = moved(
-                carry.params, carry.optimizer, phi, {}, settings, carry, batch
-            )
-        return Carry(theta, s, left, of_teacher), loss, signal
+            after, seen = moved(carry, batch, carry.params, carry.optimizer, phi, {}, settings)
+        left, teacher_left, loss, signal = seen
+        return Carry(*after, left, teacher_left), loss, signal
 
     def adjoint(phi: Tree, carry: Carry, batch: Any, settings: Settings, bars: Cotangents, nudge: Tree) -> Any:
-        def of(theta: Tree, s: Any, phi: Tree, nudge: Tree, *rates: Settings) -> Any:
-            return moved(theta, s, phi, nudge, rates[0] if rates else settings, carry, batch)
-
-        given = carry.params, carry.optimizer, phi, nudge, *([settings] if in_settings else [])
+        given: Any = carry.params, carry.optimizer, phi, nudge, *([settings] if in_settings else [])
+        constant = () if in_settings else (settings,)
         with autocast(), sdpa_kernel(SDPBackend.MATH):
-            _, pull, _ = vjp(of, *given, has_aux=True)
-            found = (vmap(pull) if several else pull)((bars.params, bars.optimizer))
-        before = Cotangents(found[0], found[1], {name: t + found[2][name] for name, t in bars.teacher.items()})
-        return before, found[3], found[4] if in_settings else None, norm(before.params)
+            _, pull, _ = vjp(lambda *at: moved(carry, batch, *at, *constant), *given, has_aux=True)
+            theta, s, of_phi, h, *of_settings = (vmap(pull) if several else pull)((bars.params, bars.optimizer))
+        before = Cotangents(theta, s, {name: t + of_phi[name] for name, t in bars.teacher.items()})
+        return before, h, of_settings[0] if in_settings else None, norm(theta)
 
     return step, adjoint
 
@@ -177,18 +182,14 @@ def compiled_training(
     device = next(student.parameters()).device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     update: Any = update_of(optimizer, trainable(student))
-    groups = [group | dict.fromkeys(update.numbers, 0.0) for group in options_of(optimizer)]
+    groups = constants_of(update)
     of = teacher, student, problem, *parts_of(optimizer), *modules, *weights
     flags = [part.training for part in modules], [p.requires_grad for p in weights]
     key = (*map(id, of), str((flags, groups, clip_norm, in_settings, several, dtype)))
     if key not in _KNOWN:
         _KNOWN.clear()
-        space: Any = SimpleNamespace(dot=dot, norm=norm)
-        rule = update if clip_norm is None else Clipped(update, clip_norm, space)
-        # Without the cache, which would keep casts of tensors inside a transform.
-        cast = nullcontext if dtype is None else partial(torch.autocast, device.type, dtype, cache_enabled=False)
-        how: dict[str, Any] = {"in_settings": in_settings, "several": several, "autocast": cast}
-        both = make_training(teacher, student, problem, rule, groups, **how)
+        how: dict[str, Any] = {"in_settings": in_settings, "several": several, "autocast": autocast_of(device, dtype)}
+        both = make_training(teacher, student, problem, clipped(update, clip_norm), groups, **how)
         step, adjoint = (captured(function, device) for function in both)
         _KNOWN[key] = Compiled(step, adjoint, update, of, {})
     return _KNOWN[key]
@@ -235,16 +236,6 @@ class Walk:
             self.zeros[shapes] = {n: torch.zeros_like(t) for n, t in Signal(**signal).differentiable().items()}
         self.kinds += [[*self.zeros].index(shapes)] if number == len(self.kinds) else []
         return after, loss
-
-    def adjoint(self, number: int, carry: Carry, bars: Cotangents) -> tuple[Cotangents, Any, Any]:
-        """The cotangents before a step, the feedback on its signal, and dL/dη of it."""
-        given = self.phi, carry, self.batch(number), self.rates[number % len(self.rates)]
-        bars, of_signal, of_rates, size = self.made.adjoint(*given, bars, self.zeros_of(number))
-        checks.refuse_not_finite(size, NOT_FINITE.format(number))
-        return bars, on_value({name: -t for name, t in of_signal.items()}, self.value), of_rates
-
-    def zeros_of(self, number: int) -> Tree:
-        return [*self.zeros.values()][self.kinds[number]]
 
     def forward(self, begin: int, end: int, carry: Carry, spacing: int, tell: Any = None) -> Carry:
         """The carry after some steps, of which every ``spacing``-th is kept. Without ``tell`` they are taken again, and
@@ -370,6 +361,9 @@ def differentiate(
         L = torch.stack([total / weight for total, weight in found])
         return L if judging else L[0]
 
+    def zeros_of(number: int) -> Tree:
+        return [*walk.zeros.values()][walk.kinds[number]]
+
     begun = RandomState.now(device)
     try:
         with torch.no_grad(), no_fast_path(math=True), capturing(), going_on as known:
@@ -398,8 +392,10 @@ def differentiate(
                 for number, held in walk.backward(0, end, first, *spacings):
                     if number < first:
                         break
-                    bars, h, of_rates = walk.adjoint(number, held, bars)
-                    feedback.append(h)
+                    of_step = walk.batch(number), rates[number % len(rates)]
+                    bars, of_signal, of_rates, size = made.adjoint(phi, held, *of_step, bars, zeros_of(number))
+                    checks.refuse_not_finite(size, NOT_FINITE.format(number))
+                    feedback.append(on_value({name: -t for name, t in of_signal.items()}, walk.value))
                     in_settings.append(of_rates)
                     tell(number)
                     if isinstance(states, FolderStates) and number > first and number % spacings[-2] == 0:
@@ -411,7 +407,7 @@ def differentiate(
         raise
     ended.restore()
     for number in reversed(range(first)):
-        nothing = {name: t.new_zeros((*L.shape, *t.shape)) for name, t in walk.zeros_of(number).items()}
+        nothing = {name: t.new_zeros((*L.shape, *t.shape)) for name, t in zeros_of(number).items()}
         feedback.append(on_value(nothing, walk.value))
     return Hypergradient(
         grads=bars.teacher if "teacher" in wrt else {},
