@@ -11,7 +11,8 @@ import copy
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,18 +27,7 @@ from metapl.execution.state import RandomState, branching_to, trainable
 from metapl.feedback import MODES, Implicit, estimator
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.report import StepReport
-from metapl.functional.state import (
-    Report,
-    State,
-    autocast_of,
-    clipped,
-    constants_of,
-    leaves_of,
-    norm,
-    settings_of,
-    state_of,
-    unclipped,
-)
+from metapl.functional.state import State, clipped, constants_of, leaves_of, norm, settings_of, state_of, unclipped
 from metapl.functional.step import Step, make_step
 from metapl.problems.base import Signal, enters_input, gumbel
 from metapl.updates import TorchUpdate, Update, as_taken, parts_of, update_of
@@ -59,17 +49,23 @@ def updates_of(trainer: Any) -> tuple[Update, Update | None]:
 def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> Step:
     """The pure step of a trainer that looks so many steps ahead."""
     mode, problem, own = trainer.mode, trainer.problem, trainer.teacher_losses
-    inner, composed = unclipped(updates[0]), steps > 1 or enters_input(problem)
+    inner, composed, hides = unclipped(updates[0]), steps > 1 or enters_input(problem), False
+    if not isinstance(inner, TorchUpdate):  # a second call with the same state gives the same update, or it hides some
+        theta = {name: p.detach() for name, p in inner.parameters.items()}
+        once, again = (inner.update(theta, theta, inner.read_state())[0] for _ in "ab")
+        hides = not all(torch.equal(t, again[name]) for name, t in once.items())
     refused = {
         f"{type(mode).__name__}, but the library's modes without implicit": type(mode) not in KNOWN,
         "accumulate": trainer.accumulate > 1,
         "several processes": trainer.layout.kind != "plain" or not trainer.ranks.alone,
         f"{steps} steps ahead, but {LONGEST} at most": steps > LONGEST,
         "cosine of several steps": composed and getattr(mode, "normalization", "") == "cosine",
-        "transform that hides state": not isinstance(inner, TorchUpdate) and not _repeats(inner),
+        "transform that hides state": hides,
     }
     for what in (what for what, is_so in refused.items() if is_so):
         raise MetaplError(f"the pure step takes no {what}; leave compile= and functional() out.")
+    # Without the cache, which would keep casts of tensors inside a transform.
+    cast = partial(torch.autocast, trainer.device.type, torch.bfloat16, cache_enabled=False)
     return make_step(
         trainer.teacher,
         trainer.student,
@@ -81,7 +77,7 @@ def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> 
         steps=steps,
         weight=trainer.feedback_weight,
         ratio=trainer.feedback_ratio,
-        autocast=autocast_of(trainer.device, None if trainer.precision == "float32" else torch.bfloat16),
+        autocast=nullcontext if trainer.precision == "float32" else cast,
     )
 
 
@@ -90,13 +86,6 @@ def functional(trainer: Any) -> tuple[Step, State]:
     step: Any = step_of(trainer, trainer.lookahead, updates)
     step.__code__ = step.__code__.replace()  # Dynamo counts graphs by code object, which all steps would share
     return step, pytree.tree_map_only(Tensor, Tensor.clone, state_of(trainer, updates))
-
-
-def _repeats(update: Update) -> bool:
-    """Whether a second call with the same state gives the same update."""
-    theta = {name: p.detach() for name, p in update.parameters.items()}
-    once, again = (update.update(theta, theta, update.read_state())[0] for _ in "ab")
-    return all(torch.equal(t, again[name]) for name, t in once.items())
 
 
 # Inductor's own kernels would draw other dropout masks than PyTorch's.
@@ -193,9 +182,19 @@ class CompiledStep:
                 if in_graphs:  # what outlives the next step, which writes to the same memory
                     mode, report = pytree.tree_map_only(Tensor, torch.clone, (moved.mode, report))
                     moved = moved._replace(mode=mode)
-                taken = moved, _wrapped(trainer, report, steps > 1, ahead)
+                shown = {"inner_loss": report.inner_loss}
+                shown |= {f"teacher_{n}": t for n, t in report.teacher_losses.items()}
+                shown |= {} if trainer.mode.name == "none" else {"outer_loss": report.outer_loss}
+                shown |= {} if trainer.teacher is None else {"teacher_loss": report.teacher_loss}
+                shown |= {"step_rounding": report.step_rounding} if trainer.update.rounded else {}
+                by_difference = "difference" in (trainer.mode.name, getattr(trainer.mode, "tangent", ""))
+                fault = Fault([(~(report.flag < (BY_DIFFERENCE if by_difference else SLOPES)), OFF)])
+                h = tuple(report.feedback) if steps > 1 else (report.feedback,) if ahead else report.feedback
+                signal = Signal(**(report.signal[-1] if steps > 1 else report.signal))
+                seen: Any = {"feedback": h, "signal": signal, "student_outputs": report.student_outputs}
+                wrapped = StepReport(trainer.steps_done, shown, fault, **seen)
                 if not compared:
-                    refuse_other(state, taken, eager)
+                    refuse_other(state, (moved, wrapped), eager)
         except BaseException:
             start.restore()
             raise
@@ -208,7 +207,7 @@ class CompiledStep:
         if anew:
             self.marks = self.seen(trainer, steps)
         trainer.mode_state, trainer.steps_done = moved.mode, trainer.steps_done + 1
-        return taken[1]
+        return wrapped
 
     def seen(self, trainer: Any, steps: int) -> list[Any]:
         """What differs where another step is meant, or other tensors are held; by now these are alive."""
@@ -253,20 +252,6 @@ class CompiledStep:
             for one in () if of is None else parts_of(of.optimizer):
                 tables += [one.state, *one.state.values()]
         self.state, self.tensors, self.tables = state, leaves_of(state), tables
-
-
-def _wrapped(trainer: Any, report: Report, several: bool, ahead: bool) -> StepReport:
-    """A pure step's report as the trainer's."""
-    scalars = {"inner_loss": report.inner_loss} | {f"teacher_{n}": t for n, t in report.teacher_losses.items()}
-    scalars |= {} if trainer.mode.name == "none" else {"outer_loss": report.outer_loss}
-    scalars |= {} if trainer.teacher is None else {"teacher_loss": report.teacher_loss}
-    scalars |= {"step_rounding": report.step_rounding} if trainer.update.rounded else {}
-    by_difference = "difference" in (trainer.mode.name, getattr(trainer.mode, "tangent", ""))
-    fault = Fault([(~(report.flag < (BY_DIFFERENCE if by_difference else SLOPES)), OFF)])
-    h = tuple(report.feedback) if several else (report.feedback,) if ahead else report.feedback
-    signal = Signal(**(report.signal[-1] if several else report.signal))
-    given: Any = {"feedback": h, "signal": signal, "student_outputs": report.student_outputs}
-    return StepReport(trainer.steps_done, scalars, fault, **given)
 
 
 AGREES = {torch.float64: 1e-6, torch.float32: 2e-2}  # by norm

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -74,7 +72,7 @@ class Report(NamedTuple):
     step_rounding: Tensor  # ‖θ′ taken − θ′‖ / ‖θ′ − θ‖, where the step is rounded as that of Muon is; else 0
 
 
-def held(signal: Signal) -> dict[str, Any]:
+def as_dict(signal: Signal) -> dict[str, Any]:
     return {name: t for name, t in vars(signal).items() if t is not None}
 
 
@@ -99,11 +97,6 @@ def constants_of(update: Update | None) -> list[dict[str, Any]]:
     if not isinstance(update, TorchUpdate):
         return []
     return [group | dict.fromkeys(update.numbers, 0.0) for group in options_of(update.optimizer)]
-
-
-def autocast_of(device: torch.device, dtype: torch.dtype | None) -> Callable[[], AbstractContextManager[Any]]:
-    """Without the cache, which would keep casts of tensors inside a transform."""
-    return nullcontext if dtype is None else partial(torch.autocast, device.type, dtype, cache_enabled=False)
 
 
 def state_of(trainer: Any, updates: tuple[Update, Update | None]) -> State:
@@ -170,7 +163,7 @@ def moves(mode: Any, theta: Tree, w: Tree) -> tuple[Tree, Tree, Tensor]:
     return ahead, {name: t - factor * w[name] for name, t in at.items()}, 2 * factor
 
 
-def taken(update: Update, theta: Tree, end: Any, s: Any, options: Options) -> tuple[Tree, Any, Tensor]:
+def rounded_steps(update: Update, theta: Tree, end: Any, s: Any, options: Options) -> tuple[Tree, Any, Tensor]:
     """θ′ and s′ as the optimizer's own steps on the gradients of a walk leave them, and their distance from its θ′
     relative to its length; those of the walk where steps are not rounded."""
     if not update.rounded:
@@ -193,15 +186,11 @@ class EagerMasks(TorchFunctionMode):
     """Dropout with the masks that it has without a transform, within which PyTorch draws them by dimensions."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (_dropout if func is F.dropout else func)(*args, **(kwargs or {}))
-
-
-def _dropout(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if not IN_MEMORY_ORDER or input.device.type != "cpu":
-        return F.dropout(input, *args, **kwargs)
-    order = sorted(range(input.dim()), key=input.stride, reverse=True)
-    masked = F.dropout(input.permute(order), *args, **kwargs)
-    return masked.permute([order.index(i) for i in range(input.dim())])
+        if func is not F.dropout or not IN_MEMORY_ORDER or args[0].device.type != "cpu":
+            return func(*args, **(kwargs or {}))
+        order = sorted(range(args[0].dim()), key=args[0].stride, reverse=True)
+        masked = func(args[0].permute(order), *args[1:], **(kwargs or {}))
+        return masked.permute([order.index(i) for i in range(args[0].dim())])
 
 
 class Function(nn.Module):

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -38,17 +37,7 @@ from metapl.feedback.keeping import FolderStates, States, folder_of, keeping, kn
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import LOSS_NOT_FINITE, NOT_FINITE, OTHER_BATCH
 from metapl.functional.compiled import captured, capturing, refuse_gap
-from metapl.functional.state import (
-    Function,
-    autocast_of,
-    clipped,
-    constants_of,
-    held,
-    norm,
-    on_value,
-    settings_of,
-    tensors_of,
-)
+from metapl.functional.state import Function, as_dict, clipped, constants_of, norm, on_value, settings_of, tensors_of
 from metapl.problems.base import Problem, Signal, enters_input, has_own, sum_and_weight
 from metapl.runs.progress import counted
 from metapl.updates import Update, options_of, parts_of, update_of
@@ -80,7 +69,7 @@ def make_training(
     student: nn.Module,
     problem: Problem,
     update: Update,  # U of the student, perhaps behind a clip
-    kept: Sequence[dict[str, Any]],  # what its param groups hold besides the settings
+    constants: Sequence[dict[str, Any]],  # what its param groups hold besides the settings
     *,
     in_settings: bool = False,  # whether the gradient in these is asked for
     several: bool = False,  # whether the cotangents are of M outer losses
@@ -116,8 +105,8 @@ def make_training(
             signal, teacher_left = asked(z.detach())
         (c, direct), loss = grad_and_value(mean_loss, (0, 1))(z, theta)
         g = {name: t + direct[name] for name, t in pull(c)[0].items()}  # ∇_θ (1/B) Σ ℓ_i
-        rates = [{**group, **now} for group, now in zip(kept, settings, strict=True)]
-        return update.update(theta, g, s, rates), (left, teacher_left, loss.detach(), held(signal.detached()))
+        rates = [{**group, **now} for group, now in zip(constants, settings, strict=True)]
+        return update.update(theta, g, s, rates), (left, teacher_left, loss.detach(), as_dict(signal.detached()))
 
     def step(phi: Tree, carry: Carry, batch: Any, settings: Settings) -> tuple[Carry, Tensor, dict[str, Any]]:
         with autocast(), sdpa_kernel(SDPBackend.MATH):
@@ -182,109 +171,19 @@ def compiled_training(
     device = next(student.parameters()).device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     update: Any = update_of(optimizer, trainable(student))
-    groups = constants_of(update)
+    constants = constants_of(update)
     of = teacher, student, problem, *parts_of(optimizer), *modules, *weights
     flags = [part.training for part in modules], [p.requires_grad for p in weights]
-    key = (*map(id, of), str((flags, groups, clip_norm, in_settings, several, dtype)))
+    key = (*map(id, of), str((flags, constants, clip_norm, in_settings, several, dtype)))
     if key not in _KNOWN:
         _KNOWN.clear()
-        how: dict[str, Any] = {"in_settings": in_settings, "several": several, "autocast": autocast_of(device, dtype)}
-        both = make_training(teacher, student, problem, clipped(update, clip_norm), groups, **how)
+        # Without the cache, which would keep casts of tensors inside a transform.
+        cast = nullcontext if dtype is None else partial(torch.autocast, device.type, dtype, cache_enabled=False)
+        how: dict[str, Any] = {"in_settings": in_settings, "several": several, "autocast": cast}
+        both = make_training(teacher, student, problem, clipped(update, clip_norm), constants, **how)
         step, adjoint = (captured(function, device) for function in both)
         _KNOWN[key] = Compiled(step, adjoint, update, of, {})
     return _KNOWN[key]
-
-
-@dataclass
-class Walk:
-    """The steps of a training and the way back: which states are kept, and what is known of each step."""
-
-    made: Compiled
-    phi: Tree
-    start: Carry
-    ahead: Lookahead
-    rates: Sequence[Settings]  # of each step, or of all of them
-    states: States
-    compare: Callable[[Any], None]  # of each batch, whose kind may be new
-    device: torch.device
-    losses: list[Tensor] = field(default_factory=list)
-    digests: list[Tensor] = field(default_factory=list)  # of batches that are read again
-    zeros: dict[Any, Tree] = field(default_factory=dict)  # in the shapes of a signal, by those of its batch,
-    kinds: list[int] = field(default_factory=list)  # which are of these
-    value: Any = None  # of the last signal
-
-    def batch(self, number: int) -> Any:
-        """A batch; one that a function returns is refused where it is not the same when it is read again."""
-        if not isinstance(self.states, FolderStates) and not callable(self.ahead.batches):
-            return self.ahead[number]
-        with replayed(RandomState.now(self.device)):  # a function may seed the default generator
-            batch = self.ahead[number]
-        found = digest(batch)
-        self.digests += [found] if number == len(self.digests) else []
-        if bool(self.digests[number] != found):
-            raise MetaplError(OTHER_BATCH.format(number))
-        return batch
-
-    def step(self, number: int, carry: Carry) -> tuple[Carry, Tensor]:
-        batch = self.batch(number)
-        self.compare(batch)
-        after, loss, signal = self.made.step(self.phi, carry, batch, self.rates[number % len(self.rates)])
-        self.value, shapes = signal["value"], shapes_of(batch)
-        if shapes not in self.zeros:
-            if "log_prob" in signal:
-                raise MetaplError("compile=True was given with a signal that is drawn; leave compile out.")
-            self.zeros[shapes] = {n: torch.zeros_like(t) for n, t in Signal(**signal).differentiable().items()}
-        self.kinds += [[*self.zeros].index(shapes)] if number == len(self.kinds) else []
-        return after, loss
-
-    def forward(self, begin: int, end: int, carry: Carry, spacing: int, tell: Any = None) -> Carry:
-        """The carry after some steps, of which every ``spacing``-th is kept. Without ``tell`` they are taken again, and
-        the last need not be."""
-        for number in range(begin, end):
-            if number % spacing == 0:
-                self.keep(number, carry, finest=tell is None and spacing == 1)
-            if tell is not None:
-                carry, loss = self.step(number, carry)
-                self.losses.append(loss)
-                checks.refuse_not_finite(loss, LOSS_NOT_FINITE.format(number))
-                tell(number)
-            elif number < end - 1:
-                carry, _ = self.step(number, carry)
-        return carry
-
-    def backward(self, begin: int, end: int, first: int, spacing: int, *finer: int) -> Iterator[tuple[int, Carry]]:
-        """The steps from the last to the ``first``, with their carries, each under the draws that it had: a block
-        between kept ones is walked again."""
-        for begun_at in reversed(range(begin, end, spacing)):
-            stop = min(begun_at + spacing, end)
-            if stop <= first:
-                return
-            carry = self.taken(begun_at)
-            if finer:
-                self.forward(begun_at, stop, carry, finer[0])
-                yield from self.backward(begun_at, stop, first, *finer)
-            else:
-                yield begun_at, carry
-
-    def keep(self, number: int, carry: Carry, finest: bool = False) -> None:
-        pairs = zip(carry[2:], self.start[2:], strict=True)  # what has not moved, such as frozen weights, is held once
-        moved = [{n: t for n, t in now.items() if not torch.equal(t, before[n])} for now, before in pairs]
-        random = RandomState.now(self.device).values()
-        self.states.keep(number, [carry.params, carry.optimizer, *moved, random], finest)
-        if number == len(self.losses) > 0:
-            self.store()
-
-    def taken(self, number: int) -> Carry:
-        """The state before a step, which is no longer kept, with the generators as they were then."""
-        params, state, *moved, random = self.states.take(number)
-        RandomState(self.device, **random).restore()
-        return Carry(params, state, *(was | now for was, now in zip(self.start[2:], moved, strict=True)))
-
-    def store(self, **back: Any) -> None:
-        """In a folder, store what is known of the steps so far, and of the way ``back``."""
-        if isinstance(self.states, FolderStates):
-            steps = {"losses": torch.stack(self.losses), "digests": torch.stack(self.digests), "kinds": self.kinds}
-            self.states.came_to(**steps, zeros=self.zeros, value=self.value, back=back)
 
 
 def differentiate(
@@ -352,8 +251,76 @@ def differentiate(
         asked = student, teacher or nn.Module(), problem, mode, update, optimizer
         states = FolderStates(folder, known_by(*asked, options, wrt, clip_norm, outer, ahead[0], steps), device)
         going_on = states.opened()
-    walk = Walk(made, phi, start, ahead, rates, states, compare, device)
+
+    # What is known of the steps: the losses, the digests of batches that are read again, and which shapes each has; by
+    # those of a batch, zeros in the shapes of its signal, and a value of that.
+    losses, digests, kinds, signals = list[Tensor](), list[Tensor](), list[int](), dict[Any, tuple[Tree, Any]]()
     feedback, in_settings, end = list[Any](), list[Any](), steps
+
+    def signal_of(number: int) -> tuple[Tree, Any]:
+        return [*signals.values()][kinds[number]]
+
+    def store(**back: Any) -> None:
+        """In a folder, store what is known of the steps so far, and of the way ``back``."""
+        if isinstance(states, FolderStates):
+            known = {"losses": torch.stack(losses), "digests": torch.stack(digests), "kinds": kinds}
+            states.came_to(**known, signals=signals, back=back)
+
+    def keep(number: int, carry: Carry, finest: bool = False) -> None:
+        pairs = zip(carry[2:], start[2:], strict=True)  # what has not moved, such as frozen weights, is held once
+        moved = [{n: t for n, t in now.items() if not torch.equal(t, before[n])} for now, before in pairs]
+        states.keep(number, [carry.params, carry.optimizer, *moved, RandomState.now(device).values()], finest)
+        if number == len(losses) > 0:
+            store()
+
+    def taken(number: int) -> Carry:
+        """The state before a step, which is no longer kept, with the generators as they were then."""
+        params, state, *moved, random = states.take(number)
+        RandomState(device, **random).restore()
+        return Carry(params, state, *(was | now for was, now in zip(start[2:], moved, strict=True)))
+
+    def read(number: int) -> Any:
+        """A batch; one that a function returns is refused where it is not the same when it is read again."""
+        if folder is None and not callable(ahead.batches):
+            return ahead[number]
+        with replayed(RandomState.now(device)):  # a function may seed the default generator
+            batch = ahead[number]
+        found = digest(batch)
+        if number == len(digests):
+            digests.append(found)
+        if bool(digests[number] != found):
+            raise MetaplError(OTHER_BATCH.format(number))
+        return batch
+
+    def take_step(number: int, carry: Carry) -> tuple[Carry, Tensor]:
+        compare(batch := read(number))
+        after, loss, signal = made.step(phi, carry, batch, rates[number % len(rates)])
+        if (shapes := shapes_of(batch)) not in signals:
+            if "log_prob" in signal:
+                raise MetaplError("compile=True was given with a signal that is drawn; leave compile out.")
+            zeros = {n: torch.zeros_like(t) for n, t in Signal(**signal).differentiable().items()}
+            signals[shapes] = zeros, signal["value"]
+        if number == len(kinds):
+            kinds.append([*signals].index(shapes))
+        return after, loss
+
+    def backward(begin: int, end: int, spacing: int, *finer: int) -> Iterator[tuple[int, Carry]]:
+        """The steps from the last to the ``first``, with their carries, each under the draws that it had: a block
+        between kept ones is walked again."""
+        for begun_at in reversed(range(begin, end, spacing)):
+            stop = min(begun_at + spacing, end)
+            if stop <= first:
+                return
+            carry = taken(begun_at)
+            if not finer:
+                yield begun_at, carry
+                continue
+            for number in range(begun_at, stop):
+                if number % finer[0] == 0:
+                    keep(number, carry, finest=finer[0] == 1)
+                if number < stop - 1:
+                    carry, _ = take_step(number, carry)
+            yield from backward(begun_at, stop, *finer)
 
     def outer_losses(theta: Tree) -> Tensor:
         z, _ = Function(student).outputs(theta, carry.state, problem.outer_input(judged))
@@ -361,23 +328,26 @@ def differentiate(
         L = torch.stack([total / weight for total, weight in found])
         return L if judging else L[0]
 
-    def zeros_of(number: int) -> Tree:
-        return [*walk.zeros.values()][walk.kinds[number]]
-
     begun = RandomState.now(device)
     try:
         with torch.no_grad(), no_fast_path(math=True), capturing(), going_on as known:
             if known is None:
-                walk.batch(0)  # a function that always returns another batch is refused here, not after the path
+                read(0)  # a function that always returns another batch is refused here, not after the path
             else:  # of a process that was killed
-                walk.losses, walk.digests = ([*known[name].unbind()] for name in ("losses", "digests"))
-                walk.kinds, walk.zeros, walk.value = known["kinds"], known["zeros"], known["value"]
-                carry = walk.taken(len(walk.losses))
-                walk.batch(len(walk.losses) - 1)  # of a path that is truncated, no other is read again
-            with counted(progress, steps, "steps", done := len(walk.losses)) as tell:
-                carry = walk.forward(done, steps, carry, spacings[0], tell)
+                losses, digests = ([*known[name].unbind()] for name in ("losses", "digests"))
+                kinds, signals = known["kinds"], known["signals"]
+                carry = taken(len(losses))
+                read(len(losses) - 1)  # of a path that is truncated, no other is read again
+            with counted(progress, steps, "steps", done := len(losses)) as tell:
+                for number in range(done, steps):
+                    if number % spacings[0] == 0:
+                        keep(number, carry)
+                    carry, loss = take_step(number, carry)
+                    losses.append(loss)
+                    checks.refuse_not_finite(loss, LOSS_NOT_FINITE.format(number))
+                    tell(number)
             if done < steps and folder is not None:
-                walk.keep(steps, carry)
+                keep(steps, carry)
             ended = RandomState.now(device)
             if known and known["back"]:
                 end, L, feedback, in_settings, found = known["back"].values()
@@ -389,30 +359,29 @@ def differentiate(
                 nothing = pytree.tree_map(lambda t: t.new_zeros((*L.shape, *t.shape)), (carry.optimizer, phi))
                 bars = Cotangents(v, *nothing)
             with counted(progress, steps - first, "steps back", steps - end) as tell:
-                for number, held in walk.backward(0, end, first, *spacings):
+                for number, held in backward(0, end, *spacings):
                     if number < first:
                         break
-                    of_step = walk.batch(number), rates[number % len(rates)]
-                    bars, of_signal, of_rates, size = made.adjoint(phi, held, *of_step, bars, zeros_of(number))
+                    (zeros, value), of_step = signal_of(number), (read(number), rates[number % len(rates)])
+                    bars, of_signal, of_rates, size = made.adjoint(phi, held, *of_step, bars, zeros)
                     checks.refuse_not_finite(size, NOT_FINITE.format(number))
-                    feedback.append(on_value({name: -t for name, t in of_signal.items()}, walk.value))
+                    feedback.append(on_value({name: -t for name, t in of_signal.items()}, value))
                     in_settings.append(of_rates)
                     tell(number)
                     if isinstance(states, FolderStates) and number > first and number % spacings[-2] == 0:
-                        walk.store(at=number, L=L, feedback=feedback, in_settings=in_settings, bars=[*bars])
+                        store(at=number, L=L, feedback=feedback, in_settings=in_settings, bars=[*bars])
                         states.forget(number, end)
                         end = number
     except BaseException:
         begun.restore()
         raise
     ended.restore()
-    for number in reversed(range(first)):
-        nothing = {name: t.new_zeros((*L.shape, *t.shape)) for name, t in zeros_of(number).items()}
-        feedback.append(on_value(nothing, walk.value))
+    for zeros, value in map(signal_of, reversed(range(first))):
+        feedback.append(on_value({name: t.new_zeros((*L.shape, *t.shape)) for name, t in zeros.items()}, value))
     return Hypergradient(
         grads=bars.teacher if "teacher" in wrt else {},
         feedback=tuple(feedback[::-1]),
-        inner_loss=torch.stack(walk.losses).mean(),
+        inner_loss=torch.stack(losses).mean(),
         outer_loss=L,
         student_params=carry.params,
         inner_state=None,

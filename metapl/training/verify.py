@@ -413,7 +413,8 @@ class Point:
             except (RuntimeError, MetaplError):  # of an operation without that derivative, or of labels that were drawn
                 follows = self.expected or bool(other == "forward")
             if follows:
-                return "allowed", f"{which} (straight-through, detached, or a backward of its own), as the mode has it."
+                which += " (straight-through, detached, a backward of its own), and the mode follows it."
+                return "allowed", which
         likely = "; ".join([which] * bool(bent) + causes(self.base, self.run))
         return "refused", f"likely {likely or 'the mode, or a derivative of torch that it takes'}."
 
