@@ -171,8 +171,9 @@ def hypergradient(
     known, settings = ("teacher", "start", *update.numbers), [name for name in wrt if name in update.numbers]
     for name in (name for name in wrt if name not in known):
         raise MetaplError(f"wrt={name!r} was given; expected, with this inner optimizer, {', '.join(known)}.")
-    by_sgd = [group for group in zip(*(options or [update.options]), strict=True) if "dampening" in group[0]]
-    moving = [{now["momentum"] != 0 for now in group} for group in by_sgd if "momentum" in wrt]
+    of_steps: list[Any] = [*options] or [update.options]
+    by_sgd = [groups for groups in zip(*of_steps, strict=True) if "dampening" in groups[0]]
+    moving = [{now["momentum"] != 0 for now in groups} for groups in by_sgd if "momentum" in wrt]
     still = not compile and not estimate.keep_graph and any(False in found for found in moving)
     refused = {
         f"mode {estimate.name!r}; expected 'forward' or 'unrolled'": estimate.name not in ("forward", "unrolled"),

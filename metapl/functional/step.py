@@ -233,7 +233,7 @@ def make_step(
         loss, sums = torch.stack(end.losses).mean(), [own, *(t.sum() for tree in h for t in tree.values())]
         flag = end.gap + 0 * (loss + torch.stack(sums).sum())  # NaN where anything is not finite
         theta, s, rounding = rounded_steps(inner_update, state.student.params, end, state.inner.state, rates)
-        report = Report(*shown, end.z.detach(), loss, end.L, own, flag, end.own, rounding)
+        report = Report(shown[0], shown[1], end.z.detach(), loss, end.L, own, flag, end.own, rounding)
         networks = Network(theta_T, end.at_T), Network(theta, end.at_S)
         optimizers = state.inner._replace(state=s), state.outer._replace(state=s_T)
         return State(*networks, *optimizers, mode_state, state.step + 1), report
