@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from typing import Any, Literal
@@ -19,14 +19,14 @@ from metapl.execution.local import NOTHING, LocalStudent
 from metapl.execution.numerics import no_fast_path
 from metapl.execution.sharded import ShardedStudent
 from metapl.execution.state import one_at_a_time, restored
-from metapl.feedback import Estimator, Mode, check_mode, check_teacher, estimator, prepare
+from metapl.feedback import Mode, check_mode, check_teacher, estimator, prepare
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import take_steps
 from metapl.feedback.teacher import Teaching
 from metapl.problems.base import BilevelProblem
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.runs.terminal import counted
-from metapl.updates import Clipped, Update, as_one, options_of, update_of
+from metapl.updates import Clipped, as_one, options_of, update_of
 from metapl.words import summary
 
 
@@ -61,30 +61,6 @@ class Hypergradient:
     def __repr__(self) -> str:
         state = None if self.inner_state is None else type(self.inner_state).__name__
         return summary("Hypergradient", **{**vars(self), "inner_state": state})
-
-
-def check_wrt(
-    wrt: Sequence[str], mode: Estimator, update: Update, options: Sequence[Any], *, eager: bool, sharded: bool
-) -> list[str]:
-    """The names of settings in ``wrt``; refuse what no gradient can be in, with these ``options`` of each step."""
-    known = ("teacher", "start", *update.numbers)
-    for name in wrt:
-        if name not in known:
-            raise MetaplError(f"wrt={name!r} was given; expected, with this inner optimizer, {', '.join(known)}.")
-    asked, settings = {*wrt} - {"teacher"}, [name for name in wrt if name in update.numbers]
-    by_sgd = [group for group in zip(*(options or [update.options]), strict=True) if "dampening" in group[0]]
-    moving = [{now["momentum"] != 0 for now in group} for group in by_sgd if "momentum" in wrt]
-    still = eager and not mode.keep_graph and any(False in found for found in moving)
-    refused = {
-        f"mode {mode.name!r}; expected 'forward' or 'unrolled'": mode.name not in ("forward", "unrolled"),
-        "truncate; expected all steps": getattr(mode, "truncate", None) is not None,
-        "a sharded student; expected one process, or DistributedDataParallel": sharded and settings,
-        "momentum=0, which keeps no buffer; expected more, or compile=True": still,
-        "momentum=0 in some steps, which keep no buffer; expected more": any(len(found) > 1 for found in moving),
-    }
-    for what in (what for what, is_so in refused.items() if is_so and asked):
-        raise MetaplError(f"wrt={wrt!r} was given with {what}.")
-    return settings
 
 
 def stacked_settings(found: Sequence[Any], names: Sequence[str]) -> dict[str, Tensor]:
@@ -192,19 +168,28 @@ def hypergradient(
     options = ahead.options(inner_optimizer)
     check_mode(estimate, len(batches), problem, of_student)
     wrt = [wrt] if isinstance(wrt, str) else [*wrt]
-    settings = check_wrt(wrt, estimate, update, options, eager=not compile, sharded=of_student.is_sharded)
+    known, settings = ("teacher", "start", *update.numbers), [name for name in wrt if name in update.numbers]
+    for name in (name for name in wrt if name not in known):
+        raise MetaplError(f"wrt={name!r} was given; expected, with this inner optimizer, {', '.join(known)}.")
+    of_steps: list[Any] = [*options] or [update.options]
+    by_sgd = [groups for groups in zip(*of_steps, strict=True) if "dampening" in groups[0]]
+    moving = [{now["momentum"] != 0 for now in groups} for groups in by_sgd if "momentum" in wrt]
+    still = not compile and not estimate.keep_graph and any(False in found for found in moving)
+    refused = {
+        f"mode {estimate.name!r}; expected 'forward' or 'unrolled'": estimate.name not in ("forward", "unrolled"),
+        "truncate; expected all steps": getattr(estimate, "truncate", None) is not None,
+        "a sharded student; expected one process, or DistributedDataParallel": of_student.is_sharded and settings,
+        "momentum=0, which keeps no buffer; expected more, or compile=True": still,
+        "momentum=0 in some steps, which keep no buffer; expected more": any(len(found) > 1 for found in moving),
+    }
+    for what in (what for what, is_so in refused.items() if is_so and {*wrt} - {"teacher"}):
+        raise MetaplError(f"wrt={wrt!r} was given with {what}.")
     if compile:
         pure = import_module("metapl.functional.training")
-        given = {"clip_norm": clip_norm, "accumulate": accumulate, "progress": progress, "wrt": settings}
-        found = pure.differentiate(teacher, student, problem, inner_optimizer, estimate, labeled, ahead, **given)
-        h = tuple(found.feedback) if ahead is unlabeled else found.feedback[0]
-        kept = found.keeping.words(len(ahead)) if ahead is unlabeled else ""
-        return Hypergradient(
-            found.teacher if "teacher" in wrt else {},
-            *(h, found.inner_loss, found.outer_loss, found.params, None, kept),
-            found.start if "start" in wrt else {},
-            stacked_settings(found.settings, settings),
-        )
+        given = {"clip_norm": clip_norm, "accumulate": accumulate, "progress": progress, "wrt": wrt}
+        networks = teacher, student, problem, inner_optimizer, estimate
+        found: Hypergradient = pure.differentiate(*networks, labeled, ahead, **given)
+        return found if ahead is unlabeled else replace(found, feedback=found.feedback[0], kept="")
     labeled = problem.outer_batch(labeled)
     for layout in (of_teacher, of_student):
         if layout is not None:

@@ -4,6 +4,14 @@ Of K steps, those whose numbers are multiples of ``spacings[0]`` keep their stat
 back, a block between two of them is walked again, and keeps its multiples of ``spacings[1]``, and so on; the steps of
 the finest blocks are all held. With spacings b^n, ..., b², b this is the tree of REPLAY, of branching b: some
 b log_b K states, and each step is computed again once a level.
+
+A compiled path in a folder goes on after its process was killed:
+
+    path.ckpt    whose path it is, the generators at its beginning, how far it came, and what is known of its steps
+    kept-N.ckpt  the state before step N, for the way back; of the last N, after all steps
+
+Each file is the old one or the whole new one, with its checksum (:mod:`metapl.runs.checkpoint`). A path that has ended
+removes them all.
 """
 
 from __future__ import annotations
@@ -11,17 +19,25 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
+from metapl.execution.batch import digest
 from metapl.execution.ranks import ALONE, Ranks
+from metapl.execution.state import RandomState
+from metapl.problems.base import Problem, kind_of
+from metapl.runs import checkpoint
+from metapl.runs.folder import Folder as OwnedFolder
+from metapl.updates import Update
 
 ALL_KEPT = 50  # steps, up to which all keep their states unless told otherwise
 BRANCHING = 10  # of the tree
@@ -125,15 +141,13 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 class States:
-    """Kept states, by the number of their step; those in a folder: :class:`metapl.feedback.resuming.Folder`."""
-
-    done = 0  # steps that a process which was killed has taken
-    adjoint: Any = None  # what it has of the way back
+    """Kept states, by the number of their step."""
 
     def __init__(self, on: str | None) -> None:
         self.on, self._held = on, dict[int, Any]()
 
-    def keep(self, number: int, state: Any) -> None:
+    def keep(self, number: int, state: Any, finest: bool = False) -> None:
+        """Keep the state before a step; ``finest``: of a block all of whose states are held."""
         if self.on == "cpu":
             leaves, structure = pytree.tree_flatten(state)
             places = [t.device if isinstance(t, Tensor) else None for t in leaves]
@@ -148,3 +162,100 @@ class States:
         leaves, structure, places = state
         moved = [t if at is None else t.to(at) for t, at in zip(leaves, places, strict=True)]
         return pytree.tree_unflatten(moved, structure)
+
+
+class FolderStates(States):
+    """Kept states in a folder, but for those of the finest blocks, by which a path that is known by ``of`` goes on."""
+
+    def __init__(self, folder: FilePath, of: int, device: torch.device) -> None:
+        super().__init__(None)
+        self.folder, self.whose = folder, {"of": of, "random": RandomState.now(device).values()}
+
+    @contextmanager
+    def opened(self) -> Iterator[Any]:
+        """Own the folder until the block ends; a path that ends removes its files. Yields what :meth:`came_to` was told
+        last, by a process that was killed; else nothing."""
+        with OwnedFolder(self.folder).held():
+            for left in self.folder.glob("*.tmp"):  # of processes that were killed
+                left.unlink(missing_ok=True)
+            found = self._read("path") if (self.folder / "path.ckpt").exists() else None
+            if found is None:
+                self._remove()
+            elif found["whose"]["of"] != self.whose["of"]:
+                given = f"keep_on={str(self.folder)!r} holds a path of other networks, batches or options"
+                raise MetaplError(
+                    f"{given}; expected the call that was killed, or {self.folder / 'path.ckpt'} removed."
+                )
+            else:
+                self.whose = found["whose"]
+            yield found and found["known"]
+            self._remove()
+
+    def came_to(self, **known: Any) -> None:
+        """Store all that is known of the path, by which it goes on from here."""
+        self._write("path", whose=self.whose, known=known)
+
+    def forget(self, first: int, end: int) -> None:
+        """Remove the states before these steps, which the way back no longer needs."""
+        for number in range(first, end):
+            (self.folder / f"kept-{number:08d}.ckpt").unlink(missing_ok=True)
+
+    def keep(self, number: int, state: Any, finest: bool = False) -> None:
+        if finest:
+            super().keep(number, state)
+        elif not (self.folder / f"kept-{number:08d}.ckpt").exists():
+            self._write(f"kept-{number:08d}", state=state)
+
+    def take(self, number: int) -> Any:
+        return super().take(number) if number in self._held else self._read(f"kept-{number:08d}")["state"]
+
+    def _remove(self) -> None:
+        """Remove the files of the path, its name first: what is left without it is nobody's."""
+        for file in (self.folder / "path.ckpt", *self.folder.glob(f"kept-{'[0-9]' * 8}.ckpt")):
+            file.unlink(missing_ok=True)
+
+    def _write(self, name: str, **content: Any) -> None:
+        places = [(str(t.device), t.stride()) if isinstance(t, Tensor) else None for t in pytree.tree_leaves(content)]
+        checkpoint.save(self.folder / f"{name}.ckpt", {"content": content, "places": places})
+
+    def _read(self, name: str) -> Any:
+        found = checkpoint.load(self.folder / f"{name}.ckpt")
+        leaves, structure = pytree.tree_flatten(found["content"])
+        for i, at in enumerate(found["places"]):
+            if at is not None:  # kernels round by the order of the memory
+                made = torch.empty_strided(leaves[i].shape, at[1], dtype=leaves[i].dtype, device=at[0])
+                leaves[i] = made.copy_(leaves[i])
+        return pytree.tree_unflatten(leaves, structure)
+
+
+def generators_at_start(folder: str | None, device: torch.device) -> RandomState:
+    """The generators at the beginning of the path that a killed process has left in a folder; without one, as now."""
+    place = folder_of(folder)
+    if place is None or not (place / "path.ckpt").exists():
+        return RandomState.now(device)
+    return RandomState(device, **checkpoint.load(place / "path.ckpt")["content"]["whose"]["random"])
+
+
+def known_by(
+    student: nn.Module,
+    teacher: nn.Module,
+    problem: Problem,
+    mode: Any,
+    update: Update,
+    optimizer: torch.optim.Optimizer,
+    *given: Any,
+) -> int:
+    """A number by which a path is known: by networks, losses, U, mode, autocast, and what else was ``given``."""
+
+    def network(module: nn.Module) -> Any:
+        modes = [part.training for part in module.modules()]
+        return str(module), modes, dict(module.named_parameters()), dict(module.named_buffers())
+
+    kind = next(student.parameters()).device.type
+    groups = [{**group, "params": len(group["params"])} for group in optimizer.param_groups]
+    rule = type(optimizer).__name__, str(groups), update.read_state()
+    own = vars(problem).items()  # the words of a tensor are rounded
+    losses = kind_of(problem), {name: value if isinstance(value, Tensor) else str(value) for name, value in own}
+    how = mode.name, str({**vars(mode), "keep_on": None})
+    cast = torch.is_autocast_enabled(kind), str(torch.get_autocast_dtype(kind))
+    return int(digest((network(student), network(teacher), rule, losses, how, cast, given)))

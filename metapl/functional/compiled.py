@@ -10,10 +10,9 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,10 +27,10 @@ from metapl.execution.state import RandomState, branching_to, trainable
 from metapl.feedback import MODES, Implicit, estimator
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.report import StepReport
-from metapl.functional.state import Report, State, dot, leaves_of, norm, settings_of, state_of, unclipped
+from metapl.functional.state import State, clipped, constants_of, leaves_of, norm, settings_of, state_of, unclipped
 from metapl.functional.step import Step, make_step
 from metapl.problems.base import Signal, enters_input, gumbel
-from metapl.updates import Clipped, TorchUpdate, Update, as_taken, options_of, parts_of, update_of
+from metapl.updates import TorchUpdate, Update, as_taken, parts_of, update_of
 
 LONGEST = 3  # steps that are unrolled in one function
 
@@ -41,49 +40,44 @@ KNOWN = {type(estimator(name)) for name in MODES} - {Implicit}
 
 
 def updates_of(trainer: Any) -> tuple[Update, Update | None]:
-    found: list[Any] = [unclipped(trainer.update), None]
+    inner, outer = unclipped(trainer.update), None
     if trainer.teacher is not None:
-        found[1] = update_of(trainer.outer_optimizer, trainable(trainer.teacher), name="outer_optimizer")
-    if trainer.clip_norm is not None:
-        space: Any = SimpleNamespace(dot=dot, norm=norm)  # by operations that every transform has rules for
-        found = [update and Clipped(update, trainer.clip_norm, space) for update in found]
-    return found[0], found[1]
+        outer = update_of(trainer.outer_optimizer, trainable(trainer.teacher), name="outer_optimizer")
+    return clipped(inner, trainer.clip_norm), outer and clipped(outer, trainer.clip_norm)
 
 
 def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> Step:
     """The pure step of a trainer that looks so many steps ahead."""
     mode, problem, own = trainer.mode, trainer.problem, trainer.teacher_losses
-    inner, composed = unclipped(updates[0]), steps > 1 or enters_input(problem)
+    inner, composed, hides = unclipped(updates[0]), steps > 1 or enters_input(problem), False
+    if not isinstance(inner, TorchUpdate):  # a second call with the same state gives the same update, or it hides some
+        theta = {name: p.detach() for name, p in inner.parameters.items()}
+        once, again = (inner.update(theta, theta, inner.read_state())[0] for _ in "ab")
+        hides = not all(torch.equal(t, again[name]) for name, t in once.items())
     refused = {
         f"{type(mode).__name__}, but the library's modes without implicit": type(mode) not in KNOWN,
         "accumulate": trainer.accumulate > 1,
         "several processes": trainer.layout.kind != "plain" or not trainer.ranks.alone,
         f"{steps} steps ahead, but {LONGEST} at most": steps > LONGEST,
         "cosine of several steps": composed and getattr(mode, "normalization", "") == "cosine",
-        "transform that hides state": not isinstance(inner, TorchUpdate) and not _repeats(inner),
+        "transform that hides state": hides,
     }
     for what in (what for what, is_so in refused.items() if is_so):
         raise MetaplError(f"the pure step takes no {what}; leave compile= and functional() out.")
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    if trainer.precision != "float32":  # without the cache, which would keep casts of tensors inside a transform
-        autocast = partial(torch.autocast, trainer.device.type, torch.bfloat16, cache_enabled=False)
-    groups: list[Any] = [[], []]
-    for place, update in enumerate(map(unclipped, updates)):
-        if isinstance(update, TorchUpdate):  # a number that is no setting is 0
-            groups[place] = [group | dict.fromkeys(update.numbers, 0.0) for group in options_of(update.optimizer)]
-    groups[1] = as_taken(groups[1])
+    # Without the cache, which would keep casts of tensors inside a transform.
+    cast = partial(torch.autocast, trainer.device.type, torch.bfloat16, cache_enabled=False)
     return make_step(
         trainer.teacher,
         trainer.student,
         problem,
         mode,
         *updates,
-        groups,
+        [constants_of(inner), as_taken(constants_of(unclipped(updates[1])))],
         problem.default_teacher_losses if own is None else lambda batch: own,
         steps=steps,
         weight=trainer.feedback_weight,
         ratio=trainer.feedback_ratio,
-        autocast=autocast,
+        autocast=nullcontext if trainer.precision == "float32" else cast,
     )
 
 
@@ -92,13 +86,6 @@ def functional(trainer: Any) -> tuple[Step, State]:
     step: Any = step_of(trainer, trainer.lookahead, updates)
     step.__code__ = step.__code__.replace()  # Dynamo counts graphs by code object, which all steps would share
     return step, pytree.tree_map_only(Tensor, Tensor.clone, state_of(trainer, updates))
-
-
-def _repeats(update: Update) -> bool:
-    """Whether a second call with the same state gives the same update."""
-    theta = {name: p.detach() for name, p in update.parameters.items()}
-    once, again = (update.update(theta, theta, update.read_state())[0] for _ in "ab")
-    return all(torch.equal(t, again[name]) for name, t in once.items())
 
 
 # Inductor's own kernels would draw other dropout masks than PyTorch's.
@@ -147,10 +134,9 @@ class CompiledStep:
     def __init__(self) -> None:
         self.known: dict[Any, Any] = {}  # the compiled steps, by what they were compiled for
         self.kind: Any = None  # that of the last step
-        self.parts: list[Any] = []  # its modules,
-        self.weights: list[Tensor] = []  # their parameters and buffers,
-        self.tables: list[dict[Any, Any]] = []  # where modules and optimizers hold tensors,
-        self.tensors: list[Tensor] = []  # these, as leaves_of has them,
+        self.weights: list[Tensor] = []  # the networks' parameters and buffers,
+        self.tables: list[dict[Any, Any]] = []  # where buffers and optimizers' tensors are held,
+        self.tensors: list[Tensor] = []  # all of these, as leaves_of has them,
         self.state: Any = None  # and as a state,
         self.numbers: list[Any] = []  # whose settings these are
         self.marks: list[Any] = []  # with which all this was found
@@ -161,72 +147,88 @@ class CompiledStep:
     def __call__(self, trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) -> StepReport:
         """One step on a labeled batch and the inner ones; ``ahead``: they were given as a look-ahead."""
         steps, draw, compared = len(batches), trainer.generator, False
+        in_graphs = trainer.compile == "reduce-overhead"
         if anew := self.seen(trainer, steps) != self.marks:
             self.marks, held = [], self.find(trainer, steps)
         if self.kind in self.known:
             compiled, updates, probs, held, compared = self.known[self.kind]
         else:
-            compiled, updates = self.compile(trainer, steps)
+            compiled, updates = self.compile(trainer, steps, in_graphs)
         if not compared:
             eager = eager_step(trainer, labeled, batches, ahead)
             probs = eager[1].signal.probs
-        state = state_of(trainer, updates) if anew else self.read(trainer, updates)
-        start, drawn = RandomState.now(trainer.device), draw and draw.get_state()
-        noise = None
+        numbers = [[] if update is None else unclipped(update).settings() for update in updates]
+        if anew:
+            state = state_of(trainer, updates)
+        else:  # in the very tensors that modules and optimizers hold, but for settings that are others now
+            for number, optimizer in enumerate((self.state.inner, self.state.outer) if numbers != self.numbers else ()):
+                optimizer.settings[:] = [
+                    {n: group[n] if old.get(n) == v else settings_of(v, trainer.device) for n, v in new.items()}
+                    for group, old, new in zip(optimizer.settings, self.numbers[number], numbers[number], strict=True)
+                ]
+            step = torch.tensor(trainer.steps_done, device=trainer.device)
+            mode = {name: t.to(trainer.device) for name, t in trainer.mode_state.items()}
+            state = self.state._replace(mode=mode, step=step)
+        self.numbers = numbers
+        start, noise = RandomState.now(trainer.device, draw), None
         if draw is not None and probs is not None:
             noise = tuple(gumbel(length(batch), probs.shape[1], probs, draw) for batch in batches)
         try:
             with torch.no_grad(), no_fast_path(), capturing():
                 given = (batches[0], noise and noise[0]) if steps == 1 else (tuple(batches), noise)
-                if trainer.compile == "reduce-overhead":
+                if in_graphs:
                     torch.compiler.cudagraph_mark_step_begin()
                 moved, report = compiled(state, labeled, *given)
-                if trainer.compile == "reduce-overhead":  # what outlives the next step, which writes to the same memory
+                if in_graphs:  # what outlives the next step, which writes to the same memory
                     mode, report = pytree.tree_map_only(Tensor, torch.clone, (moved.mode, report))
                     moved = moved._replace(mode=mode)
-                taken = moved, _wrapped(trainer, report, steps > 1, ahead)
+                shown = {"inner_loss": report.inner_loss}
+                shown |= {f"teacher_{n}": t for n, t in report.teacher_losses.items()}
+                shown |= {} if trainer.mode.name == "none" else {"outer_loss": report.outer_loss}
+                shown |= {} if trainer.teacher is None else {"teacher_loss": report.teacher_loss}
+                shown |= {"step_rounding": report.step_rounding} if trainer.update.rounded else {}
+                by_difference = "difference" in (trainer.mode.name, getattr(trainer.mode, "tangent", ""))
+                fault = Fault([(~(report.flag < (BY_DIFFERENCE if by_difference else SLOPES)), OFF)])
+                h = tuple(report.feedback) if steps > 1 else (report.feedback,) if ahead else report.feedback
+                signal = Signal(**(report.signal[-1] if steps > 1 else report.signal))
+                seen: Any = {"feedback": h, "signal": signal, "student_outputs": report.student_outputs}
+                wrapped = StepReport(trainer.steps_done, shown, fault, **seen)
                 if not compared:
-                    refuse_other(state, taken, eager)
+                    refuse_other(state, (moved, wrapped), eager)
         except BaseException:
             start.restore()
-            if draw is not None:
-                draw.set_state(drawn)
             raise
         if not compared:  # again, while a warm-up has a rate of 0, by which h is 0
             compared = any(group["lr"] != 0 for group in unclipped(trainer.update).options)
             self.known[self.kind] = compiled, updates, probs, held, compared
         if anew:
-            self.hold(state, moved, updates)
+            self.hold(trainer, state, moved, updates)
         torch._foreach_copy_(self.tensors, leaves_of(moved))
         if anew:
             self.marks = self.seen(trainer, steps)
         trainer.mode_state, trainer.steps_done = moved.mode, trainer.steps_done + 1
-        return taken[1]
+        return wrapped
 
     def seen(self, trainer: Any, steps: int) -> list[Any]:
         """What differs where another step is meant, or other tensors are held; by now these are alive."""
         optimizers = [one for optimizer in trainer.schedulable for one in parts_of(optimizer)]
         given = trainer.mode, trainer.problem, trainer.teacher_losses, *optimizers, *(o.state for o in optimizers)
-        return [
-            *(steps, trainer.feedback_weight, trainer.feedback_ratio, *map(id, given)),
-            *[id(held) for table in self.tables for held in table.values()],
-            *[part.training for part in self.parts],
-            *[t.requires_grad for t in self.weights],
-            *[t.data_ptr() for t in self.weights],
-        ]
+        held = [id(t) for table in self.tables for t in table.values()]
+        marks = steps, trainer.feedback_weight, trainer.feedback_ratio, *map(id, given)
+        return [*trainer._slots, *marks, *held, *[t.data_ptr() for t in self.weights]]
 
     def find(self, trainer: Any, steps: int) -> Any:
         """Look for modules and parameters anew. Returns what may not be freed while a kind of step is known by it."""
         networks = [network for network in (trainer.student, trainer.teacher) if network is not None]
-        self.parts = [part for network in networks for part in network.modules()]
         parameters = [p for network in networks for p in network.parameters()]
         self.weights = [*parameters, *(b for network in networks for b in network.buffers())]
-        held = *self.parts, *parameters, trainer.mode, trainer.problem, trainer.teacher_losses, *trainer.schedulable
-        flags = *(part.training for part in self.parts), *(t.requires_grad for t in self.weights)
-        self.kind = steps, trainer.feedback_weight, trainer.feedback_ratio, flags, *map(id, held)
+        parts = [part for network in networks for part in network.modules()]
+        held = *parts, *parameters, trainer.mode, trainer.problem, trainer.teacher_losses, *trainer.schedulable
+        marks = (of_network.mark for of_network in trainer._slots)
+        self.kind = steps, trainer.feedback_weight, trainer.feedback_ratio, *marks, *map(id, held)
         return held
 
-    def compile(self, trainer: Any, steps: int) -> tuple[Any, Any]:
+    def compile(self, trainer: Any, steps: int, in_graphs: bool) -> tuple[Any, Any]:
         """The trainer's step as one graph, once it is called; refused where none could be."""
         if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.weights):
             raise MetaplError("a parameter of the networks has a hook, which no graph captures; leave compile out.")
@@ -234,57 +236,22 @@ class CompiledStep:
             raise MetaplError("inner_optimizer is a TorchOpt transform; expected torch.optim's, or compile=False.")
         trainer.update.follow(trainable(trainer.student))
         updates = updates_of(trainer)
-        # torch.compile's mode of that name, beside our options.
-        graphs = {"triton.cudagraphs": True} if trainer.compile == "reduce-overhead" else {}
-        return captured(step_of(trainer, steps, updates), trainer.device, **graphs), updates
+        # torch.compile's mode "reduce-overhead", beside our options.
+        options = {"triton.cudagraphs": True} if in_graphs else {}
+        return captured(step_of(trainer, steps, updates), trainer.device, **options), updates
 
-    def hold(self, state: State, moved: State, updates: Any) -> None:
+    def hold(self, trainer: Any, state: State, moved: State, updates: Any) -> None:
         """Keep a state, whose tensors are those of the modules, and let the optimizers hold those that are new."""
         pairs = (state.inner, moved.inner), (state.outer, moved.outer)
+        tables = [table for of_network in trainer._slots for table in of_network.buffers]
         for of, (optimizer, after) in zip(map(unclipped, updates), pairs, strict=True):
             for name, own in optimizer.state.items():
                 held = of.owner[name].state[of.parameters[name]]
                 own |= {key: torch.empty_like(t) for key, t in after.state[name].items() if key not in own}
                 held.update(own)
-        self.state, self.tensors = state, leaves_of(state)
-        tables = [table for part in self.parts for table in (part._modules, part._parameters, part._buffers)]
-        optimizers = [unclipped(update).optimizer for update in updates if update is not None]
-        states = [one.state for optimizer in optimizers for one in parts_of(optimizer)]
-        self.tables = [*tables, *states, *(held for table in states for held in table.values())]
-        self.numbers = self.settings(updates)
-
-    def settings(self, updates: Any) -> list[Any]:
-        return [[] if update is None else unclipped(update).settings() for update in updates]
-
-    def read(self, trainer: Any, updates: Any) -> State:
-        """The state, in the very tensors that modules and optimizers hold, with the settings that there are now."""
-        numbers = self.settings(updates)
-        if numbers != self.numbers:
-            optimizers = self.state.inner, self.state.outer
-            for optimizer, known, given in zip(optimizers, self.numbers, numbers, strict=True):
-                optimizer.settings[:] = [
-                    {n: group[n] if old.get(n) == v else settings_of(v, trainer.device) for n, v in new.items()}
-                    for group, old, new in zip(optimizer.settings, known, given, strict=True)
-                ]
-            self.numbers = numbers
-        step = torch.tensor(trainer.steps_done, device=trainer.device)
-        mode = {name: t.to(trainer.device) for name, t in trainer.mode_state.items()}
-        state: State = self.state._replace(mode=mode, step=step)
-        return state
-
-
-def _wrapped(trainer: Any, report: Report, several: bool, ahead: bool) -> StepReport:
-    """A pure step's report as the trainer's."""
-    scalars = {"inner_loss": report.inner_loss} | {f"teacher_{n}": t for n, t in report.teacher_losses.items()}
-    scalars |= {} if trainer.mode.name == "none" else {"outer_loss": report.outer_loss}
-    scalars |= {} if trainer.teacher is None else {"teacher_loss": report.teacher_loss}
-    scalars |= {"step_rounding": report.step_rounding} if trainer.update.rounded else {}
-    by_difference = "difference" in (trainer.mode.name, getattr(trainer.mode, "tangent", ""))
-    fault = Fault([(~(report.flag < (BY_DIFFERENCE if by_difference else SLOPES)), OFF)])
-    h = tuple(report.feedback) if several else (report.feedback,) if ahead else report.feedback
-    signal = Signal(**(report.signal[-1] if several else report.signal))
-    given: Any = {"feedback": h, "signal": signal, "student_outputs": report.student_outputs}
-    return StepReport(trainer.steps_done, scalars, fault, **given)
+            for one in () if of is None else parts_of(of.optimizer):
+                tables += [one.state, *one.state.values()]
+        self.state, self.tensors, self.tables = state, leaves_of(state), tables
 
 
 AGREES = {torch.float64: 1e-6, torch.float32: 2e-2}  # by norm

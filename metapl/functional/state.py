@@ -1,20 +1,40 @@
-"""What a pure step takes and returns besides the batches: tensors in NamedTuples and dicts, and nothing else."""
+"""What a pure step takes and returns besides the batches: tensors in NamedTuples and dicts, and nothing else; and
+a module as a function of its tensors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from metapl.execution.checks import logits
 from metapl.execution.numerics import Tree, as_real, wide
 from metapl.feedback.difference import RELATIVE_STEP
-from metapl.functional.network import Network, tensors_of
 from metapl.problems.base import Signal, field_of
-from metapl.updates import Clipped, Options, TorchUpdate, Update, as_taken
+from metapl.updates import Clipped, Options, TorchUpdate, Update, as_taken, options_of
+
+
+class Network(NamedTuple):
+    """The tensors of a network by name: its trainable parameters, and its state, the buffers and frozen parameters."""
+
+    params: Tree
+    state: Tree
+
+
+def tensors_of(module: nn.Module | None) -> Network:
+    """The tensors that a module holds, without a graph; of none, none."""
+    named = {} if module is None else dict(module.named_parameters())
+    params = {name: p.detach() for name, p in named.items() if p.requires_grad}
+    state = {} if module is None else {**named, **dict(module.named_buffers())}
+    return Network(params, {name: t.detach() for name, t in state.items() if name not in params})
 
 
 class Optimizer(NamedTuple):
@@ -52,7 +72,7 @@ class Report(NamedTuple):
     step_rounding: Tensor  # ‖θ′ taken − θ′‖ / ‖θ′ − θ‖, where the step is rounded as that of Muon is; else 0
 
 
-def held(signal: Signal) -> dict[str, Any]:
+def as_dict(signal: Signal) -> dict[str, Any]:
     return {name: t for name, t in vars(signal).items() if t is not None}
 
 
@@ -65,6 +85,18 @@ def on_value(h: Tree, value: Any) -> Any:
 
 def unclipped(update: Update | None) -> Any:
     return update.inner if isinstance(update, Clipped) else update
+
+
+def clipped(update: Update, clip_norm: float | None) -> Update:
+    space: Any = SimpleNamespace(dot=dot, norm=norm)  # by operations that every transform has rules for
+    return update if clip_norm is None else Clipped(update, clip_norm, space)
+
+
+def constants_of(update: Update | None) -> list[dict[str, Any]]:
+    """What param groups hold besides the settings, and 0 for a number that is no setting."""
+    if not isinstance(update, TorchUpdate):
+        return []
+    return [group | dict.fromkeys(update.numbers, 0.0) for group in options_of(update.optimizer)]
 
 
 def state_of(trainer: Any, updates: tuple[Update, Update | None]) -> State:
@@ -131,7 +163,7 @@ def moves(mode: Any, theta: Tree, w: Tree) -> tuple[Tree, Tree, Tensor]:
     return ahead, {name: t - factor * w[name] for name, t in at.items()}, 2 * factor
 
 
-def taken(update: Update, theta: Tree, end: Any, s: Any, options: Options) -> tuple[Tree, Any, Tensor]:
+def rounded_steps(update: Update, theta: Tree, end: Any, s: Any, options: Options) -> tuple[Tree, Any, Tensor]:
     """θ′ and s′ as the optimizer's own steps on the gradients of a walk leave them, and their distance from its θ′
     relative to its length; those of the walk where steps are not rounded."""
     if not update.rounded:
@@ -141,3 +173,48 @@ def taken(update: Update, theta: Tree, end: Any, s: Any, options: Options) -> tu
         at, s = update.update(at, g, s, as_taken(options))
     gap, length = (norm({n: t - end.theta[n] for n, t in tree.items()}) for tree in (at, theta))
     return at, s, gap / length.clamp_min(torch.finfo(length.dtype).tiny)
+
+
+# Whether PyTorch draws a transposed tensor in the order of its memory; with MKL, it does not.
+_drawn = [
+    t.bernoulli_(0.5, generator=torch.Generator().manual_seed(0)) for t in (torch.empty(8, 8), torch.empty(8, 8).t())
+]
+IN_MEMORY_ORDER = torch.equal(_drawn[0], _drawn[1].t())
+
+
+class EagerMasks(TorchFunctionMode):
+    """Dropout with the masks that it has without a transform, within which PyTorch draws them by dimensions."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.dropout or not IN_MEMORY_ORDER or args[0].device.type != "cpu":
+            return func(*args, **(kwargs or {}))
+        order = sorted(range(args[0].dim()), key=args[0].stride, reverse=True)
+        masked = func(args[0].permute(order), *args[1:], **(kwargs or {}))
+        return masked.permute([order.index(i) for i in range(args[0].dim())])
+
+
+class Function(nn.Module):
+    """Holds a network, so that a function of the *module*, its parts and methods, has a value at other tensors."""
+
+    def __init__(self, module: nn.Module | None) -> None:
+        super().__init__()
+        self.module: Any = module
+
+    def at(self, params: Tree, state: Tree, ask: Callable[[Any], Any]) -> tuple[Any, Tree]:
+        """What ``ask(module)`` returns with these tensors in the module, and the state that it leaves."""
+        if self.module is None:
+            return ask(None), state
+        held = params | {name: t.clone() for name, t in state.items()}  # a pass moves its state in place
+        result: tuple[Any, Tree] = functional_call(self, {f"module.{n}": t for n, t in held.items()}, (ask, [*state]))
+        return result
+
+    def outputs(self, params: Tree, state: Tree, x: Any) -> tuple[Tensor, Tree]:
+        """A student's outputs, (B, ...), and the state that it leaves."""
+        z, left = self.at(params, state, lambda network: network(x))
+        return wide(logits(z, "student")), left
+
+    def forward(self, ask: Callable[[Any], Any], names: list[str]) -> tuple[Any, Tree]:
+        with EagerMasks():
+            answer, after = ask(self.module), dict(self.module.named_parameters())
+        after.update(self.module.named_buffers())
+        return answer, {name: after[name].detach() for name in names}

@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metapl.execution.numerics import Tree, as_real
-from metapl.functional.network import Function, Network
-from metapl.functional.state import Report, State, dot, held, moves, norm, on_value, taken
+from metapl.functional.state import Function, Network, Report, State, as_dict, dot, moves, norm, on_value, rounded_steps
 from metapl.problems.base import Problem, Signal, enters_input, has_own, sum_and_weight
 from metapl.problems.losses import sum_of_terms
 from metapl.updates import Update
@@ -37,7 +36,7 @@ grad, grad_and_value, vmap = torch.func.grad, torch.func.grad_and_value, torch.f
 vjp: Any = torch.func.vjp
 
 
-class Walk(NamedTuple):
+class End(NamedTuple):
     """What the student's K steps end in."""
 
     L: Tensor  # L(θ′)
@@ -61,7 +60,7 @@ def make_step(
     mode: Any,  # an Estimator
     inner_update: Update,  # U of the student, perhaps behind a clip
     outer_update: Update | None,  # that of the teacher
-    kept: Sequence[list[dict[str, Any]]],  # what their param groups hold besides the settings
+    constants: Sequence[list[dict[str, Any]]],  # what their param groups hold besides the settings
     losses_for: Callable[[Any], Sequence[Any]],  # the teacher's own losses, by the inner batch
     *,
     steps: int = 1,  # K
@@ -81,7 +80,7 @@ def make_step(
         judged = problem.outer_batch(outer)
         rates, teacher_rates = (
             [{**group, **now} for group, now in zip(groups, optimizer.settings, strict=True)]
-            for groups, optimizer in zip(kept, (state.inner, state.outer), strict=True)
+            for groups, optimizer in zip(constants, (state.inner, state.outer), strict=True)
         )
 
         def run(theta: Tree, at_S: Tree, k: int, *entering: Signal) -> tuple[Tensor, Tree]:
@@ -113,11 +112,12 @@ def make_step(
             eta = rates[0]["lr"] if unit == "learning_rate" else norm(w) * norm(g)
             return {name: t / torch.where(eta > 0, eta, 1.0) for name, t in h.items()}
 
-        def walk(k: int, theta_T: Tree, theta: Tree, s: Any, at_S: Tree, at_T: Tree) -> Walk:
+        def walk(k: int, theta_T: Tree, theta: Tree, s: Any, at_S: Tree, at_T: Tree) -> End:
             """Lines 2 to 4: the student's step k and those after it, and the feedback on the signal of each."""
             none: Any = (None, None, at_S)
             z, pull, left = none if enters else vjp(lambda t: run(t, at_S, k), theta, has_aux=True)
             given, own, at_T = ask(theta_T, at_T, k, None if z is None else z.detach())
+            own_signal = [as_dict(given)]
             signal = given.detached()  # a constant for the student
             fields = signal.differentiable()
             if signal.sampled and kind in ("forward", "difference"):  # the expectation over labels, at the drawn ones
@@ -136,16 +136,16 @@ def make_step(
                 g = {name: t + direct[name] for name, t in back(c)[0].items()}
                 return loss, g, at, after
 
-            def onward(fields: Tree) -> tuple[Tensor, Walk]:
+            def onward(fields: Tree) -> tuple[Tensor, End]:
                 """L(θ_K) as a function of signal k, through this step and all after it."""
                 loss, g, z_k, after = gradient(fields)
                 moved, s_k = inner_update.update(theta, g, s, rates)  # line 3: θ′ = U(θ, g)
                 if k + 1 < steps:
                     end = walk(k + 1, theta_T, moved, s_k, after, at_T)
-                    end = end._replace(losses=[loss, *end.losses], g=[g, *end.g], signals=[held(given), *end.signals])
+                    end = end._replace(losses=[loss, *end.losses], g=[g, *end.g], signals=[*own_signal, *end.signals])
                     return end.L, end
                 L = torch.full_like(loss, torch.nan) if kind == "none" else outer_loss(moved, after)
-                return L, Walk(L, z_k, [loss], [g], [held(given)], [], own, moved, s_k, after, at_T, 0 * loss)
+                return L, End(L, z_k, [loss], [g], own_signal, [], own, moved, s_k, after, at_T, 0 * loss)
 
             def slope(fields: Tree, u: Tensor, z: Tensor, z_dot: Tensor, w: Tree) -> tuple[Tensor, Tensor]:
                 """d/dε (1/B) Σ u_i ℓ_i(z + εż, signal, θ + εw), and the size of its terms."""
@@ -187,13 +187,13 @@ def make_step(
                     rounding = 1e4 * torch.finfo(z.dtype).eps * norm(g) * norm(w)  # where both sides cancel
                     size = size + norm({n: t * w[n] for n, t in g.items()}) + rounding
                     gap = (along - dot(g, w)).abs() / size.clamp_min(torch.finfo(z.dtype).tiny)
-                end = Walk(L, z, [loss], [g], [held(given)], [in_units(h, w, g)], own, moved, s_k, left, at_T, gap)
+                end = End(L, z, [loss], [g], own_signal, [in_units(h, w, g)], own, moved, s_k, left, at_T, gap)
             if revises:  # line 3 once more, on the signal that the problem makes of the feedback
                 real = problem.revised_signal(signal, on_value(end.h[0], signal.value))
                 if real is not None:
                     loss, g, *_ = gradient(real.fields())
                     moved, s_k = inner_update.update(theta, g, s, rates)
-                    end = end._replace(losses=[loss], g=[g], signals=[held(real)], theta=moved, s=s_k)
+                    end = end._replace(losses=[loss], g=[g], signals=[as_dict(real)], theta=moved, s=s_k)
             return end
 
         def objective(theta_T: Tree) -> tuple[tuple[Tensor, Tensor], Any]:
@@ -227,13 +227,13 @@ def make_step(
         if outer_update is not None and (kind != "none" or end.own):  # line 8; what nothing reaches does not decay
             theta_T, s_T = outer_update.update(theta_T, G, s_T, teacher_rates)
 
-        signals = [held(Signal(**signal).detached()) for signal in end.signals]
+        signals = [as_dict(Signal(**signal).detached()) for signal in end.signals]
         found = [on_value(t, signal["value"]) if t else 0 * own for t, signal in zip(h, signals, strict=True)]
-        told = (found, signals) if steps > 1 else (found[0], signals[0])
+        shown = (found, signals) if steps > 1 else (found[0], signals[0])
         loss, sums = torch.stack(end.losses).mean(), [own, *(t.sum() for tree in h for t in tree.values())]
         flag = end.gap + 0 * (loss + torch.stack(sums).sum())  # NaN where anything is not finite
-        theta, s, rounding = taken(inner_update, state.student.params, end, state.inner.state, rates)
-        report = Report(told[0], told[1], end.z.detach(), loss, end.L, own, flag, end.own, rounding)
+        theta, s, rounding = rounded_steps(inner_update, state.student.params, end, state.inner.state, rates)
+        report = Report(shown[0], shown[1], end.z.detach(), loss, end.L, own, flag, end.own, rounding)
         networks = Network(theta_T, end.at_T), Network(theta, end.at_S)
         optimizers = state.inner._replace(state=s), state.outer._replace(state=s_T)
         return State(*networks, *optimizers, mode_state, state.step + 1), report

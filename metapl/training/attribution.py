@@ -25,9 +25,8 @@ from metapl.execution.shards import gathered, local
 from metapl.execution.state import RandomState, replayed, trainable
 from metapl.feedback import Forward
 from metapl.feedback.hypergradient import hypergradient
-from metapl.feedback.keeping import SHARE, folder_of, free_bytes
+from metapl.feedback.keeping import SHARE, folder_of, free_bytes, generators_at_start
 from metapl.feedback.lookahead import Lookahead
-from metapl.feedback.resuming import generators_at_start
 from metapl.functional.training import differentiate
 from metapl.problems.base import Problem, Signal, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
@@ -211,7 +210,7 @@ def attribute(
     """
     check_arguments(attribute, arguments := locals())
     mode, device = mode or Forward(), next(student.parameters()).device
-    start = generators_at_start(mode.keep_on) or RandomState.now(device)
+    start = generators_at_start(mode.keep_on, device)
     training = _Training(arguments, start)
     problem, one, order, ranks = training.problem, training.optimizer, training.order, training.layout.ranks
     if folder_of(mode.keep_on) and (each or not compile):
@@ -241,21 +240,20 @@ def attribute(
         own = judging[begin : begin + at_once]
         if compile:
             judged_by: dict[str, Any] = {"judging": own} if each else {}
-            graphs = differentiate(None, student, problem, one, mode, outer_batch, ahead, **judged_by, **given)
-            feedback, L, theta, kept = graphs.feedback, graphs.outer_loss, graphs.params, graphs.keeping.words(steps)
+            found = differentiate(None, student, problem, one, mode, outer_batch, ahead, **judged_by, **given)
         else:
-            given |= {"outer": outer_batch, "inner": ahead, "mode": mode, "inner_optimizer": one}
-            eager = hypergradient(None, student, problem=own[0], **given)
-            feedback, L, theta, kept = eager.feedback, eager.outer_loss, eager.student_params, eager.kept
-        parts = feedback[0].shape[2 if compile and each else 1 :]  # h is (B, ...), or (M, B, ...)
-        found = wide(local(next(student.parameters())).new_zeros(len(own), len(training.data), *parts))
-        for chosen, h in zip(map(ranks.own_rows, order.to(device)), feedback, strict=True):
-            found.index_add_(1, chosen, h.reshape(len(own), len(chosen), *parts).to(found))
-        scores += ranks.sum(found).unbind()
-        losses += L.flatten().unbind()
+            how: dict[str, Any] = {"outer": outer_batch, "inner": ahead, "mode": mode, "inner_optimizer": one}
+            found = hypergradient(None, student, problem=own[0], **how, **given)
+        parts = found.feedback[0].shape[2 if compile and each else 1 :]  # h is (B, ...), or (M, B, ...)
+        summed = wide(local(next(student.parameters())).new_zeros(len(own), len(training.data), *parts))
+        for chosen, h in zip(map(ranks.own_rows, order.to(device)), found.feedback, strict=True):
+            summed.index_add_(1, chosen, h.reshape(len(own), len(chosen), *parts).to(summed))
+        scores += ranks.sum(summed).unbind()
+        losses += found.outer_loss.flatten().unbind()
 
     by_loss, L = (torch.stack(scores), torch.stack(losses)) if each else (scores[0], losses[0])
-    return Attribution(by_loss, order, L, theta, kept, lambda w: training.repeated(w, judging)[1].reshape(L.shape))
+    held = by_loss, order, L, found.student_params, found.kept
+    return Attribution(*held, lambda w: training.repeated(w, judging)[1].reshape(L.shape))
 
 
 class Metasmoothness(NamedTuple):

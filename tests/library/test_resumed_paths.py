@@ -20,7 +20,7 @@ from torch import nn
 import metapl
 from metapl import Lookahead, MetaplError
 from metapl.feedback import Forward
-from metapl.feedback.resuming import known_by
+from metapl.feedback.keeping import known_by
 from metapl.problems import EqualWeights, ExampleWeights, Table
 from metapl.runs import folder as folders
 from metapl.updates import update_of

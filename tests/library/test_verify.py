@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import metapl
 from metapl import Lookahead, MetaplError, PseudoLabels
 from metapl.feedback import Forward, Implicit, Reinforce
-from metapl.training import real_step, verify
+from metapl.training import verify
 from metapl.training.verify import GradientCheck, VerificationWarning
 
 COLUMNS: dict[str, tuple[Any, int]] = {
@@ -93,7 +93,7 @@ def statuses(expected: dict[str, str], student: Callable[[], nn.Module], patch: 
     for column in expected:
         mode, steps = COLUMNS[column]
         if column.startswith("pure"):
-            patch.setattr(real_step, "hypergradient", by_the_pure_step)
+            patch.setattr(verify, "hypergradient", by_the_pure_step)
         torch.manual_seed(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the old norms are deprecated
@@ -278,8 +278,8 @@ FAULTS: dict[str, Callable[..., Any]] = {
 
 
 def plant(patch: pytest.MonkeyPatch, fault: str) -> None:
-    real = real_step.hypergradient
-    patch.setattr(real_step, "hypergradient", lambda *networks, **options: FAULTS[fault](real, *networks, **options))
+    real = verify.hypergradient
+    patch.setattr(verify, "hypergradient", lambda *networks, **options: FAULTS[fault](real, *networks, **options))
 
 
 @pytest.mark.parametrize(("mode", "fault"), product(["forward", "reinforce", "unrolled"], FAULTS, usual=["forward"]))
