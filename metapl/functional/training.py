@@ -260,7 +260,7 @@ class Walk:
         batch = self.batch(number)
         now = self.phi, carry, batch, self.rates[number % len(self.rates)], bars, self.zeros[shapes_of(batch)]
         bars, of_signal, of_rates, size = self.made.adjoint(*now)
-        checks.refuse_not_finite(size, NOT_FINITE.format(number))
+        checks.refuse_not_finite(NOT_FINITE.format(number), size)
         return bars, on_value({name: -t for name, t in of_signal.items()}, self.value), of_rates
 
     def forward(self, begin: int, end: int, carry: Carry, spacing: int, again: bool = False) -> Carry:
@@ -272,7 +272,7 @@ class Walk:
                 carry, loss = self.step(number, carry)
             if not again:
                 self.losses.append(loss)
-                checks.refuse_not_finite(loss, LOSS_NOT_FINITE.format(number))
+                checks.refuse_not_finite(LOSS_NOT_FINITE.format(number), loss)
                 self.tell(number)
         return carry
 
