@@ -40,11 +40,11 @@ def both_batches(labeled: Any, unlabeled: Any, outer: Any, inner: Any) -> tuple[
 
 def plain(batch: Any) -> Any:
     """The batch with its dict-like parts, such as the output of a tokenizer, as dicts."""
-    if isinstance(batch, Mapping):
-        return {name: plain(value) for name, value in batch.items()}
     if type(batch) in (tuple, list):
         return type(batch)([part if isinstance(part, Tensor) else plain(part) for part in batch])
-    return batch
+    if isinstance(batch, Tensor) or not isinstance(batch, Mapping):
+        return batch
+    return {name: plain(value) for name, value in batch.items()}
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:
@@ -82,10 +82,10 @@ def labeled_pair(batch: Any, name: str = "labeled", mend: str = "") -> Any:
 
 def first_input(batch: Any) -> Any:
     """A network's input in a batch: a tensor or a dict itself, the first element of a tuple."""
-    if isinstance(batch, Tensor | Mapping):
-        return batch
     if isinstance(batch, tuple | list) and batch:
         return batch[0]
+    if isinstance(batch, Tensor | Mapping):
+        return batch
     raise MetaplError(f"the batch is {described(batch)}; expected a tensor, a dict, or a tuple (input, ...).")
 
 

@@ -63,11 +63,11 @@ def refuse(bad: Tensor, text: str) -> None:
         raise MetaplError(text)
 
 
-def refuse_not_finite(t: Tensor, text: str) -> None:
-    """Raise ``text`` if a tensor has NaN or infinite values, now or when the next report is read."""
-    if t.ndim or waits(t):
-        refuse(~t.isfinite().all(), text)
-    elif not math.isfinite(t):  # in a tenth of the time
+def refuse_not_finite(text: str, *numbers: Tensor) -> None:
+    """Raise ``text`` if one of these scalars is NaN or infinite, now or when the next report is read."""
+    if waits(numbers[0]):
+        refuse(~torch.stack(numbers).isfinite().all(), text)
+    elif not all(map(math.isfinite, numbers)):  # in a tenth of the time
         raise MetaplError(text)
 
 
@@ -82,9 +82,10 @@ def described(value: Any) -> str:
 
 def logits(outputs: Any, who: str) -> Tensor:
     """The outputs of a network, refused if they are not a plain tensor of real numbers."""
-    plain = type(outputs) is Tensor or not hasattr(outputs, "device_mesh")
-    if isinstance(outputs, Tensor) and plain and not outputs.is_complex():
-        return outputs
+    plain = type(outputs) is Tensor or (isinstance(outputs, Tensor) and not hasattr(outputs, "device_mesh"))
+    if plain and not outputs.is_complex():
+        found: Tensor = outputs
+        return found
     raise MetaplError(
         f"the {who} returned {type(outputs).__name__}, {described(outputs)}; expected a plain tensor of real numbers "
         f"(metapl.models.Logits({who}), or use_local_output=True where it is a DTensor)."

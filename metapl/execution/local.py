@@ -38,8 +38,8 @@ NOTHING: AbstractContextManager[Any] = nullcontext()
 Loss = Callable[[Tensor, Tree], Tensor]
 # A function of w: (∂²ℓ/∂θ²) w, and the derivatives of ⟨g, w⟩ in leaves.
 Product = Callable[..., tuple[Tree, list[Tensor | None]]]
-# A loss of outputs as a sum, and the weight that it is to be divided by: a number where it is 1.
-WeightedLoss = Callable[[Tensor], tuple[Tensor, Tensor | float]]
+# A loss of outputs on a batch as a sum, and the weight that it is to be divided by: a number where it is 1.
+WeightedLoss = Callable[[Tensor, Any], tuple[Tensor, Tensor | float]]
 
 
 class LocalStudent:
@@ -66,25 +66,26 @@ class LocalStudent:
     def loss(
         self,
         params: Tree,
-        batches: Sequence[Any],
-        losses: Sequence[WeightedLoss],
+        batches: Sequence[tuple[Any, Any]],  # the inputs, and the batch that the loss reads, of each micro-batch
+        judge: WeightedLoss,
         start: RandomState,
         *,
         gradient: bool = False,
     ) -> tuple[Tensor, Tree]:
-        """Σ sum / Σ weight of losses on batches, of all ranks, at ``params``, on the buffers as they are now, and the
+        """Σ sum / Σ weight of a loss over batches, of all ranks, at ``params``, on the buffers as they are now, and the
         ``gradient`` where it is asked for, with zeros for weights that no loss reaches."""
         # The weights require a gradient also where none is taken: a forward may ask.
         at = self.as_leaves(params)
         values, gradients = list[tuple[Tensor, Tensor | float]](), list[Tree]()
         # The backward pass belongs into the block: checkpoints run the student again in it.
         with NOTHING if gradient else no_fast_path(), self.at(at, start, self.slots):
-            for x, loss in zip(batches, losses, strict=True):
-                value, weight = loss(self.forward(x))
+            for inputs, batch in batches:
+                value, weight = judge(self.forward(inputs), batch)
                 if gradient:
                     gradients.append(self.gradient(value, at)[1] if value.requires_grad else {})
                 values.append((value.detach(), weight))
-        mean, weight = self.mean_of_all(values)
+        simple = len(values) == 1 and self.ranks.alone and not isinstance(weight, Tensor)
+        mean, weight = values[0] if simple else self.mean_of_all(values)
         if not gradient:
             return mean, {}
         if not any(gradients):
@@ -96,9 +97,7 @@ class LocalStudent:
 
     def mean_of_all(self, values: Sequence[tuple[Tensor, Tensor | float]]) -> tuple[Tensor, Tensor | float]:
         """Σ sum / Σ weight over micro-batches and ranks, and the mean of the ranks' weights; without a graph."""
-        if len(values) == 1 and self.ranks.alone and not isinstance(values[0][1], Tensor) and values[0][1] == 1.0:
-            return values[0][0].detach(), 1.0
-        total = torch.stack([value.detach() for value, _ in values]).sum(0)
+        total = torch.stack([value for value, _ in values]).sum(0)
         weight: Tensor | float = sum(weight for _, weight in values)
         if not self.ranks.alone:
             weight = weight if isinstance(weight, Tensor) else total.new_full((), weight)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache, wraps
 from itertools import chain
@@ -59,13 +59,14 @@ class RandomState(NamedTuple):
         if (fixed := _branch.get()) is not None:
             return fixed
         # A feedback pass that drew from the caller's stream would share its numbers with the caller's next draw.
-        states = [state.numpy().tobytes() for state in (self.cpu, self.accelerator) if state is not None]
-        return _branch_of(b"".join(states), self.device, self.accelerator is not None)
+        digest = hashlib.blake2b(self.cpu.numpy().data, digest_size=8)
+        if self.accelerator is not None:
+            digest.update(self.accelerator.numpy().data)
+        return _seeded(digest.digest(), self.device, self.accelerator is not None)
 
 
 @lru_cache(maxsize=4)  # where nothing draws, every step begins in the same state
-def _branch_of(state: bytes, device: torch.device, on_device: bool) -> RandomState:
-    digest = hashlib.blake2b(state, digest_size=8).digest()
+def _seeded(digest: bytes, device: torch.device, on_device: bool) -> RandomState:
     seed = int.from_bytes(digest, "little") >> 1  # 63 bits: every generator takes them
     start = torch.Generator().manual_seed(seed).get_state()
     return RandomState(device, start, torch.Generator(device).manual_seed(seed).get_state() if on_device else None)
@@ -131,18 +132,15 @@ class Slots:
         self._hooks = [hooks for part in self._parts for hooks in _HOOKS(part)]
         self._held = [p for _, _, p in self.parameters]
         self._none: State | None = None
-        self._ids, self._flags = self._contents()
-        self.mark = hash(tuple(self._flags))
+        self.known = self.contents()
+        self.mark = hash(tuple(self.known[1]))
 
-    def _contents(self) -> tuple[list[Any], list[int]]:
-        """What the tables hold, by name and identity, and the modes, numbers of hooks and ``requires_grad`` flags."""
+    def contents(self) -> tuple[list[Any], list[int]]:
+        """What the tables hold, by name and identity, and the modes, numbers of hooks and ``requires_grad`` flags: the
+        slots hold as long as it is what was ``known``."""
         flags = [*map(_TRAINING, self._parts), *map(len, self._hooks), *map(_LEARNS, self._held)]
         held = [*chain.from_iterable(self._tables), *map(id, chain.from_iterable(map(dict.values, self._tables)))]
         return held, flags
-
-    def refreshed(self) -> Slots:
-        """These, or the module's new ones where parameters, submodules, modes or hooks have been changed since."""
-        return self if (self._ids, self._flags) == self._contents() else Slots(self.module)
 
     def now(self, *, copies: bool = True) -> State:
         """The network's state; of one that has none, the same each time."""
@@ -197,13 +195,15 @@ def replay(
     drawn = RandomState.now(random.device, random.generator)
     random.restore()
     snapshot = state if isinstance(state, State) else state.now(copies=False)
-    tables = snapshot.tables()
-    before = [(table, dict(table)) for table, _ in tables]
-    fresh: dict[int, Any] = {key: wide(t.clone()) if upcast else t.clone() for key, t in snapshot._values.items()}
-    for table, tensors in tables:
-        table.clear()
-        table.update((name, fresh.get(id(t))) for name, t in tensors.items())  # None: a buffer that has no value yet
-    held = [*held, *[(table, name, stand_in(fresh[id(p)], p)) for table, name, p in snapshot._frozen]]
+    before = list[tuple[Table, Table]]()
+    if snapshot._tables or snapshot._frozen or any(snapshot._all):  # else the network has no state
+        tables = snapshot.tables()
+        before = [(table, dict(table)) for table, _ in tables]
+        fresh: dict[int, Any] = {key: wide(t.clone()) if upcast else t.clone() for key, t in snapshot._values.items()}
+        for table, tensors in tables:
+            table.clear()
+            table.update((name, fresh.get(id(t))) for name, t in tensors.items())  # None: a buffer without a value yet
+        held = [*held, *[(table, name, stand_in(fresh[id(p)], p)) for table, name, p in snapshot._frozen]]
     own = [table[name] for table, name, _ in held]
     for table, name, t in held:
         table[name] = t
@@ -269,29 +269,32 @@ def restored(
     """Run a step in this block. If it fails (or ``always``), buffers, frozen parameters, gradients and generators are
     bit for bit as they were. The gradients of the weights that are ``trained`` are cleared before and after. Yields the
     fault of the report, in which checks on a device wait; with ``always`` they are read at once."""
-    fault = checks.Fault()
-    with _LOCK, nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
-        saved = [slots.now() for slots in networks]
-        for slots, state in zip(networks, saved, strict=True):
-            slots.state = state
+    fault, saved, learning = checks.Fault(), list[State](), torch.is_grad_enabled()
+    with _LOCK:
+        for slots in networks:
+            slots.state = slots.now()
+            saved.append(slots.state)
         random = RandomState.now(device, generator)
         grads = [p.grad for p in trained]
         for p in trained:
             p.grad = None
         token = checks.deferred.set(None if always else fault)
+        torch._C._set_grad_enabled(True)
         try:
             yield fault
         except BaseException as error:
             always = True
+            for p, grad in zip(trained, grads, strict=True):
+                p.grad = grad
             random.restore()
             explain(error)
             raise
         else:
-            grads = [None] * len(trained)
+            for p in trained:
+                p.grad = None
         finally:
+            torch._C._set_grad_enabled(learning)
             checks.deferred.reset(token)
-            for p, grad in zip(trained, grads, strict=True):
-                p.grad = grad
             torch.clear_autocast_cache()  # of a caller's region: it holds casts of weights from before the step
             for state in saved if always else ():
                 state.restore()

@@ -38,6 +38,10 @@ from metapl.feedback.path import Path
 from metapl.problems.base import Kind, Signal, field_of, kind_of
 from metapl.runs.fields import Range, check_fields
 
+NOT_FINITE = (
+    "the inner loss or the feedback is NaN or infinite; lower the student's learning rate, or look for extreme "
+    "examples."
+)
 State = dict[str, Tensor]
 Normalization = Literal["gradient", "learning_rate", "cosine"]
 Steps = Annotated[int, Range(1, of="a number of steps")]
@@ -72,10 +76,11 @@ class Feedback:
             return self.h.new_zeros(())
         parts, fields = {self.part: self.h, **self.others}, signal.fields()
         terms = [(-h * fields[name]).sum() for name, h in parts.items()]
-        if torch.is_grad_enabled() and not any(term.requires_grad for term in terms):
+        total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+        if not total.requires_grad and torch.is_grad_enabled():
             given = f"the teacher's signal ({self.part}) has no graph: it was detached, or computed under no_grad()"
             raise MetaplError(f"{given}; expected one with its graph, or mode='none'.")
-        return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+        return total
 
     def mapped(self, change: Callable[[str, Tensor], Tensor]) -> Feedback:
         """The same with h, and that on other fields, changed; ``change`` is also given the field's name."""
@@ -154,18 +159,13 @@ class Estimator(ABC):
         """:meth:`feedback`, refused on all ranks where it would make the teacher NaN."""
         feedback, state = self.feedback(path, state)  # line 4: h
         with NOTHING if path.student.ranks.alone else path.student.ranks.agreed():
-            if not any(of_step.used for of_step in feedback):
+            if True not in [of_step.used for of_step in feedback]:
                 given = f"the inner loss of {kind_of(path.problem)} does not depend on its signal"
                 raise MetaplError(f"{given}; expected one that does, without detach() or argmax, or mode='none'.")
-            total = path.inner_loss  # a sum of all is finite where all are
+            numbers = [path.inner_loss]
             for of_step in feedback:
-                for h in (of_step.h, *of_step.others.values()):
-                    total = total + (h.sum() if h.ndim else h)
-            checks.refuse_not_finite(
-                total,
-                "the inner loss or the feedback is NaN or infinite; lower the student's learning rate, or look for "
-                "extreme examples.",
-            )
+                numbers += [h.sum() if h.ndim else h for h in (of_step.h, *of_step.others.values())]
+            checks.refuse_not_finite(NOT_FINITE, *numbers)
         return feedback, state
 
 

@@ -18,6 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from torch import Tensor
+
 from metapl.errors import MetaplError
 from metapl.execution.layout import FORWARD_AD, Capability
 from metapl.execution.local import LocalStudent
@@ -44,7 +46,7 @@ def by_graph(by: Literal["graph", "tangent"] | None, student: LocalStudent) -> b
     """Whether g keeps its graph: as asked, or by the student's size; never of a sharded one, of ``.backward()``."""
     if not student.readable:
         return False
-    return by == "graph" if by else sum(p.numel() for p in student.params.values()) <= SMALL
+    return by == "graph" if by else sum(map(Tensor.numel, student.params.values())) <= SMALL
 
 
 @dataclass(frozen=True)

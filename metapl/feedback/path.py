@@ -18,7 +18,6 @@ from metapl.execution.numerics import Tree, mean_tree
 from metapl.execution.state import RandomState, replay, replayed
 from metapl.feedback.inner_step import Credited, InnerStep, SignalInput, credited, inner_loss
 from metapl.feedback.keeping import ALL, Keeping, States
-from metapl.feedback.lookahead import Lookahead
 from metapl.problems.base import Problem, Signal, enters_input, joined_signals, sum_and_weight
 from metapl.updates import Options, Update
 
@@ -43,7 +42,7 @@ class Path:
     student: LocalStudent
     update: Update  # U
     labeled: Sequence[Any]  # the outer batch, in micro-batches
-    batches: Sequence[Any] = ()  # the inner ones; a look-ahead whose batches a function returns is asked again
+    batches: Sequence[Any]  # the inner ones: a list, or a look-ahead whose batches a function returns again
     steps: list[InnerStep] = field(default_factory=list)
     keeping: Keeping = ALL  # which steps keep their states; the adjoint computes the others again
     states: States = field(init=False)  # of several steps, where some are computed again
@@ -56,7 +55,7 @@ class Path:
     @property
     def rereads(self) -> bool:
         """Whether a batch that is needed again is read again, and not held."""
-        return isinstance(self.batches, Lookahead)
+        return not isinstance(self.batches, list)
 
     @property
     def settings(self) -> list[str]:
@@ -75,7 +74,8 @@ class Path:
     @property
     def inner_loss(self) -> Tensor:
         """The mean of the inner losses over the steps."""
-        return mean_of([step.inner_loss for step in self.steps])
+        steps = self.steps
+        return steps[0].inner_loss if len(steps) == 1 else mean_of([step.inner_loss for step in steps])
 
     @cached_property
     def outer_loss(self) -> Tensor:
@@ -124,7 +124,7 @@ class Path:
                 w, theta_bar, state_bar = step.vjp(v, state_bar)
                 hessian, in_signal = step.second_derivatives(w, fields(step.signal))
                 v = {name: t + hessian[name] for name, t in theta_bar.items()}  # λ_k = θ̄_k + (∂²ℓ_k/∂θ²) w_k
-                checks.refuse_not_finite(self.student.space.norm(v), NOT_FINITE.format(number))
+                checks.refuse_not_finite(NOT_FINITE.format(number), self.student.space.norm(v))
                 self.start = v
                 yield step, w, in_signal
             if self.progress is not None:
@@ -179,19 +179,25 @@ class Path:
     def gradients_in_signals(self, truncate: int | None = None) -> list[tuple[InnerStep, dict[str, Tensor | None]]]:
         """The last ``truncate`` steps, each with dL(θ′)/d(field) for the fields of its signal, by double backward."""
         counted, v = self.steps[-(truncate or 0) :], self.outer_gradient()
-        start: Tree = self.steps[0].params if "start" in self.wrt else {}
-        settings = [step.update.settings_in(self.settings) for step in counted]
-        leaves, structure = pytree.tree_flatten(([step.signal.differentiable() for step in counted], start, settings))
+        signals = [step.signal.differentiable() for step in counted]
+        leaves = [t for fields in signals for t in fields.values()]
+        if self.wrt:
+            self.start = self.steps[0].params if "start" in self.wrt else {}
+            settings = [step.update.settings_in(self.settings) for step in counted]
+            others, structure = pytree.tree_flatten((self.start, settings))
+            leaves += others
         ends = {name: p for name, p in self.steps[-1].updated[0].items() if p.requires_grad}  # θ′
         gradients: Sequence[Tensor | None] = [None] * len(leaves)
         if ends:
             with replay(RandomState.now(self.student.device), self.student.slots):  # checkpoints run again here, at θ
                 cotangents = [v[name] for name in ends]
                 gradients = torch.autograd.grad([*ends.values()], leaves, cotangents, allow_unused=True)
-        in_signals, *found = pytree.tree_unflatten(gradients, structure)
-        given = [start, settings]
-        self.start, back = pytree.tree_map(lambda g, t: torch.zeros_like(t) if g is None else g, found, given)
-        self.in_settings = back[::-1]
+        found = iter(gradients)
+        in_signals = [{name: next(found) for name in fields} for fields in signals]
+        if self.wrt:
+            rest = [torch.zeros_like(t) if g is None else g for g, t in zip(found, others, strict=True)]
+            self.start, back = pytree.tree_unflatten(rest, structure)
+            self.in_settings = back[::-1]
         return [*zip(counted, in_signals, strict=True)]
 
     def revised(self, h: Tensor | dict[str, Tensor]) -> Path:
@@ -218,9 +224,13 @@ class Path:
 
     def _outer(self, params: Tree, *, gradient: bool = False) -> tuple[Tensor, Tree]:
         """L, and its ``gradient``, at these weights, by a pass that draws from a stream apart from the teacher's."""
-        judge, inputs = self.problem.outer_loss, [*map(self.problem.outer_input, self.labeled)]
-        losses = [lambda outputs, part=part: sum_and_weight(judge(outputs, part)) for part in self.labeled]
-        return self.student.loss(params, inputs, losses, self.steps[-1].passes[-1].after.branch(), gradient=gradient)
+        problem, start = self.problem, self.steps[-1].passes[-1].after.branch()
+        judged = [(problem.outer_input(part), part) for part in self.labeled]
+
+        def judge(outputs: Tensor, part: Any) -> tuple[Tensor, Tensor | float]:
+            return sum_and_weight(problem.outer_loss(outputs, part))
+
+        return self.student.loss(params, judged, judge, start, gradient=gradient)
 
 
 def take_steps(
@@ -244,7 +254,7 @@ def take_steps(
     judged = [labeled] if parts == 1 else micro_batches(labeled, parts, "labeled")
     path = Path(problem, student, update, judged, batches, wrt=wrt)
     ranks, several = student.ranks, len(batches) > 1
-    enters, rereads = enters_input(problem), isinstance(batches, Lookahead)
+    enters, rereads = enters_input(problem), not isinstance(batches, list)
     if not ranks.alone:
         ranks.equal(length(labeled), "the outer batch")
     # The derivative through the input is another one, and the start's takes a Hessian product.
@@ -306,16 +316,20 @@ def take_steps(
                 signals.append(asked(x, inner_pass.outputs))
             if not keep_graph:  # one graph at a time
                 results.append(learned(inner_pass, x, signals[i]))
-        whole = whole if before else joined_signals(signals, leaves=keep_graph)
+        if not before:
+            whole = joined_signals(signals, leaves=keep_graph) if keep_graph or parts > 1 else signals[0]
         if keep_graph:  # by parts of the leaf that the path is differentiated in
             results = [*map(learned, passes, pieces, whole.chunks(parts))]
-        losses, gradients = zip(*results, strict=True)
+        loss, g = results[0]
+        if parts > 1:
+            losses, gradients = zip(*results, strict=True)
+            loss, g = mean_of(losses), mean_tree(gradients)
         rule, known_by = updates[number] if updates else update, digest(batch) if rereads else None
-        given = problem, rule, passes, batch, whole, mean_of(losses), mean_tree(gradients), state, signal_inputs
+        given = problem, rule, passes, batch, whole, loss, g, state, signal_inputs
         path.steps.append(InnerStep(*given, by_optimizer=several, digest=known_by))
         if several:
             with NOTHING if ranks.alone else ranks.agreed():
-                checks.refuse_not_finite(path.steps[-1].inner_loss.detach(), LOSS_NOT_FINITE.format(number))
+                checks.refuse_not_finite(LOSS_NOT_FINITE.format(number), path.steps[-1].inner_loss)
         if number == 0 and several and rereads:
             path.batch(0)  # a function that always returns another batch is refused here, not after the path
         if progress is not None:

@@ -60,7 +60,8 @@ class Reinforce(Estimator):
         by = "cosine" if self.similarity == "cosine" else self.normalization
         h = -step.space.dot(w, step.gradient)
         h = h if by == "gradient" else h / divisor(by, step, w)
-        h, state = subtract_baseline(h, self.baseline, state)
+        if self.baseline is not None:
+            h, state = subtract_baseline(h, self.baseline, state)
         return [Feedback(h, "log_prob")], state
 
 

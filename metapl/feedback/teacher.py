@@ -22,9 +22,8 @@ from metapl.execution.shards import local
 from metapl.execution.state import RandomState, Slots, State, replay
 from metapl.feedback import Estimator, modes_for
 from metapl.feedback.base import Feedback
-from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import Path
-from metapl.problems.base import Kind, Problem, Signal, check_signal, enters_input, kind_of
+from metapl.problems.base import Kind, Problem, Signal, enters_input, kind_of
 from metapl.problems.losses import TeacherLoss, sum_of_terms
 
 NOT_FINITE = (
@@ -64,7 +63,7 @@ class Teaching:
         self.layout, self.problem, self.mode, self.generator = layout, problem, mode, generator
         self.ranks, self.device, self.steps = ranks, device, len(batches)
         self.parts = 1 if problem.signal_of_batch else parts
-        self.rereads = isinstance(batches, Lookahead)
+        self.rereads = not isinstance(batches, list)
         self.recompute = layout is not None and (recompute or parts > 1 or self.rereads)
         self.network = nn.Module() if layout is None else layout.network
         self.slots, self.passes = slots or Slots(self.network), list[TeacherPass]()
@@ -78,8 +77,6 @@ class Teaching:
             taken = TeacherPass(None if self.rereads else batch, outputs, signal, *begun)
         else:
             taken = TeacherPass(batch, outputs, self._ask(batch, outputs))
-        if not self.passes:
-            check_kind(taken.signal, self.mode, self.problem, self.steps)
         if self.layout is not None:
             self.passes.append(taken)
         return taken.signal
@@ -99,7 +96,8 @@ class Teaching:
     def _ask(self, batch: Any, outputs: Tensor | None) -> Signal:
         with NOTHING if self.ranks.alone else rows_shared(self.ranks):
             signal = self.problem.signal(self.network, batch, outputs, generator=self.generator)
-        return check_signal(signal, self.problem)
+        check_signal(signal, self.mode, self.problem, self.steps)
+        return signal
 
     def gradient(self, path: Path, feedback: Sequence[Feedback]) -> dict[str, Tensor]:
         """The gradient of −Σ h·signal in the teacher's weights, over all passes; empty without a teacher."""
@@ -148,7 +146,8 @@ class Teaching:
                     terms = sum_of_terms(self.network, losses, kind="teacher loss", step=step, **given)
                 values = [*terms.values()] or [from_feedback.new_zeros(())]
                 own = values[0] if len(values) == 1 else torch.stack(values).sum()
-                checks.learns(own, "teacher")
+                if not own.requires_grad:
+                    checks.learns(own, "teacher")
                 scalars.append({"teacher_loss": own.detach()})
                 scalars[-1] |= {f"teacher_{name}": term.detach() for name, term in terms.items()}
                 own = own / parts if parts > 1 else own
@@ -180,19 +179,29 @@ class Teaching:
         means = scalars[0] if len(scalars) == 1 else mean_scalars(scalars)
         means = means if alone else self.ranks.mean_tree(means, means)
         # The mean over the ranks is finite where all of them are: they refuse it together.
-        checks.refuse_not_finite(means["teacher_loss"], NOT_FINITE)
+        checks.refuse_not_finite(NOT_FINITE, means["teacher_loss"])
         return means
 
 
-def check_kind(signal: Signal, mode: Estimator, problem: Problem, steps: int) -> None:
-    """Refuse a signal of a kind that the mode cannot differentiate; ``steps`` of the student are taken."""
-    if signal.sampled and mode.credits in ("signal", "example") and enters_input(problem):
+def check_signal(signal: Any, mode: Estimator, problem: Problem, steps: int) -> None:
+    """Refuse what is no signal of tensors, or of a kind that the mode cannot differentiate in so many student steps."""
+    value, drawn = (signal.value, signal.log_prob) if isinstance(signal, Signal) else (None, None)
+    fits = isinstance(value, Tensor) and (drawn is None or drawn.shape == value.shape[:1])
+    if isinstance(value, dict):
+        fits = drawn is None and bool(value) and all(isinstance(t, Tensor) for t in value.values())
+    if not fits:
+        given = f"a Signal of {checks.described(value)}" if isinstance(signal, Signal) else checks.described(signal)
+        raise MetaplError(
+            f"{kind_of(problem)}.signal returned {given}; expected metapl.Signal(value) of a tensor or a dict of them, "
+            "or metapl.Signal(value, log_prob=...) of a sampled tensor."
+        )
+    kind: Kind = "soft" if drawn is None else "hard"
+    if kind == "hard" and mode.credits in ("signal", "example") and enters_input(problem):
         given = f"mode {mode.name!r} credits each label, and those of {kind_of(problem)} enter the student's input"
         raise MetaplError(f"{given}; expected a differentiable signal, or 'reinforce', 'loss_difference' or 'none'.")
-    kind: Kind = "hard" if signal.sampled else "soft"
-    constant = kind == "soft" and not signal.differentiable() and mode.credits != "nothing"
+    constant = kind == "soft" and mode.credits != "nothing" and not signal.differentiable()
     if constant or kind not in mode.labels:
-        own = f"{checks.described(signal.value)} with{'' if signal.sampled else 'out'} a log_prob"
+        own = f"{checks.described(value)} with{'out' if drawn is None else ''} a log_prob"
         fitting = ", ".join(modes_for(kind, looks_ahead=steps > 1))
         given = f"the problem's signal is {own}, which mode '{mode.name}' does not differentiate"
         raise MetaplError(f"{given}; expected {fitting}, or a signal of floating point, or with log_prob.")

@@ -344,7 +344,7 @@ def differentiate(
                         keep(number, carry)
                     carry, loss = take_step(number, carry)
                     losses.append(loss)
-                    checks.refuse_not_finite(loss, LOSS_NOT_FINITE.format(number))
+                    checks.refuse_not_finite(LOSS_NOT_FINITE.format(number), loss)
                     tell(number)
             if done < steps and folder is not None:
                 keep(steps, carry)
@@ -364,7 +364,7 @@ def differentiate(
                         break
                     (zeros, value), of_step = signal_of(number), (read(number), rates[number % len(rates)])
                     bars, of_signal, of_rates, size = made.adjoint(phi, held, *of_step, bars, zeros)
-                    checks.refuse_not_finite(size, NOT_FINITE.format(number))
+                    checks.refuse_not_finite(NOT_FINITE.format(number), size)
                     feedback.append(on_value({name: -t for name, t in of_signal.items()}, value))
                     in_settings.append(of_rates)
                     tell(number)

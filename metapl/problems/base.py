@@ -121,22 +121,6 @@ def field_of(key: object) -> str:
     return f"value[{key!r}]"
 
 
-def check_signal(signal: Any, problem: Any) -> Signal:
-    """What a problem's ``signal`` returned; anything but a signal of tensors is refused."""
-    if isinstance(signal, Signal):
-        value, drawn = signal.value, signal.log_prob
-        fits = isinstance(value, Tensor) and (drawn is None or drawn.shape == value.shape[:1])
-        if isinstance(value, dict):
-            fits = drawn is None and bool(value) and all(isinstance(t, Tensor) for t in value.values())
-        if fits:
-            return signal
-    given = f"a Signal of {described(signal.value)}" if isinstance(signal, Signal) else described(signal)
-    raise MetaplError(
-        f"{kind_of(problem)}.signal returned {given}; expected metapl.Signal(value) of a tensor or a dict of them, "
-        "or metapl.Signal(value, log_prob=...) of a sampled tensor."
-    )
-
-
 def joined_signals(signals: Sequence[Signal], leaves: bool = False) -> Signal:
     """The signal about the union of micro-batches, or the only one; as ``leaves``, a graph begins at its fields."""
     whole = signals[0]

@@ -109,7 +109,7 @@ class LossTrainer(Trainer):
                     parts.append({self.total: loss.detach(), **named})
             means = mean_scalars(parts)
             means = self.ranks.mean_tree(means, means)
-            checks.refuse_not_finite(means[self.total], NOT_FINITE)
+            checks.refuse_not_finite(NOT_FINITE, means[self.total])
             self.layout.mean_gradients(self.clip_norm)
             self.optimizer.step()
             self.layout.agree_on_buffers()

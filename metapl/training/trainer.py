@@ -166,7 +166,7 @@ class BilevelTrainer(Trainer):
             alone.layouts, alone.ranks = [alone.layout], alone.layout.ranks
         self._student_type = ShardedStudent if self.layout.is_sharded else LocalStudent
         self._slots = [Slots(nn.Module() if one is None else one) for one in (self.teacher, self.student)]
-        self._held: Any = None  # the weights that the outer optimizer moves, and those that the teacher learns
+        self._held: list[Any] = []  # the weights that the outer optimizer moves, and those that the teacher learns
         self.mode_state = self.mode.init()
         self.steps_done, self.compiled_step = 0, CompiledStep()
 
@@ -187,60 +187,63 @@ class BilevelTrainer(Trainer):
         labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
         for layout in self.distributed:
             layout.begin_step()
-        self._slots = slots = [of_network.refreshed() for of_network in self._slots]
+        self._slots = slots = [own if own.contents() == own.known else Slots(own.module) for own in self._slots]
         verification, mark = self.verification, hash((slots[0].mark, slots[1].mark))
         if verification.setting and (verification.every or mark not in verification.known):
             verification.before(self, labeled, unlabeled, mark)
-        ahead = isinstance(unlabeled, Lookahead)
+        ahead = not isinstance(unlabeled, Tensor) and isinstance(unlabeled, Lookahead)
         batches = inner_batches(unlabeled, self.lookahead) if ahead or self.lookahead > 1 else [plain(unlabeled)]
         if self.compile:
             return self.compiled_step(self, plain(labeled), batches, ahead)
-        labeled = self.problem.outer_batch(labeled)
+        labeled, losses = self.problem.outer_batch(labeled), self._losses_for(batches[-1])
         if len(batches) != self.lookahead:
             check_mode(self.mode, len(batches), self.problem, self.layout)
-        mode, outer_optimizer, number = self.mode, self.outer_optimizer, self.steps_done
+        mode, number, ranks, parts, generator = self.mode, self.steps_done, self.ranks, self.accumulate, self.generator
         student = self._student_type(self.layout, slots[1], double_backward=mode.keep_graph)
         self.update.follow(student.parameters)
-        where, passes = (self.generator, self.ranks, self.device), (self.accumulate, self.recompute_teacher, slots[0])
-        teach = Teaching(self.teacher_layout, self.problem, mode, *where, batches, *passes)
-        taught = [] if outer_optimizer is None else parameters_of(outer_optimizer)
-        held = [*map(id, taught)], [*map(id, slots[0].learned.values())]
-        if outer_optimizer is not None and held != self._held:  # as ``follow``: layers may have been added, or thawed
-            refuse_missing("outer_optimizer", outer_optimizer, slots[0].learned, "teacher")
-        self._held, graph_of = held, mode.graph_of(len(batches), student)
+        taught = list[Tensor]()
+        if (optimizer := self.outer_optimizer) is not None:
+            taught = parameters_of(optimizer)
+            held = [*map(id, taught), None, *map(id, slots[0].learned.values())]
+            if held != self._held:  # as ``follow``: layers may have been added, or thawed
+                refuse_missing("outer_optimizer", optimizer, slots[0].learned, "teacher")
+                self._held = held
+        recomputed, weights = self.recompute_teacher, (self.feedback_weight, self.feedback_ratio)
+        where = ranks, self.device, batches, parts, recomputed, slots[0]
+        teach = Teaching(self.teacher_layout, self.problem, mode, generator, *where)
+        graph_of = mode.graph_of(len(batches), student)
         # Fused attention has no second derivative, which a graph of g is for.
         kernels = no_fast_path(math=True) if mode.keep_graph or graph_of is not None else NOTHING
-        losses = self._losses_for(batches[-1])
-        with restored(*slots, device=self.device, trained=taught, generator=self.generator) as fault:
+        with restored(*slots, device=self.device, trained=taught, generator=generator) as fault:
             with self._autocast() if self.precision != "float32" else NOTHING, kernels:
                 path = take_steps(  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
                     *(student, self.update, self.problem, labeled, batches, teach),
-                    parts=self.accumulate,
+                    parts=parts,
                     keep_graph=mode.keep_graph,
                     graph_of=graph_of,
                     keep=mode.keeping,
                 )
                 feedback, mode_state = mode.checked_feedback(path, self.mode_state)  # line 4: h
                 # Lines 5-7: −Σ h·signal + losses
-                scalars = teach.backward(feedback, losses, labeled, number, self.feedback_weight, self.feedback_ratio)
+                scalars = teach.backward(feedback, losses, labeled, number, *weights)
                 h = [of_step.of_batch(step) for step, of_step in zip(path.steps, feedback, strict=True)]
                 # The modes that take v have L(θ′); for others it would be one more pass.
-                outer = {"outer_loss": path.outer_loss} if "outer_loss" in vars(path) else {}
+                judged = {"outer_loss": path.outer_loss} if "outer_loss" in vars(path) else {}
                 path = path.revised(h[-1])
                 step = path.steps[-1]
                 report = StepReport(
                     number,
-                    {"inner_loss": path.inner_loss, **outer, **scalars},
+                    {"inner_loss": path.inner_loss, **judged, **scalars},
                     fault,
                     feedback=tuple(h) if ahead else h[0],
                     signal=step.signal.detached() if mode.keep_graph else step.signal,
                     student_outputs=step.outputs.clone(),  # they may be weights, which the step moves
                 )
-            if self.teacher_layout is not None and (self.clip_norm is not None or not self.ranks.alone):
+            if self.teacher_layout is not None and (self.clip_norm is not None or not ranks.alone):
                 self.teacher_layout.mean_gradients(self.clip_norm)
             # Nothing has moved before. The teacher's optimizer may be any, and may fail; so the student moves last.
-            if outer_optimizer is not None:
-                outer_optimizer.step()  # line 8: θ_T′
+            if optimizer is not None:
+                optimizer.step()  # line 8: θ_T′
             report.scalars.update(path.commit())  # line 3: θ_S′
             for layout in self.distributed:
                 layout.agree_on_buffers()

@@ -112,7 +112,7 @@ class TorchUpdate(Update):
         self.optimizer = optimizer
         self._options: Options = ()  # of the param groups; none: those that they have
         self.parameters: dict[str, nn.Parameter] = {}
-        self._held: list[int] = []
+        self._held: list[Any] = []  # names and identities, as last followed
         self.follow(parameters)
         own = {id(p) for p in parameters.values()}
         foreign = sum(p.requires_grad and id(p) not in own for p in parameters_of(optimizer))
@@ -132,13 +132,12 @@ class TorchUpdate(Update):
         """An equal state with all tensors that later ones have: the pure road's first step has the shapes of others."""
 
     def follow(self, parameters: Parameters) -> None:
-        groups = self.optimizer.param_groups
+        groups, held = self.optimizer.param_groups, [*parameters, *map(id, parameters.values())]
         for group in groups:
             if group.get("differentiable") or group.get("capturable"):
                 raise MetaplError("inner_optimizer has differentiable or capturable=True; expected them left out.")
-        sizes = [len(group["params"]) for group in groups]
-        held = [*map(id, parameters.values()), *map(id, parameters_of(self.optimizer)), *sizes]
-        if held == self._held and self.parameters.keys() == parameters.keys():
+            held += [len(group["params"]), *map(id, group["params"])]
+        if held == self._held:
             return
         refuse_missing("inner_optimizer", self.optimizer, parameters, "student")
         group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
@@ -282,18 +281,19 @@ class SGD(TorchUpdate):
     def rule(
         params: list[Tensor], grads: list[Tensor], states: Sequence[State], group: Mapping[str, Any]
     ) -> tuple[Tensors, list[State]]:
-        d: Tensors = mul(grads, -1.0) if group["maximize"] else grads
-        d = add(d, params, group["weight_decay"]) if is_set(group["weight_decay"]) else d
-        mu, damped = group["momentum"], 1 - group["dampening"]
+        mu, damped, decay, lr = group["momentum"], 1 - group["dampening"], group["weight_decay"], group["lr"]
+        plus_times, times = of_lists(mu, damped, decay, lr)
+        d: Tensors = times(grads, -1.0) if group["maximize"] else grads
+        d = plus_times(d, params, alpha=decay) if is_set(decay) else d
         if is_set(mu):
             old: Any = [state.get("momentum_buffer") for state in states]
-            if all(b is not None for b in old):
-                new: Tensors = add(mul(old, mu), d, damped)
+            if True in [b is None for b in old]:
+                new: Tensors = [d_i if b is None else mu * b + damped * d_i for d_i, b in zip(d, old, strict=True)]
             else:
-                new = [d_i if b is None else mu * b + damped * d_i for d_i, b in zip(d, old, strict=True)]
+                new = plus_times(times(old, mu), d, alpha=damped)
             states = [{**state, "momentum_buffer": b} for state, b in zip(states, new, strict=True)]
-            d = add(d, new, mu) if group["nesterov"] else new
-        return add(params, d, -group["lr"]), list(states)
+            d = plus_times(d, new, alpha=mu) if group["nesterov"] else new
+        return plus_times(params, d, alpha=-lr), list(states)
 
     @staticmethod
     def completed(p: Tensor, state: State, group: Mapping[str, Any]) -> State:
@@ -306,15 +306,14 @@ class SGD(TorchUpdate):
         w: Tree = {}
         for group, names in self.groups(grads, options):
             mu, lr, damping = group["momentum"], group["lr"] * (1.0 if group["maximize"] else -1.0), group["dampening"]
-
-            def slope(c: Any, mu: Any = mu, lr: Any = lr, nesterov: bool = group["nesterov"]) -> Any:
-                return lr * ((1.0 + mu * c if nesterov else c) if is_set(mu) else 1.0)
-
-            by = slope(1.0)
+            by = later = lr
+            if is_set(mu):
+                damped = 1.0 - damping
+                by, later = (lr * (1.0 + mu), lr * (1.0 + mu * damped)) if group["nesterov"] else (lr, lr * damped)
             if is_set(damping):
                 fresh = [state[name].get("momentum_buffer") is None for name in names]
-                by = by if all(fresh) else [by if new else slope(1.0 - damping) for new in fresh]
-            w.update(zip(names, mul([*map(v.__getitem__, names)], by), strict=True))
+                by = by if all(fresh) else [by if new else later for new in fresh]
+            w.update(zip(names, of_lists(by)[1]([*map(v.__getitem__, names)], by), strict=True))
         return {name: w[name] for name in grads}
 
     def vjp(self, params: Tree, grads: Tree, state: States, v: Tree, state_cotangent: Any = None) -> Cotangents:
@@ -365,3 +364,10 @@ def add(a: Tensors, b: Tensors, alpha: Any = 1.0) -> Any:
         return plus(a, mul(b, alpha))
     fused: Any = torch._foreach_add
     return fused(a, b, alpha=alpha)
+
+
+def of_lists(*factors: Any) -> tuple[Any, Any]:
+    """:func:`add` and :func:`mul` by these factors, asked for once: PyTorch's own where none is a tensor."""
+    if transformed() or True in [isinstance(factor, Tensor) for factor in factors]:
+        return add, mul
+    return torch._foreach_add, torch._foreach_mul

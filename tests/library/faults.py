@@ -175,10 +175,10 @@ def other_dropout_mask(patch: pytest.MonkeyPatch) -> None:
 def backward_at_the_old_weights(patch: pytest.MonkeyPatch) -> None:
     """The gradient of L(θ′) is taken after θ′ has been put aside, so that checkpoints recompute at θ."""
 
-    def loss(self: LocalStudent, params: Any, batches: Any, losses: Any, start: Any, *, gradient: bool = False) -> Any:
+    def loss(self: LocalStudent, params: Any, batches: Any, judge: Any, start: Any, *, gradient: bool = False) -> Any:
         at = self.as_leaves(params)
         with torch.enable_grad(), self.at(at, start, self.slots):
-            value, _ = losses[0](self.forward(batches[0]))
+            value, _ = judge(self.forward(batches[0][0]), batches[0][1])
         return value.detach(), dict(zip(at, torch.autograd.grad(value, list(at.values())), strict=True))
 
     patch.setattr(LocalStudent, "loss", loss)

@@ -3,6 +3,7 @@ a trainer hands out is a snapshot, and threads do not meet."""
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable
@@ -421,3 +422,53 @@ def test_a_weight_with_another_name_is_trained_as_before() -> None:
     for name in ("second", "third"):  # the same object, in the same place
         trainer.step((torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])), torch.randn(6, 4))
         student._parameters[name] = student._parameters.pop(next(iter(student._parameters)))
+
+
+def regroup(trainer: metapl.BilevelTrainer) -> None:
+    first, second = trainer.inner_optimizer.param_groups
+    second["params"].append(first["params"].pop())
+
+
+def exchange(trainer: metapl.BilevelTrainer) -> None:
+    """A weight of each network is another tensor, which the optimizer holds in its place."""
+    for net, optimizer in ((trainer.student, trainer.inner_optimizer), (trainer.teacher, trainer.outer_optimizer)):
+        old, net[0].weight = net[0].weight, nn.Parameter(0.5 * net[0].weight.detach())
+        for group in optimizer.param_groups:
+            group["params"] = [net[0].weight if p is old else p for p in group["params"]]
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "a group's parameters": regroup,
+    "a group's rate": lambda trainer: trainer.inner_optimizer.param_groups[0].update(lr=0.5, momentum=0.0),
+    "the optimizer's state": lambda trainer: trainer.inner_optimizer.state.clear(),
+    "weights": exchange,
+    "their memory": lambda trainer: [setattr(p, "data", 0.5 * p.data) for p in trainer.student.parameters()],
+    "what is trained": lambda trainer: trainer.student[0].requires_grad_(False),
+    "the mode": lambda trainer: trainer.student.eval(),
+    "a hook": lambda trainer: trainer.student[0].register_forward_hook(lambda part, x, z: 2 * z),
+    "a part": lambda trainer: trainer.student.insert(1, nn.BatchNorm1d(6, affine=False)),
+}
+
+
+@pytest.mark.parametrize("mode", ["forward", "reinforce", "unrolled"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_between_steps_is_seen(change: str, mode: Any) -> None:
+    """The next step is that of a trainer which has been built after the change."""
+    torch.manual_seed(0)
+    teacher, student = (nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.2), nn.Tanh(), nn.Linear(6, 3)) for _ in range(2))
+    groups = [{"params": [*student[0].parameters()], "lr": 0.1}, {"params": [*student[3].parameters()], "lr": 0.3}]
+    inner = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+    outer = torch.optim.SGD(teacher.parameters(), lr=0.1, momentum=0.9)
+    labeled = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    trainer = metapl.BilevelTrainer(teacher, student, mode, inner_optimizer=inner, outer_optimizer=outer, verify=False)
+    for _ in range(2):
+        trainer.step(labeled, torch.randn(6, 4))
+    CHANGES[change](trainer)
+    teacher, student, inner, outer = copy.deepcopy((teacher, student, inner, outer))
+    again = metapl.BilevelTrainer(teacher, student, mode, inner_optimizer=inner, outer_optimizer=outer, verify=False)
+    found = []
+    for one in (trainer, again):
+        torch.manual_seed(1)
+        report = one.step(labeled, torch.randn(6, 4))
+        found.append([report.feedback, *one.student.state_dict().values(), *one.teacher.state_dict().values()])
+    assert all(map(torch.equal, *found))
