@@ -130,7 +130,8 @@ def hypergradient(
             settings, a few operations per weight.
         compile: one step, and its adjoint, as two graphs of ``torch.compile`` that are looped over
             (:mod:`metapl.functional.training`): modes ``forward`` and ``unrolled``, ``torch.optim`` and signals that
-            are not drawn, in one process. It pays from some hundreds of steps on, or where the same call is repeated.
+            are not drawn, in one process. It pays from some hundreds of steps on, or where calls are repeated: one with
+            the last one's networks and optimizer, and a problem of the same type and numbers, compiles nothing.
         verify: refuse a gradient that is not the derivative of the loss (:func:`metapl.check_gradient`), or ``"warn"``
             of it; for its cost see there.
 

@@ -240,6 +240,20 @@ def test_inductor_gives_the_eager_gradient_and_keeps_its_graphs() -> None:
     assert [*training._KNOWN.values()] == [graphs]
 
 
+def test_graphs_are_known_again_by_the_numbers_of_a_problem() -> None:
+    student, other = network(), EqualWeights()
+    optimizer = SGD(student.parameters(), lr=0.1)
+
+    def of(problem: Any) -> Any:
+        return training.compiled_training(None, student, problem, optimizer, None, False, False)
+
+    assert of(EqualWeights()) is of(EqualWeights())
+    other.temperature = 2.0
+    found = of(other)
+    other.temperature = 3.0
+    assert of(other) is not found
+
+
 STUDENT, PROBLEM = network(drops=False), EqualWeights()  # of one compilation
 WEIGHTS, RATES = [*STUDENT.parameters()], torch.full((STEPS, 1), 0.1)
 PLAIN = SGD(WEIGHTS, lr=0.1, momentum=0.9)
