@@ -27,8 +27,6 @@ RATE = 0.5
 class Distilled(metapl.problems.Problem):
     """The signal is the image of each class in the batch, and the student learns that image as that class."""
 
-    teacher_reads_inputs = False
-
     def signal(self, teacher, batch, student_outputs, *, generator):
         return metapl.Signal(teacher(batch))
 

@@ -28,7 +28,6 @@ START = 0.1
 class Noise(metapl.problems.Problem):
     """The signal is the noise's standard deviation, one for all examples."""
 
-    teacher_reads_inputs = False
     signal_has_rows = False
 
     def signal(self, teacher, batch, student_outputs, *, generator):

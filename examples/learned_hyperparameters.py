@@ -20,7 +20,7 @@ START = {"decay": [0.001, 0.001, 0.001], "smoothing": [0.05], "noise": [0.1], "s
 class Hyperparameters(metapl.problems.Problem):
     """The signal is a dict of tensors that all examples share."""
 
-    teacher_reads_inputs, signal_has_rows = False, False
+    signal_has_rows = False
 
     def signal(self, teacher, batch, student_outputs, *, generator):
         return metapl.Signal({name: log.exp().tanh() for name, log in teacher.items()})  # between 0 and 1

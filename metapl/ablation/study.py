@@ -267,7 +267,7 @@ def ablate(
                         measure(added, batches, exact)
                 if t < steps:
                     trainer.step(*batches)
-                update(batches)
+                update()
         # What a call costs; the modes, which have run here before, take turns.
         one = flops(partial(student, inner_batches(batches[1])[0]))
         calls = {n: partial(_gradient, trainer, batches, m) for n, m in estimates.items() if n not in reasons}

@@ -1,4 +1,5 @@
-"""``metapl train images|digits|noisy`` and ``metapl noisy-student images|digits``: what is asked for, and the going."""
+"""``metapl train images|digits|noisy`` and ``metapl noisy-student images|digits``:
+their flags, and the runs that they start."""
 
 from __future__ import annotations
 

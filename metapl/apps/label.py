@@ -26,7 +26,7 @@ from metapl.apps.machine import counting, sha256_of, write_whole
 from metapl.apps.methods import Data, ReducedMpl
 from metapl.apps.pictures.batches import FileImages
 from metapl.apps.pictures.folders import Files, ask, digest, hashes, scan_labeled, scan_unlabeled
-from metapl.apps.pictures.input import Input
+from metapl.apps.pictures.input import BATCH, Input
 from metapl.apps.run import WEIGHTS, EndedRun
 from metapl.apps.settings import MOST_IN_A_BATCH, Switch, unset
 from metapl.apps.words import short, table, tell
@@ -46,9 +46,9 @@ Store = Annotated[Path, tyro.conf.Positional, unset("STORE")]
 LIST = "list.txt"  # in a selection's folder: the paths of its pictures
 FOLDER = "labels"  # where a run keeps the stored labels, in its folder
 
-# Pictures in a pass; the most parts of a store, unless that would make them too large; rows of a part; and pictures
-# that are compared with those that were labeled.
-BATCH, PARTS, FEWEST_ROWS, MOST_ROWS, COMPARED = 256, 1000, 1024, 16_384, 1000
+# The most parts of a store, unless that would make them too large; rows of a part; and pictures that are compared with
+# those that were labeled.
+PARTS, FEWEST_ROWS, MOST_ROWS, COMPARED = 1000, 1024, 16_384, 1000
 
 # Pictures (B, C, H, W); their numbers, int64 (B,); the first bytes of the SHA-256 of their files, where they have any;
 # and the numbers of files that are left out, each with the reason.

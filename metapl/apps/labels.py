@@ -28,7 +28,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metapl.apps.machine import environment, is_temporary, owned, read_json, remove_temporary, sha256_of, write_whole
+from metapl.apps.machine import (
+    environment,
+    is_temporary,
+    json_sha256,
+    owned,
+    read_json,
+    remove_temporary,
+    sha256_of,
+    write_whole,
+)
 from metapl.apps.pictures.folders import ask, digest, scan_unlabeled
 from metapl.apps.words import require_extra
 from metapl.errors import FieldError, MetaplError, few, reason_of
@@ -101,7 +110,7 @@ class LabelStore:
         self.folder = Path(folder)
         file = self.folder / DESCRIPTION
         content = read_json(file, mend=AGAIN)
-        if content.get("format") != FORMAT or content.get("seal") != _seal(content):
+        if content.get("format") != FORMAT or content.pop("seal", None) != json_sha256(content):
             raise MetaplError(f"{file} is damaged, or its format is not {FORMAT}, that of this version. {AGAIN}")
         if whole and not content["complete"]:
             raise MetaplError(f"the store in {folder} is not whole: go on with resume=True (--resume).")
@@ -410,7 +419,7 @@ class LabelWriter:
             "provenance": self.provenance,
             "parts": [asdict(part) for part in self._parts],
         }
-        self._write(DESCRIPTION, (json.dumps({**content, "seal": _seal(content)}, indent=1) + "\n").encode())
+        self._write(DESCRIPTION, (json.dumps({**content, "seal": json_sha256(content)}, indent=1) + "\n").encode())
 
     def _write(self, name: str, content: Any) -> None:
         mend = "Mend that (is the disk full?), then go on with resume=True (--resume)."
@@ -420,11 +429,6 @@ class LabelWriter:
 def is_text(name: str | int) -> bool:
     """Whether UTF-8 can hold it; nothing else is stored."""
     return not any("\ud800" <= letter <= "\udfff" for letter in str(name))
-
-
-def _seal(content: Mapping[str, Any]) -> str:
-    plain = {name: value for name, value in content.items() if name != "seal"}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 # ----------------------------------------------------------------------------------- what is in a store, and selections

@@ -15,7 +15,7 @@ import platform
 import re
 import stat
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +26,7 @@ from joblib import cpu_count
 from tqdm import tqdm
 
 from metapl.errors import MetaplError, reason_of
-from metapl.runs.folder import Folder, replacing
+from metapl.runs.folder import LOCK, Folder, replacing
 
 StrPath = str | os.PathLike[str]
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")
@@ -108,6 +108,11 @@ def sha256_of(path: StrPath) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def json_sha256(content: Mapping[str, Any]) -> str:
+    """The SHA-256 of a value as sorted JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def open_plain(path: StrPath) -> io.BufferedReader:
     """Open a file for reading its bytes: to open a pipe may wait for ever, and a device may never end."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -151,8 +156,6 @@ def write_whole(path: Path, content: Any, mend: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ one owner
-
-LOCK = ".lock"  # the file that is locked; in the folder of a run it stays where it is when that is let go
 
 
 @contextmanager

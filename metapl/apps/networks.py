@@ -363,7 +363,7 @@ def read_weights(file: str | os.PathLike[str]) -> dict[str, Tensor]:
             "of finite tensors, as .safetensors or as torch.save(model.state_dict(), path) writes it."
         ) from error
     state = dict(stored)
-    for prefix in ("module.", "_orig_mod.", "module."):
+    for prefix in ("module.", "_orig_mod.", "module."):  # DDP(compile(m)), compile(DDP(m))
         consume_prefix_in_state_dict_if_present(state, prefix)
     return state
 

@@ -41,7 +41,7 @@ from metapl.problems.losses import CrossEntropy
 from metapl.runs.fields import Range, check_fields
 from metapl.training import FitResult
 from metapl.training.loss_trainer import LossTrainer
-from metapl.training.options import DECAY, DECAY_EPOCHS, EPOCHS
+from metapl.training.options import DECAY, decay_interval
 
 # The phase of the first teacher, the end of the name of one that finetunes a student, and the phase that finetunes the
 # last student on larger pictures.
@@ -323,15 +323,6 @@ def end_matched(steps: int, usual: int) -> float:
     ['0.00235', '0.00366', '0.00891', '0.0526', '0.128']
     """
     return float(DECAY ** ((usual - steps) / decay_interval(usual)))
-
-
-def decay_interval(steps: int) -> float:
-    """Steps after which the exponential schedule multiplies the rate by 0.97, where that is not given.
-
-    >>> decay_interval(700)
-    4.8
-    """
-    return steps * DECAY_EPOCHS / EPOCHS
 
 
 # ------------------------------------------------------------------------------------------------------------ batches

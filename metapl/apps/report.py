@@ -356,7 +356,7 @@ def draw(
     plain: Any = {"parse_math": False}  # a name with a $ is a name
     figure.suptitle(short(title, 90), x=0.01, ha="left", **plain)
     places = [figure.add_subplot(math.ceil(count / columns), columns, number + 1) for number in range(count)]
-    # 2. The curves: the mean about each value of many, over fewer towards the ends.
+    # 2. The curves: moving averages over a fortieth of the points, shorter at both ends.
     for (panel, lines), axes in zip(panels.items(), places, strict=False):
         axes.set_title(panel, fontsize=10, loc="left")
         for number, rank, name, points in lines:

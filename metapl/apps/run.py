@@ -37,9 +37,9 @@ import torch
 from torch import Tensor, nn
 
 from metapl.apps.machine import (
-    LOCK,
     default_threads,
     environment,
+    json_sha256,
     owned,
     read_json,
     read_sealed,
@@ -51,7 +51,7 @@ from metapl.apps.networks import Architecture
 from metapl.apps.pictures.input import Input, NetworkCard
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
-from metapl.runs.folder import Folder
+from metapl.runs.folder import LOCK, Folder
 
 FORMAT = 4  # the layout of run folders that this version writes and reads
 
@@ -74,11 +74,6 @@ ANOTHER = "Put the file back from a copy, or train again with another --out."
 _MEND = "what was there before is whole. Mend that (is the disk full?), then go on with --resume."
 
 NetworkName = Literal["delivered", "student", "finetuned", "teacher"]  # the one that a run delivers, or one of its own
-
-
-def _seal(content: Mapping[str, Any]) -> str:
-    """The SHA-256 of what recipe.json or result.json holds."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class RunFolder(Folder):
@@ -162,7 +157,7 @@ class RunFolder(Folder):
     def unsealed(self, name: str, content: dict[str, Any]) -> dict[str, Any]:
         """What a file holds, without the SHA-256 of itself; refused where that is another."""
         noted = content.get("sha256")
-        if not isinstance(noted, dict) or noted.pop(name, None) != _seal(content):
+        if not isinstance(noted, dict) or noted.pop(name, None) != json_sha256(content):
             fault = "its SHA-256 is not the one that was noted"
             raise MetaplError(f"{self.path / name} is damaged or was edited: {fault}. {ANOTHER}")
         return content
@@ -174,7 +169,7 @@ class RunFolder(Folder):
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         if name in ("recipe.json", "result.json"):
             plain = json.loads(json.dumps({"sha256": {}, **content}))
-            content = {**plain, "sha256": {**plain["sha256"], name: _seal(plain)}}
+            content = {**plain, "sha256": {**plain["sha256"], name: json_sha256(plain)}}
         write_whole(self.path / name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode(), _MEND)
 
     def write_weights(self, name: str, state: Mapping[str, Tensor]) -> str:

@@ -1,7 +1,9 @@
-"""Running a network: its passes, and the random numbers and buffers that they use.
+"""Running a network: its passes, and what a pass reads and moves.
 
-A *pass of record* is a pass that ordinary training runs too: it updates buffers and advances generators. A *replay*
-runs the network once more, with the random numbers and the buffers of a pass of record, and changes nothing; its
-outputs are compared with those of its pass of record. Begin with ``local``; ``sharded`` is the same where a process
-holds a part of the network, ``compare`` and ``checks`` are what is refused on the way.
+An *inner pass* is one that ordinary training runs too: it moves buffers and generators. A *replay* runs the network
+again from the state and random numbers of an inner pass, leaves nothing changed, and must give the same outputs.
+
+``local``, ``sharded``: the student whole, and sharded. ``state``: buffers, frozen parameters and generators.
+``layout``, ``ranks``, ``shards``: several processes. ``batch``, ``numerics``: parts of a batch; norms, types, kernels.
+``checks``, ``compare``: what is refused; the two comparisons of a step.
 """

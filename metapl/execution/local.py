@@ -46,7 +46,7 @@ class LocalStudent:
     """A student on one device, as it is in one step.
 
     Args:
-        slots: its tables where they have been read in this step already.
+        slots: the module's tables, if this step has read them already.
         double_backward: keep the gradients of its inner passes differentiable in the signal.
     """
 

@@ -106,6 +106,8 @@ class Slots:
         frozen: the places of the others.
         buffers: the tables of buffers.
         mark: what verification holds for, as one number: modes, numbers of hooks, and which parameters are learned.
+        state: the snapshot that the step's first pass takes over.
+        known: the tables' contents when they were read; others mean that the slots are stale.
     """
 
     def __init__(self, module: nn.Module) -> None:

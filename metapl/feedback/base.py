@@ -3,8 +3,8 @@ r"""The base class of all estimators of the teacher's gradient, and the feedback
 **Sign, everywhere:** the feedback is :math:`h = -\,dL(\theta')/d\,\mathrm{signal}`; positive means "say this more".
 
 An estimator combines three choices: how w is computed (:meth:`Path.pullback`, :meth:`Path.adjoints`), how ż is
-computed (:meth:`InnerStep.tangent` or a difference of outputs), and what gets the credit: the signal, its distribution,
-or each example. It changes no parameter.
+computed (:meth:`InnerStep.tangent` or a difference of outputs), and what h has a number for
+(``credits``): each entry of the signal, each example, the whole batch, or nothing. It changes no parameter.
 
 h is computed in the head, from z = S(x; θ) and ż = d/dε S(x; θ + εw), without running the network (unless the signal
 enters x, see :func:`exact_feedback`). If the inner loss also reads the weights,

@@ -1,7 +1,8 @@
 r"""The exact hypergradient in mixed mode: reverse for v, forward for ż.
 
-This derivation is the basis of every mode in this folder except ``unrolled``. The outer loss depends on the signal s
-only through θ′ = U(θ, g(s)), with g(s) = ∇_θ ℓ(S(x_u; θ), s). So, with v = ∇L(θ′) and w = (∂U/∂g)ᵀ v,
+This derivation is behind ``forward``, ``difference``, both ``reinforce`` modes and ``implicit``, not behind
+``unrolled``, ``loss_difference`` and ``none``. The outer loss depends on the signal s only through θ′ = U(θ, g(s)),
+with g(s) = ∇_θ ℓ(S(x_u; θ), s). So, with v = ∇L(θ′) and w = (∂U/∂g)ᵀ v,
 
 .. math:: dL = \langle v, \tfrac{\partial U}{\partial g} dg \rangle = \langle w, dg \rangle
              = d\,\langle w, \nabla_\theta \ell(S(x_u;\theta), s) \rangle
@@ -43,7 +44,8 @@ SMALL = 2**15  # weights of a student, up to which the graph is kept: measured i
 
 
 def by_graph(by: Literal["graph", "tangent"] | None, student: LocalStudent) -> bool:
-    """Whether g keeps its graph: as asked, or by the student's size; never of a sharded one, of ``.backward()``."""
+    """Whether g keeps its graph: as asked, or by the student's size; never for a sharded student, whose gradients
+    come from ``.backward()``."""
     if not student.readable:
         return False
     return by == "graph" if by else sum(map(Tensor.numel, student.params.values())) <= SMALL

@@ -46,7 +46,7 @@ class Path:
     steps: list[InnerStep] = field(default_factory=list)
     keeping: Keeping = ALL  # which steps keep their states; the adjoint computes the others again
     states: States = field(init=False)  # of several steps, where some are computed again
-    progress: Callable[[Any], None] | None = None  # called with the batch of each step of the adjoint
+    progress: Callable[[], object] | None = None  # called after each step of the adjoint
     wrt: Sequence[str] = ()  # settings of the optimizer, and "start": what the gradient is in besides the signals
     start: Tree = field(default_factory=dict, init=False)  # dL(θ′)/dθ, where it is asked for
     in_settings: list[Options] = field(default_factory=list, init=False)  # on the last steps so far
@@ -115,7 +115,7 @@ class Path:
         v, state_bar = {name: t.to_dense() for name, t in self.outer_gradient().items()}, None
         for number, step in self._backwards(first, 0, end, *spacings):
             if self.rereads:
-                self.batch(number, step.batch)
+                self.batch(number, step.batch)  # refuses a batch that has changed since
             if self.settings:
                 self.in_settings.append(step.in_settings(self.settings, v, state_bar))
             if number == first and "start" not in self.wrt:
@@ -128,7 +128,7 @@ class Path:
                 self.start = v
                 yield step, w, in_signal
             if self.progress is not None:
-                self.progress(step.batch)
+                self.progress()
 
     def _backwards(self, first: int, begin: int, end: int, *spacings: int) -> Iterator[tuple[int, InnerStep]]:
         """The steps from ``end`` back to ``begin``, none before ``first``, each with its θ, g and s. Each block between
@@ -247,7 +247,7 @@ def take_steps(
     keep: Callable[[int, int, LocalStudent], Keeping] | None = None,  # by the number of steps and the size of one
     updates: Sequence[Update] = (),  # of each step, where they differ by a schedule, or have settings that are leaves
     wrt: Sequence[str] = (),  # what the gradient is in besides the signals
-    progress: Callable[[Any], None] | None = None,  # called with the batch of each step that has been taken
+    progress: Callable[[], object] | None = None,  # called after each step
 ) -> Path:
     """The student's steps on the inner batches: Algorithm 1, lines 2 and 3. Buffers and generators advance as in
     training; the weights do not move."""
@@ -333,5 +333,5 @@ def take_steps(
         if number == 0 and several and rereads:
             path.batch(0)  # a function that always returns another batch is refused here, not after the path
         if progress is not None:
-            progress(batch)
+            progress()
     return path

@@ -55,15 +55,16 @@ def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> 
         once, again = (inner.update(theta, theta, inner.read_state())[0] for _ in "ab")
         hides = not all(torch.equal(t, again[name]) for name, t in once.items())
     refused = {
-        f"{type(mode).__name__}, but the library's modes without implicit": type(mode) not in KNOWN,
-        "accumulate": trainer.accumulate > 1,
-        "several processes": trainer.layout.kind != "plain" or not trainer.ranks.alone,
-        f"{steps} steps ahead, but {LONGEST} at most": steps > LONGEST,
-        "cosine of several steps": composed and getattr(mode, "normalization", "") == "cosine",
-        "transform that hides state": hides,
+        f"mode {type(mode).__name__}; expected one of the library's, other than implicit": type(mode) not in KNOWN,
+        f"accumulate={trainer.accumulate}; expected 1": trainer.accumulate > 1,
+        "networks of several processes; expected one process": trainer.layout.kind != "plain"
+        or not trainer.ranks.alone,
+        f"{steps} steps ahead; expected at most {LONGEST}": steps > LONGEST,
+        "a cosine over several steps; expected 'gradient'": composed and getattr(mode, "normalization", "") == "cosine",
+        "a transform with hidden state; expected torch.optim's": hides,
     }
     for what in (what for what, is_so in refused.items() if is_so):
-        raise MetaplError(f"the pure step takes no {what}; leave compile= and functional() out.")
+        raise MetaplError(f"compile= or functional() was given {what}.")
     # Without the cache, which would keep casts of tensors inside a transform.
     cast = partial(torch.autocast, trainer.device.type, torch.bfloat16, cache_enabled=False)
     return make_step(

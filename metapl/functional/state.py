@@ -164,8 +164,8 @@ def moves(mode: Any, theta: Tree, w: Tree) -> tuple[Tree, Tree, Tensor]:
 
 
 def rounded_steps(update: Update, theta: Tree, end: Any, s: Any, options: Options) -> tuple[Tree, Any, Tensor]:
-    """θ′ and s′ as the optimizer's own steps on the gradients of a walk leave them, and their distance from its θ′
-    relative to its length; those of the walk where steps are not rounded."""
+    """θ′ and s′ by the optimizer's own steps on these gradients, and their distance from the differentiated θ′, over
+    its length; where nothing is rounded, the differentiated ones."""
     if not update.rounded:
         return end.theta, end.s, 0 * end.losses[0]
     at = theta

@@ -348,7 +348,7 @@ def differentiate(
                     carry, loss = take_step(number, carry)
                     losses.append(loss)
                     checks.refuse_not_finite(LOSS_NOT_FINITE.format(number), loss)
-                    tell(number)
+                    tell()
             if done < steps and folder is not None:
                 keep(steps, carry)
             ended = RandomState.now(device)
@@ -370,7 +370,7 @@ def differentiate(
                     checks.refuse_not_finite(NOT_FINITE.format(number), size)
                     feedback.append(on_value({name: -t for name, t in of_signal.items()}, value))
                     in_settings.append(of_rates)
-                    tell(number)
+                    tell()
                     if isinstance(states, FolderStates) and number > first and number % spacings[-2] == 0:
                         store(at=number, L=L, feedback=feedback, in_settings=in_settings, bars=[*bars])
                         states.forget(number, end)

@@ -146,8 +146,6 @@ class BilevelProblem(ABC):
     probabilities."""
     teacher_classifies: ClassVar[bool] = False
     """Whether the teacher maps the student's inputs to class logits, so that its accuracy can be measured."""
-    teacher_reads_inputs: ClassVar[bool] = True
-    """Whether the teacher is given the student's inputs, so that their type must be that of its weights."""
     signal_has_rows: ClassVar[bool | Mapping[str, bool] | None] = None
     """Whether a signal has a row for each example of the inner batch, or is one for all of them, such as a matrix; of a
     dict of tensors, by their names. None, or a name that is left out: where its length is that of the batch."""

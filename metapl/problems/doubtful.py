@@ -117,8 +117,6 @@ class MetaWeightNet(Weighted):
     Source: Shu et al., "Meta-Weight-Net" (NeurIPS 2019), its eqs. (1)-(4).
     """
 
-    teacher_reads_inputs: ClassVar[bool] = False
-
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
         losses = F.cross_entropy(
             student_outputs, checks.safe_labels(batch[1], student_outputs.shape[1]), reduction="none"
@@ -193,7 +191,6 @@ class ExampleWeights(Weighted):
     """
 
     inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "labels", "indices")
-    teacher_reads_inputs: ClassVar[bool] = False
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
         return Signal(wide(teacher(batch[2])).sigmoid())
@@ -212,7 +209,6 @@ class ExampleLabels(Relabeled):
     """
 
     inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "indices")
-    teacher_reads_inputs: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -245,7 +241,6 @@ class NoiseTransition(Classification):
     "Training noise-robust deep neural networks via meta-learning" (CVPR 2020).
     """
 
-    teacher_reads_inputs: ClassVar[bool] = False
     signal_has_rows: ClassVar[bool | None] = False
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:

@@ -147,7 +147,6 @@ class ReducedLabels(PseudoLabels):
     """
 
     teacher_classifies: ClassVar[bool] = False
-    teacher_reads_inputs: ClassVar[bool] = False
 
     def teacher_input(self, batch: Any) -> Tensor:
         return stored_pair(batch)[1]

@@ -17,6 +17,8 @@ from metapl.errors import MetaplError, reason_of
 
 PATIENCE = 10.0  # seconds: the workers of a process that was killed hold its lock until they notice
 
+LOCK = ".lock"  # stays in the folder when it is let go
+
 
 class Folder:
     """The folder of a fit: checkpoints of its phases, and the rows that it records. It is made when it is held."""
@@ -31,7 +33,7 @@ class Folder:
         from filelock import FileLock, Timeout
 
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = self._lock or FileLock(self.path / ".lock", timeout=PATIENCE)
+        self._lock = self._lock or FileLock(self.path / LOCK, timeout=PATIENCE)
         try:
             self._lock.acquire()
         except Timeout as error:

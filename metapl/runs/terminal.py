@@ -24,10 +24,10 @@ def progress(shown: bool, *, name: str, start: int, steps: int) -> Any:
 
 
 @contextmanager
-def counted(shown: bool, steps: int, name: str, start: int) -> Iterator[Callable[[Any], None]]:
-    """Give a function that is called at each step, with its batch, and shows it as :func:`progress` does."""
+def counted(shown: bool, steps: int, name: str, start: int) -> Iterator[Callable[[], object]]:
+    """A function to call after each step, which advances the bar of :func:`progress`."""
     with progress(shown, name=name, start=start, steps=steps) as bar:
-        yield lambda batch: bar.update()
+        yield bar.update
 
 
 def is_heard(number: int) -> bool:

@@ -103,7 +103,7 @@ class Attribution:
         with counted(progress, len(sets), "trainings without examples", 0) as tell:
             for gone in sets:
                 changes.append(self._losses_with(1.0 - gone.float()) - self.outer_loss)
-                tell(self.order.flatten())
+                tell()
         retrained = torch.stack(changes).double().cpu()  # (R,) or (R, M)
         predicted = torch.stack([self.predict(gone) for gone in sets]).double().cpu()
         columns = list(zip(predicted.reshape(len(sets), -1).T, retrained.reshape(len(sets), -1).T, strict=True))
@@ -358,7 +358,7 @@ class _Training:
                 params, (loss,) = self.repeated(1 + number * h * v, [self.problem], steps)
                 trained.append(torch.cat([t.flatten() for t in params.values()]))
                 losses.append(loss)
-                tell(self.order)
+                tell()
         t0, t1, t2 = trained
         moved = (t2 - t0).abs().double()
         total, same = float(moved.sum()), float((moved * (t1 - t0).sign() * (t2 - t1).sign()).sum())

@@ -23,6 +23,15 @@ MOST_WORKERS = 256  # processes that prepare batches; some machines end when mor
 DECAY, DECAY_EPOCHS, EPOCHS = 0.97, 2.4, 350
 
 
+def decay_interval(steps: int) -> float:
+    """Steps after which the exponential schedule multiplies the rate by 0.97, where that is not given.
+
+    >>> decay_interval(700)
+    4.8
+    """
+    return steps * DECAY_EPOCHS / EPOCHS
+
+
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
     """How a fit runs.
@@ -90,7 +99,7 @@ class FitOptions:
         if self.schedule == "constant":
             return 1.0
         if self.schedule == "exponential":
-            return float(DECAY ** (step / (self.decay_every or steps * DECAY_EPOCHS / EPOCHS)))
+            return float(DECAY ** (step / (self.decay_every or decay_interval(steps))))
         done = (step - self.warmup) / max(1, steps - self.warmup)
         return 0.5 * (1 + math.cos(math.pi * done))
 

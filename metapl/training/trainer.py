@@ -162,7 +162,7 @@ class BilevelTrainer(Trainer):
             options = {name: getattr(self, name) for name in SETTINGS}
             alone = self._teacher_trainer = LossTrainer(teacher, optimizer=self.outer_optimizer, **options)
             alone.total, alone.prefix = "teacher_loss", "teacher"
-            alone.layout = self.teacher_layout  # which knows the student's
+            alone.layout = self.teacher_layout  # its ranks are counted as the student's, see layouts()
             alone.layouts, alone.ranks = [alone.layout], alone.layout.ranks
         self._student_type = ShardedStudent if self.layout.is_sharded else LocalStudent
         self._slots = [Slots(nn.Module() if one is None else one) for one in (self.teacher, self.student)]
@@ -212,7 +212,7 @@ class BilevelTrainer(Trainer):
         where = ranks, self.device, batches, parts, recomputed, slots[0]
         teach = Teaching(self.teacher_layout, self.problem, mode, generator, *where)
         graph_of = mode.graph_of(len(batches), student)
-        # Fused attention has no second derivative, which a graph of g is for.
+        # Fused attention has no second derivative, which a kept graph of g needs.
         kernels = no_fast_path(math=True) if mode.keep_graph or graph_of is not None else NOTHING
         with restored(*slots, device=self.device, trained=taught, generator=generator) as fault:
             with self._autocast() if self.precision != "float32" else NOTHING, kernels:

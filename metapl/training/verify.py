@@ -4,8 +4,8 @@ In the formula of :func:`check_gradient`, d is the mode's gradient a itself, the
 drawn cannot be moved: each inner loss is taken (1 + ε_i) times, for h_i = −dL/dε_i, and the teacher is moved under
 −Σ h·log_prob. Without a teacher, the signal's values are moved. Nothing here knows how a mode finds its h.
 
-A real step (:class:`Step`) has everything as a step has it: the draws of masks and labels, buffers that passes move,
-the clip, and the optimizer's own ``step()``.
+:class:`Step` holds what a step reads; ``taken`` runs it on fresh copies, with the same dropout masks and labels, the
+buffers, the clip and the optimizer's own ``step()``.
 """
 
 from __future__ import annotations

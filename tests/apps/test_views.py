@@ -477,12 +477,17 @@ def test_operations_follow_each_other() -> None:
     assert len(found) >= 3
 
 
-def test_operations_and_their_taking_place_are_drawn_uniformly_from_the_papers_lists() -> None:
+def test_operations_and_their_taking_place_are_drawn_uniformly_from_the_papers_lists(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert len(set(CIFAR_OPERATIONS)) == 15
     assert set(CIFAR_OPERATIONS) - set(SVHN_OPERATIONS) == {"Sample Pairing", "Rotate", "TranslateX"}
     assert (RandAugment().magnitude / RandAugment().scale) == 1.6
-    batch = 60_000
-    counts, _ = RandAugment(2, operations=SVHN_OPERATIONS[:9])._plan(0, 0, torch.arange(batch), 8, 8)
+    batch, counts, count = 60_000, list[list[int]](), torch.bincount
+    with monkeypatch.context() as patch:  # how many images each group of operations is given
+        patch.setattr(torch, "bincount", lambda *a, **k: (counts.append(count(*a, **k).tolist()), count(*a, **k))[1])
+        call(RandAugment(2, operations=SVHN_OPERATIONS[:9]), torch.zeros(batch, 1, 8, 8, dtype=torch.uint8))
+    assert len(counts) == 2
     for idle, *each_operation in counts:
         assert abs(idle - batch / 2) < 5 * math.sqrt(batch / 4)
         assert max(abs(count - batch / 18) for count in each_operation) < 5 * math.sqrt(batch / 18)

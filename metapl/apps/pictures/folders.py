@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metapl.apps.pictures.reader import SUFFIX, SUFFIXES, UnreadableImage, members, open_picture, read_image, size_of
+from metapl.apps.pictures.reader import SUFFIXES, TAR, UnreadableImage, open_picture, read_image, size_of, tar_members
 from metapl.errors import MetaplError, few, reason_of
 from metapl.words import shown
 
@@ -106,10 +106,10 @@ def scan_unlabeled(folder: str | Path) -> Files:
         names, passed_over = _pictures(os.path.relpath(path, root) for path in listed)
     else:
         names, passed_over = _pictures(name for _, files in _listed(root) for name in files)
-    if not names and passed_over[SUFFIX]:
+    if not names and passed_over[TAR]:
         listed = set()
-        for tar in (name for _, files in _listed(root) for name in files if name.endswith(SUFFIX)):
-            inside = [name for name, _, _ in members(root / tar) if all(map(_is_visible, name.split("/")))]
+        for tar in (name for _, files in _listed(root) for name in files if name.endswith(TAR)):
+            inside = [name for name, _, _ in tar_members(root / tar) if all(map(_is_visible, name.split("/")))]
             if twice := [name for name, times in Counter(inside).items() if times > 1]:
                 raise MetaplError(f"{shown(root / tar)} has {few(twice)} more than once; expected each name once.")
             listed |= {f"{tar}/{name}" for name in inside}

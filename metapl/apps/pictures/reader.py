@@ -34,10 +34,10 @@ from metapl.words import shown
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIX = ".tar"
+TAR = ".tar"
 
 
-def members(path: str | Path) -> Iterator[tuple[str, int, int]]:
+def tar_members(path: str | Path) -> Iterator[tuple[str, int, int]]:
     """The plain files of a tar file, from its headers alone (20 µs a member): the name without a leading ``./`` or
     ``/``, where its bytes begin, and how many they are. A MetaplError where it is no tar file, compressed, or cut."""
     try:
@@ -58,10 +58,10 @@ def members(path: str | Path) -> Iterator[tuple[str, int, int]]:
 
 def open_picture(path: str | os.PathLike[str]) -> io.BufferedReader | io.BytesIO:
     """Open a file, or a member of a tar file, for reading its bytes; an OSError where there is none."""
-    tar = _split(path)
+    tar = _tar_and_member(path)
     if tar is None:
         return open_plain(path)
-    start, size = _found(*tar)
+    start, size = _place_in_tar(*tar)
     with open_plain(tar[0]) as file:
         file.seek(start)
         return io.BytesIO(file.read(size))
@@ -69,28 +69,28 @@ def open_picture(path: str | os.PathLike[str]) -> io.BufferedReader | io.BytesIO
 
 def size_of(path: str | os.PathLike[str]) -> int:
     """The size in bytes of a plain file, or of a member of a tar file; an OSError where there is none."""
-    if (tar := _split(path)) is not None:
-        return _found(*tar)[1]
+    if (tar := _tar_and_member(path)) is not None:
+        return _place_in_tar(*tar)[1]
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "it is no plain file")
     return status.st_size
 
 
-def _split(path: str | os.PathLike[str]) -> tuple[str, str] | None:
+def _tar_and_member(path: str | os.PathLike[str]) -> tuple[str, str] | None:
     """The tar file and the name in it of a path that leads into one."""
     text, at = os.fspath(path), -1
-    while (at := text.find(f"{SUFFIX}/", at + 1)) >= 0:
-        end = at + len(SUFFIX)
+    while (at := text.find(f"{TAR}/", at + 1)) >= 0:
+        end = at + len(TAR)
         if os.path.isfile(text[:end]):
             return text[:end], text[end + 1 :]
     return None
 
 
-def _found(tar: str, name: str) -> tuple[int, int]:
+def _place_in_tar(tar: str, name: str) -> tuple[int, int]:
     """Where a member of a tar file starts, and its size."""
-    status, wanted = os.stat(tar), _hash(name)
-    hashes, starts, sizes = _index(tar, status.st_size, status.st_mtime_ns)
+    status, wanted = os.stat(tar), _name_hash(name)
+    hashes, starts, sizes = _tar_index(tar, status.st_size, status.st_mtime_ns)
     row = int(np.searchsorted(hashes, wanted))
     if row == len(hashes) or hashes[row] != wanted:
         raise FileNotFoundError(errno.ENOENT, "No such file in the tar file")
@@ -98,11 +98,11 @@ def _found(tar: str, name: str) -> tuple[int, int]:
 
 
 @cache
-def _index(tar: str, size: int, changed: int) -> NDArray[np.int64]:
+def _tar_index(tar: str, size: int, changed: int) -> NDArray[np.int64]:
     """The members of a tar file of this size and time of change, read once in a process: hashes of the names in rising
     order, starts and sizes. These are 24 bytes a member, in arrays that forked worker processes share."""
     try:
-        found = sorted((_hash(name), start, length) for name, start, length in members(tar))
+        found = sorted((_name_hash(name), start, length) for name, start, length in tar_members(tar))
     except MetaplError as error:
         raise OSError(errno.EIO, str(error)) from error
     index = np.array(found, dtype=np.int64).reshape(-1, 3).T.copy()
@@ -111,7 +111,7 @@ def _index(tar: str, size: int, changed: int) -> NDArray[np.int64]:
     return index
 
 
-def _hash(name: str) -> int:
+def _name_hash(name: str) -> int:
     digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
