@@ -26,7 +26,7 @@ from benchmarks.pictures.drawing import Problem
 from benchmarks.pictures.problems import half, make, named
 from metapl.apps.compare import Job
 from metapl.apps.images import METHODS, Images
-from metapl.apps.look import REHEARSED, settled, steps_within
+from metapl.apps.look import REHEARSED, choose_settings, steps_within
 from metapl.apps.settings import flat, replaced
 
 
@@ -39,10 +39,10 @@ def run(problem: str | Problem, method: str, seed: int, minutes: float, settings
         make(problem, seed, place / "pictures")
         since = time.process_time()
         asked = {"seed": seed, "minutes": minutes, "steps": REHEARSED, "precision": "bfloat16"} | settings
-        config, method_ = settled(*configured(place / "pictures", method, asked), say=lambda text: None)
+        config, method_ = choose_settings(*configured(place / "pictures", method, asked), say=lambda text: None)
         if "steps" not in settings:
             asked["steps"] = steps_within(config, method_, minutes, time.process_time)
-            config, method_ = settled(*configured(place / "pictures", method, asked), say=lambda text: None)
+            config, method_ = choose_settings(*configured(place / "pictures", method, asked), say=lambda text: None)
         result = Job(config, method_, place / "run", resume=False, threads=1).run()
         seconds = time.process_time() - since
     return {

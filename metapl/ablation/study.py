@@ -29,7 +29,7 @@ from metapl.feedback import MODES, Estimator, Implicit, Lookahead, Mode, estimat
 from metapl.feedback.lookahead import inner_batches
 from metapl.problems.base import BilevelProblem, enters_input
 from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_arguments
-from metapl.runs.terminal import counted
+from metapl.runs.terminal import step_bar
 from metapl.training.trainer import BilevelTrainer
 
 Draws = Annotated[int, Range(2)]  # of one draw no noise can be seen
@@ -250,7 +250,7 @@ def ablate(
     inner = feed([unlabeled] if one_batch else unlabeled, name="unlabeled", stop=stop * several, device=device)
     state, random = trainer.state_dict(), RandomState.now(device)
     try:
-        with closing(outer), closing(inner), counted(progress, stop, "steps", 0) as update:
+        with closing(outer), closing(inner), step_bar(progress, stop, "steps", 0) as update:
             for t in range(stop):
                 ahead = [inner.next() for _ in range(several)]
                 batches = outer.next(), ahead[0] if several == 1 else Lookahead(ahead)

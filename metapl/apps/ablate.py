@@ -15,7 +15,7 @@ from metapl.apps import digits
 from metapl.apps.digits import Digits
 from metapl.apps.images import Images
 from metapl.apps.inputs import ROOM, Folder, held
-from metapl.apps.look import settled
+from metapl.apps.look import choose_settings
 from metapl.apps.machine import write_whole
 from metapl.apps.methods import Mpl, Training
 from metapl.apps.networks import begin_as
@@ -90,7 +90,7 @@ class AblateImages:
     looking: Flat[Looking] = field(default_factory=Looking)
 
     def run(self) -> int:
-        return self.looking.look(_of_training(*settled(self.config, self.method, tell)))
+        return self.looking.look(_of_training(*choose_settings(self.config, self.method, tell)))
 
 
 def _of_training(config: Any, method: Any) -> dict[str, Any]:

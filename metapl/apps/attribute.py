@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from metapl.apps import web
-from metapl.apps.inputs import ROOM, Folder, Run, check_out, counted, files_of, held
+from metapl.apps.inputs import ROOM, Folder, Run, check_out, files_of, held, plural
 from metapl.apps.machine import write_whole
 from metapl.apps.pictures.batches import FileImages, in_unit_range
 from metapl.apps.pictures.folders import LabeledFiles, scan_labeled, verify_files
@@ -176,7 +176,7 @@ class Attribute:
                 drawn = (torch.randperm(len(train), generator=draw) for _ in range(self.removals))
                 rho = scores.validate([order[: found["removed"]] for order in drawn]).spearman
                 found |= {"spearman": rho, "interval": (between := interval(rho, self.removals))}
-                without = counted(found["removed"], "random picture")
+                without = plural(found["removed"], "random picture")
                 said = publish(
                     f"The check: {self.removals} trainings, each without {without}, and what the scores predict of "
                     f"them, have a Spearman correlation of {rho:.2f} (95 % {between[0]:.2f} to {between[1]:.2f}). Near "

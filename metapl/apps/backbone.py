@@ -59,8 +59,8 @@ def find(given: str, network: str | None) -> dict[str, Any]:
         known = card.architecture.name
         own = {"mean": card.mean, "std": card.std, "grey": card.input.channels == 1, "image_size": card.input.size}
     elif path.is_file():
-        beside, weights = path.parent / "config.json", path
-        named = read_json(beside).get("architecture") if network is None and beside.is_file() else None
+        config_file, weights = path.parent / "config.json", path
+        named = read_json(config_file).get("architecture") if network is None and config_file.is_file() else None
         if network is None and named is None:
             raise MetaplError(f"--backbone {given}: expected the network that the weights are of too: --network NAME.")
         known = network or f"timm:{named}"

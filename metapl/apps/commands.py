@@ -22,9 +22,9 @@ from metapl.apps.images import Images
 from metapl.apps.inputs import Folder, check_out, run_folder
 from metapl.apps.label import check_labels_given
 from metapl.apps.launch import from_first, joined, program
-from metapl.apps.look import settled
+from metapl.apps.look import choose_settings
 from metapl.apps.machine import default_threads
-from metapl.apps.methods import ReducedMpl, beside
+from metapl.apps.methods import ReducedMpl, with_settings_of
 from metapl.apps.noisy_labels import Noisy
 from metapl.apps.noisy_student import DigitsOfRounds, ImagesOfRounds, NoisyStudent
 from metapl.apps.report import summary
@@ -155,7 +155,7 @@ class Train:
                     before = folder.recipe()["fields"] if options.resume and folder.exists else None
                     torch.set_num_threads(config.threads or default_threads())
                     if config.places:
-                        config, method = settled(config, method, lambda text: tell(wrapped(text)), before)
+                        config, method = choose_settings(config, method, lambda text: tell(wrapped(text)), before)
                     else:
                         method = method.scheduled(config.fitting.steps)
                     if isinstance(method, NoisyStudent):
@@ -163,7 +163,7 @@ class Train:
                     # 3. Several methods, or one.
                     if compares:
                         usual = self.of.METHODS
-                        like = {name: beside(usual[name], method, usual[method.name]) for name in names}
+                        like = {name: with_settings_of(usual[name], method, usual[method.name]) for name in names}
                         chosen = {name: one.scheduled(config.fitting.steps) for name, one in like.items()}
                         compare(config, chosen, seeds, folder, resume=options.resume, jobs=options.jobs)
                         return 0

@@ -23,7 +23,7 @@ import tyro
 from joblib import cpu_count
 
 from metapl.apps.comparison import ENOUGH_SEEDS, STUDENT, Comparison, spread
-from metapl.apps.inputs import counted
+from metapl.apps.inputs import plural
 from metapl.apps.machine import default_threads, read_sealed
 from metapl.apps.report import SUSPECTS, linear_baseline, write_report
 from metapl.apps.run import (
@@ -98,7 +98,7 @@ def compare(
                 begun = resume or (place / "recipe.json").exists()
                 todo.append(Job(replaced(config, seed=seed), method, place, begun, default_threads() if on_gpu else 1))
         workers = min(jobs or (1 if on_gpu else cpu_count()), len(todo))
-        tell(f"{counted(len(names), 'method')} x {counted(len(seeds), 'seed')}, {workers} at a time -> {out}")
+        tell(f"{plural(len(names), 'method')} x {plural(len(seeds), 'seed')}, {workers} at a time -> {out}")
         with closing(run_all(todo, workers)) as running:  # workers end before the command does
             for number, (job, result) in enumerate(running, 1):
                 results[job.method.name, job.config.fitting.seed] = result

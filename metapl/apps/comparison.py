@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from metapl.apps.inputs import counted
+from metapl.apps.inputs import plural
 from metapl.apps.run import READOUTS
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, PairedTest, paired_test
@@ -122,7 +122,7 @@ class Comparison:
             f"The {which[own]} of {self.titles[name]} reaches {self.mean(name, own):.1%} on the test set (n = "
             f"{self.examples:,}, chance {self.chance:.1%}), the {which[readout]} of {self.titles[control]}, the better "
             f"of its two, {self.mean(control, readout):.1%}: {100 * test.mean:+.1f} points over "
-            f"{counted(test.n, 'seed')}{p}; {verdict}.{f' {said}' if best != name else ''}"
+            f"{plural(test.n, 'seed')}{p}; {verdict}.{f' {said}' if best != name else ''}"
         )
 
     def to_json(self) -> dict[str, Any]:

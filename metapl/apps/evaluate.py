@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from metapl.apps.evaluation import CORRUPTIONS, LEVELS, SEVERITIES, Attack, measure
-from metapl.apps.inputs import ROOM, Factory, Folder, HeldOut, Network, Run, counted, held
+from metapl.apps.inputs import ROOM, Factory, Folder, HeldOut, Network, Run, held, plural
 from metapl.apps.label import refuse_infinite
-from metapl.apps.machine import counting, write_whole
+from metapl.apps.machine import count_bar, write_whole
 from metapl.apps.run import WEIGHTS, EndedRun
 from metapl.apps.settings import Switch, unset
 from metapl.apps.words import WIDTH, short, table, tell
@@ -77,7 +77,7 @@ class Evaluate:
                 **on.about,
                 "measured_on": on.part,
             }
-            with counting("pictures", shown=True) as update:
+            with count_bar("pictures", shown=True) as update:
                 logits, labels = predict_logits(network, on.batches())
                 if on.names:
                     refuse_infinite(logits, on.names)
@@ -110,7 +110,7 @@ class Evaluate:
             if self.out is not None:
                 write_whole(self.out / EVALUATION, f"{json.dumps(content, indent=1)}\n".encode(), ROOM)
             if on.skipped:
-                tell(f"metapl: {counted(on.skipped, 'file')} left out", file=sys.stderr)
+                tell(f"metapl: {plural(on.skipped, 'file')} left out", file=sys.stderr)
             return 1 if on.skipped else 0
 
 

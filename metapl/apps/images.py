@@ -13,7 +13,7 @@ import tyro
 from torch import nn
 
 from metapl.apps import networks
-from metapl.apps.machine import counting
+from metapl.apps.machine import count_bar
 from metapl.apps.methods import TITLES, Data, EntMin, FixMatch, Mpl, PseudoLabels, ReducedMpl, Supervised, Uda
 from metapl.apps.methods import Feedback as Fed
 from metapl.apps.pictures import Finding, check_folders, scan_labeled, scan_unlabeled, verify_files
@@ -216,7 +216,7 @@ class OfPictures:
             if files.passed_over:
                 others = ", ".join(f"{count:,} with {suffix}" for suffix, count in sorted(files.passed_over.items()))
                 say(f"{name}: files without the name of a picture are passed over: {others}")
-            with counting(f"looking at {word} files", progress, len(files)) as count:
+            with count_bar(f"looking at {word} files", progress, len(files)) as count:
                 verified = verify_files(files, progress=count)
             if verified.skipped:
                 say(f"{name}: {len(verified.skipped):,} of {len(files):,} files are left out\n{verified.summary()}")
@@ -232,7 +232,7 @@ class OfPictures:
         if val is None and self.val_fraction:
             train, aside = stratified_split(few.targets(), self.val_fraction, self.fitting.seed)
             few, val = few.keep(train.tolist()), few.keep(aside.tolist())
-            with counting("comparing files", progress):
+            with count_bar("comparing files", progress):
                 many = apart(many, val, say)
         classes = f"{len(self.classes)} classes ({some(self.classes, most=6, longest=24)})"
         what = self.said.format(few=len(few), many=len(many), classes=classes)
@@ -367,7 +367,7 @@ class Images(OfPictures):
 
 def compare_files(few: Any, many: Any, val: Any, test: Any, say: Say, progress: bool) -> None:
     """Refuse pictures that are learned from and measured on; say what else there is to be said of the folders."""
-    with counting("comparing files", progress) as count:
+    with count_bar("comparing files", progress) as count:
         findings = check_folders(few, many, val, test, count)
     refuse_errors(findings)
     for finding in findings:

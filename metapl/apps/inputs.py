@@ -32,9 +32,9 @@ BUILDS = "builds the network of a run that metapl does not know; FILE.py is run.
 Factory = Annotated[str | None, unset("FILE.py:FUNCTION", help=BUILDS)]
 
 
-def counted(number: int, what: str) -> str:
+def plural(number: int, what: str) -> str:
     """
-    >>> counted(1, "file"), counted(2_000, "file")
+    >>> plural(1, "file"), plural(2_000, "file")
     ('1 file', '2,000 files')
     """
     return f"{number:,} {what}{'s' * (number != 1)}"

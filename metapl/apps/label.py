@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from metapl.apps.inputs import Factory, Network, Run
 from metapl.apps.labels import DIGEST_BYTES, LabelStore, LabelWriter, is_text, select, statistics
-from metapl.apps.machine import counting, sha256_of, write_whole
+from metapl.apps.machine import count_bar, sha256_of, write_whole
 from metapl.apps.methods import Data, ReducedMpl
 from metapl.apps.pictures.batches import FileImages
 from metapl.apps.pictures.folders import Files, ask, digest, hashes, scan_labeled, scan_unlabeled
@@ -336,7 +336,7 @@ def refuse_other_pictures(
     compared = len(store) if check else min(len(store), COMPARED)
     rows = np.linspace(0, len(store) - 1, compared).astype(int)  # evenly over the store, in the order of the names
     others = []
-    with counting("comparing pictures with those that were labeled", shown=True) as update:
+    with count_bar("comparing pictures with those that were labeled", shown=True) as update:
         for where, some in store.taken(rows, ["id", "digest"]):
             for row in some.to_pylist():
                 path = file(row["id"])

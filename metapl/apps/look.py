@@ -41,7 +41,7 @@ MANY_COPIES = 10  # how often a picture may be in one batch before that is told
 WARMUP = 0.05  # share of the steps over which learning rates grow
 
 
-def settled(config: Any, method: Any, say: Say, before: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
+def choose_settings(config: Any, method: Any, say: Say, before: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
     """The settings and the method with whole paths, the classes that are found, and a value for all that was left open.
 
     What was chosen ``before``, by the names of the settings, in the run that is resumed, is not chosen anew.

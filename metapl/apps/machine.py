@@ -65,7 +65,7 @@ def default_threads() -> int:
 
 
 @contextmanager
-def counting(what: str, shown: bool, total: int | None = None) -> Iterator[Callable[[int], None]]:
+def count_bar(what: str, shown: bool, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """Give a function that takes how many are done, and shows it on one line of the terminal while the block lasts;
     nothing where ``shown`` is False or standard error is no terminal."""
     often: dict[str, Any] = {"delay": EVERY, "mininterval": EVERY, "miniters": 1, "disable": None if shown else True}

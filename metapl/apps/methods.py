@@ -469,10 +469,10 @@ class ReducedMpl(Method):
         return Trained(trainer, t.fit(trainer, labeled, pairs, truth=None))
 
 
-def beside(method: Any, own: Any, usual: Any) -> Any:
+def with_settings_of(method: Any, own: Any, usual: Any) -> Any:
     """Another method in a comparison: with the settings in which the first one, ``own``, differs from its usual ones.
 
-    >>> beside(Uda(), Mpl(uda=Consistency(uda_threshold=0.9)), Mpl()).uda.uda_threshold
+    >>> with_settings_of(Uda(), Mpl(uda=Consistency(uda_threshold=0.9)), Mpl()).uda.uda_threshold
     0.9
     """
     asked, have = flat(own), flat(usual)

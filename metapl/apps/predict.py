@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 from torch import nn
 
-from metapl.apps.inputs import Factory, File, Network, Run, check_file, counted
+from metapl.apps.inputs import Factory, File, Network, Run, check_file, plural
 from metapl.apps.label import refuse_infinite
 from metapl.apps.pictures.input import Inputs
 from metapl.apps.run import EndedRun
@@ -80,7 +80,7 @@ class Predict:
                 writer.writerow([example, *best, *shares])
                 count += 1
         if self.out is not None:
-            tell(f"{counted(count, 'prediction')} in {self.out}")
+            tell(f"{plural(count, 'prediction')} in {self.out}")
         if inputs.skipped:
             tell(f"metapl: {inputs.skipped} of {len(inputs.files)} files left out", file=sys.stderr)
         return 1 if inputs.skipped else 0

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from metapl.apps import web
 from metapl.apps.comparison import Comparison
-from metapl.apps.inputs import HeldOut, Run, check_file, counted
+from metapl.apps.inputs import HeldOut, Run, check_file, plural
 from metapl.apps.machine import read_plain, write_whole
 from metapl.apps.methods import Doubtful
 from metapl.apps.pictures.input import Input
@@ -72,7 +72,7 @@ class Report:
             curves = {state["phase"]: read_rows(self.folder / "metrics.jsonl", state["phase"])}
             picture = draw(title=heading, curves=curves, evaluation=None, network="network")
             parts = [web.rows([(name, json.dumps(value)) for name, value in state.items()]), drawn(picture)]
-            parts += made(folder, folder.recipe(), folder)
+            parts += provenance(folder, folder.recipe(), folder)
         else:
             heading, _, parts = page_of(EndedRun.load(self.folder))
         page = web.web_page(heading, self.folder, parts)
@@ -129,7 +129,7 @@ def page_of(run: EndedRun, found: Mistakes | None = None) -> tuple[str, bytes, l
     parts += map(web.paragraph, summary(result))
     if run.is_comparison and evaluation is not None:
         methods, seeds = result["methods"], result["seeds"]
-        heading = f"{result['recipe']}: {len(methods)} methods, {counted(len(seeds), 'seed')}"
+        heading = f"{result['recipe']}: {len(methods)} methods, {plural(len(seeds), 'seed')}"
         comparison = Comparison(tuple(seeds), methods, result["titles"], evaluation.n, result["chance"])
         head, *cells = comparison.rows()
         own = web.section(f"{result['delivery'][:1].upper()}{result['delivery'][1:]}.", *parts)
@@ -188,7 +188,7 @@ def page_of(run: EndedRun, found: Mistakes | None = None) -> tuple[str, bytes, l
             tell(f"metapl: the test pictures are left out: {error}", file=sys.stderr)
             parts.append(web.section("Surest mistakes", web.paragraph(f"The test pictures are left out: {error}")))
     parts.append(suspects_shown(path, run.cards["student"].input))
-    return heading, picture, [*parts, *made(run.folder, run.description, run.source)]
+    return heading, picture, [*parts, *provenance(run.folder, run.description, run.source)]
 
 
 def last_fit(folder: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -225,7 +225,7 @@ def classes_of(evaluation: Evaluation) -> str:
     return found if len(names) <= MOST_UNFOLDED else web.folded(f"all {len(names):,} classes", found)
 
 
-def made(folder: RunFolder, description: Mapping[str, Any], source: RunFolder) -> Iterator[str]:
+def provenance(folder: RunFolder, description: Mapping[str, Any], source: RunFolder) -> Iterator[str]:
     """On what, by which settings and with what a run was made, folded."""
     by = folder.description() if folder.exists else {}
     if "command" in by:

@@ -61,7 +61,7 @@ SPEED_ALONE = ("num_workers",)
 PLACES = ("labeled", "unlabeled", "clean", "val", "test")
 
 NETWORK = "network.json"
-TOLD = ("data.json", "metrics.jsonl")  # what a run says of itself beside its result, which has their SHA-256
+HASHED = ("data.json", "metrics.jsonl")  # what a run says of itself beside its result, which has their SHA-256
 WEIGHTS = {
     "student": "student.safetensors",
     "finetuned": "finetuned_student.safetensors",
@@ -228,7 +228,7 @@ def seal(
     networks = {name: dataclasses.asdict(card) for name, card in cards.items()}
     folder.write_json(NETWORK, {"title": title, "classes": list(classes), "networks": networks})
     found = {WEIGHTS[name]: folder.write_weights(WEIGHTS[name], state) for name, state in weights.items()}
-    there = (name for name in (NETWORK, *TOLD) if (folder.path / name).is_file())
+    there = (name for name in (NETWORK, *HASHED) if (folder.path / name).is_file())
     return found | {name: sha256_of(folder.path / name) for name in there}
 
 

@@ -13,7 +13,7 @@ import tyro
 
 from metapl.apps.machine import is_owned
 from metapl.apps.pictures.folders import walk
-from metapl.apps.run import TOLD, RunFolder, refuse_changed, stored_result
+from metapl.apps.run import HASHED, RunFolder, refuse_changed, stored_result
 from metapl.apps.settings import Switch, unset
 from metapl.apps.words import short, table, tell
 from metapl.errors import MetaplError, reason_of
@@ -91,7 +91,7 @@ def state_of(folder: RunFolder) -> dict[str, Any]:
     entry["methods"] = methods or [description["method"]]
     if folder.ended:
         result = stored_result(folder)
-        for name in TOLD if methods is None else ():  # those of a comparison are in its runs
+        for name in HASHED if methods is None else ():  # those of a comparison are in its runs
             refuse_changed(folder.path / name, result)
         entry |= {"state": "finished", "steps": result["steps"], "done": result["steps"]}
         on, n = "validation", result["validation_size"]

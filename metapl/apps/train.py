@@ -98,10 +98,10 @@ def train(
     # 2. Both networks from the seed, the teacher first.
     place = device(fitting.device)
     teacher, student = (config.network().to(place) for _ in range(2))
-    beside = None
+    baseline = None
     if config.places:
         control, on = Control.of(teacher, data), data.test or data.validation
-        beside = None if on is None else (control.accuracy(on), control.sees)
+        baseline = None if on is None else (control.accuracy(on), control.sees)
         if isinstance(teacher, Tuned):
             control.start(teacher)
     begin_as(teacher, student)
@@ -190,7 +190,7 @@ def train(
         "delivered_by": "validation" if select else "rule",
         "sha256": seal(folder, called, data.classes, cards, {name: merged(one.weights) for name, one in kept.items()}),
         **({} if trained.rounds is None else {"rounds": trained.rounds}),
-        **({} if beside is None else {"control_accuracy": beside[0], "control_of": beside[1]}),
+        **({} if baseline is None else {"control_accuracy": baseline[0], "control_of": baseline[1]}),
         **kept[chosen].accuracies(),
         **({} if tested is None else {"evaluation": tested.evaluation.to_json()}),
     }

@@ -25,7 +25,7 @@ from metapl.feedback.path import take_steps
 from metapl.feedback.teacher import Teaching
 from metapl.problems.base import BilevelProblem
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
-from metapl.runs.terminal import counted
+from metapl.runs.terminal import step_bar
 from metapl.updates import Clipped, as_one, options_of, update_of
 from metapl.words import summary
 
@@ -200,7 +200,7 @@ def hypergradient(
     teach = Teaching(of_teacher, problem, estimate, generator, ranks, device, batches, accumulate, recompute_teacher)
     graph_of = estimate.graph_of(len(batches), local_student)
     kernels = no_fast_path(math=True) if estimate.keep_graph or graph_of is not None else NOTHING
-    shown = partial(counted, progress and ranks.first, len(batches))
+    shown = partial(step_bar, progress and ranks.first, len(batches))
     if settings and estimate.keep_graph:  # double backward ends in leaves
         for number, groups in enumerate(options := options or [options_of(inner_optimizer)] * len(batches)):
             held = [{n: group[n] for n in settings if n in group} for group in groups]  # betas are two

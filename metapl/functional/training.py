@@ -39,7 +39,7 @@ from metapl.feedback.path import LOSS_NOT_FINITE, NOT_FINITE, OTHER_BATCH
 from metapl.functional.compiled import captured, capturing, refuse_gap
 from metapl.functional.state import Function, as_dict, clipped, constants_of, norm, on_value, settings_of, tensors_of
 from metapl.problems.base import Problem, Signal, enters_input, has_own, sum_and_weight
-from metapl.runs.terminal import counted
+from metapl.runs.terminal import step_bar
 from metapl.updates import Update, options_of, parts_of, update_of
 
 vjp: Any = torch.func.vjp
@@ -341,7 +341,7 @@ def differentiate(
                 kinds, signals = known["kinds"], known["signals"]
                 carry = taken(len(losses))
                 read(len(losses) - 1)  # of a path that is truncated, no other is read again
-            with counted(progress, steps, "steps", done := len(losses)) as tell:
+            with step_bar(progress, steps, "steps", done := len(losses)) as tell:
                 for number in range(done, steps):
                     if number % spacings[0] == 0:
                         keep(number, carry)
@@ -361,7 +361,7 @@ def differentiate(
                     v = vmap(pull)(torch.eye(len(L)).to(L))[0] if judging else pull(torch.ones_like(L))[0]
                 nothing = pytree.tree_map(lambda t: t.new_zeros((*L.shape, *t.shape)), (carry.optimizer, phi))
                 bars = Cotangents(v, *nothing)
-            with counted(progress, steps - first, "steps back", steps - end) as tell:
+            with step_bar(progress, steps - first, "steps back", steps - end) as tell:
                 for number, held in backward(0, end, *spacings):
                     if number < first:
                         break

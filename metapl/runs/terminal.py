@@ -24,7 +24,7 @@ def progress(shown: bool, *, name: str, start: int, steps: int) -> Any:
 
 
 @contextmanager
-def counted(shown: bool, steps: int, name: str, start: int) -> Iterator[Callable[[], object]]:
+def step_bar(shown: bool, steps: int, name: str, start: int) -> Iterator[Callable[[], object]]:
     """A function to call after each step, which advances the bar of :func:`progress`."""
     with progress(shown, name=name, start=start, steps=steps) as bar:
         yield bar.update

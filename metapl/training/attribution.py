@@ -32,7 +32,7 @@ from metapl.problems.base import Problem, Signal, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
 from metapl.runs.fields import AboveZero, AtLeastOne, check_arguments
 from metapl.runs.folder import replacing
-from metapl.runs.terminal import counted
+from metapl.runs.terminal import step_bar
 from metapl.updates import Schedule, as_one, options_by_step, update_of
 from metapl.words import summary
 
@@ -100,7 +100,7 @@ class Attribution:
 
         sets = [self._removed(removed) for removed in removals]
         changes = []
-        with counted(progress, len(sets), "trainings without examples", 0) as tell:
+        with step_bar(progress, len(sets), "trainings without examples", 0) as tell:
             for gone in sets:
                 changes.append(self._losses_with(1.0 - gone.float()) - self.outer_loss)
                 tell()
@@ -353,7 +353,7 @@ class _Training:
         """That of the first ``steps`` steps, and by how much all trained weights move along v, in sum."""
         v = torch.randn(len(self.data), generator=torch.Generator().manual_seed(0)) if v is None else v
         trained, losses = list[Tensor](), list[Tensor]()
-        with counted(progress, 3, "trainings", 0) as tell:
+        with step_bar(progress, 3, "trainings", 0) as tell:
             for number in range(3):
                 params, (loss,) = self.repeated(1 + number * h * v, [self.problem], steps)
                 trained.append(torch.cat([t.flatten() for t in params.values()]))

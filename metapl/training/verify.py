@@ -218,7 +218,7 @@ def judged(base: Step, estimate: Estimator, eps: float = EPS) -> GradientCheck:
         fault = at.fault()
         errors = {} if fault else at.errors()
     if at.off(errors):  # perhaps at a kink
-        at = Point(base.beside(), estimate, at.eps)
+        at = Point(base.perturbed(), estimate, at.eps)
         errors = at.errors()
     if (fault or at.off(errors)) and any(not at.base.taken().loss.equal(at.run.loss) for _ in range(3)):
         fault = "two equal steps differ: random numbers that are not torch's own, or other state."
@@ -241,12 +241,12 @@ class Point:
         self.base, self.estimate, self.found, self.run = base, estimate, base.by_mode(estimate), base.taken()
         self.held: list[Tree] | None = None
         self.eps = eps if self.run.loss.dtype == torch.float64 else max(eps, EPS32)
-        self.told = [signal.detached() for signal in self.run.signals]
-        sampled = self.told[0].sampled
+        self.signals = [signal.detached() for signal in self.run.signals]
+        sampled = self.signals[0].sampled
         self.expected = sampled and estimate.credits == "signal"  # over the labels, at those that were drawn
         if self.expected:
-            onehot = [F.one_hot(s.value, s.probs.shape[-1]).to(s.probs) for s in self.told]  # type: ignore[union-attr]
-            self.told = [replace(s, value=value) for s, value in zip(self.told, onehot, strict=True)]
+            onehot = [F.one_hot(s.value, s.probs.shape[-1]).to(s.probs) for s in self.signals]  # type: ignore[union-attr]
+            self.signals = [replace(s, value=value) for s, value in zip(self.signals, onehot, strict=True)]
         self.moved, name = ("weights", "log_prob") if sampled and not self.expected else ("signal", "value")
         trees = [t if isinstance(t, dict) else {"": t} for t in self.found.feedback]
         self.h = {(k, field_of(key) if key else name): t for k, tree in enumerate(trees) for key, t in tree.items()}
@@ -282,14 +282,14 @@ class Point:
         if self.gradient and self.moved == "signal" and not self.expected:
             return self.compared("teacher", self.gradient)
         # And of the teacher's gradient alone, while the student's step is held.
-        how: Any = {"value": self.score, "what": "the signal in the teacher", "told": self.told}
+        how: Any = {"value": self.score, "what": "the signal in the teacher", "signals": self.signals}
         return self.of_h() | (self.compared("teacher", self.gradient, **how) if self.gradient else {})
 
     def of_h(self) -> Errors:
         """Of h alone: in the weights of the inner losses, or in the signal's values."""
         if isinstance(self.estimate, LossDifference):
             return {}  # which is no derivative
-        errors = self.compared(self.moved, {key: -h for key, h in self.h.items()}, told=self.told)
+        errors = self.compared(self.moved, {key: -h for key, h in self.h.items()}, signals=self.signals)
         # What drowns of a factor of the whole loss is zero: such as of a clip, which takes all lengths for one.
         return {what: error or 0.0 for what, error in errors.items()} if self.moved == "weights" else errors
 
@@ -357,7 +357,7 @@ class Point:
             if not torch.allclose(log_prob, right, 1e-6, max(1e-6, 10 * self.eps)):
                 return "log_prob is not the logarithm of a probability, that of the value that was drawn."
         learned = {name: torch.ones_like(t) for name, t in self.gradient.items()}
-        held = self.base.taken("teacher", learned, 1e-2, told=self.told) if learned else run
+        held = self.base.taken("teacher", learned, 1e-2, signals=self.signals) if learned else run
         if abs(float(held.loss) - loss) > 1000 * self.eps * max(abs(loss), 1e-3):
             return "the loss moves while the signal is held: there is a way past the signal to it."
         own = {name: self.gradient[name] for name in self.found.grads}
@@ -367,7 +367,7 @@ class Point:
             return ""
 
         # Micro-batches need losses that are means over examples, or (sum, weight): here by halves of the rows.
-        case, signal, theta = self.base.copied(), self.told[0], trainable(self.base.student)
+        case, signal, theta = self.base.copied(), self.signals[0], trainable(self.base.student)
         x, judged, outputs = case.batches[0], case.problem.outer_batch(case.labeled), run.outputs
         has = has_rows(case.problem, signal, len(outputs[0]))
 
@@ -399,7 +399,7 @@ class Point:
                 return "refused", f"the backward of {few(names)} in the signal is not the derivative of its forward."
             return "allowed", "the signal is detached in part (detach, no_grad, argmax), which leaves out that part."
         at: Any = {"inner": lambda run: run.inner, "outer": lambda run: run.loss}
-        bent = [n for n in at if self.off(self.compared(n, self.run.gradients[n], at[n], told=self.told))]
+        bent = [n for n in at if self.off(self.compared(n, self.run.gradients[n], at[n], signals=self.signals))]
         which = f"the gradient of the {' and '.join(bent)} loss in the student's weights is not its derivative"
         if bent:
             # h is then that of double backward on the same copies, or of a mode alike.
@@ -513,7 +513,7 @@ class Step:
         case.update.follow(trainable(case.student))
         return case
 
-    def beside(self) -> Step:
+    def perturbed(self) -> Step:
         """The same a hundredth of the weights' size away: no ReLU is at exactly 0, where it has two slopes."""
         case, draw = self.copied(), torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -538,7 +538,7 @@ class Step:
         by: Tree | None = None,
         side: float = 0.0,
         *,
-        told: list[Signal] | None = None,  # signals in the place of the teacher's
+        signals: list[Signal] | None = None,  # signals in the place of the teacher's
         seen: list[Tensor] | None = None,  # the student's outputs as the teacher is given them: constants to every mode
         held: list[Tree] | None = None,  # buffers and frozen parameters with which passes begin
         steps: bool = True,  # False: for L(θ), with the graph of the inner loss
@@ -567,7 +567,7 @@ class Step:
             begin(case.teacher)
             k, z = len(run.signals), z if z is None or seen is None else seen[len(run.signals)]
             run.signals.append(problem.signal(case.teacher or nn.Module(), x, z, generator=case.generator))
-            signal = run.signals[k].detached() if told is None else told[k]
+            signal = run.signals[k].detached() if signals is None else signals[k]
             shift = {name: d for (step, name), d in by.items() if step == k} if moved == "signal" else {}
             return signal.having({name: signal.fields()[name] + side * d for name, d in shift.items()})
 

@@ -22,7 +22,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from metapl.apps import backbone
 from metapl.apps.images import METHODS, Images, Pictures
-from metapl.apps.look import settled
+from metapl.apps.look import choose_settings
 from metapl.apps.networks import Normalized, Tuned, begin_as, create, merged
 from metapl.apps.pictures import MemoryImages
 from metapl.apps.report import summary
@@ -240,7 +240,7 @@ def test_auto_takes_a_backbone_for_color_pictures_that_are_large(
         data, said = color_folders(tmp_path / str(side), side=side), list[str]()
         places = {part: str(data / part) for part in ("labeled", "unlabeled", "test")}
         config = Images(**places, pictures=Pictures(backbone="auto"), fitting=Fitting(steps=3))
-        found, _ = settled(config, METHODS["uda"], said.append)
+        found, _ = choose_settings(config, METHODS["uda"], said.append)
         taken = found.pictures.network == "resnet18"
         assert taken == (found.pictures.weights is not None) == (side == 48)
         assert any("backbone: resnet18" in text if taken else "backbone: none" in text for text in said)

@@ -23,7 +23,7 @@ from test_readers import SPECIAL, promptly
 from tiny_runs import color_folders, images_command
 
 from metapl.apps.images import METHODS, Images, Pictures, apart
-from metapl.apps.look import settled
+from metapl.apps.look import choose_settings
 from metapl.apps.main import main
 from metapl.apps.pictures import (
     FileImages,
@@ -258,7 +258,7 @@ def test_pictures_set_aside_for_validation_are_not_learned_from_as_unlabeled_one
         unlabeled(tmp_path / "u", *levels["cat"], *levels["dog"], *range(100, 100 + others)),
     )
     given = Images(labeled=str(few.root), unlabeled=str(many.root), val_fraction=0.5, **SMALL)
-    config, said = settled(given, METHODS["uda"], lambda text: None)[0], list[str]()
+    config, said = choose_settings(given, METHODS["uda"], lambda text: None)[0], list[str]()
     task = config.data(said.append, False, None)
     val = {task.validation.images.path(i).read_bytes() for i in range(4)}
     left = [task.unlabeled.images.path(i).read_bytes() for i in range(len(task.unlabeled.images))]
@@ -329,7 +329,7 @@ def test_training_on_many_files_starts_at_once(tmp_path: Path, monkeypatch: pyte
     for number in range(600):
         (root / "unlabeled" / f"{number:03}.png").write_text("no picture")
     given = Images(**{name: str(root / name) for name in PARTS}, **SMALL)
-    task = settled(given, METHODS["uda"], lambda text: None)[0].data(lambda line: None, False, None)
+    task = choose_settings(given, METHODS["uda"], lambda text: None)[0].data(lambda line: None, False, None)
     assert (task.record["unlabeled"], task.skipped) == (624, {})
     assert task.record["hash"]["unlabeled"].startswith("names and sizes: ")
 

@@ -14,7 +14,7 @@ from tiny_runs import color_folders
 from metapl import MetaplError
 from metapl.apps import images, look
 from metapl.apps.images import HUE, OTHER_RATE, PRETRAINED_RATE, RATES, Images, Pictures
-from metapl.apps.look import Colors, Look, colors_tell, fitted, settled, steps_within, with_steps
+from metapl.apps.look import Colors, Look, choose_settings, colors_tell, fitted, steps_within, with_steps
 from metapl.apps.settings import flat, replaced
 from metapl.problems.losses import UDA
 
@@ -176,7 +176,7 @@ def test_shares_follow_the_steps_of_which_those_that_were_given_are_not_measured
 
 def test_a_look_gives_every_setting_a_value_says_it_and_a_run_that_is_resumed_takes_it(root: Path) -> None:
     said: list[str] = []
-    found, method = settled(given(root), images.METHODS["mpl"], said.append)
+    found, method = choose_settings(given(root), images.METHODS["mpl"], said.append)
     open_ = ("val", "test", "minutes", "weights", "tuning", "backbone_sha256", "ema_decay")
     assert [name for name, value in flat(found).items() if value is None and name not in open_] == []
     assert None not in [value for name, value in flat(method).items() if name.startswith("uda_")]
@@ -188,12 +188,12 @@ def test_a_look_gives_every_setting_a_value_says_it_and_a_run_that_is_resumed_ta
     # Whatever the pictures show now, and however long a step takes.
     stored = {name: list(v) if isinstance(v, tuple) else v for name, v in {**flat(found), **flat(method)}.items()}
     stored |= {"mean": [0.1, 0.2, 0.3], "lr": 0.123, "steps": 41, "wait": 5}
-    again, method = settled(replaced(given(root), steps=None), images.METHODS["mpl"], pytest.fail, stored)
+    again, method = choose_settings(replaced(given(root), steps=None), images.METHODS["mpl"], pytest.fail, stored)
     assert (again.pictures.mean, again.fitting.lr, again.fitting.steps) == ((0.1, 0.2, 0.3), 0.123, 41)
     assert (method.wait, method.uda.uda_start) == (5, 16)
-    assert settled(given(root, lr=0.5), images.METHODS["mpl"], print, stored)[0].fitting.lr == 0.5
+    assert choose_settings(given(root, lr=0.5), images.METHODS["mpl"], print, stored)[0].fitting.lr == 0.5
     with pytest.raises(MetaplError, match="damaged"):
-        settled(given(root), images.METHODS["uda"], print, {"warmup": -1})
+        choose_settings(given(root), images.METHODS["uda"], print, {"warmup": -1})
 
 
 def test_batches_of_many_copies_are_told_and_enough_labels_are_set_aside(
@@ -201,9 +201,9 @@ def test_batches_of_many_copies_are_told_and_enough_labels_are_set_aside(
 ) -> None:
     for size in (120, 132):
         said: list[str] = []
-        settled(given(root, labeled_batch=size), images.METHODS["uda"], said.append)
+        choose_settings(given(root, labeled_batch=size), images.METHODS["uda"], said.append)
         assert any("--labeled-batch 132 is 11 times" in line for line in said) == (size == 132)
     monkeypatch.setattr(look, "SELECTED_ON", 2)
-    assert settled(given(root), images.METHODS["uda"], print)[0].val_fraction == look.SET_ASIDE
+    assert choose_settings(given(root), images.METHODS["uda"], print)[0].val_fraction == look.SET_ASIDE
     given_some = given(root, val=str(root / "test"))
-    assert settled(given_some, images.METHODS["uda"], print)[0].val_fraction == 0.0
+    assert choose_settings(given_some, images.METHODS["uda"], print)[0].val_fraction == 0.0
