@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from metapl.apps.evaluation import CORRUPTIONS, LEVELS, SEVERITIES, Attack, measure
-from metapl.apps.inputs import ROOM, Factory, Folder, HeldOut, Network, Run, held, plural
+from metapl.apps.inputs import ROOM, Factory, Folder, HeldOut, Network, Run, check_out, held, plural
 from metapl.apps.label import refuse_infinite
 from metapl.apps.machine import count_bar, write_whole
 from metapl.apps.run import WEIGHTS, EndedRun
@@ -64,8 +64,10 @@ class Evaluate:
     def run(self) -> int:
         if self.eps and self.attack is None:
             raise MetaplError("--eps was given without --attack; expected --attack fgsm or --attack pgd.")
+        run = EndedRun.load(self.folder)
+        if self.out is not None:
+            check_out(self.out, run.source.recipe().get("fields", {}) | {"test": self.test})
         with held(self.out):
-            run = EndedRun.load(self.folder)
             name = run.name(self.network)
             network = run.network(name, self.factory).to(run.device)
             on = HeldOut(run, name, self.test)

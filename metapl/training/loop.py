@@ -353,7 +353,7 @@ def fit(
                         row |= dict(zip(scalars, values, strict=True))
                 if validated:
                     row |= look()
-                if logged or validated:
+                if len(row) > 1:  # the step alone is nothing to record
                     reasons = []
                     try:
                         for callback in callbacks:
