@@ -156,7 +156,10 @@ def test_each_callback_sees_every_recorded_row_in_turn(trainer: Callable[[], Any
     assert all(who is one for *_, who in seen)
     logged = [{name: value for name, value in row.items() if name != "phase"} for row in rows(tmp_path)]
     assert [row for name, _, row, _ in seen if name == "a"] == logged == found.history
-    assert [row["step"] for row in single().fit(batches(4)[0], steps=4, log_every=2, validate_every=1).history] == [2, 4]
+    assert [row["step"] for row in single().fit(batches(4)[0], steps=4, log_every=2, validate_every=1).history] == [
+        2,
+        4,
+    ]
     assert "student_validation_accuracy" in found.history[1]
     assert "loss_cross_entropy" in found.history[0] or "outer_loss" in found.history[0]
 
