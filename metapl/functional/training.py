@@ -173,8 +173,9 @@ def compiled_training(
     update: Any = update_of(optimizer, trainable(student))
     constants = constants_of(update)
     of = teacher, student, problem, *parts_of(optimizer), *modules, *weights
-    held = vars(problem)  # another problem of the same type and the same numbers is the same function
-    plain = all(isinstance(value, str | int | float | None) for value in held.values())
+    # Another problem of the same type and the same numbers is the same function; slots make its state no dict.
+    held = object.__getstate__(problem) or {}
+    plain = type(held) is dict and {*map(type, held.values())} <= {str, int, float, bool, type(None)}
     flags = [part.training for part in modules], [p.requires_grad for p in weights]
     known = [(type(each), str(held)) if each is problem and plain else id(each) for each in of]
     key = (*known, str((flags, constants, clip_norm, in_settings, several, dtype)))

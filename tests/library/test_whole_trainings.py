@@ -6,6 +6,7 @@ import copy
 import itertools
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -240,6 +241,11 @@ def test_inductor_gives_the_eager_gradient_and_keeps_its_graphs() -> None:
     assert [*training._KNOWN.values()] == [graphs]
 
 
+@dataclass(frozen=True, slots=True)
+class Slotted(EqualWeights):
+    power: float = 0.0
+
+
 def test_graphs_are_known_again_by_the_numbers_of_a_problem() -> None:
     student, other = network(), EqualWeights()
     optimizer = SGD(student.parameters(), lr=0.1)
@@ -252,6 +258,7 @@ def test_graphs_are_known_again_by_the_numbers_of_a_problem() -> None:
     found = of(other)
     other.temperature = 3.0
     assert of(other) is not found
+    assert of(Slotted(2.0)) is not of(Slotted(3.0))  # which vars() does not show
 
 
 STUDENT, PROBLEM = network(drops=False), EqualWeights()  # of one compilation
