@@ -63,8 +63,9 @@ Train a classifier from a few labeled examples and many unlabeled ones:
 
 Each command says more with --help.
 
-metapl --print-completion SHELL completes them in bash, zsh or tcsh; metapl --version
-says which this is."""
+metapl --print-completion SHELL completes them in bash, zsh or tcsh.
+
+metapl --version says which version this is."""
 
 CONFIG = (
     tyro.conf.FlagCreatePairsOff,

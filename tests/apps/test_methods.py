@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from metapl import UDA, BilevelTrainer, CrossEntropy, LossTrainer, MetaplError, problems
 from metapl.ablation import Altered
 from metapl.apps import digits, images, noisy_labels
-from metapl.apps.methods import Consistency, Entropy, Feedback, Training, beside
+from metapl.apps.methods import Consistency, Entropy, Feedback, Training, with_settings_of
 from metapl.apps.settings import flat, replaced
 from metapl.feedback import Forward
 from metapl.training import FitResult
@@ -111,12 +111,12 @@ def test_settings_that_cannot_be_are_refused() -> None:
 def test_a_method_that_is_compared_has_the_settings_that_were_given_to_the_first() -> None:
     usual = digits.METHODS["mpl"]
     own = replaced(usual, uda_weight=2.0, mode="difference", wait=3)
-    assert beside(digits.METHODS["none"], own, usual) == replaced(own, feedback="none")
-    assert beside(digits.METHODS["uda"], own, usual) == replaced(digits.METHODS["uda"], uda_weight=2.0)
-    assert beside(digits.METHODS["supervised"], own, usual) == digits.METHODS["supervised"]
+    assert with_settings_of(digits.METHODS["none"], own, usual) == replaced(own, feedback="none")
+    assert with_settings_of(digits.METHODS["uda"], own, usual) == replaced(digits.METHODS["uda"], uda_weight=2.0)
+    assert with_settings_of(digits.METHODS["supervised"], own, usual) == digits.METHODS["supervised"]
     # What makes a method another one is not carried over.
     altered = digits.METHODS["permuted"]
-    assert beside(usual, altered, usual) == usual
+    assert with_settings_of(usual, altered, usual) == usual
 
 
 ALONE = {

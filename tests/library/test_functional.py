@@ -260,7 +260,7 @@ def test_a_transform_that_hides_state_is_refused() -> None:
         return {n: -0.1 / len(hidden) * g for n, g in grads.items()}, state
 
     transform = torchopt.base.GradientTransformation(lambda params: (), update)
-    with pytest.raises(MetaplError, match="hides"):
+    with pytest.raises(MetaplError, match="hidden"):
         metapl.BilevelTrainer(network(), network(), "forward", inner_optimizer=transform).functional()
 
 
