@@ -185,8 +185,8 @@ class Attribute:
                 )
         cells = [(short(files[n], 48), short(labels[n], 16), f"{score[n]:+.2g}") for n in ranked[:LISTED]]
         listed = table([("most harmful", "label", "score"), *cells], left=2)
-        told = wrapped("\n".join(said))
-        tell(f"{told}\n\n{listed}\n\n{self.out / TABLE} has all of them, {self.out / PAGE} shows them")
+        text = wrapped("\n".join(said))
+        tell(f"{text}\n\n{listed}\n\n{self.out / TABLE} has all of them, {self.out / PAGE} shows them")
         return 0
 
 

@@ -83,7 +83,7 @@ class Job:
 def compare(
     config: Any, methods: Mapping[str, Any], seeds: Sequence[int], folder: RunFolder, *, resume: bool, jobs: int | None
 ) -> None:
-    """Train by each method with each seed, ``jobs`` runs at a time, and compare; config and methods are settled."""
+    """Train by each method with each seed, ``jobs`` runs at a time, and compare; all settings are chosen."""
     out, names = folder.path, list(methods)
     with folder.claimed(describe(config, methods[names[0]], compare=names, seeds=list(seeds)), resume=resume):
         if not folder.ended:

@@ -111,7 +111,7 @@ class Pictures:
 
     @property
     def input(self) -> Input:
-        assert self.image_size is not None  # settled
+        assert self.image_size is not None  # choose_settings gave it
         return Input(channels=1 if self.grey else 3, size=self.image_size)
 
     def views(self) -> dict[str, Any]:
@@ -154,7 +154,7 @@ class Pictures:
 
     def build(self, classes: int) -> nn.Module:
         """The network with fresh or pretrained weights, normalizing pictures in [0, 1]."""
-        assert self.mean is not None  # settled
+        assert self.mean is not None  # choose_settings gave it
         assert self.std is not None
         architecture = self.architecture(classes)
         module = architecture.create(self.weights)

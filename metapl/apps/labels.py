@@ -312,8 +312,8 @@ class LabelWriter:
                     for each in (there, self)
                 )
                 changed = [name for name in sorted(then | now) if then.get(name) != now.get(name)]
-                if told := [f"{name} {then.get(name)!r}, now {now.get(name)!r}" for name in changed]:
-                    fault = f"the store in {self.folder} was begun with {few(told, longest=160)}"
+                if differing := [f"{name} {then.get(name)!r}, now {now.get(name)!r}" for name in changed]:
+                    fault = f"the store in {self.folder} was begun with {few(differing, longest=160)}"
                     raise MetaplError(f"{fault}; go on as it was begun, or give another folder (--out).")
                 self.provenance, self.complete, self._parts = there.provenance, there.complete, [*there.parts]
                 if there.tables:

@@ -58,7 +58,7 @@ def choose_settings(config: Any, method: Any, say: Say, before: Mapping[str, Any
     found = None
     if asked not in ("none", "auto") and before is None:
         found = backbone.find(asked, config.pictures.network)
-    # 2. A run that is resumed has been settled.
+    # 2. A run that is resumed has its settings.
     few, many = (config.scan(name) for name in config.few_and_many)
     places: dict[str, Any] = {name: getattr(config, name) for name in config.places} | {"weights": weights}
     whole = {name: str(Path(one).expanduser().resolve()) for name, one in places.items() if one is not None}

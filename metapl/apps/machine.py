@@ -175,7 +175,7 @@ def owned(folder: Path, undone: Collection[str] = (), *, leaves_lock: bool = Tru
         with Folder(folder).held():
             try:
                 yield
-            except Exception:  # what was stopped is gone on with
+            except Exception:  # a KeyboardInterrupt leaves the files: a stopped run goes on from them
                 new = {*os.listdir(folder)} - there
                 if new <= {*undone, LOCK}:  # else there is more, which is worth keeping
                     for name in sorted(new, key=LOCK.__eq__):

@@ -179,8 +179,8 @@ def every_command() -> Any:
     """All commands as one type, for its help, its completion, and the words that name none."""
 
     def either(kinds: Mapping[str, Any]) -> Any:
-        told = {word: " ".join(kind.__doc__.partition("\n\n")[0].split()) for word, kind in kinds.items()}
-        return Union[tuple(Annotated[kinds[w], tyro.conf.subcommand(w, description=told[w])] for w in kinds)]  # noqa: UP007
+        summaries = {word: " ".join(kind.__doc__.partition("\n\n")[0].split()) for word, kind in kinds.items()}
+        return Union[tuple(Annotated[kinds[w], tyro.conf.subcommand(w, description=summaries[w])] for w in kinds)]  # noqa: UP007 - of a tuple
 
     kinds: dict[str, Any] = {}
     for name in COMMANDS:

@@ -235,8 +235,8 @@ def provenance(folder: RunFolder, description: Mapping[str, Any], source: RunFol
     counts = {part: f"{count:,} examples" for part, count in counts_of(data).items()}
     counts |= {f"SHA-256 of {part}": digest for part, digest in data.get("hash", {}).items()}
     yield web.folded("Data", web.rows([*counts.items()])) if counts else ""
-    told = {name: value for name, value in description.items() if name != "fields"} | description["fields"]
-    yield web.folded("Settings", web.rows([(name, json.dumps(value)) for name, value in told.items()]))
+    settings = {name: value for name, value in description.items() if name != "fields"} | description["fields"]
+    yield web.folded("Settings", web.rows([(name, json.dumps(value)) for name, value in settings.items()]))
     yield web.folded("Versions and hardware", web.rows([*by.get("made_with", {}).items()]))
 
 

@@ -224,7 +224,7 @@ def seal(
     cards: Mapping[str, NetworkCard],
     weights: Mapping[str, Mapping[str, Tensor]],
 ) -> dict[str, str]:
-    """Write ``network.json`` and the weights; the SHA-256 of these and of what is told beside them by their names."""
+    """Write ``network.json`` and the weights; gives the SHA-256 of these and of :data:`HASHED` by their names."""
     networks = {name: dataclasses.asdict(card) for name, card in cards.items()}
     folder.write_json(NETWORK, {"title": title, "classes": list(classes), "networks": networks})
     found = {WEIGHTS[name]: folder.write_weights(WEIGHTS[name], state) for name, state in weights.items()}

@@ -173,8 +173,8 @@ class FolderStates(States):
 
     @contextmanager
     def opened(self) -> Iterator[Any]:
-        """Own the folder until the block ends; a path that ends removes its files. Yields what :meth:`came_to` was told
-        last, by a process that was killed; else nothing."""
+        """Own the folder until the block ends; a path that ends removes its files. Yields what :meth:`came_to` saved
+        last, in a process that was killed; else nothing."""
         with OwnedFolder(self.folder).held():
             for left in self.folder.glob("*.tmp"):  # of processes that were killed
                 left.unlink(missing_ok=True)

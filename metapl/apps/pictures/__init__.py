@@ -1,16 +1,39 @@
 """Pictures: in files and in memory, their batches and views."""
 
-# ruff: noqa: I001  # a name a line would be a page
-from metapl.apps.pictures.batches import EvaluationBatches, FileImages, Images, LabeledBatches, MemoryImages
-from metapl.apps.pictures.batches import UnlabeledBatches, replaced_files
-from metapl.apps.pictures.folders import Files, Finding, LabeledFiles, Verified, check_folders, scan_labeled
-from metapl.apps.pictures.folders import scan_unlabeled, verify_files
+from metapl.apps.pictures.batches import (
+    EvaluationBatches,
+    FileImages,
+    Images,
+    LabeledBatches,
+    MemoryImages,
+    UnlabeledBatches,
+    replaced_files,
+)
+from metapl.apps.pictures.folders import (
+    Files,
+    Finding,
+    LabeledFiles,
+    Verified,
+    check_folders,
+    scan_labeled,
+    scan_unlabeled,
+    verify_files,
+)
 from metapl.apps.pictures.reader import UnreadableImage, read_image
 from metapl.apps.pictures.splits import DigitsSplit, load_digits_split, stratified_split
 from metapl.apps.pictures.views.base import Chain, Identity, Seeded, View
 from metapl.apps.pictures.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment
-from metapl.apps.pictures.views.transforms import Affine, Color, Flip, Hole, Recolor, ResizedCrop, ShiftNoiseCutout
-from metapl.apps.pictures.views.transforms import Sometimes, Weak
+from metapl.apps.pictures.views.transforms import (
+    Affine,
+    Color,
+    Flip,
+    Hole,
+    Recolor,
+    ResizedCrop,
+    ShiftNoiseCutout,
+    Sometimes,
+    Weak,
+)
 
 __all__ = ["CIFAR_OPERATIONS", "SVHN_OPERATIONS", "Affine", "Chain", "Color", "DigitsSplit", "EvaluationBatches"]
 __all__ += ["FileImages", "Files", "Finding", "Flip", "Hole", "Identity", "Images", "LabeledBatches"]
