@@ -29,7 +29,7 @@ from metapl.apps.words import exit_code, tell
 from metapl.errors import FieldError, MetaplError
 from metapl.runs.fields import check_fields
 from metapl.runs.terminal import END, is_heard
-from metapl.words import shown
+from metapl.words import did_you_mean, shown
 
 # Where each command is: a dataclass whose fields are the flags, with a method ``run``.
 COMMANDS = {
@@ -150,6 +150,12 @@ def parsed(given: Sequence[str]) -> tuple[str, Any]:
         if given[:1] == ["--version"]:
             print(f"metapl {version('metapl')}")
             raise SystemExit(0)
+        group = [name for name in COMMANDS if given and name.split()[0] == given[0]]
+        words, known = given[: 2 if group else 1], group or [*dict.fromkeys(name.split()[0] for name in COMMANDS)]
+        if words and words[0] != "help" and not words[-1].startswith("-"):
+            asked = " ".join(words)
+            meant = did_you_mean(asked, known) or "."
+            raise MetaplError(f"there is no command {shown(asked)!r}{meant} Expected {', '.join(known)}.")
         other = {"help": ["--help"], "--print-completion": ["--tyro-print-completion", *given[1:]]}
         args = other.get(given[0], [*given]) if given else ["--help"]
         return "", tyro.cli(every_command(), prog="metapl", description=HELP, args=args, config=CONFIG)

@@ -68,7 +68,8 @@ def test_help_and_version() -> None:
     assert {*re.findall(r"• ([\w-]+)", text)} == {name.split()[0] for name in COMMANDS}
     assert max(map(len, text.splitlines()[1:])) <= 80
     assert re.fullmatch(r"metapl \d+\.\d+\S*\n", metapl("--version").stdout)
-    assert "images, digits, noisy" in metapl("train", code=2).stderr
+    assert "train images, train digits, train noisy" in metapl("train", code=2).stderr
+    assert "did you mean train images" in metapl("train", "imges", "--labeled", "x", code=2).stderr
     assert "images" in metapl("train", "--help").stdout
     assert len(metapl("train", "images", "--help").stdout.splitlines()) <= 80, "two screens"
 
