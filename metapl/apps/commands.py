@@ -144,6 +144,10 @@ class Train:
                     with folder.claimed(describe(config, method), resume=False):
                         train(config, method, folder, processes=processes)
                 return 0
+
+            def say(text: str) -> None:
+                tell(wrapped(text))
+
             path: Path | None = options.out
             others: int | None = 2  # what the other processes leave with, unless they are told to train
             try:
@@ -155,7 +159,7 @@ class Train:
                     before = folder.recipe()["fields"] if options.resume and folder.exists else None
                     torch.set_num_threads(config.threads or default_threads())
                     if config.places:
-                        config, method = choose_settings(config, method, lambda text: tell(wrapped(text)), before)
+                        config, method = choose_settings(config, method, say, before)
                     else:
                         method = method.scheduled(config.fitting.steps)
                     if isinstance(method, NoisyStudent):
@@ -177,11 +181,11 @@ class Train:
                             result, others = stored_result(folder), 0
                         else:
                             tell(f"{config.name} by {method.title}, seed {config.fitting.seed} -> {folder.path}")
-                            own: Any = {"progress": True, "say": tell, "processes": processes}
+                            own: Any = {"progress": True, "say": say, "processes": processes}
                             result = train(config, method, folder, resume=options.resume, **own)
                     for line in summary(result):
-                        tell(wrapped(line))
-                    tell(f"the networks, the report and the figures are in {folder.path}")
+                        say(line)
+                    say(f"the networks, the report and the figures are in {folder.path}")
                     if method.name == "mpl":
                         tell("whether the teacher's feedback helped, only a comparison tells: --compare --seeds 0-4")
             except KeyboardInterrupt as stopped:
