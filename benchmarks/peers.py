@@ -269,14 +269,6 @@ PEERS: dict[str, tuple[tuple[str, ...], Any]] = {
 """The pinned packages of a library's environment, and its gradient; None: it has not installed so far."""
 
 
-def gradient_of(library: str) -> Any:
-    """A library's function of (teacher, student, labeled batch, unlabeled batch, steps)."""
-    if library == TRUTH:
-        return by_hand
-    options = {RECOMPUTED: {"recompute_teacher": True}, COMPILED: {"compile": True}}.get(library, {})
-    return by_metapl(library.split(", ")[1], **options) if library in OWN else PEERS[library][1]
-
-
 def measure(library: str, network: str, steps: int, calls: int, truth: str, device: str) -> Row:
     """One measurement, in the process and the environment that it is called in.
 
@@ -287,7 +279,9 @@ def measure(library: str, network: str, steps: int, calls: int, truth: str, devi
     from metapl.ablation.cost import peak_bytes
 
     torch.set_num_threads(1)
-    gradient = gradient_of(library)
+    options = {RECOMPUTED: {"recompute_teacher": True}, COMPILED: {"compile": True}}.get(library, {})
+    own = by_metapl(library.split(", ")[1], **options) if library in OWN else None
+    gradient = by_hand if library == TRUTH else own or PEERS[library][1]  # of (teacher, student, both batches, steps)
     if network != CAUSAL or library == TRUTH:
         gradient = sdpa_kernel(SDPBackend.MATH)(gradient)
     if library == TRUTH:

@@ -50,7 +50,6 @@ STEPS: dict[str, tuple[str, str]] = {  # method and mode
 CASES = {"WRN-28-2": ("wide_resnet28_2", 16, 32), "EfficientNet-B0": ("efficientnet_b0", 8, 64)}
 SMALL = {"pooled_cnn": ("pooled_cnn", 4, 16)}  # of a miniature
 CLASSES = 10
-
 READOUTS = ("student", "finetuned")
 
 

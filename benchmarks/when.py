@@ -565,8 +565,10 @@ def views(
     count = pictures.shape[1], batch * steps
     order = torch.stack([shuffled(*count, seed, stream) for seed in seeds]).unflatten(1, (steps, batch))
     generators = [torch.Generator().manual_seed(1_000 * seed + stream) for seed in seeds]
-    table, holes = torch.stack([shifted(each) for each in pictures]), masks().to(pictures)
+    table = torch.stack([shifted(each) for each in pictures])
     (_, shifts, n, _), table = table.shape, table.flatten(0, 2)
+    corners = torch.tensor([*itertools.product(range(SIDE - CUTOUT + 1), repeat=2)])  # of the square that is left out
+    holes = base.cutout(torch.ones(len(corners), 1, SIDE, SIDE), corners, CUTOUT, 0.0).flatten(1).to(pictures)
     for which in order.transpose(0, 1).split(CHUNK):  # (T, S, B)
         place = torch.empty((len(seeds), CHUNK, batch), dtype=torch.int64)
         noise = torch.empty((*place.shape, SIDE * SIDE))
@@ -584,12 +586,6 @@ def shifted(pictures: Tensor) -> Tensor:
     images, steps = pictures.unflatten(-1, (1, SIDE, SIDE)), range(-SHIFT, SHIFT + 1)
     moves = [torch.tensor(move).expand(len(images), 2) for move in itertools.product(steps, steps)]
     return torch.stack([base.crop_flip(images, move, None, 0.0).flatten(1) for move in moves])
-
-
-def masks() -> Tensor:
-    """(49, 64): 0 in the square that is left out, at each of its places."""
-    corners = torch.tensor([*itertools.product(range(SIDE - CUTOUT + 1), repeat=2)])
-    return base.cutout(torch.ones(len(corners), 1, SIDE, SIDE), corners, CUTOUT, 0.0).flatten(1)
 
 
 def shuffled(count: int, length: int, seed: int, stream: int) -> Tensor:

@@ -126,7 +126,7 @@ class Sprite:
 
     def text(self, text: str, fill: Color, height: float) -> None:
         """A text, its box's center in the middle; ``height`` is the font's size."""
-        face = load_font("DejaVuSans-Bold", self.width(height))
+        face = ImageFont.truetype(str(FONT_FOLDER / "DejaVuSans-Bold.ttf"), self.width(height))
         left, top, right, bottom = face.getbbox(text)
         ((x, y),) = self.pixels([(0, 0)])
         self.pen.text((x - (left + right) / 2, y - (top + bottom) / 2), text, font=face, fill=fill)
@@ -181,10 +181,6 @@ def view(
 
 
 @cache
-def load_font(name: str, pixels: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(FONT_FOLDER / f"{name}.ttf"), pixels)
-
-
 @cache
 def photographs() -> tuple[Bytes, ...]:
     """scikit-learn's two photographs, a temple and a flower, of shape (427, 640, 3)."""

@@ -1,21 +1,22 @@
-"""The table and the figure of the runs on the unseen half, with the defaults of each method.
+"""The tables and the figure of the runs on the unseen half: by the defaults of each method, and from a backbone.
 
-    python -m benchmarks.pictures.tables                            # print the table
-    python -m benchmarks.pictures.tables --write docs/pictures.md   # put it there, and the figure
+    python -m benchmarks.pictures.tables                            # print the tables
+    python -m benchmarks.pictures.tables --write docs/pictures.md   # put them there, and the figure
 
-Runs of a method with the same minutes are a row of the table, averaged over their seeds.
+Runs of a method with the same minutes are a row of the first table, averaged over their seeds.
 """
 
 from __future__ import annotations
 
 import statistics
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness import NONE, RESULTS, Row, arguments, figure_of, grid, parsed, read, show
 from benchmarks.pictures.problems import class_counts, half
 from metapl.metrics import chance_level
 
-RAW = RESULTS / "pictures_unseen.jsonl"
+RAW, BACKBONE = RESULTS / "pictures_unseen.jsonl", RESULTS / "pictures_backbone.jsonl"
 TITLES = {
     "uda": "UDA, half aligned (the default)",
     "fixmatch": "FixMatch",
@@ -25,8 +26,6 @@ TITLES = {
     "none": "the same without feedback",
 }
 BASELINE = "supervised"
-
-
 Means = dict[tuple[str, float], list[float]]
 
 
@@ -59,6 +58,21 @@ def table(rows: list[Row]) -> str:
     return grid(["method", *names, "mean", "minus supervised: mean", "lowest", "seconds", "seeds"], lines)
 
 
+def from_backbone(rows: list[Row]) -> str:
+    """A line a start, time and method, each start's linear baseline before: test accuracies in %."""
+    found, names = dict[Any, dict[str, float]](), list(dict.fromkeys(row["problem"] for row in rows))
+    for row in rows:
+        of, baseline = row["settings"], ("linear baseline", "")
+        start, head = ("backbone" if "backbone" in of else "scratch"), of.get("tuning") == "head"
+        time = f"{of['steps']} steps" if "steps" in of else f"{row['minutes']:g} min"
+        key = row["minutes"], head, [*TITLES].index(row["method"]), TITLES[row["method"]] + ", head alone" * head, time
+        found.setdefault((start, 0, False, 0, *baseline), {})[row["problem"]] = row["control_accuracy"]
+        found.setdefault((start, *key), {})[row["problem"]] = row["test_accuracy"]
+    cells = ([f"{100 * of[name]:.1f}" if name in of else NONE for name in names] for _, of in sorted(found.items()))
+    lines = ([start, time, title, *of] for (start, *_, title, time), of in zip(sorted(found), cells, strict=True))
+    return grid(["from", "time", "method", *names], lines, 3)
+
+
 def draw(means: Means, file: Path) -> None:
     """Each problem's accuracies on a line, a mark a method and minutes."""
     from matplotlib.figure import Figure
@@ -87,6 +101,7 @@ def main() -> None:
     given = parsed(arguments(__doc__, RAW))
     rows = read(given.out)
     show(given.write, "unseen", table(rows))
+    show(given.write, "backbone", from_backbone([row for row in read(BACKBONE) if row["half"] == "unseen"]))
     if given.write is not None:
         draw(reached(rows), figure_of(given.write, "pictures.png"))
 
