@@ -58,7 +58,6 @@ from metapl.training.loss_trainer import LossTrainer
 RAW = RESULTS / "noisy_student.jsonl"
 LABELS, LABELED_BATCH, STEPS, FINETUNE_LR = 4, 32, 1500, 0.02
 THRESHOLD = 0.3  # confidence above which unlabeled examples are kept: Noisy Student's
-
 WIDTHS = (8, 16, 32, 64, 128)
 RATES, DROPOUTS = (0.1, 0.2), (0.05, 0.1)  # tuned: learning rates, probabilities of dropping a hidden unit
 

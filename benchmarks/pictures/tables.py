@@ -59,13 +59,14 @@ def table(rows: list[Row]) -> str:
 
 
 def from_backbone(rows: list[Row]) -> str:
-    """A line a start, time and method, each start's linear baseline before: test accuracies in %."""
+    """A line a start, time and method, the linear baseline of each start before: test accuracies in %."""
     found, names = dict[Any, dict[str, float]](), list(dict.fromkeys(row["problem"] for row in rows))
     for row in rows:
         of, baseline = row["settings"], ("linear baseline", "")
         start, head = ("backbone" if "backbone" in of else "scratch"), of.get("tuning") == "head"
         time = f"{of['steps']} steps" if "steps" in of else f"{row['minutes']:g} min"
-        key = row["minutes"], head, [*TITLES].index(row["method"]), TITLES[row["method"]] + ", head alone" * head, time
+        title = TITLES[row["method"]].partition(",")[0] + ", head alone" * head
+        key = row["minutes"], head, [*TITLES].index(row["method"]), title, time
         found.setdefault((start, 0, False, 0, *baseline), {})[row["problem"]] = row["control_accuracy"]
         found.setdefault((start, *key), {})[row["problem"]] = row["test_accuracy"]
     cells = ([f"{100 * of[name]:.1f}" if name in of else NONE for name in names] for _, of in sorted(found.items()))
