@@ -39,7 +39,8 @@ class TeacherLoss(Protocol):
 class CrossEntropy:
     r"""Cross-entropy on the labeled batch: weight · (1/B_l) Σ_j CE((1−α) y_j + α/C, T(x_l)_j).
 
-    Labels are classes (B_l,), of which -100 is left out of the mean of its micro-batch and process, or distributions.
+    Labels are classes (B_l,), or distributions; for outputs of more dimensions, (B_l, C, ...), classes (B_l, ...), of
+    which -100 is left out of the mean of its micro-batch and process.
 
     Args:
         label_smoothing: α, in [0, 1).

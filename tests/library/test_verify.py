@@ -296,6 +296,29 @@ def test_planted_faults_are_refused(fault: str, mode: Any, monkeypatch: pytest.M
     assert metapl.check_gradient(case.teacher, case.student, **given).passed is fault.startswith("none")
 
 
+def test_what_a_short_type_hides_is_not_called_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a small rate; and of sampled labels too, whose drowned numbers count as zero in float64."""
+    plant(monkeypatch, "the sign")
+    for dtype, lr in ((torch.bfloat16, 0.3), (torch.float32, 1e-4)):
+        for mode in ("forward", "reinforce_per_example"):
+            torch.manual_seed(0)
+            student = Own(lambda s, x, dtype=dtype: s.b(s.a(x).tanh().to(dtype).to(x)))
+            sgd = torch.optim.SGD(student.parameters(), lr=lr)
+            assert check(student, mode, inner_optimizer=sgd).status == "cannot tell"
+
+
+@pytest.mark.parametrize("mode", ["forward", "reinforce", "reinforce_per_example"])
+def test_a_way_past_the_signal_is_seen_where_the_loss_hardly_moves(mode: str) -> None:
+    """Under a fresh AdamW, whose step is a sign."""
+    torch.manual_seed(0)
+    inner = {"inner": lambda self, losses, z, x, params: losses * (1 + self.teacher(x).softmax(1)[:, 0])}
+    student = Own(plain)
+    adam = torch.optim.AdamW(student.parameters(), lr=1e-4)
+    found = check(student, mode, problem=Problem(**inner), inner_optimizer=adam)
+    assert found.status == "refused", str(found)
+    assert "past the signal" in found.verdict
+
+
 def trainer(student: nn.Module | None = None, mode: Any = "forward", **options: Any) -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(0)
     student = Own(plain) if student is None else student
