@@ -114,7 +114,7 @@ def write_report(run: EndedRun, found: Mistakes | None = None) -> None:
     heading, picture, parts = page_of(run, found)
     content = {PICTURE: picture, PAGE: web.web_page(heading, run.folder.path, parts)}
     for name, data in content.items():
-        write_whole(run.folder.path / name, data, "make room, then: metapl report.")
+        write_whole(run.folder.path / name, data, "make room, then go on with --resume.")
 
 
 def page_of(run: EndedRun, found: Mistakes | None = None) -> tuple[str, bytes, list[str]]:

@@ -196,10 +196,10 @@ def train(
     }
     for name, network in kept.items():
         content |= network.accuracies(f"{name}_")
-    folder.write_json("result.json", content)
     if processes.first:  # what the others leave is not kept
         run = EndedRun(folder, called, data.classes, cards, describe(config, method), content)
         write_report(run, tested)
+    folder.write_json("result.json", content)  # the last: a run that has it has all
     if unread := replaced_files(skipped):
         say(f"files that could not be read: {len(unread):,}, listed in {skipped}")
     return content

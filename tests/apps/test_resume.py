@@ -40,6 +40,7 @@ POINTS = (
     ("metapl.apps.train", "measured"),
     ("metapl.apps.run:RunFolder", "write_weights"),
     ("metapl.apps.run:RunFolder", "write_json"),
+    ("metapl.apps.train", "write_report"),
 )
 
 
@@ -112,6 +113,7 @@ def assert_equal(out: Path, whole: Path) -> None:
     found, wanted = contents(out), contents(whole)
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if found[name] != wanted[name]] == []
+    assert (out / "report.html").exists()
     assert not [*out.rglob("*.tmp")]
 
 
@@ -144,6 +146,7 @@ def test_a_run_that_is_stopped_and_then_killed_ends_as_one_that_was_not(
     moment = [(point, draw.randint(1, count[point])) for point in steps]
     interrupted(kind, root, out, moment[-1], KeyboardInterrupt())
     interrupted(kind, root, out, (9, draw.randint(1, count[9])), Killed())
+    interrupted(kind, root, out, (11, 1), Killed())
     gone_on_with(kind, root, out)
     assert_equal(out, whole)
     before = files(out)
