@@ -379,7 +379,7 @@ def stored_labels(
     for part in ("unlabeled", "labeled") if teacher is not None else method.stores:
         images, ids = getattr(data, part).images, range(len(getattr(data, part).images))
         if teacher is None:
-            store, root = LabelStore(method.stores[part]), Path(getattr(config, part))
+            store, root = LabelStore(method.stores[part]), config.scan(part).root
             names: Any = [images.path(number).relative_to(root).as_posix() for number in ids]
         else:
             labeled, names = ToLabel(images=images, ids=ids, name=part, input=config.input), ids

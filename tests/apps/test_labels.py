@@ -7,6 +7,7 @@ import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from metapl import MetaplError
+from metapl.apps.images import Images
+from metapl.apps.label import stored_labels
 from metapl.apps.labels import DESCRIPTION, LabelStore, LabelWriter, select, statistics
+from metapl.apps.methods import ReducedMpl
 from metapl.apps.pictures.folders import scan_unlabeled
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
@@ -422,3 +426,7 @@ def test_the_pictures_that_were_selected_are_listed_for_a_training(tmp_path: Pat
     metapl("labels", "select", tmp_path / "store", "--any-class", "--per-class", "1", "--out", tmp_path / "one")
     found = scan_unlabeled(tmp_path / "one" / "list.txt")
     assert [Path(path) for path in found.paths()] == [many / name for name in ("b.png", "deep/a.png")]
+    config = Images(labeled=str(many), unlabeled=str(tmp_path / "one" / "list.txt"))
+    data: Any = SimpleNamespace(unlabeled=SimpleNamespace(images=found))
+    labels = stored_labels(None, config, ReducedMpl(label_store=str(tmp_path / "one")), tmp_path, data, print)
+    assert labels["unlabeled"].argmax(1).tolist() == [1, 0]
