@@ -99,10 +99,10 @@ class NoisyStudent(Method):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(self, self.warm_steps is None or self.warm_start, "warm_steps", "None without warm_start")
+        require(self, self.warm_steps is None or self.warm_start, "warm_steps", "--warm-start beside it")
         means = self.training == "joint" or self.loss == "mean"
         require(self, means, "loss", f"mean with training={self.training}, which has no sum")
-        require(self, self.finetune_size is not None or self.frozen == 0.5, "frozen", "a finetune_size beside it")
+        require(self, self.finetune_size is not None or self.frozen == 0.5, "frozen", "--finetune-size beside it")
         most = f"{self.rounds + 1} names at most: the first teacher's, then one a round"
         require(self, len(self.networks) <= self.rounds + 1, "networks", most)
 
