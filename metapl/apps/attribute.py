@@ -78,7 +78,8 @@ class Attribute:
         fields = run.description["fields"]
         if not fields.get("labeled"):
             raise MetaplError(f"{self.folder} is a run of {run.result['recipe']}; expected one of pictures in folders.")
-        check_out(self.out, fields)
+        for places in (fields, {"val": self.val}):
+            check_out(self.out, places)
         with held(self.out):
             given, judges = files_of(run, "labeled"), files_of(run, "validation") or files_of(run, "clean")
             judges = scan_labeled(self.val) if self.val else judges

@@ -66,7 +66,8 @@ class Evaluate:
             raise MetaplError("--eps was given without --attack; expected --attack fgsm or --attack pgd.")
         run = EndedRun.load(self.folder)
         if self.out is not None:
-            check_out(self.out, run.source.recipe().get("fields", {}) | {"test": self.test})
+            for fields in (run.source.recipe().get("fields", {}), {"test": self.test}):
+                check_out(self.out, fields)
         with held(self.out):
             name = run.name(self.network)
             network = run.network(name, self.factory).to(run.device)

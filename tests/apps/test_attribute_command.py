@@ -115,6 +115,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
         ("run", "--steps 3 --batch 8", "--steps"),
         ("run", f"--out {root}/noisy/bar/out", "would be read"),
         ("run", f"--out {root}/clean", "would be read"),
+        ("run", f"--val {root}/val --out {root}/val/out", "would be read"),
     ):
         told = shown("attribute", root / run, "--out", tmp_path / "out", *flags.split(), code=2)
         assert words in " ".join(told.stderr.split())

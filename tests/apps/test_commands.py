@@ -248,9 +248,10 @@ def test_evaluate_measures_on_other_pictures(colors: Path, tmp_path: Path) -> No
         assert words in told.stderr
     told = metapl("evaluate", colors / "run", "--test", colors / "labeled", code=None)
     assert "are among the" in " ".join(told.stderr.split())
-    told = metapl("evaluate", colors / "run", "--out", colors / "labeled" / "out", code=2)
-    assert "would be read" in " ".join(told.stderr.split())
-    assert not (colors / "labeled" / "out").exists()
+    for part in ("labeled", "test"):
+        told = metapl("evaluate", colors / "run", "--out", colors / part / "out", code=2)
+        assert "would be read" in " ".join(told.stderr.split())
+        assert not (colors / part / "out").exists()
 
 
 def test_runs_of_every_state_are_listed(tiny: Path, tmp_path: Path) -> None:
