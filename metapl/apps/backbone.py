@@ -17,7 +17,7 @@ from metapl.apps.machine import read_json, sha256_of
 from metapl.apps.methods import Data
 from metapl.apps.networks import Architecture, Tuned
 from metapl.apps.pictures.batches import EvaluationBatches
-from metapl.apps.run import WEIGHTS, EndedRun
+from metapl.apps.run import WEIGHTS, EndedRun, refuse_changed
 from metapl.apps.words import require_extra
 from metapl.errors import MetaplError
 from metapl.metrics.predictions import eval_mode
@@ -54,6 +54,7 @@ def find(given: str, network: str | None) -> dict[str, Any]:
         run = EndedRun.load(path)
         name = run.result["delivered"]
         card, weights = run.cards[name], path / WEIGHTS[name]
+        refuse_changed(weights, run.result)
         if card.architecture is None or card.mean is None:
             raise MetaplError(f"--backbone {given}: its network takes no pictures; expected a run on pictures.")
         known = card.architecture.name

@@ -62,13 +62,15 @@ def choose_settings(config: Any, method: Any, say: Say, before: Mapping[str, Any
     few, many = (config.scan(name) for name in config.few_and_many)
     places: dict[str, Any] = {name: getattr(config, name) for name in config.places} | {"weights": weights}
     whole = {name: str(Path(one).expanduser().resolve()) for name, one in places.items() if one is not None}
+    if weights is not None and Path(whole["weights"]).is_file():
+        whole["backbone_sha256"] = sha256_of(whole["weights"])
     config = replaced(config, classes=few.classes, **whole)
     if before is not None:
-        if asked != "none" and before.get("weights") is not None:
+        if before.get("weights") is not None:
             weights = Path(before["weights"])
             if not weights.is_file() or sha256_of(weights) != before.get("backbone_sha256"):
-                raise MetaplError(f"the backbone of the run, {weights}, is gone or another one; put it back.")
-            config = replaced(config, weights=str(weights))
+                raise MetaplError(f"the weights of the run, {weights}, are gone or another file; put them back.")
+            config = replaced(config, weights=str(weights)) if asked != "none" else config
         try:
             config = filled(config, {name: value for name, value in before.items() if name not in GIVEN})
             return config, filled(method, before)
@@ -91,6 +93,9 @@ def choose_settings(config: Any, method: Any, say: Say, before: Mapping[str, Any
             why = "the weights of none are on this machine" if large else "the pictures are grey or small"
             say(f"backbone: none, for {why}; from scratch")
     if found is not None:
+        if config.pictures.grey not in (None, found["grey"]):
+            kind = "grey" if found["grey"] else "color"
+            raise MetaplError(f"--backbone {asked} takes {kind} pictures; leave --grey {config.pictures.grey} out.")
         own, tuning = config.pictures.image_size, config.pictures.tuning or "lora"
         if (own or seen.side) < backbone.LEAST_SIDE and found["image_size"] is None:
             raise MetaplError(

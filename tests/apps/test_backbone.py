@@ -82,7 +82,7 @@ def test_a_run_begins_from_a_file_goes_on_from_it_alone_and_is_read_without_it(
         for name in ("result.json", *ended):
             (out / name).unlink()
         torch.save(create("pooled_cnn", 10, image_size=SIDE).state_dict(), given)
-        assert "another one" in metapl(*started, "--resume", code=2).stderr
+        assert "another file" in metapl(*started, "--resume", code=2).stderr
         shutil.copy(root / "weights.pt", given)
         metapl(*started, "--resume")
         assert {file.name: file.read_bytes() for file in out.glob("*.safetensors")} == ended
@@ -208,6 +208,17 @@ def test_the_network_of_a_run_is_a_backbone(root: Path, tmp_path: Path) -> None:
     after, finetuned = load_file(again / "student.safetensors"), load_file(out / "finetuned_student.safetensors")
     name = next(key for key in after if after[key].ndim == 4)
     assert torch.equal(after[name], finetuned[name])
+    shutil.copy(out / "student.safetensors", out / "finetuned_student.safetensors")
+    assert "SHA-256" in metapl(*command(from_it, root, tmp_path / "third", "--backbone", out), code=2).stderr
+
+
+def test_weights_that_were_exchanged_are_not_gone_on_with(root: Path, tmp_path: Path) -> None:
+    given, out = Path(shutil.copy(root / "weights.pt", tmp_path)), tmp_path / "run"
+    started = command(f"{IMAGES} supervised --weights {given}", root, out)
+    metapl(*started)
+    (out / "result.json").unlink()
+    torch.save(create("pooled_cnn", 10, image_size=SIDE).state_dict(), given)
+    assert "another file" in metapl(*started, "--resume", code=2).stderr
 
 
 def test_what_is_no_backbone_is_refused_in_a_line(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,6 +234,7 @@ def test_what_is_no_backbone_is_refused_in_a_line(root: Path, tmp_path: Path, mo
         ("--backbone {root}/test", "recipe.json"),
         ("--backbone {root}/weights.pt --weights {root}/weights.pt", "leave one out"),
         ("--backbone {root}/weights.pt --dropout 0.5", "noise"),
+        ("--backbone {root}/weights.pt --grey True", "takes color pictures"),
         ("--backbone none --tuning lora", "--tuning"),
         ("--backbone {root}/test/red/red-0.png", "read"),
     ):
