@@ -30,19 +30,15 @@ STUDENT_RATE, TEACHER_RATE, MOMENTUM, FINETUNED_AT = 1.0, 0.06, 0.9, 0.02
 # The networks are so small that consistency helps them little: a teacher does without it.
 _UDA = methods.Consistency(uda_temperature=1.0, uda_threshold=0.0, uda_align=0.0, uda_start=0, uda_ramp=0)
 _OWN: dict[str, Any] = {"uda": replaced(_UDA, uda_weight=0.0), "wait": 0, "warm_start": False}
-_FIXMATCH = methods.FixMatch()
 
-METHODS = {
+METHODS: dict[str, Any] = {
     "mpl": methods.Mpl(**_OWN),
-    "none": methods.Mpl(feedback=methods.Feedback(feedback="none"), **_OWN),
     "supervised": methods.Supervised(),
     "pseudo_labels": methods.PseudoLabels(),
     "uda": methods.Uda(uda=_UDA),
-    "fixmatch": replaced(_FIXMATCH, uda_start=0, uda_ramp=0),
+    "fixmatch": replaced(methods.FixMatch(), uda_start=0, uda_ramp=0),
     "ent_min": methods.EntMin(),
-    "permuted": methods.Mpl(feedback=methods.Feedback(feedback="permuted"), **_OWN),
-    "class_means": methods.Mpl(feedback=methods.Feedback(feedback="class_means"), **_OWN),
-    "random_sign": methods.Mpl(feedback=methods.Feedback(feedback="random_sign"), **_OWN),
+    **{k: methods.Mpl(feedback=methods.Feedback(feedback=k), **_OWN) for k in methods.TITLES if k != "whole"},
     "reduced_mpl": methods.ReducedMpl(uda=_OWN["uda"]),
     "reduced_none": methods.ReducedMpl(feedback=methods.Feedback(feedback="none"), uda=_OWN["uda"]),
 }

@@ -380,7 +380,7 @@ def stored_labels(
         images, ids = getattr(data, part).images, range(len(getattr(data, part).images))
         if teacher is None:
             store, root = LabelStore(method.stores[part]), config.scan(part).root
-            names: Any = [images.path(number).relative_to(root).as_posix() for number in ids]
+            names: Any = called(store, root, [images.path(number).relative_to(root).as_posix() for number in ids])
         else:
             labeled, names = ToLabel(images=images, ids=ids, name=part, input=config.input), ids
             store = write_labels(teacher, labeled, folder / FOLDER / part, data.classes, say)
@@ -408,4 +408,13 @@ def check_labels_given(config: Any, method: ReducedMpl) -> None:
             expected = f"those of {config.labeled}: {few(own)}"
             raise MetaplError(f"{place} has the classes {few(store.classes)}; expected {expected}.")
         files = scan_unlabeled(getattr(config, part))
-        refuse_other_pictures(store, dict(zip(files.names, files.paths(), strict=True)).get, lambda text: None)
+        known = dict(zip(called(store, files.root, files.names), files.paths(), strict=True))
+        refuse_other_pictures(store, known.get, lambda text: None)
+
+
+def called(store: LabelStore, root: Path, names: Sequence[str]) -> list[str]:
+    """What a store calls files: their paths in the folder that was labeled; of one that was moved, in the root."""
+    labeled, inside = Path(str(store.provenance.get("pictures", "-"))).resolve(), Path()
+    if root.resolve().is_relative_to(labeled):  # that of a list is the folder that its files have in common
+        inside = root.resolve().relative_to(labeled)
+    return [(inside / name).as_posix() for name in names]

@@ -423,10 +423,14 @@ def test_the_pictures_that_were_selected_are_listed_for_a_training(tmp_path: Pat
         Image.new("L", (4, 4)).save(many / name)
     with LabelWriter(tmp_path / "store", ["x", "y"], provenance={"pictures": str(many)}) as store:
         store.add(names, torch.tensor([[0.2, 0.8], [0.4, 0.6], [0.9, 0.1]]))
-    metapl("labels", "select", tmp_path / "store", "--any-class", "--per-class", "1", "--out", tmp_path / "one")
-    found = scan_unlabeled(tmp_path / "one" / "list.txt")
-    assert [Path(path) for path in found.paths()] == [many / name for name in ("b.png", "deep/a.png")]
-    config = Images(labeled=str(many), unlabeled=str(tmp_path / "one" / "list.txt"))
-    data: Any = SimpleNamespace(unlabeled=SimpleNamespace(images=found))
-    labels = stored_labels(None, config, ReducedMpl(label_store=str(tmp_path / "one")), tmp_path, data, print)
-    assert labels["unlabeled"].argmax(1).tolist() == [1, 0]
+    for out, how, chosen in (
+        ("one", ("--any-class", "--per-class", "1"), {"b.png": 1, "deep/a.png": 0}),
+        ("sure", ("--threshold", "0.85"), {"deep/a.png": 0}),  # all in one folder of it
+    ):
+        metapl("labels", "select", tmp_path / "store", *how, "--out", tmp_path / out)
+        found = scan_unlabeled(tmp_path / out / "list.txt")
+        assert [Path(path) for path in found.paths()] == [many / name for name in chosen]
+        config = Images(labeled=str(many), unlabeled=str(tmp_path / out / "list.txt"))
+        data: Any = SimpleNamespace(unlabeled=SimpleNamespace(images=found))
+        labels = stored_labels(None, config, ReducedMpl(label_store=str(tmp_path / out)), tmp_path, data, print)
+        assert labels["unlabeled"].argmax(1).tolist() == [*chosen.values()]
