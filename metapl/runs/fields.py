@@ -36,10 +36,12 @@ class Range:
         low = value >= self.least if self.above is None else value > self.above
         return low and (self.below is None or value < self.below) and (self.most is None or value <= self.most)
 
-    def words(self, kind: Any) -> str:
+    def __repr__(self) -> str:  # as the errors of tyro show it too
         limits = {">=": self.least, ">": self.above, "<": self.below, "<=": self.most}
-        said = [f"{sign} {limit:,}" for sign, limit in limits.items() if limit is not None]
-        return f"{self.of or _NAMES[kind]} {' and '.join(said)}"
+        return " and ".join(f"{sign} {limit:,}" for sign, limit in limits.items() if limit is not None)
+
+    def words(self, kind: Any) -> str:
+        return f"{self.of or _NAMES[kind]} {self!r}"
 
 
 AtLeastOne = Annotated[int, Range(1)]
