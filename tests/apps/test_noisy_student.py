@@ -108,7 +108,7 @@ def test_each_round_has_a_network_of_its_own_and_the_rate_that_is_settled() -> N
 
 UNFIT: list[tuple[dict[str, Any], str]] = [
     *(({"rounds": 0}, "rounds"), ({"threshold": 1.0}, "threshold"), ({"ratio": 0}, "ratio")),
-    *(({"per_class": 0}, "per_class"), ({"warm_steps": 5}, "warm_start"), ({"frozen": 0.1}, "finetune_size")),
+    *(({"per_class": 0}, "per_class"), ({"warm_steps": 5}, "warm-start"), ({"frozen": 0.1}, "finetune-size")),
     *(({"networks": ("16x16", "8")}, "smaller"), ({"networks": ("8", "16"), "warm_start": True}, "warm-start")),
     *(({"networks": ("8y8",)}, "8y8"), ({"finetune_size": 16}, "one size")),
     ({"rounds": 1, "networks": ("a", "b", "c")}, "2 names"),
