@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.batch import both_batches, micro_batches, plain, rows
 from metapl.execution.layout import layouts
-from metapl.execution.numerics import no_fast_path
+from metapl.execution.numerics import as_real, no_fast_path
 from metapl.execution.state import RandomState, trainable
 from metapl.feedback import Estimator, Implicit, Lookahead, LossDifference, Mode, estimator, prepare
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
@@ -624,7 +624,7 @@ class Step:
 
 
 def flat(tree: Any) -> Tensor:
-    return torch.cat([t.detach().to_dense().double().flatten() for t in pytree.tree_leaves(tree)])
+    return torch.cat([as_real(t.detach().to_dense()).double().flatten() for t in pytree.tree_leaves(tree)])
 
 
 def size_of(t: Tensor) -> float:
