@@ -126,10 +126,11 @@ def test_the_table_is_of_the_means_over_seeds(tmp_path: Path) -> None:
     for problem, chance in zip(half("unseen"), by["chance"], strict=False):
         counts = class_counts(len(problem.classes), problem.test, problem.imbalance)
         assert chance == f"{100 * chance_level(counts):.1f}"
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- unseen:begin -->\nold\n<!-- unseen:end -->\nafter\n")
+    page, marked = tmp_path / "page.md", "before\n<!-- {0}:begin -->\n{1}\n<!-- {0}:end -->\nafter\n"
+    page.write_text("".join(marked.format(name, "old") for name in ("unseen", "backbone")))
     command(tables, "--write", page)
-    made = tables.table(read(tables.RAW))
-    assert page.read_text() == f"before\n<!-- unseen:begin -->\n{made}\n<!-- unseen:end -->\nafter\n"
-    assert f"<!-- unseen:begin -->\n{made}\n<!-- unseen:end -->" in PAGE.read_text()
+    of_backbone = tables.from_backbone([row for row in read(tables.BACKBONE) if row["half"] == "unseen"])
+    made = {"unseen": tables.table(read(tables.RAW)), "backbone": of_backbone}
+    assert page.read_text() == "".join(marked.format(*each) for each in made.items())
+    assert all(marked.format(*each)[7:-7] in PAGE.read_text() for each in made.items())
     assert (tmp_path / "pictures.png").read_bytes().startswith(b"\x89PNG")
