@@ -78,8 +78,7 @@ class Attribute:
         fields = run.description["fields"]
         if not fields.get("labeled"):
             raise MetaplError(f"{self.folder} is a run of {run.result['recipe']}; expected one of pictures in folders.")
-        for places in (fields, {"val": self.val}):
-            check_out(self.out, places)
+        check_out(self.out, fields, {"val": self.val})
         with held(self.out):
             given, judges = files_of(run, "labeled"), files_of(run, "validation") or files_of(run, "clean")
             judges = scan_labeled(self.val) if self.val else judges

@@ -103,7 +103,7 @@ def find(given: str, network: str | None) -> dict[str, Any]:
         raise MetaplError(f"--backbone {given} is {known}, and --network {network} was given; leave it out.")
     if not path.is_dir() and known.startswith("timm:") and (config := _config(known)) is not None:
         own |= {"mean": tuple(config.mean), "std": tuple(config.std)}
-    return {"network": known, "weights": str(weights.resolve()), "backbone_sha256": sha256_of(weights), **own}
+    return {"network": known, "weights": str(weights.resolve()), "weights_sha256": sha256_of(weights), **own}
 
 
 def auto(network: str | None = None) -> dict[str, Any] | None:

@@ -66,8 +66,7 @@ class Evaluate:
             raise MetaplError("--eps was given without --attack; expected --attack fgsm or --attack pgd.")
         run = EndedRun.load(self.folder)
         if self.out is not None:
-            for fields in (run.source.recipe().get("fields", {}), {"test": self.test}):
-                check_out(self.out, fields)
+            check_out(self.out, run.source.recipe().get("fields", {}), {"test": self.test})
         with held(self.out):
             name = run.name(self.network)
             network = run.network(name, self.factory).to(run.device)

@@ -98,7 +98,7 @@ class Pictures:
     stochastic_depth: Share = 0.0
     mean: Hidden[tuple[float, ...] | None] = None
     std: Hidden[tuple[float, ...] | None] = None
-    backbone_sha256: Hidden[str | None] = None  # of the weights, once they were found
+    weights_sha256: Hidden[str | None] = None  # of the weights, once they were found
 
     def __post_init__(self) -> None:
         check_fields(self)

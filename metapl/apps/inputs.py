@@ -43,10 +43,10 @@ def plural(number: int, what: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def check_out(out: Path, fields: Mapping[str, Any]) -> None:
-    """Refuse a folder to write to in one that pictures are read from, where what is written would be read too."""
-    for name in PLACES:
-        folder = fields.get(name)
+def check_out(out: Path, *given: Mapping[str, Any]) -> None:
+    """Refuse a folder to write to in one that pictures are read from, where what is written would be read too; the
+    fields of a run, and what a command was given besides."""
+    for name, folder in ((name, fields.get(name)) for fields in given for name in PLACES):
         if folder and out.resolve().is_relative_to(Path(folder).expanduser().resolve()):
             raise MetaplError(
                 f"the folder to write to, {out}, lies in {folder}, the {name} pictures, and would be read with them; "

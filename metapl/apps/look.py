@@ -63,12 +63,12 @@ def choose_settings(config: Any, method: Any, say: Say, before: Mapping[str, Any
     places: dict[str, Any] = {name: getattr(config, name) for name in config.places} | {"weights": weights}
     whole = {name: str(Path(one).expanduser().resolve()) for name, one in places.items() if one is not None}
     if weights is not None and Path(whole["weights"]).is_file():
-        whole["backbone_sha256"] = sha256_of(whole["weights"])
+        whole["weights_sha256"] = sha256_of(whole["weights"])
     config = replaced(config, classes=few.classes, **whole)
     if before is not None:
         if before.get("weights") is not None:
             weights = Path(before["weights"])
-            if not weights.is_file() or sha256_of(weights) != before.get("backbone_sha256"):
+            if not weights.is_file() or sha256_of(weights) != before.get("weights_sha256"):
                 raise MetaplError(f"the weights of the run, {weights}, are gone or another file; put them back.")
             config = replaced(config, weights=str(weights)) if asked != "none" else config
         try:
@@ -104,7 +104,7 @@ def choose_settings(config: Any, method: Any, say: Say, before: Mapping[str, Any
             )
         config = replaced(config, **found | {"tuning": tuning, "image_size": own or found["image_size"]})
         what = {"head": "its head is trained", "lora": "low-rank changes are trained", "all": "all of it is trained"}
-        sha256 = found["backbone_sha256"][:12]
+        sha256 = found["weights_sha256"][:12]
         say(f"backbone: {found['network']} from {found['weights']} (SHA-256 {sha256}...), {what[tuning]}")
     aside = round(SET_ASIDE * count) if not config.val else 0
     # Too few to select on train better.

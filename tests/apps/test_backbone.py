@@ -73,7 +73,7 @@ def test_a_run_begins_from_a_file_goes_on_from_it_alone_and_is_read_without_it(
     metapl(*started)
     fields = json.loads((out / "recipe.json").read_text())["recipe"]["fields"]
     assert (fields["network"], fields["weights"], fields["tuning"]) == ("pooled_cnn", str(given), tuning)
-    assert fields["backbone_sha256"] == backbone.find(str(given), "pooled_cnn")["backbone_sha256"]
+    assert fields["weights_sha256"] == backbone.find(str(given), "pooled_cnn")["weights_sha256"]
     assert result(out)["control_accuracy"] == 1.0
     assert "linear baseline" in (out / "report.html").read_text()
     before = torch.load(given)

@@ -177,7 +177,7 @@ def test_shares_follow_the_steps_of_which_those_that_were_given_are_not_measured
 def test_a_look_gives_every_setting_a_value_says_it_and_a_run_that_is_resumed_takes_it(root: Path) -> None:
     said: list[str] = []
     found, method = choose_settings(given(root), images.METHODS["mpl"], said.append)
-    open_ = ("val", "test", "minutes", "weights", "tuning", "backbone_sha256", "ema_decay")
+    open_ = ("val", "test", "minutes", "weights", "tuning", "weights_sha256", "ema_decay")
     assert [name for name, value in flat(found).items() if value is None and name not in open_] == []
     assert None not in [value for name, value in flat(method).items() if name.startswith("uda_")]
     assert (found.classes, method.uda.uda_prior) == (("blue", "red"), (0.5, 0.5))
