@@ -76,8 +76,7 @@ def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> 
         [constants_of(inner), as_taken(constants_of(unclipped(updates[1])))],
         problem.default_teacher_losses if own is None else lambda batch: own,
         steps=steps,
-        weight=trainer.feedback_weight,
-        ratio=trainer.feedback_ratio,
+        feedback_size=trainer.feedback_size,
         autocast=nullcontext if trainer.precision == "float32" else cast,
     )
 
@@ -187,6 +186,7 @@ class CompiledStep:
                 shown |= {f"teacher_{n}": t for n, t in report.teacher_losses.items()}
                 shown |= {} if trainer.mode.name == "none" else {"outer_loss": report.outer_loss}
                 shown |= {} if trainer.teacher is None else {"teacher_loss": report.teacher_loss}
+                shown |= report.sizes
                 shown |= {"step_rounding": report.step_rounding} if trainer.update.rounded else {}
                 by_difference = "difference" in (trainer.mode.name, getattr(trainer.mode, "tangent", ""))
                 fault = Fault([(~(report.flag < (BY_DIFFERENCE if by_difference else SLOPES)), OFF)])
@@ -215,7 +215,7 @@ class CompiledStep:
         optimizers = [one for optimizer in trainer.schedulable for one in parts_of(optimizer)]
         given = trainer.mode, trainer.problem, trainer.teacher_losses, *optimizers, *(o.state for o in optimizers)
         held = [id(t) for table in self.tables for t in table.values()]
-        marks = steps, trainer.feedback_weight, trainer.feedback_ratio, *map(id, given)
+        marks = steps, trainer.feedback_size, *map(id, given)
         return [*trainer._slots, *marks, *held, *[t.data_ptr() for t in self.weights]]
 
     def find(self, trainer: Any, steps: int) -> Any:
@@ -226,7 +226,7 @@ class CompiledStep:
         parts = [part for network in networks for part in network.modules()]
         held = *parts, *parameters, trainer.mode, trainer.problem, trainer.teacher_losses, *trainer.schedulable
         marks = (of_network.mark for of_network in trainer._slots)
-        self.kind = steps, trainer.feedback_weight, trainer.feedback_ratio, *marks, *map(id, held)
+        self.kind = steps, trainer.feedback_size, *marks, *map(id, held)
         return held
 
     def compile(self, trainer: Any, steps: int, in_graphs: bool) -> tuple[Any, Any]:

@@ -329,6 +329,8 @@ def fit(
                         load_whole(trainer.student, weights_of(teacher))
                     if decay is not None:
                         averages["student"] = Average(trainer.student, decay)
+                if hasattr(trainer, "measures_feedback"):
+                    trainer.measures_feedback = options.due(options.log_every, now.step + 1)
                 try:
                     report = (trainer.teacher_step if waits else trainer.step)(labeled, unlabeled)
                 except MetaplError as error:

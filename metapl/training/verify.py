@@ -185,6 +185,7 @@ def verified(given: Step, estimate: Any) -> GradientCheck:
     """A mode's gradient of a step beside its definition; nothing of the process is moved."""
     estimate = getattr(estimate, "base", estimate)  # whose feedback a control alters
     plainly = {"normalization": "gradient", "similarity": "dot", "baseline": None, "truncate": None, "keep_on": None}
+    plainly["reduction"] = "sum"  # the mean is 1/B of it, and no derivative
     names = {one.name for one in fields(estimate)} if is_dataclass(estimate) else set()
     estimate = replace(estimate, **{name: value for name, value in plainly.items() if name in names})
     if estimate.credits == "nothing":
