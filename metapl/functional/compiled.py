@@ -30,7 +30,7 @@ from metapl.feedback.report import StepReport
 from metapl.functional.state import State, clipped, constants_of, leaves_of, norm, settings_of, state_of, unclipped
 from metapl.functional.step import Step, make_step
 from metapl.problems.base import Signal, enters_input, gumbel
-from metapl.updates import TorchUpdate, Update, as_taken, parts_of, update_of
+from metapl.updates import OwnStep, TorchUpdate, Update, as_taken, parts_of, update_of
 
 LONGEST = 3  # steps that are unrolled in one function
 
@@ -55,6 +55,7 @@ def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> 
         once, again = (inner.update(theta, theta, inner.read_state())[0] for _ in "ab")
         hides = not all(torch.equal(t, again[name]) for name, t in once.items())
     refused = {
+        "an optimizer without a rule here; expected SGD, Adam, AdamW or Muon": isinstance(inner, OwnStep),
         f"mode {type(mode).__name__}; expected one of the library's, other than implicit": type(mode) not in KNOWN,
         f"accumulate={trainer.accumulate}; expected 1": trainer.accumulate > 1,
         "networks of several processes; expected one process": trainer.layout.kind != "plain"

@@ -54,7 +54,8 @@ class BilevelTrainer(Trainer):
             ``reinforce`` is the paper's Algorithm 1; on the digits it was below no feedback (docs/when.md).
         problem: default :class:`metapl.PseudoLabels`.
         inner_optimizer: the student's: ``torch.optim`` SGD, Adam, AdamW or Muon, a tuple of these over disjoint
-            parameters, such as (Muon, AdamW), or a TorchOpt transform.
+            parameters, such as (Muon, AdamW), or a TorchOpt transform; in mode ``none``, which differentiates nothing,
+            any of ``torch.optim``.
         outer_optimizer: the teacher's: any of ``torch.optim`` over its parameters, or a tuple. Both default to
             ``SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)``. Of optimizers that accelerate or Lightning
             have wrapped, give the ``.optimizer`` inside (docs/own-loop.md).
@@ -154,7 +155,8 @@ class BilevelTrainer(Trainer):
         check_mode(self.mode, lookahead, self.problem, self.layout)
 
         self.inner_optimizer = default_optimizer(self.student) if inner_optimizer is None else as_one(inner_optimizer)
-        update = update_of(self.inner_optimizer, self.layout.parameters())
+        gives_feedback = self.mode.credits != "nothing"
+        update = update_of(self.inner_optimizer, self.layout.parameters(), is_differentiated=gives_feedback)
         self.update = update if clip_norm is None else Clipped(update, clip_norm, self.layout.space)
         self.outer_optimizer = as_one(outer_optimizer, "outer_optimizer")
         self._teacher_trainer: LossTrainer | None = None  # on its own losses, while the student waits

@@ -124,7 +124,9 @@ def check_gradient(
     (of_teacher, of_student, device), estimate = layouts(teacher, student), estimator(mode or "forward")  # type: ignore[arg-type]
     if of_student.is_sharded or not of_student.ranks.alone:
         raise MetaplError("check_gradient was given networks of several processes; expected those of one, not sharded.")
-    update = update_of(inner_optimizer, of_student.parameters(), inner_state)
+    gives_feedback = estimate.credits != "nothing"
+    parameters = of_student.parameters()
+    update = update_of(inner_optimizer, parameters, inner_state, is_differentiated=gives_feedback)
     update = update.inner if isinstance(update, Clipped) else update
     update.follow(of_student.parameters())
     steps = [vars(one).get("step") for one in parts_of(vars(update).get("optimizer", update))]

@@ -193,7 +193,8 @@ def flat_grad(loss: Tensor, problem: Toy) -> Tensor:
 
 @pytest.mark.parametrize("optimiser", ["torch_sgd", "torch_adam", "torchopt_clip"])
 @pytest.mark.parametrize(
-    "estimator", [Reinforce(), Reinforce(similarity="cosine"), Reinforce(normalization="learning_rate"), LossDifference()]
+    "estimator",
+    [Reinforce(), Reinforce(similarity="cosine"), Reinforce(normalization="learning_rate"), LossDifference()],
 )
 def test_the_mean_is_the_sum_over_the_number_of_labels(
     estimator: Any, optimiser: str, monkeypatch: pytest.MonkeyPatch
