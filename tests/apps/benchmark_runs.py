@@ -17,7 +17,7 @@ BENCHMARKS = ROOT / "benchmarks"
 RESULTS = BENCHMARKS / "results"
 
 # Both halves take as long in miniature; each has a file, so that no process is left alone with all of them.
-FIRST = ("endurance", "attribution", "data_rater", "modes", "noisy_student", "scale", "step", "tables")
+FIRST = ("endurance", "attribution", "data_rater", "feedback_size", "modes", "noisy_student", "scale", "step", "tables")
 SECOND = ("digits_study", "hyperparameters", "label_noise", "long_paths", "mnist", "peers", "reduced", "silent", "when")
 SECOND += ("rival_attribution", "stored_labels", "suspects", "suspects --harmful")
 SCRIPTS = sorted(FIRST + SECOND)
