@@ -22,7 +22,7 @@ from metapl.ablation.altered import Alteration, Altered
 from metapl.ablation.cost import flops, peak_bytes, seconds
 from metapl.data.feed import feed
 from metapl.errors import MetaplError, reason_of
-from metapl.execution.batch import is_whole
+from metapl.execution.batch import is_whole, length
 from metapl.execution.checks import described
 from metapl.execution.state import RandomState, replayed
 from metapl.feedback import MODES, Estimator, Implicit, Lookahead, Mode, estimator
@@ -53,10 +53,13 @@ class ModeCost:
     Args:
         cosine: of its gradient, averaged over the draws, with the exact one; the mean over the points.
         relative_error, noise_to_signal: as :func:`metapl.ablate` defines them, the latter 0 for a mode that draws
-            nothing; root mean squares over the points.
+            nothing; root mean squares over the points. Those of a mode with ``reduction="mean"`` are of B times its
+            gradient, the sum.
         passes: floating-point operations over those of a forward pass of the student on the unlabeled batch.
         seconds: a call, the least of interleaved rounds; on a CPU the processor's time, where that is less.
         peak_bytes: what a call holds at its fullest, beyond what was held before.
+        length: of its gradient as it is, averaged over the draws, over that of the exact one; the mean over the points.
+            Of Algorithm 1's mean it is about 1/B.
     """
 
     cosine: float
@@ -65,6 +68,7 @@ class ModeCost:
     passes: float
     seconds: float
     peak_bytes: int
+    length: float = 1.0
 
     @property
     def of_one_draw(self) -> float:
@@ -101,7 +105,9 @@ class Ablation:
 
     def table(self) -> str:
         """The figures in lines of a terminal of 80 columns; the reasons for what is missing stand below."""
-        lines = ["mode                     cosine     error    noise   passes time, ms peak, KB"]
+        lines = [
+            f"{'mode':<22}{'cosine':>7}{'length':>8}{'error':>8}{'noise':>8}{'passes':>8}{'time, ms':>9}{'peak, KB':>9}"
+        ]
         reasons: list[str] = []
         for modes in (self.modes, self.altered):
             if modes is self.altered and modes:
@@ -111,9 +117,10 @@ class Ablation:
                     reasons += [found] * (found not in reasons)
                     lines.append(f"{name:<22}  cannot run on this model [{reasons.index(found) + 1}]")
                 else:
-                    distance = f"{found.cosine:>9.3f}{found.relative_error:>10.2g}{found.noise_to_signal:>9.2g}"
-                    cost = f"{found.passes:>9.1f}{found.seconds * 1e3:>9.3g}{found.peak_bytes / 1e3:>9.0f}"
-                    lines.append(f"{name:<22}{distance}{cost}")
+                    direction = f"{found.cosine:>7.3f}{found.length:>8.2g}"
+                    distance = f"{found.relative_error:>8.2g}{found.noise_to_signal:>8.2g}"
+                    cost = f"{found.passes:>8.1f}{found.seconds * 1e3:>9.3g}{found.peak_bytes / 1e3:>9.0f}"
+                    lines.append(f"{name:<22}{direction}{distance}{cost}")
         texts = (f"[{number}] {' '.join(reason.split())}" for number, reason in enumerate(reasons, 1))
         return "\n\n".join(["\n".join(lines), *(textwrap.fill(text, 80, subsequent_indent="    ") for text in texts)])
 
@@ -174,7 +181,9 @@ def ablate(
               \text{noise to signal} = \frac{\sqrt{\tfrac1{n-1} \sum_i \|g_i - \bar g\|^2}}{\|g^*\|}
 
     with :math:`g^*` the exact gradient of the soft step, by double backward (by forward mode where the student has no
-    second derivative), and :math:`\bar g` the mean of n draws of labels.
+    second derivative), and :math:`\bar g` the mean of n draws of labels. Direction and length are told apart: a mode
+    with ``reduction="mean"``, as Algorithm 1 is written, gives 1/B of the gradient, so g is taken as B times what it
+    gives, and its ``length`` is stated as it is.
 
     Args:
         trainer: the networks, the problem and the student's optimizer as they stand. It is left as it was. With
@@ -208,7 +217,7 @@ def ablate(
     if not given or len(estimates) < len(given):
         raise MetaplError(f"ablate was given modes={modes!r}; expected a list of one or more, each name once.")
     problem, device = trainer.problem, trainer.device
-    distances: dict[str, list[tuple[float, float, float]]] = {}  # cosine, error and noise at each point
+    distances: dict[str, list[tuple[float, float, float, float]]] = {}  # cosine, error, noise and length at each point
     reasons: dict[str, str] = {}  # why the others do not run
     drawing: set[str] = set()  # names of modes whose gradient has drawn labels in it
 
@@ -229,12 +238,16 @@ def ablate(
                 reasons[name] = _reason(error)
                 continue
             drawing.update([name] * draws_any)
-            g = torch.stack(found)  # (draws, weights)
-            mean, length = g.mean(0), exact.norm().clamp_min(1e-300)
+            examples = length(inner_batches(batches[1])[0]) if getattr(mode, "reduction", "sum") == "mean" else 1
+            g = examples * torch.stack(found)  # (draws, weights)
+            mean = g.mean(0)
+            exact_norm = exact.norm().clamp_min(1e-300)
             # The mean of n draws has 1/n of their noise in it, which the spread of n draws is short of.
-            noise = ((g - mean).square().sum() / max(1, len(g) - 1)).sqrt() / length
-            cosine, off = torch.nn.functional.cosine_similarity(mean, exact, dim=0), (mean - exact).norm() / length
-            distances.setdefault(name, []).append((float(cosine), float(off), float(noise)))
+            noise = ((g - mean).square().sum() / max(1, len(g) - 1)).sqrt() / exact_norm
+            cosine = torch.nn.functional.cosine_similarity(mean, exact, dim=0)
+            off = (mean - exact).norm() / exact_norm
+            own_length = mean.norm() / examples / exact_norm
+            distances.setdefault(name, []).append((float(cosine), float(off), float(noise), float(own_length)))
 
     def student(batch: Any) -> None:
         with torch.no_grad(), replayed(RandomState.now(device)):
@@ -280,11 +293,17 @@ def ablate(
                 times[name].append(seconds(run, device))
         ran = {}
         for name, run in calls.items():
-            cosines, errors, noises = zip(*distances[name], strict=True)
+            cosines, errors, noises, lengths = zip(*distances[name], strict=True)
             off, noise = (math.hypot(*each) / math.sqrt(len(each)) for each in (errors, noises))
-            passes = flops(run) / one if one else math.nan
-            least, peak = min(times[name]), peak_bytes(run, device)
-            ran[name] = ModeCost(sum(cosines) / len(cosines), off, noise, passes, least, peak)
+            ran[name] = ModeCost(
+                cosine=sum(cosines) / len(cosines),
+                relative_error=off,
+                noise_to_signal=noise,
+                passes=flops(run) / one if one else math.nan,
+                seconds=min(times[name]),
+                peak_bytes=peak_bytes(run, device),
+                length=sum(lengths) / len(lengths),
+            )
     finally:
         trainer.load_state_dict(state)
         random.restore()

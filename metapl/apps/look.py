@@ -138,7 +138,7 @@ def choose_settings(config: Any, method: Any, say: Say, before: Mapping[str, Any
 
 
 # What a run that is resumed is given anew, with what it was started with, or does not need.
-GIVEN = ("labeled", "unlabeled", "clean", "val", "test", "weights", "feedback_ratio")
+GIVEN = ("labeled", "unlabeled", "clean", "val", "test", "weights", "feedback_ratio", "feedback_bound")
 
 
 def fitted(config: Any, seen: Look, val_fraction: float) -> Any:

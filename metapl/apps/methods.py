@@ -279,9 +279,11 @@ class Feedback:
         temperature: of the pseudo-labels' softmax.
         student_lr: its learning rate.
         feedback: whole, none, or an altered control.
-        feedback_weight: beside the teacher's own losses.
-        feedback_ratio: its norm by theirs, instead.
+        feedback_weight: of the feedback; a fixed one.
+        feedback_ratio: its gradient by the own losses'.
+        feedback_bound: that ratio at most; default 0.1.
         baseline: decay of an average to subtract.
+        reduction: mean or sum, of reinforce and the like.
     """
 
     mode: Annotated[Mode, tyro.conf.arg(metavar="MODE")] = "forward"
@@ -289,22 +291,34 @@ class Feedback:
     temperature: float = 1.0
     student_lr: Annotated[AboveZero | None, unset()] = None
     feedback: Annotated[FeedbackKind, tyro.conf.arg(metavar="KIND")] = "whole"
-    feedback_weight: float = 1.0
+    feedback_weight: Annotated[float | None, unset()] = None
     feedback_ratio: Annotated[Weight | None, unset()] = None
+    feedback_bound: Annotated[Weight | None, unset()] = None
     baseline: Annotated[float | None, unset()] = None
+    reduction: Annotated[Literal["mean", "sum"] | None, unset("KIND")] = None
 
     def __post_init__(self) -> None:
         check_fields(self)
         self.estimator(seed=0)
+        if self.feedback_ratio is not None and (self.feedback_weight is not None or self.feedback_bound is not None):
+            beside = "--feedback-bound" if self.feedback_weight is None else "--feedback-weight"
+            raise MetaplError(f"--feedback-ratio and {beside} were given; expected one of them.")
         self.problem()
 
     def estimator(self, seed: int) -> Any:
         """The mode, altered as it may be; "none" where nothing is fed back."""
         made: Any = feedback.estimator(self.mode)
-        if self.baseline is not None:
-            if not hasattr(made, "baseline"):
-                raise MetaplError(f"mode '{self.mode}' has no baseline; leave it out, or take a mode that has one.")
-            made = dataclasses.replace(made, baseline=self.baseline)
+        for name in ("baseline", "reduction"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not hasattr(made, name):
+                with_one = [mode for mode in feedback.MODES if hasattr(feedback.estimator(mode), name)]
+                raise MetaplError(
+                    f"--{name} {value} was given, and mode '{self.mode}' has none; leave it out, or take --mode "
+                    f"{' or '.join(with_one)}."
+                )
+            made = dataclasses.replace(made, **{name: value})
         if self.feedback == "none":
             return "none"
         return made if self.feedback == "whole" else Altered(made, self.feedback, seed=seed)
@@ -315,13 +329,11 @@ class Feedback:
         taken = asked.for_modes(feedback.estimator(self.mode).labels, self.mode)
         return taken if self.feedback == "none" else asked
 
-    def size(self, ratio: bool = True) -> dict[str, Any]:
-        """How large the feedback is, as :class:`metapl.BilevelTrainer` takes it."""
+    def size(self) -> dict[str, Any]:
+        """Return the rule of the feedback's size, as :class:`metapl.BilevelTrainer` takes it."""
         if self.feedback == "none":
             return {}
-        if self.feedback_ratio is None or not ratio:
-            return {"feedback_weight": self.feedback_weight}
-        return {"feedback_ratio": self.feedback_ratio}
+        return {name: getattr(self, name) for name in ("feedback_weight", "feedback_ratio", "feedback_bound")}
 
 
 TITLES: dict[FeedbackKind, str] = {
@@ -426,6 +438,14 @@ class ReducedMpl(Method):
     def __post_init__(self) -> None:
         if self.labeled_label_store is not None and self.label_store is None:
             raise MetaplError(f"--labeled-labels {self.labeled_label_store}: expected --labels beside it.")
+        # Without stored labels of the labeled examples the small network has no loss of its own.
+        if self.label_store is not None and self.labeled_label_store is None:
+            for name in ("feedback_ratio", "feedback_bound"):
+                if getattr(self.feedback, name) is not None:
+                    flag = f"--{name.replace('_', '-')}"
+                    raise MetaplError(
+                        f"{flag} is measured by a loss on --labeled-labels; expected those, or leave it out."
+                    )
 
     @property
     def stores(self) -> dict[str, str]:
@@ -461,7 +481,7 @@ class ReducedMpl(Method):
         labels = self.feedback.problem()
         problem = problems.ReducedLabels(labels.kind, labels.temperature)
         mode = self.feedback.estimator(t.config.fitting.seed)
-        size = {**self.feedback.size(ratio=bool(own)), "student_lr": self.feedback.student_lr}
+        size = {**self.feedback.size(), "student_lr": self.feedback.student_lr}
         trainer = t.bilevel(adjuster, mode, problem, teacher_losses=own, **size)
         seen = unlabeled.weak if unlabeled.strong is None else unlabeled.strong
         pairs = dataclasses.replace(unlabeled, weak=seen, strong=None, stored=stored["unlabeled"])

@@ -193,7 +193,7 @@ class MetaPseudoLabelsClassifier(_Classifier):
         batch_size: rows in a batch of each kind, or all that there are.
         learning_rate, weight_decay: of both networks' SGD with Nesterov momentum 0.9.
         noise: standard deviation of the noise, in deviations of each column; 0: one view, and no consistency.
-        feedback_weight, feedback_ratio: as of :class:`metapl.BilevelTrainer`.
+        feedback_weight, feedback_ratio, feedback_bound: as of :class:`metapl.BilevelTrainer`.
         device: where it is trained.
         verbose: show a bar.
         random_state: as elsewhere in scikit-learn.
@@ -213,8 +213,9 @@ class MetaPseudoLabelsClassifier(_Classifier):
     """
 
     noise: ZeroOrMore = 0.5
-    feedback_weight: float = 1.0
+    feedback_weight: float | None = None
     feedback_ratio: ZeroOrMore | None = None
+    feedback_bound: ZeroOrMore | None = None
     _partly: ClassVar[bool] = True
 
     def fit(self, X: Any, y: Any) -> MetaPseudoLabelsClassifier:
@@ -241,6 +242,7 @@ class MetaPseudoLabelsClassifier(_Classifier):
                 outer_optimizer=self._optimizer(teacher),
                 feedback_weight=self.feedback_weight,
                 feedback_ratio=self.feedback_ratio,
+                feedback_bound=self.feedback_bound,
             )
             labeled = self._batches(seed, x[known], torch.from_numpy(codes).to(x.device))
             trainer.fit(labeled, self._batches(seed + 1, x, noise=self.noise), steps=self.steps, progress=self.verbose)

@@ -69,7 +69,7 @@ def estimator(mode: str | Estimator) -> Estimator:
     """The estimator that ``mode`` names or is.
 
     >>> estimator("reinforce")
-    Reinforce(similarity='dot', baseline=None, normalization='gradient')
+    Reinforce(similarity='dot', baseline=None, normalization='gradient', reduction='mean')
     >>> estimator(Reinforce(baseline=0.99)).name
     'reinforce'
     """

@@ -44,6 +44,7 @@ NOT_FINITE = (
 )
 State = dict[str, Tensor]
 Normalization = Literal["gradient", "learning_rate", "cosine"]
+Reduction = Literal["mean", "sum"]
 Steps = Annotated[int, Range(1, of="a number of steps")]
 Decay = Annotated[float, Range(0, 1, of="a decay")]
 
@@ -60,23 +61,28 @@ class Feedback:
         others: the feedback on the other fields of a differentiable signal, by name: of its dict, and those besides
             the value that the inner loss depends on.
         used: whether the inner loss depends on the signal at all.
+        mean_over: the number of examples by which the sum over the signal is divided: B in all processes for the mean
+            of Algorithm 1, 1 for a sum.
     """
 
     h: Tensor
     part: str | None
     others: Mapping[str, Tensor] = field(default_factory=dict)
     used: bool = True
+    mean_over: int = 1
 
     def teacher_loss(self, signal: Signal) -> Tensor:
-        """−Σ stopgrad(h)·signal, a scalar with the teacher's graph; its gradient is the hypergradient dL(θ′)/dθ_T.
+        """Return −Σ stopgrad(h)·signal, or with ``mean_over`` its mean, a scalar with the teacher's graph.
 
-        It is a sum, not a mean, because h already contains the 1/B of the inner loss.
+        The gradient of the sum is the hypergradient dL(θ′)/dθ_T, because h already contains the 1/B of the inner loss.
         """
         if self.part is None:
             return self.h.new_zeros(())
         parts, fields = {self.part: self.h, **self.others}, signal.fields()
         terms = [(-h * fields[name]).sum() for name, h in parts.items()]
         total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+        if self.mean_over != 1:
+            total = total / self.mean_over
         if not total.requires_grad and torch.is_grad_enabled():
             given = f"the teacher's signal ({self.part}) has no graph: it was detached, or computed under no_grad()"
             raise MetaplError(f"{given}; expected one with its graph, or mode='none'.")
@@ -178,6 +184,14 @@ def padded(feedback: Sequence[Feedback], path: Path) -> list[Feedback]:
         others = {name: torch.zeros_like(fields[name]) for name in first.others}
         zeros.append(replace(first, h=torch.zeros_like(fields[part]), others=others))
     return [*zeros, *feedback]
+
+
+def examples_of_mean(reduction: Reduction, step: InnerStep) -> int:
+    """Return what the cross-entropies of sampled labels are divided by: B in all processes for ``"mean"``, else 1."""
+    if reduction == "sum":
+        return 1
+    assert step.signal.log_prob is not None  # the modes with a reduction take sampled labels
+    return len(step.signal.log_prob) * step.student.ranks.size
 
 
 def divisor(normalization: str, step: InnerStep, w: Tree | None = None) -> Tensor | float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from metapl.feedback.base import Decay, Estimator, Feedback, State, divisor
+from metapl.feedback.base import Decay, Estimator, Feedback, Reduction, State, divisor, examples_of_mean
 from metapl.feedback.inner_step import Credits
 from metapl.feedback.path import Path
 from metapl.feedback.reinforce import init_baseline, subtract_baseline
@@ -14,24 +14,27 @@ from metapl.problems.base import Kind
 
 @dataclass(frozen=True)
 class LossDifference(Estimator):
-    r"""Old loss minus new, on the same labeled batch.
+    r"""Reward the labels by the old loss minus the new one, on the same labeled batch.
 
-    .. math:: h = L(\theta) - L(\theta'), \qquad \text{teacher: } h \sum_i \mathrm{CE}(\hat y_i, T(x_i))
+    .. math:: h = L(\theta) - L(\theta'), \qquad
+              \text{teacher: } h \cdot \tfrac1B \sum_i \mathrm{CE}(\hat y_i, T(x_i))
 
     Args:
         baseline, normalization: as in :class:`~metapl.feedback.Reinforce`.
+        reduction: ``"mean"``, or ``"sum"``, B times as large; as in :class:`~metapl.feedback.Reinforce`.
 
     Takes: hard labels.
     Cost: 8 student passes a step with the teacher's 3: two labeled forward passes, no labeled backward pass.
-    Bias: none for the objective E_ŷ[L(θ′(ŷ))], with any optimizer. Its gradient is that of the soft step up to O(η) for
-    the SGD family; for Adam and clipping a difference remains. Noisy, with momentum more so (the velocity's own effect
-    is in h).
+    Bias: the sum has none for the objective E_ŷ[L(θ′(ŷ))], with any optimizer; the mean is 1/B of it. That gradient is
+    the one of the soft step up to O(η) for the SGD family; for Adam and clipping a difference remains. Noisy, with
+    momentum more so (the velocity's own effect is in h).
     Source: a first-order form of eq. (12), L(θ) − L(θ − ηg) = η⟨∇L, g⟩ + O(η²); the public implementations use it, with
     the opposite sign.
     """
 
     baseline: Decay | None = None
     normalization: Literal["gradient", "learning_rate"] = "gradient"
+    reduction: Reduction = "mean"
 
     name: ClassVar[str] = "loss_difference"
     labels: ClassVar[tuple[Kind, ...]] = ("hard",)
@@ -43,4 +46,4 @@ class LossDifference(Estimator):
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         h = (path.outer_loss_before - path.outer_loss) / divisor(self.normalization, path.steps[0])
         h, state = subtract_baseline(h, self.baseline, state)
-        return [Feedback(h, "log_prob")], state
+        return [Feedback(h, "log_prob", mean_over=examples_of_mean(self.reduction, path.steps[0]))], state

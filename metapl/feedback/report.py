@@ -65,10 +65,11 @@ class StepReport(Report):
         feedback: h, minus the gradient of the labeled loss in the signal, as the mode shapes it; a tensor, or a dict of
             them where the signal is one. A tuple of these for a :class:`metapl.Lookahead`.
         scalars: ``inner_loss`` (ℓ at θ), ``outer_loss`` (L(θ′), where the mode computes it), ``teacher_loss`` (the sum
-            of its own losses) and a ``teacher_<name>`` for each of these; with ``feedback_ratio``, the
-            ``feedback_weight`` that gave it; of a student that Muon moves, ``step_rounding``, how far its products in
-            bfloat16 lead from the θ′ that is differentiated, over ‖θ′ − θ‖. Read with these: ``feedback_mean`` and
-            ``feedback_std``, of the entries of this rank's h.
+            of its own losses) and a ``teacher_<name>`` for each of these; ``feedback_weight`` (λ) and
+            ``feedback_ratio`` (‖λ G_h‖ / ‖G_own‖, the size of the feedback's gradient beside that of the own losses),
+            where the rule of the size needs both gradients, and in the rows that a fit records; of a student that Muon
+            moves, ``step_rounding``, how far its products in bfloat16 lead from the θ′ that is differentiated, over
+            ‖θ′ − θ‖. Read with these: ``feedback_mean`` and ``feedback_std``, of the entries of this rank's h.
         signal: the teacher's signal about the last inner batch, without its graph, of this rank's rows.
         student_outputs: S(x_u; θ) on that batch, of this rank's rows.
     """

@@ -23,6 +23,7 @@ from metapl.execution.state import RandomState, Slots, State, replay
 from metapl.feedback import Estimator, modes_for
 from metapl.feedback.base import Feedback
 from metapl.feedback.path import Path
+from metapl.feedback.size import FeedbackSize, ratio_of
 from metapl.problems.base import Kind, Problem, Signal, enters_input, kind_of
 from metapl.problems.losses import TeacherLoss, sum_of_terms
 
@@ -122,65 +123,121 @@ class Teaching:
         losses: Sequence[TeacherLoss],
         labeled: Any,
         step: int,
-        weight: float,
-        ratio: float | None,
+        size: FeedbackSize,
+        *,
+        measure: bool = False,
     ) -> dict[str, Tensor]:
-        """Algorithm 1, lines 5-7: leave the gradient of λ·(−Σ h·signal) + Σ_k L_k in ``.grad``; the own losses L_k read
-        the last batch. With a ``ratio``, λ makes it the ratio of the norms of the two gradients, by one more backward
-        pass. Returns the report's scalars."""
+        r"""Leave the teacher's gradient in ``.grad``: Algorithm 1, lines 5-7.
+
+        .. math:: G = \lambda\, G_h + G_{own}, \qquad G_h = -\nabla \textstyle\sum h \cdot \mathrm{signal}, \qquad
+                  G_{own} = \nabla \textstyle\sum_k L_k
+
+        Args:
+            feedback: h of each student step.
+            losses: L_k, the teacher's own; they read the last batch.
+            labeled: the outer batch, which they read too.
+            step: the number of the step, for losses that depend on it.
+            size: the rule that gives λ.
+            measure: find ‖λ G_h‖ / ‖G_own‖ also where the rule does not need it, by one more backward pass of the
+                feedback. The gradient that is left stays the same, bit for bit.
+
+        Returns: the report's scalars: the losses, and ``feedback_weight`` and ``feedback_ratio`` where both gradients
+        were found.
+        """
         layout, parts, alone = self.layout, self.parts, self.ranks.alone
         if layout is None:
             return {}
         pieces = feedback if parts == 1 else [piece for of_step in feedback for piece in of_step.chunks(parts)]
         labeled_parts = [labeled] if parts == 1 else micro_batches(labeled, parts, "labeled")
-        first, scalars = len(self.passes) - parts, list[dict[str, Tensor]]()  # the first pass on the last batch
-        of_feedback, of_losses = dict[str, Tensor](), dict[str, Tensor]()  # gradients, where their ratio is asked for
+        first_of_last_batch = len(self.passes) - parts
+        gives_feedback = self.mode.credits != "nothing"
+        compares = size.compares and gives_feedback
+        measures = measure and gives_feedback and bool(losses)
+        scalars = list[dict[str, Tensor]]()
+        of_feedback = dict[str, Tensor]()
+        of_losses = dict[str, Tensor]()
         for i, (taken, h) in enumerate(zip(self.passes, pieces, strict=True)):
-            signal, own = taken.signal if taken.random is None else self.with_graph(taken, taken.batch), None
+            signal = taken.signal if taken.random is None else self.with_graph(taken, taken.batch)
             from_feedback = h.teacher_loss(signal)
             if not alone:  # a sum over all rows, of a gradient that is averaged over the ranks
                 from_feedback = self.ranks.size * from_feedback
-            if i >= first:
-                with NOTHING if alone else rows_shared(self.ranks):
-                    given = {"labeled": labeled_parts[i - first], "unlabeled": taken.batch, "signal": signal}
-                    terms = sum_of_terms(self.network, losses, kind="teacher loss", step=step, **given)
-                values = [*terms.values()] or [from_feedback.new_zeros(())]
-                own = values[0] if len(values) == 1 else torch.stack(values).sum()
-                if not own.requires_grad:
-                    checks.learns(own, "teacher")
-                scalars.append({"teacher_loss": own.detach()})
-                scalars[-1] |= {f"teacher_{name}": term.detach() for name, term in terms.items()}
+            own = None
+            if i >= first_of_last_batch:
+                own, named = self._own_loss(losses, labeled_parts[i - first_of_last_batch], taken.batch, signal, step)
+                scalars.append(named)
                 own = own / parts if parts > 1 else own
-            if ratio is None:
-                total = from_feedback if weight == 1.0 else weight * from_feedback
-                total = total if own is None or not own.requires_grad else total + own
-                if total.requires_grad:
-                    total.backward()
+            learns = own is not None and own.requires_grad
+            if compares:
+                # The teacher's pass belongs to both graphs.
+                add_to(of_feedback, reached_gradient(layout, from_feedback, retain=learns))
+                if own is not None and learns:
+                    add_to(of_losses, reached_gradient(layout, own))
                 continue
-            learns = own is not None and own.requires_grad  # both share the graph of the teacher's pass
-            for sums, loss, retain in ((of_feedback, from_feedback, learns), (of_losses, own, False)):
-                if loss is not None and loss.requires_grad:
-                    for name, g in gradient_of(layout, loss, retain).items():
-                        sums[name] = sums[name] + g if name in sums else g
-        if ratio is not None:
-            parameters = layout.parameters()
-            if layout.kind == "replicated":
-                like: dict[str, Tensor] = dict(parameters)
-                of_feedback, of_losses = (self.ranks.mean_tree(t, like) for t in (of_feedback, of_losses))
-            trees = [{n: local(g) for n, g in t.items()} for t in (of_feedback, of_losses)]
-            a, b = (layout.space.norm(t) if t else torch.zeros((), device=self.device) for t in trees)
-            scale = torch.where(a > 0, ratio * b / a.clamp_min(torch.finfo(a.dtype).tiny), 0.0)
-            for name, g in of_feedback.items():
-                scaled = scale.to(g.dtype) * g
-                of_losses[name] = scaled + of_losses[name] if name in of_losses else scaled
+            total = from_feedback if size.weight == 1.0 else size.weight * from_feedback
+            if measures and total.requires_grad:
+                add_to(of_feedback, reached_gradient(layout, total, retain=True))
+            if own is not None and learns:
+                total = total + own
+            if total.requires_grad:
+                total.backward()
+        parameters = layout.parameters()
+        if compares:
+            of_feedback, of_losses = self._over_ranks(of_feedback), self._over_ranks(of_losses)
+            feedback_norm, own_norm = self._norm(of_feedback), self._norm(of_losses)
+            weight = size.weight_for(feedback_norm, own_norm)
+            scalars[-1] |= {"feedback_weight": weight, "feedback_ratio": ratio_of(weight, feedback_norm, own_norm)}
+            add_to(of_losses, {name: weight.to(g.dtype) * g for name, g in of_feedback.items()})
             for name, p in parameters.items():
                 p.grad = of_losses.get(name)
-            scalars[-1]["feedback_weight"] = scale
+                # A backward pass would have called these.
+                for hook in (p._post_accumulate_grad_hooks or {}).values():
+                    hook(p)
+        elif measures:
+            whole = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+            of_losses = {name: g - of_feedback[name] if name in of_feedback else g for name, g in whole.items()}
+            feedback_norm, own_norm = (self._norm(self._over_ranks(tree)) for tree in (of_feedback, of_losses))
+            scalars[-1] |= {
+                "feedback_weight": torch.full_like(own_norm, size.weight),
+                "feedback_ratio": feedback_norm / own_norm,
+            }
         means = scalars[0] if len(scalars) == 1 else mean_scalars(scalars)
         means = means if alone else self.ranks.mean_tree(means, means)
         # The mean over the ranks is finite where all of them are: they refuse it together.
         checks.refuse_not_finite(NOT_FINITE, means["teacher_loss"])
         return means
+
+    def _own_loss(
+        self, losses: Sequence[TeacherLoss], labeled: Any, unlabeled: Any, signal: Signal, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the sum of the teacher's own losses on a micro-batch, and the report's scalars of it."""
+        with NOTHING if self.ranks.alone else rows_shared(self.ranks):
+            batches = {"labeled": labeled, "unlabeled": unlabeled, "signal": signal}
+            terms = sum_of_terms(self.network, losses, kind="teacher loss", step=step, **batches)
+        values = [*terms.values()] or [torch.zeros((), device=self.device)]
+        own = values[0] if len(values) == 1 else torch.stack(values).sum()
+        if not own.requires_grad:
+            checks.learns(own, "teacher")
+        named = {f"teacher_{name}": term.detach() for name, term in terms.items()}
+        return own, {"teacher_loss": own.detach(), **named}
+
+    def _over_ranks(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a gradient as the mean over the ranks, which that of a sharded network is already."""
+        if self.layout is None or self.layout.kind != "replicated":
+            return gradient
+        like: dict[str, Tensor] = dict(self.layout.parameters())
+        return self.ranks.mean_tree(gradient, like)
+
+    def _norm(self, gradient: Mapping[str, Tensor]) -> Tensor:
+        """Return the norm of a gradient over all processes that hold parts of it; of no gradient 0."""
+        if self.layout is None or not gradient:
+            return torch.zeros((), device=self.device)
+        return self.layout.space.norm({name: local(g) for name, g in gradient.items()})
+
+
+def add_to(sums: dict[str, Tensor], gradient: Mapping[str, Tensor]) -> None:
+    """Add a gradient to sums by parameter, in place."""
+    for name, g in gradient.items():
+        sums[name] = sums[name] + g if name in sums else g
 
 
 def check_signal(signal: Any, mode: Estimator, problem: Problem, steps: int) -> None:
@@ -207,17 +264,22 @@ def check_signal(signal: Any, mode: Estimator, problem: Problem, steps: int) -> 
         raise MetaplError(f"{given}; expected {fitting}, or a signal of floating point, or with log_prob.")
 
 
-def gradient_of(layout: Layout, loss: Tensor, retain: bool = False) -> dict[str, Tensor]:
-    """The gradient of a loss in a network's weights, zeros where it does not reach: of this rank's rows, or the mean
-    over the ranks of a sharded network, whose own backward pass averages."""
+def reached_gradient(layout: Layout, loss: Tensor, *, retain: bool = False) -> dict[str, Tensor]:
+    """Return the gradient of a loss in the weights that it reaches: of this rank's rows, or the mean over the ranks of
+    a sharded network, whose own backward pass averages. ``retain`` keeps the graph for another pass."""
     parameters = layout.parameters()
     if not loss.requires_grad:
-        return {name: torch.zeros_like(p) for name, p in parameters.items()}
+        return {}
     if layout.is_sharded:
-        reached = by_backward(loss, parameters, retain=retain)
-        return {name: reached[name] if name in reached else torch.zeros_like(p) for name, p in parameters.items()}
-    grads = torch.autograd.grad(loss, list(parameters.values()), retain_graph=retain, materialize_grads=True)
-    return dict(zip(parameters, grads, strict=True))
+        return by_backward(loss, parameters, retain=retain)
+    grads = torch.autograd.grad(loss, list(parameters.values()), retain_graph=retain, allow_unused=True)
+    return {name: g for name, g in zip(parameters, grads, strict=True) if g is not None}
+
+
+def gradient_of(layout: Layout, loss: Tensor) -> dict[str, Tensor]:
+    """Return :func:`reached_gradient` with zeros for the weights that the loss does not reach."""
+    reached = reached_gradient(layout, loss)
+    return {name: reached[name] if name in reached else torch.zeros_like(p) for name, p in layout.parameters().items()}
 
 
 def mean_scalars(scalars: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from metapl.feedback.report import StepReport
 from metapl.functional.state import State, clipped, constants_of, leaves_of, norm, settings_of, state_of, unclipped
 from metapl.functional.step import Step, make_step
 from metapl.problems.base import Signal, enters_input, gumbel
-from metapl.updates import TorchUpdate, Update, as_taken, parts_of, update_of
+from metapl.updates import OwnStep, TorchUpdate, Update, as_taken, parts_of, update_of
 
 LONGEST = 3  # steps that are unrolled in one function
 
@@ -55,6 +55,7 @@ def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> 
         once, again = (inner.update(theta, theta, inner.read_state())[0] for _ in "ab")
         hides = not all(torch.equal(t, again[name]) for name, t in once.items())
     refused = {
+        "an optimizer without a rule here; expected SGD, Adam, AdamW or Muon": isinstance(inner, OwnStep),
         f"mode {type(mode).__name__}; expected one of the library's, other than implicit": type(mode) not in KNOWN,
         f"accumulate={trainer.accumulate}; expected 1": trainer.accumulate > 1,
         "networks of several processes; expected one process": trainer.layout.kind != "plain"
@@ -76,8 +77,7 @@ def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> 
         [constants_of(inner), as_taken(constants_of(unclipped(updates[1])))],
         problem.default_teacher_losses if own is None else lambda batch: own,
         steps=steps,
-        weight=trainer.feedback_weight,
-        ratio=trainer.feedback_ratio,
+        feedback_size=trainer.feedback_size,
         autocast=nullcontext if trainer.precision == "float32" else cast,
     )
 
@@ -187,6 +187,7 @@ class CompiledStep:
                 shown |= {f"teacher_{n}": t for n, t in report.teacher_losses.items()}
                 shown |= {} if trainer.mode.name == "none" else {"outer_loss": report.outer_loss}
                 shown |= {} if trainer.teacher is None else {"teacher_loss": report.teacher_loss}
+                shown |= report.sizes
                 shown |= {"step_rounding": report.step_rounding} if trainer.update.rounded else {}
                 by_difference = "difference" in (trainer.mode.name, getattr(trainer.mode, "tangent", ""))
                 fault = Fault([(~(report.flag < (BY_DIFFERENCE if by_difference else SLOPES)), OFF)])
@@ -215,7 +216,7 @@ class CompiledStep:
         optimizers = [one for optimizer in trainer.schedulable for one in parts_of(optimizer)]
         given = trainer.mode, trainer.problem, trainer.teacher_losses, *optimizers, *(o.state for o in optimizers)
         held = [id(t) for table in self.tables for t in table.values()]
-        marks = steps, trainer.feedback_weight, trainer.feedback_ratio, *map(id, given)
+        marks = steps, trainer.feedback_size, *map(id, given)
         return [*trainer._slots, *marks, *held, *[t.data_ptr() for t in self.weights]]
 
     def find(self, trainer: Any, steps: int) -> Any:
@@ -226,7 +227,7 @@ class CompiledStep:
         parts = [part for network in networks for part in network.modules()]
         held = *parts, *parameters, trainer.mode, trainer.problem, trainer.teacher_losses, *trainer.schedulable
         marks = (of_network.mark for of_network in trainer._slots)
-        self.kind = steps, trainer.feedback_weight, trainer.feedback_ratio, *marks, *map(id, held)
+        self.kind = steps, trainer.feedback_size, *marks, *map(id, held)
         return held
 
     def compile(self, trainer: Any, steps: int, in_graphs: bool) -> tuple[Any, Any]:

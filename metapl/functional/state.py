@@ -70,6 +70,7 @@ class Report(NamedTuple):
     flag: Tensor  # |⟨∂ℓ/∂z, ż⟩ − ⟨g, w⟩| relative to the sizes of its terms; NaN where anything is not finite
     teacher_losses: Tree  # by name
     step_rounding: Tensor  # ‖θ′ taken − θ′‖ / ‖θ′ − θ‖, where the step is rounded as that of Muon is; else 0
+    sizes: Tree  # feedback_weight and feedback_ratio, where the rule of the feedback's size compares gradients
 
 
 def as_dict(signal: Signal) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metapl.execution.numerics import Tree, as_real
+from metapl.feedback.size import FeedbackSize, ratio_of
 from metapl.functional.state import Function, Network, Report, State, as_dict, dot, moves, norm, on_value, rounded_steps
 from metapl.problems.base import Problem, Signal, enters_input, has_own, sum_and_weight
 from metapl.problems.losses import sum_of_terms
@@ -64,8 +65,7 @@ def make_step(
     losses_for: Callable[[Any], Sequence[Any]],  # the teacher's own losses, by the inner batch
     *,
     steps: int = 1,  # K
-    weight: float = 1.0,  # λ
-    ratio: float | None = None,  # in its place, the norm of the feedback's gradient over that of the own losses'
+    feedback_size: FeedbackSize,  # the rule that gives λ
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Step:
     """The step of these networks, losses and rules; the modules' own tensors are not read, those of the state are."""
@@ -73,6 +73,8 @@ def make_step(
     enters, revises = enters_input(problem), has_own(problem, "revised_signal")
     composed = kind == "unrolled" or steps > 1 or enters
     first = steps if kind == "none" else steps - (getattr(mode, "truncate", None) or steps)  # of those with feedback
+    compares = feedback_size.compares and kind != "none"
+    takes_mean = getattr(mode, "reduction", "sum") == "mean"
     unit = "cosine" if getattr(mode, "similarity", "") == "cosine" else getattr(mode, "normalization", "gradient")
 
     def step(state: State, outer: Any, inner: Any, noise: Any = None) -> tuple[State, Report]:
@@ -208,20 +210,25 @@ def make_step(
             for found, signal in zip(h, end.signals, strict=True):
                 for name, t in found.items():  # where labels were drawn, h on their values is on their distribution
                     field = "probs" if "log_prob" in signal and name == "value" else name
-                    push = push + (t.detach() * Signal(**signal).fields()[field]).sum()
+                    term = (t.detach() * Signal(**signal).fields()[field]).sum()
+                    # Algorithm 1: h times the mean cross-entropy.
+                    push = push + (term / len(signal["log_prob"]) if takes_mean else term)
             return (push, torch.stack([0 * push, *end.own.values()]).sum()), (end, h, mode_state)
 
         theta_T, s_T, G = state.teacher.params, state.outer.state, {}
+        sizes: Tree = {}
         with autocast(), sdpa_kernel(SDPBackend.MATH):  # fused kernels have no second derivative
             if theta_T:
                 (_, own), pull_T, (end, h, mode_state) = vjp(objective, theta_T, has_aux=True)
                 one = torch.ones_like(own)
-                if ratio is None:
-                    (G,) = pull_T((-weight * one, one))
+                if compares:
+                    (G_h,) = pull_T((-one, 0 * one))
+                    (G_own,) = pull_T((0 * one, one))
+                    weight = feedback_size.weight_for(norm(G_h), norm(G_own))
+                    G = {name: weight * t + G_own[name] for name, t in G_h.items()}
+                    sizes = {"feedback_weight": weight, "feedback_ratio": ratio_of(weight, norm(G_h), norm(G_own))}
                 else:
-                    (of_h,), (of_own,) = pull_T((-one, 0 * one)), pull_T((0 * one, one))
-                    factor = torch.where(norm(of_h) > 0, ratio * norm(of_own) / norm(of_h), 0.0)
-                    G = {name: factor * t + of_own[name] for name, t in of_h.items()}
+                    (G,) = pull_T((-feedback_size.weight * one, one))
             else:
                 (_, own), (end, h, mode_state) = objective({})
         if outer_update is not None and (kind != "none" or end.own):  # line 8; what nothing reaches does not decay
@@ -233,7 +240,7 @@ def make_step(
         loss, sums = torch.stack(end.losses).mean(), [own, *(t.sum() for tree in h for t in tree.values())]
         flag = end.gap + 0 * (loss + torch.stack(sums).sum())  # NaN where anything is not finite
         theta, s, rounding = rounded_steps(inner_update, state.student.params, end, state.inner.state, rates)
-        report = Report(shown[0], shown[1], end.z.detach(), loss, end.L, own, flag, end.own, rounding)
+        report = Report(shown[0], shown[1], end.z.detach(), loss, end.L, own, flag, end.own, rounding, sizes)
         networks = Network(theta_T, end.at_T), Network(theta, end.at_S)
         optimizers = state.inner._replace(state=s), state.outer._replace(state=s_T)
         return State(*networks, *optimizers, mode_state, state.step + 1), report

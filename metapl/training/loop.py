@@ -345,7 +345,8 @@ def fit(
                         load_whole(trainer.student, weights_of(teacher))
                     if decay is not None:
                         averages["student"] = Average(trainer.student, decay)
-                outcomes.before_step(is_recorded=options.due(options.log_every, now.step + 1))
+                if hasattr(trainer, "measures_feedback"):
+                    trainer.measures_feedback = options.due(options.log_every, now.step + 1)
                 try:
                     report = (trainer.teacher_step if waits else trainer.step)(labeled, unlabeled)
                 except MetaplError as error:

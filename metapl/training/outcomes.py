@@ -14,6 +14,7 @@ from torch import Tensor
 
 from metapl.execution.shards import local
 from metapl.feedback.report import Say
+from metapl.feedback.size import DEFAULT_BOUND
 from metapl.metrics import Evaluation
 from metapl.training.options import FitOptions
 
@@ -41,7 +42,6 @@ PREDICTIONS = {
     "pseudo_label_class_entropy": ("teacher", "the teacher's labels"),
     "student_class_entropy": ("student", "the student's predictions"),
 }
-LESS_FEEDBACK = "leave out feedback_weight, or give feedback_bound=0.1"
 
 
 class Outcomes:
@@ -76,11 +76,6 @@ class Outcomes:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
-
-    def before_step(self, is_recorded: bool) -> None:
-        """Ask for the size of the feedback in a step whose row is recorded, where that costs a pass more."""
-        if hasattr(self.trainer, "measures_feedback"):
-            self.trainer.measures_feedback = is_recorded
 
     def recorded(self, step: int, row: Mapping[str, float], examples: int, labeled: int) -> None:
         """Look at the row after so many steps of a teacher and a student.
@@ -124,11 +119,21 @@ class Outcomes:
 
     def _remedy(self, role: str) -> str:
         """What to do about a network that has learned nothing, or has forgotten it."""
-        if role == "student":
+        less_feedback = self._less_feedback() if role == "teacher" else None
+        if less_feedback is None:
             return "lower its learning rate"
-        if self.trainer._has_losses and self.trainer.mode.credits != "nothing":
-            return f"lower the feedback ({LESS_FEEDBACK}) or its learning rate"
-        return "lower its learning rate"
+        return f"{less_feedback}, or lower its learning rate"
+
+    def _less_feedback(self) -> str | None:
+        """How to make the feedback smaller; None where it is small by its rule, or there is none."""
+        trainer = self.trainer
+        if trainer.teacher is None or trainer.mode.credits == "nothing" or not trainer._has_losses:
+            return None
+        if trainer.feedback_bound is not None:
+            is_small = trainer.feedback_bound <= DEFAULT_BOUND
+            return None if is_small else f"give feedback_bound={DEFAULT_BOUND:g}"
+        given = "feedback_weight" if trainer.feedback_ratio is None else "feedback_ratio"
+        return f"leave out {given}, or give feedback_bound={DEFAULT_BOUND:g}"
 
     def _count(self, kind: str, is_so: bool) -> int:
         """How often a kind has been so, without a break up to now."""
@@ -144,7 +149,7 @@ class Outcomes:
                 "feedback",
                 f"the feedback's gradient is {ratio:,.0f} times that of the teacher's own losses at step {step:,}, and "
                 f"was {TOO_LARGE:.0f} times or more in {ROWS} rows running, so the teacher may forget its labels: "
-                f"{LESS_FEEDBACK}",
+                f"{self._less_feedback() or 'lower the feedback'}",
             )
 
     def _look_for_collapse(self, step: int, row: Mapping[str, float], of_labels: bool) -> None:

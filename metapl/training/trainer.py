@@ -23,6 +23,7 @@ from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.feedback.lookahead import Lookahead, inner_batches
 from metapl.feedback.path import take_steps
 from metapl.feedback.report import Report, StepReport
+from metapl.feedback.size import DEFAULT_BOUND, FeedbackSize
 from metapl.feedback.teacher import Teaching
 from metapl.functional.compiled import CompiledStep, functional
 from metapl.functional.state import State
@@ -53,16 +54,23 @@ class BilevelTrainer(Trainer):
             ``reinforce`` is the paper's Algorithm 1; on the digits it was below no feedback (docs/when.md).
         problem: default :class:`metapl.PseudoLabels`.
         inner_optimizer: the student's: ``torch.optim`` SGD, Adam, AdamW or Muon, a tuple of these over disjoint
-            parameters, such as (Muon, AdamW), or a TorchOpt transform.
+            parameters, such as (Muon, AdamW), or a TorchOpt transform; in mode ``none``, which differentiates nothing,
+            any of ``torch.optim``.
         outer_optimizer: the teacher's: any of ``torch.optim`` over its parameters, or a tuple. Both default to
             ``SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)``. Of optimizers that accelerate or Lightning
             have wrapped, give the ``.optimizer`` inside (docs/own-loop.md).
         teacher_losses: the teacher's own losses, ``()`` for none; default: those of the problem. For pseudo-labels they
             are ``CrossEntropy(label_smoothing=0.1)``, and ``UDA()`` if the unlabeled batch has two views.
-        feedback_weight: λ. At 1 the teacher descends the true gradient of the labeled loss after one student step. With
-            a much larger one both may collapse onto one class (docs/modes.md).
-        feedback_ratio: in the place of the weight: the norm of the feedback's gradient in the teacher's parameters over
-            that of the own losses' gradient, in every step.
+        feedback_weight: λ by itself. At 1 the teacher descends the true gradient of the labeled loss after one student
+            step, in the modes without bias. With a large one both networks may collapse onto one class (docs/modes.md).
+        feedback_ratio: in the place of the weight: ‖λ G_h‖ / ‖G_own‖ in every step, the norm of the feedback's gradient
+            in the teacher's parameters over that of the own losses' gradient.
+        feedback_bound: that ratio at most: λ = min(weight, bound · ‖G_own‖ / ‖G_h‖), with a weight of 1 unless another
+            is given. **The default**, where none of the three is given and the teacher learns labels by losses of its
+            own (those of the problem, or a cross-entropy among ``teacher_losses``), is a bound of 0.1
+            (:data:`metapl.feedback.size.DEFAULT_BOUND`), under which every mode trains; elsewhere it is a weight of 1.
+            A bound and a ratio take no pass more than a weight does, and hold one more gradient of the teacher; a
+            compiled step takes one more backward pass of the teacher.
         recompute_teacher: run the teacher on the unlabeled batch without a graph first, and once more with one at the
             end: one more teacher forward pass, one graph less in memory.
         generator: for drawing labels; default: the default generator of the device.
@@ -107,8 +115,9 @@ class BilevelTrainer(Trainer):
         inner_optimizer: Any = None,
         outer_optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         teacher_losses: Sequence[TeacherLoss] | None = None,
-        feedback_weight: float = 1.0,
+        feedback_weight: float | None = None,
         feedback_ratio: Annotated[float, Range(0)] | None = None,
+        feedback_bound: Annotated[float, Range(0)] | None = None,
         recompute_teacher: bool = False,
         generator: torch.Generator | None = None,
         clip_norm: AboveZero | None = None,
@@ -123,7 +132,8 @@ class BilevelTrainer(Trainer):
         self.given_problem, self.problem = problem, prepare(problem, self.mode)
         self.classifies, self.teacher_classifies = self.problem.classifies, self.problem.teacher_classifies
         of_teacher = {"outer_optimizer": outer_optimizer is not None, "teacher_losses": bool(teacher_losses)}
-        of_teacher |= {"feedback_weight": feedback_weight != 1.0, "feedback_ratio": feedback_ratio is not None}
+        of_teacher |= {"feedback_weight": feedback_weight is not None, "feedback_ratio": feedback_ratio is not None}
+        of_teacher |= {"feedback_bound": feedback_bound is not None}
         check_teacher(teacher, self.problem, **of_teacher, recompute_teacher=recompute_teacher)
         self.pair, self.as_given = (teacher, student), student  # perhaps in DistributedDataParallel
         self.teacher_layout, self.layout, self.device = layouts(teacher, student)
@@ -134,7 +144,6 @@ class BilevelTrainer(Trainer):
         refuse_hooks(self.student)
         self.teacher_losses = None if teacher_losses is None else check_losses(teacher_losses)
         self.clip_norm, self.precision, self.accumulate, self.lookahead = clip_norm, precision, accumulate, lookahead
-        self.feedback_weight, self.feedback_ratio = feedback_weight, feedback_ratio
         self.recompute_teacher, self.generator, self.compile = recompute_teacher, generator, compile
         if self.mode.keep_on not in (None, "cpu"):
             raise MetaplError(
@@ -142,12 +151,12 @@ class BilevelTrainer(Trainer):
             )
         if self.mode.keep_graph and accumulate > 1:
             raise MetaplError(f"accumulate={accumulate} was given with mode 'unrolled'; expected 1, or mode 'forward'.")
-        if feedback_ratio is not None and (feedback_weight != 1.0 or not self._has_losses):
-            raise MetaplError("feedback_ratio takes teacher losses to measure by, and no feedback_weight beside it.")
+        self._set_feedback_size(feedback_weight, feedback_ratio, feedback_bound)
         check_mode(self.mode, lookahead, self.problem, self.layout)
 
         self.inner_optimizer = default_optimizer(self.student) if inner_optimizer is None else as_one(inner_optimizer)
-        update = update_of(self.inner_optimizer, self.layout.parameters())
+        gives_feedback = self.mode.credits != "nothing"
+        update = update_of(self.inner_optimizer, self.layout.parameters(), is_differentiated=gives_feedback)
         self.update = update if clip_norm is None else Clipped(update, clip_norm, self.layout.space)
         self.outer_optimizer = as_one(outer_optimizer, "outer_optimizer")
         self._teacher_trainer: LossTrainer | None = None  # on its own losses, while the student waits
@@ -168,6 +177,9 @@ class BilevelTrainer(Trainer):
         self._slots = [Slots(nn.Module() if one is None else one) for one in (self.teacher, self.student)]
         self._held: list[Any] = []  # the weights that the outer optimizer moves, and those that the teacher learns
         self.mode_state = self.mode.init()
+        # Whether the next step finds the feedback's size also where its rule does not need it; a fit says so before the
+        # steps that it records. Without effect on weights, and in compiled steps.
+        self.measures_feedback = False
         self.steps_done, self.compiled_step = 0, CompiledStep()
 
     @one_at_a_time
@@ -208,8 +220,7 @@ class BilevelTrainer(Trainer):
             if held != self._held:  # as ``follow``: layers may have been added, or thawed
                 refuse_missing("outer_optimizer", optimizer, slots[0].learned, "teacher")
                 self._held = held
-        recomputed, weights = self.recompute_teacher, (self.feedback_weight, self.feedback_ratio)
-        where = ranks, self.device, batches, parts, recomputed, slots[0]
+        where = ranks, self.device, batches, parts, self.recompute_teacher, slots[0]
         teach = Teaching(self.teacher_layout, self.problem, mode, generator, *where)
         graph_of = mode.graph_of(len(batches), student)
         # Fused attention has no second derivative, which a kept graph of g needs.
@@ -225,7 +236,9 @@ class BilevelTrainer(Trainer):
                 )
                 feedback, mode_state = mode.checked_feedback(path, self.mode_state)  # line 4: h
                 # Lines 5-7: −Σ h·signal + losses
-                scalars = teach.backward(feedback, losses, labeled, number, *weights)
+                scalars = teach.backward(
+                    feedback, losses, labeled, number, self.feedback_size, measure=self.measures_feedback
+                )
                 h = [of_step.of_batch(step) for step, of_step in zip(path.steps, feedback, strict=True)]
                 # The modes that take v have L(θ′); for others it would be one more pass.
                 judged = {"outer_loss": path.outer_loss} if "outer_loss" in vars(path) else {}
@@ -258,6 +271,34 @@ class BilevelTrainer(Trainer):
     def _has_losses(self) -> bool:
         given = self.teacher_losses
         return has_own(self.problem, "default_teacher_losses") if given is None else bool(given)
+
+    @property
+    def _teacher_learns_labels(self) -> bool:
+        """Whether the teacher's own losses teach it the task, rather than, say, keep its weights small."""
+        if has_own(self.problem, "default_teacher_losses"):
+            return self._has_losses
+        return any(getattr(loss, "of_classes", False) for loss in self.teacher_losses or ())
+
+    def _set_feedback_size(self, weight: float | None, ratio: float | None, bound: float | None) -> None:
+        """Take the rule of the feedback's size, by default the bound; refuse what does not go together."""
+        for name, value in (("feedback_ratio", ratio), ("feedback_bound", bound)):
+            if value is not None and not self._has_losses:
+                raise MetaplError(
+                    f"{name}={value:g} was given, and the teacher has no losses of its own to measure by; expected "
+                    "feedback_weight=..., or another learning rate of outer_optimizer, which then sets the size."
+                )
+        if ratio is not None and (weight is not None or bound is not None):
+            beside = "feedback_weight" if weight is not None else "feedback_bound"
+            raise MetaplError(f"feedback_ratio={ratio:g} and {beside} were given; expected one of them.")
+        is_open = weight is None and ratio is None and bound is None
+        self.feedback_weight = 1.0 if weight is None else weight
+        self.feedback_ratio = ratio
+        self.feedback_bound = DEFAULT_BOUND if is_open and self._teacher_learns_labels else bound
+
+    @property
+    def feedback_size(self) -> FeedbackSize:
+        """The rule that gives λ in a step."""
+        return FeedbackSize(weight=self.feedback_weight, ratio=self.feedback_ratio, bound=self.feedback_bound)
 
     def functional(self) -> tuple[Step, State]:
         """The trainer's step as one pure function, and a copy of its state: :mod:`metapl.functional.step`.
@@ -320,7 +361,8 @@ class BilevelTrainer(Trainer):
         return [optimizer for optimizer in both if isinstance(optimizer, torch.optim.Optimizer)]
 
     def settings(self) -> dict[str, Any]:
-        names = ("mode", "lookahead", "problem", "teacher_losses", "feedback_weight", "feedback_ratio", *SETTINGS)
+        names = ("mode", "lookahead", "problem", "teacher_losses", "feedback_weight", "feedback_ratio")
+        names = (*names, "feedback_bound", *SETTINGS)
         return {name: getattr(self, name) for name in names}
 
     def live_state(self) -> dict[str, Any]:

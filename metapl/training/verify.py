@@ -124,7 +124,9 @@ def check_gradient(
     (of_teacher, of_student, device), estimate = layouts(teacher, student), estimator(mode or "forward")  # type: ignore[arg-type]
     if of_student.is_sharded or not of_student.ranks.alone:
         raise MetaplError("check_gradient was given networks of several processes; expected those of one, not sharded.")
-    update = update_of(inner_optimizer, of_student.parameters(), inner_state)
+    gives_feedback = estimate.credits != "nothing"
+    parameters = of_student.parameters()
+    update = update_of(inner_optimizer, parameters, inner_state, is_differentiated=gives_feedback)
     update = update.inner if isinstance(update, Clipped) else update
     update.follow(of_student.parameters())
     steps = [vars(one).get("step") for one in parts_of(vars(update).get("optimizer", update))]
@@ -185,6 +187,7 @@ def verified(given: Step, estimate: Any) -> GradientCheck:
     """A mode's gradient of a step beside its definition; nothing of the process is moved."""
     estimate = getattr(estimate, "base", estimate)  # whose feedback a control alters
     plainly = {"normalization": "gradient", "similarity": "dot", "baseline": None, "truncate": None, "keep_on": None}
+    plainly["reduction"] = "sum"  # the mean is 1/B of it, and no derivative
     names = {one.name for one in fields(estimate)} if is_dataclass(estimate) else set()
     estimate = replace(estimate, **{name: value for name, value in plainly.items() if name in names})
     if estimate.credits == "nothing":

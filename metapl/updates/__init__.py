@@ -11,6 +11,7 @@ from metapl.execution.shards import is_sharded
 from metapl.updates.adam import Adam
 from metapl.updates.base import Clipped, Cotangents, Options, Parameters, Update
 from metapl.updates.muon import Muon, as_taken
+from metapl.updates.own_step import RULES, OwnStep
 from metapl.updates.several import Several, SeveralRules, as_one
 from metapl.updates.torch_optim import (
     SGD,
@@ -24,7 +25,18 @@ from metapl.updates.torch_optim import (
 )
 from metapl.updates.torchopt import TransformUpdate, is_transform
 
-__all__ = ["Clipped", "Cotangents", "Options", "Parameters", "Schedule", "TorchUpdate", "Update", "as_one", "as_taken"]
+__all__ = [
+    "Clipped",
+    "Cotangents",
+    "Options",
+    "OwnStep",
+    "Parameters",
+    "Schedule",
+    "TorchUpdate",
+    "Update",
+    "as_one",
+    "as_taken",
+]
 __all__ += ["options_by_step", "options_of", "parameters_of", "parts_of", "refuse_missing", "update_of"]
 
 _UPDATES: dict[type, type[TorchUpdate]] = {
@@ -35,19 +47,39 @@ _UPDATES: dict[type, type[TorchUpdate]] = {
 }
 
 
-def update_of(optimizer: Any, parameters: Parameters, state: Any = None, name: str = "inner_optimizer") -> Update:
-    """The update of an optimizer over exactly these ``parameters``; of a TorchOpt transform with its ``state`` from an
-    earlier step (None: its initial one); an update as it is."""
+def update_of(
+    optimizer: Any,
+    parameters: Parameters,
+    state: Any = None,
+    name: str = "inner_optimizer",
+    *,
+    is_differentiated: bool = True,
+) -> Update:
+    """Return the update of an optimizer over exactly these ``parameters``; an update as it is.
+
+    Args:
+        optimizer: of ``torch.optim``, several of them, or a TorchOpt transform.
+        state: of the transform, from an earlier step; None: its initial one.
+        name: of the argument, for errors.
+        is_differentiated: whether the mode needs the update as a function; without it any optimizer of ``torch.optim``
+            is taken.
+    """
     if isinstance(optimizer, Update):
+        inside = optimizer.inner if isinstance(optimizer, Clipped) else optimizer
+        if is_differentiated and isinstance(inside, OwnStep):
+            raise MetaplError(
+                f"{name} is {type(inside.optimizer).__name__}, which has no derivative here; expected {RULES}."
+            )
         return optimizer
     optimizer, sharded = as_one(optimizer, name), any(is_sharded(p) for p in parameters.values())
     if is_transform(optimizer) and not sharded:
         return TransformUpdate(optimizer, parameters, state)
     kinds = [*map(type, parts_of(optimizer))]
     if state is not None or not all(kind in _UPDATES for kind in kinds):
+        if not is_differentiated and state is None and isinstance(optimizer, torch.optim.Optimizer):
+            return OwnStep(optimizer, parameters)
         given = f"{' and '.join(kind.__name__ for kind in kinds)}{'' if state is None else ', with a state'}"
-        expected = "torch.optim's SGD, Adam, AdamW, Muon or a tuple of them, or on one device a TorchOpt transform"
-        raise MetaplError(f"{name} is {given}; expected {expected}.")
+        raise MetaplError(f"{name} is {given}; expected {RULES}.")
     if sharded and torch.optim.Muon in kinds:
         raise MetaplError(f"{name} has Muon, whose products are of whole matrices; the network is sharded.")
     return (SeveralRules if isinstance(optimizer, Several) else _UPDATES[kinds[0]])(optimizer, parameters)

@@ -35,6 +35,12 @@ def flipped_sign(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(base.Feedback, "teacher_loss", lambda self, signal: -real(self, signal))
 
 
+def sum_for_reduction(patch: pytest.MonkeyPatch) -> None:
+    """Algorithm 1's mean cross-entropy summed over the batch: B times its gradient."""
+    real = base.Feedback.teacher_loss
+    patch.setattr(base.Feedback, "teacher_loss", lambda self, signal: real(replace(self, mean_over=1), signal))
+
+
 def mean_for_sum(patch: pytest.MonkeyPatch) -> None:
     """The teacher's term averaged over the batch: 1/B of the gradient."""
     real = base.Feedback.teacher_loss
@@ -55,9 +61,9 @@ def fields_taken_for_each_other(patch: pytest.MonkeyPatch) -> None:
 def ratio_the_wrong_way_round(patch: pytest.MonkeyPatch) -> None:
     real = Teaching.backward
 
-    def backward(self: Teaching, *given: Any) -> Any:
-        *others, ratio = given
-        return real(self, *others, None if ratio is None else 1 / ratio)
+    def backward(self: Teaching, *given: Any, **options: Any) -> Any:
+        *others, size = given
+        return real(self, *others, size if size.ratio is None else replace(size, ratio=1 / size.ratio), **options)
 
     patch.setattr(Teaching, "backward", backward)
 

@@ -154,7 +154,7 @@ def pseudo_labels(
         kind: ``"soft"``: the student learns q; ``"expected"``: it learns ŷ, and the teacher is told of q as if the
             student's step were linear in it (a straight-through label); ``"score"``: it learns ŷ, and the teacher gets
             Σ_i (∂L/∂u_i) ∇log p_i(ŷ_i), with u_i = 1 the weight of example i in the inner loss; ``"batch_score"``: the
-            same with one weight u for the whole batch.
+            same with one weight u for the whole batch; ``"batch_mean"``: 1/B of it, Algorithm 1 as it is written.
         labels: ŷ, where it is not to be drawn.
     """
     weak, strong = unlabeled if isinstance(unlabeled, tuple) else (unlabeled, unlabeled)
@@ -168,7 +168,8 @@ def pseudo_labels(
         labels = drawn(q)
     end = torch.get_rng_state()
     hard = None if labels is None else F.one_hot(labels, classes).to(q)
-    u = torch.ones((1,) if kind == "batch_score" else (rows,), dtype=q.dtype, requires_grad=True)
+    of_batch = kind in ("batch_score", "batch_mean")
+    u = torch.ones((1,) if of_batch else (rows,), dtype=q.dtype, requires_grad=True)
     leaf = (q if hard is None else hard).detach().requires_grad_()
     target = (1 - smoothing) * leaf + smoothing / classes
     inner = (u * cross_entropy(target, z)).mean()
@@ -182,6 +183,7 @@ def pseudo_labels(
     else:
         (signal_grad,) = torch.autograd.grad(outer, u)
         told = (signal_grad * (log_q * hard).sum(-1)).sum()
+        told = told / rows if kind == "batch_mean" else told
     grads = torch.autograd.grad(told, list(phi.values()))
     return Found(
         dict(zip(phi, grads, strict=True)),

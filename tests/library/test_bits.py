@@ -81,14 +81,22 @@ Row = dict[str, Any]
 
 def row(mode: Any, inner: Optimizer, outer: Optimizer = NESTEROV, net: str = "plain", **options: Any) -> Row:
     """One training: what is not an option of the trainer is ``ahead`` (K inner batches a step), ``views`` (a weak and a
-    strong one), ``frozen`` (the first layer of both networks) and ``within`` (the tolerance without hashes)."""
+    strong one), ``frozen`` (the first layer of both networks) and ``within`` (the tolerance without hashes).
+
+    The feedback has the weight 1, and that of a whole batch is times the sum of its labels' terms, unless a row says
+    otherwise: a row does not depend on defaults.
+    """
+    if not {"feedback_ratio", "feedback_bound"} & options.keys():
+        options["feedback_weight"] = 1.0
     return {"mode": mode, "inner": inner, "outer": outer, "net": net, **options}
 
 
 FEEDBACK = metapl.feedback
 
 
-TANGENT, GRAPH = FEEDBACK.Forward(by="tangent"), FEEDBACK.Forward(by="graph")
+TANGENT = FEEDBACK.Forward(by="tangent")
+GRAPH = FEEDBACK.Forward(by="graph")
+SUM = FEEDBACK.Reinforce(reduction="sum")
 TABLE: dict[str, Row] = {
     "forward nesterov norm dropout": row(TANGENT, NESTEROV, net="norm dropout"),
     "forward adam accumulate": row(TANGENT, ADAM, NESTEROV, accumulate=2),
@@ -97,17 +105,19 @@ TABLE: dict[str, Row] = {
     "forward nesterov bfloat16": row(TANGENT, NESTEROV, net="norm", precision="bfloat16", within=5e-2),
     "forward nesterov UDA": row(TANGENT, NESTEROV, net="norm dropout", views=True),
     "forward by graph adamw groups conv": row(GRAPH, two_groups(torch.optim.AdamW, eps=1e-3), ADAM, "conv"),
-    "reinforce nesterov UDA norm dropout": row("reinforce", NESTEROV, net="norm dropout", views=True),
-    "reinforce plain frozen groups": row(
-        "reinforce", two_groups(torch.optim.SGD), two_groups(torch.optim.SGD), frozen=True
-    ),
+    "reinforce nesterov UDA norm dropout": row(SUM, NESTEROV, net="norm dropout", views=True),
+    "reinforce plain frozen groups": row(SUM, two_groups(torch.optim.SGD), two_groups(torch.optim.SGD), frozen=True),
     # Not with one number for all examples: that of a step of clipped length is 0.
     "per example adam ratio": row("reinforce_per_example", ADAM, net="norm dropout", feedback_ratio=0.5, within=1e-4),
     "unrolled adamw K=3 groups": row("unrolled", two_groups(torch.optim.AdamW, eps=1e-3), ahead=3, net="norm"),
     # A difference of outputs in float32 has few digits.
     "difference nesterov norm dropout": row("difference", NESTEROV, net="norm dropout", within=1e-3),
-    "loss difference torchopt baseline": row(FEEDBACK.LossDifference(baseline=0.5), torchopt_sgd, within=1e-4),
+    "loss difference torchopt baseline": row(
+        FEEDBACK.LossDifference(baseline=0.5, reduction="sum"), torchopt_sgd, within=1e-4
+    ),
     "none adam K=3 dropout": row("none", ADAM, ADAM, "dropout", ahead=3),
+    "reinforce mean bound": row("reinforce", NESTEROV, net="norm", feedback_bound=0.1),
+    "forward bound accumulate": row(TANGENT, NESTEROV, ADAM, accumulate=2, feedback_bound=0.05),
     "implicit series": row(FEEDBACK.Implicit(solver="neumann", iterations=3, damping=0.1), NESTEROV),
 }
 

@@ -25,7 +25,7 @@ ESTIMATORS: dict[str, tuple[Any, str, str, float | None]] = {
     "difference": ("difference", "soft", "soft", DIFFERENCE),
     "difference_hard": ("difference", "hard", "expected", DIFFERENCE),
     "difference_one_sided": (Difference(one_sided=True), "soft", "soft", DIFFERENCE),
-    "reinforce": ("reinforce", "hard", "batch_score", EXACT),
+    "reinforce": ("reinforce", "hard", "batch_mean", EXACT),
     "reinforce_per_example": ("reinforce_per_example", "hard", "score", EXACT),
     "reinforce_per_example_by_difference": (ReinforcePerExample(tangent="difference"), "hard", "score", DIFFERENCE),
 }
@@ -49,9 +49,9 @@ def check_against_reference(
     """One call of the library beside the reference; the library must leave everything where it was."""
     mode, kind, told, tolerance = ESTIMATORS[estimator]
     tolerance = max(optimiser.tolerance, tolerance or 0.0, at_least or 0.0)
-    if told == "batch_score" and "clip" in optimiser.name:
+    if told == "batch_mean" and "clip" in optimiser.name:
         tolerance = 1e-6  # behind an active clip ⟨w, g⟩ is zero but for rounding and the clip's 1e-6
-    if told == "batch_score" and "adam_defaults" in optimiser.name and rule_state is None:
+    if told == "batch_mean" and "adam_defaults" in optimiser.name and rule_state is None:
         tolerance = 1e-7  # a first step of Adam is a sign: ⟨w, g⟩ cancels to its eps, 1e-8, in which rounding is 1e-8
     problem.draw_from_start()
     state = {"state": rule_state, "kind": told, **labels}
@@ -62,7 +62,7 @@ def check_against_reference(
     pseudo = metapl.PseudoLabels(kind=kind, label_smoothing=labels.get("smoothing", 0.0), **settings)
     found = gradient(problem, mode, problem=pseudo, inner_optimizer=inner, inner_state=inner_state)
     assert error(found.grads, expected.grads) < tolerance
-    told_of = expected.signal_grad.squeeze() if told == "batch_score" else expected.signal_grad
+    told_of = expected.signal_grad.squeeze() if told == "batch_mean" else expected.signal_grad
     assert found.feedback.shape == told_of.shape
     assert error(found.feedback, -told_of) < tolerance
     assert error(found.student_params, expected.student_params) < optimiser.tolerance

@@ -60,6 +60,10 @@ own = lambda problem, mode="forward", parts=1: of(  # noqa: E731
 
 CAUGHT: dict[str, list[Check]] = {
     "flipped_sign": [lowers("forward"), exact("unrolled"), exact("reinforce"), mean_is_soft("reinforce")],
+    "sum_for_reduction": [
+        exact("reinforce"),
+        of(test_sampled.test_algorithm_1_is_a_scalar_times_the_mean_cross_entropy),
+    ],
     "mean_for_sum": [lowers("forward"), exact("reinforce"), mean_is_soft("reinforce_per_example")],
     "fields_taken_for_each_other": [own("Weighted"), own("Weighted", "unrolled")],
     "ratio_the_wrong_way_round": [ratio],

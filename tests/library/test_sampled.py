@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -16,7 +17,7 @@ from reference import error, flat
 from torch import Tensor
 
 import metapl
-from metapl.feedback import Reinforce, ReinforcePerExample
+from metapl.feedback import LossDifference, Reinforce, ReinforcePerExample
 from metapl.problems import pseudo_labels
 
 ROWS = 2
@@ -84,7 +85,7 @@ def clip(lr: float) -> Optimiser:
 
 HARD = {
     # mode, what the reference differentiates, order in η of the bias beside the soft gradient
-    "reinforce": ("reinforce", "batch_score", 1),
+    "reinforce": (Reinforce(reduction="sum"), "batch_score", 1),
     "reinforce_per_example": ("reinforce_per_example", "score", 1),
     "reinforce_per_example_by_difference": (ReinforcePerExample(tangent="difference"), "score", 1),
     "forward": ("forward", "expected", 2),
@@ -178,7 +179,7 @@ def test_loss_difference_is_the_gradient_of_the_expected_labelled_loss(
 ) -> None:
     """∇ E_ŷ[L(θ′(ŷ))], the expectation differentiated as the finite sum that it is; no optimiser is an exception."""
     problem, rule = toy("mlp", rows=ROWS), OPTIMISERS[optimiser]
-    found, _ = library_mean("loss_difference", problem, rule, monkeypatch, warmed)
+    found, _ = library_mean(LossDifference(reduction="sum"), problem, rule, monkeypatch, warmed)
     problem = toy("mlp", rows=ROWS)
     state = warm(problem, rule)[2] if warmed else None
     case = {**problem.networks(), **problem.data(), "rule": rule.rule, "state": state, "kind": "score"}
@@ -188,6 +189,38 @@ def test_loss_difference_is_the_gradient_of_the_expected_labelled_loss(
 
 def flat_grad(loss: Tensor, problem: Toy) -> Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(problem.teacher.parameters()))])
+
+
+@pytest.mark.parametrize("optimiser", ["torch_sgd", "torch_adam", "torchopt_clip"])
+@pytest.mark.parametrize(
+    "estimator",
+    [Reinforce(), Reinforce(similarity="cosine"), Reinforce(normalization="learning_rate"), LossDifference()],
+)
+def test_the_mean_is_the_sum_over_the_number_of_labels(
+    estimator: Any, optimiser: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Algorithm 1's reduction, the default, in every option and with any optimiser; the student's step is the same."""
+    if optimiser == "torchopt_clip" and estimator.normalization == "learning_rate":
+        pytest.skip("a TorchOpt transform shows no learning rate")
+    problem, rule = toy("mlp", rows=ROWS), OPTIMISERS[optimiser]
+    by_mean, theta = library_mean(estimator, problem, rule, monkeypatch)
+    by_sum, same_theta = library_mean(replace(estimator, reduction="sum"), problem, rule, monkeypatch)
+    assert error(by_mean, by_sum / ROWS) < 1e-12
+    assert torch.equal(theta, same_theta)
+
+
+def test_algorithm_1_is_a_scalar_times_the_mean_cross_entropy() -> None:
+    """Line 5 by hand: the gradient of h · (1/B) Σ CE(ŷ_i, T(x_i)), with the h that the report has."""
+    problem = toy("mlp", rows=5)
+    found = gradient(problem, "reinforce", generator=torch.Generator().manual_seed(3))
+    drawn = metapl.PseudoLabels("hard").signal(
+        problem.teacher,
+        problem.unlabeled,
+        problem.student(problem.unlabeled).detach(),
+        generator=torch.Generator().manual_seed(3),
+    )
+    mean_cross_entropy = torch.nn.functional.cross_entropy(problem.teacher(problem.unlabeled), drawn.value)
+    assert error(found.grads, flat_grad(found.feedback * mean_cross_entropy, problem)) < 1e-10
 
 
 @pytest.mark.parametrize("mode", ["reinforce", "loss_difference"])

@@ -1,0 +1,60 @@
+r"""How large the feedback is beside the teacher's own losses.
+
+The teacher steps along
+
+.. math:: G = \lambda\, G_h + G_{own}, \qquad
+          G_h = -\nabla_{\theta_T} \textstyle\sum \mathrm{sg}(h)\cdot\mathrm{signal}, \qquad
+          G_{own} = \nabla_{\theta_T} \textstyle\sum_k L_k
+
+and a :class:`FeedbackSize` says what λ is. Both roads ask it, so that they follow one rule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DEFAULT_BOUND = 0.1
+"""The bound of a trainer whose teacher learns labels by losses of its own, where nothing else is given: of the rules
+that ``benchmarks/feedback_size.py`` tried, the one under which every mode trains (docs/modes.md)."""
+
+
+@dataclass(frozen=True)
+class FeedbackSize:
+    r"""The rule that gives λ in each step.
+
+    .. math:: \lambda = \mathrm{weight}, \qquad
+              \lambda = \mathrm{ratio}\, \frac{\|G_{own}\|}{\|G_h\|}, \qquad
+              \lambda = \min\Big(\mathrm{weight},\ \mathrm{bound}\, \frac{\|G_{own}\|}{\|G_h\|}\Big)
+
+    Args:
+        weight: λ itself, or with a bound the greatest λ.
+        ratio: what ‖λ G_h‖ / ‖G_own‖ is in every step; then the weight is not read.
+        bound: what ‖λ G_h‖ / ‖G_own‖ is at most.
+    """
+
+    weight: float = 1.0
+    ratio: float | None = None
+    bound: float | None = None
+
+    @property
+    def compares(self) -> bool:
+        """Whether λ depends on the two gradients, so that each of them is needed by itself."""
+        return self.ratio is not None or self.bound is not None
+
+    def weight_for(self, feedback_norm: Tensor, own_norm: Tensor) -> Tensor:
+        """Return λ, a scalar, from ‖G_h‖ and ‖G_own‖; a feedback of zero has λ = 0 by a ratio, and the weight else."""
+        smallest = torch.finfo(feedback_norm.dtype).tiny
+        norms = own_norm / feedback_norm.clamp_min(smallest)
+        if self.ratio is not None:
+            return torch.where(feedback_norm > 0, self.ratio * norms, 0.0)
+        if self.bound is not None:
+            return torch.where(feedback_norm > 0, (self.bound * norms).clamp_max(self.weight), self.weight)
+        return torch.full_like(feedback_norm, self.weight)
+
+
+def ratio_of(weight: Tensor, feedback_norm: Tensor, own_norm: Tensor) -> Tensor:
+    """Return ‖λ G_h‖ / ‖G_own‖, the size that a report states; infinite where the teacher's own gradient is zero."""
+    return (weight * feedback_norm).abs() / own_norm
