@@ -6,7 +6,8 @@ that would not wait anyway.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,10 +102,13 @@ class Outcomes:
         # Where the classes are of different sizes, naming the largest one is a stage that a training passes through.
         if rows and (rows > 1 or step >= self.options.steps):
             network = role if self.trainer.teacher is not None else "network"
+            if self.options.phase != "fit":
+                network = f"{network} of phase {self.options.phase}"
+            remedies = [*self._remedies(role), "train it for more steps"]
             self.say_once(
                 f"{role} at chance",
                 f"the {network} is at chance on the validation data after step {step:,}, with {accuracy:.1%} where "
-                f"guessing has {chance:.1%}: {self._remedy(role)}, or train it for more steps",
+                f"guessing has {chance:.1%}: {either(remedies)}",
             )
 
     def due_after(self, begun: int, part: float) -> float:
@@ -117,23 +121,23 @@ class Outcomes:
             self.said.append(kind)
             self._say(f"warning: {text}")
 
-    def _remedy(self, role: str) -> str:
+    def _remedies(self, role: str) -> list[str]:
         """What to do about a network that has learned nothing, or has forgotten it."""
-        less_feedback = self._less_feedback() if role == "teacher" else None
-        if less_feedback is None:
-            return "lower its learning rate"
-        return f"{less_feedback}, or lower its learning rate"
+        if role == "student" and "pseudo_label_class_entropy" in self.said:
+            return ["mend the teacher's labels first, which it learns"]
+        less_feedback = self._less_feedback() if role == "teacher" else []
+        return [*less_feedback, "lower its learning rate"]
 
-    def _less_feedback(self) -> str | None:
-        """How to make the feedback smaller; None where it is small by its rule, or there is none."""
+    def _less_feedback(self) -> list[str]:
+        """How to make the feedback smaller; nothing where it is small by its rule, or there is none."""
         trainer = self.trainer
         if trainer.teacher is None or trainer.mode.credits == "nothing" or not trainer._has_losses:
-            return None
+            return []
+        bound = f"give feedback_bound={DEFAULT_BOUND:g}"
         if trainer.feedback_bound is not None:
-            is_small = trainer.feedback_bound <= DEFAULT_BOUND
-            return None if is_small else f"give feedback_bound={DEFAULT_BOUND:g}"
+            return [bound] if trainer.feedback_bound > DEFAULT_BOUND else []
         given = "feedback_weight" if trainer.feedback_ratio is None else "feedback_ratio"
-        return f"leave out {given}, or give feedback_bound={DEFAULT_BOUND:g}"
+        return [f"leave out {given}", bound]
 
     def _count(self, kind: str, is_so: bool) -> int:
         """How often a kind has been so, without a break up to now."""
@@ -144,12 +148,13 @@ class Outcomes:
         ratio = row.get("feedback_ratio")
         if ratio is None:
             return
-        if self._count("feedback", ratio >= TOO_LARGE) >= ROWS:
+        # It is infinite where the own losses say nothing, such as before they begin.
+        if self._count("feedback", TOO_LARGE <= ratio < math.inf) >= ROWS:
             self.say_once(
                 "feedback",
                 f"the feedback's gradient is {ratio:,.0f} times that of the teacher's own losses at step {step:,}, and "
                 f"was {TOO_LARGE:.0f} times or more in {ROWS} rows running, so the teacher may forget its labels: "
-                f"{self._less_feedback() or 'lower the feedback'}",
+                f"{either(self._less_feedback() or ['lower its learning rate'])}",
             )
 
     def _look_for_collapse(self, step: int, row: Mapping[str, float], of_labels: bool) -> None:
@@ -170,7 +175,7 @@ class Outcomes:
                 self.say_once(
                     column,
                     f"{whose} have collapsed onto few classes: their mean has an entropy of {entropy:.2g} nats at step "
-                    f"{step:,}, where {of} {usual:.2g}; {self._remedy(role)}",
+                    f"{step:,}, where {of} {usual:.2g}; {either(self._remedies(role))}",
                 )
 
     def _look_at_move(self, step: int, row: Mapping[str, float]) -> None:
@@ -195,6 +200,16 @@ class Outcomes:
             f"warning: the teacher's parameters have hardly moved after {step:,} steps, by {move:.1g} each {compared}; "
             f"give it a greater rate, as by outer_optimizer=torch.optim.Adam(teacher.parameters(), lr={rate})"
         )
+
+
+def either(ways: Sequence[str]) -> str:
+    """Join several ways out.
+
+    >>> either(["wait"]), either(["wait", "go"]), either(["wait", "go", "stop"])
+    ('wait', 'wait, or go', 'wait, go, or stop')
+    """
+    *others, last = ways
+    return f"{', '.join(others)}, or {last}" if others else last
 
 
 def is_taught(trainer: Any) -> bool:
