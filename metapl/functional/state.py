@@ -22,7 +22,6 @@ from metapl.feedback.difference import RELATIVE_STEP
 from metapl.problems.base import Signal, field_of
 from metapl.updates import Clipped, Options, TorchUpdate, Update, as_taken, options_of
 
-
 SIGNAL_FIELDS = tuple(field.name for field in dataclasses.fields(Signal))
 Fields = TypeVar("Fields", bound=NamedTuple)
 
