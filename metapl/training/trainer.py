@@ -144,6 +144,7 @@ class BilevelTrainer(Trainer):
         check_teacher(teacher, self.problem, **of_teacher, recompute_teacher=recompute_teacher)
         self.pair, self.as_given = (teacher, student), student  # perhaps in DistributedDataParallel
         self.teacher_layout, self.layout, self.device = layouts(teacher, student)
+        checks.generator_of(generator, self.device, "the networks are on")
         self.layouts: list[Layout] = [one for one in (self.teacher_layout, self.layout) if one is not None]
         self.distributed = [layout for layout in self.layouts if layout.kind != "plain"]
         self.ranks, self.student = self.layout.ranks, self.layout.network
