@@ -69,8 +69,8 @@ class BilevelTrainer(Trainer):
             is given. **The default**, where none of the three is given and the teacher learns labels by losses of its
             own (those of the problem, or a cross-entropy among ``teacher_losses``), is a bound of 0.1
             (:data:`metapl.feedback.size.DEFAULT_BOUND`), under which every mode trains; elsewhere it is a weight of 1.
-            A bound and a ratio take no pass more than a weight does, and hold one more gradient of the teacher; a
-            compiled step takes one more backward pass of the teacher.
+            A bound and a ratio take no pass more than a weight does, and hold one more gradient of the teacher. A
+            compiled step takes one more backward pass of the teacher, unless its losses say ``detaches_signal``.
         recompute_teacher: run the teacher on the unlabeled batch without a graph first, and once more with one at the
             end: one more teacher forward pass, one graph less in memory.
         generator: for drawing labels; default: the default generator of the device.
