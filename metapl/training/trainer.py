@@ -426,8 +426,8 @@ class BilevelTrainer(Trainer):
         return [optimizer for optimizer in both if isinstance(optimizer, torch.optim.Optimizer)]
 
     def settings(self) -> dict[str, Any]:
-        names = ("mode", "lookahead", "problem", "teacher_losses", "feedback_weight", "feedback_ratio")
-        names = (*names, "feedback_bound", *SETTINGS)
+        of_feedback = ("feedback_weight", "feedback_ratio", "feedback_bound")
+        names = ("mode", "lookahead", "problem", "teacher_losses", *of_feedback, *SETTINGS)
         return {name: getattr(self, name) for name in names}
 
     def live_state(self) -> dict[str, Any]:
