@@ -159,7 +159,11 @@ def test_the_mode_of_the_process_is_reset_after_an_error(
             warnings.warn("Synchronization debug mode is a prototype feature and does not yet ...", stacklevel=2)
 
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
-    with pytest.raises(RuntimeError, match="called a synchronizing operation"), cuda_may_not_wait():
+
+    def wait() -> None:
         assert modes == ["error"]
         raise RuntimeError("called a synchronizing operation")
+
+    with pytest.raises(RuntimeError, match="called a synchronizing operation"), cuda_may_not_wait():
+        wait()
     assert modes == ["error", "default"]
