@@ -161,10 +161,9 @@ def test_the_mode_of_the_process_is_reset_after_an_error(
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
 
     def wait() -> None:
-        with cuda_may_not_wait():
-            assert modes == ["error"]
-            raise RuntimeError("called a synchronizing operation")
+        assert modes == ["error"]
+        raise RuntimeError("called a synchronizing operation")
 
-    with pytest.raises(RuntimeError, match="called a synchronizing operation"):
+    with pytest.raises(RuntimeError, match="called a synchronizing operation"), cuda_may_not_wait():
         wait()
     assert modes == ["error", "default"]
