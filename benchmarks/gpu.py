@@ -122,7 +122,7 @@ OF_MINIATURE = (TESTS, "compiled mlp", "WRN-28-2, bf16", "other libraries, MLP",
 
 
 def tests(report: Path, *, is_small: bool) -> list[Row]:
-    """Run the tests that are marked gpu, by four processes if pytest-xdist is installed; of a miniature, one of them."""
+    """Run the tests marked gpu, by four processes if pytest-xdist is installed; of a miniature, one of them."""
     files = [path for path in sorted(ROOT.glob("tests/*/test_*.py")) if "pytest.mark.gpu" in path.read_text()]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
     # pytest-benchmark, where it is installed, warns beside pytest-xdist, and warnings are errors here.
