@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
+import os
 import subprocess
 import sys
 import tempfile
@@ -122,7 +123,7 @@ OF_MINIATURE = (TESTS, "compiled mlp", "WRN-28-2, bf16", "other libraries, MLP",
 
 
 def tests(report: Path, *, is_small: bool) -> list[Row]:
-    """Run the tests marked gpu, by four processes if pytest-xdist is installed; of a miniature, one of them."""
+    """Run the tests that are marked gpu, in four processes if pytest-xdist is installed; a miniature runs one test."""
     files = [path for path in sorted(ROOT.glob("tests/*/test_*.py")) if "pytest.mark.gpu" in path.read_text()]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
     # pytest-benchmark, where it is installed, warns beside pytest-xdist, and warnings are errors here.
@@ -131,7 +132,9 @@ def tests(report: Path, *, is_small: bool) -> list[Row]:
         command += ["-k", SMALL_TEST]
     elif importlib.util.find_spec("xdist"):
         command += ["-n", "4", "--dist", "worksteal"]
-    subprocess.run([*command, *map(str, files)], cwd=ROOT, check=False)
+    # Four processes with a thread for each core would wait for each other.
+    threads = {"OMP_NUM_THREADS": "2"}
+    subprocess.run([*command, *map(str, files)], cwd=ROOT, env=threads | os.environ, check=False)
     cases = list(ET.parse(report).iter("testcase"))
     failed = [c.get("name", "") for c in cases if c.find("failure") is not None or c.find("error") is not None]
     skipped = sum(case.find("skipped") is not None for case in cases)

@@ -177,8 +177,19 @@ _LACKING = re.compile(r"(?i)forward[- ](mode )?AD|jvp function|differentiate twi
 _OPERATION = re.compile(r"(?:forward AD with|derivative for) '?([\w:.]+)'?")
 
 
+_CUDNN_RNN = re.compile(r"(?i)cudnn[ _]rnn")
+_CUDNN_EVAL = "RNN backward can only be called in training mode"
+
+
 def explain(error: BaseException) -> None:
-    """Raise autograd's error about a missing derivative as one that names the operation and the modes that run."""
+    """Raise autograd's error about a missing derivative as one that names the operation and what runs."""
+    text = str(error)
+    is_lacking = bool(_LACKING.search(text)) or _CUDNN_EVAL in text
+    if isinstance(error, RuntimeError) and is_lacking and _CUDNN_RNN.search(text):
+        raise MetaplError(
+            "cuDNN's recurrent networks have no second derivative, no forward mode, and in eval mode no derivative at "
+            "all; expected the call in a block of torch.backends.cudnn.flags(enabled=False), which takes PyTorch's own."
+        ) from error
     if isinstance(error, RuntimeError) and _LACKING.search(str(error)):
         message = str(error).splitlines()[0].rstrip(".")
         operation = _OPERATION.search(message)

@@ -93,7 +93,7 @@ class BilevelTrainer(Trainer):
         compile: take steps by the pure step (:meth:`functional`), compiled whole: a fifth to 0.7 of the time, after 5
             seconds to three minutes of compiling for each shape of batches. In one process, with SGD, Adam, AdamW or
             Muon on both levels and at most 3 steps ahead, without ``accumulate``. The first step is compared with an
-            eager one. ``"reduce-overhead"``: by CUDA graphs too, not yet run on a GPU, for another copy of all state.
+            eager one. ``"reduce-overhead"``: by CUDA graphs too, for another copy of all state.
         verify: True: compare the mode's gradient with differences of the loss after real steps, at the first step and
             where the networks are changed (their modes, frozen parts, hooks), and refuse one that is wrong
             (:func:`metapl.check_gradient`); ``"warn"``: warn of it; False: never; a number N: also every N steps. Above
