@@ -62,7 +62,8 @@ def batches(size: int, seed: int, *columns: Tensor) -> Iterator[tuple[Tensor, ..
 
 
 def fit(trainer: Any, labeled: Any, unlabeled: Any, steps: int, schedule: str = "cosine") -> Any:
-    trainer.fit(labeled, unlabeled, steps=steps, schedule=schedule, progress=False)
+    # All students have had their steps on the given labels: see ``WARM_UP``.
+    trainer.fit(labeled, unlabeled, steps=steps, schedule=schedule, first_steps=0, progress=False)
     return trainer
 
 

@@ -323,9 +323,7 @@ class BilevelTrainer(Trainer):
         return steps
 
     @one_at_a_time
-    def first_step(
-        self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None
-    ) -> Report:
+    def first_step(self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None) -> Report:
         """Take one step of the student alone, on the problem's ``first_signal`` about the inner batch.
 
         :meth:`fit` takes these before the teacher begins, as many as the problem's ``first_steps`` says, or the option

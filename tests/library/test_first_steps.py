@@ -77,7 +77,9 @@ def test_a_problem_names_the_optimizer_of_its_teacher() -> None:
 def test_an_optimizer_that_is_given_comes_before_that_of_the_problem() -> None:
     table = Table(torch.zeros(ROWS))
     outer = torch.optim.SGD(table.parameters(), lr=0.5)
-    assert metapl.BilevelTrainer(table, student_network(), problem=Named(), outer_optimizer=outer).outer_optimizer is outer
+    assert (
+        metapl.BilevelTrainer(table, student_network(), problem=Named(), outer_optimizer=outer).outer_optimizer is outer
+    )
 
 
 def test_pseudo_labels_keep_sgd() -> None:
