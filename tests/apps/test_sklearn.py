@@ -210,7 +210,7 @@ def test_a_refused_fit(kind: type, word: str, settings: dict[str, Any], data: di
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("load", [load_wine, load_breast_cancer])
+@pytest.mark.parametrize("load", [load_wine, pytest.param(load_breast_cancer, marks=pytest.mark.long)])
 def test_without_trusted_rows_folds_that_check_each_other_find_wrong_labels(load: Any) -> None:
     """And the classifier is not behind its own control, plain training; weights learned from random rows were."""
     data, truth = load(return_X_y=True)
