@@ -223,8 +223,8 @@ class BilevelProblem(ABC):
         return None
 
     def first_steps(self, steps: int) -> int:
-        """Return how many of so many steps :meth:`metapl.BilevelTrainer.fit` takes first, in which the student learns
-        alone, by :meth:`first_signal`, and the teacher waits; by default none.
+        """Return how many of the ``steps`` of a :meth:`metapl.BilevelTrainer.fit` the student takes alone, by
+        :meth:`first_signal`, before the teacher begins; by default none.
 
         For a signal that is made from what the student knows, such as its losses, which say nothing about a label
         before it has learned anything. :meth:`metapl.BilevelTrainer.step` and its pure form have no first steps.

@@ -187,6 +187,10 @@ class LearningToReweight(Weighted):
     any optimizer, ``mode=metapl.feedback.Implicit(solver="identity")``. Prefer the latter for Adam, whose slope at a
     gradient of 0 is of the order of 1/eps for weights that have had no gradient yet: these few then decide all.
 
+    It is slow: a batch moves the student as far as its helpful examples go. On the digits with 40 % asymmetric noise it
+    is 6 points behind the trusted labels alone after 300 steps, and with Adam at 1e-3 10 behind after 400 and level
+    after 1,000: give it some 1,000 steps, or Adam at 1e-2.
+
     Cost: one forward and one backward pass of the student beyond those of the mode.
 
     >>> import metapl
@@ -278,6 +282,11 @@ class LabelCorrection(Relabeled):
     An inner batch is (x, y) with noisy labels, the outer one (x, y) with trusted ones. The teacher maps (x, y) to
     logits (B, C), such as a :class:`metapl.models.Corrector`.
 
+    Begin with a corrector whose network has learned the trusted labels (``LossTrainer(network).fit(trusted)``). One
+    that begins at random has to find the right labels through the student's steps: on the digits with 40 % asymmetric
+    noise the student of such a one had 73 to 75 %, like plain training on the given labels (70), and with a network of
+    the trusted labels 91, where the trusted labels alone have 88 (docs/write-a-problem.md).
+
     Source: Zheng, Awadallah and Dumais, "Meta label correction for noisy label learning" (AAAI 2021).
     """
 
@@ -303,6 +312,10 @@ class NoiseTransition(Classification):
     and returns logits (C, C), whose rows become the distributions of the given label; ``Table(4 * torch.eye(C))``
     begins near the identity, "no noise".
 
+    Where the student can learn the given labels by heart, as in hundreds of epochs of a hundred rows, the matrix is
+    found too late: on wine with 40 % symmetric noise it ends 3 points behind plain training on the given labels, and 30
+    behind the trusted alone. Train on the trusted labels alone then, or take :class:`LabelCorrection`.
+
     Source: the forward correction of Patrini et al. (CVPR 2017), with the matrix learned as in Wang, Hu and Hu,
     "Training noise-robust deep neural networks via meta-learning" (CVPR 2020).
     """
@@ -310,12 +323,8 @@ class NoiseTransition(Classification):
     signal_has_rows: ClassVar[bool | None] = False
 
     def default_outer_optimizer(self, teacher: nn.Module) -> torch.optim.Optimizer:
-        """Adam at 0.1 for a :class:`Table`, at 1e-3 for a network in its place."""
-        return optimizer_of_network(teacher, 0.1 if isinstance(teacher, Table) else 1e-3)
-
-    def first_steps(self, steps: int) -> int:
-        """A tenth of the steps, by the matrix as it is."""
-        return round(0.1 * steps)
+        """Adam at 0.03 for a :class:`Table`, at 1e-3 for a network in its place."""
+        return optimizer_of_network(teacher, 0.03 if isinstance(teacher, Table) else 1e-3)
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
         return Signal(wide(teacher()).softmax(-1))

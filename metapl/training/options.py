@@ -45,7 +45,7 @@ class FitOptions:
             what it was, as in Noisy Student.
         wait: steps during which the teacher trains alone, on its own losses, before the student begins, with its
             schedule, warm-up included, and its average. The authors have 3,000 for CIFAR-10 and 20,000 for ImageNet.
-        first_steps: steps in which the student learns alone, by the problem's ``first_signal``, before the teacher
+        first_steps: steps in which the student learns alone, by the problem's ``first_signal``, before its teacher
             begins; they are among ``steps``, and after ``wait``. None: as many as the problem says (``first_steps``);
             0 for a student that has learned the given labels already.
         ema_decay: keep a moving average of the student's weights, with decay min(this, (1+t)/(10+t)), which is then
