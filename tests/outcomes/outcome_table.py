@@ -1,0 +1,58 @@
+"""How far the rows of the suite are from red, in points.
+
+python tests/outcomes/outcome_table.py              # all of them
+python tests/outcomes/outcome_table.py Muon fit     # those with these words
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+
+import test_first_call
+import test_modes
+import test_optimizers
+import test_tables
+from trainings import Comparison, Row, comparisons
+
+import metapl
+
+FILES_OF_ROWS = (test_modes, test_first_call, test_optimizers)
+
+
+def all_rows() -> list[Row]:
+    """Return the rows of all files, each once."""
+    rows: list[Row] = []
+    for module in FILES_OF_ROWS:
+        rows += module.QUICK
+        rows += module.LONG
+    return list(dict.fromkeys(rows))
+
+
+def print_row(title: str, compared: Iterable[Comparison]) -> None:
+    """Train, and print the smallest margin, the comparison that has it, and the processor time."""
+    began = time.process_time()
+    try:
+        closest = min(compared, key=lambda comparison: comparison.margin)
+    except metapl.MetaplError as error:
+        print(f"| error | {error} | | {title} |", flush=True)
+    else:
+        seconds = time.process_time() - began
+        print(f"| {100 * closest.margin:+.1f} | {closest} | {seconds:.1f} | {title} |", flush=True)
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    print("| margin | the closest comparison | seconds | row |\n|---:|---|---:|---|", flush=True)
+    for row in all_rows():
+        if all(word in row.title for word in words):
+            print_row(row.title, comparisons(row))
+    for data, mode in test_tables.QUICK + test_tables.LONG:
+        title = f"MetaPseudoLabelsClassifier(mode={mode!r}): {data}"
+        if all(word in title for word in words):
+            print_row(title, test_tables.comparisons(data, mode))
+
+
+if __name__ == "__main__":
+    main()
