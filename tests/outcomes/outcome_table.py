@@ -31,20 +31,22 @@ def all_rows() -> list[Row]:
 
 
 def print_row(title: str, compared: Iterable[Comparison]) -> None:
-    """Train, and print the smallest margin, the comparison that has it, and the processor time."""
+    """Train, and print the smallest margin, what was compared, and the processor time."""
     began = time.process_time()
     try:
-        closest = min(compared, key=lambda comparison: comparison.margin)
+        found = [*compared]
     except metapl.MetaplError as error:
-        print(f"| error | {error} | | {title} |", flush=True)
-    else:
-        seconds = time.process_time() - began
-        print(f"| {100 * closest.margin:+.1f} | {closest} | {seconds:.1f} | {title} |", flush=True)
+        print(f"| error | {title} | {error} | |", flush=True)
+        return
+    seconds = time.process_time() - began
+    margin = min(comparison.margin for comparison in found)
+    words = "; ".join(map(str, found))
+    print(f"| {100 * margin:+.1f} | {title} | {words} | {seconds:.1f} |", flush=True)
 
 
 def main() -> None:
     words = sys.argv[1:]
-    print("| margin | the closest comparison | seconds | row |\n|---:|---|---:|---|", flush=True)
+    print("| margin | row | what was compared | seconds |\n|---:|---|---|---:|", flush=True)
     for row in all_rows():
         if all(word in row.title for word in words):
             print_row(row.title, comparisons(row))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from trainings import SEEDS, Comparison, above_chance, check_all, near
 
+from metapl.apps import report
+
 NETWORKS = ("student_test_accuracy", "teacher_test_accuracy", "test_accuracy")
 """What a run's result says: the accuracies of both networks, and of the one that it delivers."""
 
@@ -22,7 +25,16 @@ Train = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
+def no_figures() -> Iterator[None]:
+    """``report.png`` is not drawn, which takes longer than some of the trainings."""
+    Image.new("RGB", (8, 8), "white").save(file := io.BytesIO(), format="png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "draw", lambda **figures: file.getvalue())
+        yield
+
+
+@pytest.fixture(scope="module")
+def train(no_figures: None, tmp_path_factory: pytest.TempPathFactory) -> Train:
     """Return a function from the words of a command to its result; the same words are run once."""
 
     @cache

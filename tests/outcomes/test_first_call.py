@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from test_modes import MODES
-from trainings import Loop, Row, check, rows_of
+from trainings import Loop, Row, check, controls, marked
 
 from metapl.feedback import Forward, Reinforce
 
@@ -29,9 +29,11 @@ WRITTEN = [
     for mode in ("reinforce", "loss_difference")
 ]
 
-LONG = [row for row in CONSTANT + NORMALIZED + WRITTEN if row not in QUICK]
+WITHOUT_FEEDBACK = controls(Loop(way="step", optimizer=rate) for rate in RATES)
+
+LONG = [row for row in CONSTANT + NORMALIZED + WRITTEN + WITHOUT_FEEDBACK if row not in QUICK]
 
 
-@pytest.mark.parametrize("row", rows_of(QUICK, LONG))
+@pytest.mark.parametrize("row", marked(QUICK, LONG))
 def test_a_plain_loop_comes_out(row: Row) -> None:
     check(row)

@@ -9,13 +9,13 @@ import pytest
 import test_first_call
 import test_modes
 from outcome_table import all_rows
-from test_command_outcomes import Train, digits_comparisons, train
+from test_command_outcomes import Train, digits_comparisons, no_figures, train
 from trainings import Loop, Row, check_all
 
 from metapl.feedback import Forward, loss_difference, reinforce
 from metapl.training import trainer
 
-__all__ = ["train"]  # a fixture
+__all__ = ["no_figures", "train"]  # fixtures
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
