@@ -14,19 +14,14 @@ import test_first_call
 import test_modes
 import test_optimizers
 import test_tables
-from trainings import Comparison, Row, comparisons
+from trainings import SEEDS, Comparison, Row, comparisons
 
 import metapl
-
-FILES_OF_ROWS = (test_modes, test_first_call, test_optimizers)
 
 
 def all_rows() -> list[Row]:
     """Return the rows of all files, each once."""
-    rows: list[Row] = []
-    for module in FILES_OF_ROWS:
-        rows += module.QUICK
-        rows += module.LONG
+    rows = test_modes.QUICK + test_modes.LONG + test_first_call.QUICK + test_first_call.LONG + test_optimizers.LONG
     return list(dict.fromkeys(rows))
 
 
@@ -50,10 +45,10 @@ def main() -> None:
     for row in all_rows():
         if all(word in row.title for word in words):
             print_row(row.title, comparisons(row))
-    for data, mode in test_tables.QUICK + test_tables.LONG:
+    for data, mode in test_tables.TABLES:
         title = f"MetaPseudoLabelsClassifier(mode={mode!r}): {data}"
         if all(word in title for word in words):
-            print_row(title, test_tables.comparisons(data, mode))
+            print_row(title, test_tables.comparisons(data, mode, SEEDS))
 
 
 if __name__ == "__main__":

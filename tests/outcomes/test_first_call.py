@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from test_modes import MODES
+from test_modes import COSINE, MODES
 from trainings import Loop, Row, check, controls, marked
 
-from metapl.feedback import Forward, Reinforce
+from metapl.feedback import Forward
 
 RATES = ("default", "SGD 0.3")
 """Both networks' optimizers: the default, whose rate is 0.05, and the same at 0.3."""
-
-COSINE = Reinforce(similarity="cosine", baseline=0.99)
 
 QUICK = [Row("reinforce", Loop(way="step"))]
 

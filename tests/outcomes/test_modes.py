@@ -12,14 +12,17 @@ IDENTITY = Implicit(solver="identity")
 
 MODES = ("forward", "reinforce", "loss_difference", "reinforce_per_example", "difference", "unrolled", IDENTITY)
 
-QUICK = [
+COSINE = Reinforce(similarity="cosine", baseline=0.99)
+
+SHORT = Loop(steps=200)
+
+QUICK = [Row(mode, SHORT) for mode in ("forward", "reinforce", "loss_difference", COSINE)]
+
+OPTIONS = [
     Row("forward"),
     Row("reinforce"),
     Row("loss_difference"),
-    Row(Reinforce(similarity="cosine", baseline=0.99)),
-]
-
-OPTIONS = [
+    Row(COSINE),
     Row("forward", hard=True),
     Row(Forward(by="graph")),
     Row(Forward(by="tangent")),

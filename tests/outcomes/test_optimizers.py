@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from test_modes import MODES
+from test_modes import COSINE, MODES
 from trainings import Loop, Row, check, controls, marked
-
-from metapl.feedback import Reinforce
 
 LOOPS = [Loop(optimizer=optimizer) for optimizer in ("Adam 1e-3", "AdamW 1e-3", "AdamW 1e-2", "Muon")]
 
-QUICK = [Row("reinforce", Loop(optimizer="AdamW 1e-2"))]
-
-COSINE = Reinforce(similarity="cosine", baseline=0.99)
-
-OTHERS = [Row(mode, loop) for loop in LOOPS for mode in (*MODES, COSINE)] + controls(LOOPS)
-
-LONG = [row for row in OTHERS if row not in QUICK]
+LONG = [Row(mode, loop) for loop in LOOPS for mode in (*MODES, COSINE)] + controls(LOOPS)
 
 SLOW = "300 steps at 1e-3 are few for sampled labels, whatever the feedback: 76.6 beside 87.0 by plain training"
 RED = {Row("none", Loop(optimizer=optimizer), hard=True): SLOW for optimizer in ("Adam 1e-3", "AdamW 1e-3")}
 
 
-@pytest.mark.parametrize("row", marked(QUICK, LONG, RED))
+@pytest.mark.parametrize("row", marked([], LONG, RED))
 def test_a_mode_comes_out_with_this_optimizer(row: Row) -> None:
     check(row)

@@ -56,14 +56,14 @@ BY_FIT = test_modes.test_a_mode_comes_out
 
 QUICK = [
     Fault(summed, IN_A_LOOP, Row("reinforce", FAST, feedback_weight=1.0)),
-    Fault(unbounded, IN_A_LOOP, Row(Forward(normalization="cosine"), FAST)),
+    Fault(unbounded, IN_A_LOOP, Row(test_modes.IDENTITY, FAST)),
 ]
 
 LONG = [
     Fault(summed, IN_A_LOOP, Row("loss_difference", FAST, feedback_weight=1.0)),
     Fault(summed, IN_A_LOOP, Row("reinforce", Loop(way="step"), feedback_weight=1.0)),
     Fault(summed_and_unbounded, IN_A_LOOP, Row("reinforce", Loop(way="step"))),
-    Fault(unbounded, IN_A_LOOP, Row("forward", FAST)),
+    Fault(unbounded, IN_A_LOOP, Row(Forward(normalization="cosine"), FAST)),
     Fault(unbounded, BY_FIT, Row(Forward(normalization="learning_rate"))),
     Fault(unbounded, BY_FIT, Row(Forward(normalization="cosine"))),
     Fault(unbounded, BY_FIT, Row(test_modes.IDENTITY)),
