@@ -27,6 +27,7 @@ LONGEST = [
     *("test_planted_faults", "test_fit_resumed", "test_functional", "test_resumed_paths", "test_long_paths"),
     *("test_views", "test_export", "test_picture_batches", "test_attribute_command", "test_package", "test_refusals"),
     *("test_folders", "test_attribution", "test_cost", "test_bits"),
+    *("test_modes", "test_planted", "test_command_outcomes", "test_first_call", "test_tables"),
 ]
 
 
