@@ -31,7 +31,7 @@ from metapl.apps.report import summary
 from metapl.apps.run import RunFolder, stored_result
 from metapl.apps.settings import Flat, Switch, unset
 from metapl.apps.train import check_shares, describe, device, train
-from metapl.apps.words import exit_code, tell, wrapped
+from metapl.apps.words import as_flags, exit_code, tell, wrapped
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError, few
 from metapl.runs.fields import Range
@@ -146,7 +146,7 @@ class Train:
                 return 0
 
             def say(text: str) -> None:
-                tell(wrapped(text))
+                tell(wrapped(as_flags(text)))
 
             path: Path | None = options.out
             others: int | None = 2  # what the other processes leave with, unless they are told to train

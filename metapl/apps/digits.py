@@ -68,6 +68,7 @@ class Digits:
     classes: ClassVar[tuple[str, ...]] = tuple("0123456789")
     input: ClassVar[Input] = Input(kind="digit", channels=1, size=8)
     places: ClassVar[tuple[str, ...]] = ()
+    known: ClassVar[str] = "labeled digits"
     threads: ClassVar[int] = 1  # of the linear algebra; rounding depends on it
 
     labels_per_class: Annotated[int, Range(1)] = 2

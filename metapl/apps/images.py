@@ -181,6 +181,7 @@ class OfPictures:
     few_and_many: ClassVar[tuple[str, str]]  # those of the pictures whose labels are right, and of the others
     batch_of_few: ClassVar[str]
     said: ClassVar[str]  # what there is to train on, in words
+    known: ClassVar[str] = "labeled pictures"  # those whose labels are right, in words
     threads: ClassVar[int | None] = None  # those of the process
 
     pictures: Pictures

@@ -82,6 +82,7 @@ class Trained:
     trainer: Trainer  # of the network that is kept
     result: FitResult
     teacher: tuple[nn.Module, Mapping[str, Tensor]] | None = None  # a network that is kept beside it, with its weights
+    fallback: tuple[nn.Module, Mapping[str, Tensor]] | None = None  # one that is kept where the student is far behind
     finetunes: bool | Callable[[], Any] = True  # whether the student is finetuned as usual; or how it is
     rounds: list[dict[str, Any]] | None = None  # of Noisy Student, for result.json
     configs: Mapping[str, Any] = field(default_factory=dict)  # of kept networks that are not those of the training
@@ -416,10 +417,11 @@ class PseudoLabels(Method):
         return problems.PseudoLabels(kind=self.pseudo_labels, temperature=self.temperature)
 
     def train(self, t: Training) -> Trained:
-        t.alone(t.teacher, (CrossEntropy(self.label_smoothing),), phase="teacher")
+        taught = t.alone(t.teacher, (CrossEntropy(self.label_smoothing),), phase="teacher")
         # Without a loss and without feedback the teacher stays as it is.
         trainer = t.bilevel(t.teacher, "none", self.problem(), teacher_losses=(), student_lr=self.student_lr)
-        return Trained(trainer, t.fit(trainer, t.data.labeled, t.data.unlabeled))
+        result = t.fit(trainer, t.data.labeled, t.data.unlabeled)
+        return Trained(trainer, result, fallback=(t.teacher, taught.result.weights))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -465,10 +467,12 @@ class ReducedMpl(Method):
         return "Reduced MPL (stored labels, adjusted)"
 
     def train(self, t: Training) -> Trained:
+        fallback = None
         if self.stores:
             stored = t.label(None)
         else:
-            t.alone(t.teacher, self.uda.losses(), phase="teacher")
+            taught = t.alone(t.teacher, self.uda.losses(), phase="teacher")
+            fallback = (t.teacher, taught.result.weights)
             stored = t.label(t.teacher)
         labeled, unlabeled = t.data.labeled, t.data.unlabeled
         assert isinstance(labeled, LabeledBatches)
@@ -487,7 +491,7 @@ class ReducedMpl(Method):
         seen = unlabeled.weak if unlabeled.strong is None else unlabeled.strong
         pairs = dataclasses.replace(unlabeled, weak=seen, strong=None, stored=stored["unlabeled"])
         # The small network has no opinion on examples, of which some could be right.
-        return Trained(trainer, t.fit(trainer, labeled, pairs, truth=None))
+        return Trained(trainer, t.fit(trainer, labeled, pairs, truth=None), fallback=fallback)
 
 
 def with_settings_of(method: Any, own: Any, usual: Any) -> Any:

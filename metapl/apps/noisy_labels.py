@@ -168,6 +168,7 @@ class Noisy(OfPictures):
     places: ClassVar[tuple[str, ...]] = ("labeled", "clean", "val", "test")
     few_and_many: ClassVar[tuple[str, str]] = ("clean", "labeled")
     batch_of_few: ClassVar[str] = "clean_batch"
+    known: ClassVar[str] = "clean pictures"
     said: ClassVar[str] = "{many:,} pictures of {classes} with labels that may be wrong, {few:,} with clean ones"
 
     labeled: Folder

@@ -23,7 +23,16 @@ from metapl.apps.inputs import HeldOut, Run, check_file, plural
 from metapl.apps.machine import read_plain, write_whole
 from metapl.apps.methods import Doubtful
 from metapl.apps.pictures.input import Input
-from metapl.apps.run import EndedRun, RunFolder, counts_of, refuse_changed, results_within, stored_data, stored_result
+from metapl.apps.run import (
+    EndedRun,
+    RunFolder,
+    counts_of,
+    guessing,
+    refuse_changed,
+    results_within,
+    stored_data,
+    stored_result,
+)
 from metapl.apps.runs import state_of
 from metapl.apps.settings import unset
 from metapl.apps.words import short, tell, written_csv
@@ -308,7 +317,12 @@ PANELS = {
         "loss_entropy": "unlabeled (entropy)",
         "loss_noisy_student": "with pseudo-labels",
     },
-    "Feedback to the teacher": {"feedback_std": "its standard deviation in a batch"},
+    # A mode that sends back one number has no deviation in a batch.
+    "Feedback to the teacher": {
+        "feedback_rms": "root mean square in a batch",
+        "feedback_std": "standard deviation in a batch",
+    },
+    "Size of the feedback": {"feedback_ratio": "its gradient over that of the teacher's own losses"},
     "Signal to noise of the feedback": {"feedback_snr": "of one step, by its examples"},
     "Pseudo-labels": {
         "pseudo_label_accuracy": "accuracy",
@@ -319,7 +333,30 @@ PANELS = {
     "Class-frequency error of the labels": {"class_shares_vs_labeled": "pseudo-labels against the labels"},
 }
 PERCENT = ("Validation accuracy", "Pseudo-labels", "Class-frequency error", "Class-frequency error of the labels")
-LOGARITHMIC = ("Feedback to the teacher",)  # which has no zero
+LOGARITHMIC = ("Feedback to the teacher", "Size of the feedback")  # which have no zero
+
+# Of a quantity of a method: its numbers, its name in the legend, and its points (step, value).
+Line = tuple[int, int, str, list[tuple[float, float]]]
+
+
+def panels_of(curves: Mapping[str, Sequence[Mapping[str, float]]], network: str) -> dict[str, list[Line]]:
+    """What there is to draw of the rows of each method: the lines of each panel that has any."""
+    panels: dict[str, list[Line]] = {}
+    for panel, names in PANELS.items():
+        lines = list[Line]()
+        for number, (method, rows) in enumerate(curves.items()):
+            for rank, (key, name) in enumerate(names.items()):
+                pairs = ((float(r["step"]), float(r[key])) for r in rows if "step" in r and r.get(key) is not None)
+                finite = (pair for pair in pairs if all(map(math.isfinite, pair)))
+                if points := sorted(pair for pair in finite if pair[1] > 0 or panel not in LOGARITHMIC):
+                    lines.append((number, rank, f"{method}, {name}" if len(curves) > 1 else name, points))
+        if panel == "Validation accuracy" and not any(rank for _, rank, _, _ in lines):  # no teacher
+            lines = [(number, 0, name.replace("student", network), points) for number, _, name, points in lines]
+        if lines:
+            panels[panel] = lines
+    if "Class-frequency error" in panels:
+        panels.pop("Class-frequency error of the labels", None)
+    return panels
 
 
 def draw(
@@ -334,22 +371,8 @@ def draw(
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator, PercentFormatter
 
-    # 1. What there is to draw: of each panel its lines, each with the numbers of its method and of its quantity.
-    panels: dict[str, list[tuple[int, int, str, list[tuple[float, float]]]]] = {}
-    for panel, names in PANELS.items():
-        lines = []
-        for number, (method, rows) in enumerate(curves.items()):
-            for rank, (key, name) in enumerate(names.items()):
-                pairs = ((float(r["step"]), float(r[key])) for r in rows if "step" in r and r.get(key) is not None)
-                finite = (pair for pair in pairs if all(map(math.isfinite, pair)))
-                if points := sorted(pair for pair in finite if pair[1] > 0 or panel not in LOGARITHMIC):
-                    lines.append((number, rank, f"{method}, {name}" if len(curves) > 1 else name, points))
-        if panel == "Validation accuracy" and not any(rank for _, rank, _, _ in lines):  # no teacher
-            lines = [(number, 0, name.replace("student", network), points) for number, _, name, points in lines]
-        if lines:
-            panels[panel] = lines
-    if "Class-frequency error" in panels:
-        panels.pop("Class-frequency error of the labels", None)
+    # 1. What there is to draw.
+    panels = panels_of(curves, network)
     count = len(panels) + (evaluation is not None)
     columns = 1 if count <= 1 else 2  # on the page, more would be too small to read
     figure = Figure((4.6 * columns, 3.6 * math.ceil(max(1, count) / columns) + 0.5), 150, layout="constrained")
@@ -409,13 +432,13 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     words, lines = content["networks"], list[str]()
     name, tested, rounds = content["delivered"], content.get("evaluation"), content.get("rounds")
     why = "by validation" if content["delivered_by"] == "validation" else "the rule where validation cannot tell"
-    if rounds is not None:
+    if rounds is not None and name == "teacher":
+        why = "by validation, for the last round ended far behind it"
+    elif rounds is not None:
         why = "of the last round" + ", at its best step by validation" * (why == "by validation")
     if tested is not None:
         chance = Evaluation(**tested).chance
         lines.append(f"Test accuracy of the {words[name]}: {spoken(tested['accuracy'], tested['n'], chance)}.")
-        if interval(round(tested["accuracy"] * tested["n"]), tested["n"])[0] <= chance:
-            lines.append("That is not shown to be better than guessing: it may need more steps, or other choices.")
     if (reached := content.get("validation_accuracy")) is not None:
         on = content["validation_size"], content["validation_chance"]
         lines.append(f"Validation accuracy: {spoken(reached, *on)}.")
@@ -426,6 +449,11 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     shown = ", ".join(f"{words[name]} {100 * value:.1f} %" for name, value in others.items() if value is not None)
     if shown:
         lines.append(f"On {part}: {shown}; delivered is the {words[name]} ({why}).")
+    if guesses := guessing(content):
+        named = ", ".join(f"the {words[each]} ({100 * value:.1f} %)" for each, value in guesses.items())
+        lines.append(
+            f"Not shown to be better than guessing on {part}: {named}. It may need more steps, or lower learning rates."
+        )
     lines += linear_baseline(content)
     if tested is not None and rounds:
         reached = [each.get("test_accuracy") or 0.0 for each in (rounds[0]["teacher"], *rounds[:-1])]
@@ -436,15 +464,29 @@ def summary(content: Mapping[str, Any]) -> list[str]:
 
 
 def linear_baseline(content: Mapping[str, Any]) -> list[str]:
-    """What the linear baseline of a run reached, and whether the run is behind it."""
+    """What the linear baseline of a run reached, and, where the run is behind it, what to do next."""
     if "control_accuracy" not in content:
         return []
     part = "test" if "test_accuracy" in content else "validation"
-    what = f"logistic regression on the {content['control_of']} of the labeled pictures alone"
+    examples = content.get("control_on", "labeled pictures")
+    what = f"logistic regression on the {content['control_of']} of the {examples} alone"
     lines = [f"The linear baseline, {what}: {100 * content['control_accuracy']:.1f} % on {part}."]
     if content[f"{part}_accuracy"] < content["control_accuracy"]:
-        lines.append("This run is behind its linear baseline: what is this simple does better here.")
+        lines.append(f"This run is behind its linear baseline. {next_try(content)}")
     return lines
+
+
+def next_try(content: Mapping[str, Any]) -> str:
+    """What to do about a run that is behind its linear baseline, by what was trained on."""
+    steps = content.get("steps", 0)
+    if content.get("recipe") == "digits":
+        more = f"Try more steps (it took {steps:,}: --steps)"
+        return f"{more}, other learning rates (--lr, --student-lr), or other methods beside it (--compare)."
+    has_backbone = content["control_of"] != "pixels"
+    begin = "training its head alone (--tuning head)" if has_backbone else "a pretrained network (--backbone auto)"
+    if content.get("recipe") == "noisy":
+        return f"Try more time (--minutes), {begin}, more clean pictures, or these alone (--method clean)."
+    return f"Try more time (--minutes), {begin}, or more labeled pictures."
 
 
 def spoken(accuracy: float, n: int, chance: float | None) -> str:

@@ -50,7 +50,7 @@ from metapl.apps.machine import (
 from metapl.apps.networks import Architecture
 from metapl.apps.pictures.input import Input, NetworkCard
 from metapl.errors import MetaplError, few
-from metapl.metrics import Evaluation
+from metapl.metrics import Evaluation, interval
 from metapl.runs.folder import LOCK, Folder
 
 FORMAT = 4  # the layout of run folders that this version writes and reads
@@ -203,6 +203,21 @@ def stored_result(folder: RunFolder) -> dict[str, Any]:
     ):
         raise MetaplError(f"{file} is damaged or of another run: its {own[0]} or its seed is not that of recipe.json.")
     return result
+
+
+def guessing(result: Mapping[str, Any]) -> dict[str, float]:
+    """The accuracies, by name, of a run's networks that are not shown to be better than guessing, on the test examples
+    or, without these, on the validation examples: guessing lies in their 95 % interval, or above it."""
+    part, n, chance = "validation", result["validation_size"], result.get("validation_chance")
+    if "evaluation" in result:
+        tested = Evaluation(**result["evaluation"])
+        part, n, chance = "test", tested.n, tested.chance
+    found: dict[str, float] = {}
+    for name in result["networks"]:
+        accuracy = result.get(f"{name}_{part}_accuracy")
+        if accuracy is not None and chance is not None and interval(round(accuracy * n), n)[0] <= chance:
+            found[name] = accuracy
+    return found
 
 
 def results_within(path: Path, compared: Mapping[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:

@@ -13,7 +13,7 @@ import tyro
 
 from metapl.apps.machine import is_owned
 from metapl.apps.pictures.folders import walk
-from metapl.apps.run import HASHED, RunFolder, refuse_changed, stored_result
+from metapl.apps.run import HASHED, RunFolder, guessing, refuse_changed, stored_result
 from metapl.apps.settings import Switch, unset
 from metapl.apps.words import short, table, tell
 from metapl.errors import MetaplError, reason_of
@@ -28,9 +28,9 @@ WRITTEN = ("recipe.json", "metrics.jsonl", "result.json")  # the newest of them 
 class Runs:
     """List the runs below a folder, the newest last.
 
-    Of a finished run it says the accuracy of the network that it delivers, on test or on validation examples; of
-    another one, how many of its steps are done, and whether it is running, interrupted or damaged, and how. A run is a
-    folder with a recipe.json; all others are passed over.
+    Of a finished run it says the accuracy of the network that it delivers, on test or on validation examples, and
+    which of its networks are not better than guessing; of another one, how many of its steps are done, and whether it
+    is running, interrupted or damaged, and how. A run is a folder with a recipe.json; all others are passed over.
 
     Args:
         folder: where to look, in all folders below it; or a run.
@@ -73,6 +73,9 @@ class Runs:
             else:
                 of = "" if state == "finished" else f"{entry['done']:,}/"
                 steps = f"{'' if phase == 'fit' else f'{phase} '}{of}{entry['steps']:,}"
+            if entry.get("guessing"):
+                named = ", ".join(f"{network} {100 * value:.1f} %" for network, value in entry["guessing"].items())
+                notes += f"\n{name}: not better than guessing: {named}"
             if "accuracy" in entry:
                 low, high = entry["interval"]
                 state = f"{100 * entry['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f}) {entry['on']}"
@@ -99,6 +102,7 @@ def state_of(folder: RunFolder) -> dict[str, Any]:
             on, n = "test", result["evaluation"]["n"]
         if (accuracy := result.get(f"{on}_accuracy")) is not None:
             entry |= {"accuracy": accuracy, "interval": interval(round(accuracy * n), n), "n": n, "on": on}
+            entry["guessing"] = {result["networks"][network]: value for network, value in guessing(result).items()}
         return entry
     entry["state"] = "running" if is_owned(folder.path) else "interrupted"
     if methods is not None:

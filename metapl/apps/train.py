@@ -30,6 +30,7 @@ from metapl.execution.shards import load_whole
 from metapl.metrics import Evaluation, chance_level, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
 from metapl.training import FitResult, Say, Trainer
+from metapl.training.loop import FAR_BEHIND
 from metapl.training.loss_trainer import LossTrainer
 
 SELECTED_ON = 50  # the fewest validation examples to choose a student by: one standard error is 7 points then
@@ -98,12 +99,14 @@ def train(
     # 2. Both networks from the seed, the teacher first.
     place = device(fitting.device)
     teacher, student = (config.network().to(place) for _ in range(2))
-    baseline = None
-    if config.places:
-        control, on = Control.of(teacher, data), data.test or data.validation
-        baseline = None if on is None else (control.accuracy(on), control.sees)
-        if isinstance(teacher, Tuned):
-            control.start(teacher)
+    control = Control.of(teacher, data)
+    judged_on = data.test or data.validation
+    baseline = dict[str, Any]()
+    if judged_on is not None:
+        accuracy = control.accuracy(judged_on)
+        baseline = {"control_accuracy": accuracy, "control_of": control.sees, "control_on": config.known}
+    if isinstance(teacher, Tuned):
+        control.start(teacher)
     begin_as(teacher, student)
     if processes.mesh.size > 1:
         noisy = any(map(model_noise, (teacher, student)))
@@ -150,6 +153,11 @@ def train(
         network, weights = trained.teacher
         reached = None if data.validation is None else evaluated(network, data.validation).accuracy
         kept["teacher"] = measured(data, network, reached, weights)
+    elif select and trained.fallback is not None:
+        network, weights = trained.fallback
+        reached = evaluated(network, data.validation).accuracy
+        if reached - (result.validation_accuracy or 0.0) >= FAR_BEHIND:
+            kept["teacher"] = measured(data, network, reached, weights)
     if callable(trained.finetunes):
         kept["finetuned"] = trained.finetunes()
     elif trained.finetunes:
@@ -190,7 +198,7 @@ def train(
         "delivered_by": "validation" if select else "rule",
         "sha256": seal(folder, called, data.classes, cards, {name: merged(one.weights) for name, one in kept.items()}),
         **({} if trained.rounds is None else {"rounds": trained.rounds}),
-        **({} if baseline is None else {"control_accuracy": baseline[0], "control_of": baseline[1]}),
+        **baseline,
         **kept[chosen].accuracies(),
         **({} if tested is None else {"evaluation": tested.evaluation.to_json()}),
     }
@@ -225,11 +233,16 @@ def delivered(kept: Mapping[str, Measured], select: bool, rounds: bool) -> str:
     """The network that a run delivers: by validation, the first of equals, where that can tell networks apart.
 
     Where it cannot, the finetuned student, which did better on the seen half of benchmarks/pictures. Of Noisy Student
-    it is the last student, of equals the finetuned one, and never its teacher.
+    it is the last student, of equals the finetuned one; its teacher only where that is 30 points better.
     """
+
+    def reached(name: str) -> float:
+        return kept[name].validation_accuracy or 0.0
+
     names = [name for name in reversed([*kept]) if name != "teacher"] if rounds else [*kept]
     if select:
-        return max(names, key=lambda name: kept[name].validation_accuracy or 0.0)
+        chosen, best = max(names, key=reached), max(kept, key=reached)
+        return best if reached(best) - reached(chosen) >= FAR_BEHIND else chosen
     return "finetuned" if "finetuned" in kept else "student"
 
 

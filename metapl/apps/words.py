@@ -57,6 +57,17 @@ def tell(*parts: object, file: TextIO | None = None) -> None:
     print(" ".join(shown(part, keep="\n") for part in parts), file=file or sys.stdout, flush=True)
 
 
+def as_flags(text: str) -> str:
+    """A message of the library in which the arguments that are flags of a training are called as the flags are.
+
+    >>> as_flags("leave out feedback_weight, or give feedback_bound=0.1")
+    'leave out --feedback-weight, or give --feedback-bound 0.1'
+    """
+    text = re.sub(r", as by outer_optimizer=.*", "", text)  # the optimizer is no flag
+    named = re.sub(r"\bfeedback_(weight|ratio|bound)=", r"--feedback-\1 ", text)
+    return re.sub(r"\bfeedback_(weight|ratio|bound)\b", r"--feedback-\1", named)
+
+
 def wrapped(text: str) -> str:
     """Each line of a text in lines of :data:`WIDTH`, broken at spaces alone."""
     how: Any = {"break_on_hyphens": False, "break_long_words": False}

@@ -100,6 +100,19 @@ def reduced_float32(device: torch.device) -> bool:
     return any(switch.fp32_precision not in ("none", "ieee") for switch in _SWITCHES.get(device.type, ()))
 
 
+def float32_products(device: torch.device) -> dict[str, str]:
+    """Return in what precision products of float32 are taken on a device, for matrices and for convolutions.
+
+    ``"ieee"`` is float32; ``"tf32"`` and ``"bf16"`` round the factors. Cost: two reads of a switch.
+    """
+    # The older switches are not read: that raises once a caller has set these.
+    found: dict[str, str] = {}
+    for kind, switch in zip(("matrix products", "convolutions"), _SWITCHES.get(device.type, ()), strict=False):
+        asked = switch.fp32_precision
+        found[kind] = "ieee" if asked == "none" else asked
+    return found
+
+
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
     """float32 products in float32; the settings are put back as they were."""

@@ -27,7 +27,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metapl.execution.numerics import Tree, as_real
 from metapl.feedback.size import FeedbackSize, ratio_of
-from metapl.functional.state import Function, Network, Report, State, as_dict, dot, moves, norm, on_value, rounded_steps
+from metapl.functional.state import (
+    Function,
+    Network,
+    Report,
+    State,
+    as_dict,
+    dot,
+    moves,
+    norm,
+    on_value,
+    rounded_steps,
+    with_fields,
+)
 from metapl.problems.base import Problem, Signal, enters_input, has_own, sum_and_weight
 from metapl.problems.losses import sum_of_terms
 from metapl.updates import Update
@@ -163,7 +175,9 @@ def make_step(
                 moved, s_k = inner_update.update(theta, g, s, rates)  # line 3: θ′ = U(θ, g)
                 if k + 1 < steps:
                     end = walk(k + 1, theta_T, moved, s_k, after, at_T)
-                    end = end._replace(losses=[loss, *end.losses], g=[g, *end.g], signals=[*own_signal, *end.signals])
+                    end = with_fields(
+                        end, losses=[loss, *end.losses], g=[g, *end.g], signals=[*own_signal, *end.signals]
+                    )
                     return end.L, end
                 L = torch.full_like(loss, torch.nan) if kind == "none" else outer_loss(moved, after)
                 return L, End(L, z_k, [loss], [g], own_signal, [], own, G_own, moved, s_k, after, at_T, 0 * loss)
@@ -177,11 +191,11 @@ def make_step(
             if k < first:
                 _, end = onward(fields)
                 zero = {} if kind == "none" else {name: torch.zeros_like(t) for name, t in fields.items()}
-                return end._replace(h=[zero, *end.h])
+                return with_fields(end, h=[zero, *end.h])
             if composed and fields:  # line 4: h = −dL(θ_K)/d(signal k), by the composed derivative
                 L, pull_L, end = vjp(onward, fields, has_aux=True)
                 h = {name: -t for name, t in pull_L(torch.ones_like(L))[0].items()}
-                end = end._replace(h=[in_units(h, {}, {}), *end.h])
+                end = with_fields(end, h=[in_units(h, {}, {}), *end.h])
             else:
                 loss, g, z, left = gradient({})
                 moved, s_k = inner_update.update(theta, g, s, rates)  # line 3: θ′ = U(θ, g)
@@ -215,7 +229,7 @@ def make_step(
                 if real is not None:
                     loss, g, *_ = gradient(real.fields())
                     moved, s_k = inner_update.update(theta, g, s, rates)
-                    end = end._replace(losses=[loss], g=[g], signals=[as_dict(real)], theta=moved, s=s_k)
+                    end = with_fields(end, losses=[loss], g=[g], signals=[as_dict(real)], theta=moved, s=s_k)
             return end
 
         def objective(theta_T: Tree) -> tuple[tuple[Tensor, Tensor], Any]:
@@ -262,7 +276,7 @@ def make_step(
         theta, s, rounding = rounded_steps(inner_update, state.student.params, end, state.inner.state, rates)
         report = Report(shown[0], shown[1], end.z.detach(), loss, end.L, own, flag, end.own, rounding, sizes)
         networks = Network(theta_T, end.at_T), Network(theta, end.at_S)
-        optimizers = state.inner._replace(state=s), state.outer._replace(state=s_T)
+        optimizers = with_fields(state.inner, state=s), with_fields(state.outer, state=s_T)
         return State(*networks, *optimizers, mode_state, state.step + 1), report
 
     return step

@@ -27,6 +27,22 @@ from metapl.problems.base import Kind, OuterLoss, Params, Problem, Random, Signa
 from metapl.runs.fields import AtLeastOne, check_arguments
 
 
+def optimizer_of_network(teacher: nn.Module, rate: float = 1e-3) -> torch.optim.Optimizer:
+    """Return Adam over a teacher that is a network, whose step does not depend on the size of the feedback."""
+    return torch.optim.Adam(teacher.parameters(), lr=rate)
+
+
+def optimizer_of_rows(teacher: nn.Module, rate: float) -> torch.optim.Optimizer:
+    """Return Adam over a table of which each batch reads some rows, or over a network in its place at 1e-3.
+
+    Without momentum, since a row would go on by it in the batches that do not read it, and with a short memory of
+    squares (0.9): the feedback on a row grows and falls as the student learns.
+    """
+    if not isinstance(teacher, Table):
+        return optimizer_of_network(teacher)
+    return torch.optim.Adam(teacher.parameters(), lr=rate, betas=(0.0, 0.9))
+
+
 class Classification(Problem):
     """A student that returns class logits, and an outer batch (x, y) with trusted labels."""
 
@@ -54,6 +70,10 @@ class Classification(Problem):
 class Weighted(Classification):
     """Problems whose signal is a weight a_i for each example, (B,)."""
 
+    def first_signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
+        """a = 1, (B,): the given labels as they are."""
+        return Signal(wide(student_outputs).new_ones(len(student_outputs)))
+
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
         """a_i CE_i, (B,)."""
         return signal.value * F.cross_entropy(outputs, checks.safe_labels(batch[1], outputs.shape[1]), reduction="none")
@@ -75,6 +95,10 @@ class EqualWeights(Weighted):
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
         """a = 1, in the shape of the weights."""
         return Signal(student_outputs.new_ones(self.weight_shape(student_outputs)))
+
+    def first_signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
+        """a = 1, in the shape of the weights."""
+        return self.signal(teacher, batch, student_outputs, generator=generator)
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
         """As for any classification, unless a subclass has an outer loss of other outputs."""
@@ -106,6 +130,16 @@ class MetaWeightNet(Weighted):
     An inner batch is (x, y), the outer one (x, y) with trusted labels. The teacher V maps losses (B,) to weights (B,);
     :class:`WeightNet` is the paper's. Its input losses are detached: no gradient flows through them.
 
+    :meth:`metapl.BilevelTrainer.fit` begins with steps on the given labels (:meth:`first_steps`, 30 %). Before the
+    student knows anything, a step on any label lowers the trusted loss, so that all weights rise, and those of great
+    losses most; the network seldom comes back from there. Once the student has learned the labels that agree, wrong
+    ones are those with great losses. :meth:`metapl.BilevelTrainer.step` and its pure form have no first steps: train
+    the student on the given labels before. A student that has been gets ``fit(first_steps=0)``.
+
+    It needs losses that tell wrong labels. Where all wrong labels of a class are the same one, a student learns them
+    like right ones, and this problem ends near plain training on the given labels; take :class:`LearningToReweight` or
+    :class:`ExampleWeights` then (docs/write-a-problem.md has the numbers).
+
     Bias: the dependence of the weight on θ, through the loss, is left out, as in the paper.
 
     >>> import metapl
@@ -116,6 +150,14 @@ class MetaWeightNet(Weighted):
 
     Source: Shu et al., "Meta-Weight-Net" (NeurIPS 2019), its eqs. (1)-(4).
     """
+
+    def default_outer_optimizer(self, teacher: nn.Module) -> torch.optim.Optimizer:
+        """Adam at 0.003; a greater rate has followed the first feedback, by which all weights rise with the loss."""
+        return optimizer_of_network(teacher, 0.003)
+
+    def first_steps(self, steps: int) -> int:
+        """30 % of the steps."""
+        return round(0.3 * steps)
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
         losses = F.cross_entropy(
@@ -192,6 +234,14 @@ class ExampleWeights(Weighted):
 
     inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "labels", "indices")
 
+    def default_outer_optimizer(self, teacher: nn.Module) -> torch.optim.Optimizer:
+        """Adam at 0.5 without momentum for a :class:`Table`, Adam at 1e-3 for a network in its place."""
+        return optimizer_of_rows(teacher, 0.5)
+
+    def first_steps(self, steps: int) -> int:
+        """A tenth of the steps."""
+        return round(0.1 * steps)
+
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
         return Signal(wide(teacher(batch[2])).sigmoid())
 
@@ -210,6 +260,14 @@ class ExampleLabels(Relabeled):
 
     inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "indices")
 
+    def default_outer_optimizer(self, teacher: nn.Module) -> torch.optim.Optimizer:
+        """Adam at 0.1 without momentum for a :class:`Table`, Adam at 1e-3 for a network in its place."""
+        return optimizer_of_rows(teacher, 0.1)
+
+    def first_steps(self, steps: int) -> int:
+        """A tenth of the steps, by the labels as they are."""
+        return round(0.1 * steps)
+
 
 @dataclass(frozen=True)
 class LabelCorrection(Relabeled):
@@ -224,6 +282,14 @@ class LabelCorrection(Relabeled):
     """
 
     teacher_reads: ClassVar[int] = 0
+
+    def default_outer_optimizer(self, teacher: nn.Module) -> torch.optim.Optimizer:
+        """Adam at 0.003."""
+        return optimizer_of_network(teacher, 0.003)
+
+    def first_steps(self, steps: int) -> int:
+        """A tenth of the steps, by the corrector as it is."""
+        return round(0.1 * steps)
 
 
 @dataclass(frozen=True)
@@ -242,6 +308,14 @@ class NoiseTransition(Classification):
     """
 
     signal_has_rows: ClassVar[bool | None] = False
+
+    def default_outer_optimizer(self, teacher: nn.Module) -> torch.optim.Optimizer:
+        """Adam at 0.1 for a :class:`Table`, at 1e-3 for a network in its place."""
+        return optimizer_of_network(teacher, 0.1 if isinstance(teacher, Table) else 1e-3)
+
+    def first_steps(self, steps: int) -> int:
+        """A tenth of the steps, by the matrix as it is."""
+        return round(0.1 * steps)
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
         return Signal(wide(teacher()).softmax(-1))

@@ -22,25 +22,29 @@ from torch.utils import _pytree as pytree
 from metapl.data.feed import Feed, feed
 from metapl.data.steps import StepBatches, in_memory
 from metapl.errors import MetaplError, few
-from metapl.execution.batch import as_tensors, digest, plain
+from metapl.execution.batch import as_tensors, digest, length, plain
 from metapl.execution.checks import Fault
 from metapl.execution.ranks import Ranks
 from metapl.execution.shards import gathered, is_sharded, load_whole, local, weights_of
 from metapl.execution.state import RandomState, replayed
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.report import Say
-from metapl.metrics.metric import Metric, metric_for
+from metapl.metrics.metric import ACCURACY, Metric, metric_for
 from metapl.metrics.predictions import outer_batches
 from metapl.runs.checkpoint import CheckpointFolder, PartsFolder, encoded, load, load_parts, rng_state, set_rng_state
 from metapl.runs.folder import Folder, Records
 from metapl.runs.terminal import progress, stop_requests
 from metapl.training.options import Average, FitOptions, Rates
+from metapl.training.outcomes import Outcomes
 from metapl.training.records import figures
 
 # Options of a fit, and settings of an optimizer, that do not decide where it goes; the rate is compared as the schedule
 # found it.
 FREE = ("validate_every", "log_every", "save_every", "keep", "num_workers", "phase")
 OF_SPEED = ("params", "lr", "foreach", "fused", "capturable", "differentiable", "initial_lr", "param_names")
+
+# How far, in accuracy, a teacher may end below its best validation and still be kept as it is after the last step.
+FAR_BEHIND = 0.3
 
 Callback = Callable[[int, Mapping[str, float], Any], object]
 """Called with the number of steps done, the row recorded after them and the trainer; a dict of numbers
@@ -98,6 +102,8 @@ class FitResult:
         step: the number of steps after which it was as it is kept: the best by validation, or the last.
         weights: of that student; they are in the student now.
         teacher_weights: of the teacher after the last step, averaged where the student is; they are in the teacher now.
+            Where students are selected by accuracy, and the teacher ends 30 points below its best validation, they are
+            those that it had then.
         history: the recorded rows in their order, each with its ``step``, of earlier parts of the fit too.
         metric: its name: ``"accuracy"``, whose value is a fraction, ``"loss"``, or that of the metric that was given.
     """
@@ -123,6 +129,8 @@ class Progress:
     ended: bool = False  # by a callback
     seen: dict[str, float] = field(default_factory=dict)  # the last values on validation data
     best: dict[str, Any] = field(default_factory=lambda: {"value": None, "step": 0, "weights": {}})  # the best student
+    # The best teacher by accuracy, which is kept only where the last one is far behind it.
+    best_teacher: dict[str, Any] = field(default_factory=lambda: {"value": None, "step": 0, "weights": {}})
 
 
 def fit(
@@ -142,6 +150,8 @@ def fit(
     ranks, networks, phase = trainer.ranks, trainer.networks, options.phase
     if options.wait and trainer.teacher is None:
         raise MetaplError(f"wait={options.wait} was given, and there is no teacher to train; expected wait=0.")
+    # The student learns alone in the steps before this one, and after those of ``wait``.
+    teacher_begins = options.wait + trainer.first_steps(options)
     if not ranks.first:  # of several processes, the first shows and writes
         out, shown, say = None, False, lambda text: None
     # Perhaps only the first knows of the run.
@@ -156,6 +166,7 @@ def fit(
     decay, held_out, rates = options.ema_decay, as_tensors(validation, trainer.dtype), Rates(trainer, options)
     averages = {} if decay is None else {role: Average(network, decay) for role, network in networks.items()}
     measure = metric_for(trainer, held_out, metric, options.select)
+    selects_teacher = options.select and measure is ACCURACY
     chosen_by = "" if measure is None else f"student_validation_{measure.name}"
     stateful: list[Any] = [callback for callback in callbacks if hasattr(callback, "state_dict")]
     feeds: dict[str, Feed] = {}
@@ -163,6 +174,7 @@ def fit(
     faults: list[tuple[int, Fault]] = []  # of steps, on the device until something is read anyway
     checkpoints: CheckpointFolder | None = None  # of the first process; of all, where each writes its part
     now = Progress()
+    outcomes = Outcomes(trainer, options, say)
 
     def draw(name: str) -> Any:
         batch = feeds[name].next()
@@ -188,16 +200,20 @@ def fit(
         now.seen = {}
         for role in networks:
             # A teacher that weighs examples, say, has no accuracy.
-            measured = trainer.teacher_classifies if role == "teacher" else now.step > options.wait
-            if measure is None or not measured:
+            is_judged = trainer.teacher_classifies if role == "teacher" else now.step > options.wait
+            if measure is None or not is_judged:
                 continue
             # A DataLoader draws from the default generator; looking must not change the training.
             with kept(role) as network, replayed(RandomState.now(trainer.device)):
                 batches = outer_batches(held_out, trainer.read_outer, trainer.device, "validation")
                 of = f"the {role} on validation data after step {now.step}"
-                value = measure.measured(trainer, network, batches, of).value
+                measured = measure.measured(trainer, network, batches, of)
+                outcomes.validated(now.step, role, measured)
+                value = measured.value
                 if role == "student" and options.select and measure.improves(value, now.best["value"]):
                     now.best = {"value": value, "step": now.step, "weights": weights_of(network)}
+                if role == "teacher" and selects_teacher and measure.improves(value, now.best_teacher["value"]):
+                    now.best_teacher = {"value": value, "step": now.step, "weights": weights_of(network)}
             now.seen[f"{role}_validation_{measure.name}"] = value
         return now.seen
 
@@ -207,6 +223,10 @@ def fit(
         # The digests are on their device until here.
         found = {name: int(value) if torch.is_tensor(value) else value for name, value in found.items()}
         found |= {name: value for name, value in vars(options).items() if name not in FREE}
+        # By steps where the problem says how many; a fit without them, as by earlier versions, has no such entry.
+        del found["first_steps"]
+        if teacher_begins > options.wait:
+            found["first_steps"] = teacher_begins - options.wait
         if options.schedule == "constant" or options.decay_every is not None:
             del found["steps"]  # the rates do not depend on it
         found |= {"trainer": type(trainer).__name__, "dtype": trainer.dtype, **trainer.settings()}
@@ -229,6 +249,7 @@ def fit(
             return
         refuse_bad()
         state = {**vars(now), **live_state(), "callbacks": [callback.state_dict() for callback in stateful]}
+        state["outcomes"] = outcomes.state_dict()
         own = {  # what differs between processes
             "rng": rng_state(),
             "generator": state["trainer"].get("generator"),
@@ -299,7 +320,8 @@ def fit(
                     trainer.load_state_dict(state["trainer"] | {"generator": own["generator"]})
                     for role, average in averages.items():
                         average.load_state_dict(state["averages"][role])
-                    now = Progress(**{name: state[name] for name in vars(now)})
+                    now = Progress(**{name: state[name] for name in vars(now) if name in state})
+                    outcomes.load_state_dict(state.get("outcomes", {}))
                     if checkpoints is not None:
                         checkpoints.last = path
                     for name, one in feeds.items():
@@ -313,12 +335,13 @@ def fit(
             records = Records(None if out is None else out.path, phase, now.step, say)
             ending.callback(records.close)
             while now.step < options.steps and not now.ended and not stops:
-                # The batches of a step; the student that waits takes no steps to look ahead.
+                # The batches of a step; nobody looks ahead where the student waits, or learns alone.
                 waits = now.step < options.wait
+                is_first = options.wait <= now.step < teacher_begins
                 labeled, unlabeled = draw("labeled"), None
                 if "unlabeled" in feeds:
                     # Copies, for a source may fill the memory of one batch with the next.
-                    more = range(0 if waits else trainer.lookahead - 1)
+                    more = range(0 if waits or is_first else trainer.lookahead - 1)
                     ahead = [pytree.tree_map_only(Tensor, Tensor.clone, plain(draw("unlabeled"))) for _ in more]
                     unlabeled = draw("unlabeled")
                     unlabeled = Lookahead([*ahead, unlabeled]) if ahead else unlabeled
@@ -331,8 +354,13 @@ def fit(
                         averages["student"] = Average(trainer.student, decay)
                 if hasattr(trainer, "measures_feedback"):
                     trainer.measures_feedback = options.due(options.log_every, now.step + 1)
+                take_step = trainer.step
+                if waits:
+                    take_step = trainer.teacher_step
+                elif is_first:
+                    take_step = trainer.first_step
                 try:
-                    report = (trainer.teacher_step if waits else trainer.step)(labeled, unlabeled)
+                    report = take_step(labeled, unlabeled)
                 except MetaplError as error:
                     refuse_bad()  # what went wrong before is the reason
                     raise MetaplError(f"step {now.step + 1}: {error}") from error
@@ -353,6 +381,8 @@ def fit(
                         scalars = figures(report, trainer.problem, labeled, ranks)
                         values = torch.stack([t.double() for t in scalars.values()]).tolist()
                         row |= dict(zip(scalars, values, strict=True))
+                        examples = ranks.size * len(report.student_outputs)
+                        outcomes.recorded(now.step, row, examples, labeled=ranks.size * length(labeled))
                 if validated:
                     row |= look()
                 if len(row) > 1:  # the step alone is nothing to record
@@ -395,6 +425,14 @@ def fit(
     if trainer.teacher is not None:
         with kept("teacher") as network:
             taught = weights_of(network)
+        last_value = now.seen.get("teacher_validation_accuracy")
+        best_value = now.best_teacher["value"]
+        if last_value is not None and best_value is not None and best_value - last_value >= FAR_BEHIND:
+            taught = now.best_teacher["weights"]
+            say(
+                f"the teacher is kept as it was after step {now.best_teacher['step']:,}, with {best_value:.1%} on the "
+                f"validation data: after the last step it has {last_value:.1%}"
+            )
         load_whole(trainer.teacher, taught)
     if not best["weights"]:
         with kept("student") as network:

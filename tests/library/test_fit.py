@@ -189,6 +189,7 @@ def test_a_fit_that_is_stopped_is_one_of_so_many_steps(ema: float | None, tmp_pa
 SCALARS = {
     *("inner_loss", "outer_loss", "teacher_loss", "teacher_cross_entropy", "student_lr", "teacher_lr"),
     *("feedback_mean", "feedback_std", "feedback_snr", "pseudo_label_confidence", "pseudo_label_entropy", "agreement"),
+    *("feedback_rms", "pseudo_label_class_entropy", "student_class_entropy", "labeled_class_entropy"),
     *("class_shares_vs_labeled", "student_validation_accuracy", "teacher_validation_accuracy"),
 }
 
@@ -231,7 +232,12 @@ def test_figures_of_the_feedback_are_those_of_a_loop_by_hand(mode: str) -> None:
     assert found["feedback_std"] == pytest.approx(float(h.std(correction=0)), rel=1e-6)
     q = logits.softmax(1).double()
     assert found["pseudo_label_entropy"] == pytest.approx(float(-(q * q.log()).sum(1).mean()), rel=1e-5)
+    assert found["feedback_rms"] == pytest.approx(float(h.square().mean().sqrt()), rel=1e-6)
     shares = torch.bincount(labeled[1], minlength=3) / len(labeled[1])
+    of_student = report.student_outputs.softmax(1)
+    for name, mean in (("pseudo_label", q.mean(0)), ("student", of_student.mean(0)), ("labeled", shares)):
+        entropy = float(-(mean * mean.clamp_min(1e-30).log()).sum())
+        assert found[f"{name}_class_entropy"] == pytest.approx(entropy, rel=1e-5)
     assert found["class_shares_vs_labeled"] == pytest.approx(float((q.mean(0) - shares).abs().sum() / 2), rel=1e-5)
     if mode == "reinforce":
         assert "feedback_snr" not in found  # one number for all rows

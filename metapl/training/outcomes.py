@@ -1,0 +1,233 @@
+"""What a fit says of itself where it goes wrong: one line for each kind, with the remedy that helps.
+
+It is looked at with the rows that are recorded and at validations, and never in a step: nothing waits for the device
+that would not wait anyway.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metapl.execution.shards import local
+from metapl.feedback.report import Say
+from metapl.feedback.size import DEFAULT_BOUND
+from metapl.metrics import Evaluation
+from metapl.training.options import FitOptions
+
+# The feedback's gradient over that of the teacher's own losses from which on it decides alone where the teacher goes,
+# and rows in a row before anything is said: a single batch may be odd.
+TOO_LARGE, ROWS = 10.0, 3
+
+# The entropy of the mean prediction over that of the labels' classes below which predictions have collapsed, and the
+# fewest examples whose mean says anything of classes.
+COLLAPSED, FEWEST = 0.1, 16
+
+# Parts of the steps, after warm-up, by which what is learned has moved, and by which a network is better than guessing:
+# an MLP on digits that is trained for 40 steps in all guesses for the first 20. Of fewer steps nothing is expected.
+MOVED_BY, KNOWS_BY, FEWEST_STEPS = 0.1, 0.5, 20
+
+# What counts as no move by then: a part of the size that the parameters began with; of those that began at zero, such
+# as logits of weights, whose natural size is 1, a root mean square. Training a network by AdamW at 1e-5 for 300 steps
+# has moved it by 3e-3 of its size by then; a table of weights under SGD at 0.05, by 3e-5, and by 4e-4 in 1,500 steps.
+STILL_OF_SIZE, STILL_FROM_ZERO, ZERO = 3e-4, 1e-3, 1e-3
+SAMPLED = 4096  # entries of the parameters that are compared
+
+
+# Entropies of the mean prediction among the columns of a row, and by whom and of what they are.
+PREDICTIONS = {
+    "pseudo_label_class_entropy": ("teacher", "the teacher's labels"),
+    "student_class_entropy": ("student", "the student's predictions"),
+}
+
+
+class Outcomes:
+    """Watch a fit, and say each thing that goes wrong once.
+
+    What it remembers is saved with the fit, so that one that is resumed says what it would have said, and nothing
+    twice. The numbers of a row are the same on every rank; only the first rank says anything.
+
+    Args:
+        trainer: whose teacher's parameters are the outer variables.
+        options: of the fit.
+        say: where a line goes.
+    """
+
+    def __init__(self, trainer: Any, options: FitOptions, say: Say) -> None:
+        self.trainer, self.options, self._say = trainer, options, say
+        self.said = list[str]()  # the kinds
+        self.rows_in_a_row = dict[str, int]()  # of each kind that takes several
+        self.entropies = dict[str, float]()  # the first of each prediction, the least of the labeled examples' classes
+        self.first_step: int | None = None  # about the first in which the outer variables are taught
+        self.start = sample_of(trainer.teacher)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "said": list(self.said),
+            "rows_in_a_row": dict(self.rows_in_a_row),
+            "entropies": dict(self.entropies),
+            "first_step": self.first_step,
+            "start": self.start,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def recorded(self, step: int, row: Mapping[str, float], examples: int, labeled: int) -> None:
+        """Look at the row after so many steps of a teacher and a student.
+
+        Args:
+            examples, labeled: in the inner and the outer batch, of all ranks.
+        """
+        self._look_at_size(step, row)
+        if examples >= FEWEST:
+            self._look_for_collapse(step, row, of_labels=labeled >= FEWEST)
+        self._look_at_move(step, row)
+
+    def validated(self, step: int, role: str, measured: Any) -> None:
+        """Look at what a network reaches on the validation data."""
+        if not isinstance(measured, Evaluation):
+            return
+        chance, accuracy = measured.chance, measured.accuracy
+        error = (chance * (1 - chance) / measured.n) ** 0.5
+        begun = self.options.wait if role == "student" else 0
+        if step < self.due_after(begun, KNOWS_BY):
+            return
+        rows = self._count(f"{role} at chance", accuracy <= chance + error)
+        # Where the classes are of different sizes, naming the largest one is a stage that a training passes through.
+        if rows and (rows > 1 or step >= self.options.steps):
+            network = role if self.trainer.teacher is not None else "network"
+            if self.options.phase != "fit":
+                network = f"{network} of phase {self.options.phase}"
+            remedies = [*self._remedies(role), "train it for more steps"]
+            self.say_once(
+                f"{role} at chance",
+                f"the {network} is at chance on the validation data after step {step:,}, with {accuracy:.1%} where "
+                f"guessing has {chance:.1%}: {either(remedies)}",
+            )
+
+    def due_after(self, begun: int, part: float) -> float:
+        """The step by which what began to learn at ``begun`` has learned for a part of its steps, after warm-up."""
+        begun += self.options.warmup
+        return begun + max(part * (self.options.steps - begun), FEWEST_STEPS)
+
+    def say_once(self, kind: str, text: str) -> None:
+        if kind not in self.said:
+            self.said.append(kind)
+            self._say(f"warning: {text}")
+
+    def _remedies(self, role: str) -> list[str]:
+        """What to do about a network that has learned nothing, or has forgotten it."""
+        if role == "student" and "pseudo_label_class_entropy" in self.said:
+            return ["mend the teacher's labels first, which it learns"]
+        less_feedback = self._less_feedback() if role == "teacher" else []
+        return [*less_feedback, "lower its learning rate"]
+
+    def _less_feedback(self) -> list[str]:
+        """How to make the feedback smaller; nothing where it is small by its rule, or there is none."""
+        trainer = self.trainer
+        if trainer.teacher is None or trainer.mode.credits == "nothing" or not trainer._has_losses:
+            return []
+        bound = f"give feedback_bound={DEFAULT_BOUND:g}"
+        if trainer.feedback_bound is not None:
+            return [bound] if trainer.feedback_bound > DEFAULT_BOUND else []
+        given = "feedback_weight" if trainer.feedback_ratio is None else "feedback_ratio"
+        return [f"leave out {given}", bound]
+
+    def _count(self, kind: str, is_so: bool) -> int:
+        """How often a kind has been so, without a break up to now."""
+        self.rows_in_a_row[kind] = self.rows_in_a_row.get(kind, 0) + 1 if is_so else 0
+        return self.rows_in_a_row[kind]
+
+    def _look_at_size(self, step: int, row: Mapping[str, float]) -> None:
+        ratio = row.get("feedback_ratio")
+        if ratio is None:
+            return
+        # It is infinite where the own losses say nothing, such as before they begin.
+        if self._count("feedback", TOO_LARGE <= ratio < math.inf) >= ROWS:
+            self.say_once(
+                "feedback",
+                f"the feedback's gradient is {ratio:,.0f} times that of the teacher's own losses at step {step:,}, and "
+                f"was {TOO_LARGE:.0f} times or more in {ROWS} rows running, so the teacher may forget its labels: "
+                f"{either(self._less_feedback() or ['lower its learning rate'])}",
+            )
+
+    def _look_for_collapse(self, step: int, row: Mapping[str, float], of_labels: bool) -> None:
+        known = self.entropies
+        labeled = row.get("labeled_class_entropy")
+        if labeled is not None and of_labels:
+            # Of classes of very different sizes the least is 0: naming the largest alone is then a stage of a training.
+            known["labeled"] = min(labeled, known.get("labeled", labeled))
+        for column, (role, whose) in PREDICTIONS.items():
+            entropy = row.get(column)
+            if entropy is None:
+                continue
+            first = known.setdefault(column, entropy)
+            # A network that has collapsed before the first row would be compared with itself.
+            usual = known.get("labeled", first)
+            if self._count(column, entropy < COLLAPSED * usual) >= ROWS:
+                of = "the classes of the labeled examples have" if "labeled" in known else "they had at first"
+                self.say_once(
+                    column,
+                    f"{whose} have collapsed onto few classes: their mean has an entropy of {entropy:.2g} nats at step "
+                    f"{step:,}, where {of} {usual:.2g}; {either(self._remedies(role))}",
+                )
+
+    def _look_at_move(self, step: int, row: Mapping[str, float]) -> None:
+        if self.first_step is None:
+            self.first_step = step - self.options.log_every
+        if "move" in self.said or self.start is None or step < self.due_after(self.first_step, MOVED_BY):
+            return
+        now = sample_of(self.trainer.teacher)
+        self.said.append("move")  # it is asked once, whatever the answer
+        if now is None or now.shape != self.start.shape:  # layers were added, say
+            return
+        if not is_taught(self.trainer) or row.get("teacher_lr") == 0:
+            return
+        size = root_mean_square(self.start)
+        move = root_mean_square(now - self.start)
+        is_from_zero = size <= ZERO
+        if move >= (STILL_FROM_ZERO if is_from_zero else STILL_OF_SIZE * size):
+            return
+        compared = "from zero" if is_from_zero else f"of a size of {size:.2g}"
+        rate = "0.1" if is_from_zero else "1e-3"
+        self._say(
+            f"warning: the teacher's parameters have hardly moved after {step:,} steps, by {move:.1g} each {compared}; "
+            f"give it a greater rate, as by outer_optimizer=torch.optim.Adam(teacher.parameters(), lr={rate})"
+        )
+
+
+def either(ways: Sequence[str]) -> str:
+    """Join several ways out.
+
+    >>> either(["wait"]), either(["wait", "go"]), either(["wait", "go", "stop"])
+    ('wait', 'wait, or go', 'wait, go, or stop')
+    """
+    *others, last = ways
+    return f"{', '.join(others)}, or {last}" if others else last
+
+
+def is_taught(trainer: Any) -> bool:
+    """Whether anything is meant to move the teacher: losses of its own, or a feedback that counts."""
+    has_feedback = trainer.mode.credits != "nothing" and trainer.feedback_weight != 0
+    return bool(has_feedback or trainer._has_losses)
+
+
+@torch.no_grad()
+def sample_of(teacher: torch.nn.Module | None) -> Tensor | None:
+    """Evenly chosen entries of what a teacher learns, of this process's part of it, on the host; None without any."""
+    learned = [] if teacher is None else [local(p.detach()) for p in teacher.parameters() if p.requires_grad]
+    total = sum(p.numel() for p in learned)
+    if total == 0:
+        return None
+    stride = -(-total // SAMPLED)
+    return torch.cat([p.reshape(-1)[::stride] for p in learned]).to("cpu", torch.float32, copy=True)
+
+
+def root_mean_square(t: Tensor) -> float:
+    return float(t.double().square().mean().sqrt())

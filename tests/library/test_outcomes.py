@@ -1,0 +1,303 @@
+"""What a fit says where it goes wrong, and that it says nothing where it does not: by real trainings on digits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fits import _one_thread  # noqa: F401  # used by every test
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import metapl
+from metapl.feedback import NoFeedback, Reinforce
+from metapl.metrics import evaluate_logits
+from metapl.models import mlp
+from metapl.problems import ExampleWeights, Table
+from metapl.training.loop import FAR_BEHIND
+from metapl.training.loss_trainer import LossTrainer
+from metapl.training.options import FitOptions
+from metapl.training.outcomes import Outcomes
+
+LABELED, VALIDATION = slice(0, 100), slice(1400, 1797)
+
+
+@cache
+def digits() -> tuple[Tensor, Tensor]:
+    found = load_digits()
+    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(0))
+    return torch.tensor(found.data / 16, dtype=torch.float32)[order], torch.tensor(found.target)[order]
+
+
+def sgd(network: nn.Module, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, nesterov=True)
+
+
+def trained(
+    mode: Any = "forward", *, teacher_lr: float = 0.05, student_lr: float = 0.05, fit: Any = None, **options: Any
+) -> tuple[list[str], Any, metapl.BilevelTrainer]:
+    """What a fit on the digits says, what it ends with, and its trainer."""
+    (x, y), said = digits(), list[str]()
+    torch.manual_seed(0)
+    teacher, student = mlp([64, 64, 10]), mlp([64, 64, 10])
+    both = {"inner_optimizer": sgd(student, student_lr), "outer_optimizer": sgd(teacher, teacher_lr)}
+    trainer = metapl.BilevelTrainer(teacher, student, mode, verify=False, **both, **options)
+    usual = {"steps": 200, "batch_size": 64, "validation": (x[VALIDATION], y[VALIDATION]), "validate_every": 50}
+    how = {**usual, "log_every": 10, "progress": False, "say": said.append, **(fit or {})}
+    result = trainer.fit((x[LABELED], y[LABELED]), x[100:1400], **how)
+    return said, result, trainer
+
+
+def weighed(rate: Callable[[nn.Module], torch.optim.Optimizer], **how: Any) -> list[str]:
+    """What a fit says that learns a weight for each of 1,300 examples, of whose labels 40 % are wrong."""
+    (x, y), said = digits(), list[str]()
+    torch.manual_seed(0)
+    wrong = torch.rand(1300) < 0.4
+    labels = torch.where(wrong, torch.randint(0, 10, (1300,)), y[100:1400])
+    table, student = Table(torch.zeros(1300)), mlp([64, 64, 10])
+    trainer = metapl.BilevelTrainer(
+        table,
+        student,
+        problem=ExampleWeights(),
+        inner_optimizer=sgd(student, 0.05),
+        outer_optimizer=rate(table),
+        verify=False,
+    )
+    options = {"steps": 200, "batch_size": 64, "log_every": 10, "progress": False, "say": said.append, **how}
+    trainer.fit((x[LABELED], y[LABELED]), (x[100:1400], labels, torch.arange(1300)), **options)
+    return said
+
+
+# A feedback that is thousands of times what the teacher learns from its own losses.
+COLLAPSES: dict[str, Any] = {
+    "mode": Reinforce(similarity="cosine", baseline=0.99, reduction="sum"),
+    "feedback_weight": 100.0,
+}
+
+
+# ----------------------------------------------------------------------------------------- what goes well says nothing
+
+
+@pytest.mark.parametrize("mode", ["forward", "none", "reinforce_per_example", "difference"])
+def test_a_training_that_comes_out_says_nothing(mode: str) -> None:
+    said, result, _ = trained(mode)
+    assert result.value > 0.8
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    "fit",
+    [
+        {"warmup": 80},
+        {"wait": 100, "warm_start": True},
+        {"wait": 100, "warmup": 50},
+        {"ema_decay": 0.99},
+        {"steps": 80, "log_every": 1, "validate_every": 1},
+    ],
+    ids=str,
+)
+def test_schedules_say_nothing(fit: Any) -> None:
+    assert trained(fit=fit)[0] == []
+
+
+def test_a_teacher_that_is_to_stay_says_nothing() -> None:
+    """Without feedback and losses, frozen, or at a rate of 0."""
+    assert trained("none", teacher_losses=(), fit={"validation": None})[0] == []
+    assert trained(teacher_lr=0.0, fit={"validation": None})[0] == []
+    frozen = {"feedback_weight": 0.0, "teacher_losses": ()}
+    assert trained(fit={"validation": None}, **frozen)[0] == []
+
+
+def test_few_examples_in_a_batch_are_no_collapse() -> None:
+    """The labels of four examples are often of one or two classes."""
+    assert trained(fit={"batch_size": 4, "log_every": 1, "steps": 300})[0] == []
+
+
+def test_classes_of_different_sizes_are_no_collapse() -> None:
+    """Of 95 % in one class, all labels of a batch are often of that one; naming it alone is a stage of the training."""
+    (x, y), said = digits(), list[str]()
+    rare = (y == 0) & (torch.arange(len(y)) % 2 == 0)
+    torch.manual_seed(0)
+    teacher, student = mlp([64, 64, 2]), mlp([64, 64, 2])
+    trainer = metapl.BilevelTrainer(teacher, student, verify=False)
+    labels = rare.long()
+    held_out = x[VALIDATION], labels[VALIDATION]
+    trainer.fit(
+        (x[:300], labels[:300]),
+        x[300:1400],
+        steps=300,
+        batch_size=32,
+        log_every=1,
+        validation=held_out,
+        validate_every=25,
+        progress=False,
+        say=said.append,
+    )
+    assert not [text for text in said if "collapsed" in text]
+
+
+def test_adam_moves_a_table() -> None:
+    assert weighed(lambda table: torch.optim.Adam(table.parameters(), lr=0.1)) == []
+    assert weighed(lambda table: torch.optim.Adam(table.parameters(), lr=0.1), warmup=100) == []
+
+
+# ------------------------------------------------------------------------------------------------ what goes wrong does
+
+
+def test_a_student_that_dies_is_said_with_its_remedy() -> None:
+    said, _, _ = trained(student_lr=30.0)
+    (collapse,) = [text for text in said if "the student's predictions have collapsed" in text]
+    assert "lower its learning rate" in collapse
+    (chance,) = [text for text in said if "the student is at chance" in text]
+    assert "lower its learning rate" in chance
+
+
+def test_labels_that_collapse_are_said_with_their_remedy() -> None:
+    said, _, _ = trained(**COLLAPSES)
+    (collapse,) = [text for text in said if "the teacher's labels have collapsed" in text]
+    assert "leave out feedback_weight" in collapse
+    (chance,) = [text for text in said if "the teacher is at chance" in text]
+    assert "leave out feedback_weight" in chance
+
+
+def test_a_network_on_its_own_is_looked_at_too() -> None:
+    (x, y), said = digits(), list[str]()
+    torch.manual_seed(0)
+    network = mlp([64, 64, 10])
+    trainer = LossTrainer(network, optimizer=sgd(network, 100.0))
+    how: Any = {"steps": 60, "batch_size": 64, "progress": False, "say": said.append, "validate_every": 20}
+    trainer.fit((x[LABELED], y[LABELED]), validation=(x[VALIDATION], y[VALIDATION]), **how)
+    (line,) = said
+    assert line.startswith("warning: the network is at chance on the validation data after step ")
+
+
+def test_a_table_that_stays_is_said_with_a_rule_that_moves_it() -> None:
+    (line,) = weighed(lambda table: sgd(table, 0.05))
+    assert "have hardly moved after 20 steps" in line
+    assert "outer_optimizer=torch.optim.Adam(teacher.parameters(), lr=0.1)" in line
+
+
+def test_a_network_that_stays_is_said() -> None:
+    said, _, _ = trained(teacher_lr=1e-7, fit={"validation": None})
+    (line,) = [text for text in said if "hardly moved" in text]
+    assert "lr=1e-3" in line
+
+
+def watched(said: list[str], **options: Any) -> Outcomes:
+    teacher, student = mlp([64, 10]), mlp([64, 10])
+    trainer = metapl.BilevelTrainer(teacher, student, feedback_weight=1.0, verify=False)
+    return Outcomes(trainer, FitOptions(steps=100, **options), said.append)
+
+
+def test_a_feedback_that_decides_alone_is_said_in_the_third_row() -> None:
+    said = list[str]()
+    outcomes = watched(said)
+    for step, ratio in enumerate([11.0, 30.0, 9.0, 12.0, 500.0], 1):
+        outcomes.recorded(step, {"feedback_ratio": ratio, "teacher_lr": 0.0}, examples=64, labeled=64)
+    assert said == []
+    outcomes.recorded(6, {"feedback_ratio": 57.3}, examples=64, labeled=64)
+    outcomes.recorded(7, {"feedback_ratio": 60.0}, examples=64, labeled=64)
+    (line,) = said
+    assert "the feedback's gradient is 57 times that of the teacher's own losses at step 6" in line
+    assert line.endswith("leave out feedback_weight, or give feedback_bound=0.1")
+
+
+def test_a_feedback_that_decides_alone_is_said_by_a_fit() -> None:
+    said, result, _ = trained(Reinforce(similarity="cosine", baseline=0.99, reduction="sum"), feedback_weight=1.0)
+    assert all("feedback_ratio" in row for row in result.history if "inner_loss" in row)
+    assert len([text for text in said if "times that of the teacher's own losses" in text]) == 1
+
+
+def test_guessing_is_said_at_the_second_time_or_at_the_end() -> None:
+    labels = torch.arange(100) % 10
+    guesses, knows = torch.zeros(100, 10), nn.functional.one_hot(labels, 10).float()
+    at_chance, good = evaluate_logits(guesses, labels), evaluate_logits(knows, labels)
+    for reached, steps in [
+        ((at_chance,) * 5 + (good,) * 5, []),  # too early
+        ((good,) * 10, []),
+        ((good,) * 5 + (at_chance, good, at_chance, good, good), []),
+        ((good,) * 6 + (at_chance, at_chance), [80]),
+        ((good,) * 9 + (at_chance,), [100]),
+    ]:
+        said = list[str]()
+        outcomes = watched(said, warmup=10)
+        for number, measured in enumerate(reached, 1):
+            outcomes.validated(10 * number, "student", measured)
+        assert len(said) == len(steps)
+        assert all(f"after step {step}," in text for step, text in zip(steps, said, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------- a resumed
+
+
+class Stops:
+    """A callback that ends a fit after so many steps, without a checkpoint of them."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def __call__(self, step: int, row: Any, trainer: Any) -> None:
+        if step == self.after:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("after", [30, 110, 160])
+def test_a_resumed_fit_says_the_same_and_nothing_twice(tmp_path: Path, after: int) -> None:
+    def fit(out: Path, resume: bool, *callbacks: Any) -> tuple[list[str], Any]:
+        said = list[str]()
+        options = {"save_every": 10, "out": str(out), "resume": resume, "callbacks": callbacks, "say": said.append}
+        _, result, _ = trained(**COLLAPSES, fit=options)
+        return said, result
+
+    whole, expected = fit(tmp_path / "whole", False)
+    assert len(whole) >= 3
+    first = list[str]()
+    cut = {"save_every": 10, "out": str(tmp_path / "cut"), "callbacks": [Stops(after)], "say": first.append}
+    with pytest.raises(KeyboardInterrupt):
+        trained(**COLLAPSES, fit=cut)
+    second, result = fit(tmp_path / "cut", True)
+    said = [text for text in second if not text.startswith("resumed")]
+    # What was said in a step that was not saved is said when the step is taken again.
+    assert first[: len(whole) - len(said)] + said == whole
+    for name, weights in (expected.teacher_weights or {}).items():
+        assert torch.equal(weights, result.teacher_weights[name])
+    for name, weights in expected.weights.items():
+        assert torch.equal(weights, result.weights[name])
+
+
+# ----------------------------------------------------------------------------------------- a teacher that was better
+
+
+# The teacher learns, and forgets when the feedback comes.
+LATE: dict[str, Any] = {"wait": 100, "validate_every": 10}
+
+
+def test_a_teacher_that_ends_far_behind_itself_is_kept_as_it_was() -> None:
+    said, result, trainer = trained(**COLLAPSES, fit=LATE)
+    accuracies = {row["step"]: row.get("teacher_validation_accuracy") for row in result.history}
+    best = max(value for value in accuracies.values() if value is not None)
+    assert best - accuracies[200] >= FAR_BEHIND
+    (line,) = [text for text in said if "the teacher is kept as it was after step" in text]
+    assert f"with {best:.1%} on the validation data" in line
+    x, y = digits()
+    assert trainer.teacher is not None
+    reached = evaluate_logits(trainer.teacher(x[VALIDATION]), y[VALIDATION]).accuracy
+    assert reached == pytest.approx(best)
+    assert all(torch.equal(t, result.teacher_weights[name]) for name, t in trainer.teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("how", [{"select": False}, {"metric": "loss"}], ids=str)
+def test_without_selection_by_accuracy_the_last_teacher_is_kept(how: dict[str, Any]) -> None:
+    said, _, _ = trained(**COLLAPSES, fit={**LATE, **how})
+    assert not [text for text in said if "is kept as it was" in text]
+
+
+def test_a_teacher_that_ends_a_little_behind_itself_is_the_last_one() -> None:
+    """Bit for bit as without validation: looking chooses among teachers only where one has collapsed."""
+    _, result, _ = trained(NoFeedback())
+    _, blind, _ = trained(NoFeedback(), fit={"validation": None})
+    assert all(torch.equal(t, blind.teacher_weights[name]) for name, t in result.teacher_weights.items())
