@@ -18,7 +18,18 @@ RESULTS = BENCHMARKS / "results"
 
 # Both halves take as long in miniature; each has a file, so that no process is left alone with all of them.
 FIRST = ("endurance", "attribution", "data_rater", "feedback_size", "modes", "noisy_student", "scale", "step", "tables")
-SECOND = ("digits_study", "hyperparameters", "label_noise", "long_paths", "mnist", "peers", "reduced", "silent", "when")
+SECOND = (
+    "digits_study",
+    "hyperparameters",
+    "label_noise",
+    "long_paths",
+    "mnist",
+    "moon_weights",
+    "peers",
+    "reduced",
+    "silent",
+    "when",
+)
 SECOND += ("digits_study --forms", "rival_attribution", "stored_labels", "suspects", "suspects --harmful")
 SCRIPTS = sorted(FIRST + SECOND)
 MARKS = {  # of the tables in a page, where they are not called as the script is
@@ -27,6 +38,7 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
     "digits_study": ["digits"],
     "digits_study --forms": ["digits-forms"],
     "hyperparameters": ["hyperparameters", "schedule"],
+    "moon_weights": ["moon-weights"],
     "noisy_student": ["noisy-student-studies"],
     "rival_attribution": ["rival_attribution", "rival_attribution-scores"],
     "suspects --harmful": ["harmful_pictures"],
