@@ -357,7 +357,7 @@ def test_a_generator_of_another_device_is_refused(call: str) -> None:
 def test_attribute_draws_its_order_on_the_cpu() -> None:
     case = Case()
     data = case.x, case.y
-    with pytest.raises(MetaplError, match=r"generator is on cuda:0, and the order of the examples is drawn on cpu"):
+    with pytest.raises(MetaplError, match=r"generator is on cuda(:0)?, and the order of the examples is drawn on cpu"):
         metapl.attribute(
             case.student, data, data, optimizer=case.inner, steps=1, batch_size=2, generator=torch.Generator("cuda")
         )
