@@ -310,7 +310,7 @@ class MetaReweightedClassifier(_Classifier):
             labels = torch.from_numpy(codes).to(x.device)
             if trusted is None:
                 weights = torch.ones(len(x), dtype=torch.float64)
-                if self.mode != "none":
+                if mode.credits != "nothing":
                     weights = self._checked_by_folds(x, labels, seed)
             else:
                 weights = self._learned_weights(x, labels, self._trusted_mask(trusted, codes), seed)
