@@ -52,7 +52,7 @@ def test_a_step_costs_no_more_passes_than_stated(mode: str | Estimator, bound: f
 
 @pytest.mark.parametrize("mode", ["forward", "reinforce"])
 def test_the_default_size_of_the_feedback_takes_no_pass_more_than_a_weight(mode: str) -> None:
-    """The feedback and the teacher's own losses go through passes of their own, so their gradients cost as their sum."""
+    """Feedback and own losses go through passes of the teacher of their own, so two gradients cost as much as one."""
     by_bound = passes(mode, has_losses=True)
     assert by_bound > passes(mode)
     assert by_bound == pytest.approx(passes(mode, has_losses=True, by_weight=True), rel=1e-3)
