@@ -36,14 +36,14 @@ class Looking:
         out: folder for ablation.json; by default it is not written.
         draws: of labels, for modes that draw them, and of alterations.
         rounds: in which each mode is timed once; by default 5, more for short calls.
-        altered: also measure a mode's feedback altered, as a control: permuted, its mean, with random signs.
+        altered: leave out the controls, the feedback of a mode that is altered: permuted, its mean, with random signs.
     """
 
     out: Folder = None
     modes: Annotated[tuple[str, ...] | None, unset("MODE ...", f"these modes alone, of {', '.join(MODES)}.")] = None
     draws: Annotated[int, Range(2, most=10_000)] = 8
     rounds: Annotated[Annotated[int, Range(1, most=10_000)] | None, unset()] = None
-    altered: bool = True
+    altered: Annotated[bool, unset()] = True  # the flag is --no-altered
 
     def look(self, subject: dict[str, Any]) -> int:
         for name in self.modes or ():

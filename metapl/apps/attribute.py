@@ -25,6 +25,7 @@ from metapl.apps.run import EndedRun
 from metapl.apps.settings import Batch, Steps, unset
 from metapl.apps.words import short, table, tell, wrapped, written_csv
 from metapl.errors import MetaplError, few
+from metapl.metrics import predict_logits
 from metapl.runs.fields import Range
 from metapl.training.attribution import Attribution, attribute
 
@@ -40,10 +41,11 @@ SHOWN, LISTED = 24, 5  # pictures in a gallery, and on a terminal
 class Attribute:
     """Say which labeled pictures of a run help its network, and which harm it.
 
-    The network is trained from its start on the labeled pictures as they are, by SGD with momentum at a rate that falls
-    to zero. A picture's score is minus the derivative, through all of this training, of the loss on the validation
-    pictures (of train noisy without --val, of those of --clean), in the weight of the picture: more of one with a
-    positive score would lower the loss, more of one with a negative score raise it.
+    A network like that of the run is trained anew, from its start, on the labeled pictures as they are, by plain SGD
+    with momentum at a rate that falls to zero; the loss of the run's own network is stated beside it. A picture's score
+    is minus the derivative, through all of this training, of the loss on the validation pictures (of train noisy
+    without --val, of those of --clean), in the weight of the picture: more of one with a positive score would lower the
+    loss, more of one with a negative score raise it.
 
     A score is a prediction. The check trains without 5 % of the pictures, drawn at random, again and again, and
     compares: a correlation near 1 says that the scores can be believed, one near 0 that they cannot.
@@ -129,6 +131,7 @@ class Attribute:
                 "seed": seed,
                 "device": str(run.device),
                 "loss": judged,
+                "loss_of_the_run": loss_of_run(run, outer),
                 "loss_of_guesses": guesses,
                 "harmful": sum(each < 0 for each in score),
                 "spearman": None,
@@ -147,8 +150,11 @@ class Attribute:
                 said = (
                     f"{found['harmful']:,} of {len(train):,} labeled pictures have a score below 0: more of one would "
                     f"raise the loss on {len(outer):,} others{missing}, which is {judged:.3f}, and of even guesses "
-                    f"{guesses:.3f}."
+                    f"{guesses:.3f}. That is of a network that was trained anew for the scores, by plain SGD for "
+                    f"{steps:,} steps on the pictures as they are"
                 )
+                own_loss = found["loss_of_the_run"]
+                said += "." if own_loss is None else f"; the student of the run has {own_loss:.3f} there."
                 beneath = "beneath each its label, score and file"
                 harmful = [number for number in ranked if score[number] < 0]
                 helpful = [number for number in reversed(ranked) if score[number] > 0]
@@ -221,6 +227,20 @@ def logits(network: nn.Module, found: Attribution, pictures: Pictures) -> Tensor
             x = torch.stack([pictures[number][0] for number in some.tolist()]).to(found.scores.device)
             outputs.append(functional_call(network, found.student_params, (x,)).cpu())
     return torch.cat(outputs)[mixed.argsort()]
+
+
+def loss_of_run(run: EndedRun, pictures: Pictures) -> float | None:
+    """The loss of the run's own student on pictures; None where its weights are gone."""
+    if "student" not in run.networks:
+        return None
+    batches = [
+        (torch.stack([pictures[number][0] for number in some.tolist()]), pictures.labels[some])
+        for some in torch.arange(len(pictures)).split(AT_ONCE)
+    ]
+    with torch.random.fork_rng(devices=[]):  # a network is built with fresh weights first
+        network = run.network("student").to(run.device)
+    outputs, labels = predict_logits(network, batches)
+    return float(F.cross_entropy(outputs, labels))
 
 
 def interval(rho: float, n: int) -> tuple[float, float]:

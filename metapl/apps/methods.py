@@ -177,8 +177,8 @@ class Consistency:
         uda_temperature: of its targets; 0: hard.
         uda_threshold: leave out what is less sure.
         uda_align: class shares to the labeled ones.
-        uda_start: steps without it first; 40 %.
-        uda_ramp: steps of growing weight; 10 %.
+        uda_start: without it first; 40 %, of digits 0.
+        uda_ramp: of growing weight; 10 %, of digits 0.
         uda_prior: shares of the classes that uda_align moves to; None: equal ones.
     """
 
@@ -302,6 +302,12 @@ class Feedback:
     def __post_init__(self) -> None:
         check_fields(self)
         self.estimator(seed=0)
+        if self.mode == "implicit" and self.feedback != "none":
+            raise MetaplError(
+                "--mode implicit takes the gradient through an optimum of the student's loss, where a student in "
+                "training is not: expected --mode forward, the exact gradient of its step. In Python, "
+                "metapl.feedback.Implicit takes a solver and a damping."
+            )
         if self.feedback_ratio is not None and (self.feedback_weight is not None or self.feedback_bound is not None):
             beside = "--feedback-bound" if self.feedback_weight is None else "--feedback-weight"
             raise MetaplError(f"--feedback-ratio and {beside} were given; expected one of them.")
@@ -352,7 +358,7 @@ class Mpl(Method):
     """Meta Pseudo Labels: a teacher learns from how the student does that learns its labels.
 
     Args:
-        wait: steps of the teacher alone first; 75 %.
+        wait: teacher alone first; 75 %, of digits 0.
         warm_start: begin with its weights then.
     """
 

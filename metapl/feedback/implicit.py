@@ -88,7 +88,7 @@ class Implicit(Estimator):
             return conjugate_gradient(product, v, self.iterations, damping)
         if not (step_size := float(self.step_size or rate or 0.0)):
             raise MetaplError('Implicit(solver="neumann") needs step_size=..., for this optimizer has no rate above 0.')
-        return neumann(product, v, self.iterations, step_size, damping)
+        return neumann(product, v, self.iterations, step_size, damping, is_default=self.step_size is None)
 
 
 def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: float) -> Tree:
@@ -106,7 +106,7 @@ def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: floa
         if curvature <= rounding * p_norm * q_norm:
             if number == 0 or curvature < -rounding * largest * p_norm**2:  # v itself must be curved
                 given = "the inner loss curves downwards: the student is not near its optimum"
-                raise MetaplError(f"{given}; expected a larger damping, or solver='neumann' or 'identity'.")
+                raise MetaplError(f"{given}; expected mode='forward', which needs no optimum, or a larger damping.")
             break
         alpha = rr / curvature
         x, r = _plus(x, p, alpha), _plus(r, q, -alpha)
@@ -115,16 +115,21 @@ def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: floa
     return x
 
 
-def neumann(product: Product, v: Tree, iterations: int, step_size: float, damping: float) -> Tree:
-    """The Neumann series step_size·Σ_i (1 − step_size·(H + damping))ⁱ v, i = 0, …, iterations."""
+def neumann(
+    product: Product, v: Tree, iterations: int, step_size: float, damping: float, is_default: bool = False
+) -> Tree:
+    """Return the Neumann series step_size·Σ_i (1 − step_size·(H + damping))ⁱ v, i = 0, …, iterations; ``is_default``
+    where the step size is the student's learning rate, which nobody gave."""
     x = term = scaled(v, step_size)
     for _ in range(iterations):
         term = _plus(term, _plus(product(term), term, damping), -step_size)
         x = _plus(x, term, 1.0)
+    source = ", the student's learning rate, since step_size was not given" if is_default else ""
     checks.refuse(
         ~(norm(term) <= step_size * norm(v)),  # a series that overflows is NaN in the end
-        f"the Neumann series diverges; expected step_size={step_size:g} below 2 over the greatest eigenvalue of H + "
-        f"damping, {damping:g}.",
+        f"the Neumann series diverges with a step size of {step_size:.3g}{source}; expected step_size=... below 2 over "
+        f"the greatest eigenvalue of H + damping (damping is {damping:g}), or, where the inner loss curves downwards, "
+        "a larger damping.",
     )
     return x
 

@@ -88,6 +88,14 @@ def test_the_list_is_that_of_the_library_and_finds_the_misplaced(
         dict(zip(files, losses, strict=True)), rel=1e-3
     )
     assert told["loss"] == pytest.approx(float(exact.outer_loss), rel=1e-4)
+    run = EndedRun.load(root / "run")
+    student = run.network("student").eval()
+    x_judge, y_judge = tensors(root / "clean")[1]
+    own_loss = float(nn.functional.cross_entropy(student(x_judge), y_judge).detach())
+    assert told["loss_of_the_run"] == pytest.approx(own_loss, rel=1e-4)
+    said = " ".join(text.split())
+    assert "trained anew for the scores, by plain SGD for 20 steps on the pictures as they are" in said
+    assert f"the student of the run has {own_loss:.3f} there" in said
     assert told["harmful"] == sum(score < 0 for score in scores.values())
     draw = torch.Generator().manual_seed(3)
     check = exact.validate([torch.randperm(32, generator=draw)[:2] for _ in range(8)])

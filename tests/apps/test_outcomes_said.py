@@ -12,10 +12,14 @@ import pytest
 from command import metapl
 from sklearn.linear_model import LogisticRegression
 
+from metapl.apps.digits import METHODS
+from metapl.apps.methods import with_settings_of
 from metapl.apps.pictures import load_digits_split
 from metapl.apps.report import linear_baseline, panels_of, summary
 from metapl.apps.run import guessing
+from metapl.apps.settings import replaced
 from metapl.apps.train import Measured, delivered
+from metapl.feedback import estimator, prepare
 
 DIGITS = ("train", "digits", "--finetune-steps", "20")
 SHORT = (*DIGITS, "--steps", "200", "--validate-every", "50")
@@ -159,3 +163,40 @@ def test_the_size_of_the_feedback_is_recorded_and_drawn_in_every_mode(mode: str,
     is_scalar = mode in ("reinforce", "loss_difference")
     assert ("standard deviation in a batch" in drawn) == (not is_scalar)
     assert "root mean square in a batch" in drawn
+
+
+# ---------------------------------------------------------------------------------------------- what is refused or said
+
+
+@pytest.mark.parametrize("method", ["mpl", "permuted", "reduced_mpl"])
+def test_a_mode_that_no_training_can_take_is_refused_before_anything_is_written(method: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    found = metapl(*DIGITS, "--method", method, "--mode", "implicit", "--out", str(out), code=2)
+    assert "--mode implicit takes the gradient through an optimum" in found.stderr
+    assert "expected --mode forward" in found.stderr
+    assert not out.exists()
+
+
+def test_the_help_has_the_defaults_of_digits() -> None:
+    text = " ".join(metapl("train", "digits", "mpl", "--help").stdout.split())
+    for flag, said in (("wait", "75 %"), ("uda-start", "40 %"), ("uda-ramp", "10 %")):
+        assert re.search(rf"--{flag} INT [^-]*{said}, of digits 0\.", text), flag
+    mpl = METHODS["mpl"]
+    assert (mpl.wait, mpl.uda.uda_start, mpl.uda.uda_ramp) == (0, 0, 0)
+
+
+def test_the_switch_that_leaves_out_the_controls_says_so() -> None:
+    text = " ".join(metapl("ablate", "digits", "--help").stdout.replace("│", " ").split())
+    assert "--no-altered leave out the controls" in text
+    assert "default: True" not in text.partition("--no-altered")[2]
+
+
+@pytest.mark.parametrize("mode", ["forward", "reinforce", "loss_difference"])
+def test_controls_have_labels_of_the_kind_of_the_mode(mode: str) -> None:
+    """Of ``--method none --mode``, of the methods of a comparison, and of stored labels."""
+    expected = "soft" if mode == "forward" else "hard"
+    asked = replaced(METHODS["mpl"], mode=mode)
+    for name in ("none", "reduced_none"):
+        control = with_settings_of(METHODS[name], asked, METHODS["mpl"])
+        assert control.feedback.problem().kind == expected
+    assert prepare(asked.feedback.problem(), estimator(mode)).kind == expected

@@ -169,3 +169,16 @@ def test_negative_curvature_and_a_series_that_diverges_are_refused_and_nothing_m
         with pytest.raises(MetaplError):
             trainer.step(problem.labeled, problem.unlabeled)
         assert same(before, everything(problem))
+
+
+@pytest.mark.parametrize("step_size", [None, 50.0])
+def test_a_series_that_diverges_says_where_its_step_size_is_from(step_size: float | None) -> None:
+    problem = toy("mlp")
+    networks = problem.networks()
+    networks["inner_optimizer"] = torch.optim.SGD(networks["student"].parameters(), lr=50.0)
+    mode = Implicit(solver="neumann", iterations=20, step_size=step_size)
+    trainer = metapl.BilevelTrainer(**networks, mode=mode, verify=False)
+    with pytest.raises(MetaplError, match="diverges with a step size of 50") as caught:
+        trainer.step(problem.labeled, problem.unlabeled)
+    assert ("the student's learning rate, since step_size was not given" in str(caught.value)) == (step_size is None)
+    assert "expected step_size=... below 2 over" in str(caught.value)
