@@ -48,16 +48,21 @@ MINUTES = ("endurance", "hyperparameters", "label_noise", "peers", "reduced", "r
 MINUTES += ("stored_labels", "suspects", "suspects --harmful")
 
 
+def committed() -> dict[Path, bytes]:
+    """Return what the files of the results hold."""
+    return {path: path.read_bytes() for path in RESULTS.rglob("*") if path.is_file()}
+
+
 @pytest.fixture
 def as_scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    before, threads = {path: path.read_bytes() for path in RESULTS.iterdir()}, torch.get_num_threads()
+    before, threads = committed(), torch.get_num_threads()
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.chdir(ROOT)
     yield
     torch.set_num_threads(threads)
     for path in BENCHMARKS.glob("*.py"):
         sys.modules.pop(path.stem, None)
-    assert {path: path.read_bytes() for path in RESULTS.iterdir()} == before
+    assert committed() == before
 
 
 def run(script: str, *arguments: str | Path) -> str:
