@@ -83,12 +83,17 @@ def main() -> None:
     args = parser.parse_args()
     for table in ("breast cancer", "wine"):
         found = [accuracies(table, args.labels_per_class, seed) for seed in args.seeds]
-        count = f"{len(found)} seed" if len(found) == 1 else f"{len(found)} seeds"
-        print(f"{table}, {args.labels_per_class} labels a class, test accuracy in % over {count}")
+        drawn_by = "one seed" if len(found) == 1 else f"{len(found)} seeds"
+        print(f"{table}, {args.labels_per_class} labels a class, test accuracy in % over {drawn_by}")
         for name, column in zip(METHODS, zip(*found, strict=True), strict=True):
             test = paired_test(column, [row[0] for row in found])
-            spread = f"{test.mean:+5.1f} ± {test.std or 0:.1f}" if name != METHODS[0] else ""
-            print(f"  {name:<20} {np.mean(column):5.1f} ± {np.std(column, ddof=len(column) > 1):<4.1f} {spread}")
+            line = f"  {name:<20} {np.mean(column):5.1f}"
+            if len(found) > 1:
+                line += f" ± {np.std(column, ddof=1):<4.1f}"
+            if name != METHODS[0]:
+                line += f" {test.mean:+5.1f}"
+                line += "" if len(found) == 1 else f" ± {test.std:.1f}"
+            print(line)
     print("Right: paired difference to logistic regression. ±: standard deviation over seeds.")
 
 

@@ -130,7 +130,7 @@ def test_something_about_labels_is_learned_from_clean_ones(
     trainer, labeled, unlabeled, options = main.trainer, main.labeled, main.unlabeled, main.options
     assert labeled is data.labeled
     assert (len(labeled.images), len(unlabeled.images), len(data.everything.images)) == (8, 40, 48)
-    assert options == {"steps": 8, "warmup": 0}
+    assert options == {"steps": 8, "warmup": 0, "first_steps": 0}, "the warm phase stands for first steps"
     assert isinstance(trainer.problem, problem)
     assert learned in (None, sum(p.numel() for p in trainer.teacher.parameters()))
     rates = [group["lr"] for group in trainer.outer_optimizer.param_groups]
