@@ -2,6 +2,7 @@
 
     python benchmarks/digits_study.py                        # tune, then run; goes on where it was stopped
     python benchmarks/digits_study.py --write benchmarks/results/digits_study.md
+    python benchmarks/digits_study.py --forms --workers 16   # the forms of Algorithm 1, in a file of their own
 
 Tuning: each method has 12 configurations, each run on 5 seeds, and the one whose best student by validation (197
 labeled images) is best on average is chosen. Final runs: the chosen configuration on 20 other seeds, where nothing is
@@ -9,6 +10,12 @@ selected: no validation image is read, and the student that is kept, and finetun
 last step. Only these runs look at the test set, once. Every method sees the same batches from the same initial weights
 for a seed. At 4 labels a class the settings tuned at 2 are used as they are, for all methods alike. The committed rows
 are older: in each of their runs 197 labeled validation images select the checkpoint.
+
+The rows named ``reinforce`` and ``loss_difference`` are of the cross-entropy's *sum* over the batch, with a tuned
+weight: B = 64 times what Algorithm 1 multiplies h by, at the same weight. ``--forms`` trains the forms of Algorithm 1
+beside each other, tuned alike, at 2 labels a class: as it is written (the dot product times the mean), the authors'
+(the cosine times the mean, less a moving average of decay 0.99), and the sum; with ``forward`` and the control, which
+are trained again because the older rows' checkpoints were chosen otherwise.
 """
 
 from __future__ import annotations
@@ -19,12 +26,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import harness
 import torch
-from harness import NONE, RESULTS, Row, best, difference, every, grid, read, spread
+from harness import NONE, RESULTS, Row, best, between, difference, every, grid, read, spread
 
+from metapl.apps import methods
 from metapl.apps.digits import METHODS, Digits, fitting
 from metapl.apps.methods import Data, Training
 from metapl.apps.settings import flat, replaced
@@ -32,6 +40,7 @@ from metapl.training import FitResult
 from metapl.training.loss_trainer import LossTrainer
 
 RAW = RESULTS / "digits_study.jsonl"
+FORMS_RAW = RESULTS / "digits_study_forms.jsonl"
 EMA_DECAY = 0.995  # of the averaged student in the final runs; tuning runs select a checkpoint and have no average
 
 STUDENT, FINETUNED = "test_accuracy", "finetuned_test_accuracy"
@@ -63,10 +72,27 @@ class Entry:
     labels: str | None = None
     tuned_as: str | None = None
     """The entry whose settings it takes, where it computes the same gradient."""
+    reduction: Literal["mean", "sum"] | None = None
+    """What h of a sampled mode with one number a batch is multiplied by; None for the other modes."""
+    baseline: float | None = None
+    cosine: bool = False
+    """Whether h is the cosine of the two gradients, and not their product."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineFeedback(methods.Feedback):
+    """Feedback whose h is the cosine of the two gradients, which no flag of the command sets."""
+
+    def estimator(self, seed: int) -> Any:
+        return dataclasses.replace(super().estimator(seed), similarity="cosine")
 
 
 EXACT = every(student_lr=(0.5, 1.0), teacher_lr=(0.03, 0.06), weight=(0.3, 1.0, 3.0))
 NOISY = every(student_lr=(0.5, 1.0), weight=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0))
+# The mean over the batch is 1/64 of the sum, so that weights from 0.64 on are those of NOISY. 1 is the paper's.
+MEAN = every(student_lr=(0.5, 1.0), weight=(0.1, 0.3, 1.0, 3.0, 10.0, 30.0))
+# A cosine is at most 1, which a dot product is far below: its weights are smaller. 1 is the authors'.
+COSINE = every(student_lr=(0.5, 1.0), weight=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0))
 ALONE = every(teacher_lr=(0.03, 0.06, 0.12, 0.25), label_smoothing=(0.0, 0.1, 0.2))
 FIXED = every(student_lr=(0.25, 0.5, 1.0), teacher_lr=(0.06, 0.12), temperature=(0.5, 1.0))
 
@@ -76,8 +102,20 @@ ENTRIES: dict[str, Entry] = {
     "difference": Entry("MPL, difference", "mpl", (), mode="difference", tuned_as="mpl"),
     "forward_hard": Entry("MPL, forward, hard labels", "mpl", EXACT, labels="hard"),
     "reinforce_per_example": Entry("MPL, reinforce_per_example", "mpl", EXACT, mode="reinforce_per_example"),
-    "reinforce": Entry("MPL, reinforce (Algorithm 1)", "mpl", NOISY, mode="reinforce"),
-    "loss_difference": Entry("MPL, loss_difference", "mpl", NOISY, mode="loss_difference"),
+    "reinforce": Entry("MPL, reinforce, sum over the batch", "mpl", NOISY, mode="reinforce", reduction="sum"),
+    "reinforce_mean": Entry("MPL, reinforce (Algorithm 1: dot, mean)", "mpl", MEAN, mode="reinforce", reduction="mean"),
+    "reinforce_cosine": Entry(
+        "MPL, reinforce (the authors' form: cosine, mean, baseline 0.99)",
+        "mpl",
+        COSINE,
+        mode="reinforce",
+        reduction="mean",
+        baseline=0.99,
+        cosine=True,
+    ),
+    "loss_difference": Entry(
+        "MPL, loss_difference, sum over the batch", "mpl", NOISY, mode="loss_difference", reduction="sum"
+    ),
     "none": Entry(
         "same loop, no feedback", "none", every(student_lr=(0.25, 0.5, 1.0, 2.0), teacher_lr=(0.03, 0.06, 0.12))
     ),
@@ -89,7 +127,13 @@ ENTRIES: dict[str, Entry] = {
     "class_means": Entry("control: class means of the feedback only", "class_means", EXACT),
     "random_sign": Entry("control: feedback with random signs", "random_sign", EXACT),
 }
-COMPARED = {2: (*ENTRIES,), 4: ("mpl", "none", "supervised", "pseudo_labels", "pseudo_labels_hard", "uda")}
+FORMS = ("mpl", "none", "reinforce", "reinforce_mean", "reinforce_cosine")
+"""What the study of the forms compares, at 2 labels a class."""
+FORMS_ALONE = ("reinforce_mean", "reinforce_cosine")
+COMPARED = {
+    2: tuple(name for name in ENTRIES if name not in FORMS_ALONE),
+    4: ("mpl", "none", "supervised", "pseudo_labels", "pseudo_labels_hard", "uda"),
+}
 """By the labels of a class."""
 
 
@@ -116,6 +160,10 @@ def one_run(method: str, config: Config, seed: int, labels_per_class: int, final
     digits, named = Digits(labels_per_class=labels_per_class, fitting=of), METHODS[entry.method]
     asked = {"mode": entry.mode, "student_lr": config.get("student_lr", 0.5)}
     asked |= {"feedback_weight": config.get("weight", 1.0), "pseudo_labels": entry.labels} | config
+    asked |= {"reduction": entry.reduction, "baseline": entry.baseline}
+    if entry.cosine:
+        # The fields that are asked for are set below, when the mode is one that has a cosine.
+        named = dataclasses.replace(named, feedback=CosineFeedback(mode="reinforce"))
     named = replaced(named, **{n: v for n, v in asked.items() if n in flat(named) and v is not None})
     data = dataclasses.replace(drawn(seed, labels_per_class, size), **{"validation" if final else "test": None})
     looked_at = {"validation": data.validation, "select": not final, "progress": False}
@@ -142,7 +190,7 @@ def chosen(rows: Sequence[Row]) -> dict[str, Config]:
     tuning = [row for row in rows if not row["final"]]
     taken = {name: entry.tuned_as or name for name, entry in ENTRIES.items()}
     found = {name: [row for row in tuning if row["method"] == name] for name in taken.values()}
-    return {name: best(found[of], "config", "validation_accuracy") for name, of in taken.items()}
+    return {name: best(found[of], "config", "validation_accuracy") for name, of in taken.items() if found[of]}
 
 
 def column(rows: Sequence[Row], method: str, labels: int, read_out: str) -> list[float]:
@@ -187,29 +235,67 @@ def block(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def forms_block(rows: Sequence[Row]) -> str:
+    """The table of the forms of Algorithm 1, each student against the control's better read-out."""
+    settings = chosen(rows)
+    lines = []
+    controls = {name: column(rows, "none", 2, name) for name in (STUDENT, FINETUNED)}
+    for name in FORMS:
+        student, finetuned = (column(rows, name, 2, read_out) for read_out in (STUDENT, FINETUNED))
+        if not student or not controls[STUDENT]:
+            continue
+        better = max(controls.values(), key=statistics.fmean)
+        beside = [NONE, NONE, NONE]
+        if name != "none":
+            gain, p = difference(student, better)
+            beside = [gain, between(student, better), p]
+        weight = settings[name].get("weight", NONE)
+        rate = settings[name]["student_lr"]
+        lines.append([ENTRIES[name].title, weight, rate, spread(student), spread(finetuned), *beside])
+    head = ["method", "weight", "student's rate", "student", "finetuned", "against the control", "95 %", "p"]
+    return grid(head, lines)
+
+
+SECONDS_A_RUN = 9
+"""Of one core, in the mean over the methods, as the older rows have it."""
+
+
+def run_study(names: dict[int, tuple[str, ...]], given: Any, raw: Any) -> None:
+    """Tune these methods, by labels a class, then run them on the seeds that nothing was chosen on."""
+    size = MINIATURE if given.miniature else FULL
+    made_with = {"made_with": harness.environment(), "steps": size.steps}
+    run = partial(one_run, size=size)
+    tuned = [name for name in ENTRIES if name in names[2]]
+    tuning = [
+        {"method": name, "config": config, "seed": seed, "labels_per_class": 2, "final": False}
+        for seed in size.tuning_seeds
+        for name in tuned
+        for config in ENTRIES[name].grid[: size.configurations]
+    ]
+    finals = sum(len(size.seeds) * len(methods_of) for methods_of in names.values())
+    minutes = SECONDS_A_RUN * (len(tuning) + finals) / 60
+    print(f"{len(tuning)} tuning runs and {finals} final ones: some {minutes:.0f} minutes of one core", flush=True)
+    rows = harness.go_on(raw, tuning, run, given.workers, **made_with)
+    settings = chosen([row for row in rows if "method" in row])
+    final = [
+        {"method": name, "config": settings[name], "seed": seed, "labels_per_class": labels, "final": True}
+        for labels, methods_of in names.items()
+        for seed in size.seeds
+        for name in methods_of
+    ]
+    harness.go_on(raw, final, run, given.workers, **made_with)
+
+
 def main() -> None:
     parser = harness.arguments(__doc__, RAW)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--forms", action="store_true", help="the forms of Algorithm 1 beside each other")
     given = harness.parsed(parser)
+    raw = FORMS_RAW if given.forms and given.out == RAW else given.out
     if given.runs:
-        size = MINIATURE if given.miniature else FULL
-        run, made_with = partial(one_run, size=size), {"made_with": harness.environment(), "steps": size.steps}
-        tuning = (
-            {"method": name, "config": config, "seed": seed, "labels_per_class": 2, "final": False}
-            for seed in size.tuning_seeds
-            for name, entry in ENTRIES.items()
-            for config in entry.grid[: size.configurations]
-        )
-        rows = harness.go_on(given.out, tuning, run, given.workers, **made_with)
-        settings = chosen([row for row in rows if "method" in row])
-        final = (
-            {"method": name, "config": settings[name], "seed": seed, "labels_per_class": labels, "final": True}
-            for labels, names in COMPARED.items()
-            for seed in size.seeds
-            for name in names
-        )
-        harness.go_on(given.out, final, run, given.workers, **made_with)
-    harness.show(given.write, "digits", block(read(given.out, "method")))
+        run_study({2: FORMS} if given.forms else COMPARED, given, raw)
+    mark, tables = ("digits-forms", forms_block) if given.forms else ("digits", block)
+    harness.show(given.write, mark, tables(read(raw, "method")))
 
 
 if __name__ == "__main__":

@@ -1,174 +1,293 @@
-"""What a GPU has to show, the cheapest first, in one command that goes on where it was stopped.
+"""Measure on a GPU, in one order of worth, in one command that goes on where it was stopped.
 
     python benchmarks/gpu.py --minutes 9 --out runs/gpu    # make gpu; again: what is missing
     python benchmarks/gpu.py --table runs/gpu
     python benchmarks/gpu.py --device cpu --miniature --minutes 4 --out DIR    # that it runs; its figures mean nothing
 
-Each part has a process of its own, which is killed when the minutes are over, and a file of the folder when it is done:
-the compiled step beside the eager one, and by CUDA graphs (``compile="reduce-overhead"``); the tests that pytest calls
-``gpu``; whole steps of larger networks in float32 and bfloat16. Steps are measured as ``step.py`` does it, beside the
-same by hand. A part that failed leaves what it printed, and is run again by the next call. Every mode on WRN-28-2, and
-other libraries: ``modes.py`` and ``peers.py``, which run on the GPU too.
+The order: the tests that pytest calls ``gpu``; the MLP and the transformer eager, compiled and by CUDA graphs
+(``compile="reduce-overhead"``); WRN-28-2 in bfloat16; larger networks; other libraries; the same in float32, and
+WRN-28-2 compiled. Later work inserts its parts where they belong.
+
+Each part has a process of its own, which is killed after ``--most`` seconds or when the minutes are over, and a file of
+the folder when it is done. The rows that a killed part had measured stay, and the next call goes on behind them. A part
+that failed leaves what it printed, and is run again by the next call. Steps are measured as ``step.py`` does it, beside
+the same by hand; other libraries as ``peers.py`` does it, if they are installed. Every mode on WRN-28-2: ``modes.py``,
+which runs on the GPU too.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
+import os
 import subprocess
 import sys
+import tempfile
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peers
 import step
 import torch
 import torchvision
 from harness import Row, environment, grid, loaded, write_json
 from modes import Place
-from peers import CausalLM
 from step import COMPILED, EAGER, GRAPHS, MODES, Network
 from torch import nn
 
 import metapl
 
 ROOT = Path(__file__).parents[1]
+MOST = 90.0
+"""Seconds that a part may take."""
 TESTS = "tests"
 
 
 def large(
-    build: Callable[[], nn.Module], shape: tuple[int, ...], labeled: int, unlabeled: int, words: int = 0
+    build: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    labeled: int,
+    unlabeled: int,
+    *,
+    words: int = 0,
+    layout: torch.memory_format = torch.contiguous_format,
 ) -> tuple[step.Pair, step.Data]:
-    """A pair and its batches, of words where there are any."""
+    """Make a pair of networks and their batches, of words if there are any, in a memory format."""
     torch.manual_seed(0)
-    pair, sizes = (build(), build()), ((labeled, *shape), (unlabeled, *shape))
-    x, u = (torch.randint(words, size) if words else torch.rand(size) for size in sizes)
+    pair = build().to(memory_format=layout), build().to(memory_format=layout)
+    sizes = (labeled, *shape), (unlabeled, *shape)
+    if words:
+        x, u = (torch.randint(words, size) for size in sizes)
+    else:
+        x, u = (torch.rand(size).contiguous(memory_format=layout) for size in sizes)
     return pair, ((x, torch.arange(labeled) % 10), u)
 
 
 VIT: Row = {"num_layers": 12, "num_heads": 6, "hidden_dim": 384, "mlp_dim": 1536, "num_classes": 10}
 LM: Row = {"words": 50257, "width": 768, "depth": 12, "length": 512, "head": 64, "outputs": 50257}
-LARGE = {
-    "WRN-28-2": partial(large, metapl.models.wide_resnet28_2, (3, 32, 32), 128, 896),
+WRN = partial(large, metapl.models.wide_resnet28_2, (3, 32, 32), 128, 896)
+LARGER = {
     "ViT-S": partial(large, partial(torchvision.models.VisionTransformer, 224, 16, **VIT), (3, 224, 224), 32, 128),
-    "causal LM, 124 M": partial(large, partial(CausalLM, **LM), (512,), 8, 8, words=50257),
+    "causal LM, 124 M": partial(large, partial(peers.CausalLM, **LM), (512,), 8, 8, words=50257),
     "ResNet-50": partial(large, partial(torchvision.models.resnet50, num_classes=10), (3, 224, 224), 32, 128),
 }
-COMPARED = ("mlp", "transformer", "WRN-28-2")  # of the first a step is nothing but the host's overhead
-SMALL = partial(large, metapl.models.small_cnn, (3, 16, 16), 2, 6)  # of a miniature, which has a part of each kind
+LARGE = {"WRN-28-2": WRN, "WRN-28-2, channels-last": partial(WRN, layout=torch.channels_last), **LARGER}
+ROUNDS = dict.fromkeys(LARGER, 5)
+"""Rounds of the networks whose steps take long; of the others, eleven."""
+# The test and the networks of a miniature, which has a part of each kind.
+SMALL_TEST = "in_bfloat16_it_is_near and forward and convolutions"
+SMALL = partial(large, metapl.models.small_cnn, (3, 16, 16), 2, 6)
 
-PARTS: dict[str, tuple[float, tuple[str, str, tuple[str, ...], tuple[str, ...]]]] = {
-    **{
-        f"compiled {name}": (seconds, (name, "float32", MODES[:1], (EAGER, COMPILED, GRAPHS)))
-        for name, seconds in zip(COMPARED, (60, 120, 210), strict=True)
-    },
-    TESTS: (90, ("", "", (), ())),
-    **{
-        f"{name}, {precision}": (45, (name, precision, MODES, (EAGER,)))
-        for name, precision in itertools.product(LARGE, ("float32", "bf16"))
-    },
+
+@dataclass(frozen=True)
+class Part:
+    """What one process measures: the tests, steps of a network, or other libraries.
+
+    Args:
+        seconds: how many have to be left for the part to be begun on a GPU.
+        network: a name of :data:`LARGE` or :data:`step.NETWORKS`, or of :data:`peers.NETWORKS`; none: the tests.
+        libraries: the libraries that are measured in the place of metapl's steps.
+    """
+
+    seconds: float
+    network: str = ""
+    precision: str = "float32"
+    modes: tuple[str, ...] = MODES
+    ways: tuple[str, ...] = (EAGER,)
+    libraries: tuple[str, ...] = ()
+
+
+LIBRARIES = (peers.FORWARD, peers.UNROLLED, *(name for name, (_, gradient) in peers.PEERS.items() if gradient))
+CHANNELS_LAST = "WRN-28-2, channels-last"
+PARTS: dict[str, Part] = {
+    TESTS: Part(60),
+    "compiled mlp": Part(50, "mlp", modes=("forward", "reinforce"), ways=(EAGER, COMPILED, GRAPHS)),
+    "compiled transformer": Part(75, "transformer", modes=("forward",), ways=(EAGER, COMPILED)),
+    "transformer by graphs": Part(70, "transformer", modes=("forward",), ways=(GRAPHS,)),
+    "WRN-28-2, bf16": Part(40, "WRN-28-2", precision="bf16"),
+    "WRN-28-2, channels-last, bf16": Part(30, CHANNELS_LAST, precision="bf16", modes=("forward",)),
+    **{f"{name}, bf16": Part(45, name, precision="bf16") for name in LARGER},
+    **{f"other libraries, {name}": Part(40, name, libraries=LIBRARIES) for name in ("transformer", "WRN-28-2", "MLP")},
+    **{f"{name}, float32": Part(45, name) for name in ("WRN-28-2", *LARGER)},
+    "compiled WRN-28-2": Part(85, CHANNELS_LAST, precision="bf16", modes=("forward",), ways=(COMPILED,)),
+    "WRN-28-2 by graphs": Part(85, CHANNELS_LAST, precision="bf16", modes=("forward",), ways=(GRAPHS,)),
 }
-"""The seconds that a part has to have left on a GPU; network, precision, modes and ways."""
-OF_MINIATURE = ("compiled mlp", TESTS, "WRN-28-2, float32", "WRN-28-2, bf16")
+OF_MINIATURE = (TESTS, "compiled mlp", "WRN-28-2, bf16", "other libraries, MLP", "WRN-28-2, float32")
 
 
-def tests(report: Path, some: Sequence[str]) -> list[Row]:
+def tests(report: Path, *, is_small: bool) -> list[Row]:
+    """Run the tests that are marked gpu, in four processes if pytest-xdist is installed; a miniature runs one test."""
     files = [path for path in sorted(ROOT.glob("tests/*/test_*.py")) if "pytest.mark.gpu" in path.read_text()]
-    asked = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    subprocess.run([*asked, *some, *map(str, files)], cwd=ROOT, check=False)
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    # pytest-benchmark, where it is installed, warns beside pytest-xdist, and warnings are errors here.
+    command += ["-p", "no:benchmark"]
+    if is_small:
+        command += ["-k", SMALL_TEST]
+    elif importlib.util.find_spec("xdist"):
+        command += ["-n", "4", "--dist", "worksteal"]
+    # Four processes with a thread for each core would wait for each other.
+    threads = {"OMP_NUM_THREADS": "2"}
+    subprocess.run([*command, *map(str, files)], cwd=ROOT, env=threads | os.environ, check=False)
     cases = list(ET.parse(report).iter("testcase"))
     failed = [c.get("name", "") for c in cases if c.find("failure") is not None or c.find("error") is not None]
     skipped = sum(case.find("skipped") is not None for case in cases)
-    return [{"passed": len(cases) - skipped - len(failed), "skipped": skipped, "failed": failed}]
+    passed = len(cases) - skipped - len(failed)
+    return [{"passed": passed, "skipped": skipped, "failed": failed, "measured_on": environment()}]
 
 
-def steps(
-    network: str, precision: str, modes: Sequence[str], ways: Sequence[str], device: str, small: bool
-) -> list[Row]:
-    """The rows of :func:`step.measure`, of each mode and way by itself; what stops is one of them."""
-    step.NETWORKS |= {name: Network(name, 1, SMALL if small else make) for name, make in LARGE.items()}
-    network = "tiny" if small and GRAPHS in ways else network
-    rows = list[Row]()
-    for mode, way in itertools.product(modes, ways):
+def steps(part: Part, done: Sequence[Row], device: str, *, is_small: bool) -> Iterator[list[Row]]:
+    """Yield the rows of :func:`step.measure` mode by mode, those ``done`` left out; what stops is a row with a reason.
+
+    Each way takes turns with the same by hand.
+    """
+    for name, make in LARGE.items():
+        step.NETWORKS[name] = Network(name, 1, SMALL if is_small else make)
+    network = "tiny" if is_small and GRAPHS in part.ways else part.network
+    rounds = 1 if is_small else ROUNDS.get(part.network, 11)
+    # Compiling is most of a miniature.
+    modes = part.modes[:1] if is_small and GRAPHS in part.ways else part.modes
+    for mode, way in itertools.product(modes, part.ways):
+        if any((row["mode"], row["way"]) == (mode, way) for row in done):
+            continue
         try:
-            rows += step.measure(network, mode, (way,), 1 if small else 11, Place(device, precision))
+            yield step.measure(network, mode, (way,), rounds, Place(device, part.precision))
         except (RuntimeError, metapl.MetaplError) as error:
-            rows.append({"mode": mode, "way": way, "reason": str(error).strip().splitlines()[0][:160]})
-    return rows
+            reason = str(error).strip().splitlines()[0][:160]
+            yield [{"mode": mode, "way": way, "reason": reason, "measured_on": environment()}]
 
 
-def told(part: str, row: Row) -> list[str]:
-    """What, the result, the goal."""
+def libraries(part: Part, done: Sequence[Row], device: str, *, is_small: bool) -> Iterator[list[Row]]:
+    """Yield a row of :func:`peers.measure` for each library that is installed here, in one process, without TF32."""
+    chosen = part.libraries[:1] if is_small else part.libraries
+    with tempfile.TemporaryDirectory() as folder, Place(device, "float32").active():
+        truth = str(Path(folder) / "truth.pt")
+        peers.measure(peers.TRUTH, part.network, 1, calls=0, truth=truth, device=device)
+        for library in chosen:
+            if any(row["library"] == library for row in done):
+                continue
+            packages = peers.PEERS[library][0] if library in peers.PEERS else ()
+            modules = {"boat-torch": "boat_torch"}
+            names = [package.partition("==")[0] for package in packages]
+            lacking = [name for name in names if importlib.util.find_spec(modules.get(name, name)) is None]
+            row: Row = {"library": library, "network": part.network, "measured_on": environment()}
+            if lacking:
+                yield [row | {"reason": f"{', '.join(lacking)} is not installed"}]
+                continue
+            calls = 1 if is_small else 10
+            try:
+                measured = peers.measure(library, part.network, 1, calls=calls, truth=truth, device=device)
+                yield [row | measured]
+            except Exception as error:  # whatever another library raises is what there is to say of it
+                yield [row | {"reason": f"stops: {type(error).__name__}: {str(error).strip()[:120]}"}]
+
+
+def shown(part: str, row: Row) -> list[str]:
+    """Return the cells of a row: what was measured, the result, the goal."""
     if part == TESTS:
         failed = f": {', '.join(row['failed'])}" if row["failed"] else ""
         return ["tests on the device", f"{row['passed']} passed, {len(row['failed'])} failed{failed}", "none failed"]
+    what = f"{part}: {row['library']}" if "library" in row else f"{part}: `{row['mode']}`, {row['way']}"
     if "reason" in row:
-        return [f"{part}: `{row['mode']}`, {row['way']}", row["reason"], ""]
+        return [what, row["reason"], ""]
+    if "library" in row:
+        result = f"{1e3 * row['seconds']:.3g} ms, {row['bytes'] / 1e6:.3g} MB, error {row['error']:.1e}"
+        return [what, result, ""]
     result = f"{row['ratio']:.2f} of by hand, memory {row['bytes'] / max(1, row['bytes_by_hand']):.2f}"
-    result += f", first step {row['cold_seconds']:.0f} s" if "cold_seconds" in row else ""
-    what = f"{part}: `{row['mode']}`, {row['way']}, {1e3 / row['ms']:.3g} steps a second"
-    return [what, result, "1.10" if row["way"] == EAGER else ""]
+    if "cold_seconds" in row:
+        result += f", first step {row['cold_seconds']:.0f} s"
+    goal = "1.10" if row["way"] == EAGER else ""
+    return [f"{what}, {1e3 / row['ms']:.3g} steps a second", result, goal]
 
 
 def file_of(name: str, folder: Path) -> Path:
     return folder / f"{name.replace(', ', '-').replace(' ', '_')}.json"
 
 
+def unfinished(name: str, folder: Path) -> Path:
+    """Return the file of the rows that a part has measured so far."""
+    return file_of(name, folder).with_suffix(".part")
+
+
+def measure(name: str, folder: Path, device: str, *, is_small: bool) -> None:
+    """Measure a part in this process, and write its rows as they come."""
+    part, partial_file = PARTS[name], unfinished(name, folder)
+    rows = loaded(partial_file) if partial_file.exists() else []
+    if name == TESTS:
+        rows = tests(folder / "tests.xml", is_small=is_small)
+    else:
+        of_kind = libraries if part.libraries else steps
+        for new in of_kind(part, list(rows), device, is_small=is_small):
+            rows += new
+            write_json(partial_file, rows)
+    write_json(file_of(name, folder), rows)
+    partial_file.unlink(missing_ok=True)
+
+
 def table(folder: Path) -> str:
-    """The parts that are done, and what became of the others."""
+    """Return the table of the parts that are done, and of what became of the others."""
     lines: list[Any] = []
     made = loaded(folder / "made_with.json")
     for name in OF_MINIATURE if made["miniature"] else PARTS:
         done = file_of(name, folder)
         log = done.with_suffix(".log")
         if done.exists():
-            lines += [told(name, row) for row in loaded(done)]
-        else:
-            last = log.read_text().strip().splitlines()[-1:] if log.exists() else []
-            lines.append([name, f"failed: {last[0][:160]}" if last else "not measured", ""])
-    shown = grid(["what", "result", "goal"], lines, "lll").replace("|  |", "| |")
-    return f"{shown}\n\n{made['gpu']}, {made['processor']}, torch {made['torch']}."
+            lines += [shown(name, row) for row in loaded(done)]
+            continue
+        if unfinished(name, folder).exists():
+            lines += [shown(name, row) for row in loaded(unfinished(name, folder))]
+        last = log.read_text().strip().splitlines()[-1:] if log.exists() else []
+        lines.append([name, f"failed: {last[0][:160]}" if last else "not measured", ""])
+    text = grid(["what", "result", "goal"], lines, "lll").replace("|  |", "| |")
+    switches = ", ".join(f"{name} {value}" for name, value in made.get("switches", {}).items())
+    commit = made.get("commit") or "unknown"
+    return f"{text}\n\n{made['gpu']}, {made['processor']}, torch {made['torch']}, commit {commit}; {switches}."
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help="the folder of the results")
     parser.add_argument("--minutes", type=float, default=9.0, help="of this call, which the next one goes on from")
+    parser.add_argument("--most", type=float, default=MOST, metavar="SECONDS", help="of a part")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with --miniature")
     parser.add_argument("--miniature", action="store_true", help="everything small; its figures mean nothing")
     parser.add_argument("--table", type=Path, metavar="DIR", help="print the table of a folder and stop")
     parser.add_argument("--part", choices=PARTS, help="this one, in this process")
-    given = parser.parse_args()
-    if given.table:
-        print(table(given.table))
+    options = parser.parse_args()
+    if options.table:
+        print(table(options.table))
         return
-    if given.device == "cuda" and not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --device cpu --miniature runs everything small on the CPU")
-    if given.device == "cpu" and not given.miniature:
+    if options.device == "cpu" and not options.miniature:
         parser.error("on the CPU there is the miniature alone; give --miniature as well")
-    end, small = time.perf_counter() + 60 * given.minutes, given.miniature
-    if given.part:
-        of = PARTS[given.part][1]
-        some = ["-k", "replays_see"] if small else []
-        rows = tests(given.out / "tests.xml", some) if given.part == TESTS else steps(*of, given.device, small)
-        write_json(file_of(given.part, given.out), rows)
+    is_small = options.miniature
+    if options.part:
+        measure(options.part, options.out, options.device, is_small=is_small)
         return
-    write_json(given.out / "made_with.json", {**environment(), "miniature": small})
-    for name in OF_MINIATURE if small else PARTS:
-        seconds = PARTS[name][0]
-        done, left = file_of(name, given.out), end - time.perf_counter()
-        if done.exists() or left < (1 if small else seconds):
+    end = time.perf_counter() + 60 * options.minutes
+    write_json(options.out / "made_with.json", {**environment(), "miniature": is_small})
+    for name in OF_MINIATURE if is_small else PARTS:
+        done = file_of(name, options.out)
+        left = end - time.perf_counter()
+        needed = 1 if is_small else PARTS[name].seconds
+        if done.exists() or left < needed:
             continue
         print(f"{name} ...", flush=True)
-        options = ["--part", name, "--out", given.out, "--minutes", left / 60, "--device", given.device]
-        asked = [sys.executable, __file__, *map(str, options), *["--miniature"] * small]
+        arguments = ["--part", name, "--out", options.out, "--device", options.device]
+        command = [sys.executable, __file__, *map(str, arguments)]
+        if is_small:
+            command.append("--miniature")
+        limit = left if is_small else min(left, options.most)
         with done.with_suffix(".log").open("w") as log, suppress(subprocess.TimeoutExpired):
-            subprocess.run(asked, stdout=log, stderr=subprocess.STDOUT, timeout=left, check=False)
-    print(table(given.out))
+            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=limit, check=False)
+    print(table(options.out))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from metapl.apps.machine import environment as environment
+import torch
+
+from metapl.apps import machine
+from metapl.execution.numerics import float32_products
 from metapl.metrics import paired_test
 
 HERE = Path(__file__).parent
@@ -67,6 +70,30 @@ def append(file: Path, *rows: Row) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as raw:
         raw.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def commit() -> str | None:
+    """Return the commit that is measured, with ``+`` if files differ from it; None if it cannot be told.
+
+    Where the files lie without their repository, ``METAPL_COMMIT`` says it.
+    """
+    git = ["git", "-C", str(HERE)]
+    asked = {"capture_output": True, "text": True, "check": True}
+    try:
+        number = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], **asked).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], **asked).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("METAPL_COMMIT")
+    return f"{number}+" if changes else number
+
+
+def environment() -> Row:
+    """Return what a row was measured on: the machine, the versions, the commit, and torch's switches."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    switches: Row = {f"float32 {kind}": precision for kind, precision in float32_products(device).items()}
+    switches["deterministic algorithms"] = torch.are_deterministic_algorithms_enabled()
+    switches["cudnn.benchmark"] = torch.backends.cudnn.benchmark
+    return {**machine.environment(), "commit": commit(), "switches": switches}
 
 
 def go_on(

@@ -255,7 +255,8 @@ class Run:
         trainer = metapl.BilevelTrainer(*pair, self.mode(self.seed), problem=problem, **of_student, **of_teacher)
         parts = self.noisy if isinstance(problem, ExampleWeights) else self.noisy[:2]
         outer, inner = self.batches(self.data.clean, 1, steps), self.batches(parts, 0, steps)
-        trainer.fit(outer, inner, steps=steps, log_every=steps, progress=False)
+        # The student has been warmed up, or is to begin without, as the setting says.
+        trainer.fit(outer, inner, steps=steps, log_every=steps, first_steps=0, progress=False)
 
     def _descend(self, problem: Any) -> None:
         """Move the weights of all examples by the sign of their gradient through the whole training, which begins

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 import metapl
 from metapl.ablation.cost import flops, peak_bytes
 from metapl.apps.pictures import load_digits_split
-from metapl.feedback import Difference, Estimator
+from metapl.feedback import Difference, Estimator, LossDifference, Reinforce, ReinforcePerExample
 
 # The profiler's own log would go to the terminal.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -65,15 +65,15 @@ class Mode:
     recompute_teacher: bool = False
 
 
-SAMPLED = {
-    "loss_difference": "sampled labels, L(θ) − L(θ′)",
-    "reinforce": "Algorithm 1: sampled labels, one scalar",
-    "reinforce_per_example": "sampled labels, one number each",
-}
 ON_AVERAGE, SAME = "up to O(η), on average", "the same in expectation, sampled labels"
+DIFFERENCE_OF_LOSSES, ONE_NUMBER_EACH = "sampled labels, L(θ) − L(θ′)", "sampled labels, one number each"
+# Noise and bias are those of the sum over the labels, whose expectation is the gradient; the default is 1/B of it.
+SUM_OF_LOSSES, SUM_OF_SCALAR = LossDifference(reduction="sum"), Reinforce(reduction="sum")
 MODES = [
     Mode("none", "no feedback, the control", NONE, "none", "soft"),
-    *(Mode(name, what, ON_AVERAGE, name, "hard", noisy=True) for name, what in SAMPLED.items()),
+    Mode("loss_difference", DIFFERENCE_OF_LOSSES, ON_AVERAGE, SUM_OF_LOSSES, "hard", noisy=True),
+    Mode("reinforce", "Algorithm 1: sampled labels, one scalar", ON_AVERAGE, SUM_OF_SCALAR, "hard", noisy=True),
+    Mode("reinforce_per_example", ONE_NUMBER_EACH, ON_AVERAGE, ReinforcePerExample(), "hard", noisy=True),
     Mode("difference, one-sided", "outputs' difference, soft labels", "up to O(δ)", Difference(one_sided=True), "soft"),
     Mode("difference", "central difference, soft labels", "up to O(δ²)", "difference", "soft"),
     Mode("forward", "forward-mode derivative, soft labels", "yes", "forward", "soft"),

@@ -147,7 +147,9 @@ def by_hand(mode: str, pair: Pair, data: Data) -> Step:
 def trainer(mode: str, pair: Pair, **options: Any) -> metapl.BilevelTrainer:
     optimizers = {"inner_optimizer": optimizer(pair[1]), "outer_optimizer": optimizer(pair[0])}
     losses = (metapl.CrossEntropy(label_smoothing=0.1),)
-    return metapl.BilevelTrainer(*pair, mode, teacher_losses=losses, **optimizers, **options)
+    # The steps by hand add the feedback at the weight 1, and the sum of the labels' cross-entropies.
+    estimator = metapl.feedback.Reinforce(reduction="sum") if mode == "reinforce" else mode
+    return metapl.BilevelTrainer(*pair, estimator, teacher_losses=losses, feedback_weight=1.0, **optimizers, **options)
 
 
 def way_of(name: str, mode: str, network: str, place: Place) -> tuple[Step, nn.Module]:

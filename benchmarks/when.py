@@ -2,6 +2,7 @@
 
     python benchmarks/when.py                        # tune, then run; goes on where it was stopped
     python benchmarks/when.py --parts worth          # the arms of some questions alone
+    python benchmarks/when.py --parts worth --workers 16   # several groups of runs at a time
     python benchmarks/when.py --write benchmarks/results/when.md   # put the tables there, and draw the figure in docs/
 
 Five questions compare each arm with the same loop without feedback: the length of the training (``length``), which
@@ -9,7 +10,9 @@ part of the feedback acts (``part``), a teacher whose labels are wrong (``wrong`
 (``outer``), and how many student steps it looks ahead (``ahead``). The sixth, ``worth``, has UDA in every teacher, and
 gives every arm the processor time of 6,000 steps of Meta Pseudo Labels (``mpl``), by :data:`WORTH`. **Its primary test,
 named before it was run**: two labels a class, equal frequencies, ``mpl`` minus the arm that is best of the others over
-the final seeds, by a two-sided paired sign-flip test over 40 seeds. Everything else is descriptive.
+the final seeds, by a two-sided paired sign-flip test over 40 seeds. Everything else is descriptive. The arms of
+:data:`FORMS` came later and are no part of it: Algorithm 1 as it is written, and as its authors use it; all other arms
+with feedback have the exact gradient.
 
 Tuning: the settings of :data:`GRIDS`, equally many for each method of a comparison, on 5 seeds, by the mean accuracy on
 197 labeled validation images of the student or the finetuned student, whichever is better. Final runs: other seeds,
@@ -30,8 +33,10 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -54,6 +59,7 @@ from metapl.problems import EqualWeights
 RAW = RESULTS / "when.jsonl"
 CLASSES, SIZES, BATCH, EMA_DECAY, MOMENTUM = 10, [64, 32, 32, 10], 64, 0.995, 0.9
 BESIDE = 9  # arms trained side by side at most; what is stopped before it has rows begins again
+BESIDE_IN_PROCESS = 4  # the same where there are several processes
 
 COMPILED = 3000
 """Trainings of so many steps have their graph compiled, which takes as long as a thousand steps without."""
@@ -87,6 +93,9 @@ class Rule:
     temperature: float = 1.0  # of that loss, whose prior is the labels' shares; likewise:
     threshold: float = 0.0
     align: float = 0.0
+    mode: Literal["forward", "reinforce"] = "forward"  # the latter with the mean of the labels' cross-entropies; of it:
+    similarity: Literal["dot", "cosine"] = "dot"
+    baseline: float | None = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +166,8 @@ LATER: dict[str, tuple[Rule, ...]] = {
 
 ALONE = {"uda": 1.0, "feedback": "none", "teacher_lr": (0.03, 0.06, 0.12, 0.24)}
 PAIR = {"uda": 1.0, "teacher_lr": (0.03, 0.06), "temperature": (1.0, 0.5)}
+SCALAR = {"mode": "reinforce"}
+COST_OF_SCALAR = 0.95  # compiled steps of 40 seeds, by turns with forward's: dot 0.95, cosine 0.96 (none 0.65)
 WORTH: dict[str, tuple[float, float, tuple[Rule, ...]]] = {
     "uda": (0.404, 1.0, _rules(**ALONE, temperature=(1.0, 0.5))),
     "uda_aligned": (0.418, 1.0, _rules(**ALONE, temperature=(1.0, 0.5), align=1.0)),
@@ -168,11 +179,21 @@ WORTH: dict[str, tuple[float, float, tuple[Rule, ...]]] = {
     # No part of the primary test: what the feedback adds where the teacher's own labels are aligned.
     "mpl_aligned": (1.014, 0.0, _rules(**PAIR, align=1.0, size=(1.0, 3.0))),
     "none_aligned": (0.625, 0.0, _rules(**PAIR, align=1.0, feedback="none", student_lr=STUDENT_LR)),
+    # Neither are these. 1 is the weight of both in the paper; a cosine is mostly larger than a product.
+    "algorithm_1": (COST_OF_SCALAR, 0.0, _rules(**PAIR, **SCALAR, size=(1.0, 3.0))),
+    "authors": (
+        COST_OF_SCALAR,
+        0.0,
+        _rules(**PAIR, **SCALAR, similarity="cosine", baseline=0.99, size=(0.3, 1.0)),
+    ),
 }
 """Of each method the processor time of a step relative to one of ``mpl``, when its student begins, and its eight
 configurations, which are tried in every place. The times were measured on two idle cores with the networks that the
-committed rows are of, and fixed before the study was run; of the last two: without alignment, and what alignment adds
+committed rows are of, and fixed before the study was run; of the aligned two: without alignment, and what it adds
 to UDA. Drawing the batches is left out."""
+
+FORMS = ("algorithm_1", "authors")
+"""The forms of Algorithm 1, whose arms came after all others."""
 
 PLACES = (2, 1), (4, 1), (2, 5), (4, 5)
 """Labels a class, and how uneven: the first is that of the primary test."""
@@ -354,13 +375,18 @@ def trainer(rule: Rule, teacher: nn.Module | None, student: nn.Module, prior: An
         return metapl.BilevelTrainer(None, student, "none", problem=NoTeacher(uda), inner_optimizer=optimizer)
     how, losses = rule.alteration, [metapl.CrossEntropy()] * rule.own_loss + [uda] * bool(rule.uda)
     silent = rule.feedback == "none" or how == "zero"
-    forward = metapl.feedback.Forward(normalization="learning_rate" if rule.feedback == "learning_rate" else "gradient")
+    normalization: Any = "learning_rate" if rule.feedback == "learning_rate" else "gradient"
+    estimator: metapl.feedback.Estimator = metapl.feedback.Forward(normalization=normalization)
+    if rule.mode == "reinforce":
+        estimator = metapl.feedback.Reinforce(
+            similarity=rule.similarity, baseline=rule.baseline, normalization=normalization, reduction="mean"
+        )
     size = {"feedback_ratio" if rule.feedback == "ratio" else "feedback_weight": rule.size}
     return metapl.BilevelTrainer(
         teacher,
         student,
-        "none" if silent else forward,
-        problem=Labels(kind="soft", alteration=None if how == "zero" else how),
+        "none" if silent else estimator,
+        problem=Labels(kind="hard" if rule.mode == "reinforce" else "soft", alteration=None if how == "zero" else how),
         inner_optimizer=torch.optim.SGD(student.parameters(), lr=rule.student_lr),
         outer_optimizer=torch.optim.SGD(teacher.parameters(), lr=rule.teacher_lr, momentum=rule.momentum),
         teacher_losses=losses,
@@ -385,16 +411,20 @@ class Stacked:
         self.kind, self.compiled = object() if kind is None else kind, compiled
         self.rates = [[own["lr"] for own in of.settings] for of in (self.state.inner, self.state.outer)]
 
-    def step(self, outer: Any, inner: Any, of_student: float, of_teacher: float = 1.0) -> None:
-        """One step of all seeds, at these factors of their learning rates."""
+    def step(
+        self, outer: Any, inner: Any, of_student: float, of_teacher: float = 1.0, noise: Tensor | None = None
+    ) -> None:
+        """One step of all seeds, at these factors of their learning rates; ``noise`` (S, B, C) draws labels."""
         at = []
         for of, rates, factor in zip(
             (self.state.inner, self.state.outer), self.rates, (of_student, of_teacher), strict=True
         ):
             settings = [own | {"lr": factor * rate} for own, rate in zip(of.settings, rates, strict=True)]
             at.append(of._replace(settings=settings))
-        given = self.state._replace(inner=at[0], outer=at[1]), outer, inner
-        shapes = tuple(t.shape for t in torch.utils._pytree.tree_leaves((outer, inner)))
+        given: tuple[Any, ...] = (self.state._replace(inner=at[0], outer=at[1]), outer, inner)
+        if noise is not None:
+            given = (*given, noise)
+        shapes = tuple(t.shape for t in torch.utils._pytree.tree_leaves(given[1:]))
         key = (self.kind, self.compiled, shapes, self.rates[0][0].dtype)
         if key not in self.graphs:
             graph = make_fx(lambda *given: vmap(self.one)(*given)[0])(*given)
@@ -437,9 +467,12 @@ class Stack(Stacked):
         super().__init__([trainer(rule, *pair, prior) for pair in pairs], kind, compiled)
         self.average, self.steps_done = self.state.student.params, 0
 
-    def step(self, outer: Any, inner: Any, rate: float, student_rate: float | None = None) -> None:
+    def step(
+        self, outer: Any, inner: Any, rate: float, student_rate: float | None = None, noise: Tensor | None = None
+    ) -> None:
         """One step of all seeds, at this factor of the learning rates; the student's may be another."""
-        super().step(outer, inner, rate if self.alone or student_rate is None else student_rate, rate)
+        of_student = rate if self.alone or student_rate is None else student_rate
+        super().step(outer, inner, of_student, rate, noise=noise)
         decay = min(EMA_DECAY, (1 + self.steps_done) / (10 + self.steps_done))
         params = self.state.student.params
         self.average = {name: t.lerp(params[name], 1 - decay) for name, t in self.average.items()}
@@ -605,6 +638,17 @@ def drawn_to_alter(how: str | None, seeds: Sequence[int], step: int) -> tuple[Te
     return ()
 
 
+def drawn_to_label(seeds: Sequence[int], steps: int) -> Iterator[Tensor]:
+    """Gumbel's noise of each step, (S, B, C), by which labels are drawn: -log(-log u). What a seed draws does not
+    depend on what else is in the stack."""
+    generators = [torch.Generator().manual_seed(1_000 * seed + 700) for seed in seeds]
+    for first in range(0, steps, CHUNK):
+        shape = (min(CHUNK, steps - first), BATCH, CLASSES)
+        uniform = torch.stack([torch.rand(shape, generator=generator) for generator in generators], 1)
+        # A 0 would be drawn by no label.
+        yield from uniform.clamp_min(1e-20).log().neg().log().neg()
+
+
 # ------------------------------------------------------------------------------------------------------------ the runs
 
 
@@ -646,11 +690,13 @@ def train(arm: Arm, rules: Sequence[Rule], seeds: tuple[int, ...], size: Size) -
         first = taught(arm.condition, arm.labels, seeds, size.steps(TAUGHT))
         stacks = [each.going_on_from(first) for each in stacks]
     unlabeled = views(data.unlabeled[0], seeds, UNLABELED, BATCH, steps * arm.lookahead)
+    labels = drawn_to_label(seeds, steps)
     rows = torch.arange(len(seeds))[:, None]
     for step, (which, seen) in enumerate(views(data.labeled[0], seeds, LABELED, arm.outer, steps)):
         batch = seen, data.labeled[1].gather(1, which)
         pairs = [(data.unlabeled[0][rows, at], strong) for at, strong in itertools.islice(unlabeled, arm.lookahead)]
         rates = cosine(step, steps), cosine(max(0, step - begins), max(1, steps - begins))
+        noise = next(labels) if any(rule.mode == "reinforce" for rule in rules) else None
         for place, each in enumerate(stacks):
             if begins and step == begins:
                 each = stacks[place] = together(each.rule, teachers).going_on_from(each, averaged=True)
@@ -659,7 +705,8 @@ def train(arm: Arm, rules: Sequence[Rule], seeds: tuple[int, ...], size: Size) -
             else:
                 extra = drawn_to_alter(each.rule.alteration, seeds, step)
                 inner = tuple((*pair, *extra) for pair in pairs)
-                each.step(batch, inner if arm.lookahead > 1 else inner[0], *rates)
+                drawn_by = noise if each.rule.mode == "reinforce" else None
+                each.step(batch, inner if arm.lookahead > 1 else inner[0], *rates, noise=drawn_by)
     return stacks
 
 
@@ -711,22 +758,52 @@ def arm_of(row: Row) -> Arm:
     return Arm(**{field.name: row[field.name] for field in dataclasses.fields(Arm)})
 
 
-def run_missing(jobs: Sequence[tuple[Arm, Rule]], size: Size, raw: Path, final: bool) -> None:
-    """Run what the raw file does not hold yet; jobs that see the same batches side by side."""
+def run_group(group: Sequence[tuple[Arm, Rule]], size: Size, final: bool) -> list[Row]:
+    """The rows of jobs that see the same batches, run side by side."""
+    torch.set_num_threads(1)
+    began, arm, seeds = time.process_time(), group[0][0], size.seeds(group[0][0], final)
+    with torch.no_grad():
+        stacks = train(arm, [rule for _, rule in group], seeds, size)
+        rows = [found(*job, stack, seeds, size, final) for job, stack in zip(group, stacks, strict=True)]
+    seconds = round((time.process_time() - began) / len(group), 1)
+    return [{**row, "seconds": seconds} for row in rows]
+
+
+SECONDS_OF_ARM = {False: 11, True: 95}
+"""Of one core, of a tuning run and of a final one at equal time, as the committed rows have it."""
+
+
+def run_missing(jobs: Sequence[tuple[Arm, Rule]], size: Size, raw: Path, final: bool, workers: int = 1) -> None:
+    """Run what the raw file does not hold yet; jobs that see the same batches side by side, and with several workers
+    fewer of them, in a process each."""
     done = [(row["final"], row["steps_run"], arm_of(row), Rule(**row["rule"])) for row in read(raw)]
     missing = [job for job in jobs if (final, size.steps(job[0].steps), *job) not in done]
     if missing:
         append(raw, {"made_with": environment(), "seeds": SEEDS, "finetuned": FINETUNED, "taught": TAUGHT})
     same = [[*jobs] for _, jobs in itertools.groupby(missing, key=lambda job: (job[0].of_worth, job[0].group))]
-    groups = [jobs[first : first + BESIDE] for jobs in same for first in range(0, len(jobs), BESIDE)]
-    for number, group in enumerate(groups, 1):
-        began, arm, seeds = time.process_time(), group[0][0], size.seeds(group[0][0], final)
-        with torch.no_grad():
-            stacks = train(arm, [rule for _, rule in group], seeds, size)
-            rows = [found(*job, stack, seeds, size, final) for job, stack in zip(group, stacks, strict=True)]
-        seconds = round((time.process_time() - began) / len(group), 1)
-        append(raw, *({**row, "seconds": seconds} for row in rows))
-        print(f"{number}/{len(groups)} groups: {len(group)} runs of {arm.group}, {seconds} s each", flush=True)
+    most = BESIDE if workers == 1 else BESIDE_IN_PROCESS
+    groups = [jobs[first : first + most] for jobs in same for first in range(0, len(jobs), most)]
+    of_worth = sum(arm.of_worth for arm, _ in missing)
+    if of_worth:
+        minutes = of_worth * SECONDS_OF_ARM[final] / 60
+        print(f"{of_worth} {'final' if final else 'tuning'} runs at equal time: some {minutes:.0f} minutes of one core")
+    for number, rows in enumerate(rows_of_groups(groups, size, final, workers), 1):
+        append(raw, *rows)
+        group, seconds = arm_of(rows[0]).group, rows[0]["seconds"]
+        print(f"{number}/{len(groups)} groups: {len(rows)} runs of {group}, {seconds} s each", flush=True)
+
+
+def rows_of_groups(
+    groups: Sequence[Sequence[tuple[Arm, Rule]]], size: Size, final: bool, workers: int
+) -> Iterator[list[Row]]:
+    """The rows of each group when it is done."""
+    if workers == 1:
+        for group in groups:
+            yield run_group(group, size, final)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        for running in as_completed([pool.submit(run_group, group, size, final) for group in groups]):
+            yield running.result()
 
 
 def chosen(rows: Sequence[Row], tuned: str) -> tuple[Rule, str]:
@@ -745,6 +822,7 @@ def rule_of(arm: Arm, rows: Sequence[Row]) -> Rule:
 def main() -> None:
     parser = arguments(__doc__, RAW)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="the questions whose arms are run")
+    parser.add_argument("--workers", type=int, default=1, help="processes, each with one thread")
     given = parsed(parser)
     torch.set_num_threads(1)
     if given.runs:  # tune every method of these arms, then run them on the seeds that nothing was chosen on
@@ -753,9 +831,9 @@ def main() -> None:
             arms = [*arms[:50:12], *(arm for arm in arms if arm.of_worth and (arm.labels, arm.uneven) == PLACES[0])]
         needed, size = {arm.tuned for arm in arms}, Size(given.miniature)
         grids = [(arm, rules[:1] if given.miniature else rules) for arm, rules in GRIDS.values() if arm.tuned in needed]
-        run_missing([(arm, rule) for arm, rules in grids for rule in rules], size, given.out, final=False)
+        run_missing([(arm, rule) for arm, rules in grids for rule in rules], size, given.out, False, given.workers)
         rows = read(given.out)
-        run_missing([(arm, rule_of(arm, rows)) for arm in arms], size, given.out, final=True)
+        run_missing([(arm, rule_of(arm, rows)) for arm in arms], size, given.out, True, given.workers)
         return
     import when_tables
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import harness
 import numpy as np
 from harness import BLUE, NONE, ORANGE, Bar, Row
-from when import ARMS, CONDITIONS, Arm, arm_of, chosen, read
+from when import ARMS, CONDITIONS, FORMS, Arm, arm_of, chosen, read
 
 from metapl.metrics import paired_test
 
@@ -36,8 +36,10 @@ TITLES = {
     "late": "MPL, student begins late",
     "mpl_aligned": "MPL, its UDA aligned",
     "none_aligned": "same loop, no feedback, its UDA aligned",
+    "algorithm_1": "MPL, Algorithm 1 as it is written (dot, mean)",
+    "authors": "MPL, the authors' form (cosine, mean, baseline 0.99)",
 }
-AFTER = ("mpl_aligned", "none_aligned")
+AFTER = ("mpl_aligned", "none_aligned", *FORMS)
 """No part of the primary test."""
 
 ALTERED = {
@@ -183,12 +185,14 @@ def picked(first: Sequence[float], others: Sequence[Sequence[float]], flips: int
 
 
 def places(found: Study) -> dict[str, dict[str, Found]]:
-    """The arms at equal time by place and method; places in which every arm has a row."""
+    """The arms at equal time by place and method; places in which every arm has a row, but for the forms of Algorithm
+    1, which came last."""
     by: dict[str, dict[str, Found]] = {}
     for arm, one in found.items():
         if arm.part == "worth":
             by.setdefault(arm.place, {})[arm.method] = one
-    return {place: arms for place, arms in by.items() if {arm.method for arm in ARMS if arm.of_worth} == {*arms}}
+    needed = {arm.method for arm in ARMS if arm.of_worth and arm.method not in FORMS}
+    return {place: arms for place, arms in by.items() if needed <= {*arms}}
 
 
 def gap(first: Found, second: Found) -> tuple[str, str, str]:
@@ -229,7 +233,20 @@ def place_table(arms: dict[str, Found]) -> str:
         said.append(f"{gain} ({interval}, p = {p}) against {TITLES[name]}")
     added = f"Added when the others' tuning runs had been seen, and run after them: {TITLES['mpl_aligned']}, is"
     title = f"**{arms['mpl'].arm.place}**"
-    return f"{title}\n\n{harness.grid(head, lines)}\n\n{added} {' and '.join(said)}."
+    later = [
+        f"{TITLES[form]} minus {TITLES[name]} {' '.join(beside_form(arms, form, name))}"
+        for form in FORMS
+        if form in arms
+        for name in ("mpl", "none")
+    ]
+    forms = f" Added last: {'; '.join(later)}." if later else ""
+    return f"{title}\n\n{harness.grid(head, lines)}\n\n{added} {' and '.join(said)}.{forms}"
+
+
+def beside_form(arms: dict[str, Found], form: str, name: str) -> tuple[str, str]:
+    """A form of Algorithm 1 minus another arm: the mean difference, and its interval and p in brackets."""
+    gain, interval, p = gap(arms[form], arms[name])
+    return gain, f"({interval}, p = {p})"
 
 
 def draw_worth(path: Path, found: dict[str, dict[str, Found]]) -> None:

@@ -79,6 +79,12 @@ def accuracy(images, labels, test, seed):
     return 100 * (student(test[0]).argmax(1) == test[1]).double().mean().item()
 
 
+def mean_and_deviation(accuracies):
+    """The mean over seeds ± their standard deviation, which one seed does not have."""
+    values = torch.tensor(accuracies)
+    return f"{values.mean():.1f}" if len(values) == 1 else f"{values.mean():.1f} ± {values.std():.1f}"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("seeds", nargs="*", type=int, default=[10, 11, 12, 13, 14])
@@ -92,10 +98,11 @@ def main():
         real = x[[next(int(i) for i in order if y[i] == c) for c in range(10)]]
         learned = distill(x, y, seed, args.steps)
         rows.append([accuracy(images, torch.arange(10), split.test, seed) for images in (learned, real)])
-    means, stds = torch.tensor(rows).mean(0), torch.tensor(rows).std(0, correction=min(1, len(rows) - 1))
+    of_learned, of_real = (mean_and_deviation(column) for column in zip(*rows, strict=True))
+    drawn_by = "one seed" if len(rows) == 1 else f"{len(rows)} seeds"
     print(
-        f"test accuracy in % after {AHEAD} steps on ten images, over {len(rows)} seeds: "
-        f"{means[0]:.1f} ± {stds[0]:.1f} on learned ones, {means[1]:.1f} ± {stds[1]:.1f} on random real ones"
+        f"test accuracy in % after {AHEAD} steps on ten images, over {drawn_by}: "
+        f"{of_learned} on learned ones, {of_real} on random real ones"
     )
 
 

@@ -81,8 +81,9 @@ def main():
         plain = fit(metapl.LossTrainer(student, optimizer=optimizer), both, None, args.steps)
         rows.append([*row, 100 * plain.evaluate(test).accuracy])
     learned, noise, fixed, _, told, _, plain = torch.tensor(rows).mean(0).tolist()
+    drawn_by = "one seed" if len(rows) == 1 else f"mean over {len(rows)} seeds"
     print(
-        f"test accuracy in % on digits with noise {NOISE}, mean over {len(rows)} seeds: {learned:.1f} with noise that "
+        f"test accuracy in % on digits with noise {NOISE}, {drawn_by}: {learned:.1f} with noise that "
         f"was learned ({START} -> {noise:.2f}), {fixed:.1f} with {START}, {told:.1f} with {NOISE}, {plain:.1f} with "
         "plain training on clean digits and 100 with noise"
     )

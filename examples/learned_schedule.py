@@ -4,6 +4,8 @@
 
 A network learns from 100 digits in 100 steps. In each round its loss on 197 other digits is differentiated in the two
 settings of each step and layer, and Adam moves their logarithms at the start, the middle and the end of the training.
+A round may be far worse than those before it. The round to take is that with the smallest validation loss; the last
+lines have its test accuracy, and that of the first round.
 """
 
 import torch
@@ -51,8 +53,26 @@ def learn(split, seed, rounds=8, rate=0.3):
         adam.step()
 
 
-if __name__ == "__main__":
-    for loss, logs, _ in learn(load_digits_split(10, seed=0), seed=0):
-        print(f"validation loss {loss:.3f}; at start, middle and end of the three layers")
+def accuracy(student, labeled):
+    """In %."""
+    x, y = labeled
+    with torch.no_grad():
+        return 100 * (student(x).argmax(1) == y).double().mean().item()
+
+
+def main():
+    split = load_digits_split(10, seed=0)
+    rounds = []
+    for loss, logs, student in learn(split, seed=0):
+        rounds.append((loss, accuracy(student, split.test)))
+        print(f"round {len(rounds)}: validation loss {loss:.3f}; at start, middle and end of the three layers")
         for name, log in logs.items():
             print(f"  {name}: {'; '.join(' '.join(f'{value:.2g}' for value in layer) for layer in log.T.exp())}")
+    best = min(range(len(rounds)), key=lambda index: rounds[index][0])
+    loss, reached = rounds[best]
+    print(f"best is round {best + 1}: validation loss {loss:.3f}, test accuracy {reached:.1f} %")
+    print(f"round 1, whose settings are the first ones: test accuracy {rounds[0][1]:.1f} %")
+
+
+if __name__ == "__main__":
+    main()

@@ -44,6 +44,9 @@ def train(labeled: Path, unlabeled: Path, test: Path, out: Path, steps: int = 40
     for finding in check_folders(few, many, None, held_out):
         if finding.level == "error":
             raise SystemExit(finding.message)
+    if len(few.classes) != CLASSES:
+        given = f"{labeled} has {len(few.classes)} folders of classes, and the network {CLASSES} outputs"
+        raise SystemExit(f"{given}; expected as many: write CLASSES = {len(few.classes)} into {Path(__file__).name}.")
     images, others, tests = (FileImages([*f.paths()], size=(SIDE, SIDE)).cached() for f in (few, many, held_out))
 
     # 2. Batches: that of step t is a function of the seed and t.

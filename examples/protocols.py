@@ -248,6 +248,8 @@ def train(c: Protocol) -> dict[str, Any]:
         problem = metapl.PseudoLabels(kind=kind, label_smoothing=c.pseudo_label_smoothing)
         own = {"inner_optimizer": sgd(student, c.student_lr), "outer_optimizer": sgd(teacher, c.teacher_lr)}
         own |= {"problem": problem, "teacher_losses": losses, "verify": False}  # the tests verify this problem
+        # The papers add the feedback as it is; the library's default would bound it.
+        own["feedback_weight"] = 1.0
         mode = "none" if c.method == "none" else mode
         trainer: Any = metapl.BilevelTrainer(teacher, student, mode, **own, **options)
     else:

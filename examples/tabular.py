@@ -83,7 +83,8 @@ def main() -> None:
     args = parser.parse_args()
     for table in ("breast cancer", "wine"):
         found = [accuracies(table, args.labels_per_class, seed) for seed in args.seeds]
-        print(f"{table}, {args.labels_per_class} labels a class, test accuracy in % over {len(found)} seeds")
+        count = f"{len(found)} seed" if len(found) == 1 else f"{len(found)} seeds"
+        print(f"{table}, {args.labels_per_class} labels a class, test accuracy in % over {count}")
         for name, column in zip(METHODS, zip(*found, strict=True), strict=True):
             test = paired_test(column, [row[0] for row in found])
             spread = f"{test.mean:+5.1f} ± {test.std or 0:.1f}" if name != METHODS[0] else ""

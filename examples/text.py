@@ -19,10 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import BertConfig, BertForSequenceClassification
 
 import metapl
 from metapl.models import Logits
+
+try:
+    from transformers import BertConfig, BertForSequenceClassification
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}; expected it to be installed: pip install 'metapl[integrations]'") from None
 
 PACKAGES = "torch", "scipy", "matplotlib", "sklearn"
 NAMES = {*PACKAGES, "pytorch", "numpy", "np", "mpl", "plt", "pyplot", "scikit"}

@@ -12,14 +12,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
 from sklearn.datasets import load_digits
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import metapl
 from metapl.data import feed
+
+try:
+    from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}; expected it to be installed: pip install 'metapl[integrations]'") from None
 
 
 def train(accelerator: Any, out: Path, steps: int, save_every: int = 50) -> metapl.BilevelTrainer:

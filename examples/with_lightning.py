@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -20,6 +18,12 @@ from torch.utils.data import DataLoader, TensorDataset
 import metapl
 from metapl.data import feed
 from metapl.runs.checkpoint import rng_state, set_rng_state
+
+try:
+    import lightning as L
+    from lightning.pytorch.callbacks import ModelCheckpoint
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}; expected it to be installed: pip install 'metapl[integrations]'") from None
 
 
 class MetaPseudoLabels(L.LightningModule):

@@ -6,8 +6,9 @@ import gc
 import importlib
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ LONGEST = [
     *("test_planted_faults", "test_fit_resumed", "test_functional", "test_resumed_paths", "test_long_paths"),
     *("test_views", "test_export", "test_picture_batches", "test_attribute_command", "test_package", "test_refusals"),
     *("test_folders", "test_attribution", "test_cost", "test_bits"),
+    *("test_modes", "test_planted", "test_command_outcomes", "test_first_call", "test_tables"),
 ]
 
 
@@ -59,3 +61,25 @@ def _no_absent_device_is_seeded() -> Iterator[None]:
             if not kind.is_available():
                 patch.setattr(kind, "manual_seed_all", lambda seed: None)
         yield
+
+
+@pytest.fixture
+def cuda_may_not_wait() -> Callable[[], AbstractContextManager[None]]:
+    """Return a block in which CUDA raises where the host would wait for it.
+
+    The mode is one of the process, so the block resets it, also after an error. Torch says once in a process that the
+    mode is a prototype; the tests expect that.
+    """
+    import torch
+
+    @contextmanager
+    def block() -> Iterator[None]:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
+                torch.cuda.set_sync_debug_mode("error")
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return block

@@ -261,6 +261,7 @@ class Entropy:
     weight: float
 
     name: ClassVar[str] = "entropy"
+    detaches_signal: ClassVar[bool] = True
 
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: int) -> Tensor:
         log_p = wide(checks.logits(teacher(views(unlabeled)[0]), "network")).log_softmax(-1)

@@ -123,7 +123,8 @@ class Learned(Method):
         own = torch.optim.AdamW(groups, lr=RATES[self.kind])
         options = {"outer_optimizer": own, "student_lr": fitting.lr}
         trainer = t.bilevel(teacher, mode, problem, teacher_losses=(), **options)
-        rest = {"steps": fitting.steps - warm, "warmup": 0 if warm else fitting.warmup}
+        # The warm steps above stand for the first steps that the problem names.
+        rest = {"steps": fitting.steps - warm, "warmup": 0 if warm else fitting.warmup, "first_steps": 0}
         return Trained(trainer, t.fit(trainer, t.data.labeled, noisy, **rest))
 
 

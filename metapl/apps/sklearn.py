@@ -30,7 +30,7 @@ from metapl.data import StepBatches, StepSampler
 from metapl.data.draws import fold_in
 from metapl.errors import MetaplError, few
 from metapl.execution.checks import described
-from metapl.feedback import Mode
+from metapl.feedback import Mode, estimator
 from metapl.metrics.predictions import logits_of
 from metapl.models import mlp
 from metapl.problems import ExampleWeights, Table
@@ -44,6 +44,7 @@ __all__ = ["MetaPseudoLabelsClassifier", "MetaReweightedClassifier"]
 Array = np.ndarray[Any, Any]
 Network = Callable[[int, int], nn.Module]
 ZeroOrMore = Annotated[float, Range(0)]
+AtLeastTwo = Annotated[int, Range(2)]
 
 _DRAWING = threading.RLock()  # the default generators are those of all threads
 
@@ -254,18 +255,22 @@ class MetaPseudoLabelsClassifier(_Classifier):
 class MetaReweightedClassifier(_Classifier):
     r"""Learning from labels of which some are wrong: each row has a weight, which is learned from rows to be trusted.
 
-    First :class:`metapl.problems.ExampleWeights` learns the weights a_i in (0, 1): they fall where a step on the row
-    raises the loss on the trusted rows. Then a network with new first weights is trained on all rows, each drawn in
-    proportion to its weight, and the trusted ones to 1.
+    With trusted rows, :class:`metapl.problems.ExampleWeights` learns the weights a_i in (0, 1): they fall where a step
+    on the row raises the loss on the trusted rows. Then a network with new first weights is trained on all rows, each
+    drawn in proportion to its weight, and the trusted ones to 1.
+
+    Without trusted rows nothing tells a wrong label from a right one but the other rows. The rows are then divided into
+    folds, and a row has the weight 1 where a network that was trained on the other folds gives it its own label, and 0
+    where it does not; the rows of a class that would have no row left keep the weight 1. No feedback is used.
 
     Args:
         hidden_layer_sizes, network, batch_size, learning_rate, weight_decay, device, verbose, random_state: as of
             :class:`MetaPseudoLabelsClassifier`.
-        mode: one for differentiable signals.
-        steps: of each of the two trainings.
+        mode: one for differentiable signals, used with trusted rows; ``"none"`` is the control: plain training without
+            trusted rows, and equal weights of all rows but the trusted ones with them.
+        steps: of each of the two trainings; the networks of the folds share as many.
         weights_learning_rate: of the weights' Adam, in logits.
-        trusted_fraction: of the rows of each class, and at least one, that are taken for trusted where ``fit`` is not
-            told which are. They are as wrong as the others.
+        folds: into which the rows are divided where ``fit`` is not told which are trusted.
 
     Attributes: ``classes_``, ``n_features_in_``, ``feature_names_in_``, ``scaler_`` (a ``StandardScaler``),
     ``weights_`` (n,) of the rows of ``fit``, 1 for trusted ones, and ``network_`` on the CPU.
@@ -282,7 +287,7 @@ class MetaReweightedClassifier(_Classifier):
     """
 
     weights_learning_rate: AboveZero = 0.2
-    trusted_fraction: Annotated[float, Range(above=0, below=1)] = 0.1
+    folds: AtLeastTwo = 5
 
     def fit(self, X: Any, y: Any, trusted: Any = None) -> MetaReweightedClassifier:
         """Learn a weight of each row, and train on the weighted rows.
@@ -290,49 +295,89 @@ class MetaReweightedClassifier(_Classifier):
         Args:
             X: (n, columns) numbers, none of them missing; dense.
             y: (n,) classes, numbers or texts, some of them wrong.
-            trusted: (n,) True where a label is known to be right, for one row of each class or more. None: a random
-                ``trusted_fraction``, which is as wrong as the rest.
+            trusted: (n,) True where a label is known to be right, for one row of each class or more. None: folds of
+                the rows check each other's labels.
 
         Returns: this classifier.
         Raises: ValueError; :class:`metapl.MetaplError` is one.
         """
         with self._fitting(X, y) as (x, _, codes, seed):
-            if trusted is None:  # a part of each class, and at least one row of it
-                order, mask = np.random.default_rng(seed).permutation(len(codes)), np.zeros(len(codes), bool)
-                for code in np.unique(codes):
-                    rows = order[codes[order] == code]
-                    mask[rows[: max(1, round(self.trusted_fraction * len(rows)))]] = True
+            mode = estimator(self.mode)
+            if "soft" not in mode.labels:
+                raise MetaplError(
+                    f"mode {mode.name!r} takes sampled signals alone; expected 'forward', say, or 'none'."
+                )
+            labels = torch.from_numpy(codes).to(x.device)
+            if trusted is None:
+                weights = torch.ones(len(x), dtype=torch.float64)
+                if mode.credits != "nothing":
+                    weights = self._checked_by_folds(x, labels, seed)
             else:
-                mask = np.asarray(trusted)
-                if mask.shape != codes.shape or mask.dtype != bool:
-                    raise MetaplError(f"trusted= is {described(mask)}; expected {len(codes)} truth values, one a row.")
-                if len(missing := np.setdiff1d(np.arange(len(self.classes_)), codes[mask])):
-                    # The weights of a class that is not among them would fall to 0.
-                    raise MetaplError(f"no trusted row is of {few(self.classes_[missing])}; expected all classes.")
-            if mask.all():
-                raise MetaplError("all rows are trusted; expected some to be weighed.")
-            clean = torch.tensor(mask)
-            labels, rest = torch.from_numpy(codes).to(x.device), ~clean
-            table, student = Table(torch.zeros(int(rest.sum()), device=x.device)), self._built(x)
-            trainer = BilevelTrainer(
-                table,
-                student,
-                self.mode,
-                problem=ExampleWeights(),
-                inner_optimizer=self._optimizer(student),
-                outer_optimizer=torch.optim.Adam(table.parameters(), lr=self.weights_learning_rate),
-            )
-            index = torch.arange(int(rest.sum()), device=x.device)
-            how: dict[str, Any] = {"steps": self.steps, "progress": self.verbose}
-            trainer.fit(
-                self._batches(seed, x[clean], labels[clean]),
-                self._batches(seed + 1, x[rest], labels[rest], index),
-                **how,
-            )
-            weights = torch.ones(len(x), dtype=torch.float64)
-            weights[rest] = table.values.detach().cpu().double().sigmoid()
+                weights = self._learned_weights(x, labels, self._trusted_mask(trusted, codes), seed)
             network = self._built(x)
             rows = self._batches(seed + 2, x, labels, weights=weights)
-            LossTrainer(network, optimizer=self._optimizer(network)).fit(rows, **how)
+            trainer = LossTrainer(network, optimizer=self._optimizer(network))
+            trainer.fit(rows, steps=self.steps, progress=self.verbose)
             self.weights_, self.network_ = weights.numpy(), network.cpu()
         return self
+
+    def _trusted_mask(self, trusted: Any, codes: Array) -> Tensor:
+        """Refuse what is no mask of the rows, or of no row of some class, or of all rows."""
+        mask = np.asarray(trusted)
+        if mask.shape != codes.shape or mask.dtype != bool:
+            raise MetaplError(f"trusted= is {described(mask)}; expected {len(codes)} truth values, one a row.")
+        if len(missing := np.setdiff1d(np.arange(len(self.classes_)), codes[mask])):
+            # The weights of a class that is not among them would fall to 0.
+            raise MetaplError(f"no trusted row is of {few(self.classes_[missing])}; expected all classes.")
+        if mask.all():
+            raise MetaplError("all rows are trusted; expected some to be weighed.")
+        return torch.tensor(mask)
+
+    def _learned_weights(self, x: Tensor, labels: Tensor, is_trusted: Tensor, seed: int) -> Tensor:
+        """Return the weight of each row, (n,), learned from the loss on the trusted rows."""
+        rest = ~is_trusted
+        count = int(rest.sum())
+        table = Table(torch.zeros(count, device=x.device))
+        student = self._built(x)
+        trainer = BilevelTrainer(
+            table,
+            student,
+            self.mode,
+            problem=ExampleWeights(),
+            inner_optimizer=self._optimizer(student),
+            outer_optimizer=torch.optim.Adam(table.parameters(), lr=self.weights_learning_rate),
+        )
+        trainer.fit(
+            self._batches(seed, x[is_trusted], labels[is_trusted]),
+            self._batches(seed + 1, x[rest], labels[rest], torch.arange(count, device=x.device)),
+            steps=self.steps,
+            first_steps=0,
+            progress=self.verbose,
+        )
+        weights = torch.ones(len(x), dtype=torch.float64)
+        weights[rest] = table.values.detach().cpu().double().sigmoid()
+        return weights
+
+    def _checked_by_folds(self, x: Tensor, labels: Tensor, seed: int) -> Tensor:
+        """Return 1 for each row that networks of the other folds give its own label, (n,), and 0 for the others."""
+        shuffled = torch.randperm(len(x))
+        # Along the classes, so that each fold has its share of each of them.
+        by_class = shuffled[labels.cpu()[shuffled].argsort(stable=True)]
+        fold_of_row = torch.empty(len(x), dtype=torch.int64)
+        fold_of_row[by_class] = torch.arange(len(x)) % self.folds
+        weights = torch.zeros(len(x), dtype=torch.float64)
+        # Short trainings: networks that have learned wrong labels by heart say less about others.
+        steps = max(1, self.steps // self.folds)
+        for fold in range(min(self.folds, len(x))):
+            is_checked = fold_of_row == fold
+            network = self._built(x)
+            rows = self._batches(seed + 3 + fold, x[~is_checked], labels[~is_checked])
+            trainer = LossTrainer(network, optimizer=self._optimizer(network))
+            trainer.fit(rows, steps=steps, progress=self.verbose)
+            predicted = logits_of(network, x[is_checked].split(1024)).argmax(-1)
+            weights[is_checked] = (predicted == labels[is_checked].cpu()).double()
+        for code in labels.unique():
+            is_of_class = (labels == code).cpu()
+            if not weights[is_of_class].any():
+                weights[is_of_class] = 1.0
+        return weights

@@ -80,6 +80,18 @@ def described(value: Any) -> str:
     return f"of type {type(value).__name__}"
 
 
+def generator_of(generator: torch.Generator | None, device: torch.device, what: str) -> None:
+    """Refuse a generator of another device than the one on which it is to draw, which ``what`` says."""
+    if generator is None:
+        return
+    same_number = None in (generator.device.index, device.index) or generator.device.index == device.index
+    if generator.device.type != device.type or not same_number:
+        raise MetaplError(
+            f"generator is on {generator.device}, and {what} {device}; expected torch.Generator({str(device)!r}), or "
+            "none."
+        )
+
+
 def logits(outputs: Any, who: str) -> Tensor:
     """The outputs of a network, refused if they are not a plain tensor of real numbers."""
     plain = type(outputs) is Tensor or (isinstance(outputs, Tensor) and not hasattr(outputs, "device_mesh"))

@@ -18,6 +18,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
+from torch.torch_version import TorchVersion
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
@@ -48,6 +49,9 @@ _KINDS: dict[str, tuple[str, frozenset[Capability]]] = {
     "narrow": ("sharded with a mixed-precision policy", frozenset({FORWARD_AD})),
     "products": ("sharded by parallelize_module", frozenset()),  # PyTorch has no forward mode through these
 }
+# The first release in which the communication of a DTensor can be differentiated twice. Before it the second derivative
+# comes out wrong, without an error of torch.
+DTENSOR_TWICE = "2.12"
 # PyTorch's classes around or inside a network that do not let a pass run at other weights.
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel", "ScriptModule"}
 # What switches a block's gradients to other than the mean over the ranks: an attribute, its usual value, and the call.
@@ -77,6 +81,9 @@ class Layout:
         narrow = any(p.dtype not in policies for p in self.network.parameters()) if policies else False
         self.how, self.offers = _KINDS["products" if self.product_ranks > 1 else "narrow" if narrow else self.kind]
         self.is_sharded = self.kind == "sharded"
+        if self.is_sharded and CURVATURE in self.offers and torch.__version__ < TorchVersion(DTENSOR_TWICE):
+            self.offers -= {CURVATURE}
+            self.how += f" (twice differentiable from torch {DTENSOR_TWICE} on, and this is {torch.__version__})"
 
     def parameters(self) -> dict[str, nn.Parameter]:
         if self.is_sharded:

@@ -100,6 +100,19 @@ def reduced_float32(device: torch.device) -> bool:
     return any(switch.fp32_precision not in ("none", "ieee") for switch in _SWITCHES.get(device.type, ()))
 
 
+def float32_products(device: torch.device) -> dict[str, str]:
+    """Return in what precision products of float32 are taken on a device, for matrices and for convolutions.
+
+    ``"ieee"`` is float32; ``"tf32"`` and ``"bf16"`` round the factors. Cost: two reads of a switch.
+    """
+    # The older switches are not read: that raises once a caller has set these.
+    found: dict[str, str] = {}
+    for kind, switch in zip(("matrix products", "convolutions"), _SWITCHES.get(device.type, ()), strict=False):
+        asked = switch.fp32_precision
+        found[kind] = "ieee" if asked == "none" else asked
+    return found
+
+
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
     """float32 products in float32; the settings are put back as they were."""
@@ -164,8 +177,19 @@ _LACKING = re.compile(r"(?i)forward[- ](mode )?AD|jvp function|differentiate twi
 _OPERATION = re.compile(r"(?:forward AD with|derivative for) '?([\w:.]+)'?")
 
 
+_CUDNN_RNN = re.compile(r"(?i)cudnn[ _]rnn")
+_CUDNN_EVAL = "RNN backward can only be called in training mode"
+
+
 def explain(error: BaseException) -> None:
-    """Raise autograd's error about a missing derivative as one that names the operation and the modes that run."""
+    """Raise autograd's error about a missing derivative as one that names the operation and what runs."""
+    text = str(error)
+    is_lacking = bool(_LACKING.search(text)) or _CUDNN_EVAL in text
+    if isinstance(error, RuntimeError) and is_lacking and _CUDNN_RNN.search(text):
+        raise MetaplError(
+            "cuDNN's recurrent networks have no second derivative, no forward mode, and in eval mode no derivative at "
+            "all; expected the call in a block of torch.backends.cudnn.flags(enabled=False), which takes PyTorch's own."
+        ) from error
     if isinstance(error, RuntimeError) and _LACKING.search(str(error)):
         message = str(error).splitlines()[0].rstrip(".")
         operation = _OPERATION.search(message)

@@ -122,6 +122,5 @@ def check_mode(mode: Estimator, steps: int, problem: Problem, student: Layout) -
     required |= {ONE_PROCESS} if revising else set()
     if lacking := sorted(need.value for need in required - student.offers):
         given = f"mode {mode.name!r} takes {' and '.join(lacking)} (with {kind}, steps={steps})"
-        raise MetaplError(
-            f"{given}, and the student is {student.how}; expected one process, 'difference' or 'reinforce'."
-        )
+        expected = "one process, 'difference' or 'reinforce'" if steps == 1 else "one process, or one student step"
+        raise MetaplError(f"{given}, and the student is {student.how}; expected {expected}.")

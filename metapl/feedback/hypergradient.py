@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution.batch import both_batches
+from metapl.execution.checks import generator_of
 from metapl.execution.layout import layouts
 from metapl.execution.local import NOTHING, LocalStudent
 from metapl.execution.numerics import no_fast_path
@@ -160,6 +161,7 @@ def hypergradient(
     check_teacher(teacher, problem, recompute_teacher=recompute_teacher)
     check_arguments(hypergradient, {**locals(), "mode": estimate})
     of_teacher, of_student, device = layouts(teacher, student)
+    generator_of(generator, device, "the networks are on")
     update = update_of(inner_optimizer, of_student.parameters(), inner_state)
     update = update if clip_norm is None else Clipped(update, clip_norm, of_student.space)
     ahead = unlabeled if isinstance(unlabeled, Lookahead) else Lookahead([unlabeled])

@@ -3,10 +3,11 @@ a module as a function of its tensors."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from metapl.execution.numerics import Tree, as_real, wide
 from metapl.feedback.difference import RELATIVE_STEP
 from metapl.problems.base import Signal, field_of
 from metapl.updates import Clipped, Options, TorchUpdate, Update, as_taken, options_of
+
+SIGNAL_FIELDS = tuple(field.name for field in dataclasses.fields(Signal))
+Fields = TypeVar("Fields", bound=NamedTuple)
 
 
 class Network(NamedTuple):
@@ -74,7 +78,19 @@ class Report(NamedTuple):
 
 
 def as_dict(signal: Signal) -> dict[str, Any]:
-    return {name: t for name, t in vars(signal).items() if t is not None}
+    """Return the fields of a signal that are not None, by name."""
+    # Dynamo of torch 2.11 cannot trace ``vars()`` of a frozen dataclass.
+    fields = {name: getattr(signal, name) for name in SIGNAL_FIELDS}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def with_fields(value: Fields, **changed: Any) -> Fields:
+    """Return a NamedTuple with some of its fields changed, like ``value._replace(**changed)``.
+
+    Dynamo of torch 2.11 traces ``_replace`` to an empty tuple, without an error of its own.
+    """
+    fields = [changed[name] if name in changed else getattr(value, name) for name in value._fields]
+    return type(value)(*fields)
 
 
 def on_value(h: Tree, value: Any) -> Any:

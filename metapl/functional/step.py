@@ -27,7 +27,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metapl.execution.numerics import Tree, as_real
 from metapl.feedback.size import FeedbackSize, ratio_of
-from metapl.functional.state import Function, Network, Report, State, as_dict, dot, moves, norm, on_value, rounded_steps
+from metapl.functional.state import (
+    Function,
+    Network,
+    Report,
+    State,
+    as_dict,
+    dot,
+    moves,
+    norm,
+    on_value,
+    rounded_steps,
+    with_fields,
+)
 from metapl.problems.base import Problem, Signal, enters_input, has_own, sum_and_weight
 from metapl.problems.losses import sum_of_terms
 from metapl.updates import Update
@@ -47,6 +59,7 @@ class End(NamedTuple):
     signals: list[dict[str, Any]]  # what each signal holds, with the teacher's graph
     h: list[Tree]  # the feedback on these
     own: Tree  # the teacher's own losses, by name
+    G_own: Tree  # and the gradient of their sum, where it is taken by itself
     theta: Tree
     s: Any  # the optimizer's state
     at_S: Tree  # the student's buffers
@@ -95,17 +108,35 @@ def make_step(
             total, count = sum_and_weight(problem.outer_loss(z, judged))
             return total / count
 
-        def ask(theta_T: Tree, at_T: Tree, k: int, z: Tensor | None) -> Any:
-            """Line 2: ŷ ~ T(x_u), or the soft label; and with the last batch lines 6-7, the teacher's own losses."""
+        def ask(theta_T: Tree, at_T: Tree, k: int, z: Tensor | None) -> tuple[Any, Tree, Tree, Tree]:
+            """Line 2: ŷ ~ T(x_u), or the soft label; and with the last batch lines 6-7, the teacher's own losses.
+
+            Returns: the signal, the losses by name, their gradient where it is taken apart from that of the feedback,
+            and the teacher's buffers. Losses that read no graph of the signal are differentiated by themselves: a
+            pullback of both would run through all passes of the teacher once more.
+            """
+            losses = losses_for(batches[k]) if k == steps - 1 else ()
+            are_apart = compares and all(getattr(loss, "detaches_signal", False) for loss in losses)
+
+            def own_losses(network: Any, signal: Signal) -> Tree:
+                given = {"labeled": judged, "unlabeled": batches[k], "signal": signal, "step": state.step}
+                return sum_of_terms(network, losses, **given)
 
             def asked(network: Any) -> tuple[Signal, Tree]:
                 signal: Any = problem.signal(network, batches[k], z, generator=noises[k])
-                losses = losses_for(batches[k]) if k == steps - 1 else ()
-                given = {"labeled": judged, "unlabeled": batches[k], "signal": signal, "step": state.step}
-                return signal, sum_of_terms(network, losses, **given)
+                return signal, {} if are_apart else own_losses(network, signal)
 
             (signal, own), left = T.at(theta_T, at_T, asked)
-            return signal, own, left
+            if not losses or not are_apart:
+                return signal, own, {}, left
+            known = signal.detached()
+
+            def sum_of_losses(theta_T: Tree) -> tuple[Tensor, tuple[Tree, Tree]]:
+                own, left_by_losses = T.at(theta_T, left, lambda network: own_losses(network, known))
+                return torch.stack([*own.values()]).sum(), (own, left_by_losses)
+
+            G_own, (_, (own, left)) = grad_and_value(sum_of_losses, has_aux=True)(state.teacher.params)
+            return signal, own, G_own, left
 
         def in_units(h: Tree, w: Tree, g: Tree) -> Tree:
             """h as it is, by the learning rate, or by ‖w‖‖g‖."""
@@ -118,7 +149,7 @@ def make_step(
             """Lines 2 to 4: the student's step k and those after it, and the feedback on the signal of each."""
             none: Any = (None, None, at_S)
             z, pull, left = none if enters else vjp(lambda t: run(t, at_S, k), theta, has_aux=True)
-            given, own, at_T = ask(theta_T, at_T, k, None if z is None else z.detach())
+            given, own, G_own, at_T = ask(theta_T, at_T, k, None if z is None else z.detach())
             own_signal = [as_dict(given)]
             signal = given.detached()  # a constant for the student
             fields = signal.differentiable()
@@ -144,10 +175,12 @@ def make_step(
                 moved, s_k = inner_update.update(theta, g, s, rates)  # line 3: θ′ = U(θ, g)
                 if k + 1 < steps:
                     end = walk(k + 1, theta_T, moved, s_k, after, at_T)
-                    end = end._replace(losses=[loss, *end.losses], g=[g, *end.g], signals=[*own_signal, *end.signals])
+                    end = with_fields(
+                        end, losses=[loss, *end.losses], g=[g, *end.g], signals=[*own_signal, *end.signals]
+                    )
                     return end.L, end
                 L = torch.full_like(loss, torch.nan) if kind == "none" else outer_loss(moved, after)
-                return L, End(L, z_k, [loss], [g], own_signal, [], own, moved, s_k, after, at_T, 0 * loss)
+                return L, End(L, z_k, [loss], [g], own_signal, [], own, G_own, moved, s_k, after, at_T, 0 * loss)
 
             def slope(fields: Tree, u: Tensor, z: Tensor, z_dot: Tensor, w: Tree) -> tuple[Tensor, Tensor]:
                 """d/dε (1/B) Σ u_i ℓ_i(z + εż, signal, θ + εw), and the size of its terms."""
@@ -158,11 +191,11 @@ def make_step(
             if k < first:
                 _, end = onward(fields)
                 zero = {} if kind == "none" else {name: torch.zeros_like(t) for name, t in fields.items()}
-                return end._replace(h=[zero, *end.h])
+                return with_fields(end, h=[zero, *end.h])
             if composed and fields:  # line 4: h = −dL(θ_K)/d(signal k), by the composed derivative
                 L, pull_L, end = vjp(onward, fields, has_aux=True)
                 h = {name: -t for name, t in pull_L(torch.ones_like(L))[0].items()}
-                end = end._replace(h=[in_units(h, {}, {}), *end.h])
+                end = with_fields(end, h=[in_units(h, {}, {}), *end.h])
             else:
                 loss, g, z, left = gradient({})
                 moved, s_k = inner_update.update(theta, g, s, rates)  # line 3: θ′ = U(θ, g)
@@ -189,13 +222,14 @@ def make_step(
                     rounding = 1e4 * torch.finfo(z.dtype).eps * norm(g) * norm(w)  # where both sides cancel
                     size = size + norm({n: t * w[n] for n, t in g.items()}) + rounding
                     gap = (along - dot(g, w)).abs() / size.clamp_min(torch.finfo(z.dtype).tiny)
-                end = End(L, z, [loss], [g], own_signal, [in_units(h, w, g)], own, moved, s_k, left, at_T, gap)
+                shaped = [in_units(h, w, g)]
+                end = End(L, z, [loss], [g], own_signal, shaped, own, G_own, moved, s_k, left, at_T, gap)
             if revises:  # line 3 once more, on the signal that the problem makes of the feedback
                 real = problem.revised_signal(signal, on_value(end.h[0], signal.value))
                 if real is not None:
                     loss, g, *_ = gradient(real.fields())
                     moved, s_k = inner_update.update(theta, g, s, rates)
-                    end = end._replace(losses=[loss], g=[g], signals=[as_dict(real)], theta=moved, s=s_k)
+                    end = with_fields(end, losses=[loss], g=[g], signals=[as_dict(real)], theta=moved, s=s_k)
             return end
 
         def objective(theta_T: Tree) -> tuple[tuple[Tensor, Tensor], Any]:
@@ -223,7 +257,7 @@ def make_step(
                 one = torch.ones_like(own)
                 if compares:
                     (G_h,) = pull_T((-one, 0 * one))
-                    (G_own,) = pull_T((0 * one, one))
+                    G_own = end.G_own or pull_T((0 * one, one))[0]
                     weight = feedback_size.weight_for(norm(G_h), norm(G_own))
                     G = {name: weight * t + G_own[name] for name, t in G_h.items()}
                     sizes = {"feedback_weight": weight, "feedback_ratio": ratio_of(weight, norm(G_h), norm(G_own))}
@@ -242,7 +276,7 @@ def make_step(
         theta, s, rounding = rounded_steps(inner_update, state.student.params, end, state.inner.state, rates)
         report = Report(shown[0], shown[1], end.z.detach(), loss, end.L, own, flag, end.own, rounding, sizes)
         networks = Network(theta_T, end.at_T), Network(theta, end.at_S)
-        optimizers = state.inner._replace(state=s), state.outer._replace(state=s_T)
+        optimizers = with_fields(state.inner, state=s), with_fields(state.outer, state=s_T)
         return State(*networks, *optimizers, mode_state, state.step + 1), report
 
     return step

@@ -212,6 +212,29 @@ class BilevelProblem(ABC):
         """The teacher's own losses for an inner batch, used if the trainer was built without ``teacher_losses``."""
         return ()
 
+    def default_outer_optimizer(self, teacher: nn.Module) -> torch.optim.Optimizer | None:
+        """Return the optimizer of the teacher for a trainer that was built without ``outer_optimizer``, or None for the
+        trainer's own default, SGD at 0.05.
+
+        Where the feedback is the teacher's only gradient, choose a rule whose step does not depend on the gradient's
+        size, such as Adam: the feedback on one example of a batch is of the order of 1e-4, so that SGD at 0.05 does not
+        move a table of weights in hundreds of steps.
+        """
+        return None
+
+    def first_steps(self, steps: int) -> int:
+        """Return how many of the ``steps`` of a :meth:`metapl.BilevelTrainer.fit` the student takes alone, by
+        :meth:`first_signal`, before the teacher begins; by default none.
+
+        For a signal that is made from what the student knows, such as its losses, which say nothing about a label
+        before it has learned anything. :meth:`metapl.BilevelTrainer.step` and its pure form have no first steps.
+        """
+        return 0
+
+    def first_signal(self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Random) -> Signal:
+        """Return the signal of the :meth:`first_steps`; by default that of the teacher as it is."""
+        return self.signal(teacher, batch, student_outputs, generator=generator)
+
 
 Problem = BilevelProblem
 

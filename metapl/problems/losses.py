@@ -23,7 +23,11 @@ from metapl.runs.fields import Range, check_fields
 
 @runtime_checkable
 class TeacherLoss(Protocol):
-    """One term of the teacher's objective. Each view of a batch goes through the teacher in a pass of its own."""
+    """One term of the teacher's objective. Each view of a batch goes through the teacher in a pass of its own.
+
+    A loss whose gradient does not pass through the signal may say so by an attribute ``detaches_signal = True``, which
+    saves the compiled step a backward pass of the teacher.
+    """
 
     @property
     def name(self) -> str:
@@ -53,6 +57,7 @@ class CrossEntropy:
     weight: float = 1.0
 
     name: ClassVar[str] = "cross_entropy"
+    detaches_signal: ClassVar[bool] = True
     of_classes: ClassVar[bool] = True  # its network's outputs are class logits
 
     def __post_init__(self) -> None:
@@ -111,6 +116,7 @@ class UDA:
     prior: tuple[float, ...] | None = None
 
     name: ClassVar[str] = "uda"
+    detaches_signal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -65,6 +65,10 @@ class DataRater(Problem):
     signal_has_rows: ClassVar[bool] = True
     signal_of_batch: ClassVar[bool] = True
 
+    def default_outer_optimizer(self, teacher: nn.Module) -> torch.optim.Optimizer:
+        """Adam at 1e-3."""
+        return torch.optim.Adam(teacher.parameters(), lr=1e-3)
+
     def student_input(self, batch: Any) -> Any:
         return _read(batch)[0]
 

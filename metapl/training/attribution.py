@@ -18,6 +18,7 @@ from torch.utils.data import default_collate
 
 from metapl.errors import MetaplError
 from metapl.execution.batch import as_tensors, labeled_pair, length
+from metapl.execution.checks import generator_of
 from metapl.execution.layout import layouts
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import Ranks
@@ -331,6 +332,7 @@ class _Training:
             raise MetaplError(f"problem is {type(problem).__name__}; expected an EqualWeights with its signal.")
         self.problem, self.clip_norm, schedule = problem, given["clip_norm"], given["schedule"]
         # (K, B) examples, in shuffled passes.
+        generator_of(given["generator"], torch.device("cpu"), "the order of the examples is drawn on")
         draw, rows = given["generator"] or torch.Generator().manual_seed(0), len(self.data)
         passes = [torch.randperm(rows, generator=draw) for _ in range(-(-steps * batch_size // rows))]
         self.order = torch.cat(passes)[: steps * batch_size].view(steps, batch_size)

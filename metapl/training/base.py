@@ -72,6 +72,12 @@ class Trainer(ABC):
     def _load(self, state: dict[str, Any]) -> None:
         """Take a state; it may raise anything, and have loaded a part."""
 
+    def first_steps(self, options: FitOptions) -> int:
+        """Return how many steps of a fit the student takes alone, before its teacher begins."""
+        if options.first_steps:
+            raise MetaplError(f"first_steps={options.first_steps}: {type(self).__name__} has none; leave it out.")
+        return 0
+
     @property
     def dtype(self) -> torch.dtype:
         """The type of the student's weights, which arrays of floating point are given."""

@@ -150,6 +150,8 @@ def fit(
     ranks, networks, phase = trainer.ranks, trainer.networks, options.phase
     if options.wait and trainer.teacher is None:
         raise MetaplError(f"wait={options.wait} was given, and there is no teacher to train; expected wait=0.")
+    # The student learns alone in the steps before this one, and after those of ``wait``.
+    teacher_begins = options.wait + trainer.first_steps(options)
     if not ranks.first:  # of several processes, the first shows and writes
         out, shown, say = None, False, lambda text: None
     # Perhaps only the first knows of the run.
@@ -221,6 +223,10 @@ def fit(
         # The digests are on their device until here.
         found = {name: int(value) if torch.is_tensor(value) else value for name, value in found.items()}
         found |= {name: value for name, value in vars(options).items() if name not in FREE}
+        # By steps where the problem says how many; a fit without them, as by earlier versions, has no such entry.
+        del found["first_steps"]
+        if teacher_begins > options.wait:
+            found["first_steps"] = teacher_begins - options.wait
         if options.schedule == "constant" or options.decay_every is not None:
             del found["steps"]  # the rates do not depend on it
         found |= {"trainer": type(trainer).__name__, "dtype": trainer.dtype, **trainer.settings()}
@@ -329,12 +335,13 @@ def fit(
             records = Records(None if out is None else out.path, phase, now.step, say)
             ending.callback(records.close)
             while now.step < options.steps and not now.ended and not stops:
-                # The batches of a step; the student that waits takes no steps to look ahead.
+                # The batches of a step; nobody looks ahead where the student waits, or learns alone.
                 waits = now.step < options.wait
+                is_first = options.wait <= now.step < teacher_begins
                 labeled, unlabeled = draw("labeled"), None
                 if "unlabeled" in feeds:
                     # Copies, for a source may fill the memory of one batch with the next.
-                    more = range(0 if waits else trainer.lookahead - 1)
+                    more = range(0 if waits or is_first else trainer.lookahead - 1)
                     ahead = [pytree.tree_map_only(Tensor, Tensor.clone, plain(draw("unlabeled"))) for _ in more]
                     unlabeled = draw("unlabeled")
                     unlabeled = Lookahead([*ahead, unlabeled]) if ahead else unlabeled
@@ -347,8 +354,13 @@ def fit(
                         averages["student"] = Average(trainer.student, decay)
                 if hasattr(trainer, "measures_feedback"):
                     trainer.measures_feedback = options.due(options.log_every, now.step + 1)
+                take_step = trainer.step
+                if waits:
+                    take_step = trainer.teacher_step
+                elif is_first:
+                    take_step = trainer.first_step
                 try:
-                    report = (trainer.teacher_step if waits else trainer.step)(labeled, unlabeled)
+                    report = take_step(labeled, unlabeled)
                 except MetaplError as error:
                     refuse_bad()  # what went wrong before is the reason
                     raise MetaplError(f"step {now.step + 1}: {error}") from error

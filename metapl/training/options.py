@@ -45,6 +45,9 @@ class FitOptions:
             what it was, as in Noisy Student.
         wait: steps during which the teacher trains alone, on its own losses, before the student begins, with its
             schedule, warm-up included, and its average. The authors have 3,000 for CIFAR-10 and 20,000 for ImageNet.
+        first_steps: steps in which the student learns alone, by the problem's ``first_signal``, before its teacher
+            begins; they are among ``steps``, and after ``wait``. None: as many as the problem says (``first_steps``);
+            0 for a student that has learned the given labels already.
         ema_decay: keep a moving average of the student's weights, with decay min(this, (1+t)/(10+t)), which is then
             validated and kept. A teacher is averaged alike, and itself makes the labels. None: no averages.
         warm_start: when the student begins, after ``wait`` steps, it takes the teacher's weights (the average's, where
@@ -62,6 +65,7 @@ class FitOptions:
     decay_every: Annotated[float, Range(above=0)] | None = None
     warmup: AtLeastZero = 0
     wait: AtLeastZero = 0
+    first_steps: AtLeastZero | None = None
     ema_decay: Annotated[float, Range(0, 1)] | None = None
     warm_start: bool = False
     select: bool = True
@@ -76,6 +80,9 @@ class FitOptions:
         check_fields(self)
         if self.wait >= self.steps:
             raise MetaplError(f"wait={self.wait}: expected fewer than steps={self.steps}.")
+        if self.first_steps is not None and self.first_steps >= self.steps - self.wait:
+            given = f"first_steps={self.first_steps}"
+            raise MetaplError(f"{given}: expected fewer than the steps after wait, {self.steps - self.wait}.")
         if self.warmup > self.steps - self.wait:
             raise MetaplError(f"warmup={self.warmup}: expected at most the steps after wait, {self.steps - self.wait}.")
         if self.decay_every is not None and self.schedule != "exponential":

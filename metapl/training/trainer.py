@@ -29,13 +29,19 @@ from metapl.functional.compiled import CompiledStep, functional
 from metapl.functional.state import State
 from metapl.functional.step import Step
 from metapl.metrics.metric import Term
-from metapl.problems.base import BilevelProblem, has_own
+from metapl.problems.base import BilevelProblem, Signal, has_own, kind_of
 from metapl.problems.losses import TeacherLoss, check_losses
 from metapl.runs.fields import AboveZero, AtLeastZero, MicroBatches, Range, check_arguments
 from metapl.training import FitResult, Trainer
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
+from metapl.training.options import FitOptions
 from metapl.training.verify import Verification, refuse_hooks
 from metapl.updates import Clipped, as_one, parameters_of, refuse_missing, update_of
+
+FIRST_NOT_FINITE = (
+    "the inner loss is NaN or infinite: the student has diverged, or a batch has extreme values; lower its learning "
+    "rate, or clean the batch."
+)
 
 
 class BilevelTrainer(Trainer):
@@ -56,9 +62,10 @@ class BilevelTrainer(Trainer):
         inner_optimizer: the student's: ``torch.optim`` SGD, Adam, AdamW or Muon, a tuple of these over disjoint
             parameters, such as (Muon, AdamW), or a TorchOpt transform; in mode ``none``, which differentiates nothing,
             any of ``torch.optim``.
-        outer_optimizer: the teacher's: any of ``torch.optim`` over its parameters, or a tuple. Both default to
-            ``SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)``. Of optimizers that accelerate or Lightning
-            have wrapped, give the ``.optimizer`` inside (docs/own-loop.md).
+        outer_optimizer: the teacher's: any of ``torch.optim`` over its parameters, or a tuple; default: the problem's
+            (:meth:`metapl.BilevelProblem.default_outer_optimizer`). Where the problem names none, and for the student,
+            it is ``SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)``. Of optimizers that accelerate or
+            Lightning have wrapped, give the ``.optimizer`` inside (docs/own-loop.md).
         teacher_losses: the teacher's own losses, ``()`` for none; default: those of the problem. For pseudo-labels they
             are ``CrossEntropy(label_smoothing=0.1)``, and ``UDA()`` if the unlabeled batch has two views.
         feedback_weight: λ by itself. At 1 the teacher descends the true gradient of the labeled loss after one student
@@ -69,8 +76,8 @@ class BilevelTrainer(Trainer):
             is given. **The default**, where none of the three is given and the teacher learns labels by losses of its
             own (those of the problem, or a cross-entropy among ``teacher_losses``), is a bound of 0.1
             (:data:`metapl.feedback.size.DEFAULT_BOUND`), under which every mode trains; elsewhere it is a weight of 1.
-            A bound and a ratio take no pass more than a weight does, and hold one more gradient of the teacher; a
-            compiled step takes one more backward pass of the teacher.
+            A bound and a ratio take no pass more than a weight does, and hold one more gradient of the teacher. A
+            compiled step takes one more backward pass of the teacher, unless its losses say ``detaches_signal``.
         recompute_teacher: run the teacher on the unlabeled batch without a graph first, and once more with one at the
             end: one more teacher forward pass, one graph less in memory.
         generator: for drawing labels; default: the default generator of the device.
@@ -86,7 +93,7 @@ class BilevelTrainer(Trainer):
         compile: take steps by the pure step (:meth:`functional`), compiled whole: a fifth to 0.7 of the time, after 5
             seconds to three minutes of compiling for each shape of batches. In one process, with SGD, Adam, AdamW or
             Muon on both levels and at most 3 steps ahead, without ``accumulate``. The first step is compared with an
-            eager one. ``"reduce-overhead"``: by CUDA graphs too, not yet run on a GPU, for another copy of all state.
+            eager one. ``"reduce-overhead"``: by CUDA graphs too, for another copy of all state.
         verify: True: compare the mode's gradient with differences of the loss after real steps, at the first step and
             where the networks are changed (their modes, frozen parts, hooks), and refuse one that is wrong
             (:func:`metapl.check_gradient`); ``"warn"``: warn of it; False: never; a number N: also every N steps. Above
@@ -137,6 +144,7 @@ class BilevelTrainer(Trainer):
         check_teacher(teacher, self.problem, **of_teacher, recompute_teacher=recompute_teacher)
         self.pair, self.as_given = (teacher, student), student  # perhaps in DistributedDataParallel
         self.teacher_layout, self.layout, self.device = layouts(teacher, student)
+        checks.generator_of(generator, self.device, "the networks are on")
         self.layouts: list[Layout] = [one for one in (self.teacher_layout, self.layout) if one is not None]
         self.distributed = [layout for layout in self.layouts if layout.kind != "plain"]
         self.ranks, self.student = self.layout.ranks, self.layout.network
@@ -161,7 +169,9 @@ class BilevelTrainer(Trainer):
         self.outer_optimizer = as_one(outer_optimizer, "outer_optimizer")
         self._teacher_trainer: LossTrainer | None = None  # on its own losses, while the student waits
         if self.teacher_layout is not None and self.teacher is not None and teacher is not None:
-            self.outer_optimizer = default_optimizer(self.teacher) if outer_optimizer is None else self.outer_optimizer
+            if outer_optimizer is None:
+                named = self.problem.default_outer_optimizer(self.teacher)
+                self.outer_optimizer = default_optimizer(self.teacher) if named is None else named
             if not isinstance(self.outer_optimizer, torch.optim.Optimizer):
                 given = checks.described(outer_optimizer)
                 raise MetaplError(f"outer_optimizer is {given}; expected one of torch.optim over teacher.parameters().")
@@ -197,12 +207,7 @@ class BilevelTrainer(Trainer):
         Raises: :class:`metapl.MetaplError` before anything moves.
         """
         labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
-        for layout in self.distributed:
-            layout.begin_step()
-        self._slots = slots = [own if own.contents() == own.known else Slots(own.module) for own in self._slots]
-        verification, mark = self.verification, hash((slots[0].mark, slots[1].mark))
-        if verification.setting and (verification.every or mark not in verification.known):
-            verification.before(self, labeled, unlabeled, mark)
+        slots = self._begin_step(labeled, unlabeled)
         ahead = not isinstance(unlabeled, Tensor) and isinstance(unlabeled, Lookahead)
         batches = inner_batches(unlabeled, self.lookahead) if ahead or self.lookahead > 1 else [plain(unlabeled)]
         if self.compile:
@@ -262,6 +267,16 @@ class BilevelTrainer(Trainer):
                 layout.agree_on_buffers()
             self.mode_state, self.steps_done = mode_state, number + 1
             return report
+
+    def _begin_step(self, labeled: Any, unlabeled: Any) -> list[Slots]:
+        """Return the networks' tables as they are now, after the verification that is due on these batches."""
+        for layout in self.distributed:
+            layout.begin_step()
+        self._slots = slots = [own if own.contents() == own.known else Slots(own.module) for own in self._slots]
+        verification, mark = self.verification, hash((slots[0].mark, slots[1].mark))
+        if verification.setting and (verification.every or mark not in verification.known):
+            verification.before(self, labeled, unlabeled, mark)
+        return slots
 
     def _losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
         given = () if self.teacher is None else self.teacher_losses
@@ -340,6 +355,56 @@ class BilevelTrainer(Trainer):
         self.steps_done += 1
         return report
 
+    def first_steps(self, options: FitOptions) -> int:
+        most = options.steps - options.wait
+        steps = self.problem.first_steps(most) if options.first_steps is None else options.first_steps
+        if not isinstance(steps, int) or not 0 <= steps < most:
+            raise MetaplError(
+                f"{kind_of(self.problem)}.first_steps({most}) returned {steps!r}; expected a whole number below {most}."
+            )
+        return steps
+
+    @one_at_a_time
+    def first_step(self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None) -> Report:
+        """Take one step of the student alone, on the problem's ``first_signal`` about the inner batch.
+
+        :meth:`fit` takes these before the teacher begins, as many as the problem's ``first_steps`` says, or the option
+        of that name. Of the teacher, its optimizer and the mode nothing changes but the buffers that its forward pass
+        writes; ``steps_done`` increases by one. The step is eager with ``compile`` too. It looks one step ahead, so
+        that with ``lookahead`` above 1 the mode is verified when the teacher begins.
+
+        Cost: one forward and one backward pass of the student, and what ``first_signal`` asks of the teacher.
+        Returns: a report with ``inner_loss``.
+        Raises: :class:`metapl.MetaplError` before anything moves.
+        """
+        labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
+        if self.lookahead == 1:
+            slots = self._begin_step(labeled, unlabeled)
+        else:
+            for layout in self.distributed:
+                layout.begin_step()
+            self._slots = slots = [Slots(slot.module) for slot in self._slots]
+        labeled = self.problem.outer_batch(labeled)
+        student = self._student_type(self.layout, slots[1], double_backward=False)
+        self.update.follow(student.parameters)
+
+        def first_signal(batch: Any, outputs: Tensor | None) -> Signal:
+            with torch.no_grad():
+                return self.problem.first_signal(slots[0].module, batch, outputs, generator=self.generator)
+
+        with restored(*slots, device=self.device, trained=[], generator=self.generator) as fault:
+            with self._autocast() if self.precision != "float32" else NOTHING:
+                path = take_steps(
+                    *(student, self.update, self.problem, labeled, [plain(unlabeled)], first_signal),
+                    parts=self.accumulate,
+                )
+            checks.refuse_not_finite(FIRST_NOT_FINITE, path.inner_loss)
+            scalars = {"inner_loss": path.inner_loss} | path.commit()
+            for layout in self.distributed:
+                layout.agree_on_buffers()
+            self.steps_done += 1
+            return Report(self.steps_done - 1, scalars, fault)
+
     def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]:
         own = has_own(self.problem, "outer_batch")
         batch = self.problem.outer_batch(batch) if own else labeled_pair(batch, name)
@@ -361,8 +426,8 @@ class BilevelTrainer(Trainer):
         return [optimizer for optimizer in both if isinstance(optimizer, torch.optim.Optimizer)]
 
     def settings(self) -> dict[str, Any]:
-        names = ("mode", "lookahead", "problem", "teacher_losses", "feedback_weight", "feedback_ratio")
-        names = (*names, "feedback_bound", *SETTINGS)
+        of_feedback = ("feedback_weight", "feedback_ratio", "feedback_bound")
+        names = ("mode", "lookahead", "problem", "teacher_losses", *of_feedback, *SETTINGS)
         return {name: getattr(self, name) for name in names}
 
     def live_state(self) -> dict[str, Any]:

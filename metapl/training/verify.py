@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.batch import both_batches, micro_batches, plain, rows
+from metapl.execution.checks import generator_of
 from metapl.execution.layout import layouts
 from metapl.execution.numerics import as_real, no_fast_path
 from metapl.execution.state import RandomState, trainable
@@ -122,6 +123,7 @@ def check_gradient(
         problem, generator, accumulate, clip_norm = one.problem, one.generator, one.accumulate, one.clip_norm
         teacher, student, inner_optimizer = one.teacher, one.student, one.update
     (of_teacher, of_student, device), estimate = layouts(teacher, student), estimator(mode or "forward")  # type: ignore[arg-type]
+    generator_of(generator, device, "the networks are on")
     if of_student.is_sharded or not of_student.ranks.alone:
         raise MetaplError("check_gradient was given networks of several processes; expected those of one, not sharded.")
     gives_feedback = estimate.credits != "nothing"

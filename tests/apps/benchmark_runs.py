@@ -17,15 +17,28 @@ BENCHMARKS = ROOT / "benchmarks"
 RESULTS = BENCHMARKS / "results"
 
 # Both halves take as long in miniature; each has a file, so that no process is left alone with all of them.
-FIRST = ("endurance", "attribution", "data_rater", "modes", "noisy_student", "scale", "step", "tables")
-SECOND = ("digits_study", "hyperparameters", "label_noise", "long_paths", "mnist", "peers", "reduced", "silent", "when")
-SECOND += ("rival_attribution", "stored_labels", "suspects", "suspects --harmful")
+FIRST = ("endurance", "attribution", "data_rater", "feedback_size", "modes", "noisy_student", "scale", "step", "tables")
+SECOND = (
+    "digits_study",
+    "hyperparameters",
+    "label_noise",
+    "long_paths",
+    "mnist",
+    "moon_weights",
+    "peers",
+    "reduced",
+    "silent",
+    "when",
+)
+SECOND += ("digits_study --forms", "rival_attribution", "stored_labels", "suspects", "suspects --harmful")
 SCRIPTS = sorted(FIRST + SECOND)
 MARKS = {  # of the tables in a page, where they are not called as the script is
     "attribution": ["attribution", "attribution-settings", "attribution-smooth"],
     "data_rater": ["data_rater", "data_rater-scores", "data_rater-costs"],
     "digits_study": ["digits"],
+    "digits_study --forms": ["digits-forms"],
     "hyperparameters": ["hyperparameters", "schedule"],
+    "moon_weights": ["moon-weights"],
     "noisy_student": ["noisy-student-studies"],
     "rival_attribution": ["rival_attribution", "rival_attribution-scores"],
     "suspects --harmful": ["harmful_pictures"],
@@ -68,7 +81,7 @@ def miniatures(scripts: tuple[str, ...]) -> pytest.MarkDecorator:
 def check_miniature(script: str, folder: Path) -> None:
     """It leaves rows that it goes on with and that its tables are made of."""
     name, marks, out, page = script.split()[0], MARKS.get(script, [script]), folder / "rows.jsonl", folder / "page.md"
-    own = [script, "--out", out, *(("--workers", "1") if script == "digits_study" else ())]
+    own = [script, "--out", out, *(("--workers", "1") if name == "digits_study" else ())]
     run(*own, "--miniature")
     assert name != "endurance" or not re.search(r'"failed": [1-9]', out.read_text())
     if hasattr(importlib.import_module(name), "RAW"):  # rows that are there are not run again

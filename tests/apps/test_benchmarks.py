@@ -78,6 +78,7 @@ def test_the_harness_goes_on_shows_figures_as_it_says_and_keeps_the_committed_re
 @pytest.mark.long
 def test_what_a_gpu_has_to_show_runs_on_the_cpu_in_miniature(tmp_path: Path) -> None:
     """The first call leaves one part that failed and one that is missing, and the next one goes on there."""
+    harness = importlib.import_module("harness")
 
     def command() -> str:
         options = ("--device", "cpu", "--miniature", "--minutes", "30", "--out", str(tmp_path))
@@ -85,14 +86,28 @@ def test_what_a_gpu_has_to_show_runs_on_the_cpu_in_miniature(tmp_path: Path) -> 
         return subprocess.run(asked, capture_output=True, text=True, check=True).stdout
 
     first = command()
-    assert first.count(" ...\n") == 4
+    assert first.count(" ...\n") == 5
+    assert "| tests on the device | 1 passed, 0 failed | none failed |" in first
     assert first.count(" of by hand") == 3 + 2 * 3
+    assert "| other libraries, MLP: metapl, forward |" in first
+    for file in tmp_path.glob("*.json"):
+        made = harness.loaded(file)
+        for row in made if isinstance(made, list) else []:
+            assert {"commit", "switches"} <= row["measured_on"].keys(), file
     assert "not measured" not in first
     assert "| failed" not in first
     (tmp_path / "WRN-28-2-float32.json").rename(tmp_path / "kept.json")
     (tmp_path / "WRN-28-2-float32.log").write_text("what happened\n")
     assert "| WRN-28-2, float32 | failed: what happened | |" in run("gpu", "--table", tmp_path)
-    assert command().count(" ...\n") == 1
+    # Rows that a part had measured before it was stopped stay, and the next call goes on behind them.
+    kept = harness.loaded(tmp_path / "kept.json")[:2]
+    kept[0]["ratio"] = 0.125
+    harness.write_json(tmp_path / "WRN-28-2-float32.part", kept)
+    assert "`forward`, as it is" in run("gpu", "--table", tmp_path)
+    second = command()
+    assert second.count(" ...\n") == 1
+    assert "0.12 of by hand" in second
+    assert len(harness.loaded(tmp_path / "WRN-28-2-float32.json")) == 3
 
 
 @pytest.mark.parametrize("name", ["digits_study", "label_noise", "noisy_student", "when"])

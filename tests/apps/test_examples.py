@@ -31,7 +31,7 @@ LABEL_METHODS = {
     "noise_transition": "NoiseTransition",
     "your_own_method": "trust in pairs",
 }
-LINE = r"\b{}: ([\d.]+) by {}, ([\d.]+) by plain training, difference ([+-][\d.]+) ± .*\n"
+LINE = r"\b{}: ([\d.]+) by {}, ([\d.]+) by plain training, difference ([+-][\d.]+)(?: ± .*)?\n"
 TABLE = r"{}, 5 labels a class, .*\n  logistic regression +([\d.]+) ±.*\n  MPL +([\d.]+) ±"
 
 
@@ -54,7 +54,7 @@ PRINTS: dict[str, tuple[str, str, Callable[..., bool]]] = {
     ),
     "learned images": (
         "distilled_digits 3 --steps 40",
-        r"over 1 seeds: ([\d.]+) ± [\d.]+ on learned ones, ([\d.]+) ± [\d.]+ on random real ones",
+        r"over one seed: ([\d.]+) on learned ones, ([\d.]+) on random real ones",
         lambda learned, real: learned > real + 5,
     ),
     "rated text": (

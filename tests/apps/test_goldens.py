@@ -34,7 +34,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "digits forward": ("train", "digits", *DIGITS, "--uda-weight", "1", "--warmup", "3", "--ema-decay", "0.9"),
     "digits reinforce": (
         *("train", "digits", *DIGITS, "--mode", "reinforce", "--baseline", "0.9", "--dropout", "0.2"),
-        *("--wait", "4", "--schedule", "constant"),
+        *("--wait", "4", "--schedule", "constant", "--reduction", "sum", "--feedback-weight", "1"),
     ),
     "digits reduced": ("train", "digits", *DIGITS, "--method", "reduced_mpl"),
     "digits fixmatch": ("train", "digits", *DIGITS, "--method", "fixmatch"),

@@ -1,6 +1,5 @@
 """The suite of the application can fail: each planted fault, bent as a mistake would be, is caught by a check."""
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +10,7 @@ import pytest
 import test_folders
 import test_resume
 from command import metapl, result
-from test_bits import check
-from test_goldens import STORED, of_run
+from test_goldens import of_run
 from tiny_runs import TINY, colored_pictures
 
 from metapl.apps import images, label, train
@@ -35,10 +33,19 @@ class Here:
 Check = Callable[[Here], None]
 
 
+ENDED_ON: dict[str, Any] = {}
+"""The weights of runs without a fault, by the name of the golden run, as they are on this machine."""
+
+
 def golden(name: str) -> Check:
+    """The weights that a run ends on, to the bit. The stored ones may be of another processor, where they are compared
+    to 5e-3 of their norm, within which most of these faults stay; so the first call, without a fault, is remembered."""
+
     def weights(here: Here) -> None:
-        stored = json.loads(STORED.read_text())
-        check(of_run(name, here.root, here.out), stored["runs"][name], stored["machine"], 5e-3)
+        if name not in ENDED_ON:
+            ENDED_ON[name] = of_run(name, here.root, here.out)
+        elif here.out.parent.name == "bent":
+            assert of_run(name, here.root, here.out)["sha256"] == ENDED_ON[name]["sha256"]
 
     return weights
 
@@ -136,7 +143,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any], Check]] = {
 }
 
 
-TESTED = ("weights", "ends_alike", "nothing_is_learned_from_what_is_selected_on")
+TESTED = ("ends_alike", "nothing_is_learned_from_what_is_selected_on")
 """Checks that are tests elsewhere, which would fail if they did not pass on what is there."""
 
 

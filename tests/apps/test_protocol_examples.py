@@ -116,6 +116,7 @@ def test_a_protocol_runs_from_end_to_end(name: str, tmp_path: Path, monkeypatch:
     fitted = [row for row in rows if row["phase"] == "fit"]
     assert "inner_loss" not in fitted[0], "the student waits for a step"
     assert "inner_loss" in fitted[1]
+    assert fitted[1]["feedback_weight"] == 1.0, "the papers know no bound"
     assert protocols.train(dataclasses.replace(c, resume=True)) == result  # after its end it takes no step
 
 

@@ -13,8 +13,8 @@ import torch
 pytest.importorskip("sklearn")
 
 from sklearn.base import clone
-from sklearn.datasets import make_blobs, make_moons
-from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.datasets import load_breast_cancer, load_wine, make_blobs, make_moons
+from sklearn.model_selection import GridSearchCV, cross_val_score, train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -197,7 +197,7 @@ REFUSED: list[tuple[type, str, dict[str, Any], dict[str, Any]]] = [  # a word, w
     (REWEIGHTING, "truth values", {}, {"trusted": TRUSTED[:-1]}),
     (REWEIGHTING, "truth values", {}, {"trusted": TRUTH}),
     (REWEIGHTING, "weighed", {}, {"trusted": TRUSTED | True}),
-    (REWEIGHTING, "weighed", {"trusted_fraction": 0.9}, {"y": np.arange(60) // 3}),
+    (REWEIGHTING, "folds", {"folds": 1}, {}),
     (REWEIGHTING, "trusted row", {}, {"trusted": TRUSTED & (NOISY != 2)}),
 ]
 
@@ -208,3 +208,27 @@ def test_a_refused_fit(kind: type, word: str, settings: dict[str, Any], data: di
     with pytest.raises((ValueError, TypeError), match=word):
         kind(**{**QUICK, **settings}).fit(**{"X": X, "y": FEW if kind is MPL else NOISY, **data})
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("load", [load_wine, pytest.param(load_breast_cancer, marks=pytest.mark.long)])
+def test_without_trusted_rows_folds_that_check_each_other_find_wrong_labels(load: Any) -> None:
+    """And the classifier is not behind its own control, plain training; weights learned from random rows were."""
+    data, truth = load(return_X_y=True)
+    classes, of_folds, of_control = truth.max() + 1, [], []
+    for seed in range(3):
+        rows, held_out, right, held_out_right = train_test_split(data, truth, test_size=0.4, random_state=seed)
+        is_wrong = np.random.default_rng(seed).random(len(right)) < 0.3
+        given = np.where(is_wrong, (right + 1) % classes, right)
+        settings: dict[str, Any] = {"steps": 150, "random_state": seed}
+        found = REWEIGHTING(**settings).fit(rows, given)
+        assert found.weights_[is_wrong].mean() < 0.3 < 0.8 < found.weights_[~is_wrong].mean()
+        of_folds.append(found.score(held_out, held_out_right))
+        of_control.append(REWEIGHTING(mode="none", **settings).fit(rows, given).score(held_out, held_out_right))
+    assert np.mean(of_folds) > np.mean(of_control)
+
+
+def test_the_rows_of_a_class_that_no_fold_recognizes_keep_their_weight() -> None:
+    rows, labels = np.vstack([X, [[9.0, 9.0]]]), np.append(TRUTH, 3)
+    found = REWEIGHTING(**QUICK).fit(rows, labels)
+    assert found.weights_[-1] == 1
+    assert (REWEIGHTING(mode="none", **QUICK).fit(rows, labels).weights_ == 1).all()

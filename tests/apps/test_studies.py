@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import metapl
 from metapl.ablation import Altered
 from metapl.apps.pictures.views import base
-from metapl.feedback import Forward
+from metapl.feedback import Forward, Reinforce
 from metapl.models import mlp
 from metapl.problems.losses import UDA, CrossEntropy
 from metapl.training.loss_trainer import LossTrainer
@@ -100,6 +100,40 @@ def test_a_seed_of_a_stack_takes_the_steps_of_a_trainer(case: str, monkeypatch: 
         assert difference(trainer.student, stack.state.student.params, s) < 1e-12
         assert difference(trainer.teacher, stack.state.teacher.params, s) < 1e-12
         assert difference(trainer.teacher, stack.state.teacher.params, 1 - s) > 1e-3
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_a_form_of_algorithm_1_is_trained_by_the_mean_on_the_labels_that_its_noise_draws(
+    similarity: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import when
+
+    monkeypatch.setattr(when, "BATCH", BATCH)
+    baseline = None if similarity == "dot" else 0.99
+    form = {"mode": "reinforce", "similarity": similarity, "baseline": baseline, "size": 2.0}
+    rule, first = when.Rule(student_lr=0.7, teacher_lr=0.3, **form), networks(4)
+    stack = when.Stack(rule, first[:2], first[2:])
+    noises = [noise.double() for noise in when.drawn_to_label(SEEDS, STEPS)]
+    with torch.no_grad():
+        for (labeled, [pair]), noise in zip(batches(), noises, strict=True):
+            stack.step(labeled, pair, 1.0, noise=noise)
+    for s, (teacher, student) in enumerate(zip(networks(4)[:2], networks(4)[2:], strict=True)):
+        trainer = metapl.BilevelTrainer(
+            teacher,
+            student,
+            Reinforce(similarity=similarity, baseline=baseline, reduction="mean"),
+            inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.7),
+            outer_optimizer=torch.optim.SGD(teacher.parameters(), lr=0.3, momentum=0.9),
+            teacher_losses=(CrossEntropy(),),
+            feedback_weight=2.0,
+        )
+        step, state = trainer.functional()
+        # What a seed draws does not depend on the others.
+        own_noises = when.drawn_to_label(SEEDS[s : s + 1], STEPS)
+        for (labeled, [pair]), noise in zip(batches(), own_noises, strict=True):
+            state, _ = step(state, of_seed(s, labeled), of_seed(s, pair), noise[0].double())
+        for stacked, own in ((stack.state.student, state.student), (stack.state.teacher, state.teacher)):
+            assert all(torch.allclose(stacked.params[name][s], p, rtol=0, atol=1e-12) for name, p in own.params.items())
 
 
 @pytest.mark.parametrize("settings", [{"threshold": 0.1, "align": 1.0}, {"threshold": 0.1, "temperature": 0.0}])

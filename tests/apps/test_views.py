@@ -6,6 +6,7 @@ import math
 import pickle
 import random
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from scipy.spatial.transform import Rotation
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.overrides import TorchFunctionMode
 from torchvision.transforms import v2
 
 from metapl.apps.pictures import (
@@ -514,22 +516,43 @@ def test_cutout_is_a_grey_square_lost_outside_the_image() -> None:
         assert covered.max() == most
 
 
+class FromNumbers(TorchFunctionMode):
+    """Refuses tensors that are made on the pictures' device from numbers of Python, for which the host would wait."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and made.device.type == "meta":
+            raise AssertionError(f"{func.__name__} copies numbers to the device")
+        return made
+
+
+@pytest.mark.parametrize("name", [name for name, view in VIEWS.items() if not isinstance(view, Seeded)])
+def test_no_view_waits_for_the_device_of_the_pictures(name: str) -> None:
+    """On the meta device, where torch itself refuses every look at a value."""
+    images = pictures(4).to("meta")
+    with FromNumbers():
+        got = call(VIEWS[name], images)
+    assert got.device.type == "meta"
+    with pytest.raises(AssertionError, match="copies numbers"), FromNumbers():
+        torch.tensor([1, 2], device="meta")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("name", [name for name in VIEWS if name != "all generators"])
-def test_cuda_gives_the_same_views_without_a_synchronisation(name: str) -> None:
+def test_cuda_gives_the_same_views_without_a_synchronisation(
+    name: str, cuda_may_not_wait: Callable[[], AbstractContextManager[None]]
+) -> None:
     view, images = VIEWS[name], pictures(64)
     expected, on_device = call(view, images), images.cuda()
-    first, state = call(view, on_device), torch.cuda.get_rng_state()
+    first = call(view, on_device)
     if isinstance(view, Seeded):  # whose transforms draw on the device
-        torch.cuda.manual_seed(5)
+        with torch.random.fork_rng():
+            torch.cuda.manual_seed(5)
+            got = call(view, on_device)
     else:
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        got = call(view, on_device)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.set_rng_state(state)
+        with cuda_may_not_wait():
+            got = call(view, on_device)
     assert torch.equal(got, first)
     alone = [call(view, on_device[[i]], examples=torch.tensor([i])) for i in range(64)]
     assert torch.equal(torch.cat(alone), got)

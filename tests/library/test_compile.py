@@ -17,6 +17,7 @@ from test_attribution import Named
 from test_functional import FEATURES, MODES, OPTIMIZERS, batches, build, but_for_bfloat16, error, fits
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
 
 import metapl
@@ -284,7 +285,11 @@ def test_kinds_of_students_compiled(kind: str, how: str, monkeypatch: pytest.Mon
             status = "A" if found else "R"
         except MetaplError:
             status = "X"
-    assert status == STATUSES[kind]
+    # Dynamo takes checkpoints as torch has them before 2.13, and the step is the eager one: it is compared.
+    if kind == "a checkpoint" and torch.__version__ < TorchVersion("2.13"):
+        assert status == "R"
+    else:
+        assert status == STATUSES[kind]
     assert torch._C._autograd._saved_tensors_hooks_is_enabled()  # checkpoints go on
 
 

@@ -29,12 +29,14 @@ BOUNDS: list[tuple[str | Estimator, float]] = [
 
 
 @cache
-def passes(mode: str | Estimator) -> float:
+def passes(mode: str | Estimator, has_losses: bool = False, by_weight: bool = False) -> float:
     """FLOPs of a step on equal batches, after the first, over those of a forward pass of the student."""
     torch.manual_seed(0)
     teacher, student = (metapl.models.wide_resnet(10, 1) for _ in range(2))
     unlabeled, labeled = torch.randn(2, 3, 8, 8), (torch.randn(2, 3, 8, 8), torch.tensor([3, 7]))
-    trainer = metapl.BilevelTrainer(teacher, student, mode, teacher_losses=(), verify=False)
+    losses = (metapl.CrossEntropy(),) if has_losses else ()
+    weight = 1.0 if by_weight else None
+    trainer = metapl.BilevelTrainer(teacher, student, mode, teacher_losses=losses, feedback_weight=weight, verify=False)
     trainer.step(labeled, unlabeled)
     with FlopCounterMode(display=False) as step:
         trainer.step(labeled, unlabeled)
@@ -46,6 +48,14 @@ def passes(mode: str | Estimator) -> float:
 @pytest.mark.parametrize(("mode", "bound"), BOUNDS, ids=str)
 def test_a_step_costs_no_more_passes_than_stated(mode: str | Estimator, bound: float) -> None:
     assert passes(mode) <= bound
+
+
+@pytest.mark.parametrize("mode", ["forward", "reinforce"])
+def test_the_default_size_of_the_feedback_takes_no_pass_more_than_a_weight(mode: str) -> None:
+    """Feedback and own losses go through passes of the teacher of their own, so two gradients cost as much as one."""
+    by_bound = passes(mode, has_losses=True)
+    assert by_bound > passes(mode)
+    assert by_bound == pytest.approx(passes(mode, has_losses=True, by_weight=True), rel=1e-3)
 
 
 def test_the_cost_of_implicit_is_what_the_table_of_the_documentation_says() -> None:

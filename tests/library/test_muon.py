@@ -13,6 +13,7 @@ from problems_zoo import CLASSES, Toy, everything, gradient, product, same, toy
 from reference import Rule, Tree, error
 from test_lookahead import batches
 from torch import Tensor, nn
+from torch_versions import require_torch
 
 import metapl
 from metapl import Lookahead
@@ -29,6 +30,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "by size": {**NESTEROV, "lr": 0.05, "adjust_lr_fn": "match_rms_adamw"},
     "unclamped": {**NESTEROV, "adjust_lr_fn": "spectral_unclamped", "ns_steps": 3, "ns_coefficients": (3.0, -4.0, 2.0)},
 }
+
+
+def require_setting(settings: str) -> None:
+    if settings == "unclamped":
+        require_torch("2.14", "torch.optim.Muon takes spectral_unclamped")
 
 
 def polar(matrix: Tensor, a: float, b: float, c: float, steps: int) -> Tensor:
@@ -114,6 +120,7 @@ def stepped(real: tuple[Any, Any], student: nn.Module, grads: Tree) -> None:
     ),
 )  # fmt: skip
 def test_the_gradient_is_that_of_double_backward_by_hand(mode: Any, settings: str, steps: int, warm: int) -> None:
+    require_setting(settings)
     given = problem()
     ahead = batches(steps, given)
     real, state = warmed(given, SETTINGS[settings], warm)
@@ -130,6 +137,7 @@ def test_the_gradient_is_that_of_double_backward_by_hand(mode: Any, settings: st
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_a_rule_that_rounds_is_torchs_own_step(settings: str) -> None:
+    require_setting(settings)
     given = problem()
     real, _ = warmed(given, SETTINGS[settings], 2)
     update = update_of(real, trainable(given.student))

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import metapl
-from metapl.execution.numerics import full_float32
+from metapl.execution.numerics import explain, float32_products, full_float32
 
 pytestmark = pytest.mark.gpu
 
@@ -85,6 +85,23 @@ def test_the_gradient_is_that_of_float64_on_the_cpu(mode: str, network: str, ahe
     with full_float32(torch.device(DEVICE)):
         found = gradient(case(network, DEVICE), mode, ahead)
     assert gap(found, exact) < (1e-2 if mode == "difference" else 1e-4)
+
+
+def test_the_precision_of_float32_products_is_told_whatever_a_caller_has_set() -> None:
+    """Also where reading the older switches would raise; what is not set at all is float32."""
+    device = torch.device(DEVICE)
+    before = float32_products(device)
+    with full_float32(device):
+        assert float32_products(device) == {"matrix products": "ieee", "convolutions": "ieee"}
+    assert float32_products(device) == before
+    reduced = "tf32" if DEVICE == "cuda" else "bf16"
+    switch = torch.backends.cudnn.conv if DEVICE == "cuda" else torch.backends.mkldnn.conv
+    old = switch.fp32_precision
+    try:
+        switch.fp32_precision = reduced
+        assert float32_products(device)["convolutions"] == reduced
+    finally:
+        switch.fp32_precision = old
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -152,3 +169,48 @@ def test_one_rank_with_its_weights_cut_is_the_step_of_one_process(tmp_path: Path
         assert gap(torch.cat([t.flatten() for t in read.values()]).double(), ends[1]) == 0
     finally:
         dist.destroy_process_group()
+
+
+class Recurrent(nn.Module):
+    """An LSTM over the rows of a picture, by cuDNN where there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(24, 16, batch_first=True), nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, _ = self.lstm(x.transpose(1, 2).flatten(2))
+        return self.head(rows[:, -1])
+
+
+def recurrent(device: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    given = case("attention", device, dtype)
+    torch.manual_seed(0)
+    teacher, student = Recurrent(), Recurrent()
+    return {**given, "teacher": teacher.to(device, dtype), "student": student.to(device, dtype)}
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA: cuDNN's recurrent networks are not on the CPU")
+@pytest.mark.parametrize("mode", ["forward", "unrolled"])
+def test_a_recurrent_network_of_cudnn_is_refused_with_what_to_do(mode: str) -> None:
+    exact = gradient(recurrent("cpu", torch.float64), "unrolled")
+    given = recurrent(DEVICE)
+    with pytest.raises(metapl.MetaplError, match=r"torch\.backends\.cudnn\.flags\(enabled=False\)"):
+        gradient(given, mode)
+    with full_float32(torch.device(DEVICE)), torch.backends.cudnn.flags(enabled=False):
+        found = gradient(given, mode)
+    assert gap(found, exact) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Double backwards is not supported for CuDNN RNNs due to limitations in the CuDNN API.",
+        "Trying to use forward AD with _cudnn_rnn that does not support it because it has not been implemented yet.",
+        "cudnn RNN backward can only be called in training mode",
+    ],
+)
+def test_what_cudnn_says_of_recurrent_networks_names_the_remedy(message: str) -> None:
+    with pytest.raises(metapl.MetaplError, match=r"torch\.backends\.cudnn\.flags\(enabled=False\)"):
+        explain(RuntimeError(message))
+    explain(RuntimeError("cudnn RNN: something else"))

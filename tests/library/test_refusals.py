@@ -306,14 +306,61 @@ def test_a_wrong_call_moves_nothing(name: str) -> None:
     assert moved(before, case.everything()) == []
 
 
+def calls_with(generator: torch.Generator, case: Case) -> dict[str, Callable[[], Any]]:
+    """Every call that takes a generator; ``generator`` is of another device than that on which it is to draw."""
+    batches: dict[str, Any] = {"labeled": (case.x, case.y), "unlabeled": case.u}
+    networks = case.teacher, case.student
+    given: dict[str, Any] = {**batches, "mode": "reinforce", "inner_optimizer": case.inner, "generator": generator}
+    return {
+        "a trainer": lambda: case.built("reinforce", generator=generator),
+        "a trainer without verification": lambda: case.built("reinforce", generator=generator, verify=False),
+        "a trainer's gradient": lambda: case.built("reinforce").hypergradient(**batches, generator=generator),
+        "hypergradient": lambda: metapl.hypergradient(*networks, **given),
+        "hypergradient, verified": lambda: metapl.hypergradient(*networks, **given, verify=True),
+        "check_gradient": lambda: metapl.check_gradient(*networks, **given),
+    }
+
+
+REFUSED_GENERATOR = (
+    r"^generator is on {}.*, and the networks are on {}.*; expected torch.Generator\('{}.*'\), or none.$"
+)
+
+
+CALLS_WITH_A_GENERATOR = [*calls_with(torch.Generator(), Case())]
+
+
+# A trainer's gradient first saves the state of its device's own generator, which the meta device has not.
+@pytest.mark.parametrize("call", [call for call in CALLS_WITH_A_GENERATOR if call != "a trainer's gradient"])
+def test_a_generator_of_the_cpu_is_refused_for_networks_elsewhere(call: str) -> None:
+    """On the meta device, which is everywhere, and on which a pass that began would fail otherwise."""
+    case = Case(network().to("meta"), network().to("meta"))
+    generator = torch.Generator()
+    before = generator.get_state()
+    with pytest.raises(MetaplError, match=REFUSED_GENERATOR.format("cpu", "meta", "meta")):
+        calls_with(generator, case)[call]()
+    assert torch.equal(generator.get_state(), before)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch makes no generator of a device that is not there")
-def test_a_generator_of_another_device_is_refused() -> None:
+@pytest.mark.parametrize("call", CALLS_WITH_A_GENERATOR)
+def test_a_generator_of_another_device_is_refused(call: str) -> None:
     case = Case()
     before = case.everything()
-    with pytest.raises(MetaplError):
-        case.step("reinforce", generator=torch.Generator("cuda"))()
+    with pytest.raises(MetaplError, match=REFUSED_GENERATOR.format("cuda", "cpu", "cpu")):
+        calls_with(torch.Generator("cuda"), case)[call]()
     assert moved(before, case.everything()) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch makes no generator of a device that is not there")
+def test_attribute_draws_its_order_on_the_cpu() -> None:
+    case = Case()
+    data = case.x, case.y
+    with pytest.raises(MetaplError, match=r"generator is on cuda(:0)?, and the order of the examples is drawn on cpu"):
+        metapl.attribute(
+            case.student, data, data, optimizer=case.inner, steps=1, batch_size=2, generator=torch.Generator("cuda")
+        )
 
 
 NAN, INF = float("nan"), float("inf")

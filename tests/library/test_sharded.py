@@ -15,6 +15,7 @@ import torch
 from ranks import Ranks
 from reference import error
 from torch import nn
+from torch_versions import require_torch
 
 from metapl.ablation import Altered
 from metapl.distributed import Mesh, blocks_of, shard
@@ -22,6 +23,7 @@ from metapl.errors import MetaplError
 from metapl.feedback import Forward, Reinforce, ReinforcePerExample
 from metapl.models import mlp as multilayer
 
+DIFFERENTIABLE_TWICE = "a DTensor can be differentiated twice"
 MODES = ("none", "reinforce", "reinforce_per_example", "loss_difference", "difference", "forward")
 
 
@@ -143,6 +145,8 @@ QUICK |= {"a replicated teacher", "products, AdamW"}
 def test_processes_are_as_one(two: Ranks, four: Ranks, what: str) -> None:
     """In gradients, weights, feedback and reports; what one process finds is beside double backward elsewhere."""
     number, alike, cases = CASES[what]
+    if any("lookahead" in case and case["layout"] != "ddp" for case in cases):
+        require_torch("2.12", DIFFERENTIABLE_TWICE)
     found = zip(*(two if number == 2 else four).run("many", cases=cases), strict=True)
     for own, case in zip(found, cases, strict=True):
         plain = {name: value for name, value in case.items() if name not in ("layout", "teacher_layout")}
@@ -162,6 +166,8 @@ def test_whole_trainings_are_as_in_one_process(
     two: Ranks, four: Ranks, number: int, layout: str, optimizer: str, each: bool
 ) -> None:
     """Scores of all examples on every rank, and derivatives in the start; no more than a block and the root is held."""
+    if layout != "ddp":
+        require_torch("2.12", DIFFERENTIABLE_TWICE)
     expected = sharded_cases.whole_training(None, optimizer, each=each)
     case = {"layout": layout, "optimizer": optimizer, "each": each}
     for own, most, block_and_root in (two if number == 2 else four).run("gathered_at_once", **case):
@@ -175,6 +181,7 @@ def test_whole_trainings_are_as_in_one_process(
 @pytest.mark.parametrize("inside", ["dropout", "norm"])
 def test_blocks_that_run_again_have_their_masks_and_statistics(two: Ranks, inside: str) -> None:
     """As replicas have, whose blocks do not."""
+    require_torch("2.12", DIFFERENTIABLE_TWICE)
     found, expected = (two.run("whole_training", layout=layout, inside=inside) for layout in ("fsdp", "ddp"))
     for own, other in zip(found, expected, strict=True):
         for kind in ("scores", "losses", "params", "start", "moved"):  # a bias before a norm has a derivative of zero
@@ -192,6 +199,7 @@ def test_replicas_repeat_a_training_with_their_own_masks_and_statistics(two: Ran
 @pytest.mark.parametrize("layout", ["fsdp", pytest.param("shard_checkpoint", marks=pytest.mark.long)])
 def test_a_path_that_failed_leaves_the_student_as_it_was(two: Ranks, layout: str) -> None:
     """In a forward pass, and where a block is run again in the backward pass, at weights of a later step."""
+    require_torch("2.12", DIFFERENTIABLE_TWICE)
     for at in (2, 3, 4, 5):
         assert max(two.run("interrupted", layout=layout, at=at)) < 1e-12, at
 

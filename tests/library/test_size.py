@@ -126,6 +126,30 @@ def test_the_pure_step_follows_the_same_rule(mode: str, rule: dict[str, Any]) ->
         torch.testing.assert_close(moved.teacher.params[name], p.detach())
 
 
+class Entropy:
+    """A loss of the teacher whose gradient passes through the signal."""
+
+    name = "entropy"
+
+    def __call__(self, teacher: nn.Module, *, signal: metapl.Signal, **given: Any) -> Tensor:
+        q = signal.probs if signal.probs is not None else signal.value
+        return -(q * q.log()).sum(-1).mean()
+
+
+@pytest.mark.parametrize("mode", ["forward", "reinforce"])
+def test_a_loss_that_reads_the_graph_of_the_signal_has_its_whole_gradient(mode: str) -> None:
+    losses = (CrossEntropy(), Entropy())
+    eager, batches = trainer_for(mode, generator=None, teacher_losses=losses, feedback_bound=0.01)
+    step, state = eager.functional()
+    torch.manual_seed(5)
+    moved, _ = step(state, batches["labeled"], batches["unlabeled"])
+    torch.manual_seed(5)
+    eager.step(**batches)
+    assert eager.teacher is not None
+    for name, p in eager.teacher.named_parameters():
+        torch.testing.assert_close(moved.teacher.params[name], p.detach())
+
+
 def test_stacked_steps_have_a_weight_each() -> None:
     """A small and a large feedback side by side: the bound cuts the one that exceeds it."""
     trainer, batches = trainer_for("forward", feedback_bound=0.02)

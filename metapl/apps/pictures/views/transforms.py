@@ -140,8 +140,10 @@ class ShiftNoiseCutout(PictureView):
             z = base.normal(seed, step, examples, math.prod(images.shape[1:]), stream=base.NOISE)
             images = images + self.noise * z.view_as(images).to(images.dtype)
         if self.cutout > 0:
-            room = torch.tensor(images.shape[2:], device=images.device) - self.cutout + 1
-            images = base.cutout(images, below(u_B4[:, 2:], room), self.cutout, 0.0)
+            # The numbers of places stay numbers of Python: the host would wait for a copy of them to the device.
+            rows, columns = (size - self.cutout + 1 for size in images.shape[2:])
+            corners_B2 = torch.stack([below(u_B4[:, 2], rows), below(u_B4[:, 3], columns)], dim=1)
+            images = base.cutout(images, corners_B2, self.cutout, 0.0)
         return images
 
 
