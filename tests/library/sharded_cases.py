@@ -606,6 +606,18 @@ def fitted(
     return {"history": found.history, "step": found.step, **weights}
 
 
+def said(layout: str | None) -> list[str]:
+    """What a fit says whose teacher hardly moves."""
+    trainer, lines = built("forward", layout), list[str]()
+    optimizer: Any = trainer.outer_optimizer
+    optimizer.param_groups[0]["lr"] = 1e-9
+    labeled, unlabeled = (Share([*part], trainer.ranks) for part in zip(*batches(30), strict=True))
+    validation = batches(31)[30][0]
+    options: dict[str, Any] = {"validation": validation, "validate_every": 10, "log_every": 5, "progress": False}
+    trainer.fit(labeled, unlabeled, steps=30, say=lines.append, **options)
+    return lines
+
+
 def unwritten(folder: str) -> list[str]:
     """What each rank hears of two checkpoints that fail on the first alone, in its part and at the end."""
     from torch.distributed.checkpoint import FileSystemWriter

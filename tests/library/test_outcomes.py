@@ -177,7 +177,8 @@ def test_a_network_on_its_own_is_looked_at_too() -> None:
 
 def test_a_table_that_stays_is_said_with_a_rule_that_moves_it() -> None:
     (line,) = weighed(lambda table: sgd(table, 0.05))
-    assert "have hardly moved after 20 steps" in line
+    # The student learns the labels as they are for the first 20 steps; the table begins then.
+    assert "have hardly moved after 40 steps" in line
     assert "outer_optimizer=torch.optim.Adam(teacher.parameters(), lr=0.1)" in line
 
 

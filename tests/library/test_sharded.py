@@ -366,6 +366,17 @@ def test_a_fit_is_as_in_one_process_and_the_first_rank_writes(two: Ranks, layout
     assert [row["step"] for row in written if row["phase"] == "fit"] == [row["step"] for row in expected["history"]]
 
 
+@pytest.mark.parametrize("layout", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
+def test_the_first_rank_says_what_goes_wrong_as_one_process_does(two: Ranks, layout: str) -> None:
+    expected = sharded_cases.said(None)
+    assert [line for line in expected if "hardly moved" in line]
+    first, second = two.run("said", layout=layout)
+    assert second == []
+    # Of a sharded network the first rank looks at its own part.
+    assert [line.partition(", by")[0] for line in first] == [line.partition(", by")[0] for line in expected]
+    assert layout == "fsdp" or first == expected
+
+
 @pytest.mark.parametrize("layout", [pytest.param("ddp", marks=pytest.mark.long), "fsdp"])
 def test_a_fit_that_was_stopped_goes_on_bit_for_bit_in_as_many_processes(
     two: Ranks, layout: str, tmp_path: Path
