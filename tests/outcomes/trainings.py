@@ -169,7 +169,8 @@ class Loop:
     @property
     def title(self) -> str:
         views = "" if self.noise is None else ", two views"
-        return f"{self.data} {self.labeled}, batches of {self.unlabeled_batch}{views}, {self.optimizer}, by {self.way}"
+        batches = f"batches of {self.unlabeled_batch}{views}"
+        return f"{self.data} {self.labeled}, {batches}, {self.optimizer}, {self.steps} steps by {self.way}"
 
     def split(self, seed: int) -> Split:
         return split_of(self.data, self.labeled, seed)
