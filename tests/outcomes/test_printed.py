@@ -74,7 +74,7 @@ def test_the_modes_page_prints_settings() -> None:
 
 def test_what_the_error_of_implicit_names_is_a_row() -> None:
     """The mode refuses a network in training, and names a mode and a setting that take one."""
-    with pytest.raises(MetaplError, match="mode='forward', .* or a larger damping"):
+    with pytest.raises(MetaplError, match=r"mode='forward', .* or a larger damping"):
         trained(Row("implicit"), seed=0)
     estimators = [row.estimator for row in all_rows()]
     assert estimator("forward") in estimators
