@@ -287,10 +287,11 @@ def keep_silent(text: str) -> None:
     """Take a message of a fit and show it nowhere: what went wrong is seen in the accuracies."""
 
 
-def run_job(job: Job, data: Path, miniature: bool) -> list[Row]:
+def run_job(job: Job, data: Path, miniature: bool, seeds: Sequence[int] = SEEDS) -> list[Row]:
     """Run the seeds of a job one after another, on one thread."""
     torch.set_num_threads(1)
-    seeds = SEEDS[:1] if miniature else SEEDS
+    if miniature:
+        seeds = seeds[:1]
     return [{**job.columns(), **run_seed(job, seed, data, miniature)} for seed in seeds]
 
 
@@ -326,7 +327,7 @@ def results(jobs: Sequence[Job], arguments: argparse.Namespace, ends: float | No
         for job in waiting:
             if ends is not None and time.monotonic() >= ends:
                 return
-            yield run_job(job, arguments.data, arguments.miniature)
+            yield run_job(job, arguments.data, arguments.miniature, arguments.seeds)
         return
     # Each process has one thread; PyTorch reads the variable when it is imported there.
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -337,7 +338,7 @@ def results(jobs: Sequence[Job], arguments: argparse.Namespace, ends: float | No
                 job = next(waiting, None)
                 if job is None:
                     break
-                running.add(pool.submit(run_job, job, arguments.data, arguments.miniature))
+                running.add(pool.submit(run_job, job, arguments.data, arguments.miniature, arguments.seeds))
             if not running:
                 return
             finished, running = wait(running, return_when=FIRST_COMPLETED)
@@ -579,6 +580,10 @@ def main() -> None:
     parser.add_argument(
         "--options", nargs="+", metavar="TEXT", help="options whose names begin so; controls always run"
     )
+    parser.add_argument("--rates", type=float, nargs="+", default=[*RATES], choices=[*RATES], help="of the cells")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[*SEEDS], help="to look at a cell again, into another file by --out"
+    )
     parser.add_argument("--commit", help="the commit that is run, where git cannot say it")
     arguments = harness.parsed(parser)
     if arguments.prepare is not None:
@@ -590,6 +595,7 @@ def main() -> None:
             jobs = miniature_jobs(arguments.rules[0])
         else:
             jobs = jobs_of(arguments.rules, arguments.part, arguments.ways)
+            jobs = [job for job in jobs if job.cell.rate in arguments.rates]
         if arguments.options is not None:
             beginnings = ("NoFeedback", *arguments.options)
             jobs = [job for job in jobs if job.option.name.startswith(beginnings)]

@@ -68,6 +68,7 @@ def digits_comparisons(train: Train, mode: str, steps: int, seeds: tuple[int, ..
     return compared
 
 
+@pytest.mark.long
 def test_a_short_training_on_the_digits_comes_out(train: Train) -> None:
     check_all(digits_comparisons(train, "reinforce", steps=300, seeds=(0,)))
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import metapl
+from metapl import BilevelProblem
 from metapl.models import Corrector
 from metapl.problems import (
     ExampleLabels,
@@ -151,7 +152,13 @@ def not_behind(accuracies: Any, *, of_trusted: bool = True) -> None:
         assert above_trusted > -BEHIND
 
 
-@pytest.mark.parametrize("name", ["ExampleWeights", "NoiseTransition", "LabelCorrection"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ExampleWeights",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("NoiseTransition", "LabelCorrection")),
+    ],
+)
 def test_problems_of_labels_learn_at_their_defaults(name: str) -> None:
     """Where the next class stands for 40 % of the labels, and plain training on all labels has some 71 %."""
     accuracies = compared(name, "digits", "asymmetric")
@@ -159,6 +166,19 @@ def test_problems_of_labels_learn_at_their_defaults(name: str) -> None:
     assert accuracies[2] > 10
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["ExampleWeights", *(pytest.param(name, marks=pytest.mark.long) for name in ("ExampleLabels", "NoiseTransition"))],
+)
+def test_a_problem_goes_red_where_its_rate_is_put_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By SGD at 0.05, the trainer's own default, the weights, labels or matrix stay as they began."""
+    problem, _ = PROBLEMS[name]
+    monkeypatch.setattr(type(problem), "default_outer_optimizer", BilevelProblem.default_outer_optimizer)
+    with pytest.raises(AssertionError):
+        not_behind(compared(name, "digits", "asymmetric"))
+
+
+@pytest.mark.long
 def test_the_weights_of_meta_weight_net_fall_with_the_loss() -> None:
     """Begun without its first steps, they rise with it."""
     for seed in SEEDS:
