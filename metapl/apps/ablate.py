@@ -54,7 +54,8 @@ class Looking:
             several = len(found.points) > 1
             where = f"steps {', '.join(map(str, found.points))}" if several else "the start"
             tell(f"gradients at {where} of the training{', costs at the last of them' * several};")
-            tell(f"error and noise are over the length of the exact gradient\n\n{found.table()}\n")
+            tell("error and noise are over the length of the exact gradient, and of B times the")
+            tell(f"gradient where a mode takes the mean over the batch\n\n{found.table()}\n")
             tell(wrapped(found.recommendation))
             if self.out is not None:
                 write_whole(self.out / "ablation.json", found.to_json().encode(), ROOM)
