@@ -57,7 +57,7 @@ class BilevelTrainer(Trainer):
             share of each batch. No teacher, None, for a problem that has none, such as
             :class:`metapl.problems.LearningToReweight`; it then takes no teacher's options.
         mode: one of :data:`metapl.MODES`, or an estimator value such as ``metapl.feedback.Reinforce(baseline=0.99)``.
-            ``reinforce`` is the paper's Algorithm 1: one number for the batch, times the mean cross-entropy of drawn labels.
+            ``reinforce`` is Algorithm 1 of the paper: one number for the batch, times its labels' mean cross-entropy.
         problem: default :class:`metapl.PseudoLabels`.
         inner_optimizer: the student's: ``torch.optim`` SGD, Adam, AdamW or Muon, a tuple of these over disjoint
             parameters, such as (Muon, AdamW), or a TorchOpt transform; in mode ``none``, which differentiates nothing,
