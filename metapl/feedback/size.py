@@ -27,10 +27,10 @@ class FeedbackSize:
 
     .. math:: \lambda = \mathrm{weight}, \qquad
               \lambda = \mathrm{ratio}\, \frac{\|G_{own}\|}{\|G_h\|}, \qquad
-              \lambda = \min\Big(\mathrm{weight},\ \mathrm{bound}\, \frac{\|G_{own}\|}{\|G_h\|}\Big)
+              |\lambda| = \min\Big(|\mathrm{weight}|,\ \mathrm{bound}\, \frac{\|G_{own}\|}{\|G_h\|}\Big)
 
     Args:
-        weight: λ itself, or with a bound the greatest λ.
+        weight: λ itself, or with a bound the greatest λ; λ has its sign.
         ratio: what ‖λ G_h‖ / ‖G_own‖ is in every step; then the weight is not read.
         bound: what ‖λ G_h‖ / ‖G_own‖ is at most.
     """
@@ -51,10 +51,14 @@ class FeedbackSize:
         if self.ratio is not None:
             return torch.where(feedback_norm > 0, self.ratio * norms, 0.0)
         if self.bound is not None:
-            return torch.where(feedback_norm > 0, (self.bound * norms).clamp_max(self.weight), self.weight)
+            largest = self.bound * norms
+            bounded = torch.full_like(largest, self.weight).clamp(-largest, largest)
+            return torch.where(feedback_norm > 0, bounded, self.weight)
         return torch.full_like(feedback_norm, self.weight)
 
 
 def ratio_of(weight: Tensor, feedback_norm: Tensor, own_norm: Tensor) -> Tensor:
-    """Return ‖λ G_h‖ / ‖G_own‖, the size that a report states; infinite where the teacher's own gradient is zero."""
-    return (weight * feedback_norm).abs() / own_norm
+    """Return ‖λ G_h‖ / ‖G_own‖, the size that a report states; where the teacher's own gradient is zero it is infinite,
+    and 0 if the feedback's is zero too."""
+    size = (weight * feedback_norm).abs()
+    return torch.where(size > 0, size / own_norm, 0.0)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.batch import micro_batches
 from metapl.execution.compare import EXACTLY, coarsest, same_outputs
@@ -152,7 +152,14 @@ class Teaching:
         first_of_last_batch = len(self.passes) - parts
         gives_feedback = self.mode.credits != "nothing"
         compares = size.compares and gives_feedback
-        measures = measure and gives_feedback and bool(losses)
+        hooked = [name for name, p in layout.parameters().items() if p._backward_hooks]
+        # A hook that changes gradients would be called with each of them, and twice where the size is measured.
+        measures = measure and gives_feedback and bool(losses) and not hooked
+        if compares and hooked:
+            raise MetaplError(
+                f"the teacher's parameters {few(hooked, 3)} have hooks, which would change the gradients of the "
+                "feedback and of the own losses one by one; expected feedback_weight=1.0, or clip_norm without hooks."
+            )
         scalars = list[dict[str, Tensor]]()
         of_feedback = dict[str, Tensor]()
         of_losses = dict[str, Tensor]()
@@ -189,16 +196,17 @@ class Teaching:
             add_to(of_losses, {name: weight.to(g.dtype) * g for name, g in of_feedback.items()})
             for name, p in parameters.items():
                 p.grad = of_losses.get(name)
-                # A backward pass would have called these.
-                for hook in (p._post_accumulate_grad_hooks or {}).values():
-                    hook(p)
+                # A backward pass would have called these on the whole gradient.
+                if p.grad is not None:
+                    for hook in (p._post_accumulate_grad_hooks or {}).values():
+                        hook(p)
         elif measures:
             whole = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-            of_losses = {name: g - of_feedback[name] if name in of_feedback else g for name, g in whole.items()}
+            of_losses = {name: plus(g, -of_feedback[name]) if name in of_feedback else g for name, g in whole.items()}
             feedback_norm, own_norm = (self._norm(self._over_ranks(tree)) for tree in (of_feedback, of_losses))
             scalars[-1] |= {
                 "feedback_weight": torch.full_like(own_norm, size.weight),
-                "feedback_ratio": feedback_norm / own_norm,
+                "feedback_ratio": ratio_of(torch.ones_like(own_norm), feedback_norm, own_norm),
             }
         means = scalars[0] if len(scalars) == 1 else mean_scalars(scalars)
         means = means if alone else self.ranks.mean_tree(means, means)
@@ -237,7 +245,12 @@ class Teaching:
 def add_to(sums: dict[str, Tensor], gradient: Mapping[str, Tensor]) -> None:
     """Add a gradient to sums by parameter, in place."""
     for name, g in gradient.items():
-        sums[name] = sums[name] + g if name in sums else g
+        sums[name] = plus(sums[name], g) if name in sums else g
+
+
+def plus(a: Tensor, b: Tensor) -> Tensor:
+    """Return a + b, of which either may be sparse, as the gradient of an embedding is: torch adds a sparse one last."""
+    return b + a if a.is_sparse else a + b
 
 
 def check_signal(signal: Any, mode: Estimator, problem: Problem, steps: int) -> None:
@@ -266,20 +279,33 @@ def check_signal(signal: Any, mode: Estimator, problem: Problem, steps: int) -> 
 
 def reached_gradient(layout: Layout, loss: Tensor, *, retain: bool = False) -> dict[str, Tensor]:
     """Return the gradient of a loss in the weights that it reaches: of this rank's rows, or the mean over the ranks of
-    a sharded network, whose own backward pass averages. ``retain`` keeps the graph for another pass."""
+    a sharded network, whose own backward pass averages.
+
+    By a backward pass, since a part under ``torch.utils.checkpoint`` may run in no other way; ``.grad`` stays as it is.
+    Where the weights have hooks that a backward pass would call with a part of the step's gradient, by
+    ``torch.autograd.grad``. ``retain`` keeps the graph for another pass.
+    """
     parameters = layout.parameters()
     if not loss.requires_grad:
         return {}
-    if layout.is_sharded:
+    has_hooks = any(p._post_accumulate_grad_hooks for p in parameters.values())
+    if layout.is_sharded or not has_hooks:
         return by_backward(loss, parameters, retain=retain)
     grads = torch.autograd.grad(loss, list(parameters.values()), retain_graph=retain, allow_unused=True)
     return {name: g for name, g in zip(parameters, grads, strict=True) if g is not None}
 
 
 def gradient_of(layout: Layout, loss: Tensor) -> dict[str, Tensor]:
-    """Return :func:`reached_gradient` with zeros for the weights that the loss does not reach."""
-    reached = reached_gradient(layout, loss)
-    return {name: reached[name] if name in reached else torch.zeros_like(p) for name, p in layout.parameters().items()}
+    """Return the gradient of a loss in a network's weights, with zeros for those that it does not reach; no other leaf
+    of the graph gets a gradient."""
+    parameters = layout.parameters()
+    if not loss.requires_grad:
+        return {name: torch.zeros_like(p) for name, p in parameters.items()}
+    if layout.is_sharded:
+        reached = by_backward(loss, parameters)
+        return {name: reached[name] if name in reached else torch.zeros_like(p) for name, p in parameters.items()}
+    grads = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+    return dict(zip(parameters, grads, strict=True))
 
 
 def mean_scalars(scalars: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -39,6 +39,11 @@ class TeacherLoss(Protocol):
         ...
 
 
+def only_where_declared(loss: type) -> None:
+    """Let a subclass of a loss say anew that it detaches the signal: what it adds may have a gradient through it."""
+    loss.detaches_signal = vars(loss).get("detaches_signal", False)  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
 class CrossEntropy:
     r"""Cross-entropy on the labeled batch: weight · (1/B_l) Σ_j CE((1−α) y_j + α/C, T(x_l)_j).
@@ -59,6 +64,9 @@ class CrossEntropy:
     name: ClassVar[str] = "cross_entropy"
     detaches_signal: ClassVar[bool] = True
     of_classes: ClassVar[bool] = True  # its network's outputs are class logits
+
+    def __init_subclass__(cls) -> None:
+        only_where_declared(cls)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -117,6 +125,9 @@ class UDA:
 
     name: ClassVar[str] = "uda"
     detaches_signal: ClassVar[bool] = True
+
+    def __init_subclass__(cls) -> None:
+        only_where_declared(cls)
 
     def __post_init__(self) -> None:
         check_fields(self)

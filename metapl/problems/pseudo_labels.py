@@ -174,6 +174,8 @@ class ReducedLabels(PseudoLabels):
 class StoredCrossEntropy(CrossEntropy):
     """:class:`metapl.CrossEntropy` of T(stored_j), of labeled batches (x, y, stored)."""
 
+    detaches_signal: ClassVar[bool] = True
+
     def outputs(self, teacher: nn.Module, labeled: Any) -> Any:
         if len(labeled) < 3:
             given = f"labeled is {checks.described(labeled)}"

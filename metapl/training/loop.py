@@ -289,6 +289,8 @@ def fit(
             feeds[name] = feed(source, name=name, stop=last, **how)
             ending.callback(feeds[name].close)
         ending.callback(rates.move, None)
+        if hasattr(trainer, "measures_feedback"):
+            ending.callback(setattr, trainer, "measures_feedback", False)
         try:
             # Take over what the newest whole checkpoint has: the first process finds it, and all read it.
             found = None

@@ -36,7 +36,8 @@ from metapl.training import FitResult, Trainer
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
 from metapl.training.options import FitOptions
 from metapl.training.verify import Verification, refuse_hooks
-from metapl.updates import Clipped, as_one, parameters_of, refuse_missing, update_of
+from metapl.updates import Clipped, OwnStep, as_one, parameters_of, refuse_missing, update_of
+from metapl.updates.own_step import undone
 
 FIRST_NOT_FINITE = (
     "the inner loss is NaN or infinite: the student has diverged, or a batch has extreme values; lower its learning "
@@ -74,7 +75,7 @@ class BilevelTrainer(Trainer):
             in the teacher's parameters over that of the own losses' gradient.
         feedback_bound: that ratio at most: λ = min(weight, bound · ‖G_own‖ / ‖G_h‖), with a weight of 1 unless another
             is given. **The default**, where none of the three is given and the teacher learns labels by losses of its
-            own (those of the problem, or a cross-entropy among ``teacher_losses``), is a bound of 0.1
+            own (those of the problem, what is given in their place, or a cross-entropy), is a bound of 0.1
             (:data:`metapl.feedback.size.DEFAULT_BOUND`), under which every mode trains; elsewhere it is a weight of 1.
             A bound and a ratio take no pass more than a weight does, and hold one more gradient of the teacher. A
             compiled step takes one more backward pass of the teacher, unless its losses say ``detaches_signal``.
@@ -165,6 +166,8 @@ class BilevelTrainer(Trainer):
         self.inner_optimizer = default_optimizer(self.student) if inner_optimizer is None else as_one(inner_optimizer)
         gives_feedback = self.mode.credits != "nothing"
         update = update_of(self.inner_optimizer, self.layout.parameters(), is_differentiated=gives_feedback)
+        # An optimizer without a rule here may fail in its own step, when the teacher has moved already.
+        self._own_step = update if isinstance(update, OwnStep) else None
         self.update = update if clip_norm is None else Clipped(update, clip_norm, self.layout.space)
         self.outer_optimizer = as_one(outer_optimizer, "outer_optimizer")
         self._teacher_trainer: LossTrainer | None = None  # on its own losses, while the student waits
@@ -260,9 +263,10 @@ class BilevelTrainer(Trainer):
             if self.teacher_layout is not None and (self.clip_norm is not None or not ranks.alone):
                 self.teacher_layout.mean_gradients(self.clip_norm)
             # Nothing has moved before. The teacher's optimizer may be any, and may fail; so the student moves last.
-            if optimizer is not None:
-                optimizer.step()  # line 8: θ_T′
-            report.scalars.update(path.commit())  # line 3: θ_S′
+            with NOTHING if self._own_step is None else undone(optimizer, self._own_step.optimizer):
+                if optimizer is not None:
+                    optimizer.step()  # line 8: θ_T′
+                report.scalars.update(path.commit())  # line 3: θ_S′
             for layout in self.distributed:
                 layout.agree_on_buffers()
             self.mode_state, self.steps_done = mode_state, number + 1
@@ -399,7 +403,8 @@ class BilevelTrainer(Trainer):
                     parts=self.accumulate,
                 )
             checks.refuse_not_finite(FIRST_NOT_FINITE, path.inner_loss)
-            scalars = {"inner_loss": path.inner_loss} | path.commit()
+            with NOTHING if self._own_step is None else undone(self._own_step.optimizer):
+                scalars = {"inner_loss": path.inner_loss} | path.commit()
             for layout in self.distributed:
                 layout.agree_on_buffers()
             self.steps_done += 1

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
+from metapl.execution.numerics import Tree
 from metapl.updates.base import Parameters
-from metapl.updates.torch_optim import State, Tensors, TorchUpdate, parts_of
+from metapl.updates.torch_optim import State, States, Tensors, TorchUpdate, parameters_of, parts_of
 
+HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 RULES = "torch.optim's SGD, Adam, AdamW, Muon or a tuple of them, or on one device a TorchOpt transform"
 
 
@@ -39,6 +43,37 @@ class OwnStep(TorchUpdate):
             f"inner_optimizer has no derivative here, so that mode 'none' alone takes it; expected {RULES}."
         )
 
+    def stepped(self, params: Tree, grads: Tree, state: States) -> tuple[Tree, States]:
+        """Return θ′ and s′ of one of several steps, by a fresh optimizer of the same type with this state.
+
+        Refused for what such an optimizer would not have: attributes of a class that is not torch's, and hooks.
+        """
+        for one in parts_of(self.optimizer):
+            if not type(one).__module__.startswith("torch.optim") or any(vars(one)[name] for name in HOOKS):
+                given = f"several student steps with {type(one).__name__}, of a class that is not torch's or with hooks"
+                raise MetaplError(f"{given}; expected one step, or an optimizer of torch.optim without hooks.")
+        return super().stepped(params, grads, state)
+
     @staticmethod
     def completed(p: Tensor, state: State, group: Mapping[str, Any]) -> State:
         return state
+
+
+@contextmanager
+def undone(*optimizers: torch.optim.Optimizer | None) -> Iterator[None]:
+    """Take steps of these optimizers in this block; after an error weights and states are bit for bit as before.
+
+    Cost: a copy of weights and states.
+    """
+    present = [optimizer for optimizer in optimizers if optimizer is not None]
+    states = [copy.deepcopy(optimizer.state_dict()) for optimizer in present]
+    weights = [[p.detach().clone() for p in parameters_of(optimizer)] for optimizer in present]
+    try:
+        yield
+    except BaseException:
+        for optimizer, state, values in zip(present, states, weights, strict=True):
+            with torch.no_grad():
+                for p, value in zip(parameters_of(optimizer), values, strict=True):
+                    p.copy_(value)
+            optimizer.load_state_dict(state)
+        raise

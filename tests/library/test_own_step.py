@@ -74,3 +74,41 @@ def test_it_is_refused_where_a_derivative_or_a_closure_is_needed() -> None:
         metapl.BilevelTrainer(
             **case.networks(), mode="none", inner_optimizer=torch.optim.LBFGS(case.student.parameters())
         )
+
+
+class Counting(torch.optim.RMSprop):
+    """An optimizer with a state of its own outside of its groups."""
+
+    steps = 0
+
+
+def test_several_steps_of_an_optimizer_of_ones_own_are_refused() -> None:
+    """They are taken by fresh ones of its type, which would lack what it has besides groups and states."""
+    case = toy("mlp")
+    hooked = OTHERS["RMSprop"](case.student)
+    hooked.register_step_pre_hook(lambda *given: None)
+    for optimizer in (Counting(case.student.parameters(), lr=0.01), hooked):
+        trainer = metapl.BilevelTrainer(**case.networks(), mode="none", inner_optimizer=optimizer, lookahead=2)
+        with pytest.raises(MetaplError, match=r"expected one step, or an optimizer of torch.optim without hooks"):
+            trainer.step(case.labeled, metapl.Lookahead([case.unlabeled] * 2))
+        metapl.BilevelTrainer(**case.networks(), mode="none", inner_optimizer=optimizer).step(
+            case.labeled, case.unlabeled
+        )
+
+
+def test_where_the_students_optimizer_fails_nothing_has_moved() -> None:
+    """Sparse Adam takes no dense gradients; by then the teacher's optimizer has stepped."""
+    case = toy("mlp")
+    trainer = metapl.BilevelTrainer(
+        **case.networks(), mode="none", inner_optimizer=torch.optim.SparseAdam(list(case.student.parameters()))
+    )
+    before = copy.deepcopy(trainer.state_dict())
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="SparseAdam does not support dense"):
+            trainer.step(case.labeled, case.unlabeled)
+    after = trainer.state_dict()
+    for role in ("teacher", "student"):
+        for name, value in before[role].items():
+            assert torch.equal(value, after[role][name]), name
+    assert after["outer"]["state"] == before["outer"]["state"] == {}
+    assert after["steps_done"] == 0

@@ -10,6 +10,7 @@ import torch
 from problems_zoo import toy
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
+from torch.utils.checkpoint import checkpoint
 
 import metapl
 from metapl import UDA, CrossEntropy, MetaplError
@@ -54,6 +55,8 @@ def test_the_rules() -> None:
     assert FeedbackSize(bound=0.5).weight_for(feedback_norm, nothing) == 0.0
     assert ratio_of(torch.tensor(0.25), feedback_norm, own_norm) == 0.5
     assert ratio_of(torch.tensor(0.25), feedback_norm, nothing) == math.inf
+    assert ratio_of(torch.tensor(0.25), nothing, nothing) == 0.0
+    assert FeedbackSize(weight=-3.0, bound=0.5).weight_for(feedback_norm, own_norm) == -0.25
 
 
 @pytest.mark.parametrize("mode", ["forward", "reinforce", "loss_difference"])
@@ -222,6 +225,34 @@ def test_what_no_loss_reaches_gets_no_gradient_and_sparse_ones_stay_sparse() -> 
     assert seen["embedding.weight"].is_sparse
 
 
+class Checkpointed(nn.Module):
+    """A teacher whose layers run again in its backward pass, in the way that ``torch.autograd.grad`` refuses."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = checkpoint(self.inside, x.detach().requires_grad_(), use_reentrant=True)
+        return outputs
+
+
+@pytest.mark.parametrize("rule", [{}, {"feedback_ratio": 0.3}, {"feedback_weight": 2.0}], ids=str)
+def test_a_teacher_under_reentrant_checkpoints_takes_the_same_step(rule: dict[str, float]) -> None:
+    ends = []
+    for is_checkpointed in (False, True):
+        case = toy("mlp", rows=8)
+        teacher = Checkpointed(case.teacher) if is_checkpointed else case.teacher
+        outer = torch.optim.SGD(case.teacher.parameters(), lr=1.0)
+        trainer = metapl.BilevelTrainer(
+            teacher, case.student, "forward", outer_optimizer=outer, teacher_losses=LOSSES[:1], verify=False, **rule
+        )
+        trainer.measures_feedback = True
+        trainer.step(case.labeled, case.unlabeled)
+        ends.append(parameters_to_vector(case.teacher.parameters()).detach())
+    torch.testing.assert_close(*ends)
+
+
 def test_hooks_of_the_teachers_parameters_are_called() -> None:
     """An optimizer in the backward pass, say."""
     trainer, batches = trainer_for("forward")
@@ -252,3 +283,62 @@ def test_without_a_teacher_there_is_no_size() -> None:
     for name in ("feedback_weight", "feedback_ratio", "feedback_bound"):
         with pytest.raises(MetaplError, match=name):
             metapl.BilevelTrainer(None, nn.Linear(4, 3), problem=LearningToReweight(), **{name: 1.0})
+
+
+class WithEntropy(CrossEntropy):
+    """A loss that inherits from one that reads no graph of the signal, and adds a term that does."""
+
+    def __call__(self, teacher: nn.Module, *, signal: metapl.Signal, **given: Any) -> Tensor:
+        q = signal.probs if signal.probs is not None else signal.value
+        return super().__call__(teacher, signal=signal, **given) - (q * q.log()).sum(-1).mean()
+
+
+def test_a_loss_that_inherits_says_anew_what_it_reads() -> None:
+    assert CrossEntropy.detaches_signal
+    assert not WithEntropy.detaches_signal
+    eager, batches = trainer_for("forward", generator=None, teacher_losses=(WithEntropy(),), feedback_bound=0.01)
+    step, state = eager.functional()
+    moved, _ = step(state, batches["labeled"], batches["unlabeled"])
+    eager.step(**batches)
+    assert eager.teacher is not None
+    for name, p in eager.teacher.named_parameters():
+        torch.testing.assert_close(moved.teacher.params[name], p.detach())
+
+
+def test_hooks_that_change_the_teachers_gradients_are_refused_by_a_bound() -> None:
+    trainer, batches = trainer_for("forward")
+    assert trainer.teacher is not None
+    next(trainer.teacher.parameters()).register_hook(lambda g: g.clamp(-0.1, 0.1))
+    with pytest.raises(MetaplError, match=r"have hooks, .* expected feedback_weight=1.0"):
+        trainer.step(**batches)
+    by_weight, batches = trainer_for("forward", feedback_weight=1.0)
+    assert by_weight.teacher is not None
+    next(by_weight.teacher.parameters()).register_hook(lambda g: g.clamp(-0.1, 0.1))
+    by_weight.measures_feedback = True
+    assert "feedback_ratio" not in by_weight.step(**batches).scalars
+
+
+class SparseHere(nn.Module):
+    """A teacher whose embedding has a sparse gradient by one pass and a dense one by another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Parameter(torch.randn(20, 8)), nn.Linear(8, 3)
+
+    def forward(self, words: Tensor) -> Tensor:
+        is_labeled = len(words) == 6
+        return self.head(nn.functional.embedding(words, self.words, sparse=is_labeled).mean(1))
+
+
+def test_sparse_and_dense_gradients_of_one_weight_are_added() -> None:
+    moves = []
+    for rule in ({"feedback_weight": 1.0}, {"feedback_bound": 1e6}):
+        torch.manual_seed(0)
+        teacher = SparseHere()
+        student = nn.Sequential(nn.Embedding(20, 8), nn.Flatten(), nn.Linear(32, 3))
+        outer = torch.optim.SGD(teacher.parameters(), lr=0.1)
+        trainer = metapl.BilevelTrainer(teacher, student, "forward", outer_optimizer=outer, verify=False, **rule)
+        trainer.measures_feedback = True
+        trainer.step((torch.randint(20, (6, 4)), torch.arange(6) % 3), torch.randint(20, (8, 4)))
+        moves.append(teacher.words.detach())
+    torch.testing.assert_close(*moves)
