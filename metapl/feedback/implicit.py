@@ -106,7 +106,8 @@ def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: floa
         if curvature <= rounding * p_norm * q_norm:
             if number == 0 or curvature < -rounding * largest * p_norm**2:  # v itself must be curved
                 given = "the inner loss curves downwards: the student is not near its optimum"
-                raise MetaplError(f"{given}; expected mode='forward', which needs no optimum, or a larger damping.")
+                expected = "mode='forward', which needs no optimum, or a larger damping"
+                raise MetaplError(f"{given}; expected {expected} (metapl.feedback.Implicit(damping=...)).")
             break
         alpha = rr / curvature
         x, r = _plus(x, p, alpha), _plus(r, q, -alpha)

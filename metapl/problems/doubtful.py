@@ -137,8 +137,9 @@ class MetaWeightNet(Weighted):
     the student on the given labels before. A student that has been gets ``fit(first_steps=0)``.
 
     It needs losses that tell wrong labels. Where all wrong labels of a class are the same one, a student learns them
-    like right ones, and this problem ends near plain training on the given labels; take :class:`LearningToReweight` or
-    :class:`ExampleWeights` then (docs/write-a-problem.md has the numbers).
+    like right ones, and this problem ends near plain training on the given labels, or behind it, and behind the trusted
+    labels alone; take :class:`ExampleWeights`, :class:`ExampleLabels` or :class:`LabelCorrection` then
+    (docs/write-a-problem.md has the numbers).
 
     Bias: the dependence of the weight on θ, through the loss, is left out, as in the paper.
 
@@ -282,10 +283,11 @@ class LabelCorrection(Relabeled):
     An inner batch is (x, y) with noisy labels, the outer one (x, y) with trusted ones. The teacher maps (x, y) to
     logits (B, C), such as a :class:`metapl.models.Corrector`.
 
-    Begin with a corrector whose network has learned the trusted labels (``LossTrainer(network).fit(trusted)``). One
-    that begins at random has to find the right labels through the student's steps: on the digits with 40 % asymmetric
-    noise the student of such a one had 73 to 75 %, like plain training on the given labels (70), and with a network of
-    the trusted labels 91, where the trusted labels alone have 88 (docs/write-a-problem.md).
+    Begin with a corrector whose network has learned the trusted labels, by
+    ``LossTrainer(network, optimizer=...).fit(trusted, steps=..., batch_size=...)``. One that begins at random has to
+    find the right labels through the student's steps: on the digits with 40 % asymmetric noise the student of such a
+    one had 73 to 75 %, like plain training on the given labels (70), and with a network of the trusted labels 91, where
+    the trusted labels alone have 88 (docs/write-a-problem.md).
 
     Source: Zheng, Awadallah and Dumais, "Meta label correction for noisy label learning" (AAAI 2021).
     """

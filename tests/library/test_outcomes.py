@@ -302,3 +302,18 @@ def test_a_teacher_that_ends_a_little_behind_itself_is_the_last_one() -> None:
     _, result, _ = trained(NoFeedback())
     _, blind, _ = trained(NoFeedback(), fit={"validation": None})
     assert all(torch.equal(t, blind.teacher_weights[name]) for name, t in result.teacher_weights.items())
+
+
+def test_a_network_that_tells_classes_of_other_sizes_apart_does_not_guess() -> None:
+    """It learned from as many labels of each class, and is right less often than who names the largest class."""
+    labels = torch.tensor([0] * 80 + [1] * 10 + [2] * 10)
+    predicted = labels.clone()
+    predicted[:30] = 1
+    predicted[85:90] = 0
+    largest = torch.zeros_like(labels)
+    for answers, says in ((predicted, False), (largest, True)):
+        said = list[str]()
+        measured = evaluate_logits(5.0 * nn.functional.one_hot(answers, 3), labels)
+        assert measured.accuracy <= measured.chance
+        watched(said).validated(100, "student", measured)
+        assert bool(said) == says
