@@ -29,18 +29,14 @@ class PairWeights(metapl.BilevelProblem):
     def outer_loss(self, outputs, batch):
         return F.cross_entropy(outputs, batch[1])
 
+    def default_outer_optimizer(self, teacher):
+        return torch.optim.Adam(teacher.parameters(), lr=0.1)
+
 
 def train(digits: Digits, steps: int) -> metapl.BilevelTrainer:
     student, optimizer = digits.student()
     trust = Table(torch.zeros(10 * 10))
-    trainer = metapl.BilevelTrainer(
-        trust,
-        student,
-        "forward",
-        problem=PairWeights(),
-        inner_optimizer=optimizer,
-        outer_optimizer=torch.optim.Adam(trust.parameters(), lr=0.1),
-    )
+    trainer = metapl.BilevelTrainer(trust, student, "forward", problem=PairWeights(), inner_optimizer=optimizer)
     return fit(trainer, [digits.trusted], digits.noisy_batches(), steps)
 
 
