@@ -333,7 +333,8 @@ PANELS = {
     "Class-frequency error of the labels": {"class_shares_vs_labeled": "pseudo-labels against the labels"},
 }
 PERCENT = ("Validation accuracy", "Pseudo-labels", "Class-frequency error", "Class-frequency error of the labels")
-LOGARITHMIC = ("Feedback to the teacher", "Size of the feedback")  # which have no zero
+# Panels of quantities that are never zero and range over orders of magnitude.
+LOGARITHMIC = ("Feedback to the teacher", "Size of the feedback")
 
 # Of a quantity of a method: its numbers, its name in the legend, and its points (step, value).
 Line = tuple[int, int, str, list[tuple[float, float]]]

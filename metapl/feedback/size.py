@@ -18,7 +18,7 @@ from torch import Tensor
 
 DEFAULT_BOUND = 0.1
 """The bound of a trainer whose teacher learns labels by losses of its own, where nothing else is given: of the rules
-that ``benchmarks/feedback_size.py`` tried, the one under which every mode trains (docs/modes.md)."""
+that were tried the most cautious one. docs/modes.md has what ``benchmarks/feedback_size.py`` measured with it."""
 
 
 @dataclass(frozen=True)

@@ -59,10 +59,14 @@ class Outcomes:
 
     def __init__(self, trainer: Any, options: FitOptions, say: Say) -> None:
         self.trainer, self.options, self._say = trainer, options, say
-        self.said = list[str]()  # the kinds
-        self.rows_in_a_row = dict[str, int]()  # of each kind that takes several
-        self.entropies = dict[str, float]()  # the first of each prediction, the least of the labeled examples' classes
-        self.first_step: int | None = None  # about the first in which the outer variables are taught
+        # The kinds of warnings that have been said.
+        self.said = list[str]()
+        # How many recorded rows in a row have shown a kind, of those that are said after several.
+        self.rows_in_a_row = dict[str, int]()
+        # The first entropy of each prediction, and the least one of the labeled examples' classes.
+        self.entropies = dict[str, float]()
+        # Roughly the first step in which the outer variables are taught.
+        self.first_step: int | None = None
         self.start = sample_of(trainer.teacher)
 
     def state_dict(self) -> dict[str, Any]:

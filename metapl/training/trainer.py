@@ -76,7 +76,7 @@ class BilevelTrainer(Trainer):
         feedback_bound: that ratio at most: λ = min(weight, bound · ‖G_own‖ / ‖G_h‖), with a weight of 1 unless another
             is given. **The default**, where none of the three is given and the teacher learns labels by losses of its
             own (those of the problem, what is given in their place, or a cross-entropy), is a bound of 0.1
-            (:data:`metapl.feedback.size.DEFAULT_BOUND`), under which every mode trains; elsewhere it is a weight of 1.
+            (:data:`metapl.feedback.size.DEFAULT_BOUND`; measured in docs/modes.md); elsewhere it is a weight of 1.
             A bound and a ratio take no pass more than a weight does, and hold one more gradient of the teacher. A
             compiled step takes one more backward pass of the teacher, unless its losses say ``detaches_signal``.
         recompute_teacher: run the teacher on the unlabeled batch without a graph first, and once more with one at the
