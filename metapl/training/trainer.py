@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from metapl.problems.base import BilevelProblem, Signal, has_own, kind_of
 from metapl.problems.losses import TeacherLoss, check_losses
 from metapl.runs.fields import AboveZero, AtLeastZero, MicroBatches, Range, check_arguments
 from metapl.training import FitResult, Trainer
+from metapl.training.base import FinetuneKeywords
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
 from metapl.training.options import FitOptions
 from metapl.training.verify import Verification, refuse_hooks
@@ -467,7 +468,12 @@ class BilevelTrainer(Trainer):
     # ---------------------------------------------------------------------------------------- finetuning and gradients
 
     def finetune(
-        self, labeled: Any, *, steps: int | None = None, optimizer: torch.optim.Optimizer | None = None, **options: Any
+        self,
+        labeled: Any,
+        *,
+        steps: int,
+        optimizer: torch.optim.Optimizer | None = None,
+        **options: Unpack[FinetuneKeywords],
     ) -> FitResult:
         """Train the student, as it is now, on labeled batches alone: what Meta Pseudo Labels ends with.
 
@@ -482,7 +488,8 @@ class BilevelTrainer(Trainer):
         own = {name: getattr(self, name) for name in SETTINGS}
         optimizer = torch.optim.SGD(self.student.parameters(), lr=1e-3) if optimizer is None else optimizer
         trainer = LossTrainer(self.as_given, optimizer=optimizer, compile=bool(self.compile), **own)
-        return trainer.fit(labeled, steps=steps, **{"phase": "finetune"} | options)
+        options.setdefault("phase", "finetune")
+        return trainer.fit(labeled, steps=steps, **options)
 
     def hypergradient(
         self,
