@@ -18,7 +18,14 @@ from metapl.execution.numerics import Tree, mean_tree
 from metapl.execution.state import RandomState, replay, replayed
 from metapl.feedback.inner_step import Credited, InnerStep, SignalInput, credited, inner_loss
 from metapl.feedback.keeping import ALL, Keeping, States
-from metapl.problems.base import Problem, Signal, enters_input, joined_signals, sum_and_weight
+from metapl.problems.base import (
+    Problem,
+    Signal,
+    enters_input,
+    is_mean_over_rows,
+    joined_signals,
+    sum_and_weight,
+)
 from metapl.updates import Options, Update
 
 OTHER_BATCH = (
@@ -44,6 +51,7 @@ class Path:
     labeled: Sequence[Any]  # the outer batch, in micro-batches
     batches: Sequence[Any]  # the inner ones: a list, or a look-ahead whose batches a function returns again
     steps: list[InnerStep] = field(default_factory=list)
+    whole_labeled: Any = None  # the outer batch as one, where the outer loss may be no mean over micro-batches
     keeping: Keeping = ALL  # which steps keep their states; the adjoint computes the others again
     states: States = field(init=False)  # of several steps, where some are computed again
     progress: Callable[[], object] | None = None  # called after each step of the adjoint
@@ -230,7 +238,7 @@ class Path:
         def judge(outputs: Tensor, part: Any) -> tuple[Tensor, Tensor | float]:
             return sum_and_weight(problem.outer_loss(outputs, part))
 
-        return self.student.loss(params, judged, judge, start, gradient=gradient)
+        return self.student.loss(params, judged, judge, start, gradient=gradient, whole=self.whole_labeled)
 
 
 def take_steps(
@@ -253,6 +261,8 @@ def take_steps(
     training; the weights do not move."""
     judged = [labeled] if parts == 1 else micro_batches(labeled, parts, "labeled")
     path = Path(problem, student, update, judged, batches, wrt=wrt)
+    if parts > 1 and not is_mean_over_rows(problem):
+        path.whole_labeled = labeled
     ranks, several = student.ranks, len(batches) > 1
     enters, rereads = enters_input(problem), not isinstance(batches, list)
     if not ranks.alone:
