@@ -145,7 +145,7 @@ class LocalStudent:
         self, params: Tree, batches: Sequence[tuple[Any, Any]], rows: _AllRows, start: RandomState
     ) -> Tree:
         """Return the gradient of a loss of all rows, by running each micro-batch again, on the same draws and state."""
-        # Leaves of their own: autocast keeps casts of the others that have no graph.
+        # New leaves, since autocast may have kept a cast of the old ones that was made without a graph.
         at = self.as_leaves(params)
         if not rows.cotangents:
             return rows.direct

@@ -86,8 +86,9 @@ class BilevelTrainer(Trainer):
         clip_norm: the greatest global norm of either network's gradient; None: no clipping. The student's clip is part
             of its update, so the feedback includes its derivative.
         accumulate: micro-batches that each batch is split into: one more teacher forward pass, for about 1/accumulate
-            of the memory. The numbers are the same, except for batch statistics, dropout masks and losses that are
-            neither means over examples nor (sum, weight).
+            of the memory. An outer loss of one's own that is a scalar takes one more forward pass too; (sum, weight)
+            does not (:meth:`metapl.BilevelProblem.outer_loss`). The numbers are the same, except for batch statistics,
+            dropout masks, and inner and teacher losses that are no means over examples.
         precision: ``"float32"``, or ``"bfloat16"``: the networks' passes under autocast, weights and losses in float32.
         lookahead: student steps that the feedback looks ahead: :meth:`fit` draws as many unlabeled batches per step,
             the student steps on each, and the teacher takes one step on the feedback on all of them. For ``forward``,
