@@ -73,12 +73,12 @@ def student(seed: int = 0, kind: Any = Student, **options: Any) -> nn.Module:
 
 def gradient(network: nn.Module, problem: Any = None, rule: Any = torch.optim.SGD, compile: bool = True) -> Tensor:
     """The weights' scores in each step, as one tensor."""
-    optimizer = rule(network.parameters(), lr=0.3, weight_decay=0.01)
+    optimizer = rule(network.parameters(), lr=0.3)
     found = metapl.hypergradient(
         None,
         network,
         outer=batch(-1),
-        inner=Lookahead(batch, steps=3),
+        inner=Lookahead(batch, steps=2),
         problem=problem or EqualWeights(),
         inner_optimizer=optimizer,
         wrt="start",
@@ -154,25 +154,24 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 
 def test_what_computes_something_else_is_never_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without Dynamo, whose guards would find many of these too; each is another student and the first one, changed."""
+    """Without Dynamo, whose guards would find many of these too."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    compared, real = list[str](), training.refuse_other
-    monkeypatch.setattr(training, "refuse_other", lambda *given: compared.append("") or real(*given))
     monkeypatch.setattr(training, "MOST_KNOWN", 100)
     gradient(student())
     for what, change in CHANGES.items():
-        network = student()
-        gradient(network)
-        known = {*training._KNOWN}
+        network, known = student(), {*training._KNOWN}
         change(network)
         refuse_other(gradient(network), network)
         assert {*training._KNOWN} - known, what
-        before = student(1)
-        refuse_other(gradient(before), before)  # not by what was made for the changed one
-    assert len(compared) >= 3 * len(CHANGES)
+    again = student(1)
+    known = {*training._KNOWN}
+    refuse_other(gradient(again), again)  # not by what was made for a changed one
+    assert {*training._KNOWN} == known
 
 
-@pytest.mark.parametrize("where", ["class", "module", "method"])
+@pytest.mark.parametrize(
+    "where", ["method", pytest.param("class", marks=pytest.mark.long), pytest.param("module", marks=pytest.mark.long)]
+)
 def test_what_a_class_and_its_module_hold_counts(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network = student()
     before = gradient(network)
