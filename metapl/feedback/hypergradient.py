@@ -21,6 +21,7 @@ from metapl.execution.numerics import no_fast_path
 from metapl.execution.sharded import ShardedStudent
 from metapl.execution.state import one_at_a_time, restored
 from metapl.feedback import Mode, check_mode, check_teacher, estimator, prepare
+from metapl.feedback.door import refuse_gradients_of_batches, refuse_learned_settings
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import take_steps
 from metapl.feedback.teacher import Teaching
@@ -151,6 +152,8 @@ def hypergradient(
     Source: Meta Pseudo Labels, eq. (3) and eq. (12).
     """
     labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
+    if estimator(mode).credits != "nothing":
+        refuse_gradients_of_batches(labeled, unlabeled)
     if verify:  # by a module above this one, which calls this function on copies
         check = import_module("metapl.training.verification").check_gradient
         given = {"problem": problem, "inner_optimizer": inner_optimizer, "inner_state": inner_state, "mode": mode}
@@ -163,6 +166,8 @@ def hypergradient(
     of_teacher, of_student, device = layouts(teacher, student)
     generator_of(generator, device, "the networks are on")
     update = update_of(inner_optimizer, of_student.parameters(), inner_state)
+    if estimate.credits != "nothing":
+        refuse_learned_settings(update)
     update = update if clip_norm is None else Clipped(update, clip_norm, of_student.space)
     ahead = unlabeled if isinstance(unlabeled, Lookahead) else Lookahead([unlabeled])
     if estimate.keep_on not in (None, "cpu") and not compile:

@@ -13,9 +13,10 @@ from torch.utils import _pytree as pytree
 
 from metapl.execution import checks
 from metapl.execution.batch import digest, length, micro_batches
-from metapl.execution.local import NOTHING, LocalStudent, Pass, as_leaves, mean_of
+from metapl.execution.local import NOTHING, LocalStudent, Loss, Pass, as_leaves, mean_of
 from metapl.execution.numerics import Tree, mean_tree
 from metapl.execution.state import RandomState, replay, replayed
+from metapl.feedback.door import FirstLook, current_look
 from metapl.feedback.inner_step import Credited, InnerStep, SignalInput, credited, inner_loss
 from metapl.feedback.keeping import ALL, Keeping, States
 from metapl.problems.base import Problem, Signal, enters_input, joined_signals, sum_and_weight
@@ -230,7 +231,10 @@ class Path:
         def judge(outputs: Tensor, part: Any) -> tuple[Tensor, Tensor | float]:
             return sum_and_weight(problem.outer_loss(outputs, part))
 
-        return self.student.loss(params, judged, judge, start, gradient=gradient)
+        look = current_look()
+        if look is None:
+            return self.student.loss(params, judged, judge, start, gradient=gradient)
+        return self.student.loss(params, judged, judge, start, gradient=gradient, look=look.at_outer_loss)
 
 
 def take_steps(
@@ -262,6 +266,7 @@ def take_steps(
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
     params = as_leaves(student.params) if (several or "start" in wrt) and keep_graph else student.params
     state = update.read_state()
+    look = current_look()
 
     def asked(x: Any, outputs: Tensor | None) -> Signal:
         """Line 2: ŷ ~ T(x), or the soft label; a problem may read the student as it is in this step."""
@@ -276,7 +281,10 @@ def take_steps(
         if graph_of is not None:
             leaves = as_leaves(credited(signal, graph_of))
             signal = signal.having(leaves)
-        loss = partial(inner_loss, problem, signal, x, student.readable, leaves.get("factors"))
+        loss: Loss = partial(inner_loss, problem, signal, x, student.readable, leaves.get("factors"))
+        if look is not None and number == 0:
+            made_here = [*params.values(), *signal.fields().values(), *leaves.values()]
+            loss = looked_at(loss, inner_pass, made_here, look)
         return inner_pass.gradient(loss, [*leaves.values()])
 
     for number in range(len(batches)):
@@ -335,3 +343,18 @@ def take_steps(
         if progress is not None:
             progress()
     return path
+
+
+def looked_at(loss: Loss, inner_pass: Pass, made_here: Sequence[Tensor], look: FirstLook) -> Loss:
+    """Return an inner loss whose graph is looked at when it is taken; ``made_here`` are leaves besides its weights."""
+
+    def taken(outputs: Tensor, params: Tree) -> Tensor:
+        def again() -> Tensor:
+            with inner_pass.once_more(inner_pass.inputs) as (at, outputs_again):
+                return loss(outputs_again, at)
+
+        value = loss(outputs, params)
+        look.at_inner_loss(value, [*params.values(), *made_here], again)
+        return value
+
+    return taken

@@ -266,6 +266,11 @@ def enters_input(problem: Problem) -> bool:
     return _parameters(type(problem).student_input) > 2
 
 
+def reads_signal_in_outer_input(problem: Problem) -> bool:
+    """Whether the signal enters the student's input in the outer batch: ``outer_input(self, batch, signal)``."""
+    return _parameters(type(problem).outer_input) > 2
+
+
 def sum_and_weight(given: Any) -> tuple[Tensor, Tensor | float]:
     """What a problem's ``outer_loss`` returned as (sum, weight); a scalar is a sum of weight 1.0, a number."""
     if not isinstance(given, tuple | list):

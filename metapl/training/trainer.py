@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,13 @@ from metapl.execution.sharded import ShardedStudent
 from metapl.execution.shards import as_held, load_whole
 from metapl.execution.state import RandomState, Slots, one_at_a_time, replayed, restored
 from metapl.feedback import Mode, check_mode, check_teacher, estimator, prepare
+from metapl.feedback.door import (
+    FirstLook,
+    looking,
+    refuse_gradients_of_batches,
+    refuse_hooks,
+    refuse_learned_settings,
+)
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.feedback.lookahead import Lookahead, inner_batches
 from metapl.feedback.path import take_steps
@@ -35,7 +42,7 @@ from metapl.runs.fields import AboveZero, AtLeastZero, MicroBatches, Range, chec
 from metapl.training import FitResult, Trainer
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
 from metapl.training.options import FitOptions
-from metapl.training.verification import Verification, refuse_hooks
+from metapl.training.verification import Verification
 from metapl.updates import Clipped, OwnStep, as_one, parameters_of, refuse_missing, update_of
 from metapl.updates.own_step import undone
 
@@ -43,6 +50,14 @@ FIRST_NOT_FINITE = (
     "the inner loss is NaN or infinite: the student has diverged, or a batch has extreme values; lower its learning "
     "rate, or clean the batch."
 )
+
+
+class Begun(NamedTuple):
+    """What a step begins with: the networks' tables, their fingerprint, and a look at it where it is the first."""
+
+    slots: list[Slots]
+    mark: int
+    look: FirstLook | None
 
 
 class BilevelTrainer(Trainer):
@@ -151,6 +166,7 @@ class BilevelTrainer(Trainer):
         self.ranks, self.student = self.layout.ranks, self.layout.network
         self.teacher = None if self.teacher_layout is None else self.teacher_layout.network
         refuse_hooks(self.student)
+        self._looked_at: set[int] = set()  # fingerprints of networks whose first step was looked at
         self.teacher_losses = None if teacher_losses is None else check_losses(teacher_losses)
         self.clip_norm, self.precision, self.accumulate, self.lookahead = clip_norm, precision, accumulate, lookahead
         self.recompute_teacher, self.generator, self.compile = recompute_teacher, generator, compile
@@ -210,11 +226,14 @@ class BilevelTrainer(Trainer):
         Raises: :class:`metapl.MetaplError` before anything moves.
         """
         labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
-        slots = self._begin_step(labeled, unlabeled)
+        begun = self._begin_step(labeled, unlabeled)
+        slots = begun.slots
         ahead = not isinstance(unlabeled, Tensor) and isinstance(unlabeled, Lookahead)
         batches = inner_batches(unlabeled, self.lookahead) if ahead or self.lookahead > 1 else [plain(unlabeled)]
         if self.compile:
-            return self.compiled_step(self, plain(labeled), batches, ahead)
+            compiled_report = self.compiled_step(self, plain(labeled), batches, ahead)
+            self._looked_at.add(begun.mark)
+            return compiled_report
         labeled, losses = self.problem.outer_batch(labeled), self._losses_for(batches[-1])
         if len(batches) != self.lookahead:
             check_mode(self.mode, len(batches), self.problem, self.layout)
@@ -234,7 +253,7 @@ class BilevelTrainer(Trainer):
         # Fused attention has no second derivative, which a kept graph of g needs.
         kernels = no_fast_path(math=True) if mode.keep_graph or graph_of is not None else NOTHING
         with restored(*slots, device=self.device, trained=taught, generator=generator) as fault:
-            with self._autocast() if self.precision != "float32" else NOTHING, kernels:
+            with self._autocast() if self.precision != "float32" else NOTHING, kernels, looking(begun.look):
                 path = take_steps(  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
                     *(student, self.update, self.problem, labeled, batches, teach),
                     parts=parts,
@@ -270,17 +289,30 @@ class BilevelTrainer(Trainer):
             for layout in self.distributed:
                 layout.agree_on_buffers()
             self.mode_state, self.steps_done = mode_state, number + 1
+            self._looked_at.add(begun.mark)
             return report
 
-    def _begin_step(self, labeled: Any, unlabeled: Any) -> list[Slots]:
-        """Return the networks' tables as they are now, after the verification that is due on these batches."""
+    def _begin_step(self, labeled: Any, unlabeled: Any) -> Begun:
+        """Read the networks' tables as they are now, and verify them on these batches where that is due.
+
+        Where networks are met for the first time, what may carry a gradient past the signal is refused.
+        """
         for layout in self.distributed:
             layout.begin_step()
         self._slots = slots = [own if own.contents() == own.known else Slots(own.module) for own in self._slots]
-        verification, mark = self.verification, hash((slots[0].mark, slots[1].mark))
+        mark = hash((slots[0].mark, slots[1].mark))
+        look = None
+        if mark not in self._looked_at and self.mode.credits != "nothing":
+            refuse_gradients_of_batches(labeled, unlabeled)
+            refuse_learned_settings(self.update)
+            refuse_hooks(self.student)
+            blocks = self.layout.blocks
+            look = FirstLook(self.teacher, self.student, self.problem, labeled, unlabeled, blocks=blocks)
+        verification = self.verification
         if verification.setting and (verification.every or mark not in verification.verified_marks):
-            verification.before(self, labeled, unlabeled, mark)
-        return slots
+            has_looked = verification.before(self, labeled, unlabeled, mark)
+            look = None if has_looked else look
+        return Begun(slots, mark, look)
 
     def _losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
         given = () if self.teacher is None else self.teacher_losses
@@ -383,7 +415,7 @@ class BilevelTrainer(Trainer):
         """
         labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
         if self.lookahead == 1:
-            slots = self._begin_step(labeled, unlabeled)
+            slots = self._begin_step(labeled, unlabeled).slots
         else:
             for layout in self.distributed:
                 layout.begin_step()
