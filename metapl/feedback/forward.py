@@ -40,7 +40,7 @@ from metapl.feedback.inner_step import credited
 from metapl.feedback.keeping import Keeping, keeping
 from metapl.feedback.order import Order
 from metapl.feedback.path import Path
-from metapl.problems.base import Kind, Problem, enters_input, kind_of
+from metapl.problems.base import Kind, Problem, enters_input
 
 SMALL = 2**15  # weights of a student, up to which the graph is kept: measured in benchmarks/step.py
 
@@ -53,30 +53,25 @@ def exact_orders(
 ) -> tuple[Order, ...]:
     """Return the orders in which an exact derivative may be taken, the preferred first; or ``by`` alone.
 
-    Raises: :class:`metapl.MetaplError` for a ``by`` that the step has no use for.
+    Raises: :class:`metapl.MetaplError` for a ``by`` that a sharded student does not have.
     """
-    preferred: list[Order]
     if enters_input(problem) or "start" in wrt:
-        # The derivative in the input, or in the first weights, goes through the network.
-        possible = preferred = ["double_backward"]
-        why = f"{kind_of(problem)} has student_input(batch, signal)" if enters_input(problem) else "wrt has 'start'"
-    elif not student.readable:
+        # The derivative in the input, or in the first weights, goes through the network, whatever is asked.
+        return ("double_backward",)
+    if not student.readable:
         # The gradients of a sharded student come from ``.backward()``, which keeps no graph.
-        possible = preferred = ["tangent"]
-        if CURVATURE in student.offers:
-            possible = preferred = ["tangent", "double_backward"]
-        why = "the student is sharded"
-    else:
-        possible, why = ["graph", "tangent", "double_backward"], ""
-        is_small = sum(map(Tensor.numel, student.params.values())) <= SMALL
-        # The graph of one small step is kept; where its derivatives are missing, so are those of double backward.
-        preferred = ["graph", "tangent"] if steps == 1 and is_small else ["tangent", "double_backward"]
-    if by is None:
-        return tuple(preferred)
-    if by not in possible:
-        expected = " or ".join(f'by="{order}"' for order in possible)
-        raise MetaplError(f'Forward(by="{by}") was given, and {why}; expected {expected}, or None.')
-    return (by,)
+        orders: tuple[Order, ...] = ("tangent", "double_backward") if CURVATURE in student.offers else ("tangent",)
+        if by is not None and by not in orders:
+            expected = " or ".join(f'by="{order}"' for order in orders)
+            raise MetaplError(
+                f'Forward(by="{by}") was given, and the student is sharded; expected {expected}, or None.'
+            )
+        return orders if by is None else (by,)
+    if by is not None:
+        return (by,)
+    # The graph of one small step is kept; where its derivatives are missing, so are those of double backward.
+    is_small = sum(map(Tensor.numel, student.params.values())) <= SMALL
+    return ("graph", "tangent") if steps == 1 and is_small else ("tangent", "double_backward")
 
 
 @dataclass(frozen=True)
@@ -102,7 +97,8 @@ class Forward(Estimator):
             factor of 10 in K after the first.
         by: how one step, or the first of several, is differentiated: ``"graph"``, ⟨g, w⟩ by the graph of g, which the
             inner pass then keeps (less time on small networks, 1.1 to 2.4 times the memory); ``"tangent"``, by ż in
-            forward mode; ``"double_backward"``, ⟨g, w⟩ by a graph that is made for it. None: the first that runs of
+            forward mode; ``"double_backward"``, ⟨g, w⟩ by a graph that is made for it, as always where the signal
+            enters the student's input, and for the gradient in the start. None: the first that runs of
             graph and tangent (one step, up to :data:`SMALL` weights), or of tangent and double backward; chosen at a
             trainer's first step, and in each call of :func:`metapl.hypergradient`, whose result says it (``order``).
         keep_on: where kept states lie: None, with the student; ``"cpu"``, on the host; or an existing folder, of one
