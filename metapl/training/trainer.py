@@ -486,6 +486,8 @@ class BilevelTrainer(Trainer):
         }
 
     def _load(self, state: dict[str, Any]) -> None:
+        if missing := {"lookahead", "generator", "orders"} - {*state}:
+            raise MetaplError(f"it has no {', '.join(sorted(missing))}")
         if state["mode"] != self.mode.name:
             raise MetaplError(f"it is of the mode {state['mode']!r}, and the trainer's is {self.mode.name!r}")
         if self.generator is not None:
@@ -499,7 +501,7 @@ class BilevelTrainer(Trainer):
             self.outer_optimizer.load_state_dict(as_held(copy.deepcopy(state["outer"]), self.outer_optimizer))
         self.mode_state, self.steps_done = dict(state["mode_state"]), state["steps_done"]
         self.verification.load_state_dict(state["verification"])
-        self.orders.load_state_dict(state.get("orders", {}))
+        self.orders.load_state_dict(state["orders"])
 
     # ---------------------------------------------------------------------------------------- finetuning and gradients
 
