@@ -19,11 +19,14 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, coarsest, same_outputs
+from metapl.execution.graphs import refuse_once_differentiable
 from metapl.execution.layout import Layout
 from metapl.execution.numerics import (
     DTYPE,
     HALF,
+    MissingDerivative,
     Tree,
+    asks_for_gradient,
     forward_mode,
     full_float32,
     mean_tree,
@@ -57,6 +60,9 @@ class LocalStudent:
 
     def __init__(self, layout: Layout, slots: Slots | None = None, *, double_backward: bool = False) -> None:
         self.module, self.ranks, self.space = layout.network, layout.ranks, layout.space
+        self.offers = layout.offers
+        # Set at a first step: the next graph of a gradient is searched for derivatives that PyTorch would leave out.
+        self.inspects_graph = False
         self.double_backward, self.slots = double_backward, slots or Slots(layout.network)
         self.parameters: dict[str, nn.Parameter] = layout.parameters() if layout.is_sharded else self.slots.learned
         own = self.parameters.values()
@@ -137,6 +143,12 @@ class LocalStudent:
         """The mean over the ranks of second derivatives, which each has of its own rows."""
         return self.ranks.mean_tree(tree, self.params)
 
+    def inspect_graph(self, gradients: Tree, value: Tensor) -> None:
+        """Refuse, once, a gradient whose graph lacks derivatives that PyTorch would leave out without an error."""
+        if self.inspects_graph:
+            self.inspects_graph = False
+            refuse_once_differentiable(gradients.values(), value)
+
     def held_at(self, params: Tree) -> list[Slot]:
         return [(table, name, params[first]) for table, name, first in self.slots.places if first in params]
 
@@ -201,6 +213,8 @@ class Pass:
             raise MetaplError(f"the student's loss {checks.NO_GRADIENT}")
         with self._running():
             own, grads = student.gradient(value, self._at, create_graph=student.double_backward or bool(leaves))
+        if student.double_backward or leaves:
+            student.inspect_graph(own, value)
         if leaves:
             self._graph_of_g = own, list(leaves)
             grads = {name: g.detach() for name, g in grads.items()}
@@ -253,17 +267,42 @@ class Pass:
     def tangent(self, w: Tree) -> Tensor:
         """ż = d/dε S(x; θ + εw) by forward-mode AD: exact, one pass of about three plain ones, no graph."""
         with forward_mode():
-            with self.student.along(self.params, w, self._before, self._state):
-                outputs, tangent = forward_ad.unpack_dual(self.student.forward(self.inputs))
+            try:
+                with self.student.along(self.params, w, self._before, self._state):
+                    outputs, tangent = forward_ad.unpack_dual(self.student.forward(self.inputs))
+            except RuntimeError as error:
+                if asks_for_gradient(error):
+                    what = "the student's forward takes a gradient, and a pass in forward mode has no graph"
+                    raise MissingDerivative(what) from error
+                raise
             self._same_outputs(outputs)
             return torch.zeros_like(self.outputs) if tangent is None else tangent.clone()
 
     def shifted(self, step: Tensor, direction: Tree) -> Tensor:
-        """S(x; θ + step·direction) in float32 or wider, without autocast and TF32."""
+        """S(x; θ + step·direction) in float32 or wider, without autocast, TF32 and a graph."""
+        with torch.no_grad():
+            moved = self._moved(step, direction)
+        slots = self.student.slots
+        if not slots.takes_gradients:
+            try:
+                with torch.no_grad():
+                    return self._at_weights(moved)
+            except RuntimeError as error:
+                if not asks_for_gradient(error):
+                    raise
+                slots.takes_gradients = True
+        with torch.enable_grad():
+            return self._at_weights(moved).detach()
+
+    def _moved(self, step: Tensor, direction: Tree) -> Tree:
+        """θ + step·direction, in float32 or wider."""
+        return {n: wide(p) + step * wide(direction[n]) if n in direction else wide(p) for n, p in self.params.items()}
+
+    def _at_weights(self, params: Tree) -> Tensor:
+        """The outputs at other weights, in float32 or wider, without autocast and TF32."""
         device = self.student.device
-        moved = {n: wide(p) + step * wide(direction[n]) if n in direction else wide(p) for n, p in self.params.items()}
-        at = self.student.at(self.student.as_leaves(moved), self._before, self._state, upcast=True)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False), full_float32(device), no_fast_path(), at:
+        at = self.student.at(self.student.as_leaves(params), self._before, self._state, upcast=True)
+        with torch.autocast(device.type, enabled=False), full_float32(device), no_fast_path(), at:
             return self.student.forward(pytree.tree_map_only(Tensor, wide, self.inputs))
 
     def check_shifted(self, ahead: Tensor, behind: Tensor) -> None:
@@ -277,8 +316,10 @@ class Pass:
         in leaves of the loss and of the ``inputs``. The last call may ``free`` the graph."""
         replayed = self._replay_twice(self.inputs if inputs is None else inputs)
         with no_fast_path(math=True), replayed as (at, outputs):
-            tensors = torch.autograd.grad(loss(outputs, at), [*at.values()], create_graph=True, allow_unused=True)
+            value = loss(outputs, at)
+            tensors = torch.autograd.grad(value, [*at.values()], create_graph=True, allow_unused=True)
             g = {name: t for name, t in zip(at, tensors, strict=True) if t is not None}
+            self.student.inspect_graph(g, value)
             yield partial(_derivatives, g, at, leaves)
 
     def second_derivatives(

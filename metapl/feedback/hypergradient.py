@@ -19,10 +19,12 @@ from metapl.execution.layout import layouts
 from metapl.execution.local import NOTHING, LocalStudent
 from metapl.execution.numerics import no_fast_path
 from metapl.execution.sharded import ShardedStudent
-from metapl.execution.state import one_at_a_time, restored
-from metapl.feedback import Mode, check_mode, check_teacher, estimator, prepare
+from metapl.execution.state import RandomState, one_at_a_time, replayed, restored
+from metapl.feedback import Estimator, Mode, check_mode, check_teacher, estimator, prepare
+from metapl.feedback.advice import advice_on
 from metapl.feedback.door import refuse_gradients_of_batches, refuse_learned_settings
 from metapl.feedback.lookahead import Lookahead
+from metapl.feedback.order import Order, Orders
 from metapl.feedback.path import take_steps
 from metapl.feedback.teacher import Teaching
 from metapl.problems.base import BilevelProblem
@@ -48,6 +50,9 @@ class Hypergradient:
         start: dL(θ_K)/dθ_0 by student parameter name, where ``wrt`` names it.
         settings: by the names in ``wrt``: dL(θ_K)/d(setting) of each step and param group, (K, groups); of ``betas``,
             (K, groups, 2); float64.
+        order: in which order the second derivative was taken (:mod:`metapl.feedback.order`): ``"graph"``,
+            ``"tangent"``, ``"double_backward"``, ``"outputs"`` or ``"losses"``; empty in modes that take none, and
+            compiled. ``Forward(by=result.order)`` takes the same without trying.
     """
 
     grads: dict[str, Tensor]
@@ -59,6 +64,7 @@ class Hypergradient:
     kept: str = ""
     start: dict[str, Tensor] = field(default_factory=dict)
     settings: dict[str, Tensor] = field(default_factory=dict)
+    order: str = ""
 
     def __repr__(self) -> str:
         state = None if self.inner_state is None else type(self.inner_state).__name__
@@ -198,43 +204,72 @@ def hypergradient(
         networks = teacher, student, problem, inner_optimizer, estimate
         found: Hypergradient = pure.differentiate(*networks, labeled, ahead, **given)
         return found if ahead is unlabeled else replace(found, feedback=found.feedback[0], kept="")
-    labeled = problem.outer_batch(labeled)
-    for layout in (of_teacher, of_student):
-        if layout is not None:
-            layout.begin_step()
     kind = ShardedStudent if of_student.is_sharded else LocalStudent
     local_student, ranks = kind(of_student, double_backward=estimate.keep_graph), of_student.ranks
-    teach = Teaching(of_teacher, problem, estimate, generator, ranks, device, batches, accumulate, recompute_teacher)
-    graph_of = estimate.graph_of(len(batches), local_student)
-    kernels = no_fast_path(math=True) if estimate.keep_graph or graph_of is not None else NOTHING
     shown = partial(step_bar, progress and ranks.first, len(batches))
     if settings and estimate.keep_graph:  # double backward ends in leaves
         for number, groups in enumerate(options := options or [options_of(inner_optimizer)] * len(batches)):
             held = [{n: group[n] for n in settings if n in group} for group in groups]  # betas are two
             leaves = pytree.tree_map(lambda x: torch.tensor(float(x), dtype=torch.float64, requires_grad=True), held)
             options[number] = [{**group, **own} for group, own in zip(groups, leaves, strict=True)]
-    as_it_was = restored(teach.slots, local_student.slots, device=device, generator=generator, always=True)
-
-    how: dict[str, Any] = {"parts": accumulate, "keep_graph": estimate.keep_graph, "graph_of": graph_of}
-    how |= {"keep": estimate.keeping, "updates": [update.at(of_step) for of_step in options]}
+    how: dict[str, Any] = {"parts": accumulate, "keep_graph": estimate.keep_graph, "keep": estimate.keeping}
+    how |= {"credits": "example" if estimate.credits == "example" else "signal"}
+    how |= {"truncate": getattr(estimate, "truncate", None), "updates": [update.at(of_step) for of_step in options]}
     how |= {"wrt": [name for name in wrt if name != "teacher"]}
-    with as_it_was, kernels:
-        with shown("steps", 0) as tell:  # θ′ = U(θ, g), g = ∇ (1/B) Σ ℓ_i(S(x_u; θ), signal)
-            path = take_steps(local_student, update, problem, labeled, batches, teach, progress=tell, **how)
-        with shown("steps back", 0) as path.progress:
-            feedback, _ = estimate.checked_feedback(path, estimate.init())  # h = −dL(θ′)/d(signal)
-        grads = teach.gradient(path, feedback) if "teacher" in wrt else {}  # of −Σ h·signal(θ_T)
-        start, of_settings = path.start if "start" in wrt else {}, stacked_settings(path.in_settings[::-1], settings)
-        h = tuple(found.of_batch(step) for step, found in zip(path.steps, feedback, strict=True))
-        path = path.revised(h[-1])
-        return Hypergradient(
-            grads=grads,
-            feedback=h if ahead is unlabeled else h[0],
-            inner_loss=path.inner_loss,
-            outer_loss=path.outer_loss,
-            student_params=of_student.as_parameters(path.params),
-            inner_state=None if isinstance(inner_optimizer, torch.optim.Optimizer) else path.state,
-            kept=path.keeping.words(len(batches)) if ahead is unlabeled else "",
-            start=of_student.as_parameters(start),
-            settings=of_settings,
+
+    def begin() -> None:
+        for layout in (of_teacher, of_student):
+            if layout is not None:
+                layout.begin_step()
+
+    def in_order(order: Order | None, is_tried: bool) -> Hypergradient:
+        """Return the result with the feedback's second derivative in one order; nothing moves."""
+        judged = problem.outer_batch(labeled)
+        teach = Teaching(
+            of_teacher, problem, estimate, generator, ranks, device, batches, accumulate, recompute_teacher
         )
+        kernels = no_fast_path(math=True) if estimate.keep_graph or order == "graph" else NOTHING
+        as_it_was = restored(teach.slots, local_student.slots, device=device, generator=generator, always=True)
+        local_student.inspects_graph = is_tried
+        with as_it_was, kernels:
+            with shown("steps", 0) as tell:  # θ′ = U(θ, g), g = ∇ (1/B) Σ ℓ_i(S(x_u; θ), signal)
+                path = take_steps(
+                    local_student, update, problem, judged, batches, teach, progress=tell, order=order, **how
+                )
+            path.is_tried = is_tried
+            with shown("steps back", 0) as path.progress:
+                feedback, _ = estimate.checked_feedback(path, estimate.init())  # h = −dL(θ′)/d(signal)
+            grads = teach.gradient(path, feedback) if "teacher" in wrt else {}  # of −Σ h·signal(θ_T)
+            start, of_settings = (
+                path.start if "start" in wrt else {},
+                stacked_settings(path.in_settings[::-1], settings),
+            )
+            h = tuple(found.of_batch(step) for step, found in zip(path.steps, feedback, strict=True))
+            path = path.revised(h[-1])
+            return Hypergradient(
+                grads=grads,
+                feedback=h if ahead is unlabeled else h[0],
+                inner_loss=path.inner_loss,
+                outer_loss=path.outer_loss,
+                student_params=of_student.as_parameters(path.params),
+                inner_state=None if isinstance(inner_optimizer, torch.optim.Optimizer) else path.state,
+                kept=path.keeping.words(len(batches)) if ahead is unlabeled else "",
+                start=of_student.as_parameters(start),
+                settings=of_settings,
+                order=order or "",
+            )
+
+    def by_another(other: Estimator, one_step: bool) -> Hypergradient:
+        inner_of_one = batches[0] if one_step else unlabeled
+        begin()
+        with replayed(RandomState.now(device, generator)):
+            return hypergradient(
+                teacher, student, outer=labeled, inner=inner_of_one, mode=other, problem=problem,
+                inner_optimizer=inner_optimizer, inner_state=inner_state, generator=generator, accumulate=accumulate,
+                clip_norm=clip_norm, wrt=wrt,
+            )  # fmt: skip
+
+    begin()
+    candidates = estimate.orders(len(batches), problem, local_student, how["wrt"])
+    with advice_on(estimate, len(batches), of_student.network, by_another if ranks.alone else None):
+        return Orders().take(candidates, in_order, begin_again=begin)

@@ -19,6 +19,7 @@ from metapl.execution.state import RandomState, replay, replayed
 from metapl.feedback.door import FirstLook, current_look
 from metapl.feedback.inner_step import Credited, InnerStep, SignalInput, credited, inner_loss
 from metapl.feedback.keeping import ALL, Keeping, States
+from metapl.feedback.order import Order
 from metapl.problems.base import Problem, Signal, enters_input, joined_signals, sum_and_weight
 from metapl.updates import Options, Update
 
@@ -51,6 +52,8 @@ class Path:
     wrt: Sequence[str] = ()  # settings of the optimizer, and "start": what the gradient is in besides the signals
     start: Tree = field(default_factory=dict, init=False)  # dL(θ′)/dθ, where it is asked for
     in_settings: list[Options] = field(default_factory=list, init=False)  # on the last steps so far
+    order: Order | None = None  # of differentiation
+    is_tried: bool = False  # whether that is being chosen, by this path
     _outer_gradient: Tree | None = field(default=None, init=False)
 
     @property
@@ -247,7 +250,9 @@ def take_steps(
     *,
     parts: int = 1,  # micro-batches
     keep_graph: bool = False,  # keep the path differentiable in the signals, for ``gradients_in_signals``
-    graph_of: Credited | None = None,  # of one step, what g keeps a graph in
+    order: Order | None = None,  # of differentiation; "graph": g keeps one, in what gets the feedback
+    credits: Credited = "signal",  # what that is
+    truncate: int | None = None,  # the last steps that are differentiated; None: all
     keep: Callable[[int, int, LocalStudent], Keeping] | None = None,  # by the number of steps and the size of one
     updates: Sequence[Update] = (),  # of each step, where they differ by a schedule, or have settings that are leaves
     wrt: Sequence[str] = (),  # what the gradient is in besides the signals
@@ -256,13 +261,13 @@ def take_steps(
     """The student's steps on the inner batches: Algorithm 1, lines 2 and 3. Buffers and generators advance as in
     training; the weights do not move."""
     judged = [labeled] if parts == 1 else micro_batches(labeled, parts, "labeled")
-    path = Path(problem, student, update, judged, batches, wrt=wrt)
+    path = Path(problem, student, update, judged, batches, wrt=wrt, order=order)
     ranks, several = student.ranks, len(batches) > 1
     enters, rereads = enters_input(problem), not isinstance(batches, list)
     if not ranks.alone:
         ranks.equal(length(labeled), "the outer batch")
-    # The derivative through the input is another one, and the start's takes a Hessian product.
-    graph_of = None if enters or "start" in wrt else graph_of
+    # The steps after the first one that is differentiated take a Hessian product, by a graph that they make then.
+    first_differentiated = max(0, len(batches) - truncate) if truncate else 0
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
     params = as_leaves(student.params) if (several or "start" in wrt) and keep_graph else student.params
     state = update.read_state()
@@ -275,11 +280,11 @@ def take_steps(
         with NOTHING if params is student.params else student.holding(params), ranks.agreed():
             return teach(x, outputs).detached()
 
-    def learned(inner_pass: Pass, x: Any, signal: Signal) -> tuple[Tensor, Tree]:
+    def learned(inner_pass: Pass, x: Any, signal: Signal, keeps_graph: bool = False) -> tuple[Tensor, Tree]:
         """Line 3: g = ∇ (1/B) Σ ℓ_i(z, signal), of a micro-batch, and the value of the loss."""
         leaves: Tree = {}
-        if graph_of is not None:
-            leaves = as_leaves(credited(signal, graph_of))
+        if keeps_graph:
+            leaves = as_leaves(credited(signal, credits))
             signal = signal.having(leaves)
         loss: Loss = partial(inner_loss, problem, signal, x, student.readable, leaves.get("factors"))
         if look is not None and number == 0:
@@ -307,6 +312,7 @@ def take_steps(
         pieces = [batch] if parts == 1 else micro_batches(batch, parts, "unlabeled")
         if not ranks.alone:
             ranks.equal(length(batch), "the inner batch")
+        keeps_graph = order == "graph" and number == first_differentiated
         passes, signals, signal_inputs = list[Pass](), list[Signal](), list[SignalInput]()
         results = list[tuple[Tensor, Tree]]()
         if before := enters or problem.signal_of_batch:
@@ -323,7 +329,7 @@ def take_steps(
             if not before:
                 signals.append(asked(x, inner_pass.outputs))
             if not keep_graph:  # one graph at a time
-                results.append(learned(inner_pass, x, signals[i]))
+                results.append(learned(inner_pass, x, signals[i], keeps_graph))
         if not before:
             whole = joined_signals(signals, leaves=keep_graph) if keep_graph or parts > 1 else signals[0]
         if keep_graph:  # by parts of the leaf that the path is differentiated in
@@ -334,7 +340,7 @@ def take_steps(
             loss, g = mean_of(losses), mean_tree(gradients)
         rule, known_by = updates[number] if updates else update, digest(batch) if rereads else None
         given = problem, rule, passes, batch, whole, loss, g, state, signal_inputs
-        path.steps.append(InnerStep(*given, by_optimizer=several, digest=known_by))
+        path.steps.append(InnerStep(*given, by_optimizer=several, digest=known_by, order=order))
         if several:
             with NOTHING if ranks.alone else ranks.agreed():
                 checks.refuse_not_finite(LOSS_NOT_FINITE.format(number), path.steps[-1].inner_loss)

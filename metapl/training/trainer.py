@@ -18,7 +18,8 @@ from metapl.execution.numerics import no_fast_path
 from metapl.execution.sharded import ShardedStudent
 from metapl.execution.shards import as_held, load_whole
 from metapl.execution.state import RandomState, Slots, one_at_a_time, replayed, restored
-from metapl.feedback import Mode, check_mode, check_teacher, estimator, prepare
+from metapl.feedback import Estimator, Mode, check_mode, check_teacher, estimator, prepare
+from metapl.feedback.advice import advice_on
 from metapl.feedback.door import (
     FirstLook,
     looking,
@@ -28,6 +29,7 @@ from metapl.feedback.door import (
 )
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.feedback.lookahead import Lookahead, inner_batches
+from metapl.feedback.order import Order, Orders
 from metapl.feedback.path import take_steps
 from metapl.feedback.report import Report, StepReport
 from metapl.feedback.size import DEFAULT_BOUND, FeedbackSize
@@ -205,7 +207,7 @@ class BilevelTrainer(Trainer):
         self._student_type = ShardedStudent if self.layout.is_sharded else LocalStudent
         self._slots = [Slots(nn.Module() if one is None else one) for one in (self.teacher, self.student)]
         self._held: list[Any] = []  # the weights that the outer optimizer moves, and those that the teacher learns
-        self.mode_state = self.mode.init()
+        self.mode_state, self.orders = self.mode.init(), Orders()
         # Whether the next step finds the feedback's size also where its rule does not need it; a fit says so before the
         # steps that it records. Without effect on weights, and in compiled steps.
         self.measures_feedback = False
@@ -234,11 +236,42 @@ class BilevelTrainer(Trainer):
             compiled_report = self.compiled_step(self, plain(labeled), batches, ahead)
             self._looked_at.add(begun.mark)
             return compiled_report
-        labeled, losses = self.problem.outer_batch(labeled), self._losses_for(batches[-1])
         if len(batches) != self.lookahead:
             check_mode(self.mode, len(batches), self.problem, self.layout)
+        student = self._student_type(self.layout, slots[1], double_backward=self.mode.keep_graph)
+        candidates = self.mode.orders(len(batches), self.problem, student)
+
+        def attempt(order: Order | None, is_tried: bool) -> StepReport:
+            return self._step_in_order(order, is_tried, student, begun, labeled, batches, ahead)
+
+        def by_another(mode: Estimator, one_step: bool) -> Hypergradient:
+            given = batches[0] if one_step or not ahead else unlabeled
+            return self.hypergradient(outer=labeled, inner=given, mode=mode)
+
+        run = by_another if self.ranks.alone else None
+        with advice_on(self.mode, len(batches), self.student, run):
+            return self.orders.take(candidates, attempt, begin_again=self._reshard)
+
+    def _reshard(self) -> None:
+        """Let the blocks of sharded networks give up what a pass that failed has gathered."""
+        for layout in self.layouts:
+            layout.reshard()
+
+    def _step_in_order(
+        self,
+        order: Order | None,
+        is_tried: bool,  # whether the order is being chosen
+        student: LocalStudent,
+        begun: Begun,
+        labeled: Any,
+        batches: Sequence[Any],
+        ahead: bool,  # whether they were given as a look-ahead
+    ) -> StepReport:
+        """Take the step with the feedback's second derivative in one order; a step that fails has moved nothing."""
+        slots = begun.slots
+        labeled, losses = self.problem.outer_batch(labeled), self._losses_for(batches[-1])
         mode, number, ranks, parts, generator = self.mode, self.steps_done, self.ranks, self.accumulate, self.generator
-        student = self._student_type(self.layout, slots[1], double_backward=mode.keep_graph)
+        student.inspects_graph = is_tried
         self.update.follow(student.parameters)
         taught = list[Tensor]()
         if (optimizer := self.outer_optimizer) is not None:
@@ -249,18 +282,20 @@ class BilevelTrainer(Trainer):
                 self._held = held
         where = ranks, self.device, batches, parts, self.recompute_teacher, slots[0]
         teach = Teaching(self.teacher_layout, self.problem, mode, generator, *where)
-        graph_of = mode.graph_of(len(batches), student)
         # Fused attention has no second derivative, which a kept graph of g needs.
-        kernels = no_fast_path(math=True) if mode.keep_graph or graph_of is not None else NOTHING
+        kernels = no_fast_path(math=True) if mode.keep_graph or order == "graph" else NOTHING
         with restored(*slots, device=self.device, trained=taught, generator=generator) as fault:
             with self._autocast() if self.precision != "float32" else NOTHING, kernels, looking(begun.look):
                 path = take_steps(  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
                     *(student, self.update, self.problem, labeled, batches, teach),
                     parts=parts,
                     keep_graph=mode.keep_graph,
-                    graph_of=graph_of,
+                    order=order,
+                    credits="example" if mode.credits == "example" else "signal",
+                    truncate=getattr(mode, "truncate", None),
                     keep=mode.keeping,
                 )
+                path.is_tried = is_tried
                 feedback, mode_state = mode.checked_feedback(path, self.mode_state)  # line 4: h
                 # Lines 5-7: −Σ h·signal + losses
                 scalars = teach.backward(
@@ -278,6 +313,7 @@ class BilevelTrainer(Trainer):
                     feedback=tuple(h) if ahead else h[0],
                     signal=step.signal.detached() if mode.keep_graph else step.signal,
                     student_outputs=step.outputs.clone(),  # they may be weights, which the step moves
+                    order=order or "",
                 )
             if self.teacher_layout is not None and (self.clip_norm is not None or not ranks.alone):
                 self.teacher_layout.mean_gradients(self.clip_norm)
@@ -479,9 +515,12 @@ class BilevelTrainer(Trainer):
             "steps_done": self.steps_done,
             "generator": None if self.generator is None else self.generator.get_state(),
             "verification": self.verification.state_dict(),
+            "orders": self.orders.state_dict(),
         }
 
     def _load(self, state: dict[str, Any]) -> None:
+        if missing := {"lookahead", "generator", "orders"} - {*state}:
+            raise MetaplError(f"it has no {', '.join(sorted(missing))}")
         if state["mode"] != self.mode.name:
             raise MetaplError(f"it is of the mode {state['mode']!r}, and the trainer's is {self.mode.name!r}")
         if self.generator is not None:
@@ -495,6 +534,7 @@ class BilevelTrainer(Trainer):
             self.outer_optimizer.load_state_dict(as_held(copy.deepcopy(state["outer"]), self.outer_optimizer))
         self.mode_state, self.steps_done = dict(state["mode_state"]), state["steps_done"]
         self.verification.load_state_dict(state["verification"])
+        self.orders.load_state_dict(state["orders"])
 
     # ---------------------------------------------------------------------------------------- finetuning and gradients
 
@@ -540,8 +580,7 @@ class BilevelTrainer(Trainer):
         given: Any = {"labeled": labeled, "unlabeled": unlabeled, "outer": outer, "inner": inner}
         given |= {"mode": self.mode if mode is None else mode, "inner_optimizer": self.update, "generator": generator}
         given |= {"problem": self.given_problem if problem is None else problem, "accumulate": self.accumulate}
-        for layout in self.layouts:
-            layout.reshard()
+        self._reshard()
         self.update.follow(self.layout.parameters())
         with replayed(RandomState.now(self.device)), self._autocast():
             return hypergradient(*self.pair, **given)
