@@ -23,6 +23,8 @@ from metapl.feedback.lookahead import Lookahead
 from metapl.problems.base import Problem, kind_of, reads_signal_in_outer_input
 from metapl.updates import Clipped, Update, parts_of
 
+MODES_WITH_DIRECT_TERM = ("forward", "unrolled", "difference", "implicit")
+
 
 class PastTheSignal(MetaplError):
     """A loss depends on something that the feedback does not know of, or a batch changes under it."""
@@ -100,7 +102,28 @@ def outer_variables(problem: Problem, teacher: nn.Module | None) -> dict[str, nn
 
 def outer_loss_reads_more(problem: Problem, teacher: nn.Module | None) -> bool:
     """Return whether the outer loss may read outer variables, or its input the signal."""
+    if teacher is None:
+        return False
     return bool(outer_variables(problem, teacher)) or reads_signal_in_outer_input(problem)
+
+
+def has_direct_term(mode_name: str, problem: Problem, teacher: nn.Module | None) -> bool:
+    """Return whether the teacher's gradient has a direct term, ∂L(θ′; φ)/∂φ at fixed θ′, beside that of the feedback.
+
+    It is left out in ``none``, which has no feedback, and in the sampled modes, whose scalars it does not belong to.
+    """
+    return mode_name in MODES_WITH_DIRECT_TERM and outer_loss_reads_more(problem, teacher)
+
+
+def refuse_direct_term_in_parts(problem: Problem, *, parts: int, is_alone: bool) -> None:
+    """Refuse an outer loss that reads outer variables where the direct term cannot be taken."""
+    if not is_alone:
+        raise MetaplError(
+            f"the outer loss of {kind_of(problem)} may read the teacher, whose module the problem holds, or the signal, "
+            "and the networks are in several processes; expected one process."
+        )
+    if parts > 1 and reads_signal_in_outer_input(problem):
+        raise MetaplError(f"{kind_of(problem)} has outer_input(batch, signal) with accumulate={parts}; expected 1.")
 
 
 # ------------------------------------------------------------------------------------------------------ the first look

@@ -20,7 +20,15 @@ from metapl.feedback.door import FirstLook, current_look
 from metapl.feedback.inner_step import Credited, InnerStep, SignalInput, credited, inner_loss
 from metapl.feedback.keeping import ALL, Keeping, States
 from metapl.feedback.order import Order
-from metapl.problems.base import Problem, Signal, enters_input, joined_signals, sum_and_weight
+from metapl.problems.base import (
+    Problem,
+    Signal,
+    enters_input,
+    joined_signals,
+    outer_input,
+    reads_signal_in_outer_input,
+    sum_and_weight,
+)
 from metapl.updates import Options, Update
 
 OTHER_BATCH = (
@@ -226,10 +234,34 @@ class Path:
         gap = norm({name: t - theta[name] for name, t in exact.items()})
         return {"step_rounding": gap / length.clamp_min(torch.finfo(length.dtype).tiny)}
 
+    def direct_loss(self, signal: Signal) -> Tensor:
+        """Return L(θ′; φ) at θ′ as a constant, with a graph in what it reads of the teacher, φ; none if it reads nothing.
+
+        Args:
+            signal: the last step's, with the teacher's graph, for a problem with ``outer_input(batch, signal)``.
+
+        Cost: one forward pass on the outer batch, with the draws of the one that gave v, and its backward pass.
+        """
+        student, start = self.student, self.steps[-1].passes[-1].after.branch()
+        weights = {name: t.requires_grad_(False) for name, t in student.as_leaves(self.params).items()}
+        sums, counts = list[Tensor](), list[Tensor | float]()
+        with student.at(weights, start, student.slots):
+            for part in self.labeled:
+                outputs = student.forward(outer_input(self.problem, part, signal))
+                total, weight = sum_and_weight(self.problem.outer_loss(outputs, part))
+                sums.append(total)
+                counts.append(weight)
+        loss: Tensor = torch.stack(sums).sum() / sum(counts)
+        return loss
+
     def _outer(self, params: Tree, *, gradient: bool = False) -> tuple[Tensor, Tree]:
         """L, and its ``gradient``, at these weights, by a pass that draws from a stream apart from the teacher's."""
         problem, start = self.problem, self.steps[-1].passes[-1].after.branch()
-        judged = [(problem.outer_input(part), part) for part in self.labeled]
+        signal = self.steps[-1].signal
+        if reads_signal_in_outer_input(problem):
+            # In a path that keeps its graph the signal is a leaf of it; how L depends on it is the direct term.
+            signal = signal.detached()
+        judged = [(outer_input(problem, part, signal), part) for part in self.labeled]
 
         def judge(outputs: Tensor, part: Any) -> tuple[Tensor, Tensor | float]:
             return sum_and_weight(problem.outer_loss(outputs, part))

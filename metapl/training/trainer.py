@@ -22,7 +22,10 @@ from metapl.feedback import Estimator, Mode, check_mode, check_teacher, estimato
 from metapl.feedback.advice import advice_on
 from metapl.feedback.door import (
     FirstLook,
+    has_direct_term,
     looking,
+    outer_loss_reads_more,
+    refuse_direct_term_in_parts,
     refuse_gradients_of_batches,
     refuse_hooks,
     refuse_learned_settings,
@@ -180,6 +183,8 @@ class BilevelTrainer(Trainer):
             raise MetaplError(f"accumulate={accumulate} was given with mode 'unrolled'; expected 1, or mode 'forward'.")
         self._set_feedback_size(feedback_weight, feedback_ratio, feedback_bound)
         check_mode(self.mode, lookahead, self.problem, self.layout)
+        if self.direct_term:
+            refuse_direct_term_in_parts(self.problem, parts=accumulate, is_alone=self.ranks.alone)
 
         self.inner_optimizer = default_optimizer(self.student) if inner_optimizer is None else as_one(inner_optimizer)
         gives_feedback = self.mode.credits != "nothing"
@@ -299,7 +304,13 @@ class BilevelTrainer(Trainer):
                 feedback, mode_state = mode.checked_feedback(path, self.mode_state)  # line 4: h
                 # Lines 5-7: −Σ h·signal + losses
                 scalars = teach.backward(
-                    feedback, losses, labeled, number, self.feedback_size, measure=self.measures_feedback
+                    feedback,
+                    losses,
+                    labeled,
+                    number,
+                    self.feedback_size,
+                    measure=self.measures_feedback,
+                    direct_loss=path.direct_loss if self.direct_term == "included" else None,
                 )
                 h = [of_step.of_batch(step) for step, of_step in zip(path.steps, feedback, strict=True)]
                 # The modes that take v have L(θ′); for others it would be one more pass.
@@ -314,6 +325,7 @@ class BilevelTrainer(Trainer):
                     signal=step.signal.detached() if mode.keep_graph else step.signal,
                     student_outputs=step.outputs.clone(),  # they may be weights, which the step moves
                     order=order or "",
+                    direct_term=self.direct_term,
                 )
             if self.teacher_layout is not None and (self.clip_norm is not None or not ranks.alone):
                 self.teacher_layout.mean_gradients(self.clip_norm)
@@ -349,6 +361,13 @@ class BilevelTrainer(Trainer):
             has_looked = verification.before(self, labeled, unlabeled, mark)
             look = None if has_looked else look
         return Begun(slots, mark, look)
+
+    @property
+    def direct_term(self) -> Literal["", "included", "left out"]:
+        """Whether the teacher's gradient has a direct term, of an outer loss that reads the teacher; "" without one."""
+        if not outer_loss_reads_more(self.problem, self.teacher):
+            return ""
+        return "included" if has_direct_term(self.mode.name, self.problem, self.teacher) else "left out"
 
     def _losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
         given = () if self.teacher is None else self.teacher_losses

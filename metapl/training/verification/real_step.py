@@ -18,7 +18,7 @@ from metapl.execution.state import RandomState, trainable
 from metapl.feedback import Estimator, Lookahead
 from metapl.feedback.door import FirstLook, looking
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
-from metapl.problems.base import Problem, Signal, enters_input, sum_and_weight
+from metapl.problems.base import Problem, Signal, enters_input, outer_input, sum_and_weight
 from metapl.updates import TorchUpdate, Update, parts_of
 
 Tree = dict[Any, Tensor]
@@ -220,6 +220,9 @@ class Evaluation:
         self.given_outputs = student_outputs
         self.given_states = states
         self.signals: list[Signal] = []
+        # The last step's, for an outer loss that reads it. It stays where it is when signals are moved, for h is
+        # minus the derivative through the student's step alone.
+        self.outer_signal: Signal | None = None
         self.outputs: list[Tensor] = []
         self.gradients: dict[str, Tree] = {}
         self.states: list[Tree] = []
@@ -287,7 +290,8 @@ class Evaluation:
         weights_before = self._weights_now()
         batch = problem.outer_batch(self.copies.outer_batch)
         self._begin_pass(student)
-        self.outputs.append(student(problem.outer_input(batch)))
+        assert self.outer_signal is not None, "a step asks the teacher"
+        self.outputs.append(student(outer_input(problem, batch, self.outer_signal)))
         total, weight = sum_and_weight(problem.outer_loss(self.outputs[-1], batch))
         self._note_written_weights(weights_before)
         loss = total / weight
@@ -309,6 +313,7 @@ class Evaluation:
         asked = self.copies.problem.signal(teacher, inner_batch, student_outputs, generator=self.copies.generator)
         self.signals.append(asked)
         signal = asked.detached() if self.given_signals is None else self.given_signals[number]
+        self.outer_signal = signal
         if self.move.what != "signal":
             return signal
         moved = {}
