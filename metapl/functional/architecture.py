@@ -34,7 +34,12 @@ PASS_HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 TABLES = ("_parameters", "_buffers", "_modules")
 # Hooks on all modules of the process.
 EVERYWHERE = (
@@ -118,7 +123,7 @@ def description_of_networks(networks: Sequence[nn.Module | None]) -> Hashable:
     def description_of_tensor(t: Tensor | None) -> Hashable:
         if t is None:
             return None
-        if type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided or not BUFFER_MARKS >= vars(t).keys():
+        if type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided or not vars(t).keys() <= BUFFER_MARKS:
             raise Undescribed
         return number_of(t)[0], type(t), tuple(t.shape), t.dtype, t.device, t.requires_grad
 

@@ -237,7 +237,9 @@ class Function:
             return ask(None), state
         tensors = params | {name: t.clone() for name, t in state.items()}  # a pass moves its state in place
         parts = named_parts(self.module)
-        tables = [(prefix, table) for prefix, part in parts for table in (part._parameters, part._buffers)]
+        tables: list[tuple[str, Any]] = [
+            (prefix, table) for prefix, part in parts for table in (part._parameters, part._buffers)
+        ]
         before = [dict(table) for _, table in tables]
         self.refuse_other_places(tables)
         try:
