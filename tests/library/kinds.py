@@ -193,7 +193,7 @@ KINDS: dict[str, tuple[Any, ...]] = {  # by COLUMNS; after the space, on the pur
     # These are refused by the modes, and in the steps, that repeat a pass.
     "an attribute that counts": ("XRRRR RR", counts, put("n", lambda s: 0)),
     "a hook that counts": ("XRRRR RR", plain, lambda s: s.a.register_forward_hook(Counting())),
-    "an input in place": ("XRRRR XX", lambda s, x: s.plain(x.mul_(1.1))),
+    "an input in place": ("XXXXX XX", lambda s, x: s.plain(x.mul_(1.1))),
     "a generator of its own": (
         "XRRRR RR",
         lambda s, x: s.plain(x) + torch.rand(C, generator=s.g).to(x), put("g", lambda s: torch.Generator())),
@@ -253,7 +253,8 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "a clip": ("RRRRR RR", {}, {"clip_norm": 0.1}),
     "micro-batches": ("RRRRR RR", {}, {"accumulate": 2}),
     "a pair in micro-batches": ("RRRRR RR", {"outer": lambda self, loss, z, b: (4 * loss, 4)}, {"accumulate": 2}),
-    "a sum in micro-batches": ("XXXXX XX", {"outer": lambda self, loss, z, b: loss * len(z)}, {"accumulate": 2}),
+    "a sum in micro-batches": ("RRRRR RR", {"outer": lambda self, loss, z, b: loss * len(z)}, {"accumulate": 2}),
+    "a pair that is no mean": ("XXXXX XX", {"outer": lambda self, loss, z, b: (loss, len(z))}, {"accumulate": 2}),
     "a loss of the batch": ("RRRRR RR", batchwise, {}),
     "a loss of the batch in micro-batches": ("XXXXX XX", batchwise, {"accumulate": 2}),
     "a penalty on weights": ("RRRRR RR", penalty, {}),

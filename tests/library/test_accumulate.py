@@ -272,7 +272,7 @@ def test_a_training_on_labels_that_are_partly_ignored(mode: str) -> None:
         torch.testing.assert_close(split, whole, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["dropout", "checkpoint", "bfloat16"])
+@pytest.mark.parametrize("kind", ["dropout", "checkpoint", "bfloat16", "its own gradient"])
 def test_a_scalar_has_the_draws_of_the_pair_that_says_the_same(kind: str) -> None:
     """With dropout masks, recomputed blocks and autocast's kept casts, in every micro-batch."""
 
@@ -294,9 +294,23 @@ def test_a_scalar_has_the_draws_of_the_pair_that_says_the_same(kind: str) -> Non
         def forward(self, x: Tensor) -> Tensor:
             return self.network(x) + self.other(x) if x[0, 0] > 5 else self.network(x)
 
+    class OwnGradient(nn.Module):
+        """A forward that takes a gradient itself."""
+
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.clone().requires_grad_()
+            outputs = self.network(x)
+            return outputs + torch.autograd.grad(outputs.sum(), x, create_graph=True)[0][:, :3]
+
     found = {}
     for loss in (not_ignored, as_pair):
         teacher, student = weighed(dropout=0.4)
+        if kind == "its own gradient":
+            student = OwnGradient(student)
         if kind == "checkpoint":
             student = Recomputed(student)
         if kind == "bfloat16":
@@ -358,3 +372,50 @@ def test_another_student_is_refused_when_a_micro_batch_runs_again() -> None:
             teacher, student, **outer_and_inner(LABELS), problem=Judged(not_ignored), accumulate=2,
             inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.5),
         )  # fmt: skip
+
+
+def test_verification_lets_a_scalar_be_any_function_of_the_rows() -> None:
+    """And refuses a pair that is no mean, since it is added up over micro-batches."""
+    labels = torch.tensor([1, 0, -100, 2, -100, -100, -100, 1])  # of each half of the first part, another number counts
+    data = outer_and_inner(labels)
+    for loss in (not_ignored, dice, lambda z, y: (not_ignored(z, y), len(y))):
+        teacher, student = weighed()
+        trainer = metapl.BilevelTrainer(
+            teacher,
+            student,
+            problem=Judged(loss),
+            inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.5),
+            accumulate=2,
+        )
+        if loss in (not_ignored, dice):
+            trainer.step(**data)
+            continue
+        with pytest.raises(metapl.MetaplError, match=r"outer_loss is .* by halves of the batch: no mean over examples"):
+            trainer.step(**data)
+
+
+def test_an_outer_loss_of_all_rows_that_reads_the_teacher() -> None:
+    """The direct term, of a module that the problem holds, is that of all rows too."""
+
+    class Scored(Judged):
+        def __init__(self, teacher: nn.Module) -> None:
+            super().__init__(not_ignored)
+            self.teacher = teacher
+
+        def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Any:
+            return metapl.Signal(teacher(batch[0]).sigmoid().squeeze(1))
+
+        def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+            return self.loss(outputs + self.teacher(batch[0]) * outputs.cos(), batch[1])
+
+    _, student = weighed()
+    teacher = nn.Linear(5, 1).double()
+    given: dict[str, Any] = {"problem": Scored(teacher), **outer_and_inner(LABELS)}
+    given["inner_optimizer"] = torch.optim.SGD(student.parameters(), lr=0.5)
+    whole = metapl.hypergradient(teacher, student, **given, verify=True)
+    for parts in (2, 4):
+        found = metapl.hypergradient(teacher, student, **given, accumulate=parts)
+        for name, g in whole.grads.items():
+            torch.testing.assert_close(found.grads[name], g, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(found.direct[name], whole.direct[name], rtol=1e-9, atol=1e-12)
+    assert whole.direct["weight"].norm() > 1e-3
