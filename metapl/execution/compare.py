@@ -51,8 +51,9 @@ ROUNDINGS = 10.0
 
 CAUSES = (
     "random numbers that are not of torch's default generators, state outside of buffers, torch.no_grad() or detach() "
-    "on a part of the forward, a hook or an autograd.Function that changes gradients (docs/contract.md; "
-    "metapl.check_gradient says more)"
+    "on a part of the forward, a hook or an autograd.Function that changes gradients, a loss that has kept weights of "
+    "the student by itself, in the place of `params` or student.parameters() (docs/contract.md; metapl.check_gradient "
+    "says more)"
 )
 
 

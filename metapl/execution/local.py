@@ -134,6 +134,13 @@ class LocalStudent:
     def holding(self, params: Tree) -> AbstractContextManager[None]:
         return swapped(self.held_at(self.as_leaves(params)))
 
+    @contextmanager
+    def with_leaves(self, params: Tree) -> Iterator[Tree]:
+        """Hold these weights as leaves in this block, and yield them: for a loss that is called without a pass."""
+        leaves = self.as_leaves(params)
+        with swapped(self.held_at(leaves)):
+            yield leaves
+
     def at(
         self, params: Tree, random: RandomState, state: State | Slots, *, upcast: bool = False
     ) -> AbstractContextManager[None]:
@@ -187,10 +194,12 @@ class Pass:
         """A loss of this pass and its gradient g; the graph is kept for :meth:`in_leaves` where it has leaves."""
         assert self.graph is not None, "a pass learns once"
         student, ranks = self.student, self.student.ranks
-        value = loss(self.graph, self._at)
-        if not value.requires_grad:
-            raise MetaplError(f"the student's loss {checks.NO_GRADIENT}")
+        # A loss may read ``student.parameters()``, which have to be those of this pass; and the backward pass of a
+        # checkpoint runs the module again.
         with self._running():
+            value = loss(self.graph, self._at)
+            if not value.requires_grad:
+                raise MetaplError(f"the student's loss {checks.NO_GRADIENT}")
             own, grads = student.gradient(value, self._at, create_graph=student.double_backward or bool(leaves))
         if leaves:
             self._graph_of_g = own, list(leaves)

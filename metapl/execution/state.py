@@ -245,6 +245,26 @@ def swapped(held: Sequence[Slot]) -> Iterator[None]:
             table[name] = t
 
 
+@contextmanager
+def with_tables_of(twin: nn.Module, module: nn.Module) -> Iterator[None]:
+    """Let a module hold the tensors of a copy of it, its ``twin``, in this block.
+
+    A loss that reads the module by a closure or a global reads then what the copy is moved to. The tables are shared,
+    so a tensor that is exchanged in one is exchanged in the other.
+    """
+    kept = list[tuple[dict[str, Any], dict[str, Any]]]()
+    for part, other in zip(module.modules(), twin.modules(), strict=True):
+        held = vars(part)
+        kept.append((held, {name: held[name] for name in _TABLES}))
+        held.update({name: vars(other)[name] for name in _TABLES})
+    try:
+        yield
+    finally:
+        for held, tables in kept:
+            held.update(tables)
+
+
+_TABLES = "_parameters", "_buffers"
 _LOCK = RLock()
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Literal
 
@@ -266,9 +266,10 @@ def _slope(step: InnerStep, leaves: Tree, w: Tree, z_dot: Tensor, of_z_dot: Tens
     """d/dε (1/B) Σ_i factor_i ℓ_i(z + εż, signal, θ + εw), this rank's share; flagged where it is not ⟨w, g⟩."""
     ranks, parts = step.student.ranks, len(step.passes)
     z = step.outputs.detach().requires_grad_()
-    theta = as_leaves(step.params) if step.student.readable else {}
     factors = leaves.get("factors")
-    with torch.enable_grad():
+    # A loss may read the weights as ``params``, or as ``student.parameters()``: both are these leaves.
+    weights = step.student.with_leaves(step.params) if step.student.readable else nullcontext({})
+    with weights as theta, torch.enable_grad():
         # Micro-batch by micro-batch: a loss may look at the batch as a whole.
         signals, chunks = step.signal.having(leaves).chunks(parts), z.chunk(parts)
         of_part = factors.chunk(parts) if factors is not None else [None] * parts

@@ -95,7 +95,9 @@ def make_training(
             return found[0].having(fields), found[1]
 
         def mean_loss(z: Tensor, theta: Tree) -> Tensor:
-            return problem.inner_loss(z, signal, batch, theta).mean()  # of (B,)
+            # A loss may read ``student.parameters()``, so it is called while these weights are in the student.
+            losses, _ = S.at(theta, left, lambda network: problem.inner_loss(z, signal, batch, theta))
+            return losses.mean()  # of (B,)
 
         if enters:
             signal, teacher_left = asked(None)
@@ -327,8 +329,14 @@ def differentiate(
             yield from backward(begun_at, stop, *finer)
 
     def outer_losses(theta: Tree) -> Tensor:
-        z, _ = Function(student).outputs(theta, carry.state, problem.outer_input(judged))
-        found = [sum_and_weight(one.outer_loss(z, judged)) for one in judging or [problem]]
+        S = Function(student)
+        z, left = S.outputs(theta, carry.state, problem.outer_input(judged))
+
+        def ask(network: Any) -> list[tuple[Tensor, Tensor | float]]:
+            return [sum_and_weight(one.outer_loss(z, judged)) for one in judging or [problem]]
+
+        # As the inner loss, they are called while these weights are in the student.
+        found, _ = S.at(theta, left, ask)
         L = torch.stack([total / weight for total, weight in found])
         return L if judging else L[0]
 
