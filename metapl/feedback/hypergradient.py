@@ -152,7 +152,7 @@ def hypergradient(
     """
     labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
     if verify:  # by a module above this one, which calls this function on copies
-        check = import_module("metapl.training.verify").check_gradient
+        check = import_module("metapl.training.verification").check_gradient
         given = {"problem": problem, "inner_optimizer": inner_optimizer, "inner_state": inner_state, "mode": mode}
         given |= {"generator": generator, "accumulate": accumulate, "clip_norm": clip_norm}
         check(teacher, student, labeled=labeled, unlabeled=unlabeled, **given).refuse_or_warn(verify)

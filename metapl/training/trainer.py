@@ -35,7 +35,7 @@ from metapl.runs.fields import AboveZero, AtLeastZero, MicroBatches, Range, chec
 from metapl.training import FitResult, Trainer
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
 from metapl.training.options import FitOptions
-from metapl.training.verify import Verification, refuse_hooks
+from metapl.training.verification import Verification, refuse_hooks
 from metapl.updates import Clipped, OwnStep, as_one, parameters_of, refuse_missing, update_of
 from metapl.updates.own_step import undone
 
@@ -278,7 +278,7 @@ class BilevelTrainer(Trainer):
             layout.begin_step()
         self._slots = slots = [own if own.contents() == own.known else Slots(own.module) for own in self._slots]
         verification, mark = self.verification, hash((slots[0].mark, slots[1].mark))
-        if verification.setting and (verification.every or mark not in verification.known):
+        if verification.setting and (verification.every or mark not in verification.verified_marks):
             verification.before(self, labeled, unlabeled, mark)
         return slots
 
