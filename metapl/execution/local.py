@@ -173,11 +173,12 @@ class Pass:
             graph = student.double_backward
             self._at = {n: stand_in(p, own[n]) for n, p in params.items()} if graph else student.as_leaves(params)
             self._held = student.held_at(self._at)
-        self._before = RandomState.now(student.device)
+        self._before = student.slots.random_state(student.device)
         self._state, student.slots.state = student.slots.state or student.slots.now(), None
         with self._running():
             outputs = checks.logits(student.module(inputs), "student")
-        self.after = RandomState.now(student.device)
+        self.after = student.slots.random_state(student.device)
+        student.slots.watch(self._before, self.after)
         self._dtype = outputs.dtype
         self.graph: Tensor | None = wide(outputs)
         self.outputs = self.graph.detach()

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Literal
 
@@ -268,7 +268,9 @@ def _slope(step: InnerStep, leaves: Tree, w: Tree, z_dot: Tensor, of_z_dot: Tens
     z = step.outputs.detach().requires_grad_()
     factors = leaves.get("factors")
     # A loss may read the weights as ``params``, or as ``student.parameters()``: both are these leaves.
-    weights = step.student.with_leaves(step.params) if step.student.readable else nullcontext({})
+    weights: AbstractContextManager[Tree] = nullcontext({})
+    if step.student.readable:
+        weights = step.student.with_leaves(step.params)
     with weights as theta, torch.enable_grad():
         # Micro-batch by micro-batch: a loss may look at the batch as a whole.
         signals, chunks = step.signal.having(leaves).chunks(parts), z.chunk(parts)

@@ -107,7 +107,8 @@ def make_step(
             z, left = S.outputs(theta, at_S, problem.outer_input(judged))
             # A loss may read ``student.parameters()``, so it is called while these weights are in the student.
             (total, count), _ = S.at(theta, left, lambda network: sum_and_weight(problem.outer_loss(z, judged)))
-            return total / count
+            loss: Tensor = total / count
+            return loss
 
         def ask(theta_T: Tree, at_T: Tree, k: int, z: Tensor | None) -> tuple[Any, Tree, Tree, Tree]:
             """Line 2: ŷ ~ T(x_u), or the soft label; and with the last batch lines 6-7, the teacher's own losses.
@@ -160,7 +161,8 @@ def make_step(
             def mean_loss(z: Tensor, theta: Tree, fields: Tree, buffers: Tree, u: Tensor | float = 1.0) -> Tensor:
                 given = signal.having(fields)
                 losses, _ = S.at(theta, buffers, lambda network: problem.inner_loss(z, given, batches[k], theta))
-                return (u * losses).mean()  # of (B,)
+                mean: Tensor = (u * losses).mean()  # of (B,)
+                return mean
 
             def gradient(fields: Tree) -> Any:
                 """Line 3: ℓ and g = ∇_θ (1/B) Σ ℓ_i, with the pass that they come from."""

@@ -97,7 +97,8 @@ def make_training(
         def mean_loss(z: Tensor, theta: Tree) -> Tensor:
             # A loss may read ``student.parameters()``, so it is called while these weights are in the student.
             losses, _ = S.at(theta, left, lambda network: problem.inner_loss(z, signal, batch, theta))
-            return losses.mean()  # of (B,)
+            mean: Tensor = losses.mean()  # of (B,)
+            return mean
 
         if enters:
             signal, teacher_left = asked(None)
@@ -262,6 +263,7 @@ def differentiate(
     # those of a batch, zeros in the shapes of its signal, and a value of that.
     losses, digests, kinds, signals = list[Tensor](), list[Tensor](), list[int](), dict[Any, tuple[Tree, Any]]()
     feedback, in_settings, end = list[Any](), list[Any](), steps
+    draws_outside = True  # from Python's or NumPy's generators, as far as is known before the first step
 
     def signal_of(number: int) -> tuple[Tree, Any]:
         return [*signals.values()][kinds[number]]
@@ -275,7 +277,8 @@ def differentiate(
     def keep(number: int, carry: Carry, finest: bool = False) -> None:
         pairs = zip(carry[2:], start[2:], strict=True)  # what has not moved, such as frozen weights, is held once
         moved = [{n: t for n, t in now.items() if not torch.equal(t, before[n])} for now, before in pairs]
-        states.keep(number, [carry.params, carry.optimizer, *moved, RandomState.now(device).values()], finest)
+        drawn = RandomState.now(device, outside=draws_outside).values()
+        states.keep(number, [carry.params, carry.optimizer, *moved, drawn], finest)
         if number == len(losses) > 0:
             store()
 
@@ -354,7 +357,10 @@ def differentiate(
                 for number in range(done, steps):
                     if number % spacings[0] == 0:
                         keep(number, carry)
+                    before = RandomState.now(device) if number == done else None
                     carry, loss = take_step(number, carry)
+                    if before is not None:
+                        draws_outside = RandomState.now(device).has_drawn_outside(before)
                     losses.append(loss)
                     checks.refuse_not_finite(LOSS_NOT_FINITE.format(number), loss)
                     tell()
