@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Literal
 
@@ -308,7 +308,8 @@ def _loss_in_leaves(
     theta: Tree = {}
     if step.student.readable:
         theta = {name: wide(p) + factor * wide(w[name]) if name in w else p for name, p in step.params.items()}
-    with torch.enable_grad():
+    # A loss may read the weights as ``student.parameters()`` too.
+    with step.student.holding(theta) if theta else nullcontext(), torch.enable_grad():
         mean = _mean_loss(step, leaves, z, theta)
         if not mean.requires_grad:
             return mean.detach(), [None] * len(leaves)
@@ -354,8 +355,11 @@ def _slope(step: InnerStep, leaves: Tree, w: Tree, z_dot: Tensor, of_z_dot: Tens
     """d/dε (1/B) Σ_i factor_i ℓ_i(z + εż, signal, θ + εw), this rank's share; flagged where it is not ⟨w, g⟩."""
     ranks = step.student.ranks
     z = step.outputs.detach().requires_grad_()
-    theta = as_leaves(step.params) if step.student.readable else {}
-    with torch.enable_grad():
+    # A loss may read the weights as ``params``, or as ``student.parameters()``: both are these leaves.
+    weights: AbstractContextManager[Tree] = nullcontext({})
+    if step.student.readable:
+        weights = step.student.with_leaves(step.params)
+    with weights as theta, torch.enable_grad():
         mean = _mean_loss(step, leaves, z, theta)
         grads = torch.autograd.grad(mean, [z, *theta.values()], create_graph=True, allow_unused=True)
         directions = [z_dot, *(w[name] if name in w else torch.zeros_like(p) for name, p in theta.items())]

@@ -201,7 +201,8 @@ class Path:
         ends = {name: p for name, p in self.steps[-1].updated[0].items() if p.requires_grad}  # θ′
         gradients: Sequence[Tensor | None] = [None] * len(leaves)
         if ends:
-            with replay(RandomState.now(self.student.device), self.student.slots):  # checkpoints run again here, at θ
+            slots = self.student.slots
+            with replay(slots.random_state(self.student.device), slots):  # checkpoints run again here, at θ
                 cotangents = [v[name] for name in ends]
                 gradients = torch.autograd.grad([*ends.values()], leaves, cotangents, allow_unused=True)
         found = iter(gradients)

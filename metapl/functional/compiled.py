@@ -171,7 +171,7 @@ class CompiledStep:
             mode = {name: t.to(trainer.device) for name, t in trainer.mode_state.items()}
             state = self.state._replace(mode=mode, step=step)
         self.numbers = numbers
-        start, noise = RandomState.now(trainer.device, draw), None
+        start, noise = RandomState.now(trainer.device, draw, outside=not compared), None
         if draw is not None and probs is not None:
             noise = tuple(gumbel(length(batch), probs.shape[1], probs, draw) for batch in batches)
         try:
@@ -273,8 +273,7 @@ def eager_step(trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) 
     end = RandomState.now(trainer.device)
     start.restore()
     # L(θ′) draws on where the teacher's passes end; on the eager road, from its own stream.
-    ends = zip(end.values().values(), start.values().values(), strict=True)
-    if any(a is not None and b is not None and not a.equal(b) for a, b in ends):
+    if not end.is_as(start):
         with branching_to(end):
             twin, report = taken()
         start.restore()
