@@ -162,7 +162,7 @@ def hypergradient(
         given = {"problem": problem, "inner_optimizer": inner_optimizer, "inner_state": inner_state, "mode": mode}
         given |= {"generator": generator, "accumulate": accumulate, "clip_norm": clip_norm}
         check(teacher, student, labeled=labeled, unlabeled=unlabeled, **given).refuse_or_warn(verify)
-    estimate = estimator(mode)
+    estimate, given_problem = estimator(mode), problem
     problem, inner_optimizer = prepare(problem, estimate), as_one(inner_optimizer)
     check_teacher(teacher, problem, recompute_teacher=recompute_teacher)
     check_arguments(hypergradient, {**locals(), "mode": estimate})
@@ -235,11 +235,9 @@ def hypergradient(
             with shown("steps back", 0) as path.progress:
                 feedback, _ = estimate.checked_feedback(path, estimate.init())  # h = −dL(θ′)/d(signal)
             grads = teach.gradient(path, feedback) if "teacher" in wrt else {}  # of −Σ h·signal(θ_T)
-            start, of_settings = (
-                path.start if "start" in wrt else {},
-                stacked_settings(path.in_settings[::-1], settings),
-            )
+            of_settings = stacked_settings(path.in_settings[::-1], settings)
             h = tuple(found.of_batch(step) for step, found in zip(path.steps, feedback, strict=True))
+            start = path.start if "start" in wrt else {}
             path = path.revised(h[-1])
             return Hypergradient(
                 grads=grads,
@@ -259,7 +257,7 @@ def hypergradient(
         begin()
         with replayed(RandomState.now(device, generator)):
             return hypergradient(
-                teacher, student, outer=labeled, inner=inner_of_one, mode=other, problem=problem,
+                teacher, student, outer=labeled, inner=inner_of_one, mode=other, problem=given_problem,
                 inner_optimizer=inner_optimizer, inner_state=inner_state, generator=generator, accumulate=accumulate,
                 clip_norm=clip_norm, wrt=wrt,
             )  # fmt: skip
