@@ -41,6 +41,8 @@ NOTHING: AbstractContextManager[Any] = nullcontext()
 Loss = Callable[[Tensor, Tree], Tensor]
 # A function of w: (∂²ℓ/∂θ²) w, and the derivatives of ⟨g, w⟩ in leaves.
 Product = Callable[..., tuple[Tree, list[Tensor | None]]]
+# Looks at the graph of a loss, of which some leaves were made here, and which it may compute again.
+GraphLook = Callable[[Tensor, Sequence[Tensor], Callable[[], Tensor]], None]
 # A loss of outputs on a batch as a sum, and the weight that it is to be divided by: a number where it is 1.
 WeightedLoss = Callable[[Tensor, Any], tuple[Tensor, Tensor | float]]
 
@@ -77,6 +79,7 @@ class LocalStudent:
         start: RandomState,
         *,
         gradient: bool = False,
+        look: GraphLook | None = None,
     ) -> tuple[Tensor, Tree]:
         """Σ sum / Σ weight of a loss over batches, of all ranks, at ``params``, on the buffers as they are now, and the
         ``gradient`` where it is asked for, with zeros for weights that no loss reaches."""
@@ -87,6 +90,8 @@ class LocalStudent:
         with NOTHING if gradient else no_fast_path(), self.at(at, start, self.slots):
             for inputs, batch in batches:
                 value, weight = judge(self.forward(inputs), batch)
+                if look is not None and gradient:
+                    look(value, [*at.values()], partial(self._judged, judge, inputs, batch))
                 if gradient:
                     gradients.append(self.gradient(value, at)[1] if value.requires_grad else {})
                 values.append((value.detach(), weight))
@@ -100,6 +105,10 @@ class LocalStudent:
         if len(v) < len(at):
             v = {name: v[name] if name in v else torch.zeros_like(p) for name, p in at.items()}
         return mean, {n: len(values) / weight * t for n, t in v.items()} if isinstance(weight, Tensor) else v
+
+    def _judged(self, judge: WeightedLoss, inputs: Any, batch: Any) -> Tensor:
+        value, _ = judge(self.forward(inputs), batch)
+        return value
 
     def mean_of_all(self, values: Sequence[tuple[Tensor, Tensor | float]]) -> tuple[Tensor, Tensor | float]:
         """Σ sum / Σ weight over micro-batches and ranks, and the mean of the ranks' weights; without a graph."""
@@ -235,12 +244,12 @@ class Pass:
     def recompute_gradient(self, params: Tree, loss: Loss) -> Tree:
         """The gradient of this pass's loss at its θ once more; ``params`` is that θ, which was forgotten."""
         self.params = params
-        with self._replay(self.inputs) as (at, outputs):
+        with self.once_more(self.inputs) as (at, outputs):
             self.outputs, self._sample = outputs.detach(), None
             return self.student.gradient(loss(outputs, at), at)[1]
 
     @contextmanager
-    def _replay(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
+    def once_more(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
         """θ as leaves, and the outputs there, compared with this pass's; a backward pass belongs into the block."""
         at = self.student.as_leaves(self.params)
         with self.student.at(at, self._before, self._state):
@@ -253,7 +262,7 @@ class Pass:
         same_outputs(again, first, EXACTLY[self.rounded_to].outputs, ranks=self.student.ranks)
         return outputs
 
-    _replay_twice = _replay  # one that can be differentiated twice
+    _replay_twice = once_more  # one that can be differentiated twice
 
     def tangent(self, w: Tree) -> Tensor:
         """ż = d/dε S(x; θ + εw) by forward-mode AD: exact, one pass of about three plain ones, no graph."""

@@ -22,11 +22,18 @@ from metapl.execution.sharded import ShardedStudent
 from metapl.execution.state import RandomState, one_at_a_time, replayed, restored
 from metapl.feedback import Estimator, Mode, check_mode, check_teacher, estimator, prepare
 from metapl.feedback.advice import advice_on
+from metapl.feedback.door import (
+    has_direct_term,
+    outer_loss_reads_more,
+    refuse_direct_term_in_parts,
+    refuse_gradients_of_batches,
+    refuse_learned_settings,
+)
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.order import Order, Orders
 from metapl.feedback.path import take_steps
 from metapl.feedback.teacher import Teaching
-from metapl.problems.base import BilevelProblem
+from metapl.problems.base import BilevelProblem, kind_of
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.runs.terminal import step_bar
 from metapl.updates import Clipped, as_one, options_of, update_of
@@ -49,6 +56,9 @@ class Hypergradient:
         start: dL(θ_K)/dθ_0 by student parameter name, where ``wrt`` names it.
         settings: by the names in ``wrt``: dL(θ_K)/d(setting) of each step and param group, (K, groups); of ``betas``,
             (K, groups, 2); float64.
+        direct: where the outer loss reads the teacher, through a module that the problem holds or by
+            ``outer_input(batch, signal)``: ∂L(θ′; φ)/∂φ at fixed θ′ by teacher parameter name, a part of ``grads``;
+            empty elsewhere, and in the modes that leave it out (``none`` and the sampled ones).
         order: in which order the second derivative was taken (:mod:`metapl.feedback.order`): ``"graph"``,
             ``"tangent"``, ``"double_backward"``, ``"outputs"`` or ``"losses"``; empty in modes that take none, and
             compiled. ``Forward(by=result.order)`` takes the same without trying.
@@ -64,6 +74,7 @@ class Hypergradient:
     start: dict[str, Tensor] = field(default_factory=dict)
     settings: dict[str, Tensor] = field(default_factory=dict)
     order: str = ""
+    direct: dict[str, Tensor] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         state = None if self.inner_state is None else type(self.inner_state).__name__
@@ -157,8 +168,10 @@ def hypergradient(
     Source: Meta Pseudo Labels, eq. (3) and eq. (12).
     """
     labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
+    if estimator(mode).credits != "nothing":
+        refuse_gradients_of_batches(labeled, unlabeled)
     if verify:  # by a module above this one, which calls this function on copies
-        check = import_module("metapl.training.verify").check_gradient
+        check = import_module("metapl.training.verification").check_gradient
         given = {"problem": problem, "inner_optimizer": inner_optimizer, "inner_state": inner_state, "mode": mode}
         given |= {"generator": generator, "accumulate": accumulate, "clip_norm": clip_norm}
         check(teacher, student, labeled=labeled, unlabeled=unlabeled, **given).refuse_or_warn(verify)
@@ -169,6 +182,8 @@ def hypergradient(
     of_teacher, of_student, device = layouts(teacher, student)
     generator_of(generator, device, "the networks are on")
     update = update_of(inner_optimizer, of_student.parameters(), inner_state)
+    if estimate.credits != "nothing":
+        refuse_learned_settings(update)
     update = update if clip_norm is None else Clipped(update, clip_norm, of_student.space)
     ahead = unlabeled if isinstance(unlabeled, Lookahead) else Lookahead([unlabeled])
     if estimate.keep_on not in (None, "cpu") and not compile:
@@ -194,11 +209,16 @@ def hypergradient(
     for what in (what for what, is_so in refused.items() if is_so and {*wrt} - {"teacher"}):
         raise MetaplError(f"wrt={wrt!r} was given with {what}.")
     if compile:
+        if outer_loss_reads_more(problem, teacher):
+            raise MetaplError(f"the outer loss of {kind_of(problem)} may read the teacher; expected compile=False.")
         pure = import_module("metapl.functional.training")
         given = {"clip_norm": clip_norm, "accumulate": accumulate, "progress": progress, "wrt": wrt}
         networks = teacher, student, problem, inner_optimizer, estimate
         found: Hypergradient = pure.differentiate(*networks, labeled, ahead, **given)
         return found if ahead is unlabeled else replace(found, feedback=found.feedback[0], kept="")
+    takes_direct_term = "teacher" in wrt and has_direct_term(estimate.name, problem, teacher)
+    if takes_direct_term:
+        refuse_direct_term_in_parts(problem, parts=accumulate, is_alone=of_student.ranks.alone)
     kind = ShardedStudent if of_student.is_sharded else LocalStudent
     local_student, ranks = kind(of_student, double_backward=estimate.keep_graph), of_student.ranks
     shown = partial(step_bar, progress and ranks.first, len(batches))
@@ -234,7 +254,9 @@ def hypergradient(
             path.is_tried = is_tried
             with shown("steps back", 0) as path.progress:
                 feedback, _ = estimate.checked_feedback(path, estimate.init())  # h = −dL(θ′)/d(signal)
+            direct = teach.direct_gradient(path) if takes_direct_term else {}
             grads = teach.gradient(path, feedback) if "teacher" in wrt else {}  # of −Σ h·signal(θ_T)
+            grads = {name: g + direct[name] for name, g in grads.items()} if direct else grads
             of_settings = stacked_settings(path.in_settings[::-1], settings)
             h = tuple(found.of_batch(step) for step, found in zip(path.steps, feedback, strict=True))
             start = path.start if "start" in wrt else {}
@@ -250,6 +272,7 @@ def hypergradient(
                 start=of_student.as_parameters(start),
                 settings=of_settings,
                 order=order or "",
+                direct=direct,
             )
 
     def by_another(other: Estimator, one_step: bool) -> Hypergradient:

@@ -13,13 +13,22 @@ from torch.utils import _pytree as pytree
 
 from metapl.execution import checks
 from metapl.execution.batch import digest, length, micro_batches
-from metapl.execution.local import NOTHING, LocalStudent, Pass, as_leaves, mean_of
+from metapl.execution.local import NOTHING, LocalStudent, Loss, Pass, as_leaves, mean_of
 from metapl.execution.numerics import Tree, mean_tree
 from metapl.execution.state import RandomState, replay, replayed
+from metapl.feedback.door import FirstLook, current_look
 from metapl.feedback.inner_step import Credited, InnerStep, SignalInput, credited, inner_loss
 from metapl.feedback.keeping import ALL, Keeping, States
 from metapl.feedback.order import Order
-from metapl.problems.base import Problem, Signal, enters_input, joined_signals, sum_and_weight
+from metapl.problems.base import (
+    Problem,
+    Signal,
+    enters_input,
+    joined_signals,
+    outer_input,
+    reads_signal_in_outer_input,
+    sum_and_weight,
+)
 from metapl.updates import Options, Update
 
 OTHER_BATCH = (
@@ -225,15 +234,42 @@ class Path:
         gap = norm({name: t - theta[name] for name, t in exact.items()})
         return {"step_rounding": gap / length.clamp_min(torch.finfo(length.dtype).tiny)}
 
+    def direct_loss(self, signal: Signal) -> Tensor:
+        """Return L(θ′; φ) at θ′ as a constant, with a graph in φ, what it reads of the teacher, if it reads anything.
+
+        Args:
+            signal: the last step's, with the teacher's graph, for a problem with ``outer_input(batch, signal)``.
+
+        Cost: one forward pass on the outer batch, with the draws of the one that gave v, and its backward pass.
+        """
+        student, start = self.student, self.steps[-1].passes[-1].after.branch()
+        weights = {name: t.requires_grad_(False) for name, t in student.as_leaves(self.params).items()}
+        sums, counts = list[Tensor](), list[Tensor | float]()
+        with student.at(weights, start, student.slots):
+            for part in self.labeled:
+                outputs = student.forward(outer_input(self.problem, part, signal))
+                total, weight = sum_and_weight(self.problem.outer_loss(outputs, part))
+                sums.append(total)
+                counts.append(weight)
+        loss: Tensor = torch.stack(sums).sum() / sum(counts)
+        return loss
+
     def _outer(self, params: Tree, *, gradient: bool = False) -> tuple[Tensor, Tree]:
         """L, and its ``gradient``, at these weights, by a pass that draws from a stream apart from the teacher's."""
         problem, start = self.problem, self.steps[-1].passes[-1].after.branch()
-        judged = [(problem.outer_input(part), part) for part in self.labeled]
+        signal = self.steps[-1].signal
+        if reads_signal_in_outer_input(problem):
+            # In a path that keeps its graph the signal is a leaf of it; how L depends on it is the direct term.
+            signal = signal.detached()
+        judged = [(outer_input(problem, part, signal), part) for part in self.labeled]
 
         def judge(outputs: Tensor, part: Any) -> tuple[Tensor, Tensor | float]:
             return sum_and_weight(problem.outer_loss(outputs, part))
 
-        return self.student.loss(params, judged, judge, start, gradient=gradient)
+        look = current_look()
+        if look is None:
+            return self.student.loss(params, judged, judge, start, gradient=gradient)
+        return self.student.loss(params, judged, judge, start, gradient=gradient, look=look.at_outer_loss)
 
 
 def take_steps(
@@ -267,6 +303,7 @@ def take_steps(
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
     params = as_leaves(student.params) if (several or "start" in wrt) and keep_graph else student.params
     state = update.read_state()
+    look = current_look()
 
     def asked(x: Any, outputs: Tensor | None) -> Signal:
         """Line 2: ŷ ~ T(x), or the soft label; a problem may read the student as it is in this step."""
@@ -281,7 +318,10 @@ def take_steps(
         if keeps_graph:
             leaves = as_leaves(credited(signal, credits))
             signal = signal.having(leaves)
-        loss = partial(inner_loss, problem, signal, x, student.readable, leaves.get("factors"))
+        loss: Loss = partial(inner_loss, problem, signal, x, student.readable, leaves.get("factors"))
+        if look is not None and number == 0:
+            made_here = [*params.values(), *signal.fields().values(), *leaves.values()]
+            loss = looked_at(loss, inner_pass, made_here, look)
         return inner_pass.gradient(loss, [*leaves.values()])
 
     for number in range(len(batches)):
@@ -341,3 +381,18 @@ def take_steps(
         if progress is not None:
             progress()
     return path
+
+
+def looked_at(loss: Loss, inner_pass: Pass, made_here: Sequence[Tensor], look: FirstLook) -> Loss:
+    """Return an inner loss whose graph is looked at when it is taken; ``made_here`` are leaves besides its weights."""
+
+    def taken(outputs: Tensor, params: Tree) -> Tensor:
+        def again() -> Tensor:
+            with inner_pass.once_more(inner_pass.inputs) as (at, outputs_again):
+                return loss(outputs_again, at)
+
+        value = loss(outputs, params)
+        look.at_inner_loss(value, [*params.values(), *made_here], again)
+        return value
+
+    return taken

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,16 @@ from metapl.execution.shards import as_held, load_whole
 from metapl.execution.state import RandomState, Slots, one_at_a_time, replayed, restored
 from metapl.feedback import Estimator, Mode, check_mode, check_teacher, estimator, prepare
 from metapl.feedback.advice import advice_on
+from metapl.feedback.door import (
+    FirstLook,
+    has_direct_term,
+    looking,
+    outer_loss_reads_more,
+    refuse_direct_term_in_parts,
+    refuse_gradients_of_batches,
+    refuse_hooks,
+    refuse_learned_settings,
+)
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.feedback.lookahead import Lookahead, inner_batches
 from metapl.feedback.order import Order, Orders
@@ -37,7 +47,7 @@ from metapl.runs.fields import AboveZero, AtLeastZero, MicroBatches, Range, chec
 from metapl.training import FitResult, Trainer
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
 from metapl.training.options import FitOptions
-from metapl.training.verify import Verification, refuse_hooks
+from metapl.training.verification import Verification
 from metapl.updates import Clipped, OwnStep, as_one, parameters_of, refuse_missing, update_of
 from metapl.updates.own_step import undone
 
@@ -45,6 +55,14 @@ FIRST_NOT_FINITE = (
     "the inner loss is NaN or infinite: the student has diverged, or a batch has extreme values; lower its learning "
     "rate, or clean the batch."
 )
+
+
+class Begun(NamedTuple):
+    """What a step begins with: the networks' tables, their fingerprint, and a look at it where it is the first."""
+
+    slots: list[Slots]
+    mark: int
+    look: FirstLook | None
 
 
 class BilevelTrainer(Trainer):
@@ -153,6 +171,7 @@ class BilevelTrainer(Trainer):
         self.ranks, self.student = self.layout.ranks, self.layout.network
         self.teacher = None if self.teacher_layout is None else self.teacher_layout.network
         refuse_hooks(self.student)
+        self._looked_at: set[int] = set()  # fingerprints of networks whose first step was looked at
         self.teacher_losses = None if teacher_losses is None else check_losses(teacher_losses)
         self.clip_norm, self.precision, self.accumulate, self.lookahead = clip_norm, precision, accumulate, lookahead
         self.recompute_teacher, self.generator, self.compile = recompute_teacher, generator, compile
@@ -164,6 +183,8 @@ class BilevelTrainer(Trainer):
             raise MetaplError(f"accumulate={accumulate} was given with mode 'unrolled'; expected 1, or mode 'forward'.")
         self._set_feedback_size(feedback_weight, feedback_ratio, feedback_bound)
         check_mode(self.mode, lookahead, self.problem, self.layout)
+        if self.direct_term:
+            refuse_direct_term_in_parts(self.problem, parts=accumulate, is_alone=self.ranks.alone)
 
         self.inner_optimizer = default_optimizer(self.student) if inner_optimizer is None else as_one(inner_optimizer)
         gives_feedback = self.mode.credits != "nothing"
@@ -212,18 +233,21 @@ class BilevelTrainer(Trainer):
         Raises: :class:`metapl.MetaplError` before anything moves.
         """
         labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
-        slots = self._begin_step(labeled, unlabeled)
+        begun = self._begin_step(labeled, unlabeled)
+        slots = begun.slots
         ahead = not isinstance(unlabeled, Tensor) and isinstance(unlabeled, Lookahead)
         batches = inner_batches(unlabeled, self.lookahead) if ahead or self.lookahead > 1 else [plain(unlabeled)]
         if self.compile:
-            return self.compiled_step(self, plain(labeled), batches, ahead)
+            compiled_report = self.compiled_step(self, plain(labeled), batches, ahead)
+            self._looked_at.add(begun.mark)
+            return compiled_report
         if len(batches) != self.lookahead:
             check_mode(self.mode, len(batches), self.problem, self.layout)
         student = self._student_type(self.layout, slots[1], double_backward=self.mode.keep_graph)
         candidates = self.mode.orders(len(batches), self.problem, student)
 
         def attempt(order: Order | None, is_tried: bool) -> StepReport:
-            return self._step_in_order(order, is_tried, student, slots, labeled, batches, ahead)
+            return self._step_in_order(order, is_tried, student, begun, labeled, batches, ahead)
 
         def by_another(mode: Estimator, one_step: bool) -> Hypergradient:
             given = batches[0] if one_step or not ahead else unlabeled
@@ -243,12 +267,13 @@ class BilevelTrainer(Trainer):
         order: Order | None,
         is_tried: bool,  # whether the order is being chosen
         student: LocalStudent,
-        slots: list[Slots],
+        begun: Begun,
         labeled: Any,
         batches: Sequence[Any],
         ahead: bool,  # whether they were given as a look-ahead
     ) -> StepReport:
         """Take the step with the feedback's second derivative in one order; a step that fails has moved nothing."""
+        slots = begun.slots
         labeled, losses = self.problem.outer_batch(labeled), self._losses_for(batches[-1])
         mode, number, ranks, parts, generator = self.mode, self.steps_done, self.ranks, self.accumulate, self.generator
         student.inspects_graph = is_tried
@@ -265,7 +290,7 @@ class BilevelTrainer(Trainer):
         # Fused attention has no second derivative, which a kept graph of g needs.
         kernels = no_fast_path(math=True) if mode.keep_graph or order == "graph" else NOTHING
         with restored(*slots, device=self.device, trained=taught, generator=generator) as fault:
-            with self._autocast() if self.precision != "float32" else NOTHING, kernels:
+            with self._autocast() if self.precision != "float32" else NOTHING, kernels, looking(begun.look):
                 path = take_steps(  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
                     *(student, self.update, self.problem, labeled, batches, teach),
                     parts=parts,
@@ -279,7 +304,13 @@ class BilevelTrainer(Trainer):
                 feedback, mode_state = mode.checked_feedback(path, self.mode_state)  # line 4: h
                 # Lines 5-7: −Σ h·signal + losses
                 scalars = teach.backward(
-                    feedback, losses, labeled, number, self.feedback_size, measure=self.measures_feedback
+                    feedback,
+                    losses,
+                    labeled,
+                    number,
+                    self.feedback_size,
+                    measure=self.measures_feedback,
+                    direct_loss=path.direct_loss if self.direct_term == "included" else None,
                 )
                 h = [of_step.of_batch(step) for step, of_step in zip(path.steps, feedback, strict=True)]
                 # The modes that take v have L(θ′); for others it would be one more pass.
@@ -294,6 +325,7 @@ class BilevelTrainer(Trainer):
                     signal=step.signal.detached() if mode.keep_graph else step.signal,
                     student_outputs=step.outputs.clone(),  # they may be weights, which the step moves
                     order=order or "",
+                    direct_term=self.direct_term,
                 )
             if self.teacher_layout is not None and (self.clip_norm is not None or not ranks.alone):
                 self.teacher_layout.mean_gradients(self.clip_norm)
@@ -305,17 +337,37 @@ class BilevelTrainer(Trainer):
             for layout in self.distributed:
                 layout.agree_on_buffers()
             self.mode_state, self.steps_done = mode_state, number + 1
+            self._looked_at.add(begun.mark)
             return report
 
-    def _begin_step(self, labeled: Any, unlabeled: Any) -> list[Slots]:
-        """Return the networks' tables as they are now, after the verification that is due on these batches."""
+    def _begin_step(self, labeled: Any, unlabeled: Any) -> Begun:
+        """Read the networks' tables as they are now, and verify them on these batches where that is due.
+
+        Where networks are met for the first time, what may carry a gradient past the signal is refused.
+        """
         for layout in self.distributed:
             layout.begin_step()
         self._slots = slots = [own if own.contents() == own.known else Slots(own.module) for own in self._slots]
-        verification, mark = self.verification, hash((slots[0].mark, slots[1].mark))
-        if verification.setting and (verification.every or mark not in verification.known):
-            verification.before(self, labeled, unlabeled, mark)
-        return slots
+        mark = hash((slots[0].mark, slots[1].mark))
+        look = None
+        if mark not in self._looked_at and self.mode.credits != "nothing":
+            refuse_gradients_of_batches(labeled, unlabeled)
+            refuse_learned_settings(self.update)
+            refuse_hooks(self.student)
+            blocks = self.layout.blocks
+            look = FirstLook(self.teacher, self.student, self.problem, labeled, unlabeled, blocks=blocks)
+        verification = self.verification
+        if verification.setting and (verification.every or mark not in verification.verified_marks):
+            has_looked = verification.before(self, labeled, unlabeled, mark)
+            look = None if has_looked else look
+        return Begun(slots, mark, look)
+
+    @property
+    def direct_term(self) -> Literal["", "included", "left out"]:
+        """Whether the teacher's gradient has a direct term, of an outer loss that reads the teacher; "" without one."""
+        if not outer_loss_reads_more(self.problem, self.teacher):
+            return ""
+        return "included" if has_direct_term(self.mode.name, self.problem, self.teacher) else "left out"
 
     def _losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
         given = () if self.teacher is None else self.teacher_losses
@@ -418,7 +470,7 @@ class BilevelTrainer(Trainer):
         """
         labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
         if self.lookahead == 1:
-            slots = self._begin_step(labeled, unlabeled)
+            slots = self._begin_step(labeled, unlabeled).slots
         else:
             for layout in self.distributed:
                 layout.begin_step()
