@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution.batch import length
 from metapl.execution.checks import Fault
+from metapl.execution.layout import refuse_compiled
 from metapl.execution.numerics import as_real, no_fast_path
 from metapl.execution.state import RandomState, branching_to, trainable
 from metapl.feedback import MODES, Implicit, estimator
@@ -48,6 +49,8 @@ def updates_of(trainer: Any) -> tuple[Update, Update | None]:
 
 def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> Step:
     """The pure step of a trainer that looks so many steps ahead."""
+    refuse_compiled("student", trainer.student)
+    refuse_compiled("teacher", trainer.teacher)
     mode, problem, own = trainer.mode, trainer.problem, trainer.teacher_losses
     inner, composed, hides = unclipped(updates[0]), steps > 1 or enters_input(problem), False
     if not isinstance(inner, TorchUpdate):  # a second call with the same state gives the same update, or it hides some
