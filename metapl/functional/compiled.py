@@ -28,7 +28,18 @@ from metapl.execution.state import RandomState, branching_to, trainable
 from metapl.feedback import MODES, Implicit, estimator
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.report import StepReport
-from metapl.functional.state import State, clipped, constants_of, leaves_of, norm, settings_of, state_of, unclipped
+from metapl.functional.state import (
+    ImpureError,
+    State,
+    clipped,
+    constants_of,
+    impurity,
+    leaves_of,
+    norm,
+    settings_of,
+    state_of,
+    unclipped,
+)
 from metapl.functional.step import Step, make_step
 from metapl.problems.base import Signal, enters_input, gumbel
 from metapl.updates import OwnStep, TorchUpdate, Update, as_taken, parts_of, update_of
@@ -126,9 +137,13 @@ def capturing() -> Iterator[None]:
         torch._C._autograd._saved_tensors_hooks_enable()  # which Dynamo leaves off where a transform fails
         from torch._dynamo.exc import TorchDynamoException
 
-        if not isinstance(error, TorchDynamoException):
+        impure = error if isinstance(error, ImpureError) else impurity(error, "a network")
+        if impure is not None:
+            said = impure.what
+        elif isinstance(error, TorchDynamoException):
+            said = " ".join(" ".join(str(error).splitlines()[:2]).split()) or type(error).__name__
+        else:
             raise
-        said = " ".join(" ".join(str(error).splitlines()[:2]).split()) or type(error).__name__
         raise MetaplError(f"torch.compile cannot take this step: {said}; leave compile out.") from error
 
 
