@@ -179,7 +179,8 @@ def hypergradient(
     problem, inner_optimizer = prepare(problem, estimate), as_one(inner_optimizer)
     check_teacher(teacher, problem, recompute_teacher=recompute_teacher)
     check_arguments(hypergradient, {**locals(), "mode": estimate})
-    of_teacher, of_student, device = layouts(teacher, student)
+    differentiates = estimate.credits != "nothing" or compile
+    of_teacher, of_student, device = layouts(teacher, student, differentiated=differentiates)
     generator_of(generator, device, "the networks are on")
     update = update_of(inner_optimizer, of_student.parameters(), inner_state)
     if estimate.credits != "nothing":

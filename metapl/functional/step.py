@@ -84,7 +84,7 @@ def make_step(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Step:
     """The step of these networks, losses and rules; the modules' own tensors are not read, those of the state are."""
-    T, S, kind = Function(teacher), Function(student), mode.name
+    T, S, kind = Function(teacher, "teacher"), Function(student), mode.name
     enters, revises = enters_input(problem), has_own(problem, "revised_signal")
     composed = kind == "unrolled" or steps > 1 or enters
     first = steps if kind == "none" else steps - (getattr(mode, "truncate", None) or steps)  # of those with feedback

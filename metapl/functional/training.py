@@ -89,7 +89,7 @@ def make_training(
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """``step(φ, carry, batch, settings) -> (carry, loss, signal)``, and ``adjoint(φ, carry, batch, settings, bars,
     nudge) -> (bars, dL/d(signal), dL/d(settings), ‖dL/dθ‖)``; ``nudge`` has zeros, as the signal's fields."""
-    T, S, enters = Function(teacher), Function(student), enters_input(problem)
+    T, S, enters = Function(teacher, "teacher"), Function(student), enters_input(problem)
 
     def moved(
         carry: Carry, batch: Any, theta: Tree, s: Any, phi: Tree, nudge: Tree, settings: Settings
