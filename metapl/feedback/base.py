@@ -205,7 +205,10 @@ def divisor(normalization: str, step: InnerStep, w: Tree | None = None) -> Tenso
     if normalization == "learning_rate":
         eta = step.update.learning_rate
         if eta is None:
-            raise MetaplError('a TorchOpt transform shows no learning rate; expected normalization="gradient".')
+            raise MetaplError(
+                "a TorchOpt transform, or SGD with a rate for each entry, has no single learning rate; expected "
+                'normalization="gradient".'
+            )
         return eta if eta > 0 else 1.0
     if normalization == "gradient":
         return 1.0

@@ -27,7 +27,7 @@ from metapl.feedback.teacher import Teaching
 from metapl.problems.base import BilevelProblem
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.runs.terminal import step_bar
-from metapl.updates import Clipped, as_one, options_of, update_of
+from metapl.updates import Clipped, Options, as_one, entry_shape, options_of, update_of
 from metapl.words import summary
 
 
@@ -46,7 +46,8 @@ class Hypergradient:
         kept: which steps of a look-ahead kept their states, in words; empty without one.
         start: dL(θ_K)/dθ_0 by student parameter name, where ``wrt`` names it.
         settings: by the names in ``wrt``: dL(θ_K)/d(setting) of each step and param group, (K, groups); of ``betas``,
-            (K, groups, 2); float64.
+            (K, groups, 2); float64. Where a group has a rate for each entry of its weight, ``settings["lr"]`` is a list
+            by group: (K, ...) with the shape of the group's rate, (K,) of a group with a number.
     """
 
     grads: dict[str, Tensor]
@@ -57,23 +58,36 @@ class Hypergradient:
     inner_state: Any
     kept: str = ""
     start: dict[str, Tensor] = field(default_factory=dict)
-    settings: dict[str, Tensor] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         state = None if self.inner_state is None else type(self.inner_state).__name__
         return summary("Hypergradient", **{**vars(self), "inner_state": state})
 
 
-def stacked_settings(found: Sequence[Any], names: Sequence[str]) -> dict[str, Tensor]:
-    """Gradients in settings by name, (K, groups, ...); 0 where a group has no such setting."""
+def stacked_settings(found: Sequence[Any], names: Sequence[str], options: Options) -> dict[str, Any]:
+    """Gradients in settings by name, (K, groups, ...); 0 where a group has no such setting. Of a setting with a value
+    for each entry of a weight in one of the groups' ``options``, a list by group, (K, ...)."""
 
-    def of_groups(groups: Sequence[Mapping[str, Any]], name: str) -> Tensor:
+    def of_groups(groups: Sequence[Mapping[str, Any]], name: str) -> list[Tensor]:
         held = [group.get(name) for group in groups]
         values = [torch.stack([*t]) if isinstance(t, tuple | list) else t for t in held]  # betas
-        nothing = torch.zeros_like(next(t for t in values if t is not None))
-        return torch.stack([nothing if t is None else t for t in values])
+        nothing = torch.zeros_like(min((t for t in values if t is not None), key=Tensor.numel))
+        return [nothing if t is None else t for t in values]
 
-    return {name: torch.stack([of_groups(groups, name) for groups in found]) for name in names}
+    stacked = dict[str, Any]()
+    for name in names:
+        by_step = [of_groups(groups, name) for groups in found]
+        if any(entry_shape(group.get(name)) for group in options):
+            stacked[name] = [torch.stack(of_group) for of_group in zip(*by_step, strict=True)]
+        else:
+            stacked[name] = torch.stack([torch.stack(of_step) for of_step in by_step])
+    return stacked
+
+
+def as_leaf(setting: Any) -> Tensor:
+    """Return a setting as a leaf of a graph, in float64."""
+    return torch.as_tensor(setting, dtype=torch.float64).detach().clone().requires_grad_()
 
 
 @one_at_a_time
@@ -126,7 +140,8 @@ def hypergradient(
         wrt: what to differentiate with respect to: ``"teacher"``; ``"start"``, the student's first weights; names of
             settings of ``torch.optim``'s inner optimizer, step by step and by param group: ``"lr"``, ``"momentum"``,
             ``"dampening"``, ``"weight_decay"`` of SGD, ``"lr"``, ``"betas"``, ``"eps"``, ``"weight_decay"`` of Adam and
-            AdamW, ``"lr"``, ``"momentum"``, ``"eps"``, ``"weight_decay"`` of Muon. Modes ``forward`` and ``unrolled``;
+            AdamW, ``"lr"``, ``"momentum"``, ``"eps"``, ``"weight_decay"`` of Muon. ``torch.optim.SGD`` may have a rate for
+            each entry of a weight, ``{"params": [p], "lr": torch.full_like(p, 0.1)}``. Modes ``forward`` and ``unrolled``;
             without a teacher, ``problem=EqualWeights()``. Cost: of the start, the Hessian product of the first step; of
             settings, a few operations per weight.
         compile: one step, and its adjoint, as two graphs of ``torch.compile`` that are looped over
@@ -206,7 +221,7 @@ def hypergradient(
     if settings and estimate.keep_graph:  # double backward ends in leaves
         for number, groups in enumerate(options := options or [options_of(inner_optimizer)] * len(batches)):
             held = [{n: group[n] for n in settings if n in group} for group in groups]  # betas are two
-            leaves = pytree.tree_map(lambda x: torch.tensor(float(x), dtype=torch.float64, requires_grad=True), held)
+            leaves = pytree.tree_map(as_leaf, held)
             options[number] = [{**group, **own} for group, own in zip(groups, leaves, strict=True)]
     as_it_was = restored(teach.slots, local_student.slots, device=device, generator=generator, always=True)
 
@@ -219,7 +234,8 @@ def hypergradient(
         with shown("steps back", 0) as path.progress:
             feedback, _ = estimate.checked_feedback(path, estimate.init())  # h = −dL(θ′)/d(signal)
         grads = teach.gradient(path, feedback) if "teacher" in wrt else {}  # of −Σ h·signal(θ_T)
-        start, of_settings = path.start if "start" in wrt else {}, stacked_settings(path.in_settings[::-1], settings)
+        start = path.start if "start" in wrt else {}
+        of_settings = stacked_settings(path.in_settings[::-1], settings, update.options)
         h = tuple(found.of_batch(step) for step, found in zip(path.steps, feedback, strict=True))
         path = path.revised(h[-1])
         return Hypergradient(

@@ -31,7 +31,8 @@ class Lookahead(Sequence[Any]):
             each of the student's, or the factor of the first rate as a function of the step's number, as in
             ``LambdaLR``; of several optimizers also a tuple, one for each. Or a dict of settings by name, in each step
             and param group: ``{"lr": (K, groups), "weight_decay": (K, groups)}``, as ``wrt=`` gives the gradient in
-            them. With :func:`metapl.hypergradient`, where optimizer and schedule stay as they are.
+            them; where a group has a rate for each entry of its weight, ``{"lr": [(K, ...), ...]}``, by group. With
+            :func:`metapl.hypergradient`, where optimizer and schedule stay as they are.
 
     >>> import torch
     >>> len(Lookahead([torch.zeros(4, 3), torch.zeros(4, 3)]))

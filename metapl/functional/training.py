@@ -40,7 +40,7 @@ from metapl.functional.compiled import captured, capturing, refuse_gap
 from metapl.functional.state import Function, as_dict, clipped, constants_of, norm, on_value, settings_of, tensors_of
 from metapl.problems.base import Problem, Signal, enters_input, has_own, sum_and_weight
 from metapl.runs.terminal import step_bar
-from metapl.updates import Update, options_of, parts_of, update_of
+from metapl.updates import Update, entry_shape, is_nonzero, options_of, parts_of, update_of
 
 vjp: Any = torch.func.vjp
 grad_and_value, vmap = torch.func.grad_and_value, torch.func.vmap
@@ -217,7 +217,7 @@ def differentiate(
     # The settings that are tensors in the graphs. A number that is 0 in all steps leaves a part of the rule out, and a
     # momentum of 0 leaves the buffer as it is.
     names = [
-        [n for n in update.numbers if n in groups[0] and (n in wrt or any(now[n] != 0 for now in groups))]
+        [n for n in update.numbers if n in groups[0] and (n in wrt or any(is_nonzero(now[n]) for now in groups))]
         for groups in by_group
     ]
     pairs = [zip(names, groups, strict=True) for groups in (options if ahead.schedule else options[:1])]
@@ -236,12 +236,15 @@ def differentiate(
 
     # What is compared is the first step that moves, for a schedule may begin with a rate of 0; with all of the decay
     # that there will be, which moves what no loss reaches.
-    moves = next((k for k, groups in enumerate(options) if any(now["lr"] != 0 for now in groups)), 0)
-    empty, row = dict.fromkeys(update.numbers, 0.0) | {"betas": (0.0, 0.0)}, dict[str, Tensor]()
+    moves = next((k for k, groups in enumerate(options) if any(is_nonzero(now["lr"]) for now in groups)), 0)
+    empty, row = dict.fromkeys(update.numbers, 0.0) | {"betas": (0.0, 0.0)}, dict[str, Any]()
     for name in update.numbers if ahead.schedule else ():
         own = [now.get(name, empty[name]) for now in options[moves]]
         own = [max(now[name] for now in groups) for groups in by_group] if name == "weight_decay" else own
-        row[name] = torch.tensor([own], dtype=torch.float64)
+        if any(entry_shape(number) for number in own):
+            row[name] = [settings_of(number, device)[None] for number in own]
+        else:
+            row[name] = torch.tensor([own], dtype=torch.float64)
     given: dict[str, Any] = {"clip_norm": clip_norm, "wrt": ("teacher", *settings)}
     graphs = partial(differentiate, teacher, student, problem, optimizer, Forward(), outer, judging=judging, **given)
     given = {"labeled": outer, "problem": [*judging, problem][0], "inner_optimizer": optimizer, "clip_norm": clip_norm}
@@ -391,7 +394,7 @@ def differentiate(
         inner_state=None,
         kept=chosen.words(steps),
         start=bars.params if "start" in wrt else {},
-        settings=stacked_settings(in_settings[::-1], settings),
+        settings=stacked_settings(in_settings[::-1], settings, options[0]),
     )
 
 
@@ -400,7 +403,7 @@ def refuse_other(
     theta: Tree,
     graphs: Callable[..., Hypergradient],  # of a look-ahead
     eager: Callable[..., Hypergradient],
-    schedule: dict[str, Tensor] | None,
+    schedule: dict[str, Any] | None,
     batch: Any,
 ) -> None:
     """Refuse graphs whose gradient through one step on such a batch is not that of the eager road."""
