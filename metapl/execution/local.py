@@ -71,14 +71,15 @@ class LocalStudent:
         start: RandomState,
         *,
         gradient: bool = False,
+        state: State | None = None,
     ) -> tuple[Tensor, Tree]:
-        """Σ sum / Σ weight of a loss over batches, of all ranks, at ``params``, on the buffers as they are now, and the
-        ``gradient`` where it is asked for, with zeros for weights that no loss reaches."""
+        """Σ sum / Σ weight of a loss over batches, of all ranks, at ``params``, on the buffers as they are now, or on
+        those of a ``state``, and the ``gradient`` where it is asked for, with zeros for weights that no loss reaches."""
         # The weights require a gradient also where none is taken: a forward may ask.
         at = self.as_leaves(params)
         values, gradients = list[tuple[Tensor, Tensor | float]](), list[Tree]()
         # The backward pass belongs into the block: checkpoints run the student again in it.
-        with NOTHING if gradient else no_fast_path(), self.at(at, start, self.slots):
+        with NOTHING if gradient else no_fast_path(), self.at(at, start, state or self.slots):
             for inputs, batch in batches:
                 value, weight = judge(self.forward(inputs), batch)
                 if gradient:
@@ -179,6 +180,11 @@ class Pass:
     def rounded_to(self) -> torch.dtype:
         """The coarsest dtype of the pass: a key of the tolerances in :mod:`metapl.execution.compare`."""
         return coarsest([self._dtype, *self.student.formats], self.student.device)
+
+    @property
+    def state_before(self) -> State:
+        """The student's buffers and frozen parameters as this pass found them."""
+        return self._state
 
     def _running(self) -> AbstractContextManager[None]:
         return swapped(self._held) if self._held else NOTHING

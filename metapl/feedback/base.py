@@ -46,6 +46,7 @@ State = dict[str, Tensor]
 Normalization = Literal["gradient", "learning_rate", "cosine"]
 Reduction = Literal["mean", "sum"]
 Steps = Annotated[int, Range(1, of="a number of steps")]
+Truncation = Annotated[int, Range(0, of="a number of steps")]
 Decay = Annotated[float, Range(0, 1, of="a decay")]
 
 
@@ -177,7 +178,13 @@ class Estimator(ABC):
 
 def padded(feedback: Sequence[Feedback], path: Path) -> list[Feedback]:
     """Feedback on the last steps of a path, and zero feedback on the steps before them."""
-    first, zeros = feedback[0], []
+    # Of no step at all, the first weights alone are asked for, and the signals get nothing.
+    if feedback:
+        first = feedback[0]
+    else:
+        step = path.steps[-1]
+        first = replace(feedback_from(step, dict.fromkeys(credited(step.signal))), used=True)
+    zeros = []
     part = first.part or "value"
     for step in path.steps[: len(path.steps) - len(feedback)]:
         fields = step.signal.fields()

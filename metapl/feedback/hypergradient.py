@@ -21,8 +21,8 @@ from metapl.execution.numerics import no_fast_path
 from metapl.execution.sharded import ShardedStudent
 from metapl.execution.state import one_at_a_time, restored
 from metapl.feedback import Mode, check_mode, check_teacher, estimator, prepare
-from metapl.feedback.lookahead import Lookahead
-from metapl.feedback.path import take_steps
+from metapl.feedback.lookahead import Lookahead, outer_batches
+from metapl.feedback.path import OuterLosses, take_steps
 from metapl.feedback.teacher import Teaching
 from metapl.problems.base import BilevelProblem
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
@@ -40,11 +40,13 @@ class Hypergradient:
             a teacher.
         feedback: h, minus the gradient of the labeled loss with respect to the signal, as the mode shapes it; of a dict
             of tensors, a dict of those of floating point. A tuple of K for a :class:`metapl.Lookahead`.
-        inner_loss, outer_loss: the student's mean loss on the signal at θ, and L(θ′), scalars.
+        inner_loss, outer_loss: the student's mean loss on the signal at θ, and L(θ′), scalars; of a
+            :class:`metapl.Lookahead` of outer batches Σ_k weight_k L_k(θ_k).
         student_params: θ′ by parameter name, after the last step; of the real one where the problem revises its signal.
         inner_state: the TorchOpt state after the step, for the next call; None with a ``torch.optim`` optimizer.
         kept: which steps of a look-ahead kept their states, in words; empty without one.
         start: dL(θ_K)/dθ_0 by student parameter name, where ``wrt`` names it.
+        outer_losses: L_k(θ_k) after each step, (K,), for a :class:`metapl.Lookahead` of outer batches; else None.
         settings: by the names in ``wrt``: dL(θ_K)/d(setting) of each step and param group, (K, groups); of ``betas``,
             (K, groups, 2); float64. Where a group has a rate for each entry of its weight, ``settings["lr"]`` is a list
             by group: (K, ...) with the shape of the group's rate, (K,) of a group with a number.
@@ -59,6 +61,7 @@ class Hypergradient:
     kept: str = ""
     start: dict[str, Tensor] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    outer_losses: Tensor | None = None
 
     def __repr__(self) -> str:
         state = None if self.inner_state is None else type(self.inner_state).__name__
@@ -126,6 +129,9 @@ def hypergradient(
             a tensor, or a dict or tuple of them. A dict that also holds the labels, under ``labels``, is such a pair.
         unlabeled: x_u, or (weak, strong), of the inner step, B rows; any batch that ``problem`` reads. Or a
             :class:`metapl.Lookahead` of K such batches, for K student steps.
+            Or a :class:`metapl.Lookahead` of K outer batches, one for each of K student steps: L is then the sum
+            Σ_k weight_k L_k(θ_k) of the losses after the steps (MAML++), at the cost of one path and K outer passes.
+            Modes ``forward`` and ``unrolled``, without ``verify``; the batches of a function are held.
         outer, inner: other names of ``labeled`` and ``unlabeled``.
         mode: one of :data:`metapl.MODES`, or an estimator value.
         problem: default :class:`metapl.PseudoLabels`, mean cross-entropy on both levels.
@@ -143,7 +149,9 @@ def hypergradient(
             AdamW, ``"lr"``, ``"momentum"``, ``"eps"``, ``"weight_decay"`` of Muon. ``torch.optim.SGD`` may have a rate for
             each entry of a weight, ``{"params": [p], "lr": torch.full_like(p, 0.1)}``. Modes ``forward`` and ``unrolled``;
             without a teacher, ``problem=EqualWeights()``. Cost: of the start, the Hessian product of the first step; of
-            settings, a few operations per weight.
+            settings, a few operations per weight. With ``truncate=T`` in the mode, the gradient in the start is that in
+            θ_{K-T}: dθ_{K-T}/dθ_0 counts as the identity. ``truncate=0`` is first-order MAML, ∇L(θ_K). Its bias is that
+            of (∂θ_{K-T}/∂θ_0)ᵀ − 1, which is O(η(K − T)‖∂²ℓ/∂θ²‖); of settings all steps are differentiated.
         compile: one step, and its adjoint, as two graphs of ``torch.compile`` that are looped over
             (:mod:`metapl.functional.training`): modes ``forward`` and ``unrolled``, ``torch.optim`` and signals that
             are not drawn, in one process. It pays from some hundreds of steps on, or where calls are repeated: one with
@@ -166,6 +174,9 @@ def hypergradient(
     Source: Meta Pseudo Labels, eq. (3) and eq. (12).
     """
     labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
+    several_outer = labeled if not isinstance(labeled, Tensor) and isinstance(labeled, Lookahead) else None
+    if verify and several_outer is not None:
+        raise MetaplError(f"verify={verify!r} was given with an outer loss for each step; expected verify=False.")
     if verify:  # by a module above this one, which calls this function on copies
         check = import_module("metapl.training.verify").check_gradient
         given = {"problem": problem, "inner_optimizer": inner_optimizer, "inner_state": inner_state, "mode": mode}
@@ -183,9 +194,19 @@ def hypergradient(
     if estimate.keep_on not in (None, "cpu") and not compile:
         raise MetaplError(f"keep_on={estimate.keep_on!r} is a folder; expected compile=True with it, or keep_on='cpu'.")
     batches = ahead if callable(ahead.batches) else list(ahead)
+    if ahead.weights is not None:
+        raise MetaplError("inner=Lookahead(weights=) was given; weights are of outer batches, outer=Lookahead(weights=).")
+    judged_by_step = None if several_outer is None else outer_batches(several_outer, ahead)
     options = ahead.options(inner_optimizer)
     check_mode(estimate, len(batches), problem, of_student)
     wrt = [wrt] if isinstance(wrt, str) else [*wrt]
+    if several_outer is not None and estimate.name not in ("forward", "unrolled"):
+        given = f"an outer loss for each step was given with mode {estimate.name!r}"
+        raise MetaplError(f"{given}; expected 'forward' or 'unrolled', or one outer batch.")
+    truncate = getattr(estimate, "truncate", None)
+    if truncate == 0 and wrt != ["start"]:
+        given = f"truncate=0, which differentiates no step, was given with wrt={wrt!r}"
+        raise MetaplError(f"{given}; expected wrt='start', or a truncate of 1 or more.")
     known, settings = ("teacher", "start", *update.numbers), [name for name in wrt if name in update.numbers]
     for name in (name for name in wrt if name not in known):
         raise MetaplError(f"wrt={name!r} was given; expected, with this inner optimizer, {', '.join(known)}.")
@@ -195,7 +216,7 @@ def hypergradient(
     still = not compile and not estimate.keep_graph and any(False in found for found in moving)
     refused = {
         f"mode {estimate.name!r}; expected 'forward' or 'unrolled'": estimate.name not in ("forward", "unrolled"),
-        "truncate; expected all steps": getattr(estimate, "truncate", None) is not None,
+        "truncate; expected all steps, or wrt='start'": truncate is not None and settings,
         "a sharded student; expected one process, or DistributedDataParallel": of_student.is_sharded and settings,
         "momentum=0, which keeps no buffer; expected more, or compile=True": still,
         "momentum=0 in some steps, which keep no buffer; expected more": any(len(found) > 1 for found in moving),
@@ -206,9 +227,15 @@ def hypergradient(
         pure = import_module("metapl.functional.training")
         given = {"clip_norm": clip_norm, "accumulate": accumulate, "progress": progress, "wrt": wrt}
         networks = teacher, student, problem, inner_optimizer, estimate
+        if judged_by_step is not None:
+            given |= {"outer_losses": OuterLosses(*judged_by_step)}
+            labeled = judged_by_step[0][-1]
         found: Hypergradient = pure.differentiate(*networks, labeled, ahead, **given)
         return found if ahead is unlabeled else replace(found, feedback=found.feedback[0], kept="")
-    labeled = problem.outer_batch(labeled)
+    outer_losses = None
+    if judged_by_step is not None:
+        outer_losses = OuterLosses([problem.outer_batch(batch) for batch in judged_by_step[0]], judged_by_step[1])
+    labeled = problem.outer_batch(labeled) if outer_losses is None else outer_losses.batches[-1]
     for layout in (of_teacher, of_student):
         if layout is not None:
             layout.begin_step()
@@ -227,7 +254,7 @@ def hypergradient(
 
     how: dict[str, Any] = {"parts": accumulate, "keep_graph": estimate.keep_graph, "graph_of": graph_of}
     how |= {"keep": estimate.keeping, "updates": [update.at(of_step) for of_step in options]}
-    how |= {"wrt": [name for name in wrt if name != "teacher"]}
+    how |= {"wrt": [name for name in wrt if name != "teacher"], "outer": outer_losses}
     with as_it_was, kernels:
         with shown("steps", 0) as tell:  # θ′ = U(θ, g), g = ∇ (1/B) Σ ℓ_i(S(x_u; θ), signal)
             path = take_steps(local_student, update, problem, labeled, batches, teach, progress=tell, **how)
@@ -242,10 +269,11 @@ def hypergradient(
             grads=grads,
             feedback=h if ahead is unlabeled else h[0],
             inner_loss=path.inner_loss,
-            outer_loss=path.outer_loss,
+            outer_loss=path.whole_outer_loss,
             student_params=of_student.as_parameters(path.params),
             inner_state=None if isinstance(inner_optimizer, torch.optim.Optimizer) else path.state,
             kept=path.keeping.words(len(batches)) if ahead is unlabeled else "",
             start=of_student.as_parameters(start),
             settings=of_settings,
+            outer_losses=path.outer_losses,
         )

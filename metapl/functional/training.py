@@ -35,9 +35,19 @@ from metapl.feedback import Forward
 from metapl.feedback.hypergradient import Hypergradient, hypergradient, stacked_settings
 from metapl.feedback.keeping import FolderStates, States, folder_of, keeping, known_by
 from metapl.feedback.lookahead import Lookahead
-from metapl.feedback.path import LOSS_NOT_FINITE, NOT_FINITE, OTHER_BATCH
+from metapl.feedback.path import LOSS_NOT_FINITE, NOT_FINITE, OTHER_BATCH, OuterLosses
 from metapl.functional.compiled import captured, capturing, refuse_gap
-from metapl.functional.state import Function, as_dict, clipped, constants_of, norm, on_value, settings_of, tensors_of
+from metapl.functional.state import (
+    Function,
+    as_dict,
+    clipped,
+    constants_of,
+    norm,
+    on_value,
+    settings_of,
+    tensors_of,
+    with_fields,
+)
 from metapl.problems.base import Problem, Signal, enters_input, has_own, sum_and_weight
 from metapl.runs.terminal import step_bar
 from metapl.updates import Update, entry_shape, is_nonzero, options_of, parts_of, update_of
@@ -202,6 +212,7 @@ def differentiate(
     clip_norm: float | None = None,
     wrt: Sequence[str] = (),
     judging: Sequence[Problem] = (),  # for the outer losses of M examples, in the place of the problem's
+    outer_losses: OuterLosses | None = None,  # of each step; ``outer`` is then the batch of the last
     accumulate: int = 1,
     progress: bool = False,
 ) -> Hypergradient:
@@ -209,9 +220,14 @@ def differentiate(
     a first dimension M. The first call compares both graphs with the eager road, over one step."""
     of_teacher, of_student, device = layouts(teacher, student)
     check(mode, problem, of_student, of_teacher, optimizer, accumulate)
+    if outer_losses is not None and folder_of(mode.keep_on):
+        raise MetaplError(f"keep_on={mode.keep_on!r} was given with an outer loss for each step; expected one outer batch.")
     steps, judged, settings = len(ahead), problem.outer_batch(outer), [n for n in wrt if n not in ("teacher", "start")]
     made = compiled_training(teacher, student, problem, optimizer, clip_norm, bool(settings), bool(judging))
-    update, first = made.update, steps - (getattr(mode, "truncate", None) or steps)
+    truncate = steps if mode.truncate is None else mode.truncate
+    update, first = made.update, max(0, steps - truncate)
+    # Where each step has an outer loss, those of the steps that are left out count too.
+    first_seen = first if outer_losses is None else 0
     options = ahead.options(optimizer) or [options_of(optimizer)] * steps
     by_group = [*zip(*options, strict=True)]  # of each, step by step
     # The settings that are tensors in the graphs. A number that is 0 in all steps leaves a part of the rule out, and a
@@ -316,7 +332,7 @@ def differentiate(
         between kept ones is walked again."""
         for begun_at in reversed(range(begin, end, spacing)):
             stop = min(begun_at + spacing, end)
-            if stop <= first:
+            if stop <= first_seen:
                 return
             carry = taken(begun_at)
             if not finer:
@@ -329,11 +345,25 @@ def differentiate(
                     carry, _ = take_step(number, carry)
             yield from backward(begun_at, stop, *finer)
 
-    def outer_losses(theta: Tree) -> Tensor:
-        z, _ = Function(student).outputs(theta, carry.state, problem.outer_input(judged))
+    def losses_at(state: Tree, judged: Any, theta: Tree) -> Tensor:
+        z, _ = Function(student).outputs(theta, state, problem.outer_input(judged))
         found = [sum_and_weight(one.outer_loss(z, judged)) for one in judging or [problem]]
         L = torch.stack([total / weight for total, weight in found])
         return L if judging else L[0]
+
+    losses_before = dict[int, Tensor]()  # L_k(θ_k) by k, of all steps but the last
+
+    def with_loss_before(number: int, held: Carry, start: RandomState, bars: Cotangents) -> Cotangents:
+        """Return the cotangents before a step with the gradient of the outer loss that the step before it has."""
+        if outer_losses is None or number == 0:
+            return bars
+        judged_then = problem.outer_batch(outer_losses.batches[number - 1])
+        with replayed(start.branch()):
+            L, pull = vjp(partial(losses_at, held.state, judged_then), held.params)
+            (gradient,) = pull(torch.ones_like(L))
+        losses_before[number] = L
+        weight = outer_losses.weights[number - 1]
+        return with_fields(bars, params={name: t + weight * gradient[name] for name, t in bars.params.items()})
 
     begun = RandomState.now(device)
     try:
@@ -361,19 +391,26 @@ def differentiate(
                 bars = Cotangents(*found)
             else:
                 with replayed(ended.branch()):
-                    L, pull = vjp(outer_losses, carry.params)
+                    L, pull = vjp(partial(losses_at, carry.state, judged), carry.params)
                     v = vmap(pull)(torch.eye(len(L)).to(L))[0] if judging else pull(torch.ones_like(L))[0]
                 nothing = pytree.tree_map(lambda t: t.new_zeros((*L.shape, *t.shape)), (carry.optimizer, phi))
+                if outer_losses is not None:
+                    v = {name: outer_losses.weights[-1] * t for name, t in v.items()}
                 bars = Cotangents(v, *nothing)
             with step_bar(progress, steps - first, "steps back", steps - end) as tell:
                 for number, held in backward(0, end, *spacings):
-                    if number < first:
+                    before_step = RandomState.now(device)
+                    if number < first_seen:
                         break
+                    if number < first:
+                        bars = with_loss_before(number, held, before_step, bars)
+                        continue
                     (zeros, value), of_step = signal_of(number), (read(number), rates[number % len(rates)])
                     bars, of_signal, of_rates, size = made.adjoint(phi, held, *of_step, bars, zeros)
                     checks.refuse_not_finite(NOT_FINITE.format(number), size)
                     feedback.append(on_value({name: -t for name, t in of_signal.items()}, value))
                     in_settings.append(of_rates)
+                    bars = with_loss_before(number, held, before_step, bars)
                     tell()
                     if isinstance(states, FolderStates) and number > first and number % spacings[-2] == 0:
                         store(at=number, L=L, feedback=feedback, in_settings=in_settings, bars=[*bars])
@@ -385,16 +422,20 @@ def differentiate(
     ended.restore()
     for zeros, value in map(signal_of, reversed(range(first))):
         feedback.append(on_value({name: t.new_zeros((*L.shape, *t.shape)) for name, t in zeros.items()}, value))
+    all_losses = None
+    if outer_losses is not None:
+        all_losses = torch.stack([*(losses_before[number] for number in range(1, steps)), L])
     return Hypergradient(
         grads=bars.teacher if "teacher" in wrt else {},
         feedback=tuple(feedback[::-1]),
         inner_loss=torch.stack(losses).mean(),
-        outer_loss=L,
+        outer_loss=L if outer_losses is None or all_losses is None else outer_losses.total(all_losses),
         student_params=carry.params,
         inner_state=None,
         kept=chosen.words(steps),
         start=bars.params if "start" in wrt else {},
         settings=stacked_settings(in_settings[::-1], settings, options[0]),
+        outer_losses=all_losses,
     )
 
 

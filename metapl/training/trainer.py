@@ -20,7 +20,7 @@ from metapl.execution.shards import as_held, load_whole
 from metapl.execution.state import RandomState, Slots, one_at_a_time, replayed, restored
 from metapl.feedback import Mode, check_mode, check_teacher, estimator, prepare
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
-from metapl.feedback.lookahead import Lookahead, inner_batches
+from metapl.feedback.lookahead import Lookahead, inner_batches, refuse_outer_lookahead
 from metapl.feedback.path import take_steps
 from metapl.feedback.report import Report, StepReport
 from metapl.feedback.size import DEFAULT_BOUND, FeedbackSize
@@ -37,11 +37,16 @@ from metapl.training.loss_trainer import SETTINGS, LossTrainer
 from metapl.training.options import FitOptions
 from metapl.training.verify import Verification, refuse_hooks
 from metapl.updates import Clipped, OwnStep, as_one, parameters_of, refuse_missing, update_of
-from metapl.updates.own_step import undone
+from metapl.updates.own_step import refuse_closure, undone
 
 FIRST_NOT_FINITE = (
     "the inner loss is NaN or infinite: the student has diverged, or a batch has extreme values; lower its learning "
     "rate, or clean the batch."
+)
+
+CLOSURE_OUTSIDE = (
+    "an optimizer that steps on a gradient, or a loop around metapl.hypergradient (docs/own-loop.md, An outer optimizer "
+    "with a closure)"
 )
 
 
@@ -160,6 +165,11 @@ class BilevelTrainer(Trainer):
             )
         if self.mode.keep_graph and accumulate > 1:
             raise MetaplError(f"accumulate={accumulate} was given with mode 'unrolled'; expected 1, or mode 'forward'.")
+        if getattr(self.mode, "truncate", None) == 0:
+            raise MetaplError(
+                "truncate=0 differentiates no step, so the teacher would learn nothing; expected 1 or more, or "
+                "metapl.hypergradient(wrt='start')."
+            )
         self._set_feedback_size(feedback_weight, feedback_ratio, feedback_bound)
         check_mode(self.mode, lookahead, self.problem, self.layout)
 
@@ -178,6 +188,7 @@ class BilevelTrainer(Trainer):
             if not isinstance(self.outer_optimizer, torch.optim.Optimizer):
                 given = checks.described(outer_optimizer)
                 raise MetaplError(f"outer_optimizer is {given}; expected one of torch.optim over teacher.parameters().")
+            refuse_closure(self.outer_optimizer, "outer_optimizer", CLOSURE_OUTSIDE)
             refuse_missing("outer_optimizer", self.outer_optimizer, self.teacher_layout.parameters(), "teacher")
             if {*map(id, parameters_of(self.outer_optimizer))} - {*map(id, self.teacher.parameters())}:
                 raise MetaplError("outer_optimizer holds tensors that are not the teacher's; expected its parameters.")
@@ -274,6 +285,7 @@ class BilevelTrainer(Trainer):
 
     def _begin_step(self, labeled: Any, unlabeled: Any) -> list[Slots]:
         """Return the networks' tables as they are now, after the verification that is due on these batches."""
+        refuse_outer_lookahead(labeled)
         for layout in self.distributed:
             layout.begin_step()
         self._slots = slots = [own if own.contents() == own.known else Slots(own.module) for own in self._slots]

@@ -51,13 +51,33 @@ def refuse_missing(name: str, optimizer: torch.optim.Optimizer, parameters: Para
     held = set(map(id, parameters_of(optimizer)))
     if not parameters or not held.issuperset(map(id, parameters.values())):
         missing = [path for path, p in parameters.items() if id(p) not in held]
+        expected = f"{network}.parameters(), and new ones by add_param_group"
+        if network == "student" and missing:
+            expected += as_group_at_rest(name, optimizer)
         raise MetaplError(
             f"{name} holds {len(held)} tensors, without {few(missing, 3) or 'any'} of the {len(parameters)} trainable "
-            f"parameters of the {network}; expected {network}.parameters(), and new ones by add_param_group."
+            f"parameters of the {network}; expected {expected}."
         )
     of_muon = [group["params"] for group in optimizer.param_groups if "ns_steps" in group]
     if any(p.ndim != 2 or p.is_complex() for params in of_muon for p in params):  # which torch may see in a step only
         raise MetaplError(f"{name} has Muon over tensors that are no real matrices; give them to another optimizer.")
+
+
+def as_group_at_rest(name: str, optimizer: torch.optim.Optimizer) -> str:
+    """Return the end of an error: how the student's other weights stay as they are in the inner steps, as in ANIL, and
+    have a gradient of the outer loss."""
+    parts = parts_of(optimizer)
+    taking = [number for number, part in enumerate(parts) if not isinstance(part, torch.optim.Muon)]
+    if not taking:
+        return ""
+    groups, owner = f"{name}.param_groups", name
+    if hasattr(optimizer, "optimizers"):  # several, which were given as a tuple
+        groups, owner = f"[g for one in {name} for g in one.param_groups]", f"{name}[{taking[0]}]"
+    rest = '[p for p in student.parameters() if all(p is not q for g in groups for q in g["params"])]'
+    return (
+        f"; those that the inner steps leave as they are go into a group with lr=0: groups = {groups}; "
+        f'{owner}.add_param_group({{"params": {rest}, "lr": 0.0}})'
+    )
 
 
 def options_by_step(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> list[list[dict[str, Any]]]:
