@@ -45,8 +45,8 @@ FIRST_NOT_FINITE = (
 )
 
 CLOSURE_OUTSIDE = (
-    "an optimizer that steps on a gradient, or a loop around metapl.hypergradient (docs/own-loop.md, An outer optimizer "
-    "with a closure)"
+    "an optimizer that steps on a gradient, or a loop around metapl.hypergradient (docs/meta-learning.md, An outer "
+    "optimizer with a closure)"
 )
 
 

@@ -6,8 +6,7 @@ import copy
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -208,7 +207,7 @@ class TorchUpdate(Update):
                 )
             for p in group["params"]:
                 # torch takes a tensor of one entry as a number, whatever its shape.
-                fits = value.numel() == 1 or fits_entries(value.shape, p.shape)
+                fits = value.numel() == 1 or value.shape == p.shape
                 if not fits or is_sharded(p) or p.is_complex() or value.dtype != p.dtype or value.device != p.device:
                     raise MetaplError(
                         f"{given} with a weight of shape {tuple(p.shape)}, {p.dtype}, on {p.device}; expected a group "
@@ -267,6 +266,10 @@ class TorchUpdate(Update):
             return self.update(params, grads, state)
         new_params, new_state = dict(params), dict(state)
         for group, names in self.groups(grads):
+            if has_entries(group):
+                for name in names:
+                    new_params[name], new_state[name] = self._stepped_flat(name, params[name], grads, state, group)
+                continue
             held = {name: nn.Parameter(params[name].clone()) for name in names}
             kind: Any = type(self.owner[names[0]])
             optimizer = kind([{**group, "params": [*held.values()]}])
@@ -275,11 +278,27 @@ class TorchUpdate(Update):
                 if state[name]:
                     kept = {key: t.clone() if isinstance(t, Tensor) else t for key, t in state[name].items()}
                     optimizer.state[p] = kept
-            with by_entries(optimizer):
-                optimizer.step()
+            optimizer.step()
             new_params.update({name: p.detach() for name, p in held.items()})
             new_state.update({name: dict(optimizer.state[p]) for name, p in held.items()})
         return new_params, new_state
+
+    def _stepped_flat(
+        self, name: str, weight: Tensor, grads: Tree, state: States, group: Mapping[str, Any]
+    ) -> tuple[Tensor, State]:
+        """Return θ′ and s′ of one weight with a rate for each entry, by torch's own step on the flat weight."""
+        held = nn.Parameter(weight.detach().flatten().clone())
+        held.grad = grads[name].detach().flatten()
+        kind: Any = type(self.owner[name])
+        optimizer = kind([{**with_flat_rate(group), "params": [held]}])
+        kept = {key: t.flatten().clone() if isinstance(t, Tensor) else t for key, t in state[name].items()}
+        if kept:
+            optimizer.state[held] = kept
+        optimizer.step()
+        after = {
+            key: t.view(weight.shape) if isinstance(t, Tensor) else t for key, t in optimizer.state[held].items()
+        }
+        return held.detach().view(weight.shape), after
 
     def at(self, options: Options) -> TorchUpdate:
         later = copy.copy(self)
@@ -318,11 +337,14 @@ class TorchUpdate(Update):
     def commit(self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]) -> None:
         for p in self._own:  # a leftover gradient of a frozen parameter must not move it
             p.grad = None
+        if any(map(has_entries, self.optimizer.param_groups)):
+            theta = {name: p.detach() for name, p in parameters.items()}
+            self.write(parameters, *self.stepped(theta, grads, self.read_state()))
+            return
         try:
             for name, g in grads.items():
                 parameters[name].grad = as_sharded(g, parameters[name]) if self._sharded else g
-            with by_entries(self.optimizer):
-                self.optimizer.step()
+            self.optimizer.step()
         finally:
             for p in self._own:
                 p.grad = None
@@ -339,10 +361,9 @@ def entry_shape(setting: Any) -> tuple[int, ...]:
     return tuple(setting.shape) if isinstance(setting, Tensor) else ()
 
 
-def fits_entries(rate: torch.Size, weight: torch.Size) -> bool:
-    """Return whether a rate of this shape, such as one for each row, is one for each entry of such a weight."""
-    sizes = zip(reversed(rate), reversed(weight), strict=False)
-    return len(rate) <= len(weight) and all(own in (1, of_weight) for own, of_weight in sizes)
+def has_entries(group: Mapping[str, Any]) -> bool:
+    """Return whether a param group has a learning rate of several values, which torch does not read as a number."""
+    return math.prod(entry_shape(group["lr"])) > 1
 
 
 def is_nonzero(setting: Any) -> bool:
@@ -350,22 +371,15 @@ def is_nonzero(setting: Any) -> bool:
     return bool(setting.ne(0).any()) if entry_shape(setting) else bool(setting != 0)
 
 
-@contextmanager
-def by_entries(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Let ``torch.optim.SGD`` take its steps in this block with a rate for each entry.
+def with_flat_rate(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a param group by which ``torch.optim.SGD`` takes a step on flat weights, with a rate for each entry.
 
     SGD multiplies by such a rate where the rate requires a gradient, and only in its loop over single tensors; any other
-    tensor it reads as a number.
+    tensor it reads as a number. It drops dimensions of size 1 of the rate, but not of the weight.
     """
-    several = [group for group in optimizer.param_groups if math.prod(entry_shape(group["lr"])) > 1]
-    options = [{name: group[name] for name in ("lr", "foreach", "fused")} for group in several]
-    for group in several:
-        group.update(lr=group["lr"].detach().requires_grad_(), foreach=False, fused=False)
-    try:
-        yield
-    finally:
-        for group, before in zip(several, options, strict=True):
-            group.update(before)
+    # A copy: SGD squeezes the rate without a graph, and a view of a tensor that needs none would need none then.
+    rate = group["lr"].detach().flatten().clone().requires_grad_()
+    return {**group, "lr": rate, "foreach": False, "fused": False}
 
 
 def is_set(setting: Any) -> bool:
