@@ -73,8 +73,9 @@ class LocalStudent:
         gradient: bool = False,
         state: State | None = None,
     ) -> tuple[Tensor, Tree]:
-        """Σ sum / Σ weight of a loss over batches, of all ranks, at ``params``, on the buffers as they are now, or on
-        those of a ``state``, and the ``gradient`` where it is asked for, with zeros for weights that no loss reaches."""
+        """Return Σ sum / Σ weight of a loss over batches, of all ranks, at ``params``, and the ``gradient`` where it is
+        asked for, with zeros for weights that no loss reaches. The buffers are those of a ``state``; None: as now.
+        """
         # The weights require a gradient also where none is taken: a forward may ask.
         at = self.as_leaves(params)
         values, gradients = list[tuple[Tensor, Tensor | float]](), list[Tree]()

@@ -146,12 +146,12 @@ def hypergradient(
         wrt: what to differentiate with respect to: ``"teacher"``; ``"start"``, the student's first weights; names of
             settings of ``torch.optim``'s inner optimizer, step by step and by param group: ``"lr"``, ``"momentum"``,
             ``"dampening"``, ``"weight_decay"`` of SGD, ``"lr"``, ``"betas"``, ``"eps"``, ``"weight_decay"`` of Adam and
-            AdamW, ``"lr"``, ``"momentum"``, ``"eps"``, ``"weight_decay"`` of Muon. ``torch.optim.SGD`` may have a rate for
-            each entry of a weight, ``{"params": [p], "lr": torch.full_like(p, 0.1)}``. Modes ``forward`` and ``unrolled``;
-            without a teacher, ``problem=EqualWeights()``. Cost: of the start, the Hessian product of the first step; of
-            settings, a few operations per weight. With ``truncate=T`` in the mode, the gradient in the start is that in
-            θ_{K-T}: dθ_{K-T}/dθ_0 counts as the identity. ``truncate=0`` is first-order MAML, ∇L(θ_K). Its bias is that
-            of (∂θ_{K-T}/∂θ_0)ᵀ − 1, which is O(η(K − T)‖∂²ℓ/∂θ²‖); of settings all steps are differentiated.
+            AdamW, ``"lr"``, ``"momentum"``, ``"eps"``, ``"weight_decay"`` of Muon. ``torch.optim.SGD`` may have a rate
+            for each entry of a weight, ``{"params": [p], "lr": torch.full_like(p, 0.1)}``. Modes ``forward`` and
+            ``unrolled``; without a teacher, ``problem=EqualWeights()``. Cost: of the start, the Hessian product of the
+            first step; of settings, a few operations per weight. With ``truncate=T`` in the mode, the gradient in the
+            start is that in θ_{K-T}: dθ_{K-T}/dθ_0 counts as the identity. ``truncate=0`` is first-order MAML, ∇L(θ_K).
+            The bias is the factor (∂θ_{K-T}/∂θ_0)ᵀ - 1 = O(η(K-T)‖∂²ℓ/∂θ²‖); settings take all steps.
         compile: one step, and its adjoint, as two graphs of ``torch.compile`` that are looped over
             (:mod:`metapl.functional.training`): modes ``forward`` and ``unrolled``, ``torch.optim`` and signals that
             are not drawn, in one process. It pays from some hundreds of steps on, or where calls are repeated: one with
@@ -195,18 +195,20 @@ def hypergradient(
         raise MetaplError(f"keep_on={estimate.keep_on!r} is a folder; expected compile=True with it, or keep_on='cpu'.")
     batches = ahead if callable(ahead.batches) else list(ahead)
     if ahead.weights is not None:
-        raise MetaplError("inner=Lookahead(weights=) was given; weights are of outer batches, outer=Lookahead(weights=).")
+        raise MetaplError(
+            "inner=Lookahead(weights=) was given; weights are of outer batches, outer=Lookahead(weights=)."
+        )
     judged_by_step = None if several_outer is None else outer_batches(several_outer, ahead)
     options = ahead.options(inner_optimizer)
     check_mode(estimate, len(batches), problem, of_student)
     wrt = [wrt] if isinstance(wrt, str) else [*wrt]
     if several_outer is not None and estimate.name not in ("forward", "unrolled"):
-        given = f"an outer loss for each step was given with mode {estimate.name!r}"
-        raise MetaplError(f"{given}; expected 'forward' or 'unrolled', or one outer batch.")
+        whose = f"an outer loss for each step was given with mode {estimate.name!r}"
+        raise MetaplError(f"{whose}; expected 'forward' or 'unrolled', or one outer batch.")
     truncate = getattr(estimate, "truncate", None)
     if truncate == 0 and wrt != ["start"]:
-        given = f"truncate=0, which differentiates no step, was given with wrt={wrt!r}"
-        raise MetaplError(f"{given}; expected wrt='start', or a truncate of 1 or more.")
+        unreached = f"truncate=0, which differentiates no step, was given with wrt={wrt!r}"
+        raise MetaplError(f"{unreached}; expected wrt='start', or a truncate of 1 or more.")
     known, settings = ("teacher", "start", *update.numbers), [name for name in wrt if name in update.numbers]
     for name in (name for name in wrt if name not in known):
         raise MetaplError(f"wrt={name!r} was given; expected, with this inner optimizer, {', '.join(known)}.")

@@ -81,14 +81,18 @@ class Lookahead(Sequence[Any]):
 
 
 def outer_batches(outer: Lookahead, inner: Lookahead) -> tuple[list[Any], list[float]]:
-    """Return the outer batches of the steps, and the weights of their losses; refuse what does not go with the steps."""
+    """Return the outer batches of the steps, and their weights; refuse what does not go with the steps."""
     if outer.schedule is not None:
-        raise MetaplError("outer=Lookahead(schedule=) was given; the schedule is of the inner optimizer: expected weights=.")
+        raise MetaplError(
+            "outer=Lookahead(schedule=) was given; the schedule is of the inner optimizer: expected weights=."
+        )
     if len(outer) != len(inner):
         given = f"outer is a Lookahead of {len(outer)}, and the student takes {len(inner)}"
         raise MetaplError(f"{given} step{'s' * (len(inner) > 1)}; expected an outer batch for each step, or one batch.")
-    weights = [1.0] * len(outer) if outer.weights is None else torch.as_tensor(outer.weights).tolist()
-    return list(outer), [float(weight) for weight in weights]
+    weights = (
+        [1.0] * len(outer) if outer.weights is None else torch.as_tensor(outer.weights, dtype=torch.float64).tolist()
+    )
+    return list(outer), weights
 
 
 def refuse_outer_lookahead(outer: Any) -> None:

@@ -46,7 +46,7 @@ class OuterLosses:
 
     def total(self, losses: Tensor) -> Tensor:
         """Return the weighted sum of L_k(θ_k), (K,)."""
-        return (losses * torch.tensor(self.weights).to(losses)).sum()
+        return (losses * torch.tensor(self.weights, dtype=torch.float64).to(losses)).sum()
 
 
 @dataclass
@@ -176,7 +176,7 @@ class Path:
         return {name: t + weight * of_loss[name].to_dense() for name, t in v.items()} if of_loss else v
 
     def _outer_after(self, number: int, *, gradient: bool) -> Tree:
-        """Return ∇L_k(θ_k) after k = ``number`` steps, not all of them, and keep L_k; without ``gradient`` L_k alone."""
+        """Return ∇L_k(θ_k) after the first k = ``number`` steps, or nothing without ``gradient``, and keep L_k."""
         assert self.outer is not None, "each step has an outer loss"
         judged = micro_batches(self.outer.batches[number - 1], len(self.labeled), "labeled")
         passes_before, passes = self.steps[number - 1].passes, self.steps[number].passes

@@ -221,7 +221,9 @@ def differentiate(
     of_teacher, of_student, device = layouts(teacher, student)
     check(mode, problem, of_student, of_teacher, optimizer, accumulate)
     if outer_losses is not None and folder_of(mode.keep_on):
-        raise MetaplError(f"keep_on={mode.keep_on!r} was given with an outer loss for each step; expected one outer batch.")
+        raise MetaplError(
+            f"keep_on={mode.keep_on!r} was given with an outer loss for each step; expected one outer batch."
+        )
     steps, judged, settings = len(ahead), problem.outer_batch(outer), [n for n in wrt if n not in ("teacher", "start")]
     made = compiled_training(teacher, student, problem, optimizer, clip_norm, bool(settings), bool(judging))
     truncate = steps if mode.truncate is None else mode.truncate

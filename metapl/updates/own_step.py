@@ -21,7 +21,12 @@ RULES = "torch.optim's SGD, Adam, AdamW, Muon or a tuple of them, or on one devi
 
 
 def refuse_closure(optimizer: torch.optim.Optimizer, name: str, expected: str) -> None:
-    """Refuse an optimizer, or one of several, whose ``step`` needs a closure, such as LBFGS; ``name`` is its argument's."""
+    """Refuse an optimizer, or one of several, whose ``step`` needs a closure, such as LBFGS.
+
+    Args:
+        name: of the argument, for errors.
+        expected: the way out.
+    """
     for one in parts_of(optimizer):
         closure = inspect.signature(type(one).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:

@@ -295,9 +295,7 @@ class TorchUpdate(Update):
         if kept:
             optimizer.state[held] = kept
         optimizer.step()
-        after = {
-            key: t.view(weight.shape) if isinstance(t, Tensor) else t for key, t in optimizer.state[held].items()
-        }
+        after = {key: t.view(weight.shape) if isinstance(t, Tensor) else t for key, t in optimizer.state[held].items()}
         return held.detach().view(weight.shape), after
 
     def at(self, options: Options) -> TorchUpdate:
@@ -374,8 +372,8 @@ def is_nonzero(setting: Any) -> bool:
 def with_flat_rate(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return a param group by which ``torch.optim.SGD`` takes a step on flat weights, with a rate for each entry.
 
-    SGD multiplies by such a rate where the rate requires a gradient, and only in its loop over single tensors; any other
-    tensor it reads as a number. It drops dimensions of size 1 of the rate, but not of the weight.
+    SGD multiplies by such a rate where the rate requires a gradient, and only in its loop over single tensors; it reads
+    any other tensor as a number. It drops dimensions of size 1 of the rate, but not of the weight.
     """
     # A copy: SGD squeezes the rate without a graph, and a view of a tensor that needs none would need none then.
     rate = group["lr"].detach().flatten().clone().requires_grad_()
