@@ -298,6 +298,14 @@ class TorchUpdate(Update):
         after = {key: t.view(weight.shape) if isinstance(t, Tensor) else t for key, t in optimizer.state[held].items()}
         return held.detach().view(weight.shape), after
 
+    def without_optimizer(self) -> TorchUpdate:
+        """Return the rule alone, which holds no tensors: :meth:`update` of it, with options, is the same function."""
+        rule = copy.copy(self)
+        del rule.optimizer
+        rule.parameters, rule.owner = {}, {}
+        rule._held, rule._own = [], []
+        return rule
+
     def at(self, options: Options) -> TorchUpdate:
         later = copy.copy(self)
         later._options = options
