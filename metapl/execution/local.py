@@ -79,15 +79,17 @@ class LocalStudent:
         start: RandomState,
         *,
         gradient: bool = False,
+        state: State | None = None,
         look: GraphLook | None = None,
     ) -> tuple[Tensor, Tree]:
-        """Σ sum / Σ weight of a loss over batches, of all ranks, at ``params``, on the buffers as they are now, and the
-        ``gradient`` where it is asked for, with zeros for weights that no loss reaches."""
+        """Return Σ sum / Σ weight of a loss over batches, of all ranks, at ``params``, and the ``gradient`` where it is
+        asked for, with zeros for weights that no loss reaches. The buffers are those of a ``state``; None: as now.
+        """
         # The weights require a gradient also where none is taken: a forward may ask.
         at = self.as_leaves(params)
         values, gradients = list[tuple[Tensor, Tensor | float]](), list[Tree]()
         # The backward pass belongs into the block: checkpoints run the student again in it.
-        with NOTHING if gradient else no_fast_path(), self.at(at, start, self.slots):
+        with NOTHING if gradient else no_fast_path(), self.at(at, start, state or self.slots):
             for inputs, batch in batches:
                 value, weight = judge(self.forward(inputs), batch)
                 if look is not None and gradient:
@@ -208,6 +210,11 @@ class Pass:
     def rounded_to(self) -> torch.dtype:
         """The coarsest dtype of the pass: a key of the tolerances in :mod:`metapl.execution.compare`."""
         return coarsest([self._dtype, *self.student.formats], self.student.device)
+
+    @property
+    def state_before(self) -> State:
+        """The student's buffers and frozen parameters as this pass found them."""
+        return self._state
 
     def _running(self) -> AbstractContextManager[None]:
         return swapped(self._held) if self._held else NOTHING

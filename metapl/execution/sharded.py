@@ -48,9 +48,15 @@ class ShardedStudent(LocalStudent):
         policies = [block._get_fsdp_state()._mp_policy.param_dtype for block in layout.blocks]
         self.formats |= {dtype for dtype in policies if dtype is not None}
 
-    def loss(self, *given: Any, gradient: bool = False, look: GraphLook | None = None) -> tuple[Tensor, Tree]:
+    def loss(
+        self,
+        *given: Any,
+        gradient: bool = False,
+        state: State | None = None,
+        look: GraphLook | None = None,
+    ) -> tuple[Tensor, Tree]:
         with torch.set_grad_enabled(gradient):
-            return super().loss(*given, gradient=gradient, look=look)
+            return super().loss(*given, gradient=gradient, state=state, look=look)
 
     def gradient(self, value: Tensor, at: Tree, **how: Any) -> tuple[Tree, Tree]:
         mean = {name: local(g) for name, g in by_backward(value, self.parameters).items()}

@@ -47,6 +47,7 @@ State = dict[str, Tensor]
 Normalization = Literal["gradient", "learning_rate", "cosine"]
 Reduction = Literal["mean", "sum"]
 Steps = Annotated[int, Range(1, of="a number of steps")]
+Truncation = Annotated[int, Range(0, of="a number of steps")]
 Decay = Annotated[float, Range(0, 1, of="a decay")]
 
 
@@ -201,7 +202,13 @@ def refuse_not_finite_feedback(feedback: Sequence[Feedback], path: Path) -> None
 
 def padded(feedback: Sequence[Feedback], path: Path) -> list[Feedback]:
     """Feedback on the last steps of a path, and zero feedback on the steps before them."""
-    first, zeros = feedback[0], []
+    # Of no step at all, the first weights alone are asked for, and the signals get nothing.
+    if feedback:
+        first = feedback[0]
+    else:
+        step = path.steps[-1]
+        first = replace(feedback_from(step, dict.fromkeys(credited(step.signal))), used=True)
+    zeros = []
     part = first.part or "value"
     for step in path.steps[: len(path.steps) - len(feedback)]:
         fields = step.signal.fields()
@@ -229,7 +236,10 @@ def divisor(normalization: str, step: InnerStep, w: Tree | None = None) -> Tenso
     if normalization == "learning_rate":
         eta = step.update.learning_rate
         if eta is None:
-            raise MetaplError('a TorchOpt transform shows no learning rate; expected normalization="gradient".')
+            raise MetaplError(
+                "a TorchOpt transform, or SGD with a rate for each entry, has no single learning rate; expected "
+                'normalization="gradient".'
+            )
         return eta if eta > 0 else 1.0
     if normalization == "gradient":
         return 1.0
