@@ -14,7 +14,7 @@ import nox
 
 VERSIONS = [
     nox.param("torch==2.11.*", id="2.11"),  # the oldest, as in pyproject.toml
-    nox.param("torch==2.13.*", id="2.13"),
+    nox.param("torch==2.12.*", id="2.12"),
     nox.param("torch", id="newest"),
 ]
 LIBRARY = ("tests/library", "metapl", "--ignore=metapl/apps")  # its tests and its doctests
