@@ -14,7 +14,7 @@ from metapl.problems.losses import UDA, CrossEntropy
 from metapl.training import StopFit
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
-from metapl.training.verify import check_gradient
+from metapl.training.verification import check_gradient
 from metapl.words import did_you_mean
 
 if TYPE_CHECKING:

@@ -107,6 +107,7 @@ class Slots:
         buffers: the tables of buffers.
         mark: what verification holds for, as one number: modes, numbers of hooks, and which parameters are learned.
         state: the snapshot that the step's first pass takes over.
+        takes_gradients: whether the forward takes gradients itself, and needs a graph in every pass; found by trying.
         known: the tables' contents when they were read; others mean that the slots are stale.
     """
 
@@ -115,6 +116,7 @@ class Slots:
         self.parameters: list[Slot] = []
         self.frozen: list[Slot] = []
         self.state: State | None = None  # as a step begins, until its first pass has taken it
+        self.takes_gradients = False
         first: dict[int, tuple[str, nn.Parameter]] = {}
         named = named_parts(module)
         for prefix, part in named:

@@ -25,7 +25,7 @@ from metapl import MetaplError
 from metapl.execution.numerics import no_fast_path
 from metapl.feedback import Reinforce
 from metapl.functional import compiled
-from metapl.training.verify import VerificationWarning
+from metapl.training.verification import VerificationWarning
 
 
 @pytest.fixture(autouse=True)

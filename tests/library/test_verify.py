@@ -20,8 +20,7 @@ from torch.nn import functional as F
 import metapl
 from metapl import Lookahead, MetaplError, PseudoLabels
 from metapl.feedback import Forward, Implicit, Reinforce
-from metapl.training import verify
-from metapl.training.verify import GradientCheck, VerificationWarning
+from metapl.training.verification import GradientCheck, VerificationWarning, check, real_step
 
 COLUMNS: dict[str, tuple[Any, int]] = {
     "tangent": (Forward(by="tangent"), 1),
@@ -38,12 +37,12 @@ LETTERS = {"R": "right", "A": "allowed", "X": "refused"}
 def checked(student: nn.Module, mode: Any = "forward", steps: int = 1, **options: Any) -> str:
     """The status; ``"refused"`` too where the mode itself refuses."""
     try:
-        return check(student, mode, steps, **options).status
+        return check_of(student, mode, steps, **options).status
     except MetaplError:
         return "refused"
 
 
-def check(student: nn.Module, mode: Any = "forward", steps: int = 1, **options: Any) -> GradientCheck:
+def check_of(student: nn.Module, mode: Any = "forward", steps: int = 1, **options: Any) -> GradientCheck:
     torch.manual_seed(1)
     teacher = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, C))
     sgd = torch.optim.SGD(student.parameters(), lr=0.3, momentum=0.9)
@@ -93,7 +92,7 @@ def statuses(expected: dict[str, str], student: Callable[[], nn.Module], patch: 
     for column in expected:
         mode, steps = COLUMNS[column]
         if column.startswith("pure"):
-            patch.setattr(verify, "hypergradient", by_the_pure_step)
+            patch.setattr(real_step, "hypergradient", by_the_pure_step)
         torch.manual_seed(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the old norms are deprecated
@@ -170,7 +169,7 @@ EACH = [*MODES, Forward(by="tangent")]
 def test_clean_students_are_right_in_every_mode(student: str, modes: list[Any]) -> None:
     for mode in modes:
         torch.manual_seed(0)
-        found = check(CLEAN[student](), mode)
+        found = check_of(CLEAN[student](), mode)
         assert (mode, found.status) == (mode, "right"), str(found)
 
 
@@ -278,8 +277,8 @@ FAULTS: dict[str, Callable[..., Any]] = {
 
 
 def plant(patch: pytest.MonkeyPatch, fault: str) -> None:
-    real = verify.hypergradient
-    patch.setattr(verify, "hypergradient", lambda *networks, **options: FAULTS[fault](real, *networks, **options))
+    real = real_step.hypergradient
+    patch.setattr(real_step, "hypergradient", lambda *networks, **options: FAULTS[fault](real, *networks, **options))
 
 
 @pytest.mark.parametrize(("mode", "fault"), product(["forward", "reinforce", "unrolled"], FAULTS, usual=["forward"]))
@@ -304,7 +303,7 @@ def test_what_a_short_type_hides_is_not_called_right(monkeypatch: pytest.MonkeyP
             torch.manual_seed(0)
             student = Own(lambda s, x, dtype=dtype: s.b(s.a(x).tanh().to(dtype).to(x)))
             sgd = torch.optim.SGD(student.parameters(), lr=lr)
-            assert check(student, mode, inner_optimizer=sgd).status == "cannot tell"
+            assert check_of(student, mode, inner_optimizer=sgd).status == "cannot tell"
 
 
 @pytest.mark.parametrize("mode", ["forward", "reinforce", "reinforce_per_example"])
@@ -314,7 +313,7 @@ def test_a_way_past_the_signal_is_seen_where_the_loss_hardly_moves(mode: str) ->
     inner = {"inner": lambda self, losses, z, x, params: losses * (1 + self.teacher(x).softmax(1)[:, 0])}
     student = Own(plain)
     adam = torch.optim.AdamW(student.parameters(), lr=1e-4)
-    found = check(student, mode, problem=Problem(**inner), inner_optimizer=adam)
+    found = check_of(student, mode, problem=Problem(**inner), inner_optimizer=adam)
     assert found.status == "refused", str(found)
     assert "past the signal" in found.verdict
 
@@ -329,9 +328,9 @@ def trainer(student: nn.Module | None = None, mode: Any = "forward", **options: 
 @pytest.fixture
 def verified(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The modes that have been verified."""
-    seen, real = list[str](), verify.verified
+    seen, real = list[str](), check.verify_step
     monkeypatch.setattr(
-        verify, "verified", lambda step, mode, *parts: seen.append(mode.name) or real(step, mode, *parts)
+        check, "verify_step", lambda step, mode, *parts: seen.append(mode.name) or real(step, mode, *parts)
     )
     return seen
 
@@ -429,7 +428,7 @@ def test_a_warning_names_the_reason() -> None:
 def test_large_networks_are_told_of_in_one_line(
     verified: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(verify, "MOST_WEIGHTS", 10)
+    monkeypatch.setattr(check, "MOST_WEIGHTS", 10)
     made, batches = trainer()
     for _ in range(2):
         made.step(**batches)
@@ -451,12 +450,12 @@ def test_a_hook_on_the_optimizers_step_is_part_of_the_real_step() -> None:
     """Which is on no other optimizer: the mode knows the rule alone."""
     student = Own(plain)
     sgd = torch.optim.SGD(student.parameters(), lr=0.3)
-    assert check(student, inner_optimizer=sgd).status == "right"
+    assert check_of(student, inner_optimizer=sgd).status == "right"
     sgd.register_step_post_hook(lambda one, *_: torch._foreach_mul_([p.data for p in one.param_groups[0]["params"]], 2))
-    assert check(student, inner_optimizer=sgd).status == "refused"
+    assert check_of(student, inner_optimizer=sgd).status == "refused"
 
 
 def test_h_is_verified_before_it_is_shaped() -> None:
     for mode in (Forward(normalization="cosine"), Reinforce(similarity="cosine"), Reinforce(baseline=0.9)):
-        assert check(Own(plain), mode).status == "right"
-    assert check(Own(plain), "none").status == "nothing to verify"
+        assert check_of(Own(plain), mode).status == "right"
+    assert check_of(Own(plain), "none").status == "nothing to verify"

@@ -1,0 +1,18 @@
+"""Verification of a gradient by its definition, at the first step of a trainer and whenever it is asked for.
+
+- :mod:`check`: when a step is verified, and the verdict.
+- :mod:`case`: the mode's gradient and the real step, at one point.
+- :mod:`contract`: what a step must keep whatever the differences say.
+- :mod:`differences`: how far a gradient is from differences of the loss.
+- :mod:`explain`, :mod:`causes`: why it may be off.
+- :mod:`real_step`: the step itself, taken on copies.
+"""
+
+from metapl.training.verification.check import (
+    GradientCheck,
+    Verification,
+    VerificationWarning,
+    check_gradient,
+)
+
+__all__ = ["GradientCheck", "Verification", "VerificationWarning", "check_gradient"]

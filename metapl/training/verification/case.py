@@ -1,0 +1,170 @@
+"""A mode's gradient and the real step, at one point: what a verdict is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from metapl.execution.numerics import as_real, no_fast_path
+from metapl.execution.state import trainable
+from metapl.feedback import Estimator, Implicit
+from metapl.feedback.door import outer_loss_reads_more
+from metapl.feedback.hypergradient import Hypergradient
+from metapl.problems.base import Signal, field_of
+from metapl.training.verification.real_step import Evaluation, RealStep, Tree
+
+# The relative errors that modes may have beyond rounding; the second is that of modes by differences.
+EXACT, APPROXIMATE = 1e-5, 1e-2
+# The rounding of F in float64, and of an F that runs in float32 somewhere.
+EPS, EPS32 = 2e-16, 1e-7
+
+Errors = dict[str, float | None]
+"""How far a gradient is off, by what was moved and along what; None: rounding drowns the difference."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is verified: a step, the mode's gradient of it, and the same step taken for real.
+
+    Args:
+        step: copies in the type that the verification runs in.
+        mode: the estimator, without what shapes its h.
+        by_mode: the gradient that it finds.
+        real: the step, taken.
+        eps: the rounding of the loss.
+        signals: those of the real step without their graphs; where the expectation over labels is taken, one-hot rows.
+        h: the feedback, by the step's number and the signal's field.
+        moved: what the loss is moved by: the ``"signal"``, or the ``"weights"`` 1 + ε of the inner losses of labels
+            that were drawn.
+        takes_expectation: whether the mode takes the expectation over labels that were drawn.
+        teacher_gradient: the gradient of −Σ h·signal by parameter; empty without a teacher.
+        implicit_w: w of an implicit gradient; empty for other modes.
+    """
+
+    step: RealStep
+    mode: Estimator
+    by_mode: Hypergradient
+    real: Evaluation
+    eps: float
+    signals: list[Signal]
+    h: dict[tuple[int, str], Tensor]
+    moved: Literal["signal", "weights"]
+    takes_expectation: bool
+    teacher_gradient: Tree
+    implicit_w: Tree
+
+    @staticmethod
+    def at(step: RealStep, mode: Estimator, eps: float) -> Case:
+        """Take a step by the mode and for real, each on copies of its own."""
+        by_mode = step.by_mode(mode)
+        real = Evaluation(step)
+        if real.loss.dtype != torch.float64:
+            eps = max(eps, EPS32)
+        signals = [signal.detached() for signal in real.signals]
+        is_sampled = signals[0].sampled
+        takes_expectation = is_sampled and mode.credits == "signal"
+        if takes_expectation:
+            signals = [with_one_hot_rows(signal) for signal in signals]
+        moved: Literal["signal", "weights"] = "weights" if is_sampled and not takes_expectation else "signal"
+        field_of_h = "log_prob" if moved == "weights" else "value"
+        h: dict[tuple[int, str], Tensor] = {}
+        for number, of_step in enumerate(by_mode.feedback):
+            tensors = of_step if isinstance(of_step, dict) else {"": of_step}
+            for key, t in tensors.items():
+                h[number, field_of(key) if key else field_of_h] = t
+        case = Case(
+            step=step,
+            mode=mode,
+            by_mode=by_mode,
+            real=real,
+            eps=eps,
+            signals=signals,
+            h=h,
+            moved=moved,
+            takes_expectation=takes_expectation,
+            teacher_gradient={},
+            implicit_w=implicit_w(step, mode) if isinstance(mode, Implicit) else {},
+        )
+        return replace(case, teacher_gradient=case.gradient_of_score())
+
+    @property
+    def tolerance(self) -> float:
+        """The relative error that the mode may have beyond rounding."""
+        is_exact = self.mode.exact or self.moved == "weights" or self.takes_expectation or bool(self.implicit_w)
+        is_by_difference = self.mode.name == "difference" or getattr(self.mode, "tangent", "") == "difference"
+        if is_exact and not is_by_difference and self.eps < EPS32:
+            return EXACT
+        return APPROXIMATE
+
+    def score(self, evaluation: Evaluation) -> Tensor:
+        """Return −Σ h·signal, whose gradient is the teacher's."""
+        terms = []
+        for (number, name), h in self.h.items():
+            fields = evaluation.signals[number].fields()
+            terms.append(-(h * fields["probs" if self.takes_expectation else name]).sum())
+        return torch.stack(terms).sum()
+
+    def gradient_of_score(self) -> Tree:
+        """Return the gradient of −Σ h·signal in what is learned; empty where nothing is."""
+        score = self.score(self.real)
+        if not score.requires_grad:
+            return {}
+        learned = self.real.copies.learned()
+        gradients = torch.autograd.grad(score, list(learned.values()), materialize_grads=True, allow_unused=True)
+        # Those of embeddings may be sparse.
+        return {name: g.to_dense() for name, g in zip(learned, gradients, strict=True)}
+
+    @property
+    def whole_gradient(self) -> Tree:
+        """The teacher's gradient: that of −Σ h·signal, and the direct term of an outer loss that reads the teacher."""
+        direct = self.by_mode.direct
+        return {name: g + direct[name] if name in direct else g for name, g in self.teacher_gradient.items()}
+
+    @property
+    def outer_loss_reads_teacher(self) -> bool:
+        return outer_loss_reads_more(self.step.problem, self.step.teacher)
+
+    def outer_loss(self, evaluation: Evaluation) -> Tensor:
+        """Return F; of an implicit gradient ⟨g, w⟩, of which h is minus the derivative."""
+        if not self.implicit_w:
+            return evaluation.loss
+        g = evaluation.gradients["inner"]
+        return torch.stack([(g[name] * w).sum() for name, w in self.implicit_w.items()]).sum()
+
+    def off(self, errors: Errors) -> list[str]:
+        """Return which of the errors are more than the mode may have."""
+        return [name for name, error in errors.items() if error is not None and error > self.tolerance]
+
+
+def with_one_hot_rows(signal: Signal) -> Signal:
+    """Return a signal of sampled classes with one-hot rows (B, C) for its value."""
+    assert signal.probs is not None, "an expectation is taken over probs"
+    value: Any = signal.value
+    return replace(signal, value=F.one_hot(value, signal.probs.shape[-1]).to(signal.probs))
+
+
+def implicit_w(step: RealStep, mode: Implicit) -> Tree:
+    """Return w of the implicit gradient, by the mode's solver from Hessian products of double backward."""
+    with no_fast_path(math=True):
+        at_theta = Evaluation(step, takes_steps=False)
+        theta = trainable(at_theta.copies.student)
+        weights = list(theta.values())
+        options: Any = {"retain_graph": True, "materialize_grads": True, "allow_unused": True}
+        g = torch.autograd.grad(at_theta.inner_loss, weights, create_graph=True, **options)
+
+        def hessian_product(w: Tree) -> Tree:
+            along_w = torch.stack([(g_i * w[name]).sum() for name, g_i in zip(theta, g, strict=True)]).sum()
+            return dict(zip(theta, torch.autograd.grad(along_w, weights, **options), strict=True))
+
+        w = mode.solved(hessian_product, at_theta.gradients["outer"], step.update.learning_rate)
+    return {name: -t for name, t in w.items()}
+
+
+def flat(tree: Any) -> Tensor:
+    """Return all numbers of a tree as one vector of float64."""
+    return torch.cat([as_real(t.detach().to_dense()).double().flatten() for t in pytree.tree_leaves(tree)])
