@@ -259,7 +259,7 @@ class Path:
         return {"step_rounding": gap / length.clamp_min(torch.finfo(length.dtype).tiny)}
 
     def direct_loss(self, signal: Signal) -> Tensor:
-        """Return L(θ′; φ) at θ′ as a constant, with a graph in what it reads of the teacher, φ; none if it reads nothing.
+        """Return L(θ′; φ) at θ′ as a constant, with a graph in φ, what it reads of the teacher, if it reads anything.
 
         Args:
             signal: the last step's, with the teacher's graph, for a problem with ``outer_input(batch, signal)``.

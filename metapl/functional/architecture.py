@@ -93,16 +93,17 @@ def description_of_object(value: Any) -> Hashable:
 
 
 def description_of_class(kind: type) -> tuple[Hashable, ...]:
-    """Return a class, and what its bases outside of torch hold now: methods may be replaced."""
+    """Return a class, and what it and its bases outside of torch hold now: methods and values may be replaced."""
     found: list[Hashable] = [kind]
     for base in kind.__mro__:
         if base.__module__.split(".")[0] in ("torch", "builtins", "abc"):
             continue
         for name, value in vars(base).items():
-            if not isinstance(value, NUMBERS):
-                found.append((name, id(value)))
-            elif name != "__doc__":
+            if isinstance(value, NUMBERS) and not name.startswith("__"):
                 found.append((name, description_of(value)))
+            # Python writes notes such as __slotnames__ into a class when an instance is copied.
+            elif isinstance(value, FunctionType) or not name.startswith("__"):
+                found.append((name, id(value)))
     return tuple(found)
 
 
