@@ -132,6 +132,9 @@ def full_float32(device: torch.device) -> Iterator[None]:
             switch.fp32_precision = precision
 
 
+_DETERMINISTIC: Any = torch.utils.deterministic  # whose setting is no attribute to a type checker
+
+
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
     """Ask for deterministic algorithms, with a warning of torch's where an operation has none; the settings are put
@@ -139,19 +142,19 @@ def deterministic(device: torch.device) -> Iterator[None]:
     if torch.are_deterministic_algorithms_enabled():
         yield
         return
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    filled = _DETERMINISTIC.fill_uninitialized_memory
     with warnings.catch_warnings() if device.type == "cuda" else nullcontext():
         if device.type == "cuda":
             # cuBLAS repeats its bits on one stream, which is what a path runs on; torch warns for the case of several.
             warnings.filterwarnings("ignore", message="(?s).*CuBLAS")
         torch.use_deterministic_algorithms(True, warn_only=True)
         # Else every new tensor is filled, which costs a write and changes no result.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        _DETERMINISTIC.fill_uninitialized_memory = False
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(False)
-            torch.utils.deterministic.fill_uninitialized_memory = filled
+            _DETERMINISTIC.fill_uninitialized_memory = filled
 
 
 _CUDA: Any = torch.backends.cuda

@@ -158,9 +158,9 @@ def hypergradient(
             the last one's networks and optimizer, and a problem of the same type and numbers, compiles nothing.
         verify: refuse a gradient that is not the derivative of the loss (:func:`metapl.check_gradient`), or ``"warn"``
             of it; for its cost see there.
-        replay_tolerance: the most that the result's ``replay_error`` may be: a look-ahead whose steps come out otherwise
-            when they are computed again is refused above it, and a larger number allows more. Deterministic algorithms
-            are asked for while a look-ahead runs.
+        replay_tolerance: the most that the result's ``replay_error`` may be: a look-ahead whose steps come out
+            otherwise when they are computed again is refused above it, and a larger number allows more. Deterministic
+            algorithms are asked for while a look-ahead runs.
 
     Returns: a :class:`Hypergradient`. Weights, buffers, gradients and optimizer states stay bit for bit as they were;
     drawing labels without a generator, and dropout, advance the default generator as the passes forward do.

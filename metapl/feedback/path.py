@@ -19,8 +19,8 @@ from metapl.execution.state import RandomState, replay, replayed
 from metapl.feedback.door import FirstLook, current_look
 from metapl.feedback.inner_step import Credited, InnerStep, SignalInput, credited, inner_loss
 from metapl.feedback.keeping import ALL, Keeping, States
-from metapl.feedback.replays import ReplayCheck
 from metapl.feedback.order import Order
+from metapl.feedback.replays import ReplayCheck
 from metapl.problems.base import (
     Problem,
     Signal,

@@ -1,7 +1,8 @@
-r"""Whether the steps of a path that are computed again come out as they did: each time a replay reaches a state that was
-kept, a digest of it is compared with the one that was taken when it was kept.
+r"""Whether the steps of a path that are computed again come out as they did: each time a replay reaches a state that
+was kept, a digest of it is compared with the one that was taken when it was kept.
 
-The digest of a tree of tensors x is a linear sketch in float64: its entries, in rows of 256, are added with random signs,
+The digest of a tree of tensors x is a linear sketch in float64: its entries, in rows of 256, are added with random
+signs,
 
 .. math:: s_j = \sum_r \sigma_{rj}\, x_{rj}, \qquad \mathbb E \|s(x) - s(x')\|^2 = \|x - x'\|^2 ,
 

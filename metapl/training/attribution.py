@@ -196,8 +196,8 @@ def attribute(
         compile: one step and its adjoint as two compiled graphs, as for :func:`metapl.hypergradient`; with ``each``,
             the adjoint takes all M outer losses at once, in the memory of M sets of weights and optimizer states.
         progress: show on standard error how far it is, where that is a terminal.
-        replay_tolerance: the most that ``replay_error`` of the result may be, as for :func:`metapl.hypergradient`; above
-            it the call is refused.
+        replay_tolerance: the most that ``replay_error`` of the result may be, as for :func:`metapl.hypergradient`;
+            above it the call is refused.
 
     Returns: an :class:`Attribution`.
     Cost: in plain trainings (docs/whole-trainings.md): 4 to 5 on WRN-28-2; on small networks 4 to 7 with all states

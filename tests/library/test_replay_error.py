@@ -231,9 +231,13 @@ def test_paths_ask_for_deterministic_algorithms(
 
 
 def test_the_setting_is_put_back_after_an_error() -> None:
-    with pytest.raises(ValueError, match="as planted"), deterministic(CPU):
-        assert torch.are_deterministic_algorithms_enabled()
-        raise ValueError("as planted")
+    def failing() -> None:
+        with deterministic(CPU):
+            assert torch.are_deterministic_algorithms_enabled()
+            raise ValueError("as planted")
+
+    with pytest.raises(ValueError, match="as planted"):
+        failing()
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
 
