@@ -20,6 +20,7 @@ from metapl.feedback.door import FirstLook, current_look
 from metapl.feedback.inner_step import Credited, InnerStep, SignalInput, credited, inner_loss
 from metapl.feedback.keeping import ALL, Keeping, States
 from metapl.feedback.order import Order
+from metapl.feedback.replays import ReplayCheck
 from metapl.problems.base import (
     Problem,
     Signal,
@@ -70,6 +71,7 @@ class Path:
     batches: Sequence[Any]  # the inner ones: a list, or a look-ahead whose batches a function returns again
     steps: list[InnerStep] = field(default_factory=list)
     keeping: Keeping = ALL  # which steps keep their states; the adjoint computes the others again
+    replays: ReplayCheck | None = None  # whether these come out as they did; None: nothing looks
     states: States = field(init=False)  # of several steps, where some are computed again
     progress: Callable[[], object] | None = None  # called after each step of the adjoint
     wrt: Sequence[str] = ()  # settings of the optimizer, and "start": what the gradient is in besides the signals
@@ -203,6 +205,8 @@ class Path:
         """The steps from ``end`` back to ``begin``, none before ``first``, each with its θ, g and s. Each block between
         two multiples of ``spacings[0]``, which were kept, is computed again and keeps its multiples of the next."""
         if not spacings:
+            if self.keeping.spacings:
+                self._compare_replay(begin, end)
             for number in reversed(range(begin, end)):
                 if number >= first:
                     yield number, self.steps[number]
@@ -221,13 +225,33 @@ class Path:
                     if finer:
                         self.forget(number - 1)
                 if finer and number % finer[0] == 0:
-                    self.states.keep(number, (params, state))
+                    self.keep(number, params, state)
                 if not (step := self.steps[number]).grads:  # the last of all has its own
                     batch = self.batch(number) if self.rereads else step.batch
                     self.steps[number] = step.recomputed(params, state, batch)
             if finer:
                 self.forget(stop - 1)
             yield from self._backwards(first, start, stop, *finer)
+
+    def keep(self, number: int, params: Tree, state: Any) -> None:
+        """Keep the state before a step, and its digest."""
+        self.states.keep(number, (params, state))
+        if self.replays is not None:
+            self.replays.note(number, params, state)
+
+    def _compare_replay(self, begin: int, end: int) -> None:
+        """Compare the end of a block that was computed again with what was kept there. The last step of all is not
+        computed again: its own state is the end of the last block."""
+        if self.replays is None:
+            return
+        last = len(self.steps) - 1
+        if end <= last:
+            step = self.steps[end - 1]
+            self.replays.compare(end, *step.updated)
+            vars(step).pop("updated")  # which nothing else needs, and which would be held as long as the block
+        elif begin < last:
+            self.replays.note(last, self.steps[last].params, self.steps[last].state)
+            self.replays.compare(last, *self.steps[last - 1].updated)
 
     def forget(self, number: int) -> None:
         """Drop what can be computed again, of all steps but the last."""
@@ -386,12 +410,13 @@ def take_steps(
     updates: Sequence[Update] = (),  # of each step, where they differ by a schedule, or have settings that are leaves
     wrt: Sequence[str] = (),  # what the gradient is in besides the signals
     outer: OuterLosses | None = None,  # of each step; ``labeled`` is then the batch of the last
+    replays: ReplayCheck | None = None,  # whether steps that are computed again come out as they did; None: no look
     progress: Callable[[], object] | None = None,  # called after each step
 ) -> Path:
     """The student's steps on the inner batches: Algorithm 1, lines 2 and 3. Buffers and generators advance as in
     training; the weights do not move."""
     judged = [labeled] if parts == 1 else micro_batches(labeled, parts, "labeled")
-    path = Path(problem, student, update, judged, batches, wrt=wrt, order=order, outer=outer)
+    path = Path(problem, student, update, judged, batches, wrt=wrt, order=order, outer=outer, replays=replays)
     ranks, several = student.ranks, len(batches) > 1
     enters, rereads = enters_input(problem), not isinstance(batches, list)
     if not ranks.alone:
@@ -429,7 +454,7 @@ def take_steps(
             if path.keeping.spacings:
                 path.forget(number - 1)
                 if number % path.keeping.spacings[0] == 0:
-                    path.states.keep(number, (params, state))
+                    path.keep(number, params, state)
         with ranks.agreed() if rereads else NOTHING:
             batch = batches[number]
         if number == 0 and several:  # what does not fit is refused before anything is computed
