@@ -85,12 +85,17 @@ class Space:
 WHOLE = Space()  # trees that this process holds whole
 
 
+def sum_tree(trees: Sequence[Tree]) -> Tree:
+    """The sum of trees, in which a parameter that is missing counts as zero."""
+    names = dict.fromkeys(name for tree in trees for name in tree)
+    return {name: torch.stack([tree[name] for tree in trees if name in tree]).sum(0) for name in names}
+
+
 def mean_tree(trees: Sequence[Tree]) -> Tree:
     """The mean of trees, in which a parameter that is missing counts as zero."""
     if len(trees) == 1:
         return trees[0]
-    names = dict.fromkeys(name for tree in trees for name in tree)
-    return {name: torch.stack([tree[name] for tree in trees if name in tree]).sum(0) / len(trees) for name in names}
+    return {name: total / len(trees) for name, total in sum_tree(trees).items()}
 
 
 _BACKENDS: Any = torch.backends  # whose stubs lack some of these

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.execution import checks
-from metapl.execution.batch import digest, length, micro_batches
+from metapl.execution.batch import digest, joined, length, micro_batches
 from metapl.execution.local import NOTHING, LocalStudent, Loss, Pass, as_leaves, mean_of
 from metapl.execution.numerics import Tree, mean_tree
 from metapl.execution.state import RandomState, State, replay, replayed
@@ -25,6 +25,7 @@ from metapl.problems.base import (
     Problem,
     Signal,
     enters_input,
+    is_mean_over_rows,
     joined_signals,
     outer_input,
     reads_signal_in_outer_input,
@@ -70,6 +71,7 @@ class Path:
     labeled: Sequence[Any]  # the outer batch, in micro-batches
     batches: Sequence[Any]  # the inner ones: a list, or a look-ahead whose batches a function returns again
     steps: list[InnerStep] = field(default_factory=list)
+    whole_labeled: Any = None  # the outer batch as one, where the outer loss may be no mean over micro-batches
     keeping: Keeping = ALL  # which steps keep their states; the adjoint computes the others again
     replays: ReplayCheck | None = None  # whether these come out as they did; None: nothing looks
     states: States = field(init=False)  # of several steps, where some are computed again
@@ -353,13 +355,18 @@ class Path:
         """
         student, start = self.student, self.steps[-1].passes[-1].after.branch()
         weights = {name: t.requires_grad_(False) for name, t in student.as_leaves(self.params).items()}
+        outputs = list[Tensor]()
         sums, counts = list[Tensor](), list[Tensor | float]()
         with student.at(weights, start, student.slots):
             for part in self.labeled:
-                outputs = student.forward(outer_input(self.problem, part, signal))
-                total, weight = sum_and_weight(self.problem.outer_loss(outputs, part))
+                outputs.append(student.forward(outer_input(self.problem, part, signal)))
+                total, weight = sum_and_weight(self.problem.outer_loss(outputs[-1], part))
                 sums.append(total)
                 counts.append(weight)
+            if self.whole_labeled is not None and not isinstance(counts[0], Tensor):
+                # A scalar may be any function of all rows.
+                total, weight = sum_and_weight(self.problem.outer_loss(joined(outputs), self.whole_labeled))
+                return total / weight
         loss: Tensor = torch.stack(sums).sum() / sum(counts)
         return loss
 
@@ -388,9 +395,16 @@ class Path:
             return sum_and_weight(problem.outer_loss(outputs, part))
 
         look = current_look()
-        if look is None:
-            return self.student.loss(params, judged, judge, start, gradient=gradient, state=state)
-        return self.student.loss(params, judged, judge, start, gradient=gradient, state=state, look=look.at_outer_loss)
+        return self.student.loss(
+            params,
+            judged,
+            judge,
+            start,
+            gradient=gradient,
+            state=state,
+            look=None if look is None else look.at_outer_loss,
+            whole=self.whole_labeled,
+        )
 
 
 def take_steps(
@@ -417,6 +431,8 @@ def take_steps(
     training; the weights do not move."""
     judged = [labeled] if parts == 1 else micro_batches(labeled, parts, "labeled")
     path = Path(problem, student, update, judged, batches, wrt=wrt, order=order, outer=outer, replays=replays)
+    if parts > 1 and not is_mean_over_rows(problem):
+        path.whole_labeled = labeled
     ranks, several = student.ranks, len(batches) > 1
     enters, rereads = enters_input(problem), not isinstance(batches, list)
     if not ranks.alone:
