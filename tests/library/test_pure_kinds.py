@@ -361,10 +361,7 @@ def test_what_torch_func_cannot_transform_is_said_with_what_to_write_instead(wha
 @pytest.mark.parametrize("what", IMPURE)
 def test_compiled_one_line_ends_with_leave_compile_out(what: str, how: str) -> None:
     student, data = network(IMPURE[what][0]), batches()
-    for p in student.heads.parameters() if isinstance(student, Heads) else ():
-        p.requires_grad_(False)  # which stack_module_state detaches
-    whole = Whole(student)
-    inner = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=RATE)
+    whole, inner = Whole(student), torch.optim.SGD(student.parameters(), lr=RATE)
     (x, y), train = data["outer"], data["inner"][:2]
     table = Table(torch.zeros(ROWS, dtype=torch.float64))
     given: Any = {"problem": ExampleWeights(), "inner_optimizer": inner, **data}
