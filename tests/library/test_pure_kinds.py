@@ -408,7 +408,7 @@ WRAPPINGS = {"torch.compile": by_function, "compile()": by_method, "a part": in_
 def test_a_network_under_torch_compile_is_refused_at_the_door(wrapping: str, who: str) -> None:
     case = toy("mlp")
     plain = metapl.BilevelTrainer(**case.networks(), mode="none", verify=False)
-    networks = case.networks()
+    networks: dict[str, Any] = case.networks()
     networks[who] = WRAPPINGS[wrapping](networks[who])
     before, (x, y) = everything(case), case.labeled
     inner = torch.optim.SGD(case.student.parameters(), lr=0.1)
@@ -438,7 +438,7 @@ def test_without_feedback_a_compiled_network_trains(wrapping: str) -> None:
     ends = []
     for wrap in (WRAPPINGS[wrapping], lambda network: network):
         case = toy("mlp")
-        networks = {name: wrap(net) for name, net in case.networks().items()}
+        networks: dict[str, Any] = {name: wrap(net) for name, net in case.networks().items()}
         made = metapl.BilevelTrainer(**networks, mode="none")
         for _ in range(2):
             made.step(case.labeled, case.unlabeled)
@@ -454,7 +454,7 @@ def test_the_plain_module_and_compile_are_what_the_line_proposes() -> None:
     report = trainer(student, compile=True).step(**data)
     assert error({"h": report.feedback}, {"h": expected}) < 1e-12
     ahead = Lookahead([data["inner"][:2]])
-    with pytest.raises(MetaplError, match="under torch.compile"):
+    with pytest.raises(MetaplError, match=r"under torch\.compile"):
         metapl.hypergradient(
             None,
             by_method(network(Head)),
