@@ -42,7 +42,7 @@ from metapl.functional.state import (
 )
 from metapl.functional.step import Step, make_step
 from metapl.problems.base import Signal, enters_input, gumbel
-from metapl.updates import OwnStep, TorchUpdate, Update, as_taken, parts_of, update_of
+from metapl.updates import OwnStep, TorchUpdate, Update, as_taken, entry_shape, parts_of, update_of
 
 LONGEST = 3  # steps that are unrolled in one function
 
@@ -77,6 +77,8 @@ def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> 
         f"{steps} steps ahead; expected at most {LONGEST}": steps > LONGEST,
         "a cosine over several steps; expected 'gradient'": composed and getattr(mode, "normalization", "") == "cosine",
         "a transform with hidden state; expected torch.optim's": hides,
+        'normalization="learning_rate" without a single learning rate; expected "gradient"': inner.learning_rate is None
+        and getattr(mode, "normalization", "") == "learning_rate",
     }
     for what in (what for what, is_so in refused.items() if is_so):
         raise MetaplError(f"compile= or functional() was given {what}.")
@@ -176,6 +178,8 @@ class CompiledStep:
         if not compared:
             eager = eager_step(trainer, labeled, batches, ahead)
             probs = eager[1].signal.probs
+        if any(entry_shape(group["lr"]) for group in unclipped(trainer.update).options):
+            raise MetaplError("compile= was given with a rate for each entry of a weight; leave compile out.")
         numbers = [[] if update is None else unclipped(update).settings() for update in updates]
         if anew:
             state = state_of(trainer, updates)
@@ -189,7 +193,7 @@ class CompiledStep:
             mode = {name: t.to(trainer.device) for name, t in trainer.mode_state.items()}
             state = self.state._replace(mode=mode, step=step)
         self.numbers = numbers
-        start, noise = RandomState.now(trainer.device, draw), None
+        start, noise = RandomState.now(trainer.device, draw, outside=not compared), None
         if draw is not None and probs is not None:
             noise = tuple(gumbel(length(batch), probs.shape[1], probs, draw) for batch in batches)
         try:
@@ -291,8 +295,7 @@ def eager_step(trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) 
     end = RandomState.now(trainer.device)
     start.restore()
     # L(θ′) draws on where the teacher's passes end; on the eager road, from its own stream.
-    ends = zip(end.values().values(), start.values().values(), strict=True)
-    if any(a is not None and b is not None and not a.equal(b) for a, b in ends):
+    if not end.is_as(start):
         with branching_to(end):
             twin, report = taken()
         start.restore()

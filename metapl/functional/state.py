@@ -137,7 +137,13 @@ def state_of(trainer: Any, updates: tuple[Update, Update | None]) -> State:
 
 def settings_of(numbers: Any, device: torch.device) -> Any:
     """The numbers of param groups as tensors, as precise as a number of Python is."""
-    return pytree.tree_map(lambda number: torch.tensor(number, dtype=torch.float64, device=device), numbers)
+
+    def as_tensor(number: Any) -> Tensor:
+        if isinstance(number, Tensor):
+            return number.detach().to(device, torch.float64, copy=True)
+        return torch.tensor(number, dtype=torch.float64, device=device)
+
+    return pytree.tree_map(as_tensor, numbers)
 
 
 def leaves_of(state: State) -> list[Tensor]:
