@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.execution.checks import logits
 from metapl.execution.numerics import Tree, as_real, wide
+from metapl.execution.weight_norm import by_formulas, formulas_of, weights_made_by_hooks
 from metapl.feedback.difference import RELATIVE_STEP
 from metapl.problems.base import Signal, field_of
 from metapl.updates import Clipped, Options, TorchUpdate, Update, as_taken, options_of
@@ -216,6 +217,11 @@ class Function(nn.Module):
     def __init__(self, module: nn.Module | None) -> None:
         super().__init__()
         self.module: Any = module
+        parts = [] if module is None else [*module.modules()]
+        # The places of parts whose kernel has no second derivative, with one that has it for each; and the attributes
+        # into which hooks put a weight, which would be that of a transform afterwards.
+        self.formulas = [place for part in parts for place in formulas_of(part)]
+        self.made = [(part, name) for part in parts for _, name in weights_made_by_hooks(part)]
 
     def at(self, params: Tree, state: Tree, ask: Callable[[Any], Any]) -> tuple[Any, Tree]:
         """What ``ask(module)`` returns with these tensors in the module, and the state that it leaves."""
@@ -231,7 +237,10 @@ class Function(nn.Module):
         return wide(logits(z, "student")), left
 
     def forward(self, ask: Callable[[Any], Any], names: list[str]) -> tuple[Any, Tree]:
-        with EagerMasks():
+        before = [getattr(part, name, None) for part, name in self.made]
+        with EagerMasks(), by_formulas(self.formulas):
             answer, after = ask(self.module), dict(self.module.named_parameters())
+        for (part, name), t in zip(self.made, before, strict=True):
+            setattr(part, name, t)
         after.update(self.module.named_buffers())
         return answer, {name: after[name].detach() for name in names}
