@@ -54,7 +54,7 @@ class Altered(Estimator):
         super().__post_init__()
         if self.base.credits not in ("signal", "example"):
             raise MetaplError(f"Altered(base={self.base!r}): expected feedback on each example, such as Forward().")
-        own = "labels", "credits", "keep_graph", "keep_on", "looks_ahead", "keeping", "requires", "graph_of"
+        own = "labels", "credits", "keep_graph", "keep_on", "looks_ahead", "keeping", "requires", "orders"
         for name in (*own, "normalization"):
             object.__setattr__(self, name, getattr(self.base, name, "gradient"))
         object.__setattr__(self, "name", f"{self.base.name}_{self.alteration}")

@@ -19,11 +19,14 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, coarsest, same_outputs
+from metapl.execution.graphs import refuse_once_differentiable
 from metapl.execution.layout import Layout
 from metapl.execution.numerics import (
     DTYPE,
     HALF,
+    MissingDerivative,
     Tree,
+    asks_for_gradient,
     forward_mode,
     full_float32,
     mean_tree,
@@ -38,6 +41,8 @@ NOTHING: AbstractContextManager[Any] = nullcontext()
 Loss = Callable[[Tensor, Tree], Tensor]
 # A function of w: (∂²ℓ/∂θ²) w, and the derivatives of ⟨g, w⟩ in leaves.
 Product = Callable[..., tuple[Tree, list[Tensor | None]]]
+# Looks at the graph of a loss, of which some leaves were made here, and which it may compute again.
+GraphLook = Callable[[Tensor, Sequence[Tensor], Callable[[], Tensor]], None]
 # A loss of outputs on a batch as a sum, and the weight that it is to be divided by: a number where it is 1.
 WeightedLoss = Callable[[Tensor, Any], tuple[Tensor, Tensor | float]]
 
@@ -55,6 +60,9 @@ class LocalStudent:
 
     def __init__(self, layout: Layout, slots: Slots | None = None, *, double_backward: bool = False) -> None:
         self.module, self.ranks, self.space = layout.network, layout.ranks, layout.space
+        self.offers = layout.offers
+        # Set at a first step: the next graph of a gradient is searched for derivatives that PyTorch would leave out.
+        self.inspects_graph = False
         self.double_backward, self.slots = double_backward, slots or Slots(layout.network)
         self.parameters: dict[str, nn.Parameter] = layout.parameters() if layout.is_sharded else self.slots.learned
         own = self.parameters.values()
@@ -71,6 +79,7 @@ class LocalStudent:
         start: RandomState,
         *,
         gradient: bool = False,
+        look: GraphLook | None = None,
     ) -> tuple[Tensor, Tree]:
         """Σ sum / Σ weight of a loss over batches, of all ranks, at ``params``, on the buffers as they are now, and the
         ``gradient`` where it is asked for, with zeros for weights that no loss reaches."""
@@ -81,6 +90,8 @@ class LocalStudent:
         with NOTHING if gradient else no_fast_path(), self.at(at, start, self.slots):
             for inputs, batch in batches:
                 value, weight = judge(self.forward(inputs), batch)
+                if look is not None and gradient:
+                    look(value, [*at.values()], partial(self._judged, judge, inputs, batch))
                 if gradient:
                     gradients.append(self.gradient(value, at)[1] if value.requires_grad else {})
                 values.append((value.detach(), weight))
@@ -94,6 +105,10 @@ class LocalStudent:
         if len(v) < len(at):
             v = {name: v[name] if name in v else torch.zeros_like(p) for name, p in at.items()}
         return mean, {n: len(values) / weight * t for n, t in v.items()} if isinstance(weight, Tensor) else v
+
+    def _judged(self, judge: WeightedLoss, inputs: Any, batch: Any) -> Tensor:
+        value, _ = judge(self.forward(inputs), batch)
+        return value
 
     def mean_of_all(self, values: Sequence[tuple[Tensor, Tensor | float]]) -> tuple[Tensor, Tensor | float]:
         """Σ sum / Σ weight over micro-batches and ranks, and the mean of the ranks' weights; without a graph."""
@@ -127,6 +142,12 @@ class LocalStudent:
     def over_ranks(self, tree: Tree) -> Tree:
         """The mean over the ranks of second derivatives, which each has of its own rows."""
         return self.ranks.mean_tree(tree, self.params)
+
+    def inspect_graph(self, gradients: Tree, value: Tensor) -> None:
+        """Refuse, once, a gradient whose graph lacks derivatives that PyTorch would leave out without an error."""
+        if self.inspects_graph:
+            self.inspects_graph = False
+            refuse_once_differentiable(gradients.values(), value)
 
     def held_at(self, params: Tree) -> list[Slot]:
         return [(table, name, params[first]) for table, name, first in self.slots.places if first in params]
@@ -203,6 +224,8 @@ class Pass:
             if not value.requires_grad:
                 raise MetaplError(f"the student's loss {checks.NO_GRADIENT}")
             own, grads = student.gradient(value, self._at, create_graph=student.double_backward or bool(leaves))
+        if student.double_backward or leaves:
+            student.inspect_graph(own, value)
         if leaves:
             self._graph_of_g = own, list(leaves)
             grads = {name: g.detach() for name, g in grads.items()}
@@ -232,12 +255,12 @@ class Pass:
     def recompute_gradient(self, params: Tree, loss: Loss) -> Tree:
         """The gradient of this pass's loss at its θ once more; ``params`` is that θ, which was forgotten."""
         self.params = params
-        with self._replay(self.inputs) as (at, outputs):
+        with self.once_more(self.inputs) as (at, outputs):
             self.outputs, self._sample = outputs.detach(), None
             return self.student.gradient(loss(outputs, at), at)[1]
 
     @contextmanager
-    def _replay(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
+    def once_more(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
         """θ as leaves, and the outputs there, compared with this pass's; a backward pass belongs into the block."""
         at = self.student.as_leaves(self.params)
         with self.student.at(at, self._before, self._state):
@@ -250,22 +273,47 @@ class Pass:
         same_outputs(again, first, EXACTLY[self.rounded_to].outputs, ranks=self.student.ranks)
         return outputs
 
-    _replay_twice = _replay  # one that can be differentiated twice
+    _replay_twice = once_more  # one that can be differentiated twice
 
     def tangent(self, w: Tree) -> Tensor:
         """ż = d/dε S(x; θ + εw) by forward-mode AD: exact, one pass of about three plain ones, no graph."""
         with forward_mode():
-            with self.student.along(self.params, w, self._before, self._state):
-                outputs, tangent = forward_ad.unpack_dual(self.student.forward(self.inputs))
+            try:
+                with self.student.along(self.params, w, self._before, self._state):
+                    outputs, tangent = forward_ad.unpack_dual(self.student.forward(self.inputs))
+            except RuntimeError as error:
+                if asks_for_gradient(error):
+                    what = "the student's forward takes a gradient, and a pass in forward mode has no graph"
+                    raise MissingDerivative(what) from error
+                raise
             self._same_outputs(outputs)
             return torch.zeros_like(self.outputs) if tangent is None else tangent.clone()
 
     def shifted(self, step: Tensor, direction: Tree) -> Tensor:
-        """S(x; θ + step·direction) in float32 or wider, without autocast and TF32."""
+        """S(x; θ + step·direction) in float32 or wider, without autocast, TF32 and a graph."""
+        with torch.no_grad():
+            moved = self._moved(step, direction)
+        slots = self.student.slots
+        if not slots.takes_gradients:
+            try:
+                with torch.no_grad():
+                    return self._at_weights(moved)
+            except RuntimeError as error:
+                if not asks_for_gradient(error):
+                    raise
+                slots.takes_gradients = True
+        with torch.enable_grad():
+            return self._at_weights(moved).detach()
+
+    def _moved(self, step: Tensor, direction: Tree) -> Tree:
+        """θ + step·direction, in float32 or wider."""
+        return {n: wide(p) + step * wide(direction[n]) if n in direction else wide(p) for n, p in self.params.items()}
+
+    def _at_weights(self, params: Tree) -> Tensor:
+        """The outputs at other weights, in float32 or wider, without autocast and TF32."""
         device = self.student.device
-        moved = {n: wide(p) + step * wide(direction[n]) if n in direction else wide(p) for n, p in self.params.items()}
-        at = self.student.at(self.student.as_leaves(moved), self._before, self._state, upcast=True)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False), full_float32(device), no_fast_path(), at:
+        at = self.student.at(self.student.as_leaves(params), self._before, self._state, upcast=True)
+        with torch.autocast(device.type, enabled=False), full_float32(device), no_fast_path(), at:
             return self.student.forward(pytree.tree_map_only(Tensor, wide, self.inputs))
 
     def check_shifted(self, ahead: Tensor, behind: Tensor) -> None:
@@ -279,8 +327,10 @@ class Pass:
         in leaves of the loss and of the ``inputs``. The last call may ``free`` the graph."""
         replayed = self._replay_twice(self.inputs if inputs is None else inputs)
         with no_fast_path(math=True), replayed as (at, outputs):
-            tensors = torch.autograd.grad(loss(outputs, at), [*at.values()], create_graph=True, allow_unused=True)
+            value = loss(outputs, at)
+            tensors = torch.autograd.grad(value, [*at.values()], create_graph=True, allow_unused=True)
             g = {name: t for name, t in zip(at, tensors, strict=True) if t is not None}
+            self.student.inspect_graph(g, value)
             yield partial(_derivatives, g, at, leaves)
 
     def second_derivatives(

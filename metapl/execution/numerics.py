@@ -185,7 +185,9 @@ def forward_mode() -> Iterator[None]:
         yield
 
 
-_LACKING = re.compile(r"(?i)forward[- ](mode )?AD|jvp function|differentiate twice|double backward|derivative for")
+_LACKING = re.compile(
+    r"(?i)forward[- ](mode )?AD|jvp function|differentiate twice|double backward|derivative for|donated buffers"
+)
 _OPERATION = re.compile(r"(?:forward AD with|derivative for) '?([\w:.]+)'?")
 
 
@@ -193,8 +195,25 @@ _CUDNN_RNN = re.compile(r"(?i)cudnn[ _]rnn")
 _CUDNN_EVAL = "RNN backward can only be called in training mode"
 
 
+class MissingDerivative(MetaplError):
+    """An operation lacks a derivative that a pass needs.
+
+    Args:
+        what: which operation and which derivative, without a period.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}; expected an operation that has it.")
+        self.what = what
+
+
+def asks_for_gradient(error: BaseException) -> bool:
+    """Whether a forward failed because it takes a gradient itself, in a pass that has no graph."""
+    return isinstance(error, RuntimeError) and "does not require grad and does not have a grad_fn" in str(error)
+
+
 def explain(error: BaseException) -> None:
-    """Raise autograd's error about a missing derivative as one that names the operation and what runs."""
+    """Raise autograd's error about a missing derivative as one that names the operation."""
     text = str(error)
     is_lacking = bool(_LACKING.search(text)) or _CUDNN_EVAL in text
     if isinstance(error, RuntimeError) and is_lacking and _CUDNN_RNN.search(text):
@@ -206,5 +225,4 @@ def explain(error: BaseException) -> None:
         message = str(error).splitlines()[0].rstrip(".")
         operation = _OPERATION.search(message)
         what = operation[1] if operation else "an operation of the student"
-        why = f"{what} lacks a derivative that this mode needs ({message})"
-        raise MetaplError(f'{why}; expected another Forward(by=), or mode "difference" or "reinforce".') from error
+        raise MissingDerivative(f"{what} lacks a derivative that this mode needs ({message})") from error

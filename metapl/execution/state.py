@@ -155,6 +155,7 @@ class Slots:
         formulas: the places of parts whose kernel has no second derivative, with one that has it for each.
         mark: what verification holds for, as one number: modes, numbers of hooks, and which parameters are learned.
         state: the snapshot that the step's first pass takes over.
+        takes_gradients: whether the forward takes gradients itself, and needs a graph in every pass; found by trying.
         known: the tables' contents when they were read; others mean that the slots are stale.
         draws_outside: whether passes draw from Python's or NumPy's generators; None until a step has been watched.
     """
@@ -164,6 +165,7 @@ class Slots:
         self.parameters: list[Slot] = []
         self.frozen: list[Slot] = []
         self.state: State | None = None  # as a step begins, until its first pass has taken it
+        self.takes_gradients = False
         first: dict[int, tuple[str, nn.Parameter]] = {}
         named = named_parts(module)
         for prefix, part in named:

@@ -31,11 +31,12 @@ from metapl.execution import checks
 from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, ROUNDINGS, same_slopes
 from metapl.execution.layout import ONE_PROCESS, Capability
 from metapl.execution.local import NOTHING, LocalStudent, as_leaves, mean_of
-from metapl.execution.numerics import Tree
+from metapl.execution.numerics import Tree, wide
 from metapl.feedback.inner_step import Credited, Credits, InnerStep, credited, inner_loss
 from metapl.feedback.keeping import ALL, Keeping
+from metapl.feedback.order import NotFiniteFeedback, Order
 from metapl.feedback.path import Path
-from metapl.problems.base import Kind, Signal, field_of, kind_of
+from metapl.problems.base import Kind, Problem, Signal, field_of, kind_of
 from metapl.runs.fields import Range, check_fields
 
 NOT_FINITE = (
@@ -157,13 +158,19 @@ class Estimator(ABC):
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         """One :class:`Feedback` per step of the path, and the next state."""
 
-    def graph_of(self, steps: int, student: LocalStudent) -> Credited | None:
-        """In what g keeps a graph, over a path of so many steps: what gets the feedback; None: in nothing."""
-        return None
+    def orders(self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()) -> tuple[Order, ...]:
+        """Return the orders of differentiation that a path of so many steps may take, the preferred first.
+
+        The first step takes the first of them that runs, later ones the same (:mod:`metapl.feedback.order`). ``wrt``
+        is what :func:`metapl.hypergradient` differentiates in besides the signals. Empty: there is nothing to choose.
+        """
+        return ()
 
     def checked_feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         """:meth:`feedback`, refused on all ranks where it would make the teacher NaN."""
         feedback, state = self.feedback(path, state)  # line 4: h
+        if path.is_tried:
+            refuse_not_finite_feedback(feedback, path)
         with NOTHING if path.student.ranks.alone else path.student.ranks.agreed():
             if True not in [of_step.used for of_step in feedback]:
                 given = f"the inner loss of {kind_of(path.problem)} does not depend on its signal"
@@ -171,8 +178,22 @@ class Estimator(ABC):
             numbers = [path.inner_loss]
             for of_step in feedback:
                 numbers += [h.sum() if h.ndim else h for h in (of_step.h, *of_step.others.values())]
-            checks.refuse_not_finite(NOT_FINITE, *numbers)
+            try:
+                checks.refuse_not_finite(NOT_FINITE, *numbers)
+            except MetaplError as error:
+                if bool(path.inner_loss.isfinite()):
+                    raise NotFiniteFeedback(NOT_FINITE) from error
+                raise
         return feedback, state
+
+
+def refuse_not_finite_feedback(feedback: Sequence[Feedback], path: Path) -> None:
+    """Refuse, on all ranks and at once, feedback that another order of differentiation may give in finite numbers."""
+    if not bool(path.inner_loss.isfinite()):
+        return  # no order mends that, and what follows refuses it
+    sums = [h.sum().double() for of_step in feedback for h in (of_step.h, *of_step.others.values())]
+    if path.student.ranks.any(not bool(torch.stack(sums).isfinite().all())):
+        raise NotFiniteFeedback(NOT_FINITE)
 
 
 def padded(feedback: Sequence[Feedback], path: Path) -> list[Feedback]:
@@ -214,13 +235,17 @@ def divisor(normalization: str, step: InnerStep, w: Tree | None = None) -> Tenso
 
 
 def exact_feedback(step: InnerStep, w: Tree, of: Credited = "signal") -> Feedback:
-    """The feedback along w by exact derivatives: from the graph of g where the pass has kept it; else by ż; and by
-    double backward where the signal enters the student's input, and ⟨∂ℓ/∂z, ż⟩ through the whole network."""
+    """The feedback along w by exact derivatives, in the step's order: from the graph of g where the pass has kept it;
+    by ż; or by double backward, as always where the signal enters the student's input, and ⟨∂ℓ/∂z, ż⟩ goes through the
+    whole network."""
     by_graph = [part.in_leaves(w) for part in step.passes]
     if by_graph[0] is not None:
         return feedback_from(step, step.in_signal(credited(step.signal, of), by_graph), of)  # type: ignore[arg-type]
     if step.signal_inputs:
         _, gradients = step.second_derivatives(w, step.signal.differentiable(), curved=False)
+        return feedback_from(step, gradients, of)
+    if step.order == "double_backward":
+        _, gradients = step.second_derivatives(w, credited(step.signal, of), curved=False)
         return feedback_from(step, gradients, of)
     return head_feedback(step, w, step.tangent(w), of=of)
 
@@ -240,6 +265,70 @@ def head_feedback(
     if slope.requires_grad:
         gradients = torch.autograd.grad(slope, list(leaves.values()), allow_unused=True)
     return feedback_from(step, dict(zip(leaves, gradients, strict=True)), of)
+
+
+@dataclass(frozen=True)
+class Move:
+    """The student's outputs after two moves of its weights along w, in the units of w."""
+
+    ahead: Tensor  # S(x; θ + after·w), (B, ...)
+    behind: Tensor  # S(x; θ + before·w)
+    after: Tensor
+    before: Tensor  # negative, or zero
+    width: Tensor  # after − before
+    rounding: Tensor  # a bound on the norm of the error of ahead − behind
+
+
+def feedback_by_losses(step: InnerStep, w: Tree, move: Move, *, of: Credited = "signal") -> Feedback:
+    """The feedback along w by a difference of the loss's derivative in the signal; first derivatives alone.
+
+    The error is O(δ²), of a one-sided move O(δ), and the rounding of that derivative over the move's length.
+    """
+    leaves = as_leaves(credited(step.signal, of))
+    after, gradients = _loss_in_leaves(step, leaves, w, move.ahead, move.after)
+    before, others = _loss_in_leaves(step, leaves, w, move.behind, move.before)
+    differences: dict[str, Tensor | None] = {}
+    for name, gradient, other in zip(leaves, gradients, others, strict=True):
+        has_both = gradient is not None and other is not None
+        differences[name] = (gradient - other) / move.width if has_both else None  # type: ignore[operator]
+    by_gradient, spread = step.space.slope(step.gradient, w)
+    slope = step.student.ranks.sum(after - before) / move.width
+    eps = torch.finfo(step.shifted_dtype).eps
+    rounding = ROUNDINGS * eps * step.space.norm(step.gradient) * step.space.norm(w)
+    rounding = rounding + ROUNDINGS * eps * step.student.ranks.sum(after.abs()) / move.width
+    tolerance = BY_DIFFERENCE[step.passes[0].rounded_to].slope
+    same_slopes(slope, by_gradient, spread + slope.abs(), tolerance, rounding)
+    return feedback_from(step, differences, of)
+
+
+def _loss_in_leaves(
+    step: InnerStep, leaves: Tree, w: Tree, z: Tensor, factor: Tensor
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """Return this rank's share of the mean loss at outputs z and weights θ + factor·w, and its gradient in leaves."""
+    theta: Tree = {}
+    if step.student.readable:
+        theta = {name: wide(p) + factor * wide(w[name]) if name in w else p for name, p in step.params.items()}
+    # A loss may read ``student.parameters()``, which are then these.
+    with step.student.holding(theta) if step.student.readable else NOTHING, torch.enable_grad():
+        mean = _mean_loss(step, leaves, z, theta)
+        if not mean.requires_grad:
+            return mean.detach(), [None] * len(leaves)
+        return mean.detach(), torch.autograd.grad(mean, list(leaves.values()), allow_unused=True)
+
+
+def _mean_loss(step: InnerStep, leaves: Tree, z: Tensor, theta: Tree) -> Tensor:
+    """Return this rank's share of (1/B) Σ_i factor_i ℓ_i(z, signal, θ), micro-batch by micro-batch."""
+    ranks, parts = step.student.ranks, len(step.passes)
+    # A loss may look at the batch as a whole.
+    signals, chunks = step.signal.having(leaves).chunks(parts), z.chunk(parts)
+    factors = leaves.get("factors")
+    of_part = factors.chunk(parts) if factors is not None else [None] * parts
+    values = [
+        inner_loss(step.problem, signal, x, step.student.readable, factor, z_part, theta)
+        for signal, x, factor, z_part in zip(signals, step.batches, of_part, chunks, strict=True)
+    ]
+    # The ranks' shares add up to the mean.
+    return mean_of(values) if ranks.alone else mean_of(values) / ranks.size
 
 
 def feedback_from(step: InnerStep, gradients: Mapping[str, Tensor | None], of: Credited = "signal") -> Feedback:
@@ -264,22 +353,14 @@ def feedback_from(step: InnerStep, gradients: Mapping[str, Tensor | None], of: C
 
 def _slope(step: InnerStep, leaves: Tree, w: Tree, z_dot: Tensor, of_z_dot: Tensor | None) -> Tensor:
     """d/dε (1/B) Σ_i factor_i ℓ_i(z + εż, signal, θ + εw), this rank's share; flagged where it is not ⟨w, g⟩."""
-    ranks, parts = step.student.ranks, len(step.passes)
+    ranks = step.student.ranks
     z = step.outputs.detach().requires_grad_()
-    factors = leaves.get("factors")
     # A loss may read the weights as ``params``, or as ``student.parameters()``: both are these leaves.
     weights: AbstractContextManager[Tree] = nullcontext({})
     if step.student.readable:
         weights = step.student.with_leaves(step.params)
     with weights as theta, torch.enable_grad():
-        # Micro-batch by micro-batch: a loss may look at the batch as a whole.
-        signals, chunks = step.signal.having(leaves).chunks(parts), z.chunk(parts)
-        of_part = factors.chunk(parts) if factors is not None else [None] * parts
-        values = [
-            inner_loss(step.problem, signal, x, step.student.readable, factor, z_part, theta)
-            for signal, x, factor, z_part in zip(signals, step.batches, of_part, chunks, strict=True)
-        ]
-        mean = mean_of(values) if ranks.alone else mean_of(values) / ranks.size  # the ranks' shares add up to the mean
+        mean = _mean_loss(step, leaves, z, theta)
         grads = torch.autograd.grad(mean, [z, *theta.values()], create_graph=True, allow_unused=True)
         directions = [z_dot, *(w[name] if name in w else torch.zeros_like(p) for name, p in theta.items())]
         terms = [g * t for g, t in zip(grads, directions, strict=True) if g is not None]

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
+from metapl.execution.local import LocalStudent
 from metapl.execution.numerics import Tree
-from metapl.feedback.base import Estimator, Feedback, Normalization, State, divisor, head_feedback
-from metapl.feedback.inner_step import InnerStep
+from metapl.feedback.base import (
+    Estimator,
+    Feedback,
+    Move,
+    Normalization,
+    State,
+    divisor,
+    feedback_by_losses,
+    head_feedback,
+)
+from metapl.feedback.inner_step import Credited, InnerStep
+from metapl.feedback.order import Order
 from metapl.feedback.path import Path
-from metapl.problems.base import Kind
+from metapl.problems.base import Kind, Problem
 from metapl.runs.fields import Range
 
 ROUNDINGS = 30.0
@@ -34,7 +46,15 @@ class Difference(Estimator):
               \big[ S(x_u; \theta + \delta\,\hat w) - S(x_u; \theta - \delta\,\hat w) \big], \quad
               \delta = r\,\frac{\|\theta\|}{\sqrt n}, \quad \hat w = w / \|w\|
 
-    The passes run in float32 or wider, outside autocast and TF32 (in bf16 and TF32 the difference is noise).
+    The passes run in float32 or wider, outside autocast and TF32 (in bf16 and TF32 the difference is noise). Where the
+    inner loss has no second derivative, such as CTC, its derivative in the signal is taken at both outputs:
+
+    .. math:: h \approx -\frac{\|w\|}{2\delta} \big[ \nabla_{\mathrm{signal}} \ell(z_+, \mathrm{signal}) -
+              \nabla_{\mathrm{signal}} \ell(z_-, \mathrm{signal}) \big], \quad
+              z_\pm = S(x_u; \theta \pm \delta\,\hat w)
+
+    which of a weight of an example is the difference of its losses. The step's ``order`` says which was taken,
+    ``"outputs"`` or ``"losses"``; it is chosen at the first step.
 
     Args:
         one_sided: S(θ + δŵ) − S(θ), one pass less: the inner pass's outputs are used again where it ran in full
@@ -62,11 +82,26 @@ class Difference(Estimator):
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         step, w = path.pullback()
-        h = head_feedback(step, w, *self.tangent(step, w))
-        return [h.divided_by(divisor(self.normalization, step, w))], state
+        return [self.along(step, w).divided_by(divisor(self.normalization, step, w))], state
+
+    def orders(self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()) -> tuple[Order, ...]:
+        return "outputs", "losses"
+
+    def along(self, step: InnerStep, w: Tree, of: Credited = "signal") -> Feedback:
+        """Return the feedback along w, by a difference in the step's order."""
+        move = self.moved(step, w)
+        if step.order == "losses":
+            return feedback_by_losses(step, w, move, of=of)
+        z_dot = (move.ahead - move.behind) / move.width
+        return head_feedback(step, w, z_dot, move.rounding / move.width, of=of)
 
     def tangent(self, step: InnerStep, w: Tree) -> tuple[Tensor, Tensor]:
         """ż along w, by moves of length δ, and a bound on the norm of its rounding; exactly zero for w = 0."""
+        move = self.moved(step, w)
+        return (move.ahead - move.behind) / move.width, move.rounding / move.width
+
+    def moved(self, step: InnerStep, w: Tree) -> Move:
+        """Return the outputs after moves of length δ along w, both of them those at θ for w = 0."""
         length, r = step.space.norm(w), self.relative_step or RELATIVE_STEP[step.shifted_dtype]
         typical_weight = step.space.norm(step.params) / math.sqrt(step.space.count(step.params))
         delta = r * typical_weight.clamp_min(1e-3)  # all weights may be zero
@@ -82,4 +117,4 @@ class Difference(Estimator):
             part.check_shifted(*moved)
         # A small difference of large outputs loses digits: Adam's first w, for example, is orthogonal to the gradient.
         rounding = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * torch.linalg.vector_norm(ahead)
-        return (ahead - behind) / width, rounding / width
+        return Move(ahead, behind, factor, 0 * factor if self.one_sided else -factor, width, rounding)

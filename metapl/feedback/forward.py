@@ -16,13 +16,14 @@ student's input enters at both ends of the network, and its derivative is taken 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.execution.layout import FORWARD_AD, Capability
+from metapl.execution.layout import CURVATURE, FORWARD_AD, Capability
 from metapl.execution.local import LocalStudent
 from metapl.feedback.base import (
     Estimator,
@@ -35,20 +36,42 @@ from metapl.feedback.base import (
     feedback_from,
     padded,
 )
-from metapl.feedback.inner_step import Credited, credited
+from metapl.feedback.inner_step import credited
 from metapl.feedback.keeping import Keeping, keeping
+from metapl.feedback.order import Order
 from metapl.feedback.path import Path
-from metapl.problems.base import Kind
+from metapl.problems.base import Kind, Problem, enters_input
 
 SMALL = 2**15  # weights of a student, up to which the graph is kept: measured in benchmarks/step.py
 
 
-def by_graph(by: Literal["graph", "tangent"] | None, student: LocalStudent) -> bool:
-    """Whether g keeps its graph: as asked, or by the student's size; never for a sharded student, whose gradients
-    come from ``.backward()``."""
+By = Literal["graph", "tangent", "double_backward"]
+
+
+def exact_orders(
+    steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = (), by: By | None = None
+) -> tuple[Order, ...]:
+    """Return the orders in which an exact derivative may be taken, the preferred first; or ``by`` alone.
+
+    Raises: :class:`metapl.MetaplError` for a ``by`` that a sharded student does not have.
+    """
+    if enters_input(problem) or "start" in wrt:
+        # The derivative in the input, or in the first weights, goes through the network, whatever is asked.
+        return ("double_backward",)
     if not student.readable:
-        return False
-    return by == "graph" if by else sum(map(Tensor.numel, student.params.values())) <= SMALL
+        # The gradients of a sharded student come from ``.backward()``, which keeps no graph.
+        orders: tuple[Order, ...] = ("tangent", "double_backward") if CURVATURE in student.offers else ("tangent",)
+        if by is not None and by not in orders:
+            expected = " or ".join(f'by="{order}"' for order in orders)
+            raise MetaplError(
+                f'Forward(by="{by}") was given, and the student is sharded; expected {expected}, or None.'
+            )
+        return orders if by is None else (by,)
+    if by is not None:
+        return (by,)
+    # The graph of one small step is kept; where its derivatives are missing, so are those of double backward.
+    is_small = sum(map(Tensor.numel, student.params.values())) <= SMALL
+    return ("graph", "tangent") if steps == 1 and is_small else ("tangent", "double_backward")
 
 
 @dataclass(frozen=True)
@@ -72,9 +95,12 @@ class Forward(Estimator):
             of the free memory holds: all, every √K-th, or a tree; in a folder, every √K-th.
         keep: ``"tree"`` in place of ``keep_every``: some 10 log₁₀ K states, and each step computed again once for every
             factor of 10 in K after the first.
-        by: how one step is differentiated: ``"graph"``, ⟨g, w⟩ by the graph of g, which the inner pass then keeps (less
-            time on small networks, 1.1 to 2.4 times the memory); ``"tangent"``, by ż in forward mode. None: by the
-            student's size alone, the graph up to :data:`SMALL` weights.
+        by: how one step, or the first of several, is differentiated: ``"graph"``, ⟨g, w⟩ by the graph of g, which the
+            inner pass then keeps (less time on small networks, 1.1 to 2.4 times the memory); ``"tangent"``, by ż in
+            forward mode; ``"double_backward"``, ⟨g, w⟩ by a graph that is made for it, as always where the signal
+            enters the student's input, and for the gradient in the start. None: the first that runs of
+            graph and tangent (one step, up to :data:`SMALL` weights), or of tangent and double backward; chosen at a
+            trainer's first step, and in each call of :func:`metapl.hypergradient`, whose result says it (``order``).
         keep_on: where kept states lie: None, with the student; ``"cpu"``, on the host; or an existing folder, of one
             call of :func:`metapl.hypergradient` or :func:`metapl.attribute` with ``compile=True`` at a time. A call
             that was killed goes on when it is repeated, bit for bit.
@@ -89,8 +115,9 @@ class Forward(Estimator):
     Bias: none for soft signals. For hard labels θ′ of the sampled labels stands in for that of their mean: O(η²) for
     updates affine in g (the SGD family), where θ′ is right in the mean; for others it stays as η falls (B = 2, relative
     norm: 0.26 under a warmed Adam, 0.82 under an active clip).
-    Raises: :class:`metapl.MetaplError` for operations without forward-mode AD, by name, with the modes that run
-    on the student; attention runs on its math kernel.
+    Raises: :class:`metapl.MetaplError` for operations that have neither forward-mode AD nor a second derivative (over
+    several steps: that have no second derivative), by name, with the modes that run on the student; attention runs on
+    its math kernel.
     Source: derived at the head of this file, from eq. (3); the mixed-mode products of the AD literature.
     """
 
@@ -99,7 +126,7 @@ class Forward(Estimator):
     keep_every: Steps | None = None
     keep: Literal["tree"] | None = None
     keep_on: str | None = None
-    by: Literal["graph", "tangent"] | None = None
+    by: By | None = None
 
     name: ClassVar[str] = "forward"
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
@@ -115,8 +142,8 @@ class Forward(Estimator):
     def exact(self) -> bool:
         return self.truncate is None and self.normalization == "gradient"
 
-    def graph_of(self, steps: int, student: LocalStudent) -> Credited | None:
-        return "signal" if steps == 1 and by_graph(self.by, student) else None
+    def orders(self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()) -> tuple[Order, ...]:
+        return exact_orders(steps, problem, student, wrt, self.by)
 
     def keeping(self, steps: int, size: int, student: LocalStudent) -> Keeping:
         return keeping(steps, size, student.device, self.keep or self.keep_every, self.keep_on, student.ranks)

@@ -19,12 +19,21 @@ from metapl.execution.layout import layouts
 from metapl.execution.local import NOTHING, LocalStudent
 from metapl.execution.numerics import no_fast_path
 from metapl.execution.sharded import ShardedStudent
-from metapl.execution.state import one_at_a_time, restored
-from metapl.feedback import Mode, check_mode, check_teacher, estimator, prepare
+from metapl.execution.state import RandomState, one_at_a_time, replayed, restored
+from metapl.feedback import Estimator, Mode, check_mode, check_teacher, estimator, prepare
+from metapl.feedback.advice import advice_on
+from metapl.feedback.door import (
+    has_direct_term,
+    outer_loss_reads_more,
+    refuse_direct_term_in_parts,
+    refuse_gradients_of_batches,
+    refuse_learned_settings,
+)
 from metapl.feedback.lookahead import Lookahead
+from metapl.feedback.order import Order, Orders
 from metapl.feedback.path import take_steps
 from metapl.feedback.teacher import Teaching
-from metapl.problems.base import BilevelProblem
+from metapl.problems.base import BilevelProblem, kind_of
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.runs.terminal import step_bar
 from metapl.updates import Clipped, as_one, options_of, update_of
@@ -47,6 +56,12 @@ class Hypergradient:
         start: dL(θ_K)/dθ_0 by student parameter name, where ``wrt`` names it.
         settings: by the names in ``wrt``: dL(θ_K)/d(setting) of each step and param group, (K, groups); of ``betas``,
             (K, groups, 2); float64.
+        direct: where the outer loss reads the teacher, through a module that the problem holds or by
+            ``outer_input(batch, signal)``: ∂L(θ′; φ)/∂φ at fixed θ′ by teacher parameter name, a part of ``grads``;
+            empty elsewhere, and in the modes that leave it out (``none`` and the sampled ones).
+        order: in which order the second derivative was taken (:mod:`metapl.feedback.order`): ``"graph"``,
+            ``"tangent"``, ``"double_backward"``, ``"outputs"`` or ``"losses"``; empty in modes that take none, and
+            compiled. ``Forward(by=result.order)`` takes the same without trying.
     """
 
     grads: dict[str, Tensor]
@@ -58,6 +73,8 @@ class Hypergradient:
     kept: str = ""
     start: dict[str, Tensor] = field(default_factory=dict)
     settings: dict[str, Tensor] = field(default_factory=dict)
+    order: str = ""
+    direct: dict[str, Tensor] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         state = None if self.inner_state is None else type(self.inner_state).__name__
@@ -151,6 +168,8 @@ def hypergradient(
     Source: Meta Pseudo Labels, eq. (3) and eq. (12).
     """
     labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
+    if estimator(mode).credits != "nothing":
+        refuse_gradients_of_batches(labeled, unlabeled)
     if verify:  # by a module above this one, which calls this function on copies
         check = import_module("metapl.training.verification").check_gradient
         given = {"problem": problem, "inner_optimizer": inner_optimizer, "inner_state": inner_state, "mode": mode}
@@ -163,6 +182,8 @@ def hypergradient(
     of_teacher, of_student, device = layouts(teacher, student)
     generator_of(generator, device, "the networks are on")
     update = update_of(inner_optimizer, of_student.parameters(), inner_state)
+    if estimate.credits != "nothing":
+        refuse_learned_settings(update)
     update = update if clip_norm is None else Clipped(update, clip_norm, of_student.space)
     ahead = unlabeled if isinstance(unlabeled, Lookahead) else Lookahead([unlabeled])
     if estimate.keep_on not in (None, "cpu") and not compile:
@@ -188,48 +209,85 @@ def hypergradient(
     for what in (what for what, is_so in refused.items() if is_so and {*wrt} - {"teacher"}):
         raise MetaplError(f"wrt={wrt!r} was given with {what}.")
     if compile:
+        if outer_loss_reads_more(problem, teacher):
+            raise MetaplError(f"the outer loss of {kind_of(problem)} may read the teacher; expected compile=False.")
         pure = import_module("metapl.functional.training")
         given = {"clip_norm": clip_norm, "accumulate": accumulate, "progress": progress, "wrt": wrt}
         networks = teacher, student, problem, inner_optimizer, estimate
         found: Hypergradient = pure.differentiate(*networks, labeled, ahead, **given)
         return found if ahead is unlabeled else replace(found, feedback=found.feedback[0], kept="")
-    labeled = problem.outer_batch(labeled)
-    for layout in (of_teacher, of_student):
-        if layout is not None:
-            layout.begin_step()
+    takes_direct_term = "teacher" in wrt and has_direct_term(estimate.name, problem, teacher)
+    if takes_direct_term:
+        refuse_direct_term_in_parts(problem, parts=accumulate, is_alone=of_student.ranks.alone)
     kind = ShardedStudent if of_student.is_sharded else LocalStudent
     local_student, ranks = kind(of_student, double_backward=estimate.keep_graph), of_student.ranks
-    teach = Teaching(of_teacher, problem, estimate, generator, ranks, device, batches, accumulate, recompute_teacher)
-    graph_of = estimate.graph_of(len(batches), local_student)
-    kernels = no_fast_path(math=True) if estimate.keep_graph or graph_of is not None else NOTHING
     shown = partial(step_bar, progress and ranks.first, len(batches))
     if settings and estimate.keep_graph:  # double backward ends in leaves
         for number, groups in enumerate(options := options or [options_of(inner_optimizer)] * len(batches)):
             held = [{n: group[n] for n in settings if n in group} for group in groups]  # betas are two
             leaves = pytree.tree_map(lambda x: torch.tensor(float(x), dtype=torch.float64, requires_grad=True), held)
             options[number] = [{**group, **own} for group, own in zip(groups, leaves, strict=True)]
-    as_it_was = restored(teach.slots, local_student.slots, device=device, generator=generator, always=True)
-
-    how: dict[str, Any] = {"parts": accumulate, "keep_graph": estimate.keep_graph, "graph_of": graph_of}
-    how |= {"keep": estimate.keeping, "updates": [update.at(of_step) for of_step in options]}
+    how: dict[str, Any] = {"parts": accumulate, "keep_graph": estimate.keep_graph, "keep": estimate.keeping}
+    how |= {"credits": "example" if estimate.credits == "example" else "signal"}
+    how |= {"truncate": getattr(estimate, "truncate", None), "updates": [update.at(of_step) for of_step in options]}
     how |= {"wrt": [name for name in wrt if name != "teacher"]}
-    with as_it_was, kernels:
-        with shown("steps", 0) as tell:  # θ′ = U(θ, g), g = ∇ (1/B) Σ ℓ_i(S(x_u; θ), signal)
-            path = take_steps(local_student, update, problem, labeled, batches, teach, progress=tell, **how)
-        with shown("steps back", 0) as path.progress:
-            feedback, _ = estimate.checked_feedback(path, estimate.init())  # h = −dL(θ′)/d(signal)
-        grads = teach.gradient(path, feedback) if "teacher" in wrt else {}  # of −Σ h·signal(θ_T)
-        start, of_settings = path.start if "start" in wrt else {}, stacked_settings(path.in_settings[::-1], settings)
-        h = tuple(found.of_batch(step) for step, found in zip(path.steps, feedback, strict=True))
-        path = path.revised(h[-1])
-        return Hypergradient(
-            grads=grads,
-            feedback=h if ahead is unlabeled else h[0],
-            inner_loss=path.inner_loss,
-            outer_loss=path.outer_loss,
-            student_params=of_student.as_parameters(path.params),
-            inner_state=None if isinstance(inner_optimizer, torch.optim.Optimizer) else path.state,
-            kept=path.keeping.words(len(batches)) if ahead is unlabeled else "",
-            start=of_student.as_parameters(start),
-            settings=of_settings,
+
+    def begin() -> None:
+        for layout in (of_teacher, of_student):
+            if layout is not None:
+                layout.begin_step()
+
+    def in_order(order: Order | None, is_tried: bool) -> Hypergradient:
+        """Return the result with the feedback's second derivative in one order; nothing moves."""
+        judged = problem.outer_batch(labeled)
+        teach = Teaching(
+            of_teacher, problem, estimate, generator, ranks, device, batches, accumulate, recompute_teacher
         )
+        kernels = no_fast_path(math=True) if estimate.keep_graph or order == "graph" else NOTHING
+        as_it_was = restored(teach.slots, local_student.slots, device=device, generator=generator, always=True)
+        local_student.inspects_graph = is_tried
+        with as_it_was, kernels:
+            with shown("steps", 0) as tell:  # θ′ = U(θ, g), g = ∇ (1/B) Σ ℓ_i(S(x_u; θ), signal)
+                path = take_steps(
+                    local_student, update, problem, judged, batches, teach, progress=tell, order=order, **how
+                )
+            path.is_tried = is_tried
+            with shown("steps back", 0) as path.progress:
+                feedback, _ = estimate.checked_feedback(path, estimate.init())  # h = −dL(θ′)/d(signal)
+            direct = teach.direct_gradient(path) if takes_direct_term else {}
+            grads = teach.gradient(path, feedback) if "teacher" in wrt else {}  # of −Σ h·signal(θ_T)
+            grads = {name: g + direct[name] for name, g in grads.items()} if direct else grads
+            start, of_settings = (
+                path.start if "start" in wrt else {},
+                stacked_settings(path.in_settings[::-1], settings),
+            )
+            h = tuple(found.of_batch(step) for step, found in zip(path.steps, feedback, strict=True))
+            path = path.revised(h[-1])
+            return Hypergradient(
+                grads=grads,
+                feedback=h if ahead is unlabeled else h[0],
+                inner_loss=path.inner_loss,
+                outer_loss=path.outer_loss,
+                student_params=of_student.as_parameters(path.params),
+                inner_state=None if isinstance(inner_optimizer, torch.optim.Optimizer) else path.state,
+                kept=path.keeping.words(len(batches)) if ahead is unlabeled else "",
+                start=of_student.as_parameters(start),
+                settings=of_settings,
+                order=order or "",
+                direct=direct,
+            )
+
+    def by_another(other: Estimator, one_step: bool) -> Hypergradient:
+        inner_of_one = batches[0] if one_step else unlabeled
+        begin()
+        with replayed(RandomState.now(device, generator)):
+            return hypergradient(
+                teacher, student, outer=labeled, inner=inner_of_one, mode=other, problem=problem,
+                inner_optimizer=inner_optimizer, inner_state=inner_state, generator=generator, accumulate=accumulate,
+                clip_norm=clip_norm, wrt=wrt,
+            )  # fmt: skip
+
+    begin()
+    candidates = estimate.orders(len(batches), problem, local_student, how["wrt"])
+    with advice_on(estimate, len(batches), of_student.network, by_another if ranks.alone else None):
+        return Orders().take(candidates, in_order, begin_again=begin)

@@ -11,7 +11,7 @@ with v = ∇L(θ*), H = ∂²ℓ/∂θ² and g = ∇_θ ℓ: the same form as fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -21,10 +21,12 @@ import torch
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.layout import FORWARD_AD, ONE_PROCESS, Capability
+from metapl.execution.local import LocalStudent
 from metapl.execution.numerics import WHOLE, Tree, scaled
 from metapl.feedback.base import Estimator, Feedback, State, exact_feedback
+from metapl.feedback.order import Order
 from metapl.feedback.path import Path
-from metapl.problems.base import Kind
+from metapl.problems.base import Kind, Problem, enters_input
 from metapl.runs.fields import Range
 
 Product = Callable[[Tree], Tree]  # (H + damping) x = v is solved from products with H alone
@@ -71,6 +73,9 @@ class Implicit(Estimator):
     name: ClassVar[str] = "implicit"
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
     requires: ClassVar[frozenset[Capability]] = frozenset({ONE_PROCESS, FORWARD_AD})
+
+    def orders(self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()) -> tuple[Order, ...]:
+        return ("double_backward",) if enters_input(problem) else ("tangent", "double_backward")
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         (step,) = path.steps

@@ -36,6 +36,7 @@ from metapl.execution.batch import joined, micro_batches
 from metapl.execution.compare import EXACTLY, ROUNDINGS, same_slopes
 from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, mean_of
 from metapl.execution.numerics import Space, Tree, mean_tree, reduced_float32, wide
+from metapl.feedback.order import Order
 from metapl.problems.base import Problem, Signal, has_rows
 from metapl.updates import Cotangents, Options, Update
 
@@ -98,6 +99,7 @@ class InnerStep:
     signal_inputs: Sequence[SignalInput] = ()  # of each micro-batch, where the signal enters the student's input
     by_optimizer: bool = False  # whether θ′ is that of the optimizer's own step: the roundings of several steps grow
     digest: Tensor | None = None  # of the batch, where it may be dropped and read again
+    order: Order | None = None  # how ⟨g, w⟩ is differentiated where no Hessian product is needed; None: by tangent
     student: LocalStudent = field(init=False)
     params: Tree = field(init=False)
     space: Space = field(init=False)
@@ -236,7 +238,8 @@ class InnerStep:
         for i, (part, signal, x) in enumerate(self.parts()):
             named = as_leaves({name: t if parts == 1 else t.chunk(parts)[i] for name, t in fields.items()})
             entering, inputs = self.signal_inputs[i].as_leaves() if self.signal_inputs else ([], part.inputs)
-            loss, leaves = self._loss(signal.having(named), x), [*named.values(), *entering]
+            loss = self._loss(signal.having(named), x, named.get("factors"))
+            leaves = [*named.values(), *entering]
             if self.student.readable:
                 found.append(part.second_derivatives(w, loss, leaves, inputs, curved=curved))
                 continue
@@ -274,8 +277,8 @@ class InnerStep:
                 gradients[name] += [sum(terms[1:], terms[0]) / parts] if terms else []
         return {name: joined(pieces) if pieces else None for name, pieces in gradients.items()}
 
-    def _loss(self, signal: Signal, batch: Any) -> Loss:
-        return partial(inner_loss, self.problem, signal, batch, self.student.readable, None)
+    def _loss(self, signal: Signal, batch: Any, factors: Tensor | None = None) -> Loss:
+        return partial(inner_loss, self.problem, signal, batch, self.student.readable, factors)
 
     @property
     def batches(self) -> list[Any]:

@@ -13,12 +13,22 @@ from torch.utils import _pytree as pytree
 
 from metapl.execution import checks
 from metapl.execution.batch import digest, length, micro_batches
-from metapl.execution.local import NOTHING, LocalStudent, Pass, as_leaves, mean_of
+from metapl.execution.local import NOTHING, LocalStudent, Loss, Pass, as_leaves, mean_of
 from metapl.execution.numerics import Tree, mean_tree
 from metapl.execution.state import RandomState, replay, replayed
+from metapl.feedback.door import FirstLook, current_look
 from metapl.feedback.inner_step import Credited, InnerStep, SignalInput, credited, inner_loss
 from metapl.feedback.keeping import ALL, Keeping, States
-from metapl.problems.base import Problem, Signal, enters_input, joined_signals, sum_and_weight
+from metapl.feedback.order import Order
+from metapl.problems.base import (
+    Problem,
+    Signal,
+    enters_input,
+    joined_signals,
+    outer_input,
+    reads_signal_in_outer_input,
+    sum_and_weight,
+)
 from metapl.updates import Options, Update
 
 OTHER_BATCH = (
@@ -50,6 +60,8 @@ class Path:
     wrt: Sequence[str] = ()  # settings of the optimizer, and "start": what the gradient is in besides the signals
     start: Tree = field(default_factory=dict, init=False)  # dL(θ′)/dθ, where it is asked for
     in_settings: list[Options] = field(default_factory=list, init=False)  # on the last steps so far
+    order: Order | None = None  # of differentiation
+    is_tried: bool = False  # whether that is being chosen, by this path
     _outer_gradient: Tree | None = field(default=None, init=False)
 
     @property
@@ -223,15 +235,42 @@ class Path:
         gap = norm({name: t - theta[name] for name, t in exact.items()})
         return {"step_rounding": gap / length.clamp_min(torch.finfo(length.dtype).tiny)}
 
+    def direct_loss(self, signal: Signal) -> Tensor:
+        """Return L(θ′; φ) at θ′ as a constant, with a graph in φ, what it reads of the teacher, if it reads anything.
+
+        Args:
+            signal: the last step's, with the teacher's graph, for a problem with ``outer_input(batch, signal)``.
+
+        Cost: one forward pass on the outer batch, with the draws of the one that gave v, and its backward pass.
+        """
+        student, start = self.student, self.steps[-1].passes[-1].after.branch()
+        weights = {name: t.requires_grad_(False) for name, t in student.as_leaves(self.params).items()}
+        sums, counts = list[Tensor](), list[Tensor | float]()
+        with student.at(weights, start, student.slots):
+            for part in self.labeled:
+                outputs = student.forward(outer_input(self.problem, part, signal))
+                total, weight = sum_and_weight(self.problem.outer_loss(outputs, part))
+                sums.append(total)
+                counts.append(weight)
+        loss: Tensor = torch.stack(sums).sum() / sum(counts)
+        return loss
+
     def _outer(self, params: Tree, *, gradient: bool = False) -> tuple[Tensor, Tree]:
         """L, and its ``gradient``, at these weights, by a pass that draws from a stream apart from the teacher's."""
         problem, start = self.problem, self.steps[-1].passes[-1].after.branch()
-        judged = [(problem.outer_input(part), part) for part in self.labeled]
+        signal = self.steps[-1].signal
+        if reads_signal_in_outer_input(problem):
+            # In a path that keeps its graph the signal is a leaf of it; how L depends on it is the direct term.
+            signal = signal.detached()
+        judged = [(outer_input(problem, part, signal), part) for part in self.labeled]
 
         def judge(outputs: Tensor, part: Any) -> tuple[Tensor, Tensor | float]:
             return sum_and_weight(problem.outer_loss(outputs, part))
 
-        return self.student.loss(params, judged, judge, start, gradient=gradient)
+        look = current_look()
+        if look is None:
+            return self.student.loss(params, judged, judge, start, gradient=gradient)
+        return self.student.loss(params, judged, judge, start, gradient=gradient, look=look.at_outer_loss)
 
 
 def take_steps(
@@ -244,7 +283,9 @@ def take_steps(
     *,
     parts: int = 1,  # micro-batches
     keep_graph: bool = False,  # keep the path differentiable in the signals, for ``gradients_in_signals``
-    graph_of: Credited | None = None,  # of one step, what g keeps a graph in
+    order: Order | None = None,  # of differentiation; "graph": g keeps one, in what gets the feedback
+    credits: Credited = "signal",  # what that is
+    truncate: int | None = None,  # the last steps that are differentiated; None: all
     keep: Callable[[int, int, LocalStudent], Keeping] | None = None,  # by the number of steps and the size of one
     updates: Sequence[Update] = (),  # of each step, where they differ by a schedule, or have settings that are leaves
     wrt: Sequence[str] = (),  # what the gradient is in besides the signals
@@ -253,16 +294,17 @@ def take_steps(
     """The student's steps on the inner batches: Algorithm 1, lines 2 and 3. Buffers and generators advance as in
     training; the weights do not move."""
     judged = [labeled] if parts == 1 else micro_batches(labeled, parts, "labeled")
-    path = Path(problem, student, update, judged, batches, wrt=wrt)
+    path = Path(problem, student, update, judged, batches, wrt=wrt, order=order)
     ranks, several = student.ranks, len(batches) > 1
     enters, rereads = enters_input(problem), not isinstance(batches, list)
     if not ranks.alone:
         ranks.equal(length(labeled), "the outer batch")
-    # The derivative through the input is another one, and the start's takes a Hessian product.
-    graph_of = None if enters or "start" in wrt else graph_of
+    # The steps after the first one that is differentiated take a Hessian product, by a graph that they make then.
+    first_differentiated = max(0, len(batches) - truncate) if truncate else 0
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
     params = as_leaves(student.params) if (several or "start" in wrt) and keep_graph else student.params
     state = update.read_state()
+    look = current_look()
 
     def asked(x: Any, outputs: Tensor | None) -> Signal:
         """Line 2: ŷ ~ T(x), or the soft label; a problem may read the student as it is in this step."""
@@ -271,13 +313,16 @@ def take_steps(
         with NOTHING if params is student.params else student.holding(params), ranks.agreed():
             return teach(x, outputs).detached()
 
-    def learned(inner_pass: Pass, x: Any, signal: Signal) -> tuple[Tensor, Tree]:
+    def learned(inner_pass: Pass, x: Any, signal: Signal, keeps_graph: bool = False) -> tuple[Tensor, Tree]:
         """Line 3: g = ∇ (1/B) Σ ℓ_i(z, signal), of a micro-batch, and the value of the loss."""
         leaves: Tree = {}
-        if graph_of is not None:
-            leaves = as_leaves(credited(signal, graph_of))
+        if keeps_graph:
+            leaves = as_leaves(credited(signal, credits))
             signal = signal.having(leaves)
-        loss = partial(inner_loss, problem, signal, x, student.readable, leaves.get("factors"))
+        loss: Loss = partial(inner_loss, problem, signal, x, student.readable, leaves.get("factors"))
+        if look is not None and number == 0:
+            made_here = [*params.values(), *signal.fields().values(), *leaves.values()]
+            loss = looked_at(loss, inner_pass, made_here, look)
         return inner_pass.gradient(loss, [*leaves.values()])
 
     for number in range(len(batches)):
@@ -300,6 +345,7 @@ def take_steps(
         pieces = [batch] if parts == 1 else micro_batches(batch, parts, "unlabeled")
         if not ranks.alone:
             ranks.equal(length(batch), "the inner batch")
+        keeps_graph = order == "graph" and number == first_differentiated
         passes, signals, signal_inputs = list[Pass](), list[Signal](), list[SignalInput]()
         results = list[tuple[Tensor, Tree]]()
         if before := enters or problem.signal_of_batch:
@@ -316,7 +362,7 @@ def take_steps(
             if not before:
                 signals.append(asked(x, inner_pass.outputs))
             if not keep_graph:  # one graph at a time
-                results.append(learned(inner_pass, x, signals[i]))
+                results.append(learned(inner_pass, x, signals[i], keeps_graph))
         if not before:
             whole = joined_signals(signals, leaves=keep_graph) if keep_graph or parts > 1 else signals[0]
         if keep_graph:  # by parts of the leaf that the path is differentiated in
@@ -327,7 +373,7 @@ def take_steps(
             loss, g = mean_of(losses), mean_tree(gradients)
         rule, known_by = updates[number] if updates else update, digest(batch) if rereads else None
         given = problem, rule, passes, batch, whole, loss, g, state, signal_inputs
-        path.steps.append(InnerStep(*given, by_optimizer=several, digest=known_by))
+        path.steps.append(InnerStep(*given, by_optimizer=several, digest=known_by, order=order))
         if several:
             with NOTHING if ranks.alone else ranks.agreed():
                 checks.refuse_not_finite(LOSS_NOT_FINITE.format(number), path.steps[-1].inner_loss)
@@ -336,3 +382,18 @@ def take_steps(
         if progress is not None:
             progress()
     return path
+
+
+def looked_at(loss: Loss, inner_pass: Pass, made_here: Sequence[Tensor], look: FirstLook) -> Loss:
+    """Return an inner loss whose graph is looked at when it is taken; ``made_here`` are leaves besides its weights."""
+
+    def taken(outputs: Tensor, params: Tree) -> Tensor:
+        def again() -> Tensor:
+            with inner_pass.once_more(inner_pass.inputs) as (at, outputs_again):
+                return loss(outputs_again, at)
+
+        value = loss(outputs, params)
+        look.at_inner_loss(value, [*params.values(), *made_here], again)
+        return value
+
+    return taken

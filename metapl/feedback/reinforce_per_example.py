@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from metapl.execution.layout import FORWARD_AD, Capability
 from metapl.execution.local import LocalStudent
-from metapl.feedback.base import Estimator, Feedback, Normalization, State, divisor, exact_feedback, head_feedback
+from metapl.feedback.base import Estimator, Feedback, Normalization, State, divisor, exact_feedback
 from metapl.feedback.difference import Difference
-from metapl.feedback.forward import by_graph
-from metapl.feedback.inner_step import Credited, Credits
+from metapl.feedback.forward import exact_orders
+from metapl.feedback.inner_step import Credits
+from metapl.feedback.order import Order
 from metapl.feedback.path import Path
-from metapl.problems.base import Kind
+from metapl.problems.base import Kind, Problem
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,15 @@ class ReinforcePerExample(Estimator):
     def requires(self) -> frozenset[Capability]:
         return frozenset({FORWARD_AD} if self.tangent == "forward" else ())
 
-    def graph_of(self, steps: int, student: LocalStudent) -> Credited | None:
-        return "example" if self.tangent == "forward" and by_graph(None, student) else None
+    def orders(self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()) -> tuple[Order, ...]:
+        if self.tangent == "difference":
+            return Difference().orders(steps, problem, student, wrt)
+        return exact_orders(steps, problem, student, wrt)
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         step, w = path.pullback()
         if self.tangent == "forward":
             feedback = exact_feedback(step, w, "example")
         else:
-            feedback = head_feedback(step, w, *Difference().tangent(step, w), of="example")
+            feedback = Difference().along(step, w, of="example")
         return [feedback.divided_by(divisor(self.normalization, step, w))], state

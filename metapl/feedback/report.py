@@ -72,11 +72,17 @@ class StepReport(Report):
             ‖θ′ − θ‖. Read with these: ``feedback_mean`` and ``feedback_std``, of the entries of this rank's h.
         signal: the teacher's signal about the last inner batch, without its graph, of this rank's rows.
         student_outputs: S(x_u; θ) on that batch, of this rank's rows.
+        direct_term: where the outer loss reads the teacher, whether its gradient at fixed θ′ is ``"included"`` in the
+            teacher's, or ``"left out"``, as in ``none`` and the sampled modes; empty where it reads the student alone.
+        order: in which order the second derivative was taken (:mod:`metapl.feedback.order`), as the first step chose
+            it; empty in modes that take none, and in compiled steps.
     """
 
     feedback: Any
     signal: Signal
     student_outputs: Tensor
+    order: str = ""
+    direct_term: str = ""
 
     def _columns(self) -> dict[str, Tensor]:
         h = torch.cat([t.detach().double().flatten() for t in pytree.tree_leaves(self.feedback)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from metapl.feedback import Estimator, modes_for
 from metapl.feedback.base import Feedback
 from metapl.feedback.path import Path
 from metapl.feedback.size import FeedbackSize, ratio_of
-from metapl.problems.base import Kind, Problem, Signal, enters_input, kind_of
+from metapl.problems.base import Kind, Problem, Signal, enters_input, kind_of, reads_signal_in_outer_input
 from metapl.problems.losses import TeacherLoss, sum_of_terms
 
 NOT_FINITE = (
@@ -104,6 +104,19 @@ class Teaching:
         check_signal(signal, self.mode, self.problem, self.steps)
         return signal
 
+    def direct_gradient(self, path: Path) -> dict[str, Tensor]:
+        """The direct term ∂L(θ′; φ)/∂φ at fixed θ′, by the teacher's parameters, with zeros where it reads none."""
+        assert self.layout is not None, "a direct term is of a teacher"
+        taken = self.passes[-1]
+        signal = taken.signal
+        if reads_signal_in_outer_input(self.problem):
+            batch = path.batch(len(path.steps) - 1) if self.rereads else taken.batch
+            signal = self.with_graph(taken, batch)
+        loss = path.direct_loss(signal)
+        reached = reached_gradient(self.layout, loss, retain=True)
+        parameters = self.layout.parameters()
+        return {name: reached[name] if name in reached else torch.zeros_like(p) for name, p in parameters.items()}
+
     def gradient(self, path: Path, feedback: Sequence[Feedback]) -> dict[str, Tensor]:
         """The gradient of −Σ h·signal in the teacher's weights, over all passes; empty without a teacher."""
         grads: dict[str, Tensor] = {}
@@ -130,6 +143,7 @@ class Teaching:
         size: FeedbackSize,
         *,
         measure: bool = False,
+        direct_loss: Callable[[Signal], Tensor] | None = None,
     ) -> dict[str, Tensor]:
         r"""Leave the teacher's gradient in ``.grad``: Algorithm 1, lines 5-7.
 
@@ -144,6 +158,8 @@ class Teaching:
             size: the rule that gives λ.
             measure: find ‖λ G_h‖ / ‖G_own‖ also where the rule does not need it, by one more backward pass of the
                 feedback. The gradient that is left stays the same, bit for bit.
+            direct_loss: L(θ′; φ) at fixed θ′, given the last signal, where the outer loss reads the teacher: G_h is
+                then the sum of both gradients.
 
         Returns: the report's scalars: the losses, and ``feedback_weight`` and ``feedback_ratio`` where both gradients
         were found.
@@ -172,6 +188,9 @@ class Teaching:
             from_feedback = h.teacher_loss(signal)
             if not alone:  # a sum over all rows, of a gradient that is averaged over the ranks
                 from_feedback = self.ranks.size * from_feedback
+            if direct_loss is not None and i == len(self.passes) - 1:
+                # Without a graph it adds nothing to a gradient.
+                from_feedback = from_feedback + direct_loss(signal)
             own = None
             if i >= first_of_last_batch:
                 own, named = self._own_loss(losses, labeled_parts[i - first_of_last_batch], taken.batch, signal, step)

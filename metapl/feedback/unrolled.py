@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from metapl.execution.local import LocalStudent
 from metapl.feedback.base import Estimator, Feedback, State, Steps, feedback_from, padded
+from metapl.feedback.order import Order
 from metapl.feedback.path import Path
-from metapl.problems.base import Kind
+from metapl.problems.base import Kind, Problem
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,9 @@ class Unrolled(Estimator):
     @property
     def exact(self) -> bool:
         return self.truncate is None
+
+    def orders(self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()) -> tuple[Order, ...]:
+        return ("double_backward",)
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         gradients = path.gradients_in_signals(self.truncate)

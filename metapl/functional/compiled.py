@@ -194,7 +194,7 @@ class CompiledStep:
                 h = tuple(report.feedback) if steps > 1 else (report.feedback,) if ahead else report.feedback
                 signal = Signal(**(report.signal[-1] if steps > 1 else report.signal))
                 seen: Any = {"feedback": h, "signal": signal, "student_outputs": report.student_outputs}
-                wrapped = StepReport(trainer.steps_done, shown, fault, **seen)
+                wrapped = StepReport(trainer.steps_done, shown, fault, **seen, direct_term=trainer.direct_term)
                 if not compared:
                     refuse_other(state, (moved, wrapped), eager)
         except BaseException:

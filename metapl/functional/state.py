@@ -11,13 +11,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from metapl.errors import MetaplError
 from metapl.execution.checks import logits
 from metapl.execution.numerics import Tree, as_real, wide
+from metapl.execution.state import named_parts
 from metapl.execution.weight_norm import by_formulas, formulas_of, weights_made_by_hooks
 from metapl.feedback.difference import RELATIVE_STEP
 from metapl.problems.base import Signal, field_of
@@ -211,12 +212,25 @@ class EagerMasks(TorchFunctionMode):
         return masked.permute([order.index(i) for i in range(args[0].dim())])
 
 
-class Function(nn.Module):
-    """Holds a network, so that a function of the *module*, its parts and methods, has a value at other tensors."""
+class Function:
+    """A network as a function of the tensors that it holds, so that its parts and methods have values at other tensors.
+
+    Each place of a tensor is exchanged once, and put back, however many names lead to it: a part that is held under two
+    names is one part. ``torch.func.functional_call`` goes by names, takes such a place twice, and puts back what it put
+    there itself.
+    """
 
     def __init__(self, module: nn.Module | None) -> None:
-        super().__init__()
         self.module: Any = module
+        # The first name of the tensor in each place, which has the place's name as its key. Tensors are compared here,
+        # for within a graph or a transform none has an identity.
+        self.first_names: dict[str, str] = {}
+        first_of: dict[int, str] = {}
+        for prefix, part in [] if module is None else named_parts(module):
+            for table in (part._parameters, part._buffers):
+                for name, t in table.items():
+                    if t is not None:
+                        self.first_names[prefix + name] = first_of.setdefault(id(t), prefix + name)
         parts = [] if module is None else [*module.modules()]
         # The places of parts whose kernel has no second derivative, with one that has it for each; and the attributes
         # into which hooks put a weight, which would be that of a transform afterwards.
@@ -224,23 +238,44 @@ class Function(nn.Module):
         self.made = [(part, name) for part in parts for _, name in weights_made_by_hooks(part)]
 
     def at(self, params: Tree, state: Tree, ask: Callable[[Any], Any]) -> tuple[Any, Tree]:
-        """What ``ask(module)`` returns with these tensors in the module, and the state that it leaves."""
+        """Return what ``ask(module)`` returns with these tensors in the module, and the state that it leaves."""
         if self.module is None:
             return ask(None), state
-        held = params | {name: t.clone() for name, t in state.items()}  # a pass moves its state in place
-        result: tuple[Any, Tree] = functional_call(self, {f"module.{n}": t for n, t in held.items()}, (ask, [*state]))
-        return result
+        tensors = params | {name: t.clone() for name, t in state.items()}  # a pass moves its state in place
+        parts = named_parts(self.module)
+        tables: list[tuple[str, Any]] = [
+            (prefix, table) for prefix, part in parts for table in (part._parameters, part._buffers)
+        ]
+        before = [dict(table) for _, table in tables]
+        made = [getattr(part, name) for part, name in self.made]
+        self.refuse_other_places(tables)
+        try:
+            for prefix, table in tables:
+                for name in [*table]:
+                    if table[name] is not None:
+                        table[name] = tensors[self.first_names[prefix + name]]
+            with EagerMasks(), by_formulas(self.formulas):
+                answer = ask(self.module)
+            left = {prefix + name: t for prefix, table in tables for name, t in table.items()}
+        finally:
+            for (part, name), weight in zip(self.made, made, strict=True):
+                setattr(part, name, weight)
+            for (_, table), own in zip(tables, before, strict=True):
+                for name in [name for name in table if name not in own]:  # a buffer that the pass has made
+                    del table[name]
+                for name, t in own.items():
+                    table[name] = t
+        return answer, {name: left[name].detach() for name in state}
 
     def outputs(self, params: Tree, state: Tree, x: Any) -> tuple[Tensor, Tree]:
         """A student's outputs, (B, ...), and the state that it leaves."""
         z, left = self.at(params, state, lambda network: network(x))
         return wide(logits(z, "student")), left
 
-    def forward(self, ask: Callable[[Any], Any], names: list[str]) -> tuple[Any, Tree]:
-        before = [getattr(part, name, None) for part, name in self.made]
-        with EagerMasks(), by_formulas(self.formulas):
-            answer, after = ask(self.module), dict(self.module.named_parameters())
-        for (part, name), t in zip(self.made, before, strict=True):
-            setattr(part, name, t)
-        after.update(self.module.named_buffers())
-        return answer, {name: after[name].detach() for name in names}
+    def refuse_other_places(self, tables: Sequence[tuple[str, Any]]) -> None:
+        """Refuse a network that has other tensors than it had when this function was made."""
+        found = [prefix + name for prefix, table in tables for name, t in table.items() if t is not None]
+        if found != [*self.first_names]:
+            raise MetaplError(
+                "the network has other parameters or buffers than when its step was made; expected functional() again."
+            )

@@ -12,7 +12,8 @@ The mathematics is that of :mod:`metapl.feedback.forward`. With z = S(x_u; θ) a
 - ż = (∂z/∂θ) w is the *transpose of the pullback*, which is linear in c: its own pullback along w. So the student runs
   once, and ż has the dropout masks and the batch statistics of that one pass;
 - h = −∂/∂(signal) ⟨∂ℓ/∂z (z, signal), ż⟩, in the head alone;
-- the teacher's gradient is that of −λ Σ sg(h)·signal + Σ its own losses, by one pullback of its passes.
+- the teacher's gradient is that of −λ Σ sg(h)·signal + Σ its own losses, by one pullback of its passes; where L reads
+  the teacher itself, λ L(sg(θ′); θ_T) is added, the direct term.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metapl.execution.numerics import Tree, as_real
+from metapl.feedback.door import has_direct_term, outer_loss_reads_more
 from metapl.feedback.size import FeedbackSize, ratio_of
 from metapl.functional.state import (
     Function,
@@ -40,7 +42,7 @@ from metapl.functional.state import (
     rounded_steps,
     with_fields,
 )
-from metapl.problems.base import Problem, Signal, enters_input, has_own, sum_and_weight
+from metapl.problems.base import Problem, Signal, enters_input, has_own, reads_signal_in_outer_input, sum_and_weight
 from metapl.problems.losses import sum_of_terms
 from metapl.updates import Update
 
@@ -86,6 +88,9 @@ def make_step(
     enters, revises = enters_input(problem), has_own(problem, "revised_signal")
     composed = kind == "unrolled" or steps > 1 or enters
     first = steps if kind == "none" else steps - (getattr(mode, "truncate", None) or steps)  # of those with feedback
+    judges_with_signal = reads_signal_in_outer_input(problem)
+    reads_teacher = outer_loss_reads_more(problem, teacher)
+    adds_direct_term = has_direct_term(kind, problem, teacher)
     compares = feedback_size.compares and kind != "none"
     takes_mean = getattr(mode, "reduction", "sum") == "mean"
     unit = "cosine" if getattr(mode, "similarity", "") == "cosine" else getattr(mode, "normalization", "gradient")
@@ -102,13 +107,20 @@ def make_step(
             """z = S(x_k; θ), (B, ...), and the buffers that the pass leaves."""
             return S.outputs(theta, at_S, problem.student_input(batches[k], *entering))
 
-        def outer_loss(theta: Tree, at_S: Tree) -> Tensor:
+        def outer_loss(theta: Tree, at_S: Tree, signal: Signal, theta_T: Tree = state.teacher.params) -> Tensor:
             """L, by a pass with batch statistics of its own, which leaves the running ones as they are."""
-            z, left = S.outputs(theta, at_S, problem.outer_input(judged))
-            # A loss may read ``student.parameters()``, so it is called while these weights are in the student.
-            (total, count), _ = S.at(theta, left, lambda network: sum_and_weight(problem.outer_loss(z, judged)))
-            loss: Tensor = total / count
-            return loss
+
+            def judge(_: Any) -> Tensor:
+                entering = [signal] if judges_with_signal else []
+                z, left = S.outputs(theta, at_S, problem.outer_input(judged, *entering))
+                # A loss may read ``student.parameters()``, so it is called while these weights are in the student.
+                (total, count), _ = S.at(theta, left, lambda network: sum_and_weight(problem.outer_loss(z, judged)))
+                mean: Tensor = total / count
+                return mean
+
+            # Where L reads the teacher, the module holds θ_T meanwhile.
+            L: Tensor = T.at(theta_T, state.teacher.state, judge)[0] if reads_teacher else judge(None)
+            return L
 
         def ask(theta_T: Tree, at_T: Tree, k: int, z: Tensor | None) -> tuple[Any, Tree, Tree, Tree]:
             """Line 2: ŷ ~ T(x_u), or the soft label; and with the last batch lines 6-7, the teacher's own losses.
@@ -184,7 +196,7 @@ def make_step(
                         end, losses=[loss, *end.losses], g=[g, *end.g], signals=[*own_signal, *end.signals]
                     )
                     return end.L, end
-                L = torch.full_like(loss, torch.nan) if kind == "none" else outer_loss(moved, after)
+                L = torch.full_like(loss, torch.nan) if kind == "none" else outer_loss(moved, after, signal)
                 return L, End(L, z_k, [loss], [g], own_signal, [], own, G_own, moved, s_k, after, at_T, 0 * loss)
 
             def slope(fields: Tree, u: Tensor, z: Tensor, z_dot: Tensor, w: Tree) -> tuple[Tensor, Tensor]:
@@ -208,10 +220,11 @@ def make_step(
                 if kind == "loss_difference":  # line 4: h = L(θ) − L(θ′), under the same dropout masks
                     weights = {n: torch.stack([t, moved[n]]) for n, t in theta.items()}
                     buffers = {n: torch.stack([t, t]) for n, t in left.items()}
-                    before, L = vmap(outer_loss, randomness="same")(weights, buffers)
+                    both = vmap(lambda theta, at_S: outer_loss(theta, at_S, signal), randomness="same")
+                    before, L = both(weights, buffers)
                     h = {"log_prob": before - L}
                 else:
-                    v, L = grad_and_value(outer_loss)(moved, left)  # line 4: v = ∇L(θ′)
+                    v, L = grad_and_value(outer_loss)(moved, left, signal)  # line 4: v = ∇L(θ′)
                     w = inner_update.pullback(theta, g, s, v, rates)  # w = (∂U/∂g)ᵀ v
                     h = {"log_prob": -dot(w, g)}
                 if kind in ("forward", "difference", "reinforce_per_example"):
@@ -252,6 +265,9 @@ def make_step(
                     term = (t.detach() * Signal(**signal).fields()[field]).sum()
                     # Algorithm 1: h times the mean cross-entropy.
                     push = push + (term / len(signal["log_prob"]) if takes_mean else term)
+            if adds_direct_term:  # −L(θ′; θ_T) at fixed θ′
+                theta_end, at_end = ({n: t.detach() for n, t in tree.items()} for tree in (end.theta, end.at_S))
+                push = push - outer_loss(theta_end, at_end, Signal(**end.signals[-1]), theta_T)
             return (push, torch.stack([0 * push, *end.own.values()]).sum()), (end, h, mode_state)
 
         theta_T, s_T, G = state.teacher.params, state.outer.state, {}

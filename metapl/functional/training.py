@@ -15,8 +15,11 @@ Source: Metagradient descent (Engstrom et al., 2025), REPLAY; MAGIC (Ilyas and E
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,6 +39,15 @@ from metapl.feedback.hypergradient import Hypergradient, hypergradient, stacked_
 from metapl.feedback.keeping import FolderStates, States, folder_of, keeping, known_by
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import LOSS_NOT_FINITE, NOT_FINITE, OTHER_BATCH
+from metapl.functional.architecture import (
+    EVERYWHERE,
+    PASS_HOOKS,
+    Undescribed,
+    bare_copies,
+    description_of,
+    description_of_networks,
+    description_of_object,
+)
 from metapl.functional.compiled import captured, capturing, refuse_gap
 from metapl.functional.state import Function, as_dict, clipped, constants_of, norm, on_value, settings_of, tensors_of
 from metapl.problems.base import Problem, Signal, enters_input, has_own, sum_and_weight
@@ -146,50 +158,80 @@ def check(mode: Any, problem: Problem, student: Any, teacher: Any, optimizer: An
         raise MetaplError(f"compile=True was given with {what}; leave compile out.")
 
 
-class Compiled(NamedTuple):
-    """The two functions of one training."""
+@dataclass(eq=False)
+class Compiled:
+    """The two functions of one training.
+
+    Attributes:
+        held: what they are known by, where that is identities: it may not be freed.
+        compared: the kinds of batches for which they were compared with the eager step, each with the weights that its
+            losses do not reach.
+        asked_by: the networks for which they were compared.
+    """
 
     step: Callable[..., Any]
     adjoint: Callable[..., Any]
-    update: Any  # of torch.optim
-    of: Any  # what they are known by may not be freed
-    compared: dict[Any, Any]  # with the eager step, by kinds of batches: the weights that their losses do not reach
+    held: tuple[Any, ...]
+    compared: dict[Any, Any] = field(default_factory=dict)
+    asked_by: list[Any] = field(default_factory=list)
+
+    def serve(self, *networks: nn.Module | None) -> None:
+        """Forget what was compared where other networks ask: a graph is compared once for each that it serves."""
+        asking = [None if network is None else weakref.ref(network) for network in networks]
+        if asking != self.asked_by:
+            self.compared = {}
+            self.asked_by = asking
 
 
-_KNOWN: dict[Any, Compiled] = {}  # those of the last training: a second call compiles nothing
+# The functions of the last trainings, by what was compiled: a call for another network of the same description, as
+# metapl.functional.architecture has it, compiles nothing.
+_KNOWN: dict[Any, Compiled] = {}
+MOST_KNOWN = 4
 
 
 def compiled_training(
     teacher: nn.Module | None,
     student: nn.Module,
     problem: Problem,
-    optimizer: torch.optim.Optimizer,
+    update: Any,  # of torch.optim
     clip_norm: float | None,
     in_settings: bool,
     several: bool,
 ) -> Compiled:
-    """The functions of :func:`make_training`, compiled where the last ones were of anything else."""
-    modules = [part for network in (teacher, student) if network is not None for part in network.modules()]
-    weights = [p for network in (teacher, student) if network is not None for p in network.parameters()]
+    """Return the functions of :func:`make_training`, compiled where none are known for what is asked."""
     device = next(student.parameters()).device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    update: Any = update_of(optimizer, trainable(student))
     constants = constants_of(update)
-    of = teacher, student, problem, *parts_of(optimizer), *modules, *weights
-    # Another problem of the same type and the same numbers is the same function; slots make its state no dict.
-    held = object.__getstate__(problem) or {}
-    plain = type(held) is dict and {*map(type, held.values())} <= {str, int, float, bool, type(None)}
-    flags = [part.training for part in modules], [p.requires_grad for p in weights]
-    known = [(type(each), str(held)) if each is problem and plain else id(each) for each in of]
-    key = (*known, str((flags, constants, clip_norm, in_settings, several, dtype)))
-    if key not in _KNOWN:
-        _KNOWN.clear()
-        # Without the cache, which would keep casts of tensors inside a transform.
-        cast = nullcontext if dtype is None else partial(torch.autocast, device.type, dtype, cache_enabled=False)
-        how: dict[str, Any] = {"in_settings": in_settings, "several": several, "autocast": cast}
-        both = make_training(teacher, student, problem, clipped(update, clip_norm), constants, **how)
-        step, adjoint = (captured(function, device) for function in both)
-        _KNOWN[key] = Compiled(step, adjoint, update, of, {})
+    # A scheduler's note, which no rule reads.
+    noted = [{name: value for name, value in group.items() if name != "initial_lr"} for group in constants]
+    kinds = [type(update), *map(type, parts_of(update.optimizer))]
+    held: tuple[Any, ...] = ()
+    try:
+        rule = description_of((kinds, noted, update.group_of, clip_norm, in_settings, several, dtype))
+        key: Any = rule, description_of_object(problem), description_of_networks([teacher, student])
+        teacher, student, problem = *bare_copies([teacher, student]), copy.deepcopy(problem)
+    except Undescribed:
+        modules = [part for network in (teacher, student) if network is not None for part in network.modules()]
+        weights = [p for network in (teacher, student) if network is not None for p in network.parameters()]
+        hooks = [hook for part in modules for name in PASS_HOOKS for hook in vars(part)[name].values()]
+        hooks += [hook for table in EVERYWHERE for hook in table.values()]
+        held = teacher, student, problem, *modules, *weights, *hooks
+        flags = [part.training for part in modules], [p.requires_grad for p in weights]
+        key = (*map(id, held), str((flags, kinds, noted, update.group_of, clip_norm, in_settings, several, dtype)))
+    if key in _KNOWN:
+        _KNOWN[key] = _KNOWN.pop(key)  # the last one that was asked for
+        return _KNOWN[key]
+    # Without the cache, which would keep casts of tensors inside a transform.
+    cast = nullcontext if dtype is None else partial(torch.autocast, device.type, dtype, cache_enabled=False)
+    rule_alone = clipped(update.without_optimizer(), clip_norm)
+    step, adjoint = make_training(
+        teacher, student, problem, rule_alone, constants, in_settings=in_settings, several=several, autocast=cast
+    )
+    # Of those that are known by identity, which hold networks of the user's, the last one is kept.
+    dropped = [known for known, one in _KNOWN.items() if one.held] or [*_KNOWN][: 1 - MOST_KNOWN]
+    for known in dropped:
+        del _KNOWN[known]
+    _KNOWN[key] = Compiled(captured(step, device), captured(adjoint, device), held)
     return _KNOWN[key]
 
 
@@ -213,8 +255,10 @@ def differentiate(
     of_teacher, of_student, device = layouts(teacher, student)
     check(mode, problem, of_student, of_teacher, optimizer, accumulate)
     steps, judged, settings = len(ahead), problem.outer_batch(outer), [n for n in wrt if n not in ("teacher", "start")]
-    made = compiled_training(teacher, student, problem, optimizer, clip_norm, bool(settings), bool(judging))
-    update, first = made.update, steps - (getattr(mode, "truncate", None) or steps)
+    update: Any = update_of(optimizer, trainable(student))
+    made = compiled_training(teacher, student, problem, update, clip_norm, bool(settings), bool(judging))
+    made.serve(teacher, student)
+    first = steps - (getattr(mode, "truncate", None) or steps)
     options = ahead.options(optimizer) or [options_of(optimizer)] * steps
     by_group = [*zip(*options, strict=True)]  # of each, step by step
     # The settings that are tensors in the graphs. A number that is 0 in all steps leaves a part of the rule out, and a

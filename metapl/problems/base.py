@@ -186,7 +186,14 @@ class BilevelProblem(ABC):
         return labeled_pair(batch, mend=" For other batches, give the problem a method outer_batch(batch).")
 
     def outer_input(self, batch: Any) -> Any:
-        """The student's input in an outer batch: a tensor or a dict itself, the first element of a tuple."""
+        """The student's input in an outer batch: a tensor or a dict itself, the first element of a tuple.
+
+        With a second parameter, ``outer_input(self, batch, signal)``, it is made from the signal of the last student
+        step too, such as architecture weights. The teacher then learns from both ways to the outer loss, as it does
+        where :meth:`outer_loss` reads the teacher through a module that the problem holds: its gradient is that of the
+        feedback plus ∂L(θ′; φ)/∂φ at fixed θ′ (the direct term; docs/contract.md), in the modes ``forward``,
+        ``unrolled``, ``difference`` and ``implicit``.
+        """
         return first_input(batch)
 
     def for_modes(self, labels: Sequence[Kind], mode: str = "") -> Problem:
@@ -264,6 +271,18 @@ def _parameters(method: Any) -> int:
 def enters_input(problem: Problem) -> bool:
     """Whether the signal enters the student's input: ``student_input(self, batch, signal)``."""
     return _parameters(type(problem).student_input) > 2
+
+
+def reads_signal_in_outer_input(problem: Problem) -> bool:
+    """Whether the signal enters the student's input in the outer batch: ``outer_input(self, batch, signal)``."""
+    return _parameters(type(problem).outer_input) > 2
+
+
+def outer_input(problem: Problem, batch: Any, signal: Signal) -> Any:
+    """The student's input in an outer batch, made with the signal where the problem's ``outer_input`` takes it."""
+    if reads_signal_in_outer_input(problem):
+        return problem.outer_input(batch, signal)  # type: ignore[call-arg]
+    return problem.outer_input(batch)
 
 
 def sum_and_weight(given: Any) -> tuple[Tensor, Tensor | float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,21 @@ from metapl.execution.numerics import no_fast_path
 from metapl.execution.sharded import ShardedStudent
 from metapl.execution.shards import as_held, load_whole
 from metapl.execution.state import RandomState, Slots, one_at_a_time, replayed, restored
-from metapl.feedback import Mode, check_mode, check_teacher, estimator, prepare
+from metapl.feedback import Estimator, Mode, check_mode, check_teacher, estimator, prepare
+from metapl.feedback.advice import advice_on
+from metapl.feedback.door import (
+    FirstLook,
+    has_direct_term,
+    looking,
+    outer_loss_reads_more,
+    refuse_direct_term_in_parts,
+    refuse_gradients_of_batches,
+    refuse_hooks,
+    refuse_learned_settings,
+)
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.feedback.lookahead import Lookahead, inner_batches
+from metapl.feedback.order import Order, Orders
 from metapl.feedback.path import take_steps
 from metapl.feedback.report import Report, StepReport
 from metapl.feedback.size import DEFAULT_BOUND, FeedbackSize
@@ -35,7 +47,7 @@ from metapl.runs.fields import AboveZero, AtLeastZero, MicroBatches, Range, chec
 from metapl.training import FitResult, Trainer
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
 from metapl.training.options import FitOptions
-from metapl.training.verification import Verification, refuse_hooks
+from metapl.training.verification import Verification
 from metapl.updates import Clipped, OwnStep, as_one, parameters_of, refuse_missing, update_of
 from metapl.updates.own_step import undone
 
@@ -43,6 +55,14 @@ FIRST_NOT_FINITE = (
     "the inner loss is NaN or infinite: the student has diverged, or a batch has extreme values; lower its learning "
     "rate, or clean the batch."
 )
+
+
+class Begun(NamedTuple):
+    """What a step begins with: the networks' tables, their fingerprint, and a look at it where it is the first."""
+
+    slots: list[Slots]
+    mark: int
+    look: FirstLook | None
 
 
 class BilevelTrainer(Trainer):
@@ -151,6 +171,7 @@ class BilevelTrainer(Trainer):
         self.ranks, self.student = self.layout.ranks, self.layout.network
         self.teacher = None if self.teacher_layout is None else self.teacher_layout.network
         refuse_hooks(self.student)
+        self._looked_at: set[int] = set()  # fingerprints of networks whose first step was looked at
         self.teacher_losses = None if teacher_losses is None else check_losses(teacher_losses)
         self.clip_norm, self.precision, self.accumulate, self.lookahead = clip_norm, precision, accumulate, lookahead
         self.recompute_teacher, self.generator, self.compile = recompute_teacher, generator, compile
@@ -162,6 +183,8 @@ class BilevelTrainer(Trainer):
             raise MetaplError(f"accumulate={accumulate} was given with mode 'unrolled'; expected 1, or mode 'forward'.")
         self._set_feedback_size(feedback_weight, feedback_ratio, feedback_bound)
         check_mode(self.mode, lookahead, self.problem, self.layout)
+        if self.direct_term:
+            refuse_direct_term_in_parts(self.problem, parts=accumulate, is_alone=self.ranks.alone)
 
         self.inner_optimizer = default_optimizer(self.student) if inner_optimizer is None else as_one(inner_optimizer)
         gives_feedback = self.mode.credits != "nothing"
@@ -189,7 +212,7 @@ class BilevelTrainer(Trainer):
         self._student_type = ShardedStudent if self.layout.is_sharded else LocalStudent
         self._slots = [Slots(nn.Module() if one is None else one) for one in (self.teacher, self.student)]
         self._held: list[Any] = []  # the weights that the outer optimizer moves, and those that the teacher learns
-        self.mode_state = self.mode.init()
+        self.mode_state, self.orders = self.mode.init(), Orders()
         # Whether the next step finds the feedback's size also where its rule does not need it; a fit says so before the
         # steps that it records. Without effect on weights, and in compiled steps.
         self.measures_feedback = False
@@ -210,16 +233,50 @@ class BilevelTrainer(Trainer):
         Raises: :class:`metapl.MetaplError` before anything moves.
         """
         labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
-        slots = self._begin_step(labeled, unlabeled)
+        begun = self._begin_step(labeled, unlabeled)
+        slots = begun.slots
         ahead = not isinstance(unlabeled, Tensor) and isinstance(unlabeled, Lookahead)
         batches = inner_batches(unlabeled, self.lookahead) if ahead or self.lookahead > 1 else [plain(unlabeled)]
         if self.compile:
-            return self.compiled_step(self, plain(labeled), batches, ahead)
-        labeled, losses = self.problem.outer_batch(labeled), self._losses_for(batches[-1])
+            compiled_report = self.compiled_step(self, plain(labeled), batches, ahead)
+            self._looked_at.add(begun.mark)
+            return compiled_report
         if len(batches) != self.lookahead:
             check_mode(self.mode, len(batches), self.problem, self.layout)
+        student = self._student_type(self.layout, slots[1], double_backward=self.mode.keep_graph)
+        candidates = self.mode.orders(len(batches), self.problem, student)
+
+        def attempt(order: Order | None, is_tried: bool) -> StepReport:
+            return self._step_in_order(order, is_tried, student, begun, labeled, batches, ahead)
+
+        def by_another(mode: Estimator, one_step: bool) -> Hypergradient:
+            given = batches[0] if one_step or not ahead else unlabeled
+            return self.hypergradient(outer=labeled, inner=given, mode=mode)
+
+        run = by_another if self.ranks.alone else None
+        with advice_on(self.mode, len(batches), self.student, run):
+            return self.orders.take(candidates, attempt, begin_again=self._reshard)
+
+    def _reshard(self) -> None:
+        """Let the blocks of sharded networks give up what a pass that failed has gathered."""
+        for layout in self.layouts:
+            layout.reshard()
+
+    def _step_in_order(
+        self,
+        order: Order | None,
+        is_tried: bool,  # whether the order is being chosen
+        student: LocalStudent,
+        begun: Begun,
+        labeled: Any,
+        batches: Sequence[Any],
+        ahead: bool,  # whether they were given as a look-ahead
+    ) -> StepReport:
+        """Take the step with the feedback's second derivative in one order; a step that fails has moved nothing."""
+        slots = begun.slots
+        labeled, losses = self.problem.outer_batch(labeled), self._losses_for(batches[-1])
         mode, number, ranks, parts, generator = self.mode, self.steps_done, self.ranks, self.accumulate, self.generator
-        student = self._student_type(self.layout, slots[1], double_backward=mode.keep_graph)
+        student.inspects_graph = is_tried
         self.update.follow(student.parameters)
         taught = list[Tensor]()
         if (optimizer := self.outer_optimizer) is not None:
@@ -230,22 +287,30 @@ class BilevelTrainer(Trainer):
                 self._held = held
         where = ranks, self.device, batches, parts, self.recompute_teacher, slots[0]
         teach = Teaching(self.teacher_layout, self.problem, mode, generator, *where)
-        graph_of = mode.graph_of(len(batches), student)
         # Fused attention has no second derivative, which a kept graph of g needs.
-        kernels = no_fast_path(math=True) if mode.keep_graph or graph_of is not None else NOTHING
+        kernels = no_fast_path(math=True) if mode.keep_graph or order == "graph" else NOTHING
         with restored(*slots, device=self.device, trained=taught, generator=generator) as fault:
-            with self._autocast() if self.precision != "float32" else NOTHING, kernels:
+            with self._autocast() if self.precision != "float32" else NOTHING, kernels, looking(begun.look):
                 path = take_steps(  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
                     *(student, self.update, self.problem, labeled, batches, teach),
                     parts=parts,
                     keep_graph=mode.keep_graph,
-                    graph_of=graph_of,
+                    order=order,
+                    credits="example" if mode.credits == "example" else "signal",
+                    truncate=getattr(mode, "truncate", None),
                     keep=mode.keeping,
                 )
+                path.is_tried = is_tried
                 feedback, mode_state = mode.checked_feedback(path, self.mode_state)  # line 4: h
                 # Lines 5-7: −Σ h·signal + losses
                 scalars = teach.backward(
-                    feedback, losses, labeled, number, self.feedback_size, measure=self.measures_feedback
+                    feedback,
+                    losses,
+                    labeled,
+                    number,
+                    self.feedback_size,
+                    measure=self.measures_feedback,
+                    direct_loss=path.direct_loss if self.direct_term == "included" else None,
                 )
                 h = [of_step.of_batch(step) for step, of_step in zip(path.steps, feedback, strict=True)]
                 # The modes that take v have L(θ′); for others it would be one more pass.
@@ -259,6 +324,8 @@ class BilevelTrainer(Trainer):
                     feedback=tuple(h) if ahead else h[0],
                     signal=step.signal.detached() if mode.keep_graph else step.signal,
                     student_outputs=step.outputs.clone(),  # they may be weights, which the step moves
+                    order=order or "",
+                    direct_term=self.direct_term,
                 )
             if self.teacher_layout is not None and (self.clip_norm is not None or not ranks.alone):
                 self.teacher_layout.mean_gradients(self.clip_norm)
@@ -270,17 +337,37 @@ class BilevelTrainer(Trainer):
             for layout in self.distributed:
                 layout.agree_on_buffers()
             self.mode_state, self.steps_done = mode_state, number + 1
+            self._looked_at.add(begun.mark)
             return report
 
-    def _begin_step(self, labeled: Any, unlabeled: Any) -> list[Slots]:
-        """Return the networks' tables as they are now, after the verification that is due on these batches."""
+    def _begin_step(self, labeled: Any, unlabeled: Any) -> Begun:
+        """Read the networks' tables as they are now, and verify them on these batches where that is due.
+
+        Where networks are met for the first time, what may carry a gradient past the signal is refused.
+        """
         for layout in self.distributed:
             layout.begin_step()
         self._slots = slots = [own if own.contents() == own.known else Slots(own.module) for own in self._slots]
-        verification, mark = self.verification, hash((slots[0].mark, slots[1].mark))
+        mark = hash((slots[0].mark, slots[1].mark))
+        look = None
+        if mark not in self._looked_at and self.mode.credits != "nothing":
+            refuse_gradients_of_batches(labeled, unlabeled)
+            refuse_learned_settings(self.update)
+            refuse_hooks(self.student)
+            blocks = self.layout.blocks
+            look = FirstLook(self.teacher, self.student, self.problem, labeled, unlabeled, blocks=blocks)
+        verification = self.verification
         if verification.setting and (verification.every or mark not in verification.verified_marks):
-            verification.before(self, labeled, unlabeled, mark)
-        return slots
+            has_looked = verification.before(self, labeled, unlabeled, mark)
+            look = None if has_looked else look
+        return Begun(slots, mark, look)
+
+    @property
+    def direct_term(self) -> Literal["", "included", "left out"]:
+        """Whether the teacher's gradient has a direct term, of an outer loss that reads the teacher; "" without one."""
+        if not outer_loss_reads_more(self.problem, self.teacher):
+            return ""
+        return "included" if has_direct_term(self.mode.name, self.problem, self.teacher) else "left out"
 
     def _losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
         given = () if self.teacher is None else self.teacher_losses
@@ -383,7 +470,7 @@ class BilevelTrainer(Trainer):
         """
         labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
         if self.lookahead == 1:
-            slots = self._begin_step(labeled, unlabeled)
+            slots = self._begin_step(labeled, unlabeled).slots
         else:
             for layout in self.distributed:
                 layout.begin_step()
@@ -447,9 +534,12 @@ class BilevelTrainer(Trainer):
             "steps_done": self.steps_done,
             "generator": None if self.generator is None else self.generator.get_state(),
             "verification": self.verification.state_dict(),
+            "orders": self.orders.state_dict(),
         }
 
     def _load(self, state: dict[str, Any]) -> None:
+        if missing := {"lookahead", "generator", "orders"} - {*state}:
+            raise MetaplError(f"it has no {', '.join(sorted(missing))}")
         if state["mode"] != self.mode.name:
             raise MetaplError(f"it is of the mode {state['mode']!r}, and the trainer's is {self.mode.name!r}")
         if self.generator is not None:
@@ -463,6 +553,7 @@ class BilevelTrainer(Trainer):
             self.outer_optimizer.load_state_dict(as_held(copy.deepcopy(state["outer"]), self.outer_optimizer))
         self.mode_state, self.steps_done = dict(state["mode_state"]), state["steps_done"]
         self.verification.load_state_dict(state["verification"])
+        self.orders.load_state_dict(state["orders"])
 
     # ---------------------------------------------------------------------------------------- finetuning and gradients
 
@@ -508,8 +599,7 @@ class BilevelTrainer(Trainer):
         given: Any = {"labeled": labeled, "unlabeled": unlabeled, "outer": outer, "inner": inner}
         given |= {"mode": self.mode if mode is None else mode, "inner_optimizer": self.update, "generator": generator}
         given |= {"problem": self.given_problem if problem is None else problem, "accumulate": self.accumulate}
-        for layout in self.layouts:
-            layout.reshard()
+        self._reshard()
         self.update.follow(self.layout.parameters())
         with replayed(RandomState.now(self.device)), self._autocast():
             return hypergradient(*self.pair, **given)

@@ -209,6 +209,14 @@ class TorchUpdate(Update):
             new_state.update({name: dict(optimizer.state[p]) for name, p in held.items()})
         return new_params, new_state
 
+    def without_optimizer(self) -> TorchUpdate:
+        """Return the rule alone, which holds no tensors: :meth:`update` of it, with options, is the same function."""
+        rule = copy.copy(self)
+        del rule.optimizer
+        rule.parameters, rule.owner = {}, {}
+        rule._held, rule._own = [], []
+        return rule
+
     def at(self, options: Options) -> TorchUpdate:
         later = copy.copy(self)
         later._options = options

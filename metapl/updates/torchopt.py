@@ -22,6 +22,8 @@ def is_transform(optimizer: Any) -> bool:
 class TransformUpdate(Update):
     """The update of a TorchOpt transform: its state goes in and comes out, its adjoint is autograd's.
 
+    ``is_learned`` says whether what the transform returns requires a gradient, because it reads a learned tensor.
+
     Two defects of TorchOpt are corrected here. ``trace`` ignores the momentum of a given state on its first call, by a
     hidden flag that a dummy call clears; so with ``dampening`` the first step is damped too. The VJP of ``adam`` is NaN
     where a gradient entry is exactly zero: it is taken at a negligible entry. Other wrong VJPs, such as that of
@@ -32,7 +34,9 @@ class TransformUpdate(Update):
         self.transform, self.parameters = transform, dict(parameters)
         theta = {name: p.detach() for name, p in parameters.items()}
         fresh = transform.init(theta)
-        transform.update({name: torch.zeros_like(t) for name, t in theta.items()}, fresh, params=theta, inplace=False)
+        zeros = {name: torch.zeros_like(t) for name, t in theta.items()}
+        result = transform.update(zeros, fresh, params=theta, inplace=False)
+        self.is_learned = any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(result))
         self.state = fresh if state is None else state
 
     def follow(self, parameters: Parameters) -> None:

@@ -13,7 +13,6 @@ from metapl.training.verification.check import (
     Verification,
     VerificationWarning,
     check_gradient,
-    refuse_hooks,
 )
 
-__all__ = ["GradientCheck", "Verification", "VerificationWarning", "check_gradient", "refuse_hooks"]
+__all__ = ["GradientCheck", "Verification", "VerificationWarning", "check_gradient"]

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from metapl.execution.numerics import as_real, no_fast_path
 from metapl.execution.state import trainable
 from metapl.feedback import Estimator, Implicit
+from metapl.feedback.door import outer_loss_reads_more
 from metapl.feedback.hypergradient import Hypergradient
 from metapl.problems.base import Signal, field_of
 from metapl.training.verification.real_step import Evaluation, RealStep, Tree
@@ -117,6 +118,16 @@ class Case:
         gradients = torch.autograd.grad(score, list(learned.values()), materialize_grads=True, allow_unused=True)
         # Those of embeddings may be sparse.
         return {name: g.to_dense() for name, g in zip(learned, gradients, strict=True)}
+
+    @property
+    def whole_gradient(self) -> Tree:
+        """The teacher's gradient: that of −Σ h·signal, and the direct term of an outer loss that reads the teacher."""
+        direct = self.by_mode.direct
+        return {name: g + direct[name] if name in direct else g for name, g in self.teacher_gradient.items()}
+
+    @property
+    def outer_loss_reads_teacher(self) -> bool:
+        return outer_loss_reads_more(self.step.problem, self.step.teacher)
 
     def outer_loss(self, evaluation: Evaluation) -> Tensor:
         """Return F; of an implicit gradient ⟨g, w⟩, of which h is minus the derivative."""

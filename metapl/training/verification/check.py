@@ -18,13 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError, few, reason_of
+from metapl.errors import MetaplError, reason_of
 from metapl.execution.batch import both_batches, micro_batches, plain
 from metapl.execution.checks import generator_of
 from metapl.execution.layout import Layout, layouts
 from metapl.execution.ranks import Ranks
 from metapl.execution.state import RandomState
 from metapl.feedback import Estimator, Lookahead, Mode, estimator, prepare
+from metapl.feedback.door import (
+    PastTheSignal,
+    refuse_gradients_of_batches,
+    refuse_hooks,
+    refuse_learned_settings,
+)
 from metapl.problems.base import BilevelProblem
 from metapl.runs.checkpoint import rng_state, set_rng_state
 from metapl.training.verification.case import EPS, EPS32, Case, Errors
@@ -171,6 +177,10 @@ def check_gradient(
         update = update.inner
     update.follow(parameters)
     refuse_replaced_step(update)
+    if gives_feedback:
+        refuse_gradients_of_batches(labeled, unlabeled)
+        refuse_learned_settings(update)
+        refuse_hooks(student_layout.network)
     first_batches = [unlabeled]
     if isinstance(unlabeled, Lookahead):
         first_batches = [unlabeled[k] for k in range(min(len(unlabeled), STEPS))]
@@ -206,13 +216,6 @@ def refuse_replaced_step(update: Update) -> None:
             raise MetaplError("step() of the inner optimizer was replaced on the object; expected that of its class.")
 
 
-def refuse_hooks(student: nn.Module) -> None:
-    """Refuse hooks on the student's parameters: they change its gradients, and copies do not have them."""
-    hooked = [n for n, p in student.named_parameters() if p._backward_hooks or p._post_accumulate_grad_hooks]
-    if hooked:
-        raise MetaplError(f"the student's parameters {few(hooked, 3)} have hooks; expected none (see clip_norm).")
-
-
 class Verification:
     """When the steps of a trainer are verified, and what was found.
 
@@ -226,24 +229,27 @@ class Verification:
         self.every = 0 if isinstance(setting, bool | str) else setting
         self.verified_marks: set[int] = set()
 
-    def before(self, trainer: Verified, labeled: Any, unlabeled: Any, mark: int) -> None:
+    def before(self, trainer: Verified, labeled: Any, unlabeled: Any, mark: int) -> bool:
         """Verify the networks, which have a fingerprint, where that is due.
 
+        Returns: whether a step was taken on these batches, and its graphs were looked at.
         Raises: :class:`metapl.MetaplError` for a wrong gradient.
         """
         if mark in self.verified_marks and trainer.steps_done % self.every:
-            return
+            return False
         weights = sum(p.numel() for network in trainer.networks.values() for p in network.parameters())
         in_several_processes = any(layout.is_sharded or not layout.ranks.alone for layout in trainer.layouts)
         if in_several_processes or (weights > MOST_WEIGHTS and not self.every):
             what = "several processes" if in_several_processes else f"{weights:,} weights"
             if trainer.ranks.first:
                 LOG.warning("Networks of %s are not verified: give metapl.check_gradient small ones of one.", what)
-        else:
-            check = check_gradient(trainer, labeled=labeled, unlabeled=unlabeled)
-            self.verdict = f"{check.status}: {check.verdict}"
-            check.refuse_or_warn(self.setting)
+            self.verified_marks.add(mark)
+            return False
+        check = check_gradient(trainer, labeled=labeled, unlabeled=unlabeled)
+        self.verdict = f"{check.status}: {check.verdict}"
+        check.refuse_or_warn(self.setting)
         self.verified_marks.add(mark)
+        return check.status != "cannot tell"
 
     def state_dict(self) -> dict[str, str]:
         return {"known": " ".join(map(str, sorted(self.verified_marks))), "verdict": self.verdict}
@@ -265,6 +271,8 @@ def verify_step(step: RealStep, estimate: Estimator) -> GradientCheck:
     try:
         with torch.enable_grad(), torch.autocast(step.random.device.type, enabled=False):
             return verify_in_float64(step, estimate)
+    except PastTheSignal as error:
+        return GradientCheck("refused", f"mode {estimate.name!r}: {error} See docs/contract.md.")
     except MemoryError as error:
         return out_of_memory(error)
     except RuntimeError as error:

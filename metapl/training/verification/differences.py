@@ -19,7 +19,7 @@ from metapl.training.verification.real_step import Evaluation, Move, Tree, size_
 def errors_of(case: Case, states: list[Tree] | None = None) -> Errors:
     """Return how far the mode's gradient is off; ``states`` as for :class:`Evaluation`."""
     if case.teacher_gradient and case.moved == "signal" and not case.takes_expectation:
-        return compare(case, "teacher", case.teacher_gradient, states=states)
+        return compare(case, "teacher", case.whole_gradient, states=states)
     errors = errors_of_h(case, states)
     if case.teacher_gradient:
         # And the gradient of the teacher alone, while the student's step is held.

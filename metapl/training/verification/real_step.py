@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from metapl.execution.state import RandomState, trainable
 from metapl.feedback import Estimator, Lookahead
+from metapl.feedback.door import FirstLook, looking
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
-from metapl.problems.base import Problem, Signal, enters_input, sum_and_weight
+from metapl.problems.base import Problem, Signal, enters_input, outer_input, sum_and_weight
 from metapl.updates import TorchUpdate, Update, parts_of
 
 Tree = dict[Any, Tensor]
@@ -59,6 +60,7 @@ class RealStep:
         random: the state of the generators in which the step begins.
         micro_batches: into how many parts each batch was split; the batches here are the first of them.
         problem_parameters: the tensors that the problem holds and that require a gradient.
+        originals: the step of which these are copies, by whose names a tensor is called.
     """
 
     teacher: nn.Module | None
@@ -72,10 +74,11 @@ class RealStep:
     random: RandomState
     micro_batches: int = 1
     problem_parameters: tuple[Tensor, ...] = ()
+    originals: RealStep | None = None
 
     def copied(self, dtype: torch.dtype | None = None) -> RealStep:
         """Return copies that share what the originals share, with all tensors of floating point in ``dtype``."""
-        memo: dict[int, Any] = {}
+        memo: dict[int, Any] = {id(self.originals): self.originals}
         if self.generator is not None:
             memo[id(self.generator)] = self.generator.clone_state()
         for network in (self.teacher, self.student, self.problem):
@@ -92,7 +95,11 @@ class RealStep:
         for key, t in memo.items():
             if key not in of_the_networks and isinstance(t, Tensor) and t.requires_grad:
                 problem_parameters.append(t)
-        copied_step = replace(copy.deepcopy(self, memo), problem_parameters=tuple(problem_parameters))
+        copied_step = replace(
+            copy.deepcopy(self, memo),
+            problem_parameters=tuple(problem_parameters),
+            originals=self if self.originals is None else self.originals,
+        )
 
         if dtype is not None:
             for t in memo.values():
@@ -142,20 +149,33 @@ class RealStep:
         return {**of_teacher, **of_problem}
 
     def by_mode(self, mode: Estimator) -> Hypergradient:
-        """Return the gradient that a mode finds of this step, on fresh copies."""
+        """Return the gradient that a mode finds of this step, on fresh copies.
+
+        Raises: :class:`metapl.MetaplError` for what carries a gradient past the signal (:mod:`metapl.feedback.door`).
+        """
         step = self.copied()
         step.random.restore()
-        return hypergradient(
+        originals = self if self.originals is None else self.originals
+        look = FirstLook(
             step.teacher,
             step.student,
-            labeled=step.outer_batch,
-            unlabeled=Lookahead(step.inner_batches),
-            mode=mode,
-            problem=step.problem,
-            inner_optimizer=step.update,
-            generator=step.generator,
-            clip_norm=step.clip_norm,
+            step.problem,
+            outer=step.outer_batch,
+            inner=Lookahead(step.inner_batches),
+            named_by=(originals.teacher, originals.problem, originals.student),
         )
+        with looking(look):
+            return hypergradient(
+                step.teacher,
+                step.student,
+                labeled=step.outer_batch,
+                unlabeled=Lookahead(step.inner_batches),
+                mode=mode,
+                problem=step.problem,
+                inner_optimizer=step.update,
+                generator=step.generator,
+                clip_norm=step.clip_norm,
+            )
 
 
 class Evaluation:
@@ -200,6 +220,9 @@ class Evaluation:
         self.given_outputs = student_outputs
         self.given_states = states
         self.signals: list[Signal] = []
+        # The last step's, for an outer loss that reads it. It stays where it is when signals are moved, for h is
+        # minus the derivative through the student's step alone.
+        self.outer_signal: Signal | None = None
         self.outputs: list[Tensor] = []
         self.gradients: dict[str, Tree] = {}
         self.states: list[Tree] = []
@@ -267,7 +290,8 @@ class Evaluation:
         weights_before = self._weights_now()
         batch = problem.outer_batch(self.copies.outer_batch)
         self._begin_pass(student)
-        self.outputs.append(student(problem.outer_input(batch)))
+        assert self.outer_signal is not None, "a step asks the teacher"
+        self.outputs.append(student(outer_input(problem, batch, self.outer_signal)))
         total, weight = sum_and_weight(problem.outer_loss(self.outputs[-1], batch))
         self._note_written_weights(weights_before)
         loss = total / weight
@@ -289,6 +313,7 @@ class Evaluation:
         asked = self.copies.problem.signal(teacher, inner_batch, student_outputs, generator=self.copies.generator)
         self.signals.append(asked)
         signal = asked.detached() if self.given_signals is None else self.given_signals[number]
+        self.outer_signal = signal
         if self.move.what != "signal":
             return signal
         moved = {}

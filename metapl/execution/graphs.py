@@ -1,0 +1,53 @@
+"""What a graph of autograd shows about derivatives that PyTorch would leave out without an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from metapl.errors import few
+from metapl.execution.numerics import MissingDerivative
+
+# PyTorch puts this node behind the gradients that a once_differentiable backward returns. It raises where a second
+# backward pass comes to it; but ``torch.autograd.grad`` runs only the nodes that lead to its inputs, and never does.
+_NO_SECOND_DERIVATIVE = "torch::autograd::Error"
+_WRAPPER_CODE = once_differentiable(lambda ctx: None).__code__
+
+
+def nodes_of(tensors: Iterable[Tensor]) -> list[Any]:
+    """Return the nodes of the graphs of tensors, once each."""
+    nodes: list[Any] = []
+    known: set[Any] = set()
+    waiting = [t.grad_fn for t in tensors]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in known:
+            continue
+        known.add(node)
+        nodes.append(node)
+        waiting += [following for following, _ in node.next_functions]
+    return nodes
+
+
+def refuse_once_differentiable(gradients: Iterable[Tensor], value: Tensor) -> None:
+    """Refuse gradients of ``value`` whose graph ends at a backward that is marked once_differentiable.
+
+    Cost: a walk over the graph of the gradients, which holds that of the value.
+    Raises: :class:`MissingDerivative`, with the names of the operations.
+    """
+    if not any(node.name() == _NO_SECOND_DERIVATIVE for node in nodes_of(gradients)):
+        return
+    functions = [getattr(node, "_forward_cls", None) for node in nodes_of([value])]
+    marked = {f.__name__ for f in functions if f is not None and _is_once_differentiable(f)}
+    name = few(sorted(marked), 3) if marked else "an operation of the student or of its loss"
+    raise MissingDerivative(
+        f"{name} lacks a derivative that this mode needs (its backward is marked once_differentiable, and PyTorch "
+        "leaves the derivative of that out without an error)"
+    )
+
+
+def _is_once_differentiable(function: Any) -> bool:
+    return getattr(function.backward, "__code__", None) is _WRAPPER_CODE

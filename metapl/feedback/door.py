@@ -1,0 +1,327 @@
+"""The door of the first step: what can carry a gradient past the signal is refused by name, before anything moves.
+
+The feedback knows of one way from the teacher to the inner loss, the signal. Another way would be left out without a
+word, so it is looked for once: in what is given (:func:`refuse_gradients_of_batches`, :func:`refuse_learned_settings`,
+:func:`refuse_hooks`), and in the graphs of both losses of the first step (:class:`FirstLook`). Nothing is copied, so
+that networks of any size, and sharded ones, are looked at. Later steps are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from metapl.errors import MetaplError, few
+from metapl.execution.checks import described
+from metapl.feedback.lookahead import Lookahead
+from metapl.problems.base import Problem, kind_of, reads_signal_in_outer_input
+from metapl.updates import Clipped, Update, parts_of
+
+MODES_WITH_DIRECT_TERM = ("forward", "unrolled", "difference", "implicit")
+
+
+class PastTheSignal(MetaplError):
+    """A loss depends on something that the feedback does not know of, or a batch changes under it."""
+
+
+# ------------------------------------------------------------------------------------------------------ what is given
+
+
+def refuse_gradients_of_batches(outer: Any, inner: Any) -> None:
+    """Refuse a tensor of a batch that requires a gradient, of which the feedback would know nothing.
+
+    Of a :class:`metapl.Lookahead` whose batches a function returns, the batches are looked at by the first look alone.
+    """
+    named = {"outer": outer, "inner": inner}
+    if isinstance(inner, Lookahead):
+        held = [] if callable(inner.batches) else list(inner.batches)
+        named = {"outer": outer, **{f"inner[{k}]": batch for k, batch in enumerate(held)}}
+    for name, batch in named.items():
+        for path, t in pytree.tree_flatten_with_path(batch)[0]:
+            if isinstance(t, Tensor) and t.requires_grad:
+                raise MetaplError(
+                    f"{name}{pytree.keystr(path)} requires a gradient, which a batch does not carry; expected data: "
+                    ".detach() it, or let the signal carry it (problem.signal, and student_input(self, batch, signal))."
+                )
+
+
+def refuse_learned_settings(update: Update) -> None:
+    """Refuse an inner optimizer with a setting that requires a gradient, or a transform whose result does."""
+    if isinstance(update, Clipped):
+        update = update.inner
+    if getattr(update, "is_learned", False):
+        raise MetaplError(
+            "the result of the TorchOpt transform requires a gradient: it reads a learned tensor, such as a rate of "
+            "the teacher, of which the feedback would know nothing; expected numbers (.item()), or a setting of "
+            "torch.optim's optimizers with metapl.hypergradient(wrt='lr')."
+        )
+    optimizer = vars(update).get("optimizer")
+    for one in () if optimizer is None else parts_of(optimizer):
+        for group in one.param_groups:
+            for name, value in group.items():
+                if name == "params":
+                    continue
+                if any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(value)):
+                    raise MetaplError(
+                        f"{name} of the inner optimizer requires a gradient, of which the feedback would know nothing; "
+                        f"expected a number ({name}.item()), whose gradient metapl.hypergradient(wrt={name!r}) gives."
+                    )
+
+
+def refuse_hooks(student: nn.Module) -> None:
+    """Refuse hooks on the student's parameters: they change its gradients, and copies do not have them."""
+    hooked = [n for n, p in student.named_parameters() if p._backward_hooks or p._post_accumulate_grad_hooks]
+    if hooked:
+        raise MetaplError(f"the student's parameters {few(hooked, 3)} have hooks; expected none (see clip_norm).")
+
+
+# ------------------------------------------------------------------------------------- what an outer loss may read too
+
+
+def outer_variables(problem: Problem, teacher: nn.Module | None) -> dict[str, nn.Parameter]:
+    """Return the teacher's parameters that the outer loss may read, by their names in the teacher.
+
+    An outer loss reads outer variables through a module that the problem holds, which is the teacher or a part of it,
+    or a module that shares parameters with it. Without such a module there are none, whatever the loss does.
+    """
+    if teacher is None:
+        return {}
+    held: set[int] = set()
+    for value in vars(problem).values():
+        for module in pytree.tree_leaves(value):
+            if isinstance(module, nn.Module):
+                held |= {id(p) for p in module.parameters()}
+    return {name: p for name, p in teacher.named_parameters() if id(p) in held and p.requires_grad}
+
+
+def outer_loss_reads_more(problem: Problem, teacher: nn.Module | None) -> bool:
+    """Return whether the outer loss may read outer variables, or its input the signal."""
+    if teacher is None:
+        return False
+    return bool(outer_variables(problem, teacher)) or reads_signal_in_outer_input(problem)
+
+
+def has_direct_term(mode_name: str, problem: Problem, teacher: nn.Module | None) -> bool:
+    """Return whether the teacher's gradient has a direct term, ∂L(θ′; φ)/∂φ at fixed θ′, beside that of the feedback.
+
+    It is left out in ``none``, which has no feedback, and in the sampled modes, whose scalars it does not belong to.
+    """
+    return mode_name in MODES_WITH_DIRECT_TERM and outer_loss_reads_more(problem, teacher)
+
+
+def refuse_direct_term_in_parts(problem: Problem, *, parts: int, is_alone: bool) -> None:
+    """Refuse an outer loss that reads outer variables where the direct term cannot be taken."""
+    if not is_alone:
+        raise MetaplError(
+            f"the outer loss of {kind_of(problem)} may read the teacher, whose module it holds, or the signal, and the "
+            "networks are in several processes; expected one process."
+        )
+    if parts > 1 and reads_signal_in_outer_input(problem):
+        raise MetaplError(f"{kind_of(problem)} has outer_input(batch, signal) with accumulate={parts}; expected 1.")
+
+
+# ------------------------------------------------------------------------------------------------------ the first look
+
+
+class FirstLook:
+    """A look at the graphs of both losses in one step, and at its batches.
+
+    A leaf of a graph is refused if it is neither a weight of the student nor a tensor that metapl put there, and lived
+    before the pass: a leaf that a pass makes for itself, as for a derivative in its input, is another one in each pass.
+
+    Args:
+        teacher: None where the problem has none.
+        student: the network that takes the step.
+        problem: the two losses.
+        outer, inner: the batches of the step.
+        blocks: of a sharded student, the submodules that gather their weights while they run.
+        named_by: the original teacher, problem and student, where the step is taken by copies: a tensor that is called
+            by its name may be theirs.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module | None,
+        student: nn.Module,
+        problem: Problem,
+        outer: Any,
+        inner: Any,
+        *,
+        blocks: Sequence[Any] = (),
+        named_by: tuple[nn.Module | None, Problem, nn.Module] | None = None,
+    ) -> None:
+        self.problem = problem
+        self.named_by = [(teacher, problem, student)]
+        if named_by is not None:
+            self.named_by.append(named_by)
+        self.weights = ids(student.parameters()) | gathered_weights(student, blocks)
+        self.outer_variables = ids(outer_variables(problem, teacher).values())
+        batches = [outer, *inner_batches_held(inner)]
+        self.batches = [t for t in pytree.tree_leaves(batches) if isinstance(t, Tensor)]
+        self.batches_before = [t.detach().clone() for t in self.batches]
+        self.versions_before = list(map(version_of, self.batches))
+
+    def at_inner_loss(self, value: Tensor, made_here: Sequence[Tensor], again: Callable[[], Tensor]) -> None:
+        """Look at the graph of an inner loss.
+
+        Args:
+            value: the loss.
+            made_here: leaves that metapl made: the weights at which the pass ran, and the signal's fields.
+            again: computes the loss once more.
+        """
+        leaf = self._strange_leaf(value, self.weights | ids(made_here), again)
+        if leaf is not None:
+            raise PastTheSignal(
+                f"the inner loss depends on {self._name_of(leaf)}, past the signal; expected the teacher to reach it "
+                "by problem.signal alone: put it into the signal (student_input(self, batch, signal) takes that to the "
+                "student), make it a parameter of the student, or .detach() it."
+            )
+
+    def at_outer_loss(self, value: Tensor, made_here: Sequence[Tensor], again: Callable[[], Tensor]) -> None:
+        """Look at the graph of an outer loss; for the arguments see :meth:`at_inner_loss`."""
+        leaf = self._strange_leaf(value, self.weights | ids(made_here) | self.outer_variables, again)
+        if leaf is not None:
+            raise PastTheSignal(
+                f"the outer loss depends on {self._name_of(leaf)}; expected the student's weights, and the teacher's "
+                f"through a module that the problem holds ({kind_of(self.problem)}.teacher = teacher, say): let "
+                "the problem hold it, or .detach() it."
+            )
+
+    def at_batches(self) -> None:
+        """Refuse batches that the step has changed in place, and put them back."""
+        changed = False
+        for t, before, version in zip(self.batches, self.batches_before, self.versions_before, strict=True):
+            # The counter is read first, without waiting for a device.
+            was_written = version is None or version_of(t) != version
+            if was_written and not same_values(t, before):
+                changed = True
+                with torch.no_grad():
+                    t.copy_(before)
+        if changed:
+            raise PastTheSignal(
+                "a batch is changed in place by a pass of the student, or by a loss, so that the teacher and later "
+                "passes see other data; expected the pass to work on a copy (x = x.clone())."
+            )
+
+    def _strange_leaf(self, value: Tensor, allowed: set[int], again: Callable[[], Tensor]) -> Tensor | None:
+        strange = [leaf for leaf in leaves_of(value) if id(leaf) not in allowed]
+        if not strange:
+            return None
+        in_another_pass = ids(leaves_of(again()))
+        return next((leaf for leaf in strange if id(leaf) in in_another_pass), None)
+
+    def _name_of(self, leaf: Tensor) -> str:
+        for owners in self.named_by:
+            for role, owner in zip(("teacher", "problem", "student"), owners, strict=True):
+                name = name_in(owner, leaf)
+                if name:
+                    return f"the {role}'s {name}"
+        return f"{described(leaf)} that requires a gradient"
+
+
+_first_look: ContextVar[FirstLook | None] = ContextVar("first_look", default=None)
+
+
+def current_look() -> FirstLook | None:
+    """Return the look of the step under way; None in all steps but the first."""
+    return _first_look.get()
+
+
+@contextmanager
+def looking(look: FirstLook | None) -> Iterator[None]:
+    """Take a step in this block, with a look at it; None: without one."""
+    token = _first_look.set(look)
+    try:
+        yield
+        if look is not None:
+            look.at_batches()
+    finally:
+        _first_look.reset(token)
+
+
+def inner_batches_held(inner: Any) -> list[Any]:
+    """Return the inner batches that are in memory: those that a function returns are other ones in each call."""
+    if not isinstance(inner, Lookahead):
+        return [inner]
+    return [] if callable(inner.batches) else list(inner.batches)
+
+
+def ids(tensors: Any) -> set[int]:
+    return {id(t) for t in tensors}
+
+
+def leaves_of(value: Tensor) -> list[Tensor]:
+    """Return the leaves of a graph that require a gradient, each once."""
+    if value.grad_fn is None:
+        return [value] if value.requires_grad else []
+    nodes: list[Any] = [value.grad_fn]
+    seen = set(nodes)
+    leaves: dict[int, Tensor] = {}
+    # The list grows while it is read.
+    for node in nodes:
+        if type(node).__name__ == "AccumulateGrad":
+            leaves[id(node.variable)] = node.variable
+        for before, _ in node.next_functions:
+            if before is not None and before not in seen:
+                seen.add(before)
+                nodes.append(before)
+    return list(leaves.values())
+
+
+def version_of(t: Tensor) -> int | None:
+    """Return how often a tensor was written to; None of a tensor of inference mode, which does not count."""
+    return None if t.is_inference() else t._version
+
+
+def same_values(t: Tensor, before: Tensor) -> bool:
+    """Return whether a tensor is as it was; NaN counts as a value."""
+    if t.shape != before.shape:
+        return False
+    values, values_before = t.detach().to_dense(), before.to_dense()
+    if values.equal(values_before):
+        return True
+    has_nan = values.is_floating_point() or values.is_complex()
+    return has_nan and torch.allclose(values, values_before, rtol=0, atol=0, equal_nan=True)
+
+
+def gathered_weights(student: nn.Module, blocks: Sequence[Any]) -> set[int]:
+    """Return the ids of the whole weights that a sharded student gathers in a pass, block by block."""
+    weights = set[int]()
+    for block in blocks:
+        block.unshard()
+        weights |= ids(student.parameters())
+        block.reshard()
+    return weights
+
+
+def name_in(owner: Any, leaf: Tensor) -> str:
+    """Return what a tensor is called in a module or an object, in attributes and in lists and dicts of them, or ""."""
+    if isinstance(owner, nn.Module):
+        for name, p in owner.named_parameters(remove_duplicate=False):
+            if p is leaf:
+                return name
+        for prefix, part in owner.named_modules():
+            name = name_in_attributes(vars(part), leaf)
+            if name:
+                return f"{prefix}.{name}".removeprefix(".")
+        return ""
+    return "" if owner is None else name_in_attributes(vars(owner), leaf)
+
+
+def name_in_attributes(attributes: Mapping[str, Any], leaf: Tensor) -> str:
+    for name, value in attributes.items():
+        if name.startswith("_"):
+            continue
+        if isinstance(value, nn.Module):
+            inside = name_in(value, leaf)
+            if inside:
+                return f"{name}.{inside}"
+        elif any(t is leaf for t in pytree.tree_leaves(value)):
+            return name
+    return ""

@@ -1,0 +1,89 @@
+r"""In which order the feedback's second derivative is taken, chosen once, by trying.
+
+The feedback is a derivative of :math:`\langle g, w \rangle = \langle \partial\ell/\partial z, \dot z \rangle` in the
+signal (:mod:`metapl.feedback.forward`). There are several ways to it, of one value, which need other derivatives of the
+student's operations:
+
+graph            the graph of g, which the inner pass has kept: the student's operations twice, in reverse
+tangent          ż by a pass in forward mode, then the head twice: the operations once, in forward mode
+double_backward  the inner pass once more, with the graph of its gradient: as graph, in one more pass
+outputs          ż by a difference of outputs, then the head twice: any operation, a loss with a second derivative
+losses           a difference of the loss's derivative in the signal: any operation, and any loss
+
+An estimator says which of them a path may take, the preferred first (:meth:`Estimator.orders`). The first step takes
+the first one that runs and is finite; an attempt that fails has moved nothing. Later steps take the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
+
+from metapl.errors import MetaplError
+from metapl.execution.numerics import MissingDerivative
+
+Order = Literal["graph", "tangent", "double_backward", "outputs", "losses"]
+Result = TypeVar("Result")
+
+
+class NotFiniteFeedback(MetaplError):
+    """The inner loss is finite, and the feedback is NaN or infinite in the order of differentiation that was taken."""
+
+
+class Orders:
+    """The orders of differentiation that have been chosen, by the candidates that each was chosen from."""
+
+    def __init__(self) -> None:
+        self._chosen: dict[str, Order] = {}
+
+    def take(
+        self,
+        candidates: Sequence[Order],
+        attempt: Callable[[Order | None, bool], Result],
+        *,
+        begin_again: Callable[[], object],
+    ) -> Result:
+        """Return what a step in the chosen order returns, or in the first of the candidates that runs.
+
+        Args:
+            candidates: the orders that the step may take, the preferred first; none, where there is nothing to choose.
+            attempt: the step, given the order and whether it is being chosen; it moves nothing where it fails.
+            begin_again: is called between two attempts.
+        """
+        if not candidates:
+            return attempt(None, False)
+        key = _key(candidates)
+        if key in self._chosen:
+            return attempt(self._chosen[key], False)
+        failures: list[MissingDerivative | NotFiniteFeedback] = []
+        for order in candidates:
+            if failures:
+                begin_again()
+            try:
+                result = attempt(order, True)
+            except (MissingDerivative, NotFiniteFeedback) as error:
+                failures.append(error)
+                continue
+            self._chosen[key] = order
+            return result
+        raise _why_none_runs(failures)
+
+    def state_dict(self) -> dict[str, str]:
+        return dict(self._chosen)
+
+    def load_state_dict(self, state: dict[str, Order]) -> None:
+        self._chosen = dict(state)
+
+
+def _key(candidates: Sequence[Order]) -> str:
+    return ", ".join(candidates)
+
+
+def _why_none_runs(failures: Sequence[MissingDerivative | NotFiniteFeedback]) -> MetaplError:
+    """Return one error for attempts that all failed, which names each derivative that is missing."""
+    missing = list(dict.fromkeys(error.what for error in failures if isinstance(error, MissingDerivative)))
+    if not missing:
+        return failures[0]
+    combined = MissingDerivative("; ".join(missing))
+    combined.__cause__ = failures[-1].__cause__
+    return combined

@@ -1,0 +1,260 @@
+"""Outer losses that read the teacher: the feedback's term, plus ∂L(θ′; φ)/∂φ at fixed θ′, against double backward."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+import metapl
+from metapl import Lookahead, MetaplError, Signal
+from metapl.feedback import Implicit
+
+ROWS, CLASSES = 6, 3
+
+
+class Teacher(nn.Module):
+    """Weighs examples, and mixes two operations of the student by ``alpha``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 1)
+        self.alpha = nn.Parameter(torch.tensor([0.3, -0.2]))
+        self.scale = nn.Linear(1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).sigmoid().squeeze(1)
+
+
+class ReadsModule(metapl.BilevelProblem):
+    """The outer loss reads a module of the teacher, which the problem holds."""
+
+    def __init__(self, teacher: Teacher, indirect: bool = True) -> None:
+        self.scale, self.indirect = teacher.scale, indirect
+
+    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+        return Signal(teacher(batch[0]))
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        weights = signal.value if self.indirect else 1 + 0 * signal.value
+        return weights * F.cross_entropy(outputs, batch[1], reduction="none")
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        factor = self.scale(outputs.new_ones(1, 1)).squeeze()
+        return F.cross_entropy(factor * outputs, batch[1])
+
+
+class Architecture(metapl.BilevelProblem):
+    """Both losses read ``alpha``: the inputs of both passes are scaled by it, as the operations of DARTS are."""
+
+    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+        return Signal({"weights": teacher(batch[0]), "alpha": teacher.alpha})
+
+    signal_has_rows: ClassVar[Any] = {"weights": True, "alpha": False}
+
+    def student_input(self, batch: Any, signal: Signal) -> Any:  # type: ignore[override]
+        return self.mixed(batch[0], signal)
+
+    def outer_input(self, batch: Any, signal: Signal) -> Any:  # type: ignore[override]
+        return self.mixed(batch[0], signal)
+
+    def mixed(self, x: Tensor, signal: Signal) -> Tensor:
+        w = signal["alpha"].softmax(0)
+        return w[0] * x.tanh() + w[1] * x.square()
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        return signal["weights"] * F.cross_entropy(outputs, batch[1], reduction="none")
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1])
+
+
+def networks() -> tuple[Teacher, nn.Module, Any, list[Any]]:
+    torch.manual_seed(0)
+    teacher = Teacher().double()
+    student = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, CLASSES)).double()
+    data = [(torch.randn(ROWS, 4).double(), torch.arange(ROWS) % CLASSES) for _ in range(4)]
+    return teacher, student, data[0], data[1:]
+
+
+LR = 0.4
+
+
+def by_hand(teacher: Teacher, student: nn.Module, problem: Any, outer: Any, inner: list[Any]) -> dict[str, Tensor]:
+    """The gradient of L(θ_K(φ); φ), by double backward through plain SGD."""
+    theta: dict[str, Tensor] = dict(student.named_parameters())
+    signal = None
+    for batch in inner:
+        signal = problem.signal(teacher, batch, None, generator=None)
+        takes_signal = isinstance(problem, Architecture)
+        x = problem.student_input(batch, signal) if takes_signal else batch[0]
+        loss = problem.inner_loss(functional_call(student, theta, (x,)), signal, batch).mean()
+        g = torch.autograd.grad(loss, [*theta.values()], create_graph=True)
+        theta = {name: t - LR * g_t for (name, t), g_t in zip(theta.items(), g, strict=True)}
+    x = problem.outer_input(outer, signal) if isinstance(problem, Architecture) else outer[0]
+    L = problem.outer_loss(functional_call(student, theta, (x,)), outer)
+    grads = torch.autograd.grad(L, [*teacher.parameters()], allow_unused=True, materialize_grads=True)
+    return dict(zip(dict(teacher.named_parameters()), grads, strict=True))
+
+
+def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> bool:
+    gap = torch.cat([(a[name] - b[name]).flatten() for name in b]).norm()
+    return bool(gap <= tolerance * torch.cat([t.flatten() for t in b.values()]).norm())
+
+
+PROBLEMS = {
+    "a module": lambda teacher: ReadsModule(teacher),
+    "a module, whose indirect term is zero": lambda teacher: ReadsModule(teacher, indirect=False),
+    "the signal": lambda teacher: Architecture(),
+}
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("mode", ["forward", "unrolled", "difference"])
+@pytest.mark.parametrize("kind", PROBLEMS)
+def test_the_sum_is_that_of_double_backward(kind: str, mode: Any, steps: int) -> None:
+    if mode == "difference" and (steps > 1 or kind == "the signal"):
+        pytest.skip("it takes one step, and no signal in the input")
+    teacher, student, outer, inner = networks()
+    problem = PROBLEMS[kind](teacher)
+    expected = by_hand(teacher, student, problem, outer, inner[:steps])
+    sgd = torch.optim.SGD(student.parameters(), lr=LR)
+    given: dict[str, Any] = {"outer": outer, "inner": Lookahead(inner[:steps]), "problem": problem}
+    given |= {"inner_optimizer": sgd, "mode": mode}
+    found = metapl.hypergradient(teacher, student, **given)
+    assert close(found.grads, expected, 1e-6 if mode == "difference" else 1e-10)
+    assert any(float(t.norm()) > 0 for t in found.direct.values())
+    check = metapl.check_gradient(teacher, student, **given)
+    assert check.status == "right", str(check)
+    for verify in (True, False):
+        metapl.hypergradient(teacher, student, **given, verify=verify)
+
+
+@pytest.mark.parametrize("size", [{"feedback_weight": 0.7}, {"feedback_ratio": 0.3, "teacher_losses": "own"}])
+@pytest.mark.parametrize("kind", PROBLEMS)
+def test_a_trainer_steps_on_the_sum_eager_compiled_and_pure(kind: str, size: dict[str, Any]) -> None:
+    """The teacher's step, by plain SGD at rate 1, is minus its gradient: λ times the sum, and its own losses."""
+    moved = []
+    for road in ("eager", "pure", "compiled"):
+        teacher, student, outer, inner = networks()
+        problem = PROBLEMS[kind](teacher)
+        options = dict(size)
+        if "teacher_losses" in options:
+            options["teacher_losses"] = [OwnLoss()]
+        trainer = metapl.BilevelTrainer(
+            teacher,
+            student,
+            "forward",
+            problem=problem,
+            inner_optimizer=torch.optim.SGD(student.parameters(), lr=LR),
+            outer_optimizer=torch.optim.SGD(teacher.parameters(), lr=1.0),
+            compile=road == "compiled",
+            **options,
+        )
+        before = {name: p.detach().clone() for name, p in teacher.named_parameters()}
+        expected = by_hand(teacher, student, problem, outer, inner[:1])
+        if road == "pure":
+            step, state = trainer.functional()
+            with torch.no_grad():
+                state, _ = step(state, outer, inner[0])
+            after = state.teacher.params
+        else:
+            report = trainer.step(outer=outer, inner=inner[0])
+            assert report.direct_term == "included"
+            after = dict(teacher.named_parameters())
+        moved.append({name: before[name] - after[name].detach() for name in before})
+        if "feedback_weight" in size:
+            assert close(moved[-1], {name: 0.7 * g for name, g in expected.items()}, 1e-8), road
+    assert close(moved[1], moved[0], 1e-8)
+    assert close(moved[2], moved[0], 1e-8)
+
+
+class OwnLoss:
+    """A penalty on the teacher's weights."""
+
+    name = "own"
+
+    def __call__(self, teacher: nn.Module, **batches: Any) -> Tensor:
+        return torch.stack([p.square().sum() for p in teacher.parameters()]).sum()
+
+
+def test_stacked_steps_have_the_direct_term_too() -> None:
+    teacher, student, outer, inner = networks()
+    trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=ReadsModule(teacher), verify=False)
+    step, state = trainer.functional()
+    stacked = metapl.functional.stack([state, state])
+    with torch.no_grad():
+        alone, _ = step(state, outer, inner[0])
+        both, _ = torch.func.vmap(step, in_dims=(0, None, None), randomness="same")(stacked, outer, inner[0])
+    for name, t in alone.teacher.params.items():
+        assert torch.allclose(both.teacher.params[name][1], t, atol=1e-12)
+    assert not torch.equal(alone.teacher.params["scale.weight"], state.teacher.params["scale.weight"])
+
+
+def test_micro_batches_have_the_sum_of_whole_ones() -> None:
+    teacher, student, outer, inner = networks()
+    problem = ReadsModule(teacher)
+    sgd = torch.optim.SGD(student.parameters(), lr=LR)
+    given: dict[str, Any] = {"outer": outer, "inner": inner[0], "problem": problem, "inner_optimizer": sgd}
+    whole, parts = (metapl.hypergradient(teacher, student, **given, accumulate=n) for n in (1, 2))
+    assert close(parts.grads, whole.grads, 1e-10)
+
+
+@pytest.mark.parametrize("mode", ["reinforce", "none", "loss_difference"])
+def test_sampled_modes_leave_it_out_and_say_so(mode: Any) -> None:
+    teacher, student, outer, inner = networks()
+
+    class Drawn(ReadsModule):
+        def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+            p = teacher(batch[0])
+            drawn = torch.bernoulli(p.detach(), generator=generator)
+            return Signal(drawn, log_prob=torch.where(drawn > 0, p, 1 - p).log())
+
+    trainer = metapl.BilevelTrainer(teacher, student, mode, problem=Drawn(teacher))
+    scale = teacher.scale.weight.detach().clone()
+    report = trainer.step(outer=outer, inner=inner[0])
+    assert report.direct_term == "left out"
+    if mode != "none":
+        assert teacher.scale.weight.equal(scale) or float((teacher.scale.weight - scale).abs().max()) < 1e-2
+
+
+def test_implicit_has_it() -> None:
+    teacher, student, outer, inner = networks()
+    problem = ReadsModule(teacher)
+    sgd = torch.optim.SGD(student.parameters(), lr=LR)
+    given: dict[str, Any] = {"outer": outer, "inner": inner[0], "problem": problem, "inner_optimizer": sgd}
+    found = metapl.hypergradient(teacher, student, **given, mode=Implicit(damping=1.0))
+    exact = metapl.hypergradient(teacher, student, **given)
+    assert float(found.direct["scale.weight"].norm()) > 0
+    assert exact.direct["scale.weight"].shape == found.direct["scale.weight"].shape
+
+
+def test_what_cannot_have_it_is_refused() -> None:
+    teacher, student, outer, inner = networks()
+    sgd = torch.optim.SGD(student.parameters(), lr=LR)
+    given: dict[str, Any] = {"outer": outer, "inner": Lookahead(inner), "inner_optimizer": sgd}
+    with pytest.raises(MetaplError, match="expected compile=False"):
+        metapl.hypergradient(teacher, student, **given, problem=ReadsModule(teacher), compile=True)
+    with pytest.raises(MetaplError, match="accumulate=2; expected 1"):
+        metapl.BilevelTrainer(teacher, student, "forward", problem=Architecture(), accumulate=2)
+
+
+def test_an_architecture_search_comes_out() -> None:
+    """The labels depend on the square of the inputs alone, so that the weight of that operation grows."""
+    torch.manual_seed(0)
+    teacher, student = Teacher(), nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
+    x = torch.randn(400, 4)
+    y = (x.square().sum(1) > 3.4).long()
+    adam = torch.optim.Adam(teacher.parameters(), lr=0.03)
+    trainer = metapl.BilevelTrainer(
+        teacher, student, "forward", problem=Architecture(), outer_optimizer=adam, teacher_losses=()
+    )
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(300):
+        inner_rows, outer_rows = torch.randperm(400, generator=draw).split(200)
+        trainer.step(outer=(x[outer_rows], y[outer_rows]), inner=(x[inner_rows], y[inner_rows]))
+    assert float(teacher.alpha.detach().softmax(0)[1]) > 0.6

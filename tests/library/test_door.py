@@ -1,0 +1,266 @@
+"""The door of the first step: what carries a gradient past the signal is refused by name, and nothing has moved."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchopt
+from problems_zoo import toy
+from torch import Tensor, nn
+
+import metapl
+from metapl import Lookahead, MetaplError
+from metapl.problems import ExampleWeights, MetaWeightNet, Table, WeightNet
+from metapl.training import trainer as trainer_module
+
+ROWS, CLASSES = 8, 3
+MODES = ["forward", "unrolled", "difference"]
+
+
+class Weigher(nn.Module):
+    """A teacher that weighs examples, and has something else to learn beside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = WeightNet(4)
+        self.log_rate = nn.Parameter(torch.tensor(-1.0))
+        self.alpha = nn.Parameter(torch.tensor([0.3, -0.2]))
+        self.pictures = nn.Parameter(torch.randn(ROWS, 4))
+
+    def forward(self, losses: Tensor) -> Any:
+        return self.net(losses)
+
+
+class Mixed(nn.Module):
+    """A softmax of weights that are not its own, over two operations."""
+
+    def __init__(self, weights: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.weights = nn.Linear(4, CLASSES), nn.Linear(4, CLASSES), weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weights().softmax(0)
+        return w[0] * self.a(x).tanh() + w[1] * self.b(x)
+
+
+def batches() -> dict[str, Any]:
+    data = torch.randn(ROWS, 4), torch.arange(ROWS) % CLASSES
+    return {"outer": data, "inner": (data[0].clone(), data[1])}
+
+
+def refused(call: Callable[[], Any], *networks: nn.Module, naming: str) -> None:
+    """See a call refused by one line that names something, with all networks as they were."""
+    before = [t.clone() for network in networks for t in network.state_dict().values()]
+    generator = torch.get_rng_state()
+    with pytest.raises(MetaplError, match=naming) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    after = [t for network in networks for t in network.state_dict().values()]
+    assert all(t.equal(t_before) for t, t_before in zip(after, before, strict=True))
+    assert generator.equal(torch.get_rng_state())
+
+
+def three_doors(teacher: Any, student: nn.Module, data: dict[str, Any], naming: str, **options: Any) -> None:
+    """See the same refusal at the door of a trainer that verifies, of one that does not, and of check_gradient."""
+    for verify in (True, False):
+        trainer = metapl.BilevelTrainer(teacher, student, verify=verify, **options)
+        refused(lambda trainer=trainer: trainer.step(**data), teacher, student, naming=naming)
+    trainer = metapl.BilevelTrainer(teacher, student, **options)
+    assert re.search(naming, said_by_check_gradient(trainer, data))
+
+
+def said_by_check_gradient(trainer: Any, data: dict[str, Any]) -> str:
+    """Return the text of a refusal, which a wrong call raises, and a way past the signal does not."""
+    try:
+        check = metapl.check_gradient(trainer, **data)
+    except MetaplError as error:
+        return str(error)
+    assert check.status == "refused"
+    return check.verdict
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_student_that_reads_the_teacher_past_the_signal(mode: Any) -> None:
+    torch.manual_seed(0)
+    teacher = Weigher()
+    readers: list[Callable[[], Tensor]] = [lambda: teacher.alpha, lambda: [*teacher.parameters()][1]]
+    for reader in readers:
+        student = Mixed(reader)
+        three_doors(teacher, student, batches(), r"the teacher's alpha", mode=mode, problem=MetaWeightNet())
+    in_a_list = Mixed(lambda: nn.Parameter(torch.zeros(2)))
+    in_a_list.held = [torch.zeros(2, requires_grad=True)]
+    in_a_list.weights = lambda: in_a_list.held[0]
+    three_doors(teacher, in_a_list, batches(), "the student's held", mode=mode, problem=MetaWeightNet())
+
+
+def test_over_several_steps_and_in_hypergradient() -> None:
+    torch.manual_seed(0)
+    teacher = Weigher()
+    student = Mixed(lambda: teacher.alpha)
+    data = batches()
+    data["inner"] = Lookahead([data["inner"]] * 3)
+    for mode in ("forward", "unrolled"):
+        sgd = torch.optim.SGD(student.parameters(), lr=0.1)
+        options: Any = {"mode": mode, "problem": MetaWeightNet(), "inner_optimizer": sgd, "verify": True}
+        refused(
+            lambda o=options: metapl.hypergradient(teacher, student, **data, **o), teacher, naming="teacher's alpha"
+        )
+
+
+class ReadsTeacher(MetaWeightNet):
+    """A loss that reads a tensor past the signal."""
+
+    def __init__(self, inner: Tensor | None = None, outer: Tensor | None = None) -> None:
+        super().__init__()
+        self.read = (lambda: inner), (lambda: outer)
+
+    def inner_loss(self, outputs: Any, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        losses = super().inner_loss(outputs, signal, batch, params)
+        t = self.read[0]()
+        return losses if t is None else losses * (1 + t.sum())
+
+    def outer_loss(self, outputs: Any, batch: Any) -> Any:
+        loss: Any = super().outer_loss(outputs, batch)
+        t = self.read[1]()
+        return loss if t is None else loss * (1 + t.sum())
+
+
+@pytest.mark.parametrize("which", ["inner", "outer"])
+def test_a_loss_that_reads_another_tensor(which: str) -> None:
+    torch.manual_seed(0)
+    teacher, student = Weigher(), nn.Linear(4, CLASSES)
+    somewhere = torch.ones(2, requires_grad=True)
+    options: Any = {"problem": ReadsTeacher(**{which: somewhere}), "mode": "forward"}
+    three_doors(teacher, student, batches(), rf"the {which} loss depends on", **options)
+    options = {"problem": ReadsTeacher(**{which: somewhere.detach()}), "mode": "forward"}
+    metapl.BilevelTrainer(teacher, student, **options).step(**batches())
+
+
+def test_a_batch_that_requires_a_gradient() -> None:
+    torch.manual_seed(0)
+    teacher, student = Weigher(), nn.Linear(4, CLASSES)
+    options: Any = {"mode": "forward", "problem": MetaWeightNet()}
+    data = batches()
+    learned = {**data, "inner": (teacher.pictures, data["inner"][1])}
+    three_doors(teacher, student, learned, r"inner\[0\]", **options)
+    x, y = data["outer"]
+    three_doors(teacher, student, {**data, "outer": (x.requires_grad_(), y)}, r"outer\[0\]", **options)
+    sgd = torch.optim.SGD(student.parameters(), lr=0.1)
+    given: Any = {**batches(), "inner": Lookahead([(teacher.pictures, y)]), "inner_optimizer": sgd, **options}
+    refused(lambda: metapl.hypergradient(teacher, student, **given), teacher, naming=r"inner\[0\]\[0\]")
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "momentum"])
+def test_a_setting_of_the_inner_optimizer_that_requires_a_gradient(name: str) -> None:
+    torch.manual_seed(0)
+    teacher, student = Weigher(), nn.Linear(4, CLASSES)
+    for value in (teacher.log_rate.exp(), torch.tensor(0.1, requires_grad=True)):
+        sgd = torch.optim.SGD(student.parameters(), lr=0.1)
+        sgd.param_groups[0][name] = value
+        options: Any = {"problem": MetaWeightNet(), "mode": "forward", "inner_optimizer": sgd}
+        three_doors(teacher, student, batches(), f"{name} of the inner optimizer", **options)
+        given: Any = {**batches(), **options}
+        refused(lambda g=given: metapl.hypergradient(teacher, student, **g), teacher, naming=f"{name} of the inner")
+
+
+def test_a_transform_that_reads_a_learned_rate() -> None:
+    torch.manual_seed(0)
+    teacher, student = Weigher(), nn.Linear(4, CLASSES)
+    inner = torchopt.sgd(lr=lambda step: teacher.log_rate.exp())
+    options: Any = {"problem": MetaWeightNet(), "mode": "forward", "inner_optimizer": inner}
+    three_doors(teacher, student, batches(), "result of the TorchOpt transform", **options)
+    given: Any = {**batches(), **options}
+    refused(lambda: metapl.hypergradient(teacher, student, **given), teacher, naming="TorchOpt")
+    options["inner_optimizer"] = torchopt.sgd(lr=lambda step: teacher.log_rate.exp().item())
+    metapl.BilevelTrainer(teacher, student, **options).step(**batches())
+
+
+@pytest.mark.parametrize("mode", ["forward", "difference"])
+def test_a_hook_on_a_parameter(mode: Any) -> None:
+    case = toy()
+    sgd = torch.optim.SGD(case.student.parameters(), lr=0.1)
+    given: Any = {**case.data(), "inner_optimizer": sgd, "mode": mode}
+    handle = next(case.student.parameters()).register_hook(lambda g: 2 * g)
+    refused(lambda: metapl.check_gradient(case.teacher, case.student, **given), naming="have hooks")
+    refused(lambda: metapl.hypergradient(case.teacher, case.student, **given, verify=True), naming="have hooks")
+    handle.remove()
+    trainer = metapl.BilevelTrainer(case.teacher, case.student, mode, verify=False)
+    next(case.student.parameters()).register_hook(lambda g: 2 * g)
+    refused(lambda: trainer.step(**case.data()), naming="have hooks")
+
+
+class InPlace(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mul_(1.1))
+
+
+def test_a_batch_that_a_pass_changes_is_put_back() -> None:
+    torch.manual_seed(0)
+    student = InPlace(4, CLASSES)
+    for which in (True, False):
+        trainer = metapl.BilevelTrainer(nn.Linear(4, CLASSES), student, "forward", verify=which)
+        x = torch.randn(ROWS, 4)
+        before = x.clone()
+        with pytest.raises(MetaplError, match="a batch is changed in place"):
+            trainer.step(outer=(torch.randn(ROWS, 4), torch.arange(ROWS) % CLASSES), inner=x)
+        assert x.equal(before)
+
+
+class OfDerivatives(nn.Module):
+    """A student with a leaf of its own in each pass: for derivatives of its outputs in its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.clone().requires_grad_()
+            z = self.net(x)
+            (slope,) = torch.autograd.grad(z.square().sum(), x, create_graph=True)
+        return z + slope[:, :CLASSES]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_leaf_that_a_pass_makes_for_itself_is_no_way_past_the_signal(mode: Any, steps: int) -> None:
+    if mode == "difference" and steps > 1:
+        pytest.skip("difference takes one step")
+    torch.manual_seed(0)
+    teacher, student = Table(torch.zeros(ROWS)), OfDerivatives()
+    data = batches()
+    inner = (*data["inner"], torch.arange(ROWS))
+    data["inner"] = inner if steps == 1 else Lookahead([inner] * steps)
+    for verify in (True, False):
+        trainer = metapl.BilevelTrainer(teacher, student, mode, problem=ExampleWeights(), verify=verify)
+        trainer.step(**data)
+
+
+def test_only_the_first_step_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    real = trainer_module.FirstLook
+    monkeypatch.setattr(
+        trainer_module, "FirstLook", lambda *given, **options: made.append(given) or real(*given, **options)
+    )
+    case = toy()
+    trainer = metapl.BilevelTrainer(case.teacher, case.student, "forward", verify=False)
+    for _ in range(3):
+        trainer.step(**case.data())
+    assert len(made) == 1
+    case.student.eval()
+    trainer.step(**case.data())
+    assert len(made) == 2
+
+
+def test_a_refused_step_is_looked_at_again() -> None:
+    torch.manual_seed(0)
+    teacher = Weigher()
+    student = Mixed(lambda: teacher.alpha)
+    trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=MetaWeightNet(), verify=False)
+    data = batches()
+    for _ in range(2):
+        refused(lambda: trainer.step(**data), teacher, student, naming="teacher's alpha")
