@@ -230,7 +230,8 @@ class LocalStudent:
     ) -> AbstractContextManager[None]:
         """The student at other weights, on copies of a state (``upcast``: in float32 or wider), with draws from
         ``random`` on."""
-        return replay(random, state, self.held_at(params), upcast=upcast)
+        held = [*self.held_at(params), *self.slots.in_formulas(), *self.slots.made()]
+        return replay(random, state, held, upcast=upcast)
 
     def along(self, params: Tree, w: Tree, random: RandomState, state: State) -> AbstractContextManager[None]:
         """As :meth:`at`, with dual numbers for weights, whose tangent is w."""
@@ -251,12 +252,12 @@ class Pass:
         self._graph_of_g: tuple[Tree, list[Tensor]] | None = None  # g, and the leaves of its graph
         if params is student.params:
             self._at: Tree = {**student.parameters}
-            self._held: list[Slot] = []
+            self._held = student.slots.in_formulas()
         else:
             own = student.parameters
             graph = student.double_backward
             self._at = {n: stand_in(p, own[n]) for n, p in params.items()} if graph else student.as_leaves(params)
-            self._held = student.held_at(self._at)
+            self._held = [*student.held_at(self._at), *student.slots.in_formulas()]
         self._before = student.slots.random_state(student.device)
         self._state, student.slots.state = student.slots.state or student.slots.now(), None
         with self._running():
