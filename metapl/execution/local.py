@@ -30,6 +30,7 @@ from metapl.execution.numerics import (
     asks_for_gradient,
     forward_mode,
     full_float32,
+    is_layout_refused,
     mean_tree,
     no_fast_path,
     sum_tree,
@@ -91,11 +92,12 @@ class LocalStudent:
         start: RandomState,
         *,
         gradient: bool = False,
+        state: State | None = None,
         look: GraphLook | None = None,
         whole: Any = None,
     ) -> tuple[Tensor, Tree]:
-        """Σ sum / Σ weight of a loss over batches, of all ranks, at ``params``, on the buffers as they are now, and the
-        ``gradient`` where it is asked for, with zeros for weights that no loss reaches.
+        """Return Σ sum / Σ weight of a loss over batches, of all ranks, at ``params``, and the ``gradient`` where it is
+        asked for, with zeros for weights that no loss reaches. The buffers are those of a ``state``; None: as now.
 
         ``whole`` is the batch that the micro-batches are of, where a scalar loss of it may be another function of the
         rows than the mean over micro-batches. The loss is then taken once, of all rows; cost: for a gradient one more
@@ -107,7 +109,7 @@ class LocalStudent:
         values, gradients = list[tuple[Tensor, Tensor | float]](), list[Tree]()
         rows: _AllRows | None = None
         # The backward pass belongs into the block: checkpoints run the student again in it.
-        with NOTHING if gradient else no_fast_path(), self.at(at, start, self.slots):
+        with NOTHING if gradient else no_fast_path(), self.at(at, start, state or self.slots):
             for inputs, batch in batches:
                 outputs = self.forward(inputs)
                 value, weight = judge(outputs, batch)
@@ -215,12 +217,20 @@ class LocalStudent:
     def holding(self, params: Tree) -> AbstractContextManager[None]:
         return swapped(self.held_at(self.as_leaves(params)))
 
+    @contextmanager
+    def with_leaves(self, params: Tree) -> Iterator[Tree]:
+        """Hold these weights as leaves in this block, and yield them: for a loss that is called without a pass."""
+        leaves = self.as_leaves(params)
+        with swapped(self.held_at(leaves)):
+            yield leaves
+
     def at(
         self, params: Tree, random: RandomState, state: State | Slots, *, upcast: bool = False
     ) -> AbstractContextManager[None]:
         """The student at other weights, on copies of a state (``upcast``: in float32 or wider), with draws from
         ``random`` on."""
-        return replay(random, state, self.held_at(params), upcast=upcast)
+        held = [*self.held_at(params), *self.slots.in_formulas(), *self.slots.made()]
+        return replay(random, state, held, upcast=upcast)
 
     def along(self, params: Tree, w: Tree, random: RandomState, state: State) -> AbstractContextManager[None]:
         """As :meth:`at`, with dual numbers for weights, whose tangent is w."""
@@ -241,17 +251,18 @@ class Pass:
         self._graph_of_g: tuple[Tree, list[Tensor]] | None = None  # g, and the leaves of its graph
         if params is student.params:
             self._at: Tree = {**student.parameters}
-            self._held: list[Slot] = []
+            self._held = student.slots.in_formulas()
         else:
             own = student.parameters
             graph = student.double_backward
             self._at = {n: stand_in(p, own[n]) for n, p in params.items()} if graph else student.as_leaves(params)
-            self._held = student.held_at(self._at)
-        self._before = RandomState.now(student.device)
+            self._held = [*student.held_at(self._at), *student.slots.in_formulas()]
+        self._before = student.slots.random_state(student.device)
         self._state, student.slots.state = student.slots.state or student.slots.now(), None
         with self._running():
             outputs = checks.logits(student.module(inputs), "student")
-        self.after = RandomState.now(student.device)
+        self.after = student.slots.random_state(student.device)
+        student.slots.watch(self._before, self.after)
         self._dtype = outputs.dtype
         self.graph: Tensor | None = wide(outputs)
         self.outputs = self.graph.detach()
@@ -261,6 +272,11 @@ class Pass:
         """The coarsest dtype of the pass: a key of the tolerances in :mod:`metapl.execution.compare`."""
         return coarsest([self._dtype, *self.student.formats], self.student.device)
 
+    @property
+    def state_before(self) -> State:
+        """The student's buffers and frozen parameters as this pass found them."""
+        return self._state
+
     def _running(self) -> AbstractContextManager[None]:
         return swapped(self._held) if self._held else NOTHING
 
@@ -268,10 +284,12 @@ class Pass:
         """A loss of this pass and its gradient g; the graph is kept for :meth:`in_leaves` where it has leaves."""
         assert self.graph is not None, "a pass learns once"
         student, ranks = self.student, self.student.ranks
-        value = loss(self.graph, self._at)
-        if not value.requires_grad:
-            raise MetaplError(f"the student's loss {checks.NO_GRADIENT}")
+        # A loss may read ``student.parameters()``, which have to be those of this pass; and the backward pass of a
+        # checkpoint runs the module again.
         with self._running():
+            value = loss(self.graph, self._at)
+            if not value.requires_grad:
+                raise MetaplError(f"the student's loss {checks.NO_GRADIENT}")
             own, grads = student.gradient(value, self._at, create_graph=student.double_backward or bool(leaves))
         if student.double_backward or leaves:
             student.inspect_graph(own, value)
@@ -334,6 +352,10 @@ class Pass:
                 if asks_for_gradient(error):
                     what = "the student's forward takes a gradient, and a pass in forward mode has no graph"
                     raise MissingDerivative(what) from error
+                if is_layout_refused(error):
+                    # The plain pass took these tensors, so it is a rule of forward mode: group norm's, on torch 2.12.
+                    what = "the forward mode of an operation of the student takes contiguous tensors alone here"
+                    raise MissingDerivative(f"{what} ({str(error).splitlines()[0].rstrip('.')})") from error
                 raise
             self._same_outputs(outputs)
             return torch.zeros_like(self.outputs) if tangent is None else tangent.clone()

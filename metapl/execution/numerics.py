@@ -6,12 +6,14 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cache
 from operator import attrgetter
 from typing import Any
 
 import torch
+import torch.utils.deterministic
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -58,7 +60,11 @@ class Space:
 
     def norm(self, a: Tree) -> Tensor:
         """‖a‖ over all parameters, a scalar."""
-        total: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(wide_list(a.values()))))
+        values = wide_list(a.values())
+        if any(t.is_sparse for t in values):
+            # torch 2.11 has no norm of a list with sparse gradients of embeddings.
+            values = [t.coalesce().values() if t.is_sparse else t for t in values]
+        total: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(values)))
         return total
 
     def slope(self, a: Tree, b: Tree) -> tuple[Tensor, Tensor]:
@@ -132,6 +138,31 @@ def full_float32(device: torch.device) -> Iterator[None]:
             switch.fp32_precision = precision
 
 
+_DETERMINISTIC: Any = torch.utils.deterministic  # whose setting is no attribute to a type checker
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Ask for deterministic algorithms, with a warning of torch's where an operation has none; the settings are put
+    back. A caller who asks for them already keeps his own settings, errors included."""
+    if torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    filled = _DETERMINISTIC.fill_uninitialized_memory
+    with warnings.catch_warnings() if device.type == "cuda" else nullcontext():
+        if device.type == "cuda":
+            # cuBLAS repeats its bits on one stream, which is what a path runs on; torch warns for the case of several.
+            warnings.filterwarnings("ignore", message="(?s).*CuBLAS")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # Else every new tensor is filled, which costs a write and changes no result.
+        _DETERMINISTIC.fill_uninitialized_memory = False
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+            _DETERMINISTIC.fill_uninitialized_memory = filled
+
+
 _CUDA: Any = torch.backends.cuda
 _FUSED = (  # kernels of attention, on every device, which have neither forward mode nor a second derivative
     (_CUDA.flash_sdp_enabled, _CUDA.enable_flash_sdp),
@@ -140,15 +171,25 @@ _FUSED = (  # kernels of attention, on every device, which have neither forward 
 )
 
 
+_takes_formulas: ContextVar[bool] = ContextVar("takes_formulas", default=False)
+
+
+def takes_formulas() -> bool:
+    """Whether kernels without a second derivative or a forward mode are out of use, as in ``no_fast_path(math=True)``;
+    those of modules are exchanged where the modules run (:mod:`metapl.execution.weight_norm`)."""
+    return _takes_formulas.get()
+
+
 @contextmanager
 def no_fast_path(*, math: bool = False) -> Iterator[None]:
     """Disable the fused path of PyTorch's attention layers, which it takes in eval mode without a graph, and which
-    treats padded rows differently; ``math``: and the fused kernels."""
+    treats padded rows differently; ``math``: and the fused kernels, see also :func:`takes_formulas`."""
     # Switch by switch: ``sdpa_kernel`` takes as long as a pass of a small network.
     path = torch.backends.mha
     fast, plain = path.get_fastpath_enabled(), _CUDA.math_sdp_enabled()
     fused = [enable for enabled, enable in _FUSED if enabled()] if math else []
     path.set_fastpath_enabled(False)
+    token = _takes_formulas.set(math or _takes_formulas.get())
     try:
         for enable in fused:
             enable(False)
@@ -156,6 +197,7 @@ def no_fast_path(*, math: bool = False) -> Iterator[None]:
             _CUDA.enable_math_sdp(True)
         yield
     finally:
+        _takes_formulas.reset(token)
         path.set_fastpath_enabled(fast)
         for enable in fused:
             enable(True)
@@ -203,6 +245,11 @@ class MissingDerivative(MetaplError):
 def asks_for_gradient(error: BaseException) -> bool:
     """Whether a forward failed because it takes a gradient itself, in a pass that has no graph."""
     return isinstance(error, RuntimeError) and "does not require grad and does not have a grad_fn" in str(error)
+
+
+def is_layout_refused(error: BaseException) -> bool:
+    """Whether a view failed because of where the numbers of a tensor lie in memory."""
+    return isinstance(error, RuntimeError) and "view size is not compatible" in str(error)
 
 
 def explain(error: BaseException) -> None:

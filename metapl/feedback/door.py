@@ -40,10 +40,13 @@ def refuse_gradients_of_batches(outer: Any, inner: Any) -> None:
 
     Of a :class:`metapl.Lookahead` whose batches a function returns, the batches are looked at by the first look alone.
     """
-    named = {"outer": outer, "inner": inner}
-    if isinstance(inner, Lookahead):
-        held = [] if callable(inner.batches) else list(inner.batches)
-        named = {"outer": outer, **{f"inner[{k}]": batch for k, batch in enumerate(held)}}
+    named = dict[str, Any]()
+    for role, given in (("outer", outer), ("inner", inner)):
+        if isinstance(given, Lookahead):
+            held = [] if callable(given.batches) else list(given.batches)
+            named |= {f"{role}[{k}]": batch for k, batch in enumerate(held)}
+        else:
+            named[role] = given
     for name, batch in named.items():
         for place, t in named_leaves_of(batch):
             if isinstance(t, Tensor) and t.requires_grad:
@@ -70,9 +73,12 @@ def refuse_learned_settings(update: Update) -> None:
                 if name == "params":
                     continue
                 if any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(value)):
+                    expected = f"a number ({name}.item())"
+                    if isinstance(value, Tensor) and value.numel() > 1:
+                        expected = f"values alone ({name}.detach())"
                     raise MetaplError(
                         f"{name} of the inner optimizer requires a gradient, of which the feedback would know nothing; "
-                        f"expected a number ({name}.item()), whose gradient metapl.hypergradient(wrt={name!r}) gives."
+                        f"expected {expected}, whose gradient metapl.hypergradient(wrt={name!r}) gives."
                     )
 
 
@@ -121,8 +127,8 @@ def refuse_direct_term_in_parts(problem: Problem, *, parts: int, is_alone: bool)
     """Refuse an outer loss that reads outer variables where the direct term cannot be taken."""
     if not is_alone:
         raise MetaplError(
-            f"the outer loss of {kind_of(problem)} may read the teacher, whose module the problem holds, or the signal, "
-            "and the networks are in several processes; expected one process."
+            f"the outer loss of {kind_of(problem)} may read the teacher, whose module it holds, or the signal, and the "
+            "networks are in several processes; expected one process."
         )
     if parts > 1 and reads_signal_in_outer_input(problem):
         raise MetaplError(f"{kind_of(problem)} has outer_input(batch, signal) with accumulate={parts}; expected 1.")
