@@ -126,7 +126,7 @@ class LocalStudent:
                     gradients.append(self.gradient(value, at)[1] if value.requires_grad else {})
                 values.append((value.detach(), weight))
         if rows is not None and gradient:
-            gradients = [self._pulled_back(at, batches, rows, start)]
+            gradients = [self._pulled_back(at, batches, rows, start, state or self.slots)]
         simple = len(values) == 1 and self.ranks.alone and not isinstance(weight, Tensor)
         mean, weight = values[0] if simple else self.mean_of_all(values)
         if not gradient:
@@ -154,12 +154,19 @@ class LocalStudent:
         if self.readable:
             rows.direct = self.gradient(value, at)[1]
 
-    def _pulled_back(self, at: Tree, batches: Sequence[tuple[Any, Any]], rows: _AllRows, start: RandomState) -> Tree:
+    def _pulled_back(
+        self,
+        at: Tree,
+        batches: Sequence[tuple[Any, Any]],
+        rows: _AllRows,
+        start: RandomState,
+        state: State | Slots,
+    ) -> Tree:
         """Return the gradient of a loss of all rows, by running each micro-batch again, on the same draws and state."""
         if not rows.cotangents:
             return rows.direct
         found = [rows.direct]
-        with self.at(at, start, self.slots):
+        with self.at(at, start, state):
             for (inputs, _), first, cotangent in zip(batches, rows.parts, rows.cotangents, strict=True):
                 outputs = self.forward(inputs)
                 tolerance = EXACTLY[coarsest([outputs.dtype, *self.formats], self.device)].outputs
