@@ -214,7 +214,7 @@ def attribute(
     start = generators_at_start(mode.keep_on, device)
     training = _Training(arguments, start)
     problem, one, order, ranks = training.problem, training.optimizer, training.order, training.layout.ranks
-    if mode.truncate == 0:
+    if getattr(mode, "truncate", None) == 0:
         raise MetaplError("truncate=0 differentiates no step, so nothing reaches the examples; expected 1 or more.")
     if folder_of(mode.keep_on) and (each or not compile):
         raise MetaplError(f"keep_on={mode.keep_on!r} is a folder; expected compile=True and each=False with it.")
