@@ -157,6 +157,13 @@ class LocalStudent:
     def holding(self, params: Tree) -> AbstractContextManager[None]:
         return swapped(self.held_at(self.as_leaves(params)))
 
+    @contextmanager
+    def with_leaves(self, params: Tree) -> Iterator[Tree]:
+        """Hold these weights as leaves in this block, and yield them: for a loss that is called without a pass."""
+        leaves = self.as_leaves(params)
+        with swapped(self.held_at(leaves)):
+            yield leaves
+
     def at(
         self, params: Tree, random: RandomState, state: State | Slots, *, upcast: bool = False
     ) -> AbstractContextManager[None]:
@@ -189,11 +196,12 @@ class Pass:
             graph = student.double_backward
             self._at = {n: stand_in(p, own[n]) for n, p in params.items()} if graph else student.as_leaves(params)
             self._held = student.held_at(self._at)
-        self._before = RandomState.now(student.device)
+        self._before = student.slots.random_state(student.device)
         self._state, student.slots.state = student.slots.state or student.slots.now(), None
         with self._running():
             outputs = checks.logits(student.module(inputs), "student")
-        self.after = RandomState.now(student.device)
+        self.after = student.slots.random_state(student.device)
+        student.slots.watch(self._before, self.after)
         self._dtype = outputs.dtype
         self.graph: Tensor | None = wide(outputs)
         self.outputs = self.graph.detach()
@@ -215,10 +223,12 @@ class Pass:
         """A loss of this pass and its gradient g; the graph is kept for :meth:`in_leaves` where it has leaves."""
         assert self.graph is not None, "a pass learns once"
         student, ranks = self.student, self.student.ranks
-        value = loss(self.graph, self._at)
-        if not value.requires_grad:
-            raise MetaplError(f"the student's loss {checks.NO_GRADIENT}")
+        # A loss may read ``student.parameters()``, which have to be those of this pass; and the backward pass of a
+        # checkpoint runs the module again.
         with self._running():
+            value = loss(self.graph, self._at)
+            if not value.requires_grad:
+                raise MetaplError(f"the student's loss {checks.NO_GRADIENT}")
             own, grads = student.gradient(value, self._at, create_graph=student.double_backward or bool(leaves))
         if student.double_backward or leaves:
             student.inspect_graph(own, value)

@@ -7,6 +7,7 @@ keeps elsewhere, in attributes or in Python objects, is not carried (docs/contra
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,37 +16,56 @@ from itertools import chain
 from operator import attrgetter
 from threading import RLock
 from typing import Any, NamedTuple, TypeVar, cast
+from weakref import WeakKeyDictionary
 
+import numpy
 import torch
 from torch import Tensor, nn
 
 from metapl.execution import checks
 from metapl.execution.numerics import explain, wide
 from metapl.execution.shards import is_sharded
+from metapl.runs.checkpoint import plain_states
 
 Table = dict[str, Any]  # of a module: its parameters, or its buffers
 Slot = tuple[Table, str, Any]  # a place in a table, and a tensor for it
 
 
 class RandomState(NamedTuple):
-    """A saved state of the default generators that a forward pass on ``device`` may draw from."""
+    """A saved state of the default generators that a forward pass on ``device`` may draw from.
+
+    Those of Python and NumPy are read where ``outside`` says so: to read them takes 40 microseconds, a twentieth of a
+    small network's step, and :attr:`Slots.draws_outside` tells for which networks it is needed.
+    """
 
     device: torch.device
     cpu: Tensor
     accelerator: Tensor | None = None
     generator: torch.Generator | None = None  # of labels, where they are drawn by one of their own,
     drawn: Tensor | None = None  # and its state
+    python: Any = None  # that of Python's random,
+    numpy: Any = None  # and that of NumPy's global generator; None: not read
 
     @staticmethod
-    def now(device: torch.device, generator: torch.Generator | None = None) -> RandomState:
+    def now(device: torch.device, generator: torch.Generator | None = None, *, outside: bool = True) -> RandomState:
         """The current state; it is kept on the host."""
         accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
         drawn = None if generator is None else generator.get_state()
-        return RandomState(device, torch.default_generator.get_state(), accelerator, generator, drawn)
+        cpu = torch.default_generator.get_state()
+        if not outside:
+            return RandomState(device, cpu, accelerator, generator, drawn)
+        python, of_numpy = random.getstate(), numpy.random.get_state(legacy=False)  # noqa: NPY002 - the global one
+        return RandomState(device, cpu, accelerator, generator, drawn, python, of_numpy)
 
-    def values(self) -> dict[str, Tensor | None]:
+    @property
+    def is_whole(self) -> bool:
+        """Whether the generators of Python and NumPy were read too."""
+        return self.python is not None
+
+    def values(self) -> dict[str, Any]:
         """The states by name, as they are stored; with the device they make the whole."""
-        return {"cpu": self.cpu, "accelerator": self.accelerator}
+        found: dict[str, Any] = {"cpu": self.cpu, "accelerator": self.accelerator}
+        return {**found, "python": self.python, "numpy": plain_states(self.numpy)} if self.is_whole else found
 
     def restore(self) -> None:
         torch.default_generator.set_state(self.cpu)
@@ -53,6 +73,9 @@ class RandomState(NamedTuple):
             torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
         if self.generator is not None and self.drawn is not None:
             self.generator.set_state(self.drawn)
+        if self.is_whole:
+            random.setstate(self.python)
+            numpy.random.set_state(self.numpy)  # noqa: NPY002 - the global one
 
     def branch(self) -> RandomState:
         """The start of a stream that is independent of the one that continues from here; a function of this state."""
@@ -62,7 +85,30 @@ class RandomState(NamedTuple):
         digest = hashlib.blake2b(self.cpu.numpy().data, digest_size=8)
         if self.accelerator is not None:
             digest.update(self.accelerator.numpy().data)
-        return _seeded(digest.digest(), self.device, self.accelerator is not None)
+        branched = _seeded(digest.digest(), self.device, self.accelerator is not None)
+        if not self.is_whole:
+            return branched
+        # Torch's stream is the same where these are not read. Theirs depends on their own states too: torch's does not
+        # move where a network draws from them alone.
+        digest.update(repr(self._outside()).encode())
+        seed = int.from_bytes(digest.digest(), "little")
+        kind = getattr(numpy.random, self.numpy["bit_generator"])
+        of_numpy = numpy.random.RandomState(kind(seed)).get_state(legacy=False)
+        return branched._replace(python=random.Random(seed).getstate(), numpy=of_numpy)
+
+    def is_as(self, other: RandomState) -> bool:
+        """Whether two states of the same generators are the same, as far as both were read."""
+        if self.is_whole and other.is_whole and self._outside() != other._outside():
+            return False
+        pairs = (self.cpu, other.cpu), (self.accelerator, other.accelerator), (self.drawn, other.drawn)
+        return all(torch.equal(a, b) for a, b in pairs if a is not None and b is not None)
+
+    def has_drawn_outside(self, before: RandomState) -> bool:
+        """Whether Python's or NumPy's generator has moved since a state ``before``; both have to be whole."""
+        return bool(self._outside() != before._outside())
+
+    def _outside(self) -> Any:
+        return self.python, plain_states(self.numpy)
 
 
 @lru_cache(maxsize=4)  # where nothing draws, every step begins in the same state
@@ -88,7 +134,7 @@ def branching_to(state: RandomState) -> Iterator[None]:
 @contextmanager
 def replayed(state: RandomState) -> Iterator[None]:
     """Draw from ``state`` in this block; afterwards the generators are as they were before."""
-    before = RandomState.now(state.device, state.generator)
+    before = RandomState.now(state.device, state.generator, outside=state.is_whole)
     state.restore()
     try:
         yield
@@ -109,6 +155,7 @@ class Slots:
         state: the snapshot that the step's first pass takes over.
         takes_gradients: whether the forward takes gradients itself, and needs a graph in every pass; found by trying.
         known: the tables' contents when they were read; others mean that the slots are stale.
+        draws_outside: whether passes draw from Python's or NumPy's generators; None until a step has been watched.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -138,6 +185,7 @@ class Slots:
         self._none: State | None = None
         self.known = self.contents()
         self.mark = hash(tuple(self.known[1]))
+        self.draws_outside: bool | None = _DRAWS_OUTSIDE.get(module, {}).get(self.mark)
 
     def contents(self) -> tuple[list[Any], list[int]]:
         """What the tables hold, by name and identity, and the modes, numbers of hooks and ``requires_grad`` flags: the
@@ -145,6 +193,20 @@ class Slots:
         flags = [*map(_TRAINING, self._parts), *map(len, self._hooks), *map(_LEARNS, self._held)]
         held = [*chain.from_iterable(self._tables), *map(id, chain.from_iterable(map(dict.values, self._tables)))]
         return held, flags
+
+    def random_state(self, device: torch.device, generator: torch.Generator | None = None) -> RandomState:
+        """The state of the generators that a pass of this network may draw from."""
+        return RandomState.now(device, generator, outside=self.draws_outside is not False)
+
+    def watch(self, before: RandomState, after: RandomState) -> None:
+        """Note whether a pass between two states drew from Python's or NumPy's generators, as long as it is open."""
+        if self.draws_outside is None and after.has_drawn_outside(before):
+            self.note_draws(True)
+
+    def note_draws(self, draws_outside: bool) -> None:
+        """Establish whether passes draw from Python's or NumPy's generators, for this network in these modes."""
+        self.draws_outside = draws_outside
+        _DRAWS_OUTSIDE.setdefault(self.module, {})[self.mark] = draws_outside
 
     def now(self, *, copies: bool = True) -> State:
         """The network's state; of one that has none, the same each time."""
@@ -155,6 +217,8 @@ class Slots:
         return self._none
 
 
+# Whether networks draw from Python's or NumPy's generators, by their marks: found in the first step of each.
+_DRAWS_OUTSIDE: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()
 _HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TRAINING, _LEARNS = attrgetter("training"), attrgetter("requires_grad")
 
@@ -192,12 +256,12 @@ class State:
 
 @contextmanager
 def replay(
-    random: RandomState, state: State | Slots, held: Sequence[Slot] = (), *, upcast: bool = False
+    start: RandomState, state: State | Slots, held: Sequence[Slot] = (), *, upcast: bool = False
 ) -> Iterator[None]:
-    """In this block, torch draws from ``random``, and a network holds the tensors ``held`` and fresh copies of a
+    """In this block, draws begin at ``start``, and a network holds the tensors ``held`` and fresh copies of a
     ``state``, or of that which it has now (``upcast``: in float32 or wider); afterwards all is as it was before."""
-    drawn = RandomState.now(random.device, random.generator)
-    random.restore()
+    drawn = RandomState.now(start.device, start.generator, outside=start.is_whole)
+    start.restore()
     snapshot = state if isinstance(state, State) else state.now(copies=False)
     before = list[tuple[Table, Table]]()
     if snapshot._tables or snapshot._frozen or any(snapshot._all):  # else the network has no state
@@ -247,6 +311,26 @@ def swapped(held: Sequence[Slot]) -> Iterator[None]:
             table[name] = t
 
 
+@contextmanager
+def with_tables_of(twin: nn.Module, module: nn.Module) -> Iterator[None]:
+    """Let a module hold the tensors of a copy of it, its ``twin``, in this block.
+
+    A loss that reads the module by a closure or a global reads then what the copy is moved to. The tables are shared,
+    so a tensor that is exchanged in one is exchanged in the other.
+    """
+    kept = list[tuple[dict[str, Any], dict[str, Any]]]()
+    for part, other in zip(module.modules(), twin.modules(), strict=True):
+        held = vars(part)
+        kept.append((held, {name: held[name] for name in _TABLES}))
+        held.update({name: vars(other)[name] for name in _TABLES})
+    try:
+        yield
+    finally:
+        for held, tables in kept:
+            held.update(tables)
+
+
+_TABLES = "_parameters", "_buffers"
 _LOCK = RLock()
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -278,7 +362,8 @@ def restored(
         for slots in networks:
             slots.state = slots.now()
             saved.append(slots.state)
-        random = RandomState.now(device, generator)
+        may_draw_outside = any(slots.draws_outside is not False for slots in networks)
+        drawn = RandomState.now(device, generator, outside=may_draw_outside)
         grads = [p.grad for p in trained]
         for p in trained:
             p.grad = None
@@ -290,12 +375,15 @@ def restored(
             always = True
             for p, grad in zip(trained, grads, strict=True):
                 p.grad = grad
-            random.restore()
+            drawn.restore()
             explain(error)
             raise
         else:
             for p in trained:
                 p.grad = None
+            for slots in networks:
+                if slots.draws_outside is None:
+                    slots.note_draws(False)
         finally:
             torch._C._set_grad_enabled(learning)
             checks.deferred.reset(token)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Literal
 
@@ -189,11 +189,14 @@ class Estimator(ABC):
 
 
 def refuse_not_finite_feedback(feedback: Sequence[Feedback], path: Path) -> None:
-    """Refuse, on all ranks and at once, feedback that another order of differentiation may give in finite numbers."""
-    if not bool(path.inner_loss.isfinite()):
-        return  # no order mends that, and what follows refuses it
+    """Refuse, on all ranks and at once, feedback that another order of differentiation may give in finite numbers.
+
+    Cost: the host waits once for the device.
+    """
     sums = [h.sum().double() for of_step in feedback for h in (of_step.h, *of_step.others.values())]
-    if path.student.ranks.any(not bool(torch.stack(sums).isfinite().all())):
+    # Where the loss is not finite, no order mends that, and what follows refuses it.
+    is_mendable = path.inner_loss.isfinite() & ~torch.stack(sums).isfinite().all()
+    if path.student.ranks.any(bool(is_mendable)):
         raise NotFiniteFeedback(NOT_FINITE)
 
 
@@ -318,7 +321,8 @@ def _loss_in_leaves(
     theta: Tree = {}
     if step.student.readable:
         theta = {name: wide(p) + factor * wide(w[name]) if name in w else p for name, p in step.params.items()}
-    with torch.enable_grad():
+    # A loss may read the weights as ``student.parameters()`` too.
+    with step.student.holding(theta) if theta else nullcontext(), torch.enable_grad():
         mean = _mean_loss(step, leaves, z, theta)
         if not mean.requires_grad:
             return mean.detach(), [None] * len(leaves)
@@ -364,8 +368,11 @@ def _slope(step: InnerStep, leaves: Tree, w: Tree, z_dot: Tensor, of_z_dot: Tens
     """d/dε (1/B) Σ_i factor_i ℓ_i(z + εż, signal, θ + εw), this rank's share; flagged where it is not ⟨w, g⟩."""
     ranks = step.student.ranks
     z = step.outputs.detach().requires_grad_()
-    theta = as_leaves(step.params) if step.student.readable else {}
-    with torch.enable_grad():
+    # A loss may read the weights as ``params``, or as ``student.parameters()``: both are these leaves.
+    weights: AbstractContextManager[Tree] = nullcontext({})
+    if step.student.readable:
+        weights = step.student.with_leaves(step.params)
+    with weights as theta, torch.enable_grad():
         mean = _mean_loss(step, leaves, z, theta)
         grads = torch.autograd.grad(mean, [z, *theta.values()], create_graph=True, allow_unused=True)
         directions = [z_dot, *(w[name] if name in w else torch.zeros_like(p) for name, p in theta.items())]

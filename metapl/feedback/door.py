@@ -125,8 +125,8 @@ def refuse_direct_term_in_parts(problem: Problem, *, parts: int, is_alone: bool)
     """Refuse an outer loss that reads outer variables where the direct term cannot be taken."""
     if not is_alone:
         raise MetaplError(
-            f"the outer loss of {kind_of(problem)} may read the teacher, whose module the problem holds, or the signal, "
-            "and the networks are in several processes; expected one process."
+            f"the outer loss of {kind_of(problem)} may read the teacher, whose module it holds, or the signal, and the "
+            "networks are in several processes; expected one process."
         )
     if parts > 1 and reads_signal_in_outer_input(problem):
         raise MetaplError(f"{kind_of(problem)} has outer_input(batch, signal) with accumulate={parts}; expected 1.")

@@ -201,11 +201,12 @@ def hypergradient(
         given = {"problem": problem, "inner_optimizer": inner_optimizer, "inner_state": inner_state, "mode": mode}
         given |= {"generator": generator, "accumulate": accumulate, "clip_norm": clip_norm}
         check(teacher, student, labeled=labeled, unlabeled=unlabeled, **given).refuse_or_warn(verify)
-    estimate = estimator(mode)
+    estimate, given_problem = estimator(mode), problem
     problem, inner_optimizer = prepare(problem, estimate), as_one(inner_optimizer)
     check_teacher(teacher, problem, recompute_teacher=recompute_teacher)
     check_arguments(hypergradient, {**locals(), "mode": estimate})
-    of_teacher, of_student, device = layouts(teacher, student)
+    differentiates = estimate.credits != "nothing" or compile
+    of_teacher, of_student, device = layouts(teacher, student, differentiated=differentiates)
     generator_of(generator, device, "the networks are on")
     update = update_of(inner_optimizer, of_student.parameters(), inner_state)
     if estimate.credits != "nothing":
@@ -307,9 +308,9 @@ def hypergradient(
             direct = teach.direct_gradient(path) if takes_direct_term else {}
             grads = teach.gradient(path, feedback) if "teacher" in wrt else {}  # of −Σ h·signal(θ_T)
             grads = {name: g + direct[name] for name, g in grads.items()} if direct else grads
-            start = path.start if "start" in wrt else {}
             of_settings = stacked_settings(path.in_settings[::-1], settings, update.options)
             h = tuple(found.of_batch(step) for step, found in zip(path.steps, feedback, strict=True))
+            start = path.start if "start" in wrt else {}
             path = path.revised(h[-1])
             return Hypergradient(
                 grads=grads,
@@ -331,7 +332,7 @@ def hypergradient(
         begin()
         with replayed(RandomState.now(device, generator)):
             return hypergradient(
-                teacher, student, outer=labeled, inner=inner_of_one, mode=other, problem=problem,
+                teacher, student, outer=labeled, inner=inner_of_one, mode=other, problem=given_problem,
                 inner_optimizer=inner_optimizer, inner_state=inner_state, generator=generator, accumulate=accumulate,
                 clip_norm=clip_norm, wrt=wrt,
             )  # fmt: skip

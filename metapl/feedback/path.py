@@ -261,7 +261,8 @@ class Path:
             leaves += others
         gradients: Sequence[Tensor | None] = [None] * len(leaves)
         if ends and leaves:
-            with replay(RandomState.now(self.student.device), self.student.slots):  # checkpoints run again here, at θ
+            slots = self.student.slots
+            with replay(slots.random_state(self.student.device), slots):  # checkpoints run again here, at θ
                 gradients = torch.autograd.grad(ends, leaves, cotangents, allow_unused=True)
         found = iter(gradients)
         in_signals = [{name: next(found) for name in fields} for fields in signals]
@@ -319,7 +320,7 @@ class Path:
         return {"step_rounding": gap / length.clamp_min(torch.finfo(length.dtype).tiny)}
 
     def direct_loss(self, signal: Signal) -> Tensor:
-        """Return L(θ′; φ) at θ′ as a constant, with a graph in what it reads of the teacher, φ; none if it reads nothing.
+        """Return L(θ′; φ) at θ′ as a constant, with a graph in φ, what it reads of the teacher, if it reads anything.
 
         Args:
             signal: the last step's, with the teacher's graph, for a problem with ``outer_input(batch, signal)``.

@@ -99,7 +99,7 @@ def make_training(
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """``step(φ, carry, batch, settings) -> (carry, loss, signal)``, and ``adjoint(φ, carry, batch, settings, bars,
     nudge) -> (bars, dL/d(signal), dL/d(settings), ‖dL/dθ‖)``; ``nudge`` has zeros, as the signal's fields."""
-    T, S, enters = Function(teacher), Function(student), enters_input(problem)
+    T, S, enters = Function(teacher, "teacher"), Function(student), enters_input(problem)
 
     def moved(
         carry: Carry, batch: Any, theta: Tree, s: Any, phi: Tree, nudge: Tree, settings: Settings
@@ -117,7 +117,10 @@ def make_training(
             return found[0].having(fields), found[1]
 
         def mean_loss(z: Tensor, theta: Tree) -> Tensor:
-            return problem.inner_loss(z, signal, batch, theta).mean()  # of (B,)
+            # A loss may read ``student.parameters()``, so it is called while these weights are in the student.
+            losses, _ = S.at(theta, left, lambda network: problem.inner_loss(z, signal, batch, theta))
+            mean: Tensor = losses.mean()  # of (B,)
+            return mean
 
         if enters:
             signal, teacher_left = asked(None)
@@ -324,6 +327,7 @@ def differentiate(
     # those of a batch, zeros in the shapes of its signal, and a value of that.
     losses, digests, kinds, signals = list[Tensor](), list[Tensor](), list[int](), dict[Any, tuple[Tree, Any]]()
     feedback, in_settings, end = list[Any](), list[Any](), steps
+    draws_outside = True  # from Python's or NumPy's generators, as far as is known before the first step
 
     def signal_of(number: int) -> tuple[Tree, Any]:
         return [*signals.values()][kinds[number]]
@@ -337,7 +341,8 @@ def differentiate(
     def keep(number: int, carry: Carry, finest: bool = False) -> None:
         pairs = zip(carry[2:], start[2:], strict=True)  # what has not moved, such as frozen weights, is held once
         moved = [{n: t for n, t in now.items() if not torch.equal(t, before[n])} for now, before in pairs]
-        states.keep(number, [carry.params, carry.optimizer, *moved, RandomState.now(device).values()], finest)
+        drawn = RandomState.now(device, outside=draws_outside).values()
+        states.keep(number, [carry.params, carry.optimizer, *moved, drawn], finest)
         if number == len(losses) > 0:
             store()
 
@@ -391,16 +396,22 @@ def differentiate(
             yield from backward(begun_at, stop, *finer)
 
     def losses_at(state: Tree, judged: Any, theta: Tree) -> Tensor:
-        z, _ = Function(student).outputs(theta, state, problem.outer_input(judged))
-        found = [sum_and_weight(one.outer_loss(z, judged)) for one in judging or [problem]]
+        S = Function(student)
+        z, left = S.outputs(theta, state, problem.outer_input(judged))
+
+        def ask(network: Any) -> list[tuple[Tensor, Tensor | float]]:
+            return [sum_and_weight(one.outer_loss(z, judged)) for one in judging or [problem]]
+
+        # As the inner loss, they are called while these weights are in the student.
+        found, _ = S.at(theta, left, ask)
         L = torch.stack([total / weight for total, weight in found])
         return L if judging else L[0]
 
     losses_before = dict[int, Tensor]()  # L_k(θ_k) by k, of all steps but the last
 
-    def with_loss_before(number: int, held: Carry, start: RandomState, bars: Cotangents) -> Cotangents:
+    def with_loss_before(number: int, held: Carry, start: RandomState | None, bars: Cotangents) -> Cotangents:
         """Return the cotangents before a step with the gradient of the outer loss that the step before it has."""
-        if outer_losses is None or number == 0:
+        if outer_losses is None or start is None or number == 0:
             return bars
         judged_then = problem.outer_batch(outer_losses.batches[number - 1])
         with replayed(start.branch()):
@@ -424,7 +435,10 @@ def differentiate(
                 for number in range(done, steps):
                     if number % spacings[0] == 0:
                         keep(number, carry)
+                    before = RandomState.now(device) if number == done else None
                     carry, loss = take_step(number, carry)
+                    if before is not None:
+                        draws_outside = RandomState.now(device).has_drawn_outside(before)
                     losses.append(loss)
                     checks.refuse_not_finite(LOSS_NOT_FINITE.format(number), loss)
                     tell()
@@ -444,7 +458,8 @@ def differentiate(
                 bars = Cotangents(v, *nothing)
             with step_bar(progress, steps - first, "steps back", steps - end) as tell:
                 for number, held in backward(0, end, *spacings):
-                    before_step = RandomState.now(device)
+                    # It takes a while to read, in steps of a fraction of a millisecond.
+                    before_step = None if outer_losses is None else RandomState.now(device)
                     if number < first_seen:
                         break
                     if number < first:

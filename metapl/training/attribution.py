@@ -23,7 +23,7 @@ from metapl.execution.layout import layouts
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import Ranks
 from metapl.execution.shards import gathered, local
-from metapl.execution.state import RandomState, replayed, trainable
+from metapl.execution.state import RandomState, replayed, trainable, with_tables_of
 from metapl.feedback import Forward
 from metapl.feedback.hypergradient import hypergradient
 from metapl.feedback.keeping import SHARE, folder_of, free_bytes, generators_at_start
@@ -378,7 +378,8 @@ class _Training:
         network, again = copy.deepcopy(self.begun)
         weights_of, problem, ranks = trainable(network), self.problem, self.layout.ranks
         rule, device = update_of(again, weights_of), self.start.device
-        with replayed(self.start), torch.enable_grad(), self.autocast():
+        # A loss may read ``student.parameters()`` by a closure, which has to find those of this training.
+        with with_tables_of(network, self.layout.network), replayed(self.start), torch.enable_grad(), self.autocast():
             for chosen, of_step in zip(map(ranks.own_rows, self.order[:steps]), self.options[:steps], strict=True):
                 batch = self.data[chosen]
                 for group, own in zip(again.param_groups, of_step, strict=False):

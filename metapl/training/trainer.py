@@ -169,7 +169,8 @@ class BilevelTrainer(Trainer):
         of_teacher |= {"feedback_bound": feedback_bound is not None}
         check_teacher(teacher, self.problem, **of_teacher, recompute_teacher=recompute_teacher)
         self.pair, self.as_given = (teacher, student), student  # perhaps in DistributedDataParallel
-        self.teacher_layout, self.layout, self.device = layouts(teacher, student)
+        differentiates = self.mode.credits != "nothing" or bool(compile)
+        self.teacher_layout, self.layout, self.device = layouts(teacher, student, differentiated=differentiates)
         checks.generator_of(generator, self.device, "the networks are on")
         self.layouts: list[Layout] = [one for one in (self.teacher_layout, self.layout) if one is not None]
         self.distributed = [layout for layout in self.layouts if layout.kind != "plain"]

@@ -137,9 +137,7 @@ def test_each_study_has_every_arm_with_the_settings_that_tuning_chose() -> None:
     assert len(final) == len(noise.FULL.seeds) * len(noise.ENTRIES) * len(noise.CONDITIONS)
     rows = when.read()
     found = {when.arm_of(row): row for row in rows if row["final"]}
-    # The forms of Algorithm 1 came last, and their rows are still to be measured, as docs/when.md says.
-    assert {*found} <= {*when.ARMS}
-    assert all(arm.method in when.FORMS for arm in {*when.ARMS} - {*found})
+    assert {*found} == {*when.ARMS}
     assert all(when.Rule(**row["rule"]) == when.rule_of(arm, rows) for arm, row in found.items())
     rows = harness.read(student.RAW, "final")
     assert len([row for row in rows if row["final"]]) == len(student.ARMS)

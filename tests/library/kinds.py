@@ -197,8 +197,9 @@ KINDS: dict[str, tuple[Any, ...]] = {  # by COLUMNS; after the space, on the pur
     "a generator of its own": (
         "XRRRR RR",
         lambda s, x: s.plain(x) + torch.rand(C, generator=s.g).to(x), put("g", lambda s: torch.Generator())),
-    "python's random numbers": ("XXXXX XX", lambda s, x: s.plain(x) * (1 + 0.1 * random.random())),
-    "numpy's random numbers": ("XXXXX XX", lambda s, x: s.plain(x) * (1 + 0.1 * numpy.random.rand())),  # noqa: NPY002
+    # The pure step draws for L(θ′) where the passes before it end, and not from a stream apart.
+    "python's random numbers": ("RRRRR XX", lambda s, x: s.plain(x) * (1 + 0.1 * random.random())),
+    "numpy's random numbers": ("RRRRR XX", lambda s, x: s.plain(x) * (1 + 0.1 * numpy.random.rand())),  # noqa: NPY002
     "weights written by .data": ("XXXXX XX", written(lambda w: w.data.mul_(0.9))),
     "weights written by numpy": ("XXXXX XX", written(lambda w: w.detach().numpy().__imul__(0.9))),
     "clamped weights": ("XXXXX XX", written(lambda w: w.data.clamp_(-0.2, 0.2))),
