@@ -17,7 +17,7 @@ from metapl.execution.batch import both_batches
 from metapl.execution.checks import generator_of
 from metapl.execution.layout import layouts
 from metapl.execution.local import NOTHING, LocalStudent
-from metapl.execution.numerics import no_fast_path
+from metapl.execution.numerics import deterministic, no_fast_path
 from metapl.execution.sharded import ShardedStudent
 from metapl.execution.state import RandomState, one_at_a_time, replayed, restored
 from metapl.feedback import Estimator, Mode, check_mode, check_teacher, estimator, prepare
@@ -32,6 +32,7 @@ from metapl.feedback.door import (
 from metapl.feedback.lookahead import Lookahead, outer_batches
 from metapl.feedback.order import Order, Orders
 from metapl.feedback.path import OuterLosses, take_steps
+from metapl.feedback.replays import REPLAY_TOLERANCE, ReplayCheck, Tolerance
 from metapl.feedback.teacher import Teaching
 from metapl.problems.base import BilevelProblem, kind_of
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
@@ -65,6 +66,9 @@ class Hypergradient:
             ``"tangent"``, ``"double_backward"``, ``"outputs"`` or ``"losses"``; empty in modes that take none, and
             compiled. ``Forward(by=result.order)`` takes the same without trying.
         outer_losses: L_k(θ_k) after each step, (K,), for a :class:`metapl.Lookahead` of outer batches; else None.
+        replay_error: the largest relative difference, in the weights or in the optimizer's state, between a state that
+            was kept and the same state computed again; 0.0 where they are equal bit for bit, or no step was computed
+            again.
     """
 
     grads: dict[str, Tensor]
@@ -79,6 +83,7 @@ class Hypergradient:
     order: str = ""
     direct: dict[str, Tensor] = field(default_factory=dict)
     outer_losses: Tensor | None = None
+    replay_error: float = 0.0
 
     def __repr__(self) -> str:
         state = None if self.inner_state is None else type(self.inner_state).__name__
@@ -131,6 +136,7 @@ def hypergradient(
     wrt: str | Sequence[str] = ("teacher",),
     compile: bool = False,
     verify: bool | Literal["warn"] = False,
+    replay_tolerance: Tolerance = REPLAY_TOLERANCE,
 ) -> Hypergradient:
     r"""The gradient of the labeled loss after the student's step or steps, with respect to the teacher's weights.
 
@@ -175,6 +181,9 @@ def hypergradient(
             the last one's networks and optimizer, and a problem of the same type and numbers, compiles nothing.
         verify: refuse a gradient that is not the derivative of the loss (:func:`metapl.check_gradient`), or ``"warn"``
             of it; for its cost see there.
+        replay_tolerance: the most that the result's ``replay_error`` may be: a look-ahead whose steps come out
+            otherwise when they are computed again is refused above it, and a larger number allows more. Deterministic
+            algorithms are asked for while a look-ahead runs.
 
     Returns: a :class:`Hypergradient`. Weights, buffers, gradients and optimizer states stay bit for bit as they were;
     drawing labels without a generator, and dropout, advance the default generator as the passes forward do.
@@ -252,6 +261,7 @@ def hypergradient(
             raise MetaplError(f"the outer loss of {kind_of(problem)} may read the teacher; expected compile=False.")
         pure = import_module("metapl.functional.training")
         given = {"clip_norm": clip_norm, "accumulate": accumulate, "progress": progress, "wrt": wrt}
+        given["replay_tolerance"] = replay_tolerance
         networks = teacher, student, problem, inner_optimizer, estimate
         if judged_by_step is not None:
             given |= {"outer_losses": OuterLosses(*judged_by_step)}
@@ -296,11 +306,13 @@ def hypergradient(
         kernels = no_fast_path(math=True) if estimate.keep_graph or order == "graph" else NOTHING
         as_it_was = restored(teach.slots, local_student.slots, device=device, generator=generator, always=True)
         local_student.inspects_graph = is_tried
-        with as_it_was, kernels:
+        replays = ReplayCheck(replay_tolerance, ranks)
+        repeatable = deterministic(device) if len(batches) > 1 else NOTHING
+        with as_it_was, kernels, repeatable:
             with shown("steps", 0) as tell:  # θ′ = U(θ, g), g = ∇ (1/B) Σ ℓ_i(S(x_u; θ), signal)
                 path = take_steps(
                     local_student, update, problem, judged, batches, teach,
-                    progress=tell, order=order, outer=outer_losses, **how,
+                    progress=tell, order=order, outer=outer_losses, replays=replays, **how,
                 )  # fmt: skip
             path.is_tried = is_tried
             with shown("steps back", 0) as path.progress:
@@ -325,6 +337,7 @@ def hypergradient(
                 order=order or "",
                 direct=direct,
                 outer_losses=path.outer_losses,
+                replay_error=replays.error,
             )
 
     def by_another(other: Estimator, one_step: bool) -> Hypergradient:

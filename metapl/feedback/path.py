@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.execution import checks
-from metapl.execution.batch import digest, length, micro_batches
+from metapl.execution.batch import digest, joined, length, micro_batches
 from metapl.execution.local import NOTHING, LocalStudent, Loss, Pass, as_leaves, mean_of
 from metapl.execution.numerics import Tree, mean_tree
 from metapl.execution.state import RandomState, State, replay, replayed
@@ -20,10 +20,12 @@ from metapl.feedback.door import FirstLook, current_look
 from metapl.feedback.inner_step import Credited, InnerStep, SignalInput, credited, inner_loss
 from metapl.feedback.keeping import ALL, Keeping, States
 from metapl.feedback.order import Order
+from metapl.feedback.replays import ReplayCheck
 from metapl.problems.base import (
     Problem,
     Signal,
     enters_input,
+    is_mean_over_rows,
     joined_signals,
     outer_input,
     reads_signal_in_outer_input,
@@ -69,7 +71,9 @@ class Path:
     labeled: Sequence[Any]  # the outer batch, in micro-batches
     batches: Sequence[Any]  # the inner ones: a list, or a look-ahead whose batches a function returns again
     steps: list[InnerStep] = field(default_factory=list)
+    whole_labeled: Any = None  # the outer batch as one, where the outer loss may be no mean over micro-batches
     keeping: Keeping = ALL  # which steps keep their states; the adjoint computes the others again
+    replays: ReplayCheck | None = None  # whether these come out as they did; None: nothing looks
     states: States = field(init=False)  # of several steps, where some are computed again
     progress: Callable[[], object] | None = None  # called after each step of the adjoint
     wrt: Sequence[str] = ()  # settings of the optimizer, and "start": what the gradient is in besides the signals
@@ -190,12 +194,15 @@ class Path:
     def _outer_after(self, number: int, *, gradient: bool) -> Tree:
         """Return ∇L_k(θ_k) after the first k = ``number`` steps, or nothing without ``gradient``, and keep L_k."""
         assert self.outer is not None, "each step has an outer loss"
-        judged = micro_batches(self.outer.batches[number - 1], len(self.labeled), "labeled")
+        batch = self.outer.batches[number - 1]
+        judged, whole = micro_batches(batch, len(self.labeled), "labeled"), None
+        if self.whole_labeled is not None:
+            whole = batch
         passes_before, passes = self.steps[number - 1].passes, self.steps[number].passes
         # As after a path of these steps alone: with its draws, and with the buffers that it leaves.
         start, state = passes_before[-1].after.branch(), passes[0].state_before
         params, signal = {n: p.detach() for n, p in self.steps[number].params.items()}, self.steps[number - 1].signal
-        loss, of_loss = self._outer_at(params, judged, start, signal, gradient=gradient, state=state)
+        loss, of_loss = self._outer_at(params, judged, start, signal, gradient=gradient, state=state, whole=whole)
         self.losses_before[number] = loss
         return of_loss
 
@@ -203,6 +210,8 @@ class Path:
         """The steps from ``end`` back to ``begin``, none before ``first``, each with its θ, g and s. Each block between
         two multiples of ``spacings[0]``, which were kept, is computed again and keeps its multiples of the next."""
         if not spacings:
+            if self.keeping.spacings:
+                self._compare_replay(begin, end)
             for number in reversed(range(begin, end)):
                 if number >= first:
                     yield number, self.steps[number]
@@ -221,13 +230,33 @@ class Path:
                     if finer:
                         self.forget(number - 1)
                 if finer and number % finer[0] == 0:
-                    self.states.keep(number, (params, state))
+                    self.keep(number, params, state)
                 if not (step := self.steps[number]).grads:  # the last of all has its own
                     batch = self.batch(number) if self.rereads else step.batch
                     self.steps[number] = step.recomputed(params, state, batch)
             if finer:
                 self.forget(stop - 1)
             yield from self._backwards(first, start, stop, *finer)
+
+    def keep(self, number: int, params: Tree, state: Any) -> None:
+        """Keep the state before a step, and its digest."""
+        self.states.keep(number, (params, state))
+        if self.replays is not None:
+            self.replays.note(number, params, state)
+
+    def _compare_replay(self, begin: int, end: int) -> None:
+        """Compare the end of a block that was computed again with what was kept there. The last step of all is not
+        computed again: its own state is the end of the last block."""
+        if self.replays is None:
+            return
+        last = len(self.steps) - 1
+        if end <= last:
+            step = self.steps[end - 1]
+            self.replays.compare(end, *step.updated)
+            vars(step).pop("updated")  # which nothing else needs, and which would be held as long as the block
+        elif begin < last:
+            self.replays.note(last, self.steps[last].params, self.steps[last].state)
+            self.replays.compare(last, *self.steps[last - 1].updated)
 
     def forget(self, number: int) -> None:
         """Drop what can be computed again, of all steps but the last."""
@@ -329,20 +358,25 @@ class Path:
         """
         student, start = self.student, self.steps[-1].passes[-1].after.branch()
         weights = {name: t.requires_grad_(False) for name, t in student.as_leaves(self.params).items()}
+        outputs = list[Tensor]()
         sums, counts = list[Tensor](), list[Tensor | float]()
         with student.at(weights, start, student.slots):
             for part in self.labeled:
-                outputs = student.forward(outer_input(self.problem, part, signal))
-                total, weight = sum_and_weight(self.problem.outer_loss(outputs, part))
+                outputs.append(student.forward(outer_input(self.problem, part, signal)))
+                total, weight = sum_and_weight(self.problem.outer_loss(outputs[-1], part))
                 sums.append(total)
                 counts.append(weight)
+            if self.whole_labeled is not None and not isinstance(counts[0], Tensor):
+                # A scalar may be any function of all rows.
+                total, weight = sum_and_weight(self.problem.outer_loss(joined(outputs), self.whole_labeled))
+                return total / weight
         loss: Tensor = torch.stack(sums).sum() / sum(counts)
         return loss
 
     def _outer(self, params: Tree, *, gradient: bool = False) -> tuple[Tensor, Tree]:
         """L, and its ``gradient``, at these weights, by a pass that draws from a stream apart from the teacher's."""
         start, signal = self.steps[-1].passes[-1].after.branch(), self.steps[-1].signal
-        return self._outer_at(params, self.labeled, start, signal, gradient=gradient)
+        return self._outer_at(params, self.labeled, start, signal, gradient=gradient, whole=self.whole_labeled)
 
     def _outer_at(
         self,
@@ -353,6 +387,7 @@ class Path:
         *,
         gradient: bool,
         state: State | None = None,  # of the buffers; None: as they are now
+        whole: Any = None,  # the batch as one, where the outer loss may be no mean over micro-batches
     ) -> tuple[Tensor, Tree]:
         problem = self.problem
         if reads_signal_in_outer_input(problem):
@@ -364,9 +399,16 @@ class Path:
             return sum_and_weight(problem.outer_loss(outputs, part))
 
         look = current_look()
-        if look is None:
-            return self.student.loss(params, judged, judge, start, gradient=gradient, state=state)
-        return self.student.loss(params, judged, judge, start, gradient=gradient, state=state, look=look.at_outer_loss)
+        return self.student.loss(
+            params,
+            judged,
+            judge,
+            start,
+            gradient=gradient,
+            state=state,
+            look=None if look is None else look.at_outer_loss,
+            whole=whole,
+        )
 
 
 def take_steps(
@@ -386,12 +428,15 @@ def take_steps(
     updates: Sequence[Update] = (),  # of each step, where they differ by a schedule, or have settings that are leaves
     wrt: Sequence[str] = (),  # what the gradient is in besides the signals
     outer: OuterLosses | None = None,  # of each step; ``labeled`` is then the batch of the last
+    replays: ReplayCheck | None = None,  # whether steps that are computed again come out as they did; None: no look
     progress: Callable[[], object] | None = None,  # called after each step
 ) -> Path:
     """The student's steps on the inner batches: Algorithm 1, lines 2 and 3. Buffers and generators advance as in
     training; the weights do not move."""
     judged = [labeled] if parts == 1 else micro_batches(labeled, parts, "labeled")
-    path = Path(problem, student, update, judged, batches, wrt=wrt, order=order, outer=outer)
+    path = Path(problem, student, update, judged, batches, wrt=wrt, order=order, outer=outer, replays=replays)
+    if parts > 1 and not is_mean_over_rows(problem):
+        path.whole_labeled = labeled
     ranks, several = student.ranks, len(batches) > 1
     enters, rereads = enters_input(problem), not isinstance(batches, list)
     if not ranks.alone:
@@ -429,7 +474,7 @@ def take_steps(
             if path.keeping.spacings:
                 path.forget(number - 1)
                 if number % path.keeping.spacings[0] == 0:
-                    path.states.keep(number, (params, state))
+                    path.keep(number, params, state)
         with ranks.agreed() if rereads else NOTHING:
             batch = batches[number]
         if number == 0 and several:  # what does not fit is refused before anything is computed

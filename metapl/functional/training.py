@@ -16,6 +16,7 @@ Source: Metagradient descent (Engstrom et al., 2025), REPLAY; MAGIC (Ilyas and E
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -32,13 +33,14 @@ from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.batch import digest
 from metapl.execution.layout import layouts
-from metapl.execution.numerics import HALF, Tree, no_fast_path
+from metapl.execution.numerics import HALF, Tree, deterministic, no_fast_path
 from metapl.execution.state import RandomState, branching_to, replayed, trainable
 from metapl.feedback import Forward
 from metapl.feedback.hypergradient import Hypergradient, hypergradient, stacked_settings
 from metapl.feedback.keeping import FolderStates, States, folder_of, keeping, known_by
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import LOSS_NOT_FINITE, NOT_FINITE, OTHER_BATCH, OuterLosses
+from metapl.feedback.replays import REPLAY_TOLERANCE, ReplayCheck
 from metapl.functional.architecture import (
     EVERYWHERE,
     PASS_HOOKS,
@@ -260,6 +262,7 @@ def differentiate(
     outer_losses: OuterLosses | None = None,  # of each step; ``outer`` is then the batch of the last
     accumulate: int = 1,
     progress: bool = False,
+    replay_tolerance: float = REPLAY_TOLERANCE,
 ) -> Hypergradient:
     """:func:`metapl.hypergradient` through K compiled steps, which move nothing but generators; of M outer losses, with
     a first dimension M. The first call compares both graphs with the eager road, over one step."""
@@ -323,6 +326,10 @@ def differentiate(
         states = FolderStates(folder, known_by(*asked, options, wrt, clip_norm, outer, ahead[0], steps), device)
         going_on = states.opened()
 
+    # Digests of the states at the ends of blocks, which replays reach, and of every √K-th state where all are kept.
+    replays = ReplayCheck(replay_tolerance)
+    noted_every = spacings[0] if spacings[0] > 1 else math.isqrt(steps)
+
     # What is known of the steps: the losses, the digests of batches that are read again, and which shapes each has; by
     # those of a batch, zeros in the shapes of its signal, and a value of that.
     losses, digests, kinds, signals = list[Tensor](), list[Tensor](), list[int](), dict[Any, tuple[Tree, Any]]()
@@ -336,9 +343,12 @@ def differentiate(
         """In a folder, store what is known of the steps so far, and of the way ``back``."""
         if isinstance(states, FolderStates):
             known = {"losses": torch.stack(losses), "digests": torch.stack(digests), "kinds": kinds}
-            states.came_to(**known, signals=signals, back=back)
+            states.came_to(**known, signals=signals, replays=replays.digests, back=back)
 
     def keep(number: int, carry: Carry, finest: bool = False) -> None:
+        is_inside = finest or (spacings[0] == 1 and number % noted_every)
+        if steps > 1 and not is_inside:
+            replays.note(number, carry.params, carry.optimizer)
         pairs = zip(carry[2:], start[2:], strict=True)  # what has not moved, such as frozen weights, is held once
         moved = [{n: t for n, t in now.items() if not torch.equal(t, before[n])} for now, before in pairs]
         drawn = RandomState.now(device, outside=draws_outside).values()
@@ -395,6 +405,15 @@ def differentiate(
                     carry, _ = take_step(number, carry)
             yield from backward(begun_at, stop, *finer)
 
+    def compare_replay(number: int, held: Carry) -> None:
+        """Take a step again whose end was noted, and compare; it is taken by the graph that took it first, for the
+        adjoint may round otherwise."""
+        if number + 1 in replays.digests:
+            before = RandomState.now(device)
+            after, _ = take_step(number, held)
+            replays.compare(number + 1, after.params, after.optimizer)
+            before.restore()
+
     def losses_at(state: Tree, judged: Any, theta: Tree) -> Tensor:
         S = Function(student)
         z, left = S.outputs(theta, state, problem.outer_input(judged))
@@ -423,12 +442,12 @@ def differentiate(
 
     begun = RandomState.now(device)
     try:
-        with torch.no_grad(), no_fast_path(math=True), capturing(), going_on as known:
+        with torch.no_grad(), no_fast_path(math=True), deterministic(device), capturing(), going_on as known:
             if known is None:
                 read(0)  # a function that always returns another batch is refused here, not after the path
             else:  # of a process that was killed
                 losses, digests = ([*known[name].unbind()] for name in ("losses", "digests"))
-                kinds, signals = known["kinds"], known["signals"]
+                kinds, signals, replays.digests = known["kinds"], known["signals"], known.get("replays", {})
                 carry = taken(len(losses))
                 read(len(losses) - 1)  # of a path that is truncated, no other is read again
             with step_bar(progress, steps, "steps", done := len(losses)) as tell:
@@ -444,6 +463,8 @@ def differentiate(
                     tell()
             if done < steps and folder is not None:
                 keep(steps, carry)
+            elif done < steps and steps > 1:
+                replays.note(steps, carry.params, carry.optimizer)
             ended = RandomState.now(device)
             if known and known["back"]:
                 end, L, feedback, in_settings, found = known["back"].values()
@@ -465,6 +486,7 @@ def differentiate(
                     if number < first:
                         bars = with_loss_before(number, held, before_step, bars)
                         continue
+                    compare_replay(number, held)
                     (zeros, value), of_step = signal_of(number), (read(number), rates[number % len(rates)])
                     bars, of_signal, of_rates, size = made.adjoint(phi, held, *of_step, bars, zeros)
                     checks.refuse_not_finite(NOT_FINITE.format(number), size)
@@ -496,6 +518,7 @@ def differentiate(
         start=bars.params if "start" in wrt else {},
         settings=stacked_settings(in_settings[::-1], settings, options[0]),
         outer_losses=all_losses,
+        replay_error=replays.error,
     )
 
 

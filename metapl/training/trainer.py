@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ from metapl.problems.base import BilevelProblem, Signal, has_own, kind_of
 from metapl.problems.losses import TeacherLoss, check_losses
 from metapl.runs.fields import AboveZero, AtLeastZero, MicroBatches, Range, check_arguments
 from metapl.training import FitResult, Trainer
+from metapl.training.base import FinetuneKeywords
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
 from metapl.training.options import FitOptions
 from metapl.training.verification import Verification
@@ -110,8 +111,9 @@ class BilevelTrainer(Trainer):
         clip_norm: the greatest global norm of either network's gradient; None: no clipping. The student's clip is part
             of its update, so the feedback includes its derivative.
         accumulate: micro-batches that each batch is split into: one more teacher forward pass, for about 1/accumulate
-            of the memory. The numbers are the same, except for batch statistics, dropout masks and losses that are
-            neither means over examples nor (sum, weight).
+            of the memory. An outer loss of one's own that is a scalar takes one more forward pass too; (sum, weight)
+            does not (:meth:`metapl.BilevelProblem.outer_loss`). The numbers are the same, except for batch statistics,
+            dropout masks, and inner and teacher losses that are no means over examples.
         precision: ``"float32"``, or ``"bfloat16"``: the networks' passes under autocast, weights and losses in float32.
         lookahead: student steps that the feedback looks ahead: :meth:`fit` draws as many unlabeled batches per step,
             the student steps on each, and the teacher takes one step on the feedback on all of them. For ``forward``,
@@ -571,7 +573,12 @@ class BilevelTrainer(Trainer):
     # ---------------------------------------------------------------------------------------- finetuning and gradients
 
     def finetune(
-        self, labeled: Any, *, steps: int | None = None, optimizer: torch.optim.Optimizer | None = None, **options: Any
+        self,
+        labeled: Any,
+        *,
+        steps: int,
+        optimizer: torch.optim.Optimizer | None = None,
+        **options: Unpack[FinetuneKeywords],
     ) -> FitResult:
         """Train the student, as it is now, on labeled batches alone: what Meta Pseudo Labels ends with.
 
@@ -586,7 +593,8 @@ class BilevelTrainer(Trainer):
         own = {name: getattr(self, name) for name in SETTINGS}
         optimizer = torch.optim.SGD(self.student.parameters(), lr=1e-3) if optimizer is None else optimizer
         trainer = LossTrainer(self.as_given, optimizer=optimizer, compile=bool(self.compile), **own)
-        return trainer.fit(labeled, steps=steps, **{"phase": "finetune"} | options)
+        options.setdefault("phase", "finetune")
+        return trainer.fit(labeled, steps=steps, **options)
 
     def hypergradient(
         self,

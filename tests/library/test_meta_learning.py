@@ -435,6 +435,30 @@ def test_a_loss_after_each_step_beside_a_loop(mode: Any, compile: bool) -> None:
         assert error(found.outer_loss, torch.stack(losses).sum().detach()) < 1e-12
 
 
+class OfAllRows(EqualWeights):
+    """An outer loss that is no mean over rows."""
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1], reduction="none").logsumexp(0)
+
+
+@pytest.mark.parametrize("mode", [Forward(), Forward(keep_every=3)])
+def test_micro_batches_of_a_loss_of_all_rows_after_each_step(mode: Any) -> None:
+    """Each step has its own labels, and its own buffers, which the outer passes read."""
+    student = network(nn.Linear(4, 5), nn.Tanh(), Counting(), nn.Linear(5, 3))
+    outer = [batch(-number - 1) for number in range(STEPS)]
+    more = {"problem": OfAllRows(), "mode": mode, "accumulate": 2, "wrt": "start"}
+    given_to = given(student, SGD(student.parameters(), lr=0.3), **more)
+    whole = metapl.hypergradient(**given_to | {"outer": Lookahead(outer, weights=WEIGHTS)})
+    parts = [
+        metapl.hypergradient(**given_to | {"outer": outer[k], "inner": Lookahead(INNER[: k + 1])}) for k in range(STEPS)
+    ]
+    assert whole.outer_losses is not None
+    assert error(whole.outer_losses, torch.stack([part.outer_loss for part in parts])) < 1e-12
+    expected = {n: sum(w * p.start[n] for w, p in zip(WEIGHTS, parts, strict=True)) for n in whole.start}
+    assert error(whole.start, expected) < 1e-10
+
+
 @pytest.mark.parametrize(("compile", "accumulate"), [(False, 1), (False, 2), (True, 1)])
 def test_a_teacher_learns_from_a_loss_after_each_step(compile: bool, accumulate: int) -> None:
     case = toy("mlp")

@@ -69,7 +69,7 @@ def by_the_pure_step(teacher: Any, student: Any, *, unlabeled: Any, labeled: Any
     assert report.flag < 0.1
     h = tuple(report.feedback) if isinstance(report.feedback, list) else (report.feedback,)
     grads = {n: (p - moved.teacher.params[n]) / weight for n, p in state.teacher.params.items()}
-    return SimpleNamespace(feedback=h, grads=grads, outer_loss=report.outer_loss)
+    return SimpleNamespace(feedback=h, grads=grads, direct={}, outer_loss=report.outer_loss)
 
 
 def rows_of(kinds: dict[str, tuple[Any, ...]], long: set[str]) -> list[Any]:
