@@ -5,8 +5,8 @@ attributes, and on which places hold the same tensor: its *description*. Network
 function, so the graph of one serves the others. It is compiled of a *bare copy*, which nobody else can change, and
 which holds no memory: its tensors are on the device ``meta``.
 
-What cannot be described, such as a hook, a closure or a tensor in an attribute, raises :class:`Undescribed`; its graph
-is known by identity.
+What cannot be described, such as a hook, a closure, a tensor in an attribute or code that reads a network by a global
+name, raises :class:`Undescribed`; its graph is known by identity.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import copy
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from enum import Enum
 from functools import partial
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def description_of(value: Any) -> Hashable:
         return kind, tuple((description_of(key), description_of(each)) for key, each in value.items())
     if isinstance(value, type):
         return kind, value
-    if kind is FunctionType and value.__closure__ is None:
+    if kind is FunctionType and value.__closure__ is None and not reads_network(value):
         defaults = description_of((value.__defaults__, value.__kwdefaults__))
         return kind, value.__code__, id(value.__globals__), defaults
     if kind is BuiltinFunctionType and isinstance(value.__self__, ModuleType | None):
@@ -93,18 +94,54 @@ def description_of_object(value: Any) -> Hashable:
 
 
 def description_of_class(kind: type) -> tuple[Hashable, ...]:
-    """Return a class, and what it and its bases outside of torch hold now: methods and values may be replaced."""
+    """Return a class, and what it and its bases outside of torch hold now: methods and values may be replaced.
+
+    Raises: :class:`Undescribed` where a method reads a network by a global name.
+    """
     found: list[Hashable] = [kind]
     for base in kind.__mro__:
-        if base.__module__.split(".")[0] in ("torch", "builtins", "abc"):
+        if is_of_libraries(base.__module__):
             continue
         for name, value in vars(base).items():
+            method = getattr(value, "fget", None) or getattr(value, "__func__", value)
+            if isinstance(method, FunctionType) and reads_network(method):
+                raise Undescribed
             if isinstance(value, NUMBERS) and not name.startswith("__"):
                 found.append((name, description_of(value)))
             # Python writes notes such as __slotnames__ into a class when an instance is copied.
             elif isinstance(value, FunctionType) or not name.startswith("__"):
                 found.append((name, id(value)))
     return tuple(found)
+
+
+def reads_network(function: FunctionType) -> bool:
+    """Whether a function, or one that it calls by a global name, reads a module by such a name, or from a closure.
+
+    A bare copy of that network would be exchanged, and the function would read the network itself.
+    """
+    met: set[int] = set()
+    waiting: list[Any] = [function]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, nn.Module):
+            return True
+        if not isinstance(value, FunctionType) or id(value) in met or is_of_libraries(value.__module__):
+            continue
+        met.add(id(value))
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # of a name that has no value yet
+                waiting.append(cell.cell_contents)
+        codes = [value.__code__]
+        while codes:
+            code = codes.pop()
+            waiting += [value.__globals__[name] for name in code.co_names if name in value.__globals__]
+            codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    return False
+
+
+def is_of_libraries(module: str | None) -> bool:
+    """Whether code of a module was written before any network of the user's, by its name."""
+    return module is not None and module.split(".")[0] in ("torch", "metapl", "builtins", "abc")
 
 
 def description_of_networks(networks: Sequence[nn.Module | None]) -> Hashable:
