@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import joined
+from metapl.execution.batch import joined, map_tensors
 from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, coarsest, same_outputs
 from metapl.execution.graphs import refuse_once_differentiable
 from metapl.execution.layout import Layout
@@ -393,7 +392,7 @@ class Pass:
         device = self.student.device
         at = self.student.at(self.student.as_leaves(params), self._before, self._state, upcast=True)
         with torch.autocast(device.type, enabled=False), full_float32(device), no_fast_path(), at:
-            return self.student.forward(pytree.tree_map_only(Tensor, wide, self.inputs))
+            return self.student.forward(map_tensors(wide, self.inputs))
 
     def check_shifted(self, ahead: Tensor, behind: Tensor) -> None:
         """Flag outputs of shifted passes whose mean, S(x; θ) to the second order of the shift, is not this pass's."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.execution import checks
-from metapl.execution.batch import digest, joined, length, micro_batches
+from metapl.execution.batch import digest, joined, leaves_of, length, micro_batches
 from metapl.execution.local import NOTHING, LocalStudent, Loss, Pass, as_leaves, mean_of
 from metapl.execution.numerics import Tree, mean_tree
 from metapl.execution.state import RandomState, State, replay, replayed
@@ -479,7 +479,7 @@ def take_steps(
             batch = batches[number]
         if number == 0 and several:  # what does not fit is refused before anything is computed
             # θ, g and s after the step, and a batch that the step alone holds.
-            held = [*params.values()] * 2 + (pytree.tree_leaves(batch) if rereads else [])
+            held = [*params.values()] * 2 + (leaves_of(batch) if rereads else [])
             size = update.state_bytes() + sum(t.nbytes for t in held if isinstance(t, Tensor))
             path.keeping = ALL if keep is None else keep(len(batches), size, student)
             path.states = States(path.keeping.on)

@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
-from metapl.execution.batch import digest
+from metapl.execution.batch import digest, flatten
 from metapl.execution.layout import layouts
 from metapl.execution.numerics import HALF, Tree, deterministic, no_fast_path
 from metapl.execution.state import RandomState, branching_to, replayed, trainable
@@ -565,5 +565,5 @@ def refuse_other(
 
 
 def shapes_of(batch: Any) -> tuple[Any, ...]:
-    leaves, structure = pytree.tree_flatten(batch)
+    leaves, structure = flatten(batch)
     return str(structure), *(tuple(t.shape) if isinstance(t, Tensor) else str(t) for t in leaves)
