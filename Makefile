@@ -16,7 +16,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-long docs bench gpu endurance clean
+.PHONY: help demo test test-long versions docs bench gpu endurance clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ test: $(STAMP) ## Lint, format check, types, tests and doctests (more arguments 
 test-long: $(STAMP) ## The tests that take many seconds, which make test leaves out.
 	$(PYTEST) -m long $(TEST_ARGS)
 
+versions: $(STAMP) ## The library's tests on torch 2.11, on one between and on the newest, each in an environment that is kept.
+	TEST_WORKERS=$(TEST_WORKERS) $(BIN)/nox -- $(TEST_ARGS)
+
 docs: $(STAMP) ## Build the documentation into site/, with warnings as errors; run its code, check its tables.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(PYTEST) -m docs $(TEST_ARGS)
@@ -48,8 +51,8 @@ gpu: $(STAMP) ## On a GPU, nine minutes of tests and measurements, which the nex
 endurance: $(STAMP) ## Try kills, damaged files and damaged pictures by the hundred (more arguments: BENCH_ARGS).
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/endurance.py $(BENCH_ARGS)
 
-clean: ## Remove the environment, caches, site/ and runs/demo; other runs stay.
-	rm -rf $(VENV) runs/demo build site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+clean: ## Remove the environments, caches, site/ and runs/demo; other runs stay.
+	rm -rf $(VENV) .nox runs/demo build site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch and torchvision are resolved together, so that pip picks builds that match.

@@ -3,6 +3,10 @@
     python benchmarks/modes.py                                       # about five minutes on two cores
     python benchmarks/modes.py --write docs/modes.md
 
+The latter also prints and draws ``ablate_digits.json``, the ``ablation.json`` of
+
+    metapl ablate digits --steps 400 --out DIR
+
 On WRN-28-2: the cost of one ``BilevelTrainer.step`` (equal batches, no losses of the teacher's own) in student forward
 passes, by counting FLOPs; its time, the modes taking turns; and its peak memory beyond weights and optimizer states, by
 the allocator's own account. Then, over draws of the labels at fixed weights, the noise and the bias of the teacher's
@@ -21,6 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import harness
@@ -30,8 +35,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import metapl
+from metapl.ablation import Ablation
 from metapl.ablation.cost import flops, peak_bytes
+from metapl.apps.ablate import DOTS_PER_INCH
 from metapl.apps.pictures import load_digits_split
+from metapl.apps.report import png_of
+from metapl.apps.words import wrapped
 from metapl.feedback import Difference, Estimator, LossDifference, Reinforce, ReinforcePerExample
 
 # The profiler's own log would go to the terminal.
@@ -39,6 +48,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 LEARNING_RATE = 0.05  # η of the step whose gradient is judged
 RESULT = RESULTS / "modes.json"
+ABLATION, FIGURE = RESULTS / "ablate_digits.json", "ablate_digits.png"
 
 
 class Network(NamedTuple):
@@ -279,6 +289,14 @@ def table(run: Row) -> str:
     return harness.grid(head, lines, names=3)
 
 
+def ablation(page: Path | None) -> str:
+    """Return what the command prints of the committed ablation; where there is a page, draw the figure beside it."""
+    found = Ablation.from_json(ABLATION.read_text())
+    if page is not None:
+        harness.figure_of(page, FIGURE).write_bytes(png_of(found.plot(), DOTS_PER_INCH))
+    return f"```\n{found.table()}\n\n{wrapped(found.recommendation)}\n```"
+
+
 def main() -> None:
     given = harness.parsed(harness.arguments(__doc__, RESULT))
     if given.runs:
@@ -294,6 +312,7 @@ def main() -> None:
         setup = {**harness.environment(), "command": "python benchmarks/modes.py", **sizes}
         harness.write_json(given.out, {"setup": setup | {"minutes": (time.perf_counter() - start) / 60}, **result})
     harness.show(given.write, "modes", "\n\n".join(map(table, harness.loaded(given.out)["runs"])))
+    harness.show(given.write, "ablation", ablation(given.write))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 feedback, as a control."""
 
 from metapl.ablation.altered import Altered
-from metapl.ablation.study import Ablation, ModeCost, ablate, recommendation
+from metapl.ablation.mode_cost import ModeCost, ModeDistance
+from metapl.ablation.study import Ablation, ablate, recommendation
 
-__all__ = ["Ablation", "Altered", "ModeCost", "ablate", "recommendation"]
+__all__ = ["Ablation", "Altered", "ModeCost", "ModeDistance", "ablate", "recommendation"]
 __dir__ = __all__.copy

@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any, get_args
+from statistics import fmean
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import torch
 from torch import Tensor
@@ -20,10 +21,13 @@ from torch.utils import _pytree as pytree
 
 from metapl.ablation.altered import Alteration, Altered
 from metapl.ablation.cost import flops, peak_bytes, seconds
+from metapl.ablation.figure import draw_modes
+from metapl.ablation.mode_cost import ModeCost, ModeDistance
 from metapl.data.feed import feed
 from metapl.errors import MetaplError, reason_of
 from metapl.execution.batch import is_whole, length
 from metapl.execution.checks import described
+from metapl.execution.numerics import float32_products
 from metapl.execution.state import RandomState, replayed
 from metapl.feedback import MODES, Estimator, Implicit, Lookahead, Mode, estimator
 from metapl.feedback.lookahead import inner_batches
@@ -31,6 +35,9 @@ from metapl.problems.base import BilevelProblem, enters_input
 from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_arguments
 from metapl.runs.terminal import step_bar
 from metapl.training.trainer import BilevelTrainer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Draws = Annotated[int, Range(2)]  # of one draw no noise can be seen
 
@@ -47,36 +54,6 @@ PREFERRED = "forward"  # between modes that are equal otherwise: exact, without 
 
 
 @dataclass(frozen=True)
-class ModeCost:
-    """How far a mode's gradient is from the exact one, and what it costs.
-
-    Args:
-        cosine: of its gradient, averaged over the draws, with the exact one; the mean over the points.
-        relative_error, noise_to_signal: as :func:`metapl.ablate` defines them, the latter 0 for a mode that draws
-            nothing; root mean squares over the points. Those of a mode with ``reduction="mean"`` are of B times its
-            gradient, the sum.
-        passes: floating-point operations over those of a forward pass of the student on the unlabeled batch.
-        seconds: a call, the least of interleaved rounds; on a CPU the processor's time, where that is less.
-        peak_bytes: what a call holds at its fullest, beyond what was held before.
-        length: of its gradient as it is, averaged over the draws, over that of the exact one; the mean over the points.
-            Of Algorithm 1's mean it is about 1/B.
-    """
-
-    cosine: float
-    relative_error: float
-    noise_to_signal: float
-    passes: float
-    seconds: float
-    peak_bytes: int
-    length: float = 1.0
-
-    @property
-    def of_one_draw(self) -> float:
-        """Error and noise together, the distance of one draw; at most √(1 + 1/n) times too large."""
-        return math.hypot(self.relative_error, self.noise_to_signal)
-
-
-@dataclass(frozen=True)
 class Ablation:
     """What :func:`metapl.ablate` returns.
 
@@ -86,6 +63,8 @@ class Ablation:
         points: the steps of training that were looked at.
         altered: the figures of a mode's feedback, altered (:class:`metapl.ablation.Altered`); controls.
         recommended: the name in the recommendation; None where no mode can be recommended.
+        float32_products: in what precision matrix products and convolutions of float32 were taken on the device; empty
+            for a device that has no such switches.
     """
 
     modes: dict[str, ModeCost | str]
@@ -93,6 +72,7 @@ class Ablation:
     points: tuple[int, ...]
     altered: dict[str, ModeCost | str] = field(default_factory=dict)
     recommended: str | None = None
+    float32_products: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The fields as text: a reason in the place of figures is ``{"reason": ...}``, a number that is not finite
@@ -102,6 +82,33 @@ class Ablation:
             plain[part] = {n: {"reason": m} if isinstance(m, str) else m for n, m in plain[part].items()}
         finite = json.loads(json.dumps(plain), parse_constant=lambda name: None)
         return json.dumps(finite, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Ablation:
+        """Return the ablation that :meth:`to_json` wrote; a null among the figures is read as nan.
+
+        Raises: :class:`metapl.MetaplError` for other text.
+        """
+        try:
+            plain = json.loads(text)
+            for part in ("modes", "altered"):
+                plain[part] = {name: _mode_of(figures) for name, figures in plain[part].items()}
+            return cls(**plain | {"points": tuple(plain["points"])})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise MetaplError(
+                f"the text is no ablation ({type(error).__name__}: {error}); expected what Ablation.to_json wrote."
+            ) from error
+
+    def plot(self) -> Figure:
+        """Draw the figures: above, how far each mode is from the exact gradient at each point of the training; below,
+        what a call costs in passes, seconds and memory.
+
+        A mark is the error of the mean over the draws, and the line behind it reaches to the distance of one draw.
+
+        Returns: a figure of matplotlib, 4 inches wide: ``found.plot().savefig("modes.png", dpi=200)``.
+        Raises: :class:`metapl.MetaplError` where matplotlib is not installed.
+        """
+        return draw_modes(self.modes, self.altered, self.points, self.recommended)
 
     def table(self) -> str:
         """The figures in lines of a terminal of 80 columns; the reasons for what is missing stand below."""
@@ -217,7 +224,7 @@ def ablate(
     if not given or len(estimates) < len(given):
         raise MetaplError(f"ablate was given modes={modes!r}; expected a list of one or more, each name once.")
     problem, device = trainer.problem, trainer.device
-    distances: dict[str, list[tuple[float, float, float, float]]] = {}  # cosine, error, noise and length at each point
+    distances: dict[str, list[ModeDistance]] = {}  # by mode, at each point
     reasons: dict[str, str] = {}  # why the others do not run
     drawing: set[str] = set()  # names of modes whose gradient has drawn labels in it
 
@@ -246,8 +253,13 @@ def ablate(
             noise = ((g - mean).square().sum() / max(1, len(g) - 1)).sqrt() / exact_norm
             cosine = torch.nn.functional.cosine_similarity(mean, exact, dim=0)
             off = (mean - exact).norm() / exact_norm
-            own_length = mean.norm() / examples / exact_norm
-            distances.setdefault(name, []).append((float(cosine), float(off), float(noise), float(own_length)))
+            distance = ModeDistance(
+                cosine=float(cosine),
+                relative_error=float(off),
+                noise_to_signal=float(noise),
+                length=float(mean.norm() / examples / exact_norm),
+            )
+            distances.setdefault(name, []).append(distance)
 
     def student(batch: Any) -> None:
         with torch.no_grad(), replayed(RandomState.now(device)):
@@ -293,16 +305,16 @@ def ablate(
                 times[name].append(seconds(run, device))
         ran = {}
         for name, run in calls.items():
-            cosines, errors, noises, lengths = zip(*distances[name], strict=True)
-            off, noise = (math.hypot(*each) / math.sqrt(len(each)) for each in (errors, noises))
+            by_point = distances[name]
             ran[name] = ModeCost(
-                cosine=sum(cosines) / len(cosines),
-                relative_error=off,
-                noise_to_signal=noise,
+                cosine=fmean(distance.cosine for distance in by_point),
+                relative_error=_root_mean_square([distance.relative_error for distance in by_point]),
+                noise_to_signal=_root_mean_square([distance.noise_to_signal for distance in by_point]),
                 passes=flops(run) / one if one else math.nan,
                 seconds=min(times[name]),
                 peak_bytes=peak_bytes(run, device),
-                length=sum(lengths) / len(lengths),
+                length=fmean(distance.length for distance in by_point),
+                by_point=tuple(by_point),
             )
     finally:
         trainer.load_state_dict(state)
@@ -314,7 +326,30 @@ def ablate(
     # No feedback; and at the optimum, a gradient that is not through a step, with which it is compared.
     never = [n for n in compared[0] if estimates[n].credits == "nothing" or isinstance(estimates[n], Implicit)]
     taken, text = recommendation(compared[0], sure, never)
-    return Ablation(compared[0], text, points, compared[1], taken)
+    return Ablation(
+        modes=compared[0],
+        recommendation=text,
+        points=points,
+        altered=compared[1],
+        recommended=taken,
+        float32_products=float32_products(device),
+    )
+
+
+def _mode_of(figures: dict[str, Any]) -> ModeCost | str:
+    """Return a mode as :class:`Ablation` holds it, from what its JSON holds."""
+    if "reason" in figures:
+        return str(figures["reason"])
+    by_point = tuple(ModeDistance(**_with_nan(distance)) for distance in figures.get("by_point", ()))
+    return ModeCost(**_with_nan(figures) | {"by_point": by_point})
+
+
+def _with_nan(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: math.nan if value is None else value for name, value in figures.items()}
+
+
+def _root_mean_square(values: Sequence[float]) -> float:
+    return math.hypot(*values) / math.sqrt(len(values))
 
 
 def _reason(error: BaseException) -> str:

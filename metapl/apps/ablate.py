@@ -19,6 +19,7 @@ from metapl.apps.look import choose_settings
 from metapl.apps.machine import write_whole
 from metapl.apps.methods import Mpl, Training
 from metapl.apps.networks import begin_as
+from metapl.apps.report import png_of
 from metapl.apps.settings import Flat, SomeSteps, unset
 from metapl.apps.train import device
 from metapl.apps.words import tell, wrapped
@@ -27,13 +28,16 @@ from metapl.feedback import MODES, estimator
 from metapl.runs.fields import Range
 from metapl.training.trainer import BilevelTrainer
 
+FIGURES, PICTURE = "ablation.json", "ablation.png"
+DOTS_PER_INCH = 200  # of a picture that is 4 inches wide
+
 
 @dataclass(frozen=True, kw_only=True)
 class Looking:
     """The options of every ablation.
 
     Args:
-        out: folder for ablation.json; by default it is not written.
+        out: folder for ablation.json and ablation.png, the figures and their picture; by default neither is written.
         draws: of labels, for modes that draw them, and of alterations.
         rounds: in which each mode is timed once; by default 5, more for short calls.
         altered: leave out the controls, the feedback of a mode that is altered: permuted, its mean, with random signs.
@@ -58,8 +62,9 @@ class Looking:
             tell(f"gradient where a mode takes the mean over the batch\n\n{found.table()}\n")
             tell(wrapped(found.recommendation))
             if self.out is not None:
-                write_whole(self.out / "ablation.json", found.to_json().encode(), ROOM)
-                tell(f"\nthe figures are in {self.out / 'ablation.json'}")
+                write_whole(self.out / FIGURES, found.to_json().encode(), ROOM)
+                write_whole(self.out / PICTURE, png_of(found.plot(), DOTS_PER_INCH), ROOM)
+                tell(f"\nthe figures are in {self.out / FIGURES}, and drawn in {self.out / PICTURE}")
         return 0
 
 

@@ -130,6 +130,8 @@ class Attribute:
                 "momentum": MOMENTUM,
                 "seed": seed,
                 "device": str(run.device),
+                "replay_error": scores.replay_error,
+                **{f"float32 {kind}": precision for kind, precision in scores.float32_products.items()},
                 "loss": judged,
                 "loss_of_the_run": loss_of_run(run, outer),
                 "loss_of_guesses": guesses,

@@ -6,12 +6,13 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from metapl.apps.evaluation import CORRUPTIONS, LEVELS, SEVERITIES, Attack, measure
 from metapl.apps.inputs import ROOM, Factory, Folder, HeldOut, Network, Run, check_out, held, plural
 from metapl.apps.label import refuse_infinite
 from metapl.apps.machine import count_bar, write_whole
+from metapl.apps.report import COLORS, LINES, png_of
 from metapl.apps.run import WEIGHTS, EndedRun
 from metapl.apps.settings import Switch, unset
 from metapl.apps.words import WIDTH, short, table, tell
@@ -20,7 +21,11 @@ from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits
 from metapl.runs.fields import Range
 from metapl.words import shown
 
-EVALUATION = "evaluation.json"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+EVALUATION, PICTURE = "evaluation.json", "evaluation.png"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +40,8 @@ class Evaluate:
     be read is left out, with the reason on standard error; the exit code is then 1.
 
     The pictures can also be damaged in 15 ways and 5 severities each, as in ImageNet-C (--corruptions), and be moved
-    against the network (--attack); all accuracies are then written to --out, as evaluation.json.
+    against the network (--attack); all accuracies are then written to --out, as evaluation.json, and their curves
+    drawn, as evaluation.png.
 
     ImageNet-A, -C and -P, ReaL, and networks of a file of weights: examples/robustness.py.
 
@@ -47,7 +53,7 @@ class Evaluate:
             or by ten (pgd).
         eps: how far each value of a picture may be moved, in 1/255 of the range from black to white; several can be
             given.
-        out: folder for evaluation.json; made if need be.
+        out: folder for evaluation.json, and for evaluation.png where pictures are damaged or attacked; made if need be.
         json: print JSON.
     """
 
@@ -111,6 +117,12 @@ class Evaluate:
             tell(json.dumps(content, indent=2) if self.json else "\n\n".join(blocks))
             if self.out is not None:
                 write_whole(self.out / EVALUATION, f"{json.dumps(content, indent=1)}\n".encode(), ROOM)
+                written = f"the figures are in {self.out / EVALUATION}"
+                if "corruptions" in content or "attacks" in content:
+                    write_whole(self.out / PICTURE, png_of(robustness_curves(content)), ROOM)
+                    written += f", and drawn in {self.out / PICTURE}"
+                if not self.json:
+                    tell(f"\n{written}")
             if on.skipped:
                 tell(f"metapl: {plural(on.skipped, 'file')} left out", file=sys.stderr)
             return 1 if on.skipped else 0
@@ -136,6 +148,77 @@ def robustness_tables(found: Mapping[str, Any], clean: Evaluation) -> Iterator[s
         yield table(
             [head, *((name, eps, f"{a:.1%}") for name, of in found["attacks"].items() for eps, a in of.items())]
         )
+
+
+# The kinds of damage of ImageNet-C, a panel of the figure each: fifteen curves in one cannot be told apart.
+GROUPS = {
+    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
+    "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    "weather": ("snow", "frost", "fog", "brightness"),
+    "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+}
+
+Curves = dict[str, list[tuple[float, float]]]  # by name, points of severity or ε and accuracy
+
+
+def robustness_curves(content: Mapping[str, Any]) -> Figure:
+    """Draw the accuracies of an evaluation over the severity of each damage, and over ε of each attack; every curve
+    begins at the pictures as they are.
+
+    Args:
+        content: what ``evaluation.json`` holds.
+    """
+    from matplotlib.figure import Figure
+
+    clean = content["accuracy"]
+    panels: dict[str, Curves] = {}
+    for group, names in GROUPS.items():
+        curves: Curves = {}
+        for name in names:
+            if name in content.get("corruptions", {}):
+                accuracies = content["corruptions"][name]["accuracy_by_severity"]
+                curves[name] = [(0.0, clean), *zip(map(float, SEVERITIES), accuracies, strict=True)]
+        if curves:
+            panels[group] = curves
+    attacks: Curves = {}
+    for name, by_eps in content.get("attacks", {}).items():
+        moved = {float(eps): accuracy for eps, accuracy in by_eps.items()}
+        attacks[name] = sorted(({0.0: clean} | moved).items())
+    columns = 1 if len(panels) + bool(attacks) == 1 else 2
+    rows = -(-(len(panels) + bool(attacks)) // columns)
+    figure = Figure((3.4 * columns, 2.9 * rows), 120, layout="constrained")
+    places = [figure.add_subplot(rows, columns, number + 1) for number in range(len(panels) + bool(attacks))]
+    for axes, (group, curves) in zip(places, panels.items(), strict=False):
+        _draw_curves(axes, curves, f"accuracy, {group}", "severity", content["chance"])
+        axes.set_xticks([0, *SEVERITIES], ["none", *map(str, SEVERITIES)])
+    if attacks:
+        _draw_curves(places[-1], attacks, "accuracy, attacked", "ε in 1/255", content["chance"])
+    return figure
+
+
+def _draw_curves(axes: Axes, curves: Curves, title: str, label: str, chance: float) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    for number, (name, points) in enumerate(curves.items()):
+        places = [place for place, _ in points]
+        accuracies = [accuracy for _, accuracy in points]
+        axes.plot(
+            places,
+            accuracies,
+            color=COLORS[number % len(COLORS)],
+            linestyle=LINES[number % len(LINES)],
+            marker="o",
+            markersize=3,
+            label=name.replace("_", " "),
+        )
+    axes.axhline(chance, color="0.6", linewidth=1, linestyle="--", label="chance")
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(label)
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(color="#dddddd")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7)
 
 
 def confusions(evaluation: Evaluation, classes: tuple[str, ...]) -> str:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
@@ -43,6 +43,9 @@ from metapl.problems import Table
 from metapl.runs.folder import read_rows
 from metapl.training import Trainer
 from metapl.training.trainer import BilevelTrainer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PAGE, PICTURE = "report.html", "report.png"
 MOST_CURVES = 7  # methods whose curves can be told apart
@@ -418,10 +421,16 @@ def draw(
         for row, column in np.argwhere(counts) if len(counts) <= MOST_NUMBERED else ():
             color = "white" if shares[row, column] > 0.4 else "black"
             axes.text(column, row, str(counts[row, column]), color=color, ha="center", va="center", fontsize=7)
+    return png_of(figure)
+
+
+def png_of(figure: Figure, dots_per_inch: float | None = None) -> bytes:
+    """Return a figure as the bytes of a PNG file; without ``dots_per_inch`` by the figure's own."""
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # boxes stand for letters that the font does not have
-        figure.savefig(file, format="png", metadata={"Software": None})
+        dots: Any = "figure" if dots_per_inch is None else dots_per_inch
+        figure.savefig(file, format="png", dpi=dots, metadata={"Software": None})
     return file.getvalue()
 
 

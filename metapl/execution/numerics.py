@@ -6,13 +6,14 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
 from operator import attrgetter
 from typing import Any
 
 import torch
+import torch.utils.deterministic
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -59,7 +60,11 @@ class Space:
 
     def norm(self, a: Tree) -> Tensor:
         """‖a‖ over all parameters, a scalar."""
-        total: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(wide_list(a.values()))))
+        values = wide_list(a.values())
+        if any(t.is_sparse for t in values):
+            # torch 2.11 has no norm of a list with sparse gradients of embeddings.
+            values = [t.coalesce().values() if t.is_sparse else t for t in values]
+        total: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(values)))
         return total
 
     def slope(self, a: Tree, b: Tree) -> tuple[Tensor, Tensor]:
@@ -81,12 +86,17 @@ class Space:
 WHOLE = Space()  # trees that this process holds whole
 
 
+def sum_tree(trees: Sequence[Tree]) -> Tree:
+    """The sum of trees, in which a parameter that is missing counts as zero."""
+    names = dict.fromkeys(name for tree in trees for name in tree)
+    return {name: torch.stack([tree[name] for tree in trees if name in tree]).sum(0) for name in names}
+
+
 def mean_tree(trees: Sequence[Tree]) -> Tree:
     """The mean of trees, in which a parameter that is missing counts as zero."""
     if len(trees) == 1:
         return trees[0]
-    names = dict.fromkeys(name for tree in trees for name in tree)
-    return {name: torch.stack([tree[name] for tree in trees if name in tree]).sum(0) / len(trees) for name in names}
+    return {name: total / len(trees) for name, total in sum_tree(trees).items()}
 
 
 _BACKENDS: Any = torch.backends  # whose stubs lack some of these
@@ -126,6 +136,31 @@ def full_float32(device: torch.device) -> Iterator[None]:
     finally:
         for switch, precision in zip(switches, before, strict=True):
             switch.fp32_precision = precision
+
+
+_DETERMINISTIC: Any = torch.utils.deterministic  # whose setting is no attribute to a type checker
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Ask for deterministic algorithms, with a warning of torch's where an operation has none; the settings are put
+    back. A caller who asks for them already keeps his own settings, errors included."""
+    if torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    filled = _DETERMINISTIC.fill_uninitialized_memory
+    with warnings.catch_warnings() if device.type == "cuda" else nullcontext():
+        if device.type == "cuda":
+            # cuBLAS repeats its bits on one stream, which is what a path runs on; torch warns for the case of several.
+            warnings.filterwarnings("ignore", message="(?s).*CuBLAS")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # Else every new tensor is filled, which costs a write and changes no result.
+        _DETERMINISTIC.fill_uninitialized_memory = False
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+            _DETERMINISTIC.fill_uninitialized_memory = filled
 
 
 _CUDA: Any = torch.backends.cuda

@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution.layout import Layout
-from metapl.execution.local import NOTHING, GraphLook, LocalStudent, Pass, as_leaves
+from metapl.execution.local import NOTHING, LocalStudent, Pass, as_leaves
 from metapl.execution.numerics import HALF, Tree
 from metapl.execution.shards import as_sharded, is_sharded, local, whole, whole_together
 from metapl.execution.state import RandomState, Slot, Slots, State, named_parts, replay, stand_in, swapped
@@ -48,9 +48,9 @@ class ShardedStudent(LocalStudent):
         policies = [block._get_fsdp_state()._mp_policy.param_dtype for block in layout.blocks]
         self.formats |= {dtype for dtype in policies if dtype is not None}
 
-    def loss(self, *given: Any, gradient: bool = False, look: GraphLook | None = None) -> tuple[Tensor, Tree]:
+    def loss(self, *given: Any, gradient: bool = False, **options: Any) -> tuple[Tensor, Tree]:
         with torch.set_grad_enabled(gradient):
-            return super().loss(*given, gradient=gradient, look=look)
+            return super().loss(*given, gradient=gradient, **options)
 
     def gradient(self, value: Tensor, at: Tree, **how: Any) -> tuple[Tree, Tree]:
         mean = {name: local(g) for name, g in by_backward(value, self.parameters).items()}

@@ -38,10 +38,13 @@ def refuse_gradients_of_batches(outer: Any, inner: Any) -> None:
 
     Of a :class:`metapl.Lookahead` whose batches a function returns, the batches are looked at by the first look alone.
     """
-    named = {"outer": outer, "inner": inner}
-    if isinstance(inner, Lookahead):
-        held = [] if callable(inner.batches) else list(inner.batches)
-        named = {"outer": outer, **{f"inner[{k}]": batch for k, batch in enumerate(held)}}
+    named = dict[str, Any]()
+    for role, given in (("outer", outer), ("inner", inner)):
+        if isinstance(given, Lookahead):
+            held = [] if callable(given.batches) else list(given.batches)
+            named |= {f"{role}[{k}]": batch for k, batch in enumerate(held)}
+        else:
+            named[role] = given
     for name, batch in named.items():
         for path, t in pytree.tree_flatten_with_path(batch)[0]:
             if isinstance(t, Tensor) and t.requires_grad:
@@ -68,9 +71,12 @@ def refuse_learned_settings(update: Update) -> None:
                 if name == "params":
                     continue
                 if any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(value)):
+                    expected = f"a number ({name}.item())"
+                    if isinstance(value, Tensor) and value.numel() > 1:
+                        expected = f"values alone ({name}.detach())"
                     raise MetaplError(
                         f"{name} of the inner optimizer requires a gradient, of which the feedback would know nothing; "
-                        f"expected a number ({name}.item()), whose gradient metapl.hypergradient(wrt={name!r}) gives."
+                        f"expected {expected}, whose gradient metapl.hypergradient(wrt={name!r}) gives."
                     )
 
 

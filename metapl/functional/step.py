@@ -84,7 +84,7 @@ def make_step(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Step:
     """The step of these networks, losses and rules; the modules' own tensors are not read, those of the state are."""
-    T, S, kind = Function(teacher), Function(student), mode.name
+    T, S, kind = Function(teacher, "teacher"), Function(student), mode.name
     enters, revises = enters_input(problem), has_own(problem, "revised_signal")
     composed = kind == "unrolled" or steps > 1 or enters
     first = steps if kind == "none" else steps - (getattr(mode, "truncate", None) or steps)  # of those with feedback
@@ -115,8 +115,8 @@ def make_step(
                 z, left = S.outputs(theta, at_S, problem.outer_input(judged, *entering))
                 # A loss may read ``student.parameters()``, so it is called while these weights are in the student.
                 (total, count), _ = S.at(theta, left, lambda network: sum_and_weight(problem.outer_loss(z, judged)))
-                mean: Tensor = total / count
-                return mean
+                loss: Tensor = total / count
+                return loss
 
             # Where L reads the teacher, the module holds θ_T meanwhile.
             L: Tensor = T.at(theta_T, state.teacher.state, judge)[0] if reads_teacher else judge(None)

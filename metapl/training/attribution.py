@@ -20,7 +20,7 @@ from metapl.errors import MetaplError
 from metapl.execution.batch import as_tensors, labeled_pair, length
 from metapl.execution.checks import generator_of
 from metapl.execution.layout import layouts
-from metapl.execution.numerics import wide
+from metapl.execution.numerics import deterministic, float32_products, wide
 from metapl.execution.ranks import Ranks
 from metapl.execution.shards import gathered, local
 from metapl.execution.state import RandomState, replayed, trainable, with_tables_of
@@ -28,6 +28,7 @@ from metapl.feedback import Forward
 from metapl.feedback.hypergradient import hypergradient
 from metapl.feedback.keeping import SHARE, folder_of, free_bytes, generators_at_start
 from metapl.feedback.lookahead import Lookahead
+from metapl.feedback.replays import REPLAY_TOLERANCE, Tolerance
 from metapl.functional.training import differentiate
 from metapl.problems.base import Problem, Signal, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
@@ -64,6 +65,11 @@ class Attribution:
         outer_loss: L(θ_K), a scalar or (M,).
         student_params: θ_K by name.
         kept: which steps kept their states.
+        replay_error: the largest relative difference between a kept state and the same state computed again, as of
+            :class:`metapl.Hypergradient`.
+        float32_products: in what precision matrix products and convolutions of float32 were taken on the device:
+            ``"ieee"``, ``"tf32"`` or ``"bf16"`` by name; empty for a device that has no such switches. Scores whose
+            factors are rounded keep their order roughly.
     """
 
     scores: Tensor
@@ -72,6 +78,8 @@ class Attribution:
     student_params: dict[str, Tensor]
     kept: str
     _losses_with: Callable[[Tensor], Tensor] = field(repr=False)
+    replay_error: float = 0.0
+    float32_products: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return summary("Attribution", scores=self.scores, order=self.order, outer_loss=self.outer_loss, kept=self.kept)
@@ -149,6 +157,7 @@ def attribute(
     clip_norm: AboveZero | None = None,
     compile: bool = False,
     progress: bool = True,
+    replay_tolerance: Tolerance = REPLAY_TOLERANCE,
 ) -> Attribution:
     r"""What each training example does to the outer loss, through a whole training.
 
@@ -187,6 +196,8 @@ def attribute(
         compile: one step and its adjoint as two compiled graphs, as for :func:`metapl.hypergradient`; with ``each``,
             the adjoint takes all M outer losses at once, in the memory of M sets of weights and optimizer states.
         progress: show on standard error how far it is, where that is a terminal.
+        replay_tolerance: the most that ``replay_error`` of the result may be, as for :func:`metapl.hypergradient`;
+            above it the call is refused.
 
     Returns: an :class:`Attribution`.
     Cost: in plain trainings (docs/whole-trainings.md): 4 to 5 on WRN-28-2; on small networks 4 to 7 with all states
@@ -214,6 +225,8 @@ def attribute(
     start = generators_at_start(mode.keep_on, device)
     training = _Training(arguments, start)
     problem, one, order, ranks = training.problem, training.optimizer, training.order, training.layout.ranks
+    if mode.truncate == 0:
+        raise MetaplError("truncate=0 differentiates no step, so nothing reaches the examples; expected 1 or more.")
     if folder_of(mode.keep_on) and (each or not compile):
         raise MetaplError(f"keep_on={mode.keep_on!r} is a folder; expected compile=True and each=False with it.")
     if steps >= 100 and training.begun is not None:  # a sharded student's training cannot be repeated
@@ -229,8 +242,9 @@ def attribute(
     ahead = Lookahead(lambda number: training.data[ranks.own_rows(order[number])], steps=steps, schedule=schedule)
     outer_batch = pytree.tree_map_only(Tensor, ranks.own_rows, training.outer_batch)
     judging = [_of_example(problem, number, ranks) for number in range(training.judged)] if each else [problem]
-    given: dict[str, Any] = {"clip_norm": clip_norm, "progress": progress}
+    given: dict[str, Any] = {"clip_norm": clip_norm, "progress": progress, "replay_tolerance": replay_tolerance}
     scores, losses = list[Tensor](), list[Tensor]()  # of each outer loss
+    replay_error = 0.0
     at_once = len(judging) if compile else 1
     if compile and each:  # as many as half of the memory that is free holds the cotangents of
         size = 3 * sum(p.nbytes for p in student.parameters() if p.requires_grad)
@@ -251,10 +265,19 @@ def attribute(
             summed.index_add_(1, chosen, h.reshape(len(own), len(chosen), *parts).to(summed))
         scores += ranks.sum(summed).unbind()
         losses += found.outer_loss.flatten().unbind()
+        replay_error = max(replay_error, found.replay_error)
 
     by_loss, L = (torch.stack(scores), torch.stack(losses)) if each else (scores[0], losses[0])
-    held = by_loss, order, L, found.student_params, found.kept
-    return Attribution(*held, lambda w: training.repeated(w, judging)[1].reshape(L.shape))
+    return Attribution(
+        scores=by_loss,
+        order=order,
+        outer_loss=L,
+        student_params=found.student_params,
+        kept=found.kept,
+        _losses_with=lambda w: training.repeated(w, judging)[1].reshape(L.shape),
+        replay_error=replay_error,
+        float32_products=float32_products(device),
+    )
 
 
 class Metasmoothness(NamedTuple):
@@ -377,7 +400,8 @@ class _Training:
         weights_of, problem, ranks = trainable(network), self.problem, self.layout.ranks
         rule, device = update_of(again, weights_of), self.start.device
         # A loss may read ``student.parameters()`` by a closure, which has to find those of this training.
-        with with_tables_of(network, self.layout.network), replayed(self.start), torch.enable_grad(), self.autocast():
+        whose = with_tables_of(network, self.layout.network)
+        with whose, replayed(self.start), torch.enable_grad(), self.autocast(), deterministic(device):
             for chosen, of_step in zip(map(ranks.own_rows, self.order[:steps]), self.options[:steps], strict=True):
                 batch = self.data[chosen]
                 for group, own in zip(again.param_groups, of_step, strict=False):

@@ -38,6 +38,7 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
     "digits_study": ["digits"],
     "digits_study --forms": ["digits-forms"],
     "hyperparameters": ["hyperparameters", "schedule"],
+    "modes": ["modes", "ablation"],
     "moon_weights": ["moon-weights"],
     "noisy_student": ["noisy-student-studies"],
     "rival_attribution": ["rival_attribution", "rival_attribution-scores"],

@@ -15,6 +15,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from command import metapl, reseal, result, rows
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from tiny_runs import TINY, color_folders
@@ -225,6 +226,9 @@ def test_evaluate_gives_the_number_on_record_again_and_those_of_damaged_pictures
     assert found["attacks"]["fgsm"]["8"] <= found["accuracy"]
     contrast = found["corruptions"]["contrast"]
     assert contrast["error"] == pytest.approx(1 - sum(contrast["accuracy_by_severity"]) / 5)
+    with Image.open(tmp_path / "evaluation.png") as picture:
+        assert picture.size[0] > 600
+    assert str(tmp_path / "evaluation.png") in text
     del few["shot_noise"]
     again = json.loads(metapl("evaluate", tiny, "--corruptions", "--json").stdout)
     assert again["corruptions"] == {"contrast": contrast}
@@ -291,6 +295,9 @@ def test_ablate_measures_the_modes_of_digits_and_of_networks_of_ones_own(
         found = json.loads((tmp_path / "there" / "ablation.json").read_text())
         assert [*found["modes"]] == of.partition("--modes ")[2].split()
         assert found["recommendation"] in " ".join(text.split())
+        assert str(tmp_path / "there" / "ablation.png") in text
+        with Image.open(tmp_path / "there" / "ablation.png") as picture:
+            assert picture.width == 800
 
 
 @pytest.mark.long

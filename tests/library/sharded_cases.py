@@ -355,6 +355,14 @@ class Weighted(metapl.PseudoLabels):
         return total, weights[batch[1]].sum()
 
 
+class WeightedScalar(metapl.PseudoLabels):
+    """The same mean over one rank's rows, as a scalar, which is no mean over its micro-batches."""
+
+    def outer_loss(self, outputs: Any, batch: Any) -> Any:
+        weights = torch.arange(1.0, 1 + outputs.shape[1], dtype=outputs.dtype)
+        return torch.nn.functional.cross_entropy(outputs, batch[1], weights)
+
+
 def _reweight() -> None:
     student = laid_out(networks()[1], "ddp")
     metapl.BilevelTrainer(None, student, mode="forward", problem=LearningToReweight())

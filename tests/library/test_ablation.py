@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import sys
 import time
 from typing import Any
 
@@ -94,6 +97,86 @@ def test_a_mode_that_cannot_run_has_its_reason_below_the_table() -> None:
     assert lines["implicit"].endswith("[2]")
     assert lines["unrolled"].split()[1] == "1.000"
     assert isinstance(result.altered["unrolled_permuted"], ModeCost)
+
+
+def trained() -> Ablation:
+    """An ablation at three points of a training, with a mode that cannot run and with controls."""
+    problem = toy("mlp", dtype=torch.float32, rows=8)
+    trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward")
+    sources: Any = [problem.labeled] * 3, [problem.unlabeled] * 3
+    return ablate(trainer, *sources, ["difference", "forward", "implicit", "reinforce"], steps=2, **QUICK)
+
+
+def test_figures_of_several_points_are_the_means_of_those_at_each() -> None:
+    result = trained()
+    assert result.points == (0, 1, 2)
+    mode = result.modes["reinforce"]
+    assert isinstance(mode, ModeCost)
+    errors = torch.tensor([distance.relative_error for distance in mode.by_point], dtype=torch.float64)
+    assert len(set(errors.tolist())) == 3
+    assert mode.relative_error == pytest.approx(errors.square().mean().sqrt().item())
+    assert mode.cosine == pytest.approx(sum(distance.cosine for distance in mode.by_point) / 3)
+
+
+def test_an_ablation_is_read_back_from_its_json() -> None:
+    result = trained()
+    assert Ablation.from_json(result.to_json()) == result
+    infinite = Ablation({"own": ModeCost(math.nan, 0.5, 1.0, 9.0, 0.01, 1000)}, "none", (0,))
+    read = Ablation.from_json(infinite.to_json()).modes["own"]
+    assert isinstance(read, ModeCost)
+    assert math.isnan(read.cosine)
+    for text in ("{", "[]", "{}", '{"modes": {"own": {"passes": 1}}, "altered": {}, "points": []}'):
+        with pytest.raises(metapl.MetaplError, match=r"expected what Ablation\.to_json wrote"):
+            Ablation.from_json(text)
+
+
+def test_the_figure_has_each_mode_at_each_point_and_what_it_costs() -> None:
+    result = trained()
+    figure = result.plot()
+    distances, *costs = figure.axes
+    rows = result.modes | result.altered
+    names = [label.get_text().replace("\n", "") for label in distances.get_yticklabels()]
+    assert names == [*rows]
+    assert [text.get_text() for text in distances.get_legend().get_texts()] == ["step 0", "step 1", "step 2"]
+    that_ran = {name: cost for name, cost in rows.items() if isinstance(cost, ModeCost)}
+    assert [*rows][2] == "implicit"
+    assert len(that_ran) == len(rows) - 1
+    marks = [line for line in distances.lines if str(line.get_label()).startswith("step")]
+    for number, (marked, reaching) in enumerate(zip(marks, distances.collections, strict=True)):
+        by_point = [cost.by_point[number] for cost in that_ran.values()]
+        assert [*marked.get_xdata()] == [distance.relative_error for distance in by_point]
+        segments = reaching.get_segments()  # type: ignore[attr-defined]
+        assert [segment[1, 0] for segment in segments] == [distance.of_one_draw for distance in by_point]
+        assert [round(place) for place in marked.get_ydata()] == [0, 1, 3, 4, 5, 6]
+    values = {
+        "passes a call": [cost.passes for cost in that_ran.values()],
+        "time, ms": [1e3 * cost.seconds for cost in that_ran.values()],
+        "peak, KB": [1e-3 * cost.peak_bytes for cost in that_ran.values()],
+    }
+    assert [axes.get_title(loc="left") for axes in costs] == [*values]
+    for axes, expected in zip(costs, values.values(), strict=True):
+        assert [bar.get_width() for bar in axes.patches] == pytest.approx(expected)  # type: ignore[attr-defined]
+    bold = [label.get_text() for label in distances.get_yticklabels() if label.get_fontweight() == "bold"]
+    assert bold == [result.recommended]
+
+
+def test_a_figure_of_400_pixels_has_letters_of_ten_and_no_two_names_touch() -> None:
+    figure = trained().plot()
+    figure.set_dpi(100)
+    figure.draw_without_rendering()
+    assert figure.bbox.width == 400
+    distances, costs, *_ = figure.axes
+    for axes in (distances, costs):
+        places = [label.get_window_extent() for label in axes.get_yticklabels()]
+        assert min(place.x0 for place in places) >= 0
+        assert all(lower.y1 <= upper.y0 + 1 for upper, lower in itertools.pairwise(places))
+        assert all(label.get_fontsize() * 100 / 72 >= 10 for label in axes.get_yticklabels() + axes.get_xticklabels())
+
+
+def test_a_figure_without_matplotlib_is_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(metapl.MetaplError, match="pip install matplotlib"):
+        Ablation({}, "none", (0,)).plot()
 
 
 def test_a_call_that_waits_for_a_core_is_timed_by_what_it_computes() -> None:

@@ -114,7 +114,8 @@ def test_another_student_of_the_architecture_compiles_nothing() -> None:
         weights = {name: t.clone() for name, t in network.state_dict().items()}
         refuse_other(gradient(network), network)
         assert error(weights, network.state_dict()) == 0
-    assert graphs() == before and len(training._KNOWN) == 1
+    assert graphs() == before
+    assert len(training._KNOWN) == 1
 
 
 def hooked(network: Any) -> None:
@@ -210,8 +211,10 @@ def test_a_bare_copy_holds_nothing_and_shares_what_was_shared() -> None:
     network: Any = student()
     (bare,) = bare_copies([network])
     assert {t.device.type for t in (*bare.parameters(), *bare.buffers())} == {"meta"}
-    assert bare.parts[0] is bare.parts[1] is bare.last and bare.parts is not network.parts
-    assert bare.settings == network.settings and bare.settings is not network.settings
+    assert bare.parts[0] is bare.parts[1] is bare.last
+    assert bare.parts is not network.parts
+    assert bare.settings == network.settings
+    assert bare.settings is not network.settings
     assert [*bare.state_dict()] == [*network.state_dict()]
     network.settings.widths.append(9)
     assert bare.settings.widths == [6, 3]

@@ -218,6 +218,18 @@ def test_batch_norms_have_the_statistics_of_their_ranks(two: Ranks, layout: str)
     assert all(torch.equal(buffers[0][name], buffers[1][name]) for name in buffers[0])
 
 
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_micro_batches_of_an_outer_loss_of_all_rows_of_a_rank(two: Ranks, layout: str) -> None:
+    case: dict[str, Any] = {"layout": layout, "problem": sharded_cases.WeightedScalar(), "optimizer": "sgd"}
+    for mode in ("difference", "forward"):  # which draw no labels
+        once, split = (two.run("train", mode=mode, gradients=False, accumulate=parts, **case) for parts in (1, 2))
+        for whole, parted in zip(once, split, strict=True):
+            assert error(parted["student"], whole["student"]) < 1e-10
+            assert error(parted["teacher"], whole["teacher"]) < 1e-10
+    pair = two.run("train", mode="forward", gradients=False, **{**case, "problem": sharded_cases.Weighted()})
+    assert error(once[0]["teacher"], pair[0]["teacher"]) > 1e-6  # a scalar is the mean of the ranks' own
+
+
 def test_dropout_has_the_masks_of_the_inner_pass(two: Ranks) -> None:
     """Forward mode and a difference of outputs agree, which they would not with other masks."""
     case: dict[str, Any] = {"layout": "fsdp", "optimizer": "sgd", "steps": 1, "inside": "dropout"}

@@ -144,7 +144,8 @@ def check_gradient(
     Args:
         teacher, student: as for :func:`metapl.hypergradient`; or a :class:`metapl.BilevelTrainer` alone, as it stands.
         labeled, unlabeled, outer, inner: the batches of a step; of a :class:`metapl.Lookahead` the first three, and of
-            micro-batches (``accumulate``) the first, by whose halves both losses must be means over examples.
+            micro-batches (``accumulate``) the first, by whose halves the inner loss must be a mean over examples, and
+            an outer loss that returns (sum, weight) Σ sum / Σ weight.
         mode: default the trainer's own, and ``"forward"`` without one. The others are :func:`metapl.hypergradient`'s.
 
     Returns: a :class:`GradientCheck`; 1e-5 is right, of differences and of weights that stay in float32 1 %.

@@ -1,0 +1,118 @@
+r"""Whether the steps of a path that are computed again come out as they did: each time a replay reaches a state that
+was kept, a digest of it is compared with the one that was taken when it was kept.
+
+The digest of a tree of tensors x is a linear sketch in float64: its entries, in rows of 256, are added with random
+signs,
+
+.. math:: s_j = \sum_r \sigma_{rj}\, x_{rj}, \qquad \mathbb E \|s(x) - s(x')\|^2 = \|x - x'\|^2 ,
+
+so equal states have equal digests, bit for bit, and the distance of two digests says how far apart their states are, to
+some ten per cent. A state of up to 256 numbers is its own digest, but for signs. Cost: one read of the state, and 2 KB
+for each tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metapl.errors import MetaplError
+from metapl.execution.numerics import Tree, as_real
+from metapl.execution.ranks import ALONE, Ranks
+from metapl.execution.shards import local
+from metapl.runs.fields import Range
+
+Tolerance = Annotated[float, Range(0)]
+REPLAY_TOLERANCE = 1e-6  # of a state's size; a replay that rounds otherwise in float32 is below it
+
+COLUMNS = 256
+PIECE = 2**20  # entries that are in float64 at a time, 8 MB
+
+
+class ReplayCheck:
+    """Digests of the kept states of a path, by the number of the step before which they are, and the largest relative
+    difference that a replay has shown.
+
+    Args:
+        tolerance: the difference above which :meth:`compare` refuses.
+        ranks: the processes that share the path; all of them refuse, or none.
+    """
+
+    def __init__(self, tolerance: float = REPLAY_TOLERANCE, ranks: Ranks = ALONE) -> None:
+        self.tolerance, self.ranks = tolerance, ranks
+        self.error = 0.0
+        self.digests: dict[int, Tensor] = {}
+
+    def note(self, number: int, params: Tree, optimizer_state: Any) -> None:
+        """Note the digest of a state that is kept."""
+        self.digests[number] = state_digest(params, optimizer_state)
+
+    def compare(self, number: int, params: Tree, optimizer_state: Any) -> None:
+        """Compare a state that a replay has reached with the one that was noted, if one was. The host waits for it."""
+        if number not in self.digests:
+            return
+        noted, reached = self.digests[number], state_digest(params, optimizer_state)
+        differences = torch.linalg.vector_norm(reached - noted, dim=1)
+        sizes = torch.linalg.vector_norm(noted, dim=1)
+        # Of a momentum that is 0, as before the first step, the difference itself.
+        relative = torch.where(sizes > 0, differences / sizes, differences).max()
+        if not self.ranks.alone:
+            relative = self.ranks.greatest(relative)
+        error = float(relative)
+        self.error = max(self.error, error)
+        if not error <= self.tolerance:
+            raise MetaplError(
+                f"the steps before step {number} of the look-ahead were computed again, and their state differs by "
+                f"{error:.1e} of its size; expected {self.tolerance:g} at most. The student draws from a generator of "
+                "its own, counts its calls, or has an operation that is not deterministic; expected a student without, "
+                "or replay_tolerance= with what is allowed."
+            )
+
+
+def state_digest(params: Tree, optimizer_state: Any) -> Tensor:
+    """Return the digests of the weights and of the optimizer's tensors, (2, 256) in float64; counts are left out."""
+    device = local(next(iter(params.values()))).device
+    leaves = [t for t in pytree.tree_leaves(optimizer_state) if isinstance(t, Tensor) and t.ndim > 0]
+    return torch.stack([_sketch(params.values(), device), _sketch(leaves, device)])
+
+
+@torch.no_grad()
+def _sketch(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Return the signed sums of the rows of all tensors, which follow one another in rows of 256, (256,)."""
+    total = torch.zeros(COLUMNS, dtype=torch.float64, device=device)
+    for number, piece in enumerate(_pieces(tensors)):
+        values = torch.cat([t.to(device, torch.float64) for t in piece])
+        rows = torch.nn.functional.pad(values, (0, -len(values) % COLUMNS)).view(-1, COLUMNS)
+        # Each piece has the signs of other columns, or differences that are alike in all pieces would add up.
+        signs = _signs(device)[: len(rows)].roll(number, dims=1)
+        # Not by a product of matrices, whose rounding may depend on where the numbers lie.
+        total += rows.mul_(signs).sum(0)
+    return total
+
+
+def _pieces(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+    """Yield the entries of tensors in lists that hold ``PIECE`` entries at most, so that small tensors are one call."""
+    piece: list[Tensor] = []
+    count = 0
+    for tensor in tensors:
+        for part in as_real(local(tensor).detach()).flatten().split(PIECE):
+            if piece and count + len(part) > PIECE:
+                yield piece
+                piece, count = [], 0
+            piece.append(part)
+            count += len(part)
+    if piece:
+        yield piece
+
+
+@cache
+def _signs(device: torch.device) -> Tensor:
+    """Return the random signs of the entries of a piece, int8; the same in every process."""
+    generator = torch.Generator().manual_seed(0)
+    coins = torch.randint(0, 2, (PIECE // COLUMNS, COLUMNS), generator=generator, dtype=torch.int8)
+    return (2 * coins - 1).to(device)
