@@ -31,6 +31,7 @@ from metapl.execution.numerics import (
     asks_for_gradient,
     forward_mode,
     full_float32,
+    is_layout_refused,
     mean_tree,
     no_fast_path,
     sum_tree,
@@ -352,6 +353,10 @@ class Pass:
                 if asks_for_gradient(error):
                     what = "the student's forward takes a gradient, and a pass in forward mode has no graph"
                     raise MissingDerivative(what) from error
+                if is_layout_refused(error):
+                    # The plain pass took these tensors, so it is a rule of forward mode: group norm's, on torch 2.12.
+                    what = "the forward mode of an operation of the student takes contiguous tensors alone here"
+                    raise MissingDerivative(f"{what} ({str(error).splitlines()[0].rstrip('.')})") from error
                 raise
             self._same_outputs(outputs)
             return torch.zeros_like(self.outputs) if tangent is None else tangent.clone()

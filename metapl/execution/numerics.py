@@ -247,6 +247,11 @@ def asks_for_gradient(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "does not require grad and does not have a grad_fn" in str(error)
 
 
+def is_layout_refused(error: BaseException) -> bool:
+    """Whether a view failed because of where the numbers of a tensor lie in memory."""
+    return isinstance(error, RuntimeError) and "view size is not compatible" in str(error)
+
+
 def explain(error: BaseException) -> None:
     """Raise autograd's error about a missing derivative as one that names the operation."""
     text = str(error)

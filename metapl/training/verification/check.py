@@ -167,11 +167,11 @@ def check_gradient(
         accumulate, clip_norm = trainer.accumulate, trainer.clip_norm
         teacher, student, inner_optimizer = trainer.teacher, trainer.student, trainer.update
     estimate = estimator("forward" if mode is None else mode)
-    teacher_layout, student_layout, device = layouts(teacher, student)  # type: ignore[arg-type]
+    gives_feedback = estimate.credits != "nothing"
+    teacher_layout, student_layout, device = layouts(teacher, student, differentiated=gives_feedback)  # type: ignore[arg-type]
     generator_of(generator, device, "the networks are on")
     if student_layout.is_sharded or not student_layout.ranks.alone:
         raise MetaplError("check_gradient was given networks of several processes; expected those of one, not sharded.")
-    gives_feedback = estimate.credits != "nothing"
     parameters = student_layout.parameters()
     update = update_of(inner_optimizer, parameters, inner_state, is_differentiated=gives_feedback)
     if isinstance(update, Clipped):
