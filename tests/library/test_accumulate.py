@@ -419,3 +419,23 @@ def test_an_outer_loss_of_all_rows_that_reads_the_teacher() -> None:
             torch.testing.assert_close(found.grads[name], g, rtol=1e-9, atol=1e-12)
             torch.testing.assert_close(found.direct[name], whole.direct[name], rtol=1e-9, atol=1e-12)
     assert whole.direct["weight"].norm() > 1e-3
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_an_outer_loss_of_all_rows_after_each_step(norm: bool) -> None:
+    """Each is of its own outer batch, on the buffers of its own step."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.BatchNorm1d(8).eval()] if norm else []
+    student = nn.Sequential(nn.Linear(5, 8), *layers, nn.Tanh(), nn.Linear(8, 3)).double()
+    teacher = metapl.problems.Table(torch.linspace(-1, 1, 12)).double()
+    outers, inners = [], []
+    for labels in (LABELS, LATE, LABELS.flip(0)):
+        data = outer_and_inner(labels)
+        outers.append(tuple(t + 0.1 * len(outers) if t.is_floating_point() else t for t in data["outer"]))
+        inners.append(data["inner"])
+    given: dict[str, Any] = {"outer": metapl.Lookahead(outers), "inner": metapl.Lookahead(inners)}
+    given |= {"problem": Judged(not_ignored), "inner_optimizer": torch.optim.SGD(student.parameters(), lr=0.5)}
+    whole, parts = (metapl.hypergradient(teacher, student, **given, accumulate=parts) for parts in (1, 2))
+    torch.testing.assert_close(parts.outer_losses, whole.outer_losses)
+    for name, g in whole.grads.items():
+        torch.testing.assert_close(parts.grads[name], g, rtol=1e-9, atol=1e-12)
