@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import joined
+from metapl.execution.batch import joined, map_tensors
 from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, coarsest, same_outputs
 from metapl.execution.graphs import refuse_once_differentiable
 from metapl.execution.layout import Layout
@@ -31,6 +30,7 @@ from metapl.execution.numerics import (
     asks_for_gradient,
     forward_mode,
     full_float32,
+    is_layout_refused,
     mean_tree,
     no_fast_path,
     sum_tree,
@@ -126,7 +126,7 @@ class LocalStudent:
                     gradients.append(self.gradient(value, at)[1] if value.requires_grad else {})
                 values.append((value.detach(), weight))
         if rows is not None and gradient:
-            gradients = [self._pulled_back(at, batches, rows, start)]
+            gradients = [self._pulled_back(at, batches, rows, start, state or self.slots)]
         simple = len(values) == 1 and self.ranks.alone and not isinstance(weight, Tensor)
         mean, weight = values[0] if simple else self.mean_of_all(values)
         if not gradient:
@@ -154,12 +154,19 @@ class LocalStudent:
         if self.readable:
             rows.direct = self.gradient(value, at)[1]
 
-    def _pulled_back(self, at: Tree, batches: Sequence[tuple[Any, Any]], rows: _AllRows, start: RandomState) -> Tree:
+    def _pulled_back(
+        self,
+        at: Tree,
+        batches: Sequence[tuple[Any, Any]],
+        rows: _AllRows,
+        start: RandomState,
+        state: State | Slots,
+    ) -> Tree:
         """Return the gradient of a loss of all rows, by running each micro-batch again, on the same draws and state."""
         if not rows.cotangents:
             return rows.direct
         found = [rows.direct]
-        with self.at(at, start, self.slots):
+        with self.at(at, start, state):
             for (inputs, _), first, cotangent in zip(batches, rows.parts, rows.cotangents, strict=True):
                 outputs = self.forward(inputs)
                 tolerance = EXACTLY[coarsest([outputs.dtype, *self.formats], self.device)].outputs
@@ -229,7 +236,8 @@ class LocalStudent:
     ) -> AbstractContextManager[None]:
         """The student at other weights, on copies of a state (``upcast``: in float32 or wider), with draws from
         ``random`` on."""
-        return replay(random, state, self.held_at(params), upcast=upcast)
+        held = [*self.held_at(params), *self.slots.in_formulas(), *self.slots.made()]
+        return replay(random, state, held, upcast=upcast)
 
     def along(self, params: Tree, w: Tree, random: RandomState, state: State) -> AbstractContextManager[None]:
         """As :meth:`at`, with dual numbers for weights, whose tangent is w."""
@@ -250,26 +258,26 @@ class Pass:
         self._graph_of_g: tuple[Tree, list[Tensor]] | None = None  # g, and the leaves of its graph
         if params is student.params:
             self._at: Tree = {**student.parameters}
-            self._held: list[Slot] = []
+            self._held = student.slots.in_formulas()
         else:
             own = student.parameters
             graph = student.double_backward
             self._at = {n: stand_in(p, own[n]) for n, p in params.items()} if graph else student.as_leaves(params)
-            self._held = student.held_at(self._at)
+            self._held = [*student.held_at(self._at), *student.slots.in_formulas()]
         self._before = student.slots.random_state(student.device)
         self._state, student.slots.state = student.slots.state or student.slots.now(), None
         with self._running():
             outputs = checks.logits(student.module(inputs), "student")
         self.after = student.slots.random_state(student.device)
         student.slots.watch(self._before, self.after)
-        self._dtype = outputs.dtype
+        self._dtype, self._half_types = outputs.dtype, student.slots.half_types(outputs)
         self.graph: Tensor | None = wide(outputs)
         self.outputs = self.graph.detach()
 
     @property
     def rounded_to(self) -> torch.dtype:
         """The coarsest dtype of the pass: a key of the tolerances in :mod:`metapl.execution.compare`."""
-        return coarsest([self._dtype, *self.student.formats], self.student.device)
+        return coarsest([self._dtype, *self.student.formats, *self._half_types], self.student.device)
 
     @property
     def state_before(self) -> State:
@@ -351,6 +359,10 @@ class Pass:
                 if asks_for_gradient(error):
                     what = "the student's forward takes a gradient, and a pass in forward mode has no graph"
                     raise MissingDerivative(what) from error
+                if is_layout_refused(error):
+                    # The plain pass took these tensors, so it is a rule of forward mode: group norm's, on torch 2.12.
+                    what = "the forward mode of an operation of the student takes contiguous tensors alone here"
+                    raise MissingDerivative(f"{what} ({str(error).splitlines()[0].rstrip('.')})") from error
                 raise
             self._same_outputs(outputs)
             return torch.zeros_like(self.outputs) if tangent is None else tangent.clone()
@@ -380,7 +392,7 @@ class Pass:
         device = self.student.device
         at = self.student.at(self.student.as_leaves(params), self._before, self._state, upcast=True)
         with torch.autocast(device.type, enabled=False), full_float32(device), no_fast_path(), at:
-            return self.student.forward(pytree.tree_map_only(Tensor, wide, self.inputs))
+            return self.student.forward(map_tensors(wide, self.inputs))
 
     def check_shifted(self, ahead: Tensor, behind: Tensor) -> None:
         """Flag outputs of shifted passes whose mean, S(x; θ) to the second order of the shift, is not this pass's."""

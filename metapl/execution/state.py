@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import lru_cache, wraps
 from itertools import chain
 from operator import attrgetter
@@ -23,12 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from metapl.execution import checks
-from metapl.execution.numerics import explain, wide
+from metapl.execution.graphs import nodes_of
+from metapl.execution.numerics import HALF, explain, takes_formulas, wide
 from metapl.execution.shards import is_sharded
+from metapl.execution.weight_norm import formulas_of, weights_made_by_hooks
 from metapl.runs.checkpoint import plain_states
 
 Table = dict[str, Any]  # of a module: its parameters, or its buffers
-Slot = tuple[Table, str, Any]  # a place in a table, and a tensor for it
+Slot = tuple[Table, Any, Any]  # a place in a table, and a tensor for it, or a part of the module
 
 
 class RandomState(NamedTuple):
@@ -151,11 +154,12 @@ class Slots:
         places: every place of one of these, with that name.
         frozen: the places of the others.
         buffers: the tables of buffers.
+        formulas: the places of parts whose kernel has no second derivative, with one that has it for each.
         mark: what verification holds for, as one number: modes, numbers of hooks, and which parameters are learned.
         state: the snapshot that the step's first pass takes over.
         takes_gradients: whether the forward takes gradients itself, and needs a graph in every pass; found by trying.
         known: the tables' contents when they were read; others mean that the slots are stale.
-        draws_outside: whether passes draw from Python's or NumPy's generators; None until a step has been watched.
+        findings: what the first step with this network in these modes has found.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -178,6 +182,8 @@ class Slots:
         self.learned = dict(first.values())
         self.places = [(table, name, first[id(p)][0]) for table, name, p in self.parameters if id(p) in first]
         self.buffers = [part._buffers for _, part in named]
+        self.formulas: list[Slot] = [place.slot() for _, part in named for place in formulas_of(part)]
+        self._made = [place for _, part in named if part._forward_pre_hooks for place in weights_made_by_hooks(part)]
         self._parts = [part for _, part in named]
         self._tables: list[Any] = [table for part in self._parts for table in (part._parameters, part._modules)]
         self._hooks = [hooks for part in self._parts for hooks in _HOOKS(part)]
@@ -185,7 +191,7 @@ class Slots:
         self._none: State | None = None
         self.known = self.contents()
         self.mark = hash(tuple(self.known[1]))
-        self.draws_outside: bool | None = _DRAWS_OUTSIDE.get(module, {}).get(self.mark)
+        self.findings = _FINDINGS.setdefault(module, {}).setdefault(self.mark, Findings())
 
     def contents(self) -> tuple[list[Any], list[int]]:
         """What the tables hold, by name and identity, and the modes, numbers of hooks and ``requires_grad`` flags: the
@@ -194,19 +200,35 @@ class Slots:
         held = [*chain.from_iterable(self._tables), *map(id, chain.from_iterable(map(dict.values, self._tables)))]
         return held, flags
 
+    def in_formulas(self) -> list[Slot]:
+        """What a pass holds beside its weights where it takes formulas for kernels; usually nothing."""
+        return self.formulas if self.formulas and takes_formulas() else []
+
+    def made(self) -> list[Slot]:
+        """The weights that hooks have made in the last pass, in their places: a replay puts them back."""
+        return [(table, name, table[name]) for table, name in self._made if name in table]
+
     def random_state(self, device: torch.device, generator: torch.Generator | None = None) -> RandomState:
         """The state of the generators that a pass of this network may draw from."""
         return RandomState.now(device, generator, outside=self.draws_outside is not False)
 
+    @property
+    def draws_outside(self) -> bool | None:
+        """Whether passes draw from Python's or NumPy's generators; None until a step has been watched."""
+        return self.findings.draws_outside
+
     def watch(self, before: RandomState, after: RandomState) -> None:
         """Note whether a pass between two states drew from Python's or NumPy's generators, as long as it is open."""
         if self.draws_outside is None and after.has_drawn_outside(before):
-            self.note_draws(True)
+            self.findings.draws_outside = True
 
-    def note_draws(self, draws_outside: bool) -> None:
-        """Establish whether passes draw from Python's or NumPy's generators, for this network in these modes."""
-        self.draws_outside = draws_outside
-        _DRAWS_OUTSIDE.setdefault(self.module, {})[self.mark] = draws_outside
+    def half_types(self, outputs: Tensor) -> frozenset[torch.dtype]:
+        """Return the types of half precision in which a part of the network computes, found by the graph of its
+        first outputs."""
+        if self.findings.half_types is None and outputs.grad_fn is not None:
+            results = [result for node in nodes_of([outputs]) for result in getattr(node, "_input_metadata", ())]
+            self.findings.half_types = frozenset(HALF.intersection(result.dtype for result in results))
+        return self.findings.half_types or frozenset()
 
     def now(self, *, copies: bool = True) -> State:
         """The network's state; of one that has none, the same each time."""
@@ -217,8 +239,16 @@ class Slots:
         return self._none
 
 
-# Whether networks draw from Python's or NumPy's generators, by their marks: found in the first step of each.
-_DRAWS_OUTSIDE: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()
+@dataclass
+class Findings:
+    """What is found of a network in the first step with it, and holds until its modes or hooks change."""
+
+    draws_outside: bool | None = None
+    half_types: frozenset[torch.dtype] | None = None
+
+
+# By networks, and their marks: a call of hypergradient reads the tables anew, and finds nothing new.
+_FINDINGS: WeakKeyDictionary[nn.Module, dict[int, Findings]] = WeakKeyDictionary()
 _HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TRAINING, _LEARNS = attrgetter("training"), attrgetter("requires_grad")
 
@@ -272,14 +302,13 @@ def replay(
             table.clear()
             table.update((name, fresh.get(id(t))) for name, t in tensors.items())  # None: a buffer without a value yet
         held = [*held, *[(table, name, stand_in(fresh[id(p)], p)) for table, name, p in snapshot._frozen]]
-    own = [table[name] for table, name, _ in held]
+    own = [table.get(name, _NOTHING) for table, name, _ in held]
     for table, name, t in held:
         table[name] = t
     try:
         yield
     finally:
-        for (table, name, _), t in zip(held, own, strict=True):
-            table[name] = t
+        put_back(held, own)
         for table, tensors in before:
             table.clear()
             table.update(tensors)
@@ -301,14 +330,25 @@ def stand_in(t: Tensor, own: Tensor) -> Tensor:
 @contextmanager
 def swapped(held: Sequence[Slot]) -> Iterator[None]:
     """Put these tensors into their places in this block, a backward pass included: checkpoints run the module in it."""
-    before = [(table, name, table[name]) for table, name, _ in held]
+    before = [table.get(name, _NOTHING) for table, name, _ in held]
     for table, name, t in held:
         table[name] = t
     try:
         yield
     finally:
-        for table, name, t in before:
+        put_back(held, before)
+
+
+def put_back(held: Sequence[Slot], before: Sequence[Any]) -> None:
+    """Put what the places of these slots held ``before`` back into them."""
+    for (table, name, _), t in zip(held, before, strict=True):
+        if t is _NOTHING:
+            del table[name]
+        else:
             table[name] = t
+
+
+_NOTHING = object()  # in the place of what a table did not hold
 
 
 @contextmanager
@@ -383,7 +423,7 @@ def restored(
                 p.grad = None
             for slots in networks:
                 if slots.draws_outside is None:
-                    slots.note_draws(False)
+                    slots.findings.draws_outside = False
         finally:
             torch._C._set_grad_enabled(learning)
             checks.deferred.reset(token)
