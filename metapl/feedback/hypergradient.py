@@ -353,5 +353,5 @@ def hypergradient(
 
     begin()
     candidates = estimate.orders(len(batches), problem, local_student, how["wrt"])
-    with advice_on(estimate, len(batches), of_student.network, by_another if ranks.alone else None):
+    with advice_on(estimate, len(batches), by_another if ranks.alone else None):
         return Orders().take(candidates, in_order, begin_again=begin)
