@@ -31,6 +31,7 @@ from metapl.execution.numerics import (
     asks_for_gradient,
     forward_mode,
     full_float32,
+    is_layout_refused,
     mean_tree,
     no_fast_path,
     sum_tree,
@@ -229,7 +230,8 @@ class LocalStudent:
     ) -> AbstractContextManager[None]:
         """The student at other weights, on copies of a state (``upcast``: in float32 or wider), with draws from
         ``random`` on."""
-        return replay(random, state, self.held_at(params), upcast=upcast)
+        held = [*self.held_at(params), *self.slots.in_formulas(), *self.slots.made()]
+        return replay(random, state, held, upcast=upcast)
 
     def along(self, params: Tree, w: Tree, random: RandomState, state: State) -> AbstractContextManager[None]:
         """As :meth:`at`, with dual numbers for weights, whose tangent is w."""
@@ -250,12 +252,12 @@ class Pass:
         self._graph_of_g: tuple[Tree, list[Tensor]] | None = None  # g, and the leaves of its graph
         if params is student.params:
             self._at: Tree = {**student.parameters}
-            self._held: list[Slot] = []
+            self._held = student.slots.in_formulas()
         else:
             own = student.parameters
             graph = student.double_backward
             self._at = {n: stand_in(p, own[n]) for n, p in params.items()} if graph else student.as_leaves(params)
-            self._held = student.held_at(self._at)
+            self._held = [*student.held_at(self._at), *student.slots.in_formulas()]
         self._before = student.slots.random_state(student.device)
         self._state, student.slots.state = student.slots.state or student.slots.now(), None
         with self._running():
@@ -351,6 +353,10 @@ class Pass:
                 if asks_for_gradient(error):
                     what = "the student's forward takes a gradient, and a pass in forward mode has no graph"
                     raise MissingDerivative(what) from error
+                if is_layout_refused(error):
+                    # The plain pass took these tensors, so it is a rule of forward mode: group norm's, on torch 2.12.
+                    what = "the forward mode of an operation of the student takes contiguous tensors alone here"
+                    raise MissingDerivative(f"{what} ({str(error).splitlines()[0].rstrip('.')})") from error
                 raise
             self._same_outputs(outputs)
             return torch.zeros_like(self.outputs) if tangent is None else tangent.clone()

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cache
 from operator import attrgetter
 from typing import Any
@@ -170,15 +171,25 @@ _FUSED = (  # kernels of attention, on every device, which have neither forward 
 )
 
 
+_takes_formulas: ContextVar[bool] = ContextVar("takes_formulas", default=False)
+
+
+def takes_formulas() -> bool:
+    """Whether kernels without a second derivative or a forward mode are out of use, as in ``no_fast_path(math=True)``;
+    those of modules are exchanged where the modules run (:mod:`metapl.execution.weight_norm`)."""
+    return _takes_formulas.get()
+
+
 @contextmanager
 def no_fast_path(*, math: bool = False) -> Iterator[None]:
     """Disable the fused path of PyTorch's attention layers, which it takes in eval mode without a graph, and which
-    treats padded rows differently; ``math``: and the fused kernels."""
+    treats padded rows differently; ``math``: and the fused kernels, see also :func:`takes_formulas`."""
     # Switch by switch: ``sdpa_kernel`` takes as long as a pass of a small network.
     path = torch.backends.mha
     fast, plain = path.get_fastpath_enabled(), _CUDA.math_sdp_enabled()
     fused = [enable for enabled, enable in _FUSED if enabled()] if math else []
     path.set_fastpath_enabled(False)
+    token = _takes_formulas.set(math or _takes_formulas.get())
     try:
         for enable in fused:
             enable(False)
@@ -186,6 +197,7 @@ def no_fast_path(*, math: bool = False) -> Iterator[None]:
             _CUDA.enable_math_sdp(True)
         yield
     finally:
+        _takes_formulas.reset(token)
         path.set_fastpath_enabled(fast)
         for enable in fused:
             enable(True)
@@ -233,6 +245,11 @@ class MissingDerivative(MetaplError):
 def asks_for_gradient(error: BaseException) -> bool:
     """Whether a forward failed because it takes a gradient itself, in a pass that has no graph."""
     return isinstance(error, RuntimeError) and "does not require grad and does not have a grad_fn" in str(error)
+
+
+def is_layout_refused(error: BaseException) -> bool:
+    """Whether a view failed because of where the numbers of a tensor lie in memory."""
+    return isinstance(error, RuntimeError) and "view size is not compatible" in str(error)
 
 
 def explain(error: BaseException) -> None:

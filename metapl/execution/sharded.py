@@ -64,7 +64,7 @@ class ShardedStudent(LocalStudent):
         if narrow := [t for t in self.formats if t in HALF and upcast]:
             given = f"the student has weights or a policy of {narrow[0]}, in which a difference of outputs is noise"
             raise MetaplError(f"{given}; expected mode='forward', or precision='bfloat16' without param_dtype.")
-        with replay(random, state, upcast=upcast), self.moved_to(params):
+        with replay(random, state, self.slots.in_formulas(), upcast=upcast), self.moved_to(params):
             yield
 
     @contextmanager
@@ -211,7 +211,8 @@ class ShardedPass(Pass):
     @contextmanager
     def _replay_twice(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
         at = as_leaves(self.params)
-        with replay(self._before, self._state), self.student.in_blocks(at):
+        formulas = self.student.slots.in_formulas()
+        with replay(self._before, self._state, formulas), self.student.in_blocks(at):
             yield at, self._same_outputs(self.student.forward(inputs))
 
 

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from metapl.execution import checks
-from metapl.execution.numerics import explain, wide
+from metapl.execution.numerics import explain, takes_formulas, wide
 from metapl.execution.shards import is_sharded
+from metapl.execution.weight_norm import formulas_of, weights_made_by_hooks
 from metapl.runs.checkpoint import plain_states
 
 Table = dict[str, Any]  # of a module: its parameters, or its buffers
-Slot = tuple[Table, str, Any]  # a place in a table, and a tensor for it
+Slot = tuple[Table, Any, Any]  # a place in a table, and a tensor for it, or a part of the module
 
 
 class RandomState(NamedTuple):
@@ -151,6 +152,7 @@ class Slots:
         places: every place of one of these, with that name.
         frozen: the places of the others.
         buffers: the tables of buffers.
+        formulas: the places of parts whose kernel has no second derivative, with one that has it for each.
         mark: what verification holds for, as one number: modes, numbers of hooks, and which parameters are learned.
         state: the snapshot that the step's first pass takes over.
         takes_gradients: whether the forward takes gradients itself, and needs a graph in every pass; found by trying.
@@ -178,6 +180,8 @@ class Slots:
         self.learned = dict(first.values())
         self.places = [(table, name, first[id(p)][0]) for table, name, p in self.parameters if id(p) in first]
         self.buffers = [part._buffers for _, part in named]
+        self.formulas: list[Slot] = [place.slot() for _, part in named for place in formulas_of(part)]
+        self._made = [place for _, part in named if part._forward_pre_hooks for place in weights_made_by_hooks(part)]
         self._parts = [part for _, part in named]
         self._tables: list[Any] = [table for part in self._parts for table in (part._parameters, part._modules)]
         self._hooks = [hooks for part in self._parts for hooks in _HOOKS(part)]
@@ -193,6 +197,14 @@ class Slots:
         flags = [*map(_TRAINING, self._parts), *map(len, self._hooks), *map(_LEARNS, self._held)]
         held = [*chain.from_iterable(self._tables), *map(id, chain.from_iterable(map(dict.values, self._tables)))]
         return held, flags
+
+    def in_formulas(self) -> list[Slot]:
+        """What a pass holds beside its weights where it takes formulas for kernels; usually nothing."""
+        return self.formulas if self.formulas and takes_formulas() else []
+
+    def made(self) -> list[Slot]:
+        """The weights that hooks have made in the last pass, in their places: a replay puts them back."""
+        return [(table, name, table[name]) for table, name in self._made if name in table]
 
     def random_state(self, device: torch.device, generator: torch.Generator | None = None) -> RandomState:
         """The state of the generators that a pass of this network may draw from."""
@@ -272,14 +284,13 @@ def replay(
             table.clear()
             table.update((name, fresh.get(id(t))) for name, t in tensors.items())  # None: a buffer without a value yet
         held = [*held, *[(table, name, stand_in(fresh[id(p)], p)) for table, name, p in snapshot._frozen]]
-    own = [table[name] for table, name, _ in held]
+    own = [table.get(name, _NOTHING) for table, name, _ in held]
     for table, name, t in held:
         table[name] = t
     try:
         yield
     finally:
-        for (table, name, _), t in zip(held, own, strict=True):
-            table[name] = t
+        put_back(held, own)
         for table, tensors in before:
             table.clear()
             table.update(tensors)
@@ -301,14 +312,25 @@ def stand_in(t: Tensor, own: Tensor) -> Tensor:
 @contextmanager
 def swapped(held: Sequence[Slot]) -> Iterator[None]:
     """Put these tensors into their places in this block, a backward pass included: checkpoints run the module in it."""
-    before = [(table, name, table[name]) for table, name, _ in held]
+    before = [table.get(name, _NOTHING) for table, name, _ in held]
     for table, name, t in held:
         table[name] = t
     try:
         yield
     finally:
-        for table, name, t in before:
+        put_back(held, before)
+
+
+def put_back(held: Sequence[Slot], before: Sequence[Any]) -> None:
+    """Put what the places of these slots held ``before`` back into them."""
+    for (table, name, _), t in zip(held, before, strict=True):
+        if t is _NOTHING:
+            del table[name]
+        else:
             table[name] = t
+
+
+_NOTHING = object()  # in the place of what a table did not hold
 
 
 @contextmanager

@@ -321,8 +321,8 @@ def _loss_in_leaves(
     theta: Tree = {}
     if step.student.readable:
         theta = {name: wide(p) + factor * wide(w[name]) if name in w else p for name, p in step.params.items()}
-    # A loss may read the weights as ``student.parameters()`` too.
-    with step.student.holding(theta) if theta else nullcontext(), torch.enable_grad():
+    # A loss may read ``student.parameters()``, which are then these.
+    with step.student.holding(theta) if step.student.readable else NOTHING, torch.enable_grad():
         mean = _mean_loss(step, leaves, z, theta)
         if not mean.requires_grad:
             return mean.detach(), [None] * len(leaves)

@@ -5,17 +5,17 @@ attributes, and on which places hold the same tensor: its *description*. Network
 function, so the graph of one serves the others. It is compiled of a *bare copy*, which nobody else can change, and
 which holds no memory: its tensors are on the device ``meta``.
 
-What cannot be described, such as a hook, a closure, a tensor in an attribute or code that reads a network by a global
+What cannot be described, such as a hook, a closure, a tensor in an attribute or a method that reads a module by its
 name, raises :class:`Undescribed`; its graph is known by identity.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from contextlib import suppress
 from enum import Enum
 from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
@@ -76,7 +76,7 @@ def description_of(value: Any) -> Hashable:
         return kind, tuple((description_of(key), description_of(each)) for key, each in value.items())
     if isinstance(value, type):
         return kind, value
-    if kind is FunctionType and value.__closure__ is None and not reads_network(value):
+    if kind is FunctionType and value.__closure__ is None and not reads_a_module(value):
         defaults = description_of((value.__defaults__, value.__kwdefaults__))
         return kind, value.__code__, id(value.__globals__), defaults
     if kind is BuiltinFunctionType and isinstance(value.__self__, ModuleType | None):
@@ -94,17 +94,15 @@ def description_of_object(value: Any) -> Hashable:
 
 
 def description_of_class(kind: type) -> tuple[Hashable, ...]:
-    """Return a class, and what it and its bases outside of torch hold now: methods and values may be replaced.
-
-    Raises: :class:`Undescribed` where a method reads a network by a global name.
-    """
+    """Return a class, and what it and its bases outside of torch hold now: methods and values may be replaced."""
     found: list[Hashable] = [kind]
     for base in kind.__mro__:
         if is_of_libraries(base.__module__):
             continue
         for name, value in vars(base).items():
+            # What a property or a static method calls.
             method = getattr(value, "fget", None) or getattr(value, "__func__", value)
-            if isinstance(method, FunctionType) and reads_network(method):
+            if isinstance(method, FunctionType) and reads_a_module(method):
                 raise Undescribed
             if isinstance(value, NUMBERS) and not name.startswith("__"):
                 found.append((name, description_of(value)))
@@ -114,34 +112,44 @@ def description_of_class(kind: type) -> tuple[Hashable, ...]:
     return tuple(found)
 
 
-def reads_network(function: FunctionType) -> bool:
-    """Whether a function, or one that it calls by a global name, reads a module by such a name, or from a closure.
+def reads_a_module(function: FunctionType) -> bool:
+    """Whether a function reads a module by a closure or a global, itself or in functions that it calls by such names.
 
-    A bare copy of that network would be exchanged, and the function would read the network itself.
+    A loss with a penalty on the weights of a student reads the student that it names, and not a bare copy.
     """
-    met: set[int] = set()
-    waiting: list[Any] = [function]
+    waiting, known = [function], {function}
     while waiting:
-        value = waiting.pop()
-        if isinstance(value, nn.Module):
-            return True
-        if not isinstance(value, FunctionType) or id(value) in met or is_of_libraries(value.__module__):
-            continue
-        met.add(id(value))
-        for cell in value.__closure__ or ():
-            with suppress(ValueError):  # of a name that has no value yet
-                waiting.append(cell.cell_contents)
-        codes = [value.__code__]
-        while codes:
-            code = codes.pop()
-            waiting += [value.__globals__[name] for name in code.co_names if name in value.__globals__]
-            codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+        reader = waiting.pop()
+        for value in read_by(reader):
+            if isinstance(value, nn.Module):
+                return True
+            is_new = isinstance(value, FunctionType) and value not in known
+            if is_new and not is_of_libraries(value.__module__):
+                known.add(value)
+                waiting.append(value)
     return False
 
 
 def is_of_libraries(module: str | None) -> bool:
-    """Whether code of a module was written before any network of the user's, by its name."""
+    """Whether a module, by its name, was written before any network of the user's."""
     return module is not None and module.split(".")[0] in ("torch", "metapl", "builtins", "abc")
+
+
+def read_by(function: FunctionType) -> list[Any]:
+    """Return what a function, and the code inside of it, reads from its closure and from globals."""
+    values: list[Any] = []
+    for cell in function.__closure__ or ():
+        # A cell is empty until the name that it is of is bound.
+        with contextlib.suppress(ValueError):
+            values.append(cell.cell_contents)
+    codes = [function.__code__]
+    for code in codes:
+        values += [function.__globals__[name] for name in code.co_names if name in function.__globals__]
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    for value in [*values]:
+        if isinstance(value, list | tuple | dict):
+            values += value.values() if isinstance(value, dict) else value
+    return values
 
 
 def description_of_networks(networks: Sequence[nn.Module | None]) -> Hashable:

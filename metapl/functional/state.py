@@ -19,6 +19,7 @@ from metapl.errors import MetaplError
 from metapl.execution.checks import logits
 from metapl.execution.numerics import Tree, as_real, asks_for_gradient, wide
 from metapl.execution.state import named_parts
+from metapl.execution.weight_norm import by_formulas, formulas_of, weights_made_by_hooks
 from metapl.feedback.difference import RELATIVE_STEP
 from metapl.problems.base import Signal, field_of
 from metapl.updates import Clipped, Options, TorchUpdate, Update, as_taken, options_of
@@ -271,6 +272,11 @@ class Function:
                 for name, t in table.items():
                     if t is not None:
                         self.first_names[prefix + name] = first_of.setdefault(id(t), prefix + name)
+        parts = [] if module is None else [*module.modules()]
+        # The places of parts whose kernel has no second derivative, with one that has it for each; and the attributes
+        # into which hooks put a weight, which would be that of a transform afterwards.
+        self.formulas = [place for part in parts for place in formulas_of(part)]
+        self.made = [(part, name) for part in parts for _, name in weights_made_by_hooks(part)]
 
     def at(self, params: Tree, state: Tree, ask: Callable[[Any], Any]) -> tuple[Any, Tree]:
         """Return what ``ask(module)`` returns with these tensors in the module, and the state that it leaves."""
@@ -282,13 +288,14 @@ class Function:
             (prefix, table) for prefix, part in parts for table in (part._parameters, part._buffers)
         ]
         before = [dict(table) for _, table in tables]
+        made = [getattr(part, name) for part, name in self.made]
         self.refuse_other_places(tables)
         try:
             for prefix, table in tables:
                 for name in [*table]:
                     if table[name] is not None:
                         table[name] = tensors[self.first_names[prefix + name]]
-            with EagerMasks():
+            with EagerMasks(), by_formulas(self.formulas):
                 answer = ask(self.module)
             left = {prefix + name: t for prefix, table in tables for name, t in table.items()}
         except RuntimeError as error:
@@ -296,6 +303,8 @@ class Function:
                 raise impure from error
             raise
         finally:
+            for (part, name), weight in zip(self.made, made, strict=True):
+                setattr(part, name, weight)
             for (_, table), own in zip(tables, before, strict=True):
                 for name in [name for name in table if name not in own]:  # a buffer that the pass has made
                     del table[name]

@@ -105,7 +105,9 @@ SPELLINGS = {
     "NaN among texts": np.where(FEW == -1, np.nan, NAMES.astype(object)),
     "NaN": np.where(FEW == -1, np.nan, FEW),
     "list of texts with -1": np.where(FEW == -1, -1, NAMES.astype(object)).tolist(),
-    "NaT among dates": np.where(FEW == -1, np.datetime64("NaT"), np.datetime64("2020-01-01") + TRUTH),
+    "NaT among dates": np.where(
+        FEW == -1, np.datetime64("NaT", "D"), np.datetime64("2020-01-01") + TRUTH.astype("timedelta64[D]")
+    ),
 }
 
 

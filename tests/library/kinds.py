@@ -175,8 +175,8 @@ KINDS: dict[str, tuple[Any, ...]] = {  # by COLUMNS; after the space, on the pur
     "an attribute of a weight": (
         "RRRRR XX", lambda s, x: s.plain(x) * s.a.weight.scale, lambda s: setattr(s.a.weight, "scale", 0.5)),
     "float32 alone": ("RRRRR XX", lambda s, x: s.plain(x) + x @ torch.ones(4, C)),
-    "weight norm": ("XRRRX RX", plain, put("a", lambda s: norms.weight_norm(s.a))),  # torch's is wrong
-    "the old weight norm": ("XRRRX RX", plain, put("a", lambda s: old.weight_norm(s.a))),
+    "weight norm": ("RRRRR RR", plain, put("a", lambda s: norms.weight_norm(s.a))),
+    "the old weight norm": ("RRRRR RR", plain, put("a", lambda s: old.weight_norm(s.a))),
     "spectral norm": ("XAAAA AA", plain, put("a", lambda s: norms.spectral_norm(s.a))),
     "straight-through": ("AAAAA AA", lambda s, x: s.b(rounded(3 * s.a(x).tanh(), torch.round))),
     "a binary layer": ("AAAAA AA", lambda s, x: s.b(rounded(s.a(x).tanh(), torch.sign))),

@@ -23,6 +23,7 @@ import metapl
 from metapl import MetaplError, Signal
 from metapl.feedback import Difference, Forward, Implicit
 from metapl.functional import stack, unstack
+from metapl.functional.architecture import Undescribed, description_of_object
 from metapl.problems import ExampleWeights, Table
 
 ROWS, CLASSES = 8, 3
@@ -351,3 +352,29 @@ def test_a_training_learns_the_strength_of_a_penalty() -> None:
     assert still == -6.0
     assert told > -4
     assert learned < 0.8 * plain
+
+
+NAMED = network()
+
+
+class ByName(ExampleWeights):
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        return super().inner_loss(outputs, signal, batch, params) + of_named()
+
+
+def of_named() -> Tensor:
+    return torch.stack([p.abs().sum() for p in NAMED.parameters()]).sum()
+
+
+def test_a_compiled_training_is_of_the_student_that_a_loss_names() -> None:
+    """And of no bare copy, of which graphs are compiled where no method reads a module: by a global, or a closure."""
+    net = network()
+
+    class ByClosure(ExampleWeights):
+        def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+            return super().inner_loss(outputs, signal, batch, params) + l2(net, [])
+
+    for problem in (ByName(), ByClosure(), Penalized(net)):
+        with pytest.raises(Undescribed):
+            description_of_object(problem)
+    assert description_of_object(ExampleWeights())

@@ -378,3 +378,36 @@ def test_a_teacher_may_have_sparse_gradients() -> None:
         )
         ends.append(values(teacher))
     assert error(*ends) < 1e-6
+
+
+class TakesPlainLayouts(nn.Module):
+    """A layer whose rule of forward mode takes contiguous tensors alone, as that of group norm does on torch 2.12."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.autograd.forward_ad._current_level >= 0:
+            raise RuntimeError(
+                "view size is not compatible with input tensor's size and stride (at least one dimension)."
+            )
+        return x.tanh()
+
+
+@pytest.mark.parametrize("norm", ["planted", "group_norm"])
+def test_a_rule_of_forward_mode_that_refuses_a_layout_gives_way_to_another_order(
+    norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metapl.feedback.forward.SMALL", 0)  # so that forward mode comes first
+    torch.manual_seed(1)
+    layer = TakesPlainLayouts() if norm == "planted" else nn.GroupNorm(2, 4)
+    convolution = nn.Conv2d(3, 4, 3, padding=1).to(memory_format=torch.channels_last)
+    student = nn.Sequential(convolution, layer, nn.Flatten(), nn.Linear(64, 3)).double()
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).double()
+    x_l, x_u = (torch.randn(5, 3, 4, 4).double().to(memory_format=torch.channels_last) for _ in range(2))
+    given: dict[str, Any] = {"labeled": (x_l, torch.arange(5) % 3), "unlabeled": x_u}
+    given["inner_optimizer"] = torch.optim.SGD(student.parameters(), lr=0.1)
+    found = metapl.hypergradient(teacher, student, mode="forward", **given)
+    exact = metapl.hypergradient(teacher, student, mode="unrolled", **given)
+    assert error(found.grads, exact.grads) < 1e-12
+    if norm == "planted":
+        assert found.order == "double_backward"
+        with pytest.raises(metapl.MetaplError, match="contiguous tensors alone"):
+            metapl.hypergradient(teacher, student, mode=Forward(by="tangent"), **given)

@@ -144,6 +144,7 @@ def has_losses_that_are_no_means(case: Case) -> str:
             continue
         total, weight = sum_and_weight(loss_of_rows(0, 2 * half))
         if name == "outer_loss" and not isinstance(weight, Tensor):
+            # A scalar is taken of all rows at once, so that it may be any function of them.
             continue
         first_total, first_weight = sum_and_weight(loss_of_rows(0, half))
         second_total, second_weight = sum_and_weight(loss_of_rows(half, 2 * half))
