@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import joined
+from metapl.execution.batch import joined, map_tensors
 from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, coarsest, same_outputs
 from metapl.execution.graphs import refuse_once_differentiable
 from metapl.execution.layout import Layout
@@ -127,7 +126,7 @@ class LocalStudent:
                     gradients.append(self.gradient(value, at)[1] if value.requires_grad else {})
                 values.append((value.detach(), weight))
         if rows is not None and gradient:
-            gradients = [self._pulled_back(at, batches, rows, start)]
+            gradients = [self._pulled_back(at, batches, rows, start, state or self.slots)]
         simple = len(values) == 1 and self.ranks.alone and not isinstance(weight, Tensor)
         mean, weight = values[0] if simple else self.mean_of_all(values)
         if not gradient:
@@ -155,12 +154,19 @@ class LocalStudent:
         if self.readable:
             rows.direct = self.gradient(value, at)[1]
 
-    def _pulled_back(self, at: Tree, batches: Sequence[tuple[Any, Any]], rows: _AllRows, start: RandomState) -> Tree:
+    def _pulled_back(
+        self,
+        at: Tree,
+        batches: Sequence[tuple[Any, Any]],
+        rows: _AllRows,
+        start: RandomState,
+        state: State | Slots,
+    ) -> Tree:
         """Return the gradient of a loss of all rows, by running each micro-batch again, on the same draws and state."""
         if not rows.cotangents:
             return rows.direct
         found = [rows.direct]
-        with self.at(at, start, self.slots):
+        with self.at(at, start, state):
             for (inputs, _), first, cotangent in zip(batches, rows.parts, rows.cotangents, strict=True):
                 outputs = self.forward(inputs)
                 tolerance = EXACTLY[coarsest([outputs.dtype, *self.formats], self.device)].outputs
@@ -386,7 +392,7 @@ class Pass:
         device = self.student.device
         at = self.student.at(self.student.as_leaves(params), self._before, self._state, upcast=True)
         with torch.autocast(device.type, enabled=False), full_float32(device), no_fast_path(), at:
-            return self.student.forward(pytree.tree_map_only(Tensor, wide, self.inputs))
+            return self.student.forward(map_tensors(wide, self.inputs))
 
     def check_shifted(self, ahead: Tensor, behind: Tensor) -> None:
         """Flag outputs of shifted passes whose mean, S(x; θ) to the second order of the shift, is not this pass's."""

@@ -28,6 +28,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
+from metapl.execution.batch import flatten
 from metapl.execution.layout import Layout
 from metapl.execution.local import NOTHING, LocalStudent, Pass, as_leaves
 from metapl.execution.numerics import HALF, Tree
@@ -280,7 +281,7 @@ def recomputed(
     run. The gradient is also in ``weights``, which the part has in a context ``using(weights)``."""
 
     def run_part(*args: Any, **kwargs: Any) -> Any:
-        values, given_as = pytree.tree_flatten((args, kwargs))
+        values, given_as = flatten((args, kwargs))
         entering = [i for i, t in enumerate(values) if isinstance(t, Tensor) and t.requires_grad]
         random, state = RandomState.now(device), State(Slots(part))
         precision = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
@@ -290,7 +291,7 @@ def recomputed(
             replaced = {**dict(enumerate(values)), **dict(zip(entering, tensors, strict=False))}
             own_args, own_kwargs = pytree.tree_unflatten([*replaced.values()], given_as)
             with using(tensors[len(entering) :]):
-                results, returned_as = pytree.tree_flatten(forward(*own_args, **own_kwargs))
+                results, returned_as = flatten(forward(*own_args, **own_kwargs))
             places = [i for i, t in enumerate(results) if isinstance(t, Tensor) and t.is_floating_point()]
             if keep:
                 returned[:] = results, returned_as, places

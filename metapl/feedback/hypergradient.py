@@ -177,8 +177,9 @@ def hypergradient(
             The bias is the factor (∂θ_{K-T}/∂θ_0)ᵀ - 1 = O(η(K-T)‖∂²ℓ/∂θ²‖); settings take all steps.
         compile: one step, and its adjoint, as two graphs of ``torch.compile`` that are looped over
             (:mod:`metapl.functional.training`): modes ``forward`` and ``unrolled``, ``torch.optim`` and signals that
-            are not drawn, in one process. It pays from some hundreds of steps on, or where calls are repeated: one with
-            the last one's networks and optimizer, and a problem of the same type and numbers, compiles nothing.
+            are not drawn, in one process. It pays from some hundreds of steps on, or where calls are repeated: one for
+            networks of the same architecture, such as another student, with optimizers and a problem of the same types
+            and numbers, compiles nothing (:mod:`metapl.functional.architecture`).
         verify: refuse a gradient that is not the derivative of the loss (:func:`metapl.check_gradient`), or ``"warn"``
             of it; for its cost see there.
         replay_tolerance: the most that the result's ``replay_error`` may be: a look-ahead whose steps come out

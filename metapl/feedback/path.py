@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.execution import checks
-from metapl.execution.batch import digest, joined, length, micro_batches
+from metapl.execution.batch import digest, joined, leaves_of, length, micro_batches
 from metapl.execution.local import NOTHING, LocalStudent, Loss, Pass, as_leaves, mean_of
 from metapl.execution.numerics import Tree, mean_tree
 from metapl.execution.state import RandomState, State, replay, replayed
@@ -194,12 +194,15 @@ class Path:
     def _outer_after(self, number: int, *, gradient: bool) -> Tree:
         """Return ∇L_k(θ_k) after the first k = ``number`` steps, or nothing without ``gradient``, and keep L_k."""
         assert self.outer is not None, "each step has an outer loss"
-        judged = micro_batches(self.outer.batches[number - 1], len(self.labeled), "labeled")
+        batch = self.outer.batches[number - 1]
+        judged, whole = micro_batches(batch, len(self.labeled), "labeled"), None
+        if self.whole_labeled is not None:
+            whole = batch
         passes_before, passes = self.steps[number - 1].passes, self.steps[number].passes
         # As after a path of these steps alone: with its draws, and with the buffers that it leaves.
         start, state = passes_before[-1].after.branch(), passes[0].state_before
         params, signal = {n: p.detach() for n, p in self.steps[number].params.items()}, self.steps[number - 1].signal
-        loss, of_loss = self._outer_at(params, judged, start, signal, gradient=gradient, state=state)
+        loss, of_loss = self._outer_at(params, judged, start, signal, gradient=gradient, state=state, whole=whole)
         self.losses_before[number] = loss
         return of_loss
 
@@ -373,7 +376,7 @@ class Path:
     def _outer(self, params: Tree, *, gradient: bool = False) -> tuple[Tensor, Tree]:
         """L, and its ``gradient``, at these weights, by a pass that draws from a stream apart from the teacher's."""
         start, signal = self.steps[-1].passes[-1].after.branch(), self.steps[-1].signal
-        return self._outer_at(params, self.labeled, start, signal, gradient=gradient)
+        return self._outer_at(params, self.labeled, start, signal, gradient=gradient, whole=self.whole_labeled)
 
     def _outer_at(
         self,
@@ -384,6 +387,7 @@ class Path:
         *,
         gradient: bool,
         state: State | None = None,  # of the buffers; None: as they are now
+        whole: Any = None,  # the batch as one, where the outer loss may be no mean over micro-batches
     ) -> tuple[Tensor, Tree]:
         problem = self.problem
         if reads_signal_in_outer_input(problem):
@@ -403,7 +407,7 @@ class Path:
             gradient=gradient,
             state=state,
             look=None if look is None else look.at_outer_loss,
-            whole=self.whole_labeled,
+            whole=whole,
         )
 
 
@@ -475,7 +479,7 @@ def take_steps(
             batch = batches[number]
         if number == 0 and several:  # what does not fit is refused before anything is computed
             # θ, g and s after the step, and a batch that the step alone holds.
-            held = [*params.values()] * 2 + (pytree.tree_leaves(batch) if rereads else [])
+            held = [*params.values()] * 2 + (leaves_of(batch) if rereads else [])
             size = update.state_bytes() + sum(t.nbytes for t in held if isinstance(t, Tensor))
             path.keeping = ALL if keep is None else keep(len(batches), size, student)
             path.states = States(path.keeping.on)

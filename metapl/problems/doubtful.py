@@ -58,7 +58,9 @@ class Classification(Problem):
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
         """Refuse labels, of either batch, that are not classes of the student's outputs."""
         checks.class_outputs(outputs, "student")
-        for labels in (labeled[1], *unlabeled[1 : 1 + ("labels" in self.inner_batch)]):
+        # A problem with a student_input of its own reads inner batches of another form.
+        is_tuple = isinstance(unlabeled, tuple | list)
+        for labels in (labeled[1], *(unlabeled[1 : 1 + ("labels" in self.inner_batch)] if is_tuple else ())):
             checks.class_labels(labels, outputs.shape[1])
 
     @mean_over_rows

@@ -15,11 +15,10 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from metapl.errors import MetaplError, reason_of
-from metapl.execution.batch import both_batches, micro_batches, plain
+from metapl.execution.batch import both_batches, map_tensors, micro_batches, plain
 from metapl.execution.checks import generator_of
 from metapl.execution.layout import Layout, layouts
 from metapl.execution.ranks import Ranks
@@ -205,7 +204,7 @@ def check_gradient(
 
 def detached_copy(batch: Any) -> Any:
     """Return a batch of tensors with memory of their own: deepcopy would copy the whole tensor of a slice."""
-    return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), batch)
+    return map_tensors(lambda t: t.detach().clone(), batch)
 
 
 def refuse_replaced_step(update: Update) -> None:
