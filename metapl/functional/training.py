@@ -33,7 +33,7 @@ from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.batch import digest
 from metapl.execution.layout import layouts
-from metapl.execution.numerics import HALF, Tree, deterministic, no_fast_path
+from metapl.execution.numerics import HALF, Tree, deterministic, float32_products, no_fast_path
 from metapl.execution.state import RandomState, branching_to, replayed, trainable
 from metapl.feedback import Forward
 from metapl.feedback.hypergradient import Hypergradient, hypergradient, stacked_settings
@@ -459,6 +459,7 @@ def differentiate(
         start=bars.params if "start" in wrt else {},
         settings=stacked_settings(in_settings[::-1], settings),
         replay_error=replays.error,
+        float32_products=float32_products(device),
     )
 
 
