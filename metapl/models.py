@@ -5,18 +5,21 @@ All work out of place: feedback differentiates the same pass forward and twice b
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
 
 from metapl.errors import MetaplError
-from metapl.execution.checks import class_labels, described
+from metapl.execution.checks import class_labels, described, tensor_in
 from metapl.execution.numerics import in_type_of, wide
 from metapl.runs.fields import AtLeastOne, Range, check_arguments
 
@@ -243,11 +246,13 @@ class Corrector(nn.Module):
 
 
 class Logits(nn.Module):
-    """A network, such as those of Hugging Face, as a module from the inputs of a batch to logits.
+    """A network, such as those of Hugging Face, as a module from the inputs of a batch to one tensor.
 
-    A dict goes in as keyword arguments, a tuple or list as positional ones, a tensor alone. What comes out is the
-    tensor that the network returns, or its ``logits`` (an attribute, or the entry of a dict), (B, C) or (B, T, words).
-    The network is held, not copied.
+    A dict goes in as keyword arguments, a tuple or list as positional ones, a tensor or a ``PackedSequence`` alone;
+    where the network's forward takes one argument, which cannot be such a dict's or tuple's parts, it gets the whole.
+    What comes out is the tensor that the network returns, or its ``logits`` (an attribute, or the entry of a dict),
+    (B, C) or (B, T, words), or of a tuple or list, such as (prediction, hidden state) of a recurrent network, the first
+    tensor. The network is held, not copied.
 
     >>> class Scorer(nn.Module):
     ...     def forward(self, input_ids, attention_mask):
@@ -255,20 +260,63 @@ class Logits(nn.Module):
     >>> batch = {"input_ids": torch.ones(2, 5, dtype=torch.int64), "attention_mask": torch.ones(2, 5)}
     >>> Logits(Scorer())(batch).shape
     torch.Size([2, 3])
+    >>> Logits(nn.LSTM(4, 3, batch_first=True))(torch.zeros(2, 5, 4)).shape  # which returns its states too
+    torch.Size([2, 5, 3])
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+        self.arguments = _Arguments.of(network)
 
     def forward(self, inputs: Any) -> Tensor:
-        if isinstance(inputs, Mapping):
+        if isinstance(inputs, Mapping) and self.arguments.take_keywords(inputs):
             outputs = self.network(**inputs)
+        elif isinstance(inputs, tuple | list) and self.arguments.take_positions(inputs):
+            outputs = self.network(*inputs)
         else:
-            outputs = self.network(*(inputs if isinstance(inputs, tuple | list) else (inputs,)))
-        logits = outputs["logits"] if isinstance(outputs, Mapping) and "logits" in outputs else outputs
-        logits = getattr(logits, "logits", logits)
-        if not isinstance(logits, Tensor):
+            outputs = self.network(inputs)
+        logits = tensor_in(outputs)
+        if logits is None:
             name = type(self.network).__name__
-            raise MetaplError(f"{name} returned {described(outputs)}; expected a tensor, or logits in it.")
+            raise MetaplError(f"{name} returned {described(outputs)}; expected a tensor, or logits or a tensor in it.")
         return logits
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    """What the forward of a network takes."""
+
+    names: tuple[str, ...] = ()
+    required: int = 0
+    positions: float = math.inf  # how many without their names
+    has_any_keyword: bool = True
+
+    @staticmethod
+    def of(network: nn.Module) -> _Arguments:
+        try:
+            parameters = inspect.signature(network.forward).parameters.values()
+        except (TypeError, ValueError):  # of a forward that is not Python's
+            return _Arguments()
+        kinds = {parameter.kind for parameter in parameters}
+        named = [
+            parameter
+            for parameter in parameters
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        ]
+        return _Arguments(
+            names=tuple(parameter.name for parameter in named),
+            required=sum(parameter.default is parameter.empty for parameter in named),
+            positions=math.inf if inspect.Parameter.VAR_POSITIONAL in kinds else len(named),
+            has_any_keyword=inspect.Parameter.VAR_KEYWORD in kinds,
+        )
+
+    def take_keywords(self, inputs: Mapping[Any, Any]) -> bool:
+        """Whether a dict goes in by its names, and not as the one argument that is required."""
+        return self.has_any_keyword or self.required != 1 or any(name in inputs for name in self.names)
+
+    def take_positions(self, inputs: Sequence[Any]) -> bool:
+        """Whether a tuple goes in by its elements, and not as the one argument that is required."""
+        if isinstance(inputs, PackedSequence):
+            return False
+        return self.required != 1 or len(inputs) <= self.positions

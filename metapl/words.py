@@ -25,9 +25,9 @@ def shown(text: object, keep: str = "") -> str:
     return "".join(letters)
 
 
-def did_you_mean(given: str, known: Sequence[str]) -> str:
+def did_you_mean(given: str, known: Sequence[str], *, likeness: float = 0.75) -> str:
     """A question to append to a refusal, or nothing where nothing known is like what was given."""
-    close = difflib.get_close_matches(given, known, n=3, cutoff=0.75)
+    close = difflib.get_close_matches(given, known, n=3, cutoff=likeness)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 

@@ -107,7 +107,7 @@ class Train:
         if mesh.size != (count := int(os.environ.get("WORLD_SIZE", "1"))):
             raise MetaplError(
                 f"{count} process{'es were' if count > 1 else ' was'} started for a mesh of {mesh.size}; expected as "
-                "many: torchrun --nproc-per-node=N -m metapl.apps ... --mesh.replicate N, or --mesh.shard N for shared "
+                "many: torchrun --nproc-per-node=N -m metapl ... --mesh.replicate N, or --mesh.shard N for shared "
                 "weights."
             )
         place = device(config.fitting.device)

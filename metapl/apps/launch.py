@@ -76,7 +76,7 @@ def program() -> str:
     if count == "1":
         return "metapl"
     here = os.environ.get("LOCAL_WORLD_SIZE") == count
-    return f"torchrun {f'--nproc-per-node={count}' if here else '...'} -m metapl.apps"
+    return f"torchrun {f'--nproc-per-node={count}' if here else '...'} -m metapl"
 
 
 def from_first(value: Any) -> Any:

@@ -13,12 +13,11 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
 from metapl.data import draws
 from metapl.errors import MetaplError
-from metapl.execution.batch import as_tensors, is_array, length, plain
+from metapl.execution.batch import as_tensors, is_array, is_record_of_rows, leaves_of, length, map_tensors, plain
 from metapl.runs.fields import Range, check_fields
 from metapl.runs.terminal import END, is_heard
 
@@ -167,18 +166,18 @@ class ArrayBatches(StepBatches[Any]):
     def batch(self, step: int) -> Any:
         count = self.examples
         chosen = StepSampler(count, min(self.batch_size, count), seed=0, stream=self.stream).indices(step)
-        return pytree.tree_map_only(Tensor, lambda t: t[chosen.to(t.device)], self.rows)
+        return map_tensors(lambda t: t[chosen.to(t.device)], self.rows)
 
 
 def in_memory(source: Any, name: str, batch_size: int | None, dtype: torch.dtype, stream: int) -> Any:
-    """Batches of examples held in memory, a tensor, an array, a dict or tuple of these; any other source as it is."""
+    """Batches of examples in memory, a tensor, an array, a dict, tuple or dataclass of these; others as they are."""
     held = isinstance(source, tuple) and any(map(is_array, source))
-    if not (held or is_array(source) or isinstance(source, Mapping)):
+    if not (held or is_array(source) or isinstance(source, Mapping) or is_record_of_rows(source)):
         return source
     if batch_size is None or batch_size < 1:
         raise MetaplError(f"{name} has examples in memory and batch_size={batch_size}; expected 1 or more, or a list.")
     rows = as_tensors(plain(source), dtype, f"{name} holds")
-    lengths = {len(t) if t.ndim else 0 for t in pytree.tree_leaves(rows)}
+    lengths = {len(t) if t.ndim else 0 for t in leaves_of(rows) if isinstance(t, Tensor)}
     if len(lengths) != 1 or 0 in lengths:
         raise MetaplError(f"{name} has tensors of {sorted(lengths)} rows; expected as many in each, at least one.")
     return ArrayBatches(rows, batch_size, stream)

@@ -7,6 +7,7 @@ on the device in a :class:`Fault`, and the error is raised when the report is re
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,16 +93,35 @@ def generator_of(generator: torch.Generator | None, device: torch.device, what: 
         )
 
 
+def tensor_in(outputs: Any) -> Tensor | None:
+    """Return the tensor in what a network returned, or None without one: the outputs themselves, their ``logits`` (an
+    entry or an attribute), or the first tensor of a tuple or list, such as (prediction, hidden state)."""
+    if isinstance(outputs, Mapping) and "logits" in outputs:
+        outputs = outputs["logits"]
+    else:
+        outputs = getattr(outputs, "logits", outputs)
+    if isinstance(outputs, tuple | list):
+        outputs = next((part for part in outputs if isinstance(part, Tensor)), None)
+    return outputs if isinstance(outputs, Tensor) else None
+
+
 def logits(outputs: Any, who: str) -> Tensor:
     """The outputs of a network, refused if they are not a plain tensor of real numbers."""
-    plain = type(outputs) is Tensor or (isinstance(outputs, Tensor) and not hasattr(outputs, "device_mesh"))
+    is_sharded = hasattr(outputs, "device_mesh")
+    plain = type(outputs) is Tensor or (isinstance(outputs, Tensor) and not is_sharded)
     if plain and not outputs.is_complex():
         found: Tensor = outputs
         return found
-    raise MetaplError(
-        f"the {who} returned {type(outputs).__name__}, {described(outputs)}; expected a plain tensor of real numbers "
-        f"(metapl.models.Logits({who}), or use_local_output=True where it is a DTensor)."
-    )
+    if is_sharded:
+        mend = "use_local_output=True in the plan of parallelize_module"
+    elif plain:
+        mend = "torch.view_as_real of it, or its abs()"
+    elif tensor_in(outputs) is not None:
+        mend = f"give metapl.models.Logits({who}), which takes the first tensor in it, or its logits"
+    else:
+        mend = f"return one from the {who}'s forward"
+    given = described(outputs)
+    raise MetaplError(f"the {who} returned {given}; expected a plain tensor of real numbers: {mend}.")
 
 
 def class_outputs(outputs: Tensor, who: str) -> None:

@@ -50,9 +50,10 @@ ROUNDINGS = 10.0
 """A bound on the rounding error of ⟨g, w⟩ relative to ‖g‖‖w‖, in units of the machine epsilon; measured: up to 0.7."""
 
 CAUSES = (
-    "random numbers that are not of torch's default generators, state outside of buffers, torch.no_grad() or detach() "
-    "on a part of the forward, a hook or an autograd.Function that changes gradients (docs/contract.md; "
-    "metapl.check_gradient says more)"
+    "random numbers of a generator of its own (or of Python's or NumPy's, where no pass of the first step drew from "
+    "these), state outside of buffers, torch.no_grad() or detach() on a part of the forward, a hook or an "
+    "autograd.Function that changes gradients, a loss that has kept weights of the student by itself, in the place of "
+    "`params` or student.parameters() (docs/contract.md; metapl.check_gradient says more)"
 )
 
 

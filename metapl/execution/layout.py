@@ -154,8 +154,18 @@ class Layout:
                 part.mul_(scale.to(part.dtype))
 
 
-def layouts(teacher: nn.Module | None, student: nn.Module) -> tuple[Layout | None, Layout, torch.device]:
-    """The layouts of two networks and the student's device; networks that cannot be trained together are refused."""
+def layouts(
+    teacher: nn.Module | None, student: nn.Module, *, differentiated: bool = True
+) -> tuple[Layout | None, Layout, torch.device]:
+    """Return the layouts of two networks and the student's device; refuse networks that cannot be trained together.
+
+    Args:
+        differentiated: whether a pass is differentiated other than once, by a plain backward pass, so that networks
+            under ``torch.compile`` are refused.
+    """
+    if differentiated:
+        refuse_compiled("student", student)
+        refuse_compiled("teacher", teacher)
     of_teacher = None if teacher is None else layout_of("teacher", teacher)
     of_student = layout_of("student", student)
     known = {"student": of_student} if of_teacher is None else {"teacher": of_teacher, "student": of_student}
@@ -226,6 +236,24 @@ def layout_of(name: str, network: Any) -> Layout:
     ranks = Ranks(groups, own.index(rank), device, together, first=members.index(rank) == 0)
     space = ShardedSpace(parameters, groups, len(members))
     return Layout(network, "sharded", ranks, space, tuple(members), together, blocks, parameters)
+
+
+def refuse_compiled(name: str, network: nn.Module | None) -> None:
+    """Refuse a network that is under ``torch.compile``, or has a part that is; ``name`` is its role.
+
+    A compiled backward pass runs once, and cannot be differentiated. Some modes would get along with that, until a
+    second step, another batch or a rule of the feedback's size asks for one pass more.
+    """
+    if not isinstance(network, nn.Module):
+        return
+    for prefix, part in named_parts(network):
+        # The first is what torch.compile(part) returns, the second what part.compile() leaves.
+        if "OptimizedModule" in _of_torch(type(part)) or part._compiled_call_impl is not None:
+            whole = "" if not prefix else f" in its part {prefix[:-1]!r}"
+            raise MetaplError(
+                f"the {name} is under torch.compile{whole}, whose backward pass cannot be differentiated; expected the "
+                "plain module, and compile=True, which compiles the whole step."
+            )
 
 
 def is_block(part: nn.Module) -> bool:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
+from metapl.execution.batch import joined, map_tensors
 from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, coarsest, same_outputs
 from metapl.execution.graphs import refuse_once_differentiable
 from metapl.execution.layout import Layout
@@ -32,6 +33,7 @@ from metapl.execution.numerics import (
     is_layout_refused,
     mean_tree,
     no_fast_path,
+    sum_tree,
     wide,
 )
 from metapl.execution.state import RandomState, Slot, Slots, State, replay, stand_in, swapped
@@ -46,6 +48,16 @@ Product = Callable[..., tuple[Tree, list[Tensor | None]]]
 GraphLook = Callable[[Tensor, Sequence[Tensor], Callable[[], Tensor]], None]
 # A loss of outputs on a batch as a sum, and the weight that it is to be divided by: a number where it is 1.
 WeightedLoss = Callable[[Tensor, Any], tuple[Tensor, Tensor | float]]
+
+
+@dataclass
+class _AllRows:
+    """The outputs on a batch that came in micro-batches, and the derivatives of a loss of all of them."""
+
+    parts: Sequence[Tensor]  # the outputs on each micro-batch
+    outputs: Tensor  # of all rows, a leaf
+    cotangents: Sequence[Tensor] = ()  # the derivative in the outputs, of each micro-batch
+    direct: Tree = field(default_factory=dict)  # that in weights which the loss itself reads
 
 
 class LocalStudent:
@@ -80,22 +92,41 @@ class LocalStudent:
         start: RandomState,
         *,
         gradient: bool = False,
+        state: State | None = None,
         look: GraphLook | None = None,
+        whole: Any = None,
     ) -> tuple[Tensor, Tree]:
-        """Σ sum / Σ weight of a loss over batches, of all ranks, at ``params``, on the buffers as they are now, and the
-        ``gradient`` where it is asked for, with zeros for weights that no loss reaches."""
+        """Return Σ sum / Σ weight of a loss over batches, of all ranks, at ``params``, and the ``gradient`` where it is
+        asked for, with zeros for weights that no loss reaches. The buffers are those of a ``state``; None: as now.
+
+        ``whole`` is the batch that the micro-batches are of, where a scalar loss of it may be another function of the
+        rows than the mean over micro-batches. The loss is then taken once, of all rows; cost: for a gradient one more
+        forward pass on each micro-batch, and the outputs of all rows in memory. A loss that returns (sum, weight) costs
+        neither.
+        """
         # The weights require a gradient also where none is taken: a forward may ask.
         at = self.as_leaves(params)
         values, gradients = list[tuple[Tensor, Tensor | float]](), list[Tree]()
+        rows: _AllRows | None = None
         # The backward pass belongs into the block: checkpoints run the student again in it.
-        with NOTHING if gradient else no_fast_path(), self.at(at, start, self.slots):
+        with NOTHING if gradient else no_fast_path(), self.at(at, start, state or self.slots):
             for inputs, batch in batches:
-                value, weight = judge(self.forward(inputs), batch)
+                outputs = self.forward(inputs)
+                value, weight = judge(outputs, batch)
                 if look is not None and gradient:
                     look(value, [*at.values()], partial(self._judged, judge, inputs, batch))
+                if whole is not None and not values and not isinstance(weight, Tensor):
+                    rows = self._all_rows(outputs.detach(), batches[1:])
+                    value, weight = judge(rows.outputs, whole)
+                    values.append((value.detach(), weight))
+                    if gradient and value.requires_grad:
+                        self._differentiate(value, rows, at)
+                    break
                 if gradient:
                     gradients.append(self.gradient(value, at)[1] if value.requires_grad else {})
                 values.append((value.detach(), weight))
+        if rows is not None and gradient:
+            gradients = [self._pulled_back(at, batches, rows, start, state or self.slots)]
         simple = len(values) == 1 and self.ranks.alone and not isinstance(weight, Tensor)
         mean, weight = values[0] if simple else self.mean_of_all(values)
         if not gradient:
@@ -106,6 +137,43 @@ class LocalStudent:
         if len(v) < len(at):
             v = {name: v[name] if name in v else torch.zeros_like(p) for name, p in at.items()}
         return mean, {n: len(values) / weight * t for n, t in v.items()} if isinstance(weight, Tensor) else v
+
+    def _all_rows(self, first: Tensor, others: Sequence[tuple[Any, Any]]) -> _AllRows:
+        """Return the outputs of all micro-batches, of which the first are known, without the graph of a pass.
+
+        Each pass has a graph, for a forward that takes a gradient itself, and drops it.
+        """
+        parts = [first, *(self.forward(inputs).detach() for inputs, _ in others)]
+        return _AllRows(parts, joined(parts).requires_grad_())
+
+    def _differentiate(self, value: Tensor, rows: _AllRows, at: Tree) -> None:
+        """Find the derivatives of a loss of all rows: in their outputs, and in the weights that it reads itself."""
+        (cotangent,) = torch.autograd.grad(value, [rows.outputs], retain_graph=True, allow_unused=True)
+        if cotangent is not None:
+            rows.cotangents = [*cotangent.split([len(part) for part in rows.parts])]
+        if self.readable:
+            rows.direct = self.gradient(value, at)[1]
+
+    def _pulled_back(
+        self,
+        at: Tree,
+        batches: Sequence[tuple[Any, Any]],
+        rows: _AllRows,
+        start: RandomState,
+        state: State | Slots,
+    ) -> Tree:
+        """Return the gradient of a loss of all rows, by running each micro-batch again, on the same draws and state."""
+        if not rows.cotangents:
+            return rows.direct
+        found = [rows.direct]
+        with self.at(at, start, state):
+            for (inputs, _), first, cotangent in zip(batches, rows.parts, rows.cotangents, strict=True):
+                outputs = self.forward(inputs)
+                tolerance = EXACTLY[coarsest([outputs.dtype, *self.formats], self.device)].outputs
+                same_outputs(outputs.detach(), first, tolerance, ranks=self.ranks)
+                if outputs.requires_grad:
+                    found.append(self.gradient((outputs * cotangent).sum(), at)[1])
+        return sum_tree(found)
 
     def _judged(self, judge: WeightedLoss, inputs: Any, batch: Any) -> Tensor:
         value, _ = judge(self.forward(inputs), batch)
@@ -156,12 +224,20 @@ class LocalStudent:
     def holding(self, params: Tree) -> AbstractContextManager[None]:
         return swapped(self.held_at(self.as_leaves(params)))
 
+    @contextmanager
+    def with_leaves(self, params: Tree) -> Iterator[Tree]:
+        """Hold these weights as leaves in this block, and yield them: for a loss that is called without a pass."""
+        leaves = self.as_leaves(params)
+        with swapped(self.held_at(leaves)):
+            yield leaves
+
     def at(
         self, params: Tree, random: RandomState, state: State | Slots, *, upcast: bool = False
     ) -> AbstractContextManager[None]:
         """The student at other weights, on copies of a state (``upcast``: in float32 or wider), with draws from
         ``random`` on."""
-        return replay(random, state, self.held_at(params), upcast=upcast)
+        held = [*self.held_at(params), *self.slots.in_formulas(), *self.slots.made()]
+        return replay(random, state, held, upcast=upcast)
 
     def along(self, params: Tree, w: Tree, random: RandomState, state: State) -> AbstractContextManager[None]:
         """As :meth:`at`, with dual numbers for weights, whose tangent is w."""
@@ -182,25 +258,31 @@ class Pass:
         self._graph_of_g: tuple[Tree, list[Tensor]] | None = None  # g, and the leaves of its graph
         if params is student.params:
             self._at: Tree = {**student.parameters}
-            self._held: list[Slot] = []
+            self._held = student.slots.in_formulas()
         else:
             own = student.parameters
             graph = student.double_backward
             self._at = {n: stand_in(p, own[n]) for n, p in params.items()} if graph else student.as_leaves(params)
-            self._held = student.held_at(self._at)
-        self._before = RandomState.now(student.device)
+            self._held = [*student.held_at(self._at), *student.slots.in_formulas()]
+        self._before = student.slots.random_state(student.device)
         self._state, student.slots.state = student.slots.state or student.slots.now(), None
         with self._running():
             outputs = checks.logits(student.module(inputs), "student")
-        self.after = RandomState.now(student.device)
-        self._dtype = outputs.dtype
+        self.after = student.slots.random_state(student.device)
+        student.slots.watch(self._before, self.after)
+        self._dtype, self._half_types = outputs.dtype, student.slots.half_types(outputs)
         self.graph: Tensor | None = wide(outputs)
         self.outputs = self.graph.detach()
 
     @property
     def rounded_to(self) -> torch.dtype:
         """The coarsest dtype of the pass: a key of the tolerances in :mod:`metapl.execution.compare`."""
-        return coarsest([self._dtype, *self.student.formats], self.student.device)
+        return coarsest([self._dtype, *self.student.formats, *self._half_types], self.student.device)
+
+    @property
+    def state_before(self) -> State:
+        """The student's buffers and frozen parameters as this pass found them."""
+        return self._state
 
     def _running(self) -> AbstractContextManager[None]:
         return swapped(self._held) if self._held else NOTHING
@@ -209,10 +291,12 @@ class Pass:
         """A loss of this pass and its gradient g; the graph is kept for :meth:`in_leaves` where it has leaves."""
         assert self.graph is not None, "a pass learns once"
         student, ranks = self.student, self.student.ranks
-        value = loss(self.graph, self._at)
-        if not value.requires_grad:
-            raise MetaplError(f"the student's loss {checks.NO_GRADIENT}")
+        # A loss may read ``student.parameters()``, which have to be those of this pass; and the backward pass of a
+        # checkpoint runs the module again.
         with self._running():
+            value = loss(self.graph, self._at)
+            if not value.requires_grad:
+                raise MetaplError(f"the student's loss {checks.NO_GRADIENT}")
             own, grads = student.gradient(value, self._at, create_graph=student.double_backward or bool(leaves))
         if student.double_backward or leaves:
             student.inspect_graph(own, value)
@@ -308,7 +392,7 @@ class Pass:
         device = self.student.device
         at = self.student.at(self.student.as_leaves(params), self._before, self._state, upcast=True)
         with torch.autocast(device.type, enabled=False), full_float32(device), no_fast_path(), at:
-            return self.student.forward(pytree.tree_map_only(Tensor, wide, self.inputs))
+            return self.student.forward(map_tensors(wide, self.inputs))
 
     def check_shifted(self, ahead: Tensor, behind: Tensor) -> None:
         """Flag outputs of shifted passes whose mean, S(x; θ) to the second order of the shift, is not this pass's."""

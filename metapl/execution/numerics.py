@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cache
 from operator import attrgetter
 from typing import Any
@@ -85,12 +86,17 @@ class Space:
 WHOLE = Space()  # trees that this process holds whole
 
 
+def sum_tree(trees: Sequence[Tree]) -> Tree:
+    """The sum of trees, in which a parameter that is missing counts as zero."""
+    names = dict.fromkeys(name for tree in trees for name in tree)
+    return {name: torch.stack([tree[name] for tree in trees if name in tree]).sum(0) for name in names}
+
+
 def mean_tree(trees: Sequence[Tree]) -> Tree:
     """The mean of trees, in which a parameter that is missing counts as zero."""
     if len(trees) == 1:
         return trees[0]
-    names = dict.fromkeys(name for tree in trees for name in tree)
-    return {name: torch.stack([tree[name] for tree in trees if name in tree]).sum(0) / len(trees) for name in names}
+    return {name: total / len(trees) for name, total in sum_tree(trees).items()}
 
 
 _BACKENDS: Any = torch.backends  # whose stubs lack some of these
@@ -165,15 +171,25 @@ _FUSED = (  # kernels of attention, on every device, which have neither forward 
 )
 
 
+_takes_formulas: ContextVar[bool] = ContextVar("takes_formulas", default=False)
+
+
+def takes_formulas() -> bool:
+    """Whether kernels without a second derivative or a forward mode are out of use, as in ``no_fast_path(math=True)``;
+    those of modules are exchanged where the modules run (:mod:`metapl.execution.weight_norm`)."""
+    return _takes_formulas.get()
+
+
 @contextmanager
 def no_fast_path(*, math: bool = False) -> Iterator[None]:
     """Disable the fused path of PyTorch's attention layers, which it takes in eval mode without a graph, and which
-    treats padded rows differently; ``math``: and the fused kernels."""
+    treats padded rows differently; ``math``: and the fused kernels, see also :func:`takes_formulas`."""
     # Switch by switch: ``sdpa_kernel`` takes as long as a pass of a small network.
     path = torch.backends.mha
     fast, plain = path.get_fastpath_enabled(), _CUDA.math_sdp_enabled()
     fused = [enable for enabled, enable in _FUSED if enabled()] if math else []
     path.set_fastpath_enabled(False)
+    token = _takes_formulas.set(math or _takes_formulas.get())
     try:
         for enable in fused:
             enable(False)
@@ -181,6 +197,7 @@ def no_fast_path(*, math: bool = False) -> Iterator[None]:
             _CUDA.enable_math_sdp(True)
         yield
     finally:
+        _takes_formulas.reset(token)
         path.set_fastpath_enabled(fast)
         for enable in fused:
             enable(True)

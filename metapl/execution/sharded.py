@@ -28,8 +28,9 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
+from metapl.execution.batch import flatten
 from metapl.execution.layout import Layout
-from metapl.execution.local import NOTHING, GraphLook, LocalStudent, Pass, as_leaves
+from metapl.execution.local import NOTHING, LocalStudent, Pass, as_leaves
 from metapl.execution.numerics import HALF, Tree
 from metapl.execution.shards import as_sharded, is_sharded, local, whole, whole_together
 from metapl.execution.state import RandomState, Slot, Slots, State, named_parts, replay, stand_in, swapped
@@ -48,9 +49,9 @@ class ShardedStudent(LocalStudent):
         policies = [block._get_fsdp_state()._mp_policy.param_dtype for block in layout.blocks]
         self.formats |= {dtype for dtype in policies if dtype is not None}
 
-    def loss(self, *given: Any, gradient: bool = False, look: GraphLook | None = None) -> tuple[Tensor, Tree]:
+    def loss(self, *given: Any, gradient: bool = False, **options: Any) -> tuple[Tensor, Tree]:
         with torch.set_grad_enabled(gradient):
-            return super().loss(*given, gradient=gradient, look=look)
+            return super().loss(*given, gradient=gradient, **options)
 
     def gradient(self, value: Tensor, at: Tree, **how: Any) -> tuple[Tree, Tree]:
         mean = {name: local(g) for name, g in by_backward(value, self.parameters).items()}
@@ -64,7 +65,7 @@ class ShardedStudent(LocalStudent):
         if narrow := [t for t in self.formats if t in HALF and upcast]:
             given = f"the student has weights or a policy of {narrow[0]}, in which a difference of outputs is noise"
             raise MetaplError(f"{given}; expected mode='forward', or precision='bfloat16' without param_dtype.")
-        with replay(random, state, upcast=upcast), self.moved_to(params):
+        with replay(random, state, self.slots.in_formulas(), upcast=upcast), self.moved_to(params):
             yield
 
     @contextmanager
@@ -211,7 +212,8 @@ class ShardedPass(Pass):
     @contextmanager
     def _replay_twice(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
         at = as_leaves(self.params)
-        with replay(self._before, self._state), self.student.in_blocks(at):
+        formulas = self.student.slots.in_formulas()
+        with replay(self._before, self._state, formulas), self.student.in_blocks(at):
             yield at, self._same_outputs(self.student.forward(inputs))
 
 
@@ -279,7 +281,7 @@ def recomputed(
     run. The gradient is also in ``weights``, which the part has in a context ``using(weights)``."""
 
     def run_part(*args: Any, **kwargs: Any) -> Any:
-        values, given_as = pytree.tree_flatten((args, kwargs))
+        values, given_as = flatten((args, kwargs))
         entering = [i for i, t in enumerate(values) if isinstance(t, Tensor) and t.requires_grad]
         random, state = RandomState.now(device), State(Slots(part))
         precision = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
@@ -289,7 +291,7 @@ def recomputed(
             replaced = {**dict(enumerate(values)), **dict(zip(entering, tensors, strict=False))}
             own_args, own_kwargs = pytree.tree_unflatten([*replaced.values()], given_as)
             with using(tensors[len(entering) :]):
-                results, returned_as = pytree.tree_flatten(forward(*own_args, **own_kwargs))
+                results, returned_as = flatten(forward(*own_args, **own_kwargs))
             places = [i for i, t in enumerate(results) if isinstance(t, Tensor) and t.is_floating_point()]
             if keep:
                 returned[:] = results, returned_as, places

@@ -7,45 +7,68 @@ keeps elsewhere, in attributes or in Python objects, is not carried (docs/contra
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import lru_cache, wraps
 from itertools import chain
 from operator import attrgetter
 from threading import RLock
 from typing import Any, NamedTuple, TypeVar, cast
+from weakref import WeakKeyDictionary
 
+import numpy
 import torch
 from torch import Tensor, nn
 
 from metapl.execution import checks
-from metapl.execution.numerics import explain, wide
+from metapl.execution.graphs import nodes_of
+from metapl.execution.numerics import HALF, explain, takes_formulas, wide
 from metapl.execution.shards import is_sharded
+from metapl.execution.weight_norm import formulas_of, weights_made_by_hooks
+from metapl.runs.checkpoint import plain_states
 
 Table = dict[str, Any]  # of a module: its parameters, or its buffers
-Slot = tuple[Table, str, Any]  # a place in a table, and a tensor for it
+Slot = tuple[Table, Any, Any]  # a place in a table, and a tensor for it, or a part of the module
 
 
 class RandomState(NamedTuple):
-    """A saved state of the default generators that a forward pass on ``device`` may draw from."""
+    """A saved state of the default generators that a forward pass on ``device`` may draw from.
+
+    Those of Python and NumPy are read where ``outside`` says so: to read them takes 40 microseconds, a twentieth of a
+    small network's step, and :attr:`Slots.draws_outside` tells for which networks it is needed.
+    """
 
     device: torch.device
     cpu: Tensor
     accelerator: Tensor | None = None
     generator: torch.Generator | None = None  # of labels, where they are drawn by one of their own,
     drawn: Tensor | None = None  # and its state
+    python: Any = None  # that of Python's random,
+    numpy: Any = None  # and that of NumPy's global generator; None: not read
 
     @staticmethod
-    def now(device: torch.device, generator: torch.Generator | None = None) -> RandomState:
+    def now(device: torch.device, generator: torch.Generator | None = None, *, outside: bool = True) -> RandomState:
         """The current state; it is kept on the host."""
         accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
         drawn = None if generator is None else generator.get_state()
-        return RandomState(device, torch.default_generator.get_state(), accelerator, generator, drawn)
+        cpu = torch.default_generator.get_state()
+        if not outside:
+            return RandomState(device, cpu, accelerator, generator, drawn)
+        python, of_numpy = random.getstate(), numpy.random.get_state(legacy=False)  # noqa: NPY002 - the global one
+        return RandomState(device, cpu, accelerator, generator, drawn, python, of_numpy)
 
-    def values(self) -> dict[str, Tensor | None]:
+    @property
+    def is_whole(self) -> bool:
+        """Whether the generators of Python and NumPy were read too."""
+        return self.python is not None
+
+    def values(self) -> dict[str, Any]:
         """The states by name, as they are stored; with the device they make the whole."""
-        return {"cpu": self.cpu, "accelerator": self.accelerator}
+        found: dict[str, Any] = {"cpu": self.cpu, "accelerator": self.accelerator}
+        return {**found, "python": self.python, "numpy": plain_states(self.numpy)} if self.is_whole else found
 
     def restore(self) -> None:
         torch.default_generator.set_state(self.cpu)
@@ -53,6 +76,9 @@ class RandomState(NamedTuple):
             torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
         if self.generator is not None and self.drawn is not None:
             self.generator.set_state(self.drawn)
+        if self.is_whole:
+            random.setstate(self.python)
+            numpy.random.set_state(self.numpy)  # noqa: NPY002 - the global one
 
     def branch(self) -> RandomState:
         """The start of a stream that is independent of the one that continues from here; a function of this state."""
@@ -62,7 +88,30 @@ class RandomState(NamedTuple):
         digest = hashlib.blake2b(self.cpu.numpy().data, digest_size=8)
         if self.accelerator is not None:
             digest.update(self.accelerator.numpy().data)
-        return _seeded(digest.digest(), self.device, self.accelerator is not None)
+        branched = _seeded(digest.digest(), self.device, self.accelerator is not None)
+        if not self.is_whole:
+            return branched
+        # Torch's stream is the same where these are not read. Theirs depends on their own states too: torch's does not
+        # move where a network draws from them alone.
+        digest.update(repr(self._outside()).encode())
+        seed = int.from_bytes(digest.digest(), "little")
+        kind = getattr(numpy.random, self.numpy["bit_generator"])
+        of_numpy = numpy.random.RandomState(kind(seed)).get_state(legacy=False)
+        return branched._replace(python=random.Random(seed).getstate(), numpy=of_numpy)
+
+    def is_as(self, other: RandomState) -> bool:
+        """Whether two states of the same generators are the same, as far as both were read."""
+        if self.is_whole and other.is_whole and self._outside() != other._outside():
+            return False
+        pairs = (self.cpu, other.cpu), (self.accelerator, other.accelerator), (self.drawn, other.drawn)
+        return all(torch.equal(a, b) for a, b in pairs if a is not None and b is not None)
+
+    def has_drawn_outside(self, before: RandomState) -> bool:
+        """Whether Python's or NumPy's generator has moved since a state ``before``; both have to be whole."""
+        return bool(self._outside() != before._outside())
+
+    def _outside(self) -> Any:
+        return self.python, plain_states(self.numpy)
 
 
 @lru_cache(maxsize=4)  # where nothing draws, every step begins in the same state
@@ -88,7 +137,7 @@ def branching_to(state: RandomState) -> Iterator[None]:
 @contextmanager
 def replayed(state: RandomState) -> Iterator[None]:
     """Draw from ``state`` in this block; afterwards the generators are as they were before."""
-    before = RandomState.now(state.device, state.generator)
+    before = RandomState.now(state.device, state.generator, outside=state.is_whole)
     state.restore()
     try:
         yield
@@ -105,10 +154,12 @@ class Slots:
         places: every place of one of these, with that name.
         frozen: the places of the others.
         buffers: the tables of buffers.
+        formulas: the places of parts whose kernel has no second derivative, with one that has it for each.
         mark: what verification holds for, as one number: modes, numbers of hooks, and which parameters are learned.
         state: the snapshot that the step's first pass takes over.
         takes_gradients: whether the forward takes gradients itself, and needs a graph in every pass; found by trying.
         known: the tables' contents when they were read; others mean that the slots are stale.
+        findings: what the first step with this network in these modes has found.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -131,6 +182,8 @@ class Slots:
         self.learned = dict(first.values())
         self.places = [(table, name, first[id(p)][0]) for table, name, p in self.parameters if id(p) in first]
         self.buffers = [part._buffers for _, part in named]
+        self.formulas: list[Slot] = [place.slot() for _, part in named for place in formulas_of(part)]
+        self._made = [place for _, part in named if part._forward_pre_hooks for place in weights_made_by_hooks(part)]
         self._parts = [part for _, part in named]
         self._tables: list[Any] = [table for part in self._parts for table in (part._parameters, part._modules)]
         self._hooks = [hooks for part in self._parts for hooks in _HOOKS(part)]
@@ -138,6 +191,7 @@ class Slots:
         self._none: State | None = None
         self.known = self.contents()
         self.mark = hash(tuple(self.known[1]))
+        self.findings = _FINDINGS.setdefault(module, {}).setdefault(self.mark, Findings())
 
     def contents(self) -> tuple[list[Any], list[int]]:
         """What the tables hold, by name and identity, and the modes, numbers of hooks and ``requires_grad`` flags: the
@@ -145,6 +199,36 @@ class Slots:
         flags = [*map(_TRAINING, self._parts), *map(len, self._hooks), *map(_LEARNS, self._held)]
         held = [*chain.from_iterable(self._tables), *map(id, chain.from_iterable(map(dict.values, self._tables)))]
         return held, flags
+
+    def in_formulas(self) -> list[Slot]:
+        """What a pass holds beside its weights where it takes formulas for kernels; usually nothing."""
+        return self.formulas if self.formulas and takes_formulas() else []
+
+    def made(self) -> list[Slot]:
+        """The weights that hooks have made in the last pass, in their places: a replay puts them back."""
+        return [(table, name, table[name]) for table, name in self._made if name in table]
+
+    def random_state(self, device: torch.device, generator: torch.Generator | None = None) -> RandomState:
+        """The state of the generators that a pass of this network may draw from."""
+        return RandomState.now(device, generator, outside=self.draws_outside is not False)
+
+    @property
+    def draws_outside(self) -> bool | None:
+        """Whether passes draw from Python's or NumPy's generators; None until a step has been watched."""
+        return self.findings.draws_outside
+
+    def watch(self, before: RandomState, after: RandomState) -> None:
+        """Note whether a pass between two states drew from Python's or NumPy's generators, as long as it is open."""
+        if self.draws_outside is None and after.has_drawn_outside(before):
+            self.findings.draws_outside = True
+
+    def half_types(self, outputs: Tensor) -> frozenset[torch.dtype]:
+        """Return the types of half precision in which a part of the network computes, found by the graph of its
+        first outputs."""
+        if self.findings.half_types is None and outputs.grad_fn is not None:
+            results = [result for node in nodes_of([outputs]) for result in getattr(node, "_input_metadata", ())]
+            self.findings.half_types = frozenset(HALF.intersection(result.dtype for result in results))
+        return self.findings.half_types or frozenset()
 
     def now(self, *, copies: bool = True) -> State:
         """The network's state; of one that has none, the same each time."""
@@ -155,6 +239,16 @@ class Slots:
         return self._none
 
 
+@dataclass
+class Findings:
+    """What is found of a network in the first step with it, and holds until its modes or hooks change."""
+
+    draws_outside: bool | None = None
+    half_types: frozenset[torch.dtype] | None = None
+
+
+# By networks, and their marks: a call of hypergradient reads the tables anew, and finds nothing new.
+_FINDINGS: WeakKeyDictionary[nn.Module, dict[int, Findings]] = WeakKeyDictionary()
 _HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TRAINING, _LEARNS = attrgetter("training"), attrgetter("requires_grad")
 
@@ -192,12 +286,12 @@ class State:
 
 @contextmanager
 def replay(
-    random: RandomState, state: State | Slots, held: Sequence[Slot] = (), *, upcast: bool = False
+    start: RandomState, state: State | Slots, held: Sequence[Slot] = (), *, upcast: bool = False
 ) -> Iterator[None]:
-    """In this block, torch draws from ``random``, and a network holds the tensors ``held`` and fresh copies of a
+    """In this block, draws begin at ``start``, and a network holds the tensors ``held`` and fresh copies of a
     ``state``, or of that which it has now (``upcast``: in float32 or wider); afterwards all is as it was before."""
-    drawn = RandomState.now(random.device, random.generator)
-    random.restore()
+    drawn = RandomState.now(start.device, start.generator, outside=start.is_whole)
+    start.restore()
     snapshot = state if isinstance(state, State) else state.now(copies=False)
     before = list[tuple[Table, Table]]()
     if snapshot._tables or snapshot._frozen or any(snapshot._all):  # else the network has no state
@@ -208,14 +302,13 @@ def replay(
             table.clear()
             table.update((name, fresh.get(id(t))) for name, t in tensors.items())  # None: a buffer without a value yet
         held = [*held, *[(table, name, stand_in(fresh[id(p)], p)) for table, name, p in snapshot._frozen]]
-    own = [table[name] for table, name, _ in held]
+    own = [table.get(name, _NOTHING) for table, name, _ in held]
     for table, name, t in held:
         table[name] = t
     try:
         yield
     finally:
-        for (table, name, _), t in zip(held, own, strict=True):
-            table[name] = t
+        put_back(held, own)
         for table, tensors in before:
             table.clear()
             table.update(tensors)
@@ -237,16 +330,47 @@ def stand_in(t: Tensor, own: Tensor) -> Tensor:
 @contextmanager
 def swapped(held: Sequence[Slot]) -> Iterator[None]:
     """Put these tensors into their places in this block, a backward pass included: checkpoints run the module in it."""
-    before = [(table, name, table[name]) for table, name, _ in held]
+    before = [table.get(name, _NOTHING) for table, name, _ in held]
     for table, name, t in held:
         table[name] = t
     try:
         yield
     finally:
-        for table, name, t in before:
+        put_back(held, before)
+
+
+def put_back(held: Sequence[Slot], before: Sequence[Any]) -> None:
+    """Put what the places of these slots held ``before`` back into them."""
+    for (table, name, _), t in zip(held, before, strict=True):
+        if t is _NOTHING:
+            del table[name]
+        else:
             table[name] = t
 
 
+_NOTHING = object()  # in the place of what a table did not hold
+
+
+@contextmanager
+def with_tables_of(twin: nn.Module, module: nn.Module) -> Iterator[None]:
+    """Let a module hold the tensors of a copy of it, its ``twin``, in this block.
+
+    A loss that reads the module by a closure or a global reads then what the copy is moved to. The tables are shared,
+    so a tensor that is exchanged in one is exchanged in the other.
+    """
+    kept = list[tuple[dict[str, Any], dict[str, Any]]]()
+    for part, other in zip(module.modules(), twin.modules(), strict=True):
+        held = vars(part)
+        kept.append((held, {name: held[name] for name in _TABLES}))
+        held.update({name: vars(other)[name] for name in _TABLES})
+    try:
+        yield
+    finally:
+        for held, tables in kept:
+            held.update(tables)
+
+
+_TABLES = "_parameters", "_buffers"
 _LOCK = RLock()
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -278,7 +402,8 @@ def restored(
         for slots in networks:
             slots.state = slots.now()
             saved.append(slots.state)
-        random = RandomState.now(device, generator)
+        may_draw_outside = any(slots.draws_outside is not False for slots in networks)
+        drawn = RandomState.now(device, generator, outside=may_draw_outside)
         grads = [p.grad for p in trained]
         for p in trained:
             p.grad = None
@@ -290,12 +415,15 @@ def restored(
             always = True
             for p, grad in zip(trained, grads, strict=True):
                 p.grad = grad
-            random.restore()
+            drawn.restore()
             explain(error)
             raise
         else:
             for p in trained:
                 p.grad = None
+            for slots in networks:
+                if slots.draws_outside is None:
+                    slots.findings.draws_outside = False
         finally:
             torch._C._set_grad_enabled(learning)
             checks.deferred.reset(token)

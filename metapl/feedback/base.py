@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Literal
 
@@ -47,6 +47,7 @@ State = dict[str, Tensor]
 Normalization = Literal["gradient", "learning_rate", "cosine"]
 Reduction = Literal["mean", "sum"]
 Steps = Annotated[int, Range(1, of="a number of steps")]
+Truncation = Annotated[int, Range(0, of="a number of steps")]
 Decay = Annotated[float, Range(0, 1, of="a decay")]
 
 
@@ -188,17 +189,26 @@ class Estimator(ABC):
 
 
 def refuse_not_finite_feedback(feedback: Sequence[Feedback], path: Path) -> None:
-    """Refuse, on all ranks and at once, feedback that another order of differentiation may give in finite numbers."""
-    if not bool(path.inner_loss.isfinite()):
-        return  # no order mends that, and what follows refuses it
+    """Refuse, on all ranks and at once, feedback that another order of differentiation may give in finite numbers.
+
+    Cost: the host waits once for the device.
+    """
     sums = [h.sum().double() for of_step in feedback for h in (of_step.h, *of_step.others.values())]
-    if path.student.ranks.any(not bool(torch.stack(sums).isfinite().all())):
+    # Where the loss is not finite, no order mends that, and what follows refuses it.
+    is_mendable = path.inner_loss.isfinite() & ~torch.stack(sums).isfinite().all()
+    if path.student.ranks.any(bool(is_mendable)):
         raise NotFiniteFeedback(NOT_FINITE)
 
 
 def padded(feedback: Sequence[Feedback], path: Path) -> list[Feedback]:
     """Feedback on the last steps of a path, and zero feedback on the steps before them."""
-    first, zeros = feedback[0], []
+    # Of no step at all, the first weights alone are asked for, and the signals get nothing.
+    if feedback:
+        first = feedback[0]
+    else:
+        step = path.steps[-1]
+        first = replace(feedback_from(step, dict.fromkeys(credited(step.signal))), used=True)
+    zeros = []
     part = first.part or "value"
     for step in path.steps[: len(path.steps) - len(feedback)]:
         fields = step.signal.fields()
@@ -226,7 +236,10 @@ def divisor(normalization: str, step: InnerStep, w: Tree | None = None) -> Tenso
     if normalization == "learning_rate":
         eta = step.update.learning_rate
         if eta is None:
-            raise MetaplError('a TorchOpt transform shows no learning rate; expected normalization="gradient".')
+            raise MetaplError(
+                "a TorchOpt transform, or SGD with a rate for each entry, has no single learning rate; expected "
+                'normalization="gradient".'
+            )
         return eta if eta > 0 else 1.0
     if normalization == "gradient":
         return 1.0
@@ -308,7 +321,8 @@ def _loss_in_leaves(
     theta: Tree = {}
     if step.student.readable:
         theta = {name: wide(p) + factor * wide(w[name]) if name in w else p for name, p in step.params.items()}
-    with torch.enable_grad():
+    # A loss may read ``student.parameters()``, which are then these.
+    with step.student.holding(theta) if step.student.readable else NOTHING, torch.enable_grad():
         mean = _mean_loss(step, leaves, z, theta)
         if not mean.requires_grad:
             return mean.detach(), [None] * len(leaves)
@@ -354,8 +368,11 @@ def _slope(step: InnerStep, leaves: Tree, w: Tree, z_dot: Tensor, of_z_dot: Tens
     """d/dε (1/B) Σ_i factor_i ℓ_i(z + εż, signal, θ + εw), this rank's share; flagged where it is not ⟨w, g⟩."""
     ranks = step.student.ranks
     z = step.outputs.detach().requires_grad_()
-    theta = as_leaves(step.params) if step.student.readable else {}
-    with torch.enable_grad():
+    # A loss may read the weights as ``params``, or as ``student.parameters()``: both are these leaves.
+    weights: AbstractContextManager[Tree] = nullcontext({})
+    if step.student.readable:
+        weights = step.student.with_leaves(step.params)
+    with weights as theta, torch.enable_grad():
         mean = _mean_loss(step, leaves, z, theta)
         grads = torch.autograd.grad(mean, [z, *theta.values()], create_graph=True, allow_unused=True)
         directions = [z_dot, *(w[name] if name in w else torch.zeros_like(p) for name, p in theta.items())]

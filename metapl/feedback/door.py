@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, few
+from metapl.execution.batch import leaves_of as leaves_of_batch
+from metapl.execution.batch import named_leaves_of
 from metapl.execution.checks import described
 from metapl.feedback.lookahead import Lookahead
 from metapl.problems.base import Problem, kind_of, reads_signal_in_outer_input
@@ -38,15 +40,18 @@ def refuse_gradients_of_batches(outer: Any, inner: Any) -> None:
 
     Of a :class:`metapl.Lookahead` whose batches a function returns, the batches are looked at by the first look alone.
     """
-    named = {"outer": outer, "inner": inner}
-    if isinstance(inner, Lookahead):
-        held = [] if callable(inner.batches) else list(inner.batches)
-        named = {"outer": outer, **{f"inner[{k}]": batch for k, batch in enumerate(held)}}
+    named = dict[str, Any]()
+    for role, given in (("outer", outer), ("inner", inner)):
+        if isinstance(given, Lookahead):
+            held = [] if callable(given.batches) else list(given.batches)
+            named |= {f"{role}[{k}]": batch for k, batch in enumerate(held)}
+        else:
+            named[role] = given
     for name, batch in named.items():
-        for path, t in pytree.tree_flatten_with_path(batch)[0]:
+        for place, t in named_leaves_of(batch):
             if isinstance(t, Tensor) and t.requires_grad:
                 raise MetaplError(
-                    f"{name}{pytree.keystr(path)} requires a gradient, which a batch does not carry; expected data: "
+                    f"{name}{place} requires a gradient, which a batch does not carry; expected data: "
                     ".detach() it, or let the signal carry it (problem.signal, and student_input(self, batch, signal))."
                 )
 
@@ -68,9 +73,12 @@ def refuse_learned_settings(update: Update) -> None:
                 if name == "params":
                     continue
                 if any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(value)):
+                    expected = f"a number ({name}.item())"
+                    if isinstance(value, Tensor) and value.numel() > 1:
+                        expected = f"values alone ({name}.detach())"
                     raise MetaplError(
                         f"{name} of the inner optimizer requires a gradient, of which the feedback would know nothing; "
-                        f"expected a number ({name}.item()), whose gradient metapl.hypergradient(wrt={name!r}) gives."
+                        f"expected {expected}, whose gradient metapl.hypergradient(wrt={name!r}) gives."
                     )
 
 
@@ -163,7 +171,7 @@ class FirstLook:
         self.weights = ids(student.parameters()) | gathered_weights(student, blocks)
         self.outer_variables = ids(outer_variables(problem, teacher).values())
         batches = [outer, *inner_batches_held(inner)]
-        self.batches = [t for t in pytree.tree_leaves(batches) if isinstance(t, Tensor)]
+        self.batches = [t for t in leaves_of_batch(batches) if isinstance(t, Tensor)]
         self.batches_before = [t.detach().clone() for t in self.batches]
         self.versions_before = list(map(version_of, self.batches))
 

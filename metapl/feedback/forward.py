@@ -31,6 +31,7 @@ from metapl.feedback.base import (
     Normalization,
     State,
     Steps,
+    Truncation,
     divisor,
     exact_feedback,
     feedback_from,
@@ -89,7 +90,8 @@ class Forward(Estimator):
     Args:
         normalization: ``"gradient"`` (default: the true gradient, of the order of η), ``"learning_rate"`` (divided by
             η), ``"cosine"`` (divided by ‖w‖‖g‖); see :func:`metapl.feedback.base.divisor`.
-        truncate: differentiate only this many of the last student steps; None: all.
+        truncate: differentiate only this many of the last student steps; None: all. 0: none, for ``wrt="start"`` alone
+            (:func:`metapl.hypergradient`), which is first-order MAML.
         keep_every: of K steps, every so many (m) keep their weights and optimizer state; the others are computed again,
             in the memory of about K/m + m steps; 1: all are kept. None: all of up to 50 steps; of more, as many as half
             of the free memory holds: all, every √K-th, or a tree; in a folder, every √K-th.
@@ -122,7 +124,7 @@ class Forward(Estimator):
     """
 
     normalization: Normalization = "gradient"
-    truncate: Steps | None = None
+    truncate: Truncation | None = None
     keep_every: Steps | None = None
     keep: Literal["tree"] | None = None
     keep_on: str | None = None

@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import joined, micro_batches
+from metapl.execution.batch import joined, leaves_of, map_tensors, micro_batches
 from metapl.execution.compare import EXACTLY, ROUNDINGS, same_slopes
 from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, mean_of
 from metapl.execution.numerics import Space, Tree, mean_tree, reduced_float32, wide
@@ -54,14 +54,14 @@ class SignalInput:
         floating = {n: t for n, t in signal.fields().items() if t.is_floating_point()}
         self.fields = floating if in_graph else as_leaves(floating)
         self.graph = problem.student_input(batch, signal.having(self.fields))  # type: ignore[call-arg]
-        self._entering = [t for t in pytree.tree_leaves(self.graph) if isinstance(t, Tensor) and t.requires_grad]
-        self.inputs = self.graph if in_graph else pytree.tree_map_only(Tensor, Tensor.detach, self.graph)
+        self._entering = [t for t in leaves_of(self.graph) if isinstance(t, Tensor) and t.requires_grad]
+        self.inputs = self.graph if in_graph else map_tensors(Tensor.detach, self.graph)
 
     def as_leaves(self) -> tuple[list[Tensor], Any]:
         """The tensors of the input that depend on the signal, as leaves, and the input with these in their places."""
         leaves = [t.detach().requires_grad_() for t in self._entering]
         places = {id(t): leaf for t, leaf in zip(self._entering, leaves, strict=True)}
-        return leaves, pytree.tree_map_only(Tensor, lambda t: places.get(id(t), t), self.graph)
+        return leaves, map_tensors(lambda t: places.get(id(t), t), self.graph)
 
     def in_fields(self, cotangents: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
         """Derivatives in the leaves of :meth:`as_leaves`, as derivatives in the fields."""

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.execution import checks
-from metapl.execution.batch import digest, length, micro_batches
+from metapl.execution.batch import digest, joined, leaves_of, length, micro_batches
 from metapl.execution.local import NOTHING, LocalStudent, Loss, Pass, as_leaves, mean_of
 from metapl.execution.numerics import Tree, mean_tree
-from metapl.execution.state import RandomState, replay, replayed
+from metapl.execution.state import RandomState, State, replay, replayed
 from metapl.feedback.door import FirstLook, current_look
 from metapl.feedback.inner_step import Credited, InnerStep, SignalInput, credited, inner_loss
 from metapl.feedback.keeping import ALL, Keeping, States
@@ -25,6 +25,7 @@ from metapl.problems.base import (
     Problem,
     Signal,
     enters_input,
+    is_mean_over_rows,
     joined_signals,
     outer_input,
     reads_signal_in_outer_input,
@@ -45,6 +46,21 @@ NOT_FINITE = (
 )
 
 
+@dataclass(frozen=True)
+class OuterLosses:
+    r"""One outer loss for each step k = 1, …, K, at the θ_k that it leads to; in the place of L(θ_K) alone.
+
+    .. math:: L = \sum_k \mathrm{weight}_k L_k(\theta_k)
+    """
+
+    batches: Sequence[Any]
+    weights: Sequence[float]
+
+    def total(self, losses: Tensor) -> Tensor:
+        """Return the weighted sum of L_k(θ_k), (K,)."""
+        return (losses * torch.tensor(self.weights, dtype=torch.float64).to(losses)).sum()
+
+
 @dataclass
 class Path:
     """The student's steps from θ to θ′, where the outer loss is taken; no weight moves before :meth:`commit`."""
@@ -55,6 +71,7 @@ class Path:
     labeled: Sequence[Any]  # the outer batch, in micro-batches
     batches: Sequence[Any]  # the inner ones: a list, or a look-ahead whose batches a function returns again
     steps: list[InnerStep] = field(default_factory=list)
+    whole_labeled: Any = None  # the outer batch as one, where the outer loss may be no mean over micro-batches
     keeping: Keeping = ALL  # which steps keep their states; the adjoint computes the others again
     replays: ReplayCheck | None = None  # whether these come out as they did; None: nothing looks
     states: States = field(init=False)  # of several steps, where some are computed again
@@ -62,6 +79,8 @@ class Path:
     wrt: Sequence[str] = ()  # settings of the optimizer, and "start": what the gradient is in besides the signals
     start: Tree = field(default_factory=dict, init=False)  # dL(θ′)/dθ, where it is asked for
     in_settings: list[Options] = field(default_factory=list, init=False)  # on the last steps so far
+    outer: OuterLosses | None = None  # of each step; ``labeled`` is then the batch of the last
+    losses_before: dict[int, Tensor] = field(default_factory=dict, init=False)  # L_k by k, of all steps but the last
     order: Order | None = None  # of differentiation
     is_tried: bool = False  # whether that is being chosen, by this path
     _outer_gradient: Tree | None = field(default=None, init=False)
@@ -96,6 +115,20 @@ class Path:
         """L(θ′), without a graph. Cost: one labeled forward pass, unless its gradient has been computed."""
         return self._outer(self.params)[0]
 
+    @property
+    def outer_losses(self) -> Tensor | None:
+        """L_k(θ_k) after each step, (K,), where each has an outer loss; known once the path has been differentiated."""
+        if self.outer is None:
+            return None
+        before = [self.losses_before[number] for number in range(1, len(self.steps))]
+        return torch.stack([*before, self.outer_loss])
+
+    @property
+    def whole_outer_loss(self) -> Tensor:
+        """L(θ′), or the sum over the steps where each has an outer loss."""
+        losses = self.outer_losses
+        return self.outer_loss if losses is None or self.outer is None else self.outer.total(losses)
+
     @cached_property
     def outer_loss_before(self) -> Tensor:
         """L(θ), with the dropout masks of L(θ′); one forward pass."""
@@ -127,7 +160,13 @@ class Path:
         end, spacings = len(self.steps), self.keeping.spacings
         first = 0 if truncate is None else max(0, end - truncate)
         v, state_bar = {name: t.to_dense() for name, t in self.outer_gradient().items()}, None
-        for number, step in self._backwards(first, 0, end, *spacings):
+        if self.outer is not None:
+            v = {name: self.outer.weights[-1] * t for name, t in v.items()}
+        self.start = v  # of no step that is differentiated
+        for number, step in self._backwards(first if self.outer is None else 0, 0, end, *spacings):
+            if number < first:  # a step that is left out: its derivative counts as the identity, its outer loss counts
+                self.start = v = self._with_loss_before(number, v, gradient="start" in self.wrt)
+                continue
             if self.rereads:
                 self.batch(number, step.batch)  # refuses a batch that has changed since
             if self.settings:
@@ -139,10 +178,33 @@ class Path:
                 hessian, in_signal = step.second_derivatives(w, fields(step.signal))
                 v = {name: t + hessian[name] for name, t in theta_bar.items()}  # λ_k = θ̄_k + (∂²ℓ_k/∂θ²) w_k
                 checks.refuse_not_finite(NOT_FINITE.format(number), self.student.space.norm(v))
-                self.start = v
                 yield step, w, in_signal
+            self.start = v = self._with_loss_before(number, v, gradient=number > first or "start" in self.wrt)
             if self.progress is not None:
                 self.progress()
+
+    def _with_loss_before(self, number: int, v: Tree, *, gradient: bool) -> Tree:
+        """Return v plus the ``gradient`` of the outer loss of the step before this one, where each step has one."""
+        if self.outer is None or number == 0:
+            return v
+        weight = self.outer.weights[number - 1]
+        of_loss = self._outer_after(number, gradient=gradient and weight != 0)
+        return {name: t + weight * of_loss[name].to_dense() for name, t in v.items()} if of_loss else v
+
+    def _outer_after(self, number: int, *, gradient: bool) -> Tree:
+        """Return ∇L_k(θ_k) after the first k = ``number`` steps, or nothing without ``gradient``, and keep L_k."""
+        assert self.outer is not None, "each step has an outer loss"
+        batch = self.outer.batches[number - 1]
+        judged, whole = micro_batches(batch, len(self.labeled), "labeled"), None
+        if self.whole_labeled is not None:
+            whole = batch
+        passes_before, passes = self.steps[number - 1].passes, self.steps[number].passes
+        # As after a path of these steps alone: with its draws, and with the buffers that it leaves.
+        start, state = passes_before[-1].after.branch(), passes[0].state_before
+        params, signal = {n: p.detach() for n, p in self.steps[number].params.items()}, self.steps[number - 1].signal
+        loss, of_loss = self._outer_at(params, judged, start, signal, gradient=gradient, state=state, whole=whole)
+        self.losses_before[number] = loss
+        return of_loss
 
     def _backwards(self, first: int, begin: int, end: int, *spacings: int) -> Iterator[tuple[int, InnerStep]]:
         """The steps from ``end`` back to ``begin``, none before ``first``, each with its θ, g and s. Each block between
@@ -214,27 +276,55 @@ class Path:
 
     def gradients_in_signals(self, truncate: int | None = None) -> list[tuple[InnerStep, dict[str, Tensor | None]]]:
         """The last ``truncate`` steps, each with dL(θ′)/d(field) for the fields of its signal, by double backward."""
-        counted, v = self.steps[-(truncate or 0) :], self.outer_gradient()
+        end = len(self.steps)
+        first = 0 if truncate is None else max(0, end - truncate)
+        counted, (ends, cotangents, at_start) = self.steps[first:], self._outer_cotangents(first)
         signals = [step.signal.differentiable() for step in counted]
         leaves = [t for fields in signals for t in fields.values()]
         if self.wrt:
-            self.start = self.steps[0].params if "start" in self.wrt else {}
+            # The derivative of the steps that are left out counts as the identity.
+            begun = counted[0].params if counted else self.steps[-1].updated[0]
+            self.start = begun if "start" in self.wrt else {}
             settings = [step.update.settings_in(self.settings) for step in counted]
             others, structure = pytree.tree_flatten((self.start, settings))
             leaves += others
-        ends = {name: p for name, p in self.steps[-1].updated[0].items() if p.requires_grad}  # θ′
         gradients: Sequence[Tensor | None] = [None] * len(leaves)
-        if ends:
-            with replay(RandomState.now(self.student.device), self.student.slots):  # checkpoints run again here, at θ
-                cotangents = [v[name] for name in ends]
-                gradients = torch.autograd.grad([*ends.values()], leaves, cotangents, allow_unused=True)
+        if ends and leaves:
+            slots = self.student.slots
+            with replay(slots.random_state(self.student.device), slots):  # checkpoints run again here, at θ
+                gradients = torch.autograd.grad(ends, leaves, cotangents, allow_unused=True)
         found = iter(gradients)
         in_signals = [{name: next(found) for name in fields} for fields in signals]
         if self.wrt:
             rest = [torch.zeros_like(t) if g is None else g for g, t in zip(found, others, strict=True)]
             self.start, back = pytree.tree_unflatten(rest, structure)
+            for of_loss in at_start:
+                self.start = {name: t + of_loss[name] for name, t in self.start.items()}
             self.in_settings = back[::-1]
         return [*zip(counted, in_signals, strict=True)]
+
+    def _outer_cotangents(self, first: int) -> tuple[list[Tensor], list[Tensor], list[Tree]]:
+        """Return the weights θ_k where outer losses are taken, the gradients of these there, and the gradients of those
+        that come before the ``first`` step that is differentiated."""
+        ends, cotangents, before = list[Tensor](), list[Tensor](), list[Tree]()
+
+        def add(params: Tree, gradient: Tree) -> None:
+            reached = [name for name, p in params.items() if p.requires_grad and name in gradient]
+            ends.extend(params[name] for name in reached)
+            cotangents.extend(gradient[name] for name in reached)
+
+        last = self.outer_gradient()
+        if self.outer is not None:
+            for number, weight in enumerate(self.outer.weights[:-1], start=1):
+                is_needed = weight != 0 and (number > first or "start" in self.wrt)
+                gradient = {n: weight * t for n, t in self._outer_after(number, gradient=is_needed).items()}
+                if number >= first:
+                    add(self.steps[number].params, gradient)
+                elif gradient:
+                    before.append(gradient)
+            last = {name: self.outer.weights[-1] * t for name, t in last.items()}
+        add(self.steps[-1].updated[0], last)  # θ′
+        return ends, cotangents, before
 
     def revised(self, h: Tensor | dict[str, Tensor]) -> Path:
         """The path of the real step, on the signal that the problem makes of the feedback, or this one."""
@@ -268,32 +358,57 @@ class Path:
         """
         student, start = self.student, self.steps[-1].passes[-1].after.branch()
         weights = {name: t.requires_grad_(False) for name, t in student.as_leaves(self.params).items()}
+        outputs = list[Tensor]()
         sums, counts = list[Tensor](), list[Tensor | float]()
         with student.at(weights, start, student.slots):
             for part in self.labeled:
-                outputs = student.forward(outer_input(self.problem, part, signal))
-                total, weight = sum_and_weight(self.problem.outer_loss(outputs, part))
+                outputs.append(student.forward(outer_input(self.problem, part, signal)))
+                total, weight = sum_and_weight(self.problem.outer_loss(outputs[-1], part))
                 sums.append(total)
                 counts.append(weight)
+            if self.whole_labeled is not None and not isinstance(counts[0], Tensor):
+                # A scalar may be any function of all rows.
+                total, weight = sum_and_weight(self.problem.outer_loss(joined(outputs), self.whole_labeled))
+                return total / weight
         loss: Tensor = torch.stack(sums).sum() / sum(counts)
         return loss
 
     def _outer(self, params: Tree, *, gradient: bool = False) -> tuple[Tensor, Tree]:
         """L, and its ``gradient``, at these weights, by a pass that draws from a stream apart from the teacher's."""
-        problem, start = self.problem, self.steps[-1].passes[-1].after.branch()
-        signal = self.steps[-1].signal
+        start, signal = self.steps[-1].passes[-1].after.branch(), self.steps[-1].signal
+        return self._outer_at(params, self.labeled, start, signal, gradient=gradient, whole=self.whole_labeled)
+
+    def _outer_at(
+        self,
+        params: Tree,
+        labeled: Sequence[Any],  # micro-batches
+        start: RandomState,
+        signal: Signal,  # of the step that leads to these weights
+        *,
+        gradient: bool,
+        state: State | None = None,  # of the buffers; None: as they are now
+        whole: Any = None,  # the batch as one, where the outer loss may be no mean over micro-batches
+    ) -> tuple[Tensor, Tree]:
+        problem = self.problem
         if reads_signal_in_outer_input(problem):
             # In a path that keeps its graph the signal is a leaf of it; how L depends on it is the direct term.
             signal = signal.detached()
-        judged = [(outer_input(problem, part, signal), part) for part in self.labeled]
+        judged = [(outer_input(problem, part, signal), part) for part in labeled]
 
         def judge(outputs: Tensor, part: Any) -> tuple[Tensor, Tensor | float]:
             return sum_and_weight(problem.outer_loss(outputs, part))
 
         look = current_look()
-        if look is None:
-            return self.student.loss(params, judged, judge, start, gradient=gradient)
-        return self.student.loss(params, judged, judge, start, gradient=gradient, look=look.at_outer_loss)
+        return self.student.loss(
+            params,
+            judged,
+            judge,
+            start,
+            gradient=gradient,
+            state=state,
+            look=None if look is None else look.at_outer_loss,
+            whole=whole,
+        )
 
 
 def take_steps(
@@ -312,17 +427,21 @@ def take_steps(
     keep: Callable[[int, int, LocalStudent], Keeping] | None = None,  # by the number of steps and the size of one
     updates: Sequence[Update] = (),  # of each step, where they differ by a schedule, or have settings that are leaves
     wrt: Sequence[str] = (),  # what the gradient is in besides the signals
+    outer: OuterLosses | None = None,  # of each step; ``labeled`` is then the batch of the last
     replays: ReplayCheck | None = None,  # whether steps that are computed again come out as they did; None: no look
     progress: Callable[[], object] | None = None,  # called after each step
 ) -> Path:
     """The student's steps on the inner batches: Algorithm 1, lines 2 and 3. Buffers and generators advance as in
     training; the weights do not move."""
     judged = [labeled] if parts == 1 else micro_batches(labeled, parts, "labeled")
-    path = Path(problem, student, update, judged, batches, wrt=wrt, order=order, replays=replays)
+    path = Path(problem, student, update, judged, batches, wrt=wrt, order=order, outer=outer, replays=replays)
+    if parts > 1 and not is_mean_over_rows(problem):
+        path.whole_labeled = labeled
     ranks, several = student.ranks, len(batches) > 1
     enters, rereads = enters_input(problem), not isinstance(batches, list)
     if not ranks.alone:
-        ranks.equal(length(labeled), "the outer batch")
+        for judged_batch in [labeled] if outer is None else outer.batches:
+            ranks.equal(length(judged_batch), "the outer batch")
     # The steps after the first one that is differentiated take a Hessian product, by a graph that they make then.
     first_differentiated = max(0, len(batches) - truncate) if truncate else 0
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
@@ -360,7 +479,7 @@ def take_steps(
             batch = batches[number]
         if number == 0 and several:  # what does not fit is refused before anything is computed
             # θ, g and s after the step, and a batch that the step alone holds.
-            held = [*params.values()] * 2 + (pytree.tree_leaves(batch) if rereads else [])
+            held = [*params.values()] * 2 + (leaves_of(batch) if rereads else [])
             size = update.state_bytes() + sum(t.nbytes for t in held if isinstance(t, Tensor))
             path.keeping = ALL if keep is None else keep(len(batches), size, student)
             path.states = States(path.keeping.on)
@@ -381,8 +500,9 @@ def take_steps(
                 signal_inputs.append(SignalInput(problem, x, signals[i], keep_graph))
             inputs = signal_inputs[i].inputs if enters else problem.student_input(x)
             passes.append(inner_pass := student.pass_type(student, params, inputs))  # z = S(x; θ)
+            judged_now = judged if outer is None else micro_batches(outer.batches[number], parts, "labeled")
             with NOTHING if ranks.alone else ranks.agreed():
-                problem.check(inner_pass.outputs, judged[i], x)
+                problem.check(inner_pass.outputs, judged_now[i], x)
             if not before:
                 signals.append(asked(x, inner_pass.outputs))
             if not keep_graph:  # one graph at a time

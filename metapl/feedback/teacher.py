@@ -71,13 +71,17 @@ class Teaching:
 
     def __call__(self, batch: Any, outputs: Tensor | None) -> Signal:
         """Algorithm 1, line 2, ŷ_u ~ T(x_u): the signal about a micro-batch, given the student's outputs on it."""
+        is_watched = self.slots.draws_outside is None
+        before = self.slots.random_state(self.device, self.generator) if self.recompute or is_watched else None
         if self.recompute:
-            begun = RandomState.now(self.device, self.generator), self.slots.now()
+            state = self.slots.now()
             with torch.no_grad(), no_fast_path():
                 signal = self._ask(batch, outputs)
-            taken = TeacherPass(None if self.rereads else batch, outputs, signal, *begun)
+            taken = TeacherPass(None if self.rereads else batch, outputs, signal, before, state)
         else:
             taken = TeacherPass(batch, outputs, self._ask(batch, outputs))
+        if is_watched and before is not None:
+            self.slots.watch(before, self.slots.random_state(self.device))
         if self.layout is not None:
             self.passes.append(taken)
         return taken.signal

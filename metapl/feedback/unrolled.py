@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from metapl.execution.local import LocalStudent
-from metapl.feedback.base import Estimator, Feedback, State, Steps, feedback_from, padded
+from metapl.feedback.base import Estimator, Feedback, State, Truncation, feedback_from, padded
 from metapl.feedback.order import Order
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind, Problem
@@ -20,7 +20,8 @@ class Unrolled(Estimator):
     .. math:: h = -\frac{d}{d\,\mathrm{signal}} L\big(U(\theta, g(\mathrm{signal}))\big)
 
     Args:
-        truncate: differentiate only this many of the last student steps; None: all.
+        truncate: differentiate only this many of the last student steps; None: all. 0: none, for ``wrt="start"`` alone
+            (:func:`metapl.hypergradient`), which is first-order MAML.
 
     Takes: soft (differentiable) signals.
     Cost: 13 student passes a step with the teacher's 3; the inner graph and its derivative stay in memory (about twice
@@ -30,7 +31,7 @@ class Unrolled(Estimator):
     Source: Meta Pseudo Labels, eq. (3); DARTS and MAML's one-step gradient.
     """
 
-    truncate: Steps | None = None
+    truncate: Truncation | None = None
 
     name: ClassVar[str] = "unrolled"
     labels: ClassVar[tuple[Kind, ...]] = ("soft",)

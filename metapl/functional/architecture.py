@@ -5,19 +5,20 @@ attributes, and on which places hold the same tensor: its *description*. Network
 function, so the graph of one serves the others. It is compiled of a *bare copy*, which nobody else can change, and
 which holds no memory: its tensors are on the device ``meta``.
 
-What cannot be described, such as a hook, a closure or a tensor in an attribute, raises :class:`Undescribed`; its graph
-is known by identity.
+What cannot be described, such as a hook, a closure, a tensor in an attribute or a method that reads a module by its
+name, raises :class:`Undescribed`; its graph is known by identity.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from enum import Enum
 from functools import partial
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def description_of(value: Any) -> Hashable:
         return kind, tuple((description_of(key), description_of(each)) for key, each in value.items())
     if isinstance(value, type):
         return kind, value
-    if kind is FunctionType and value.__closure__ is None:
+    if kind is FunctionType and value.__closure__ is None and not reads_a_module(value):
         defaults = description_of((value.__defaults__, value.__kwdefaults__))
         return kind, value.__code__, id(value.__globals__), defaults
     if kind is BuiltinFunctionType and isinstance(value.__self__, ModuleType | None):
@@ -99,12 +100,56 @@ def description_of_class(kind: type) -> tuple[Hashable, ...]:
         if base.__module__.split(".")[0] in ("torch", "builtins", "abc"):
             continue
         for name, value in vars(base).items():
+            # What a property or a static method calls.
+            method = getattr(value, "fget", None) or getattr(value, "__func__", value)
+            if isinstance(method, FunctionType) and reads_a_module(method):
+                raise Undescribed
             if isinstance(value, NUMBERS) and not name.startswith("__"):
                 found.append((name, description_of(value)))
             # Python writes notes such as __slotnames__ into a class when an instance is copied.
             elif isinstance(value, FunctionType) or not name.startswith("__"):
                 found.append((name, id(value)))
     return tuple(found)
+
+
+def reads_a_module(function: FunctionType) -> bool:
+    """Whether a function reads a module by a closure or a global, itself or in functions that it calls by such names.
+
+    A loss with a penalty on the weights of a student reads the student that it names, and not a bare copy.
+    """
+    waiting, known = [function], {function}
+    while waiting:
+        reader = waiting.pop()
+        for value in read_by(reader):
+            if isinstance(value, nn.Module):
+                return True
+            is_new = isinstance(value, FunctionType) and value not in known
+            if is_new and not is_of_libraries(value.__module__):
+                known.add(value)
+                waiting.append(value)
+    return False
+
+
+def is_of_libraries(module: str | None) -> bool:
+    """Whether a module, by its name, was written before any network of the user's."""
+    return module is not None and module.split(".")[0] in ("torch", "metapl", "builtins", "abc")
+
+
+def read_by(function: FunctionType) -> list[Any]:
+    """Return what a function, and the code inside of it, reads from its closure and from globals."""
+    values: list[Any] = []
+    for cell in function.__closure__ or ():
+        # A cell is empty until the name that it is of is bound.
+        with contextlib.suppress(ValueError):
+            values.append(cell.cell_contents)
+    codes = [function.__code__]
+    for code in codes:
+        values += [function.__globals__[name] for name in code.co_names if name in function.__globals__]
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    for value in [*values]:
+        if isinstance(value, list | tuple | dict):
+            values += value.values() if isinstance(value, dict) else value
+    return values
 
 
 def description_of_networks(networks: Sequence[nn.Module | None]) -> Hashable:

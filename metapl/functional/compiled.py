@@ -22,15 +22,27 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution.batch import length
 from metapl.execution.checks import Fault
+from metapl.execution.layout import refuse_compiled
 from metapl.execution.numerics import as_real, no_fast_path
 from metapl.execution.state import RandomState, branching_to, trainable
 from metapl.feedback import MODES, Implicit, estimator
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.report import StepReport
-from metapl.functional.state import State, clipped, constants_of, leaves_of, norm, settings_of, state_of, unclipped
+from metapl.functional.state import (
+    ImpureError,
+    State,
+    clipped,
+    constants_of,
+    impurity,
+    leaves_of,
+    norm,
+    settings_of,
+    state_of,
+    unclipped,
+)
 from metapl.functional.step import Step, make_step
 from metapl.problems.base import Signal, enters_input, gumbel
-from metapl.updates import OwnStep, TorchUpdate, Update, as_taken, parts_of, update_of
+from metapl.updates import OwnStep, TorchUpdate, Update, as_taken, entry_shape, parts_of, update_of
 
 LONGEST = 3  # steps that are unrolled in one function
 
@@ -48,6 +60,8 @@ def updates_of(trainer: Any) -> tuple[Update, Update | None]:
 
 def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> Step:
     """The pure step of a trainer that looks so many steps ahead."""
+    refuse_compiled("student", trainer.student)
+    refuse_compiled("teacher", trainer.teacher)
     mode, problem, own = trainer.mode, trainer.problem, trainer.teacher_losses
     inner, composed, hides = unclipped(updates[0]), steps > 1 or enters_input(problem), False
     if not isinstance(inner, TorchUpdate):  # a second call with the same state gives the same update, or it hides some
@@ -63,6 +77,8 @@ def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> 
         f"{steps} steps ahead; expected at most {LONGEST}": steps > LONGEST,
         "a cosine over several steps; expected 'gradient'": composed and getattr(mode, "normalization", "") == "cosine",
         "a transform with hidden state; expected torch.optim's": hides,
+        'normalization="learning_rate" without a single learning rate; expected "gradient"': inner.learning_rate is None
+        and getattr(mode, "normalization", "") == "learning_rate",
     }
     for what in (what for what, is_so in refused.items() if is_so):
         raise MetaplError(f"compile= or functional() was given {what}.")
@@ -123,9 +139,13 @@ def capturing() -> Iterator[None]:
         torch._C._autograd._saved_tensors_hooks_enable()  # which Dynamo leaves off where a transform fails
         from torch._dynamo.exc import TorchDynamoException
 
-        if not isinstance(error, TorchDynamoException):
+        impure = error if isinstance(error, ImpureError) else impurity(error, "a network")
+        if impure is not None:
+            said = impure.what
+        elif isinstance(error, TorchDynamoException):
+            said = " ".join(" ".join(str(error).splitlines()[:2]).split()) or type(error).__name__
+        else:
             raise
-        said = " ".join(" ".join(str(error).splitlines()[:2]).split()) or type(error).__name__
         raise MetaplError(f"torch.compile cannot take this step: {said}; leave compile out.") from error
 
 
@@ -158,6 +178,8 @@ class CompiledStep:
         if not compared:
             eager = eager_step(trainer, labeled, batches, ahead)
             probs = eager[1].signal.probs
+        if any(entry_shape(group["lr"]) for group in unclipped(trainer.update).options):
+            raise MetaplError("compile= was given with a rate for each entry of a weight; leave compile out.")
         numbers = [[] if update is None else unclipped(update).settings() for update in updates]
         if anew:
             state = state_of(trainer, updates)
@@ -171,7 +193,7 @@ class CompiledStep:
             mode = {name: t.to(trainer.device) for name, t in trainer.mode_state.items()}
             state = self.state._replace(mode=mode, step=step)
         self.numbers = numbers
-        start, noise = RandomState.now(trainer.device, draw), None
+        start, noise = RandomState.now(trainer.device, draw, outside=not compared), None
         if draw is not None and probs is not None:
             noise = tuple(gumbel(length(batch), probs.shape[1], probs, draw) for batch in batches)
         try:
@@ -273,8 +295,7 @@ def eager_step(trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) 
     end = RandomState.now(trainer.device)
     start.restore()
     # L(θ′) draws on where the teacher's passes end; on the eager road, from its own stream.
-    ends = zip(end.values().values(), start.values().values(), strict=True)
-    if any(a is not None and b is not None and not a.equal(b) for a, b in ends):
+    if not end.is_as(start):
         with branching_to(end):
             twin, report = taken()
         start.restore()

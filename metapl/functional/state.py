@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution.checks import logits
-from metapl.execution.numerics import Tree, as_real, wide
+from metapl.execution.numerics import Tree, as_real, asks_for_gradient, wide
 from metapl.execution.state import named_parts
+from metapl.execution.weight_norm import by_formulas, formulas_of, weights_made_by_hooks
 from metapl.feedback.difference import RELATIVE_STEP
 from metapl.problems.base import Signal, field_of
 from metapl.updates import Clipped, Options, TorchUpdate, Update, as_taken, options_of
@@ -137,7 +138,13 @@ def state_of(trainer: Any, updates: tuple[Update, Update | None]) -> State:
 
 def settings_of(numbers: Any, device: torch.device) -> Any:
     """The numbers of param groups as tensors, as precise as a number of Python is."""
-    return pytree.tree_map(lambda number: torch.tensor(number, dtype=torch.float64, device=device), numbers)
+
+    def as_tensor(number: Any) -> Tensor:
+        if isinstance(number, Tensor):
+            return number.detach().to(device, torch.float64, copy=True)
+        return torch.tensor(number, dtype=torch.float64, device=device)
+
+    return pytree.tree_map(as_tensor, numbers)
 
 
 def leaves_of(state: State) -> list[Tensor]:
@@ -211,6 +218,40 @@ class EagerMasks(TorchFunctionMode):
         return masked.permute([order.index(i) for i in range(args[0].dim())])
 
 
+class ImpureError(MetaplError):
+    """A pass of a network has no pure form.
+
+    Args:
+        what: whose pass it is, and what it does, without a period.
+        instead: what to write in its place.
+    """
+
+    def __init__(self, what: str, instead: str) -> None:
+        super().__init__(f"{what}; expected {instead}, or the trainer's own steps in the place of functional().")
+        self.what = what
+
+
+def impurity(error: BaseException, who: str) -> ImpureError | None:
+    """Return what to say of torch.func's error about a forward that it cannot transform; None of any other error.
+
+    Args:
+        who: whose forward it is, such as ``"the student"``.
+    """
+    text = str(error)
+    if "setup_context" in text:
+        return ImpureError(
+            f"{who} has a torch.autograd.Function without setup_context, which torch.func cannot transform",
+            "one whose forward has no ctx, and a setup_context(ctx, inputs, output)",
+        )
+    if "Tensor.requires_grad_()" in text or asks_for_gradient(error):
+        return ImpureError(
+            f"{who} asks for a gradient in its forward (Tensor.requires_grad_(), which torch.autograd.grad and "
+            "torch.func.stack_module_state need), and torch.func cannot transform that",
+            "torch.func.grad, or torch.stack of the parameters",
+        )
+    return None
+
+
 class Function:
     """A network as a function of the tensors that it holds, so that its parts and methods have values at other tensors.
 
@@ -219,8 +260,9 @@ class Function:
     there itself.
     """
 
-    def __init__(self, module: nn.Module | None) -> None:
+    def __init__(self, module: nn.Module | None, role: str = "student") -> None:
         self.module: Any = module
+        self.role = role
         # The first name of the tensor in each place, which has the place's name as its key. Tensors are compared here,
         # for within a graph or a transform none has an identity.
         self.first_names: dict[str, str] = {}
@@ -230,6 +272,11 @@ class Function:
                 for name, t in table.items():
                     if t is not None:
                         self.first_names[prefix + name] = first_of.setdefault(id(t), prefix + name)
+        parts = [] if module is None else [*module.modules()]
+        # The places of parts whose kernel has no second derivative, with one that has it for each; and the attributes
+        # into which hooks put a weight, which would be that of a transform afterwards.
+        self.formulas = [place for part in parts for place in formulas_of(part)]
+        self.made = [(part, name) for part in parts for _, name in weights_made_by_hooks(part)]
 
     def at(self, params: Tree, state: Tree, ask: Callable[[Any], Any]) -> tuple[Any, Tree]:
         """Return what ``ask(module)`` returns with these tensors in the module, and the state that it leaves."""
@@ -241,16 +288,23 @@ class Function:
             (prefix, table) for prefix, part in parts for table in (part._parameters, part._buffers)
         ]
         before = [dict(table) for _, table in tables]
+        made = [getattr(part, name) for part, name in self.made]
         self.refuse_other_places(tables)
         try:
             for prefix, table in tables:
                 for name in [*table]:
                     if table[name] is not None:
                         table[name] = tensors[self.first_names[prefix + name]]
-            with EagerMasks():
+            with EagerMasks(), by_formulas(self.formulas):
                 answer = ask(self.module)
             left = {prefix + name: t for prefix, table in tables for name, t in table.items()}
+        except RuntimeError as error:
+            if not torch.compiler.is_compiling() and (impure := impurity(error, f"the {self.role}")):
+                raise impure from error
+            raise
         finally:
+            for (part, name), weight in zip(self.made, made, strict=True):
+                setattr(part, name, weight)
             for (_, table), own in zip(tables, before, strict=True):
                 for name in [name for name in table if name not in own]:  # a buffer that the pass has made
                     del table[name]

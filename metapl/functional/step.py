@@ -84,7 +84,7 @@ def make_step(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Step:
     """The step of these networks, losses and rules; the modules' own tensors are not read, those of the state are."""
-    T, S, kind = Function(teacher), Function(student), mode.name
+    T, S, kind = Function(teacher, "teacher"), Function(student), mode.name
     enters, revises = enters_input(problem), has_own(problem, "revised_signal")
     composed = kind == "unrolled" or steps > 1 or enters
     first = steps if kind == "none" else steps - (getattr(mode, "truncate", None) or steps)  # of those with feedback
@@ -112,9 +112,11 @@ def make_step(
 
             def judge(_: Any) -> Tensor:
                 entering = [signal] if judges_with_signal else []
-                z, _ = S.outputs(theta, at_S, problem.outer_input(judged, *entering))
-                total, count = sum_and_weight(problem.outer_loss(z, judged))
-                return total / count
+                z, left = S.outputs(theta, at_S, problem.outer_input(judged, *entering))
+                # A loss may read ``student.parameters()``, so it is called while these weights are in the student.
+                (total, count), _ = S.at(theta, left, lambda network: sum_and_weight(problem.outer_loss(z, judged)))
+                loss: Tensor = total / count
+                return loss
 
             # Where L reads the teacher, the module holds θ_T meanwhile.
             L: Tensor = T.at(theta_T, state.teacher.state, judge)[0] if reads_teacher else judge(None)
@@ -168,8 +170,11 @@ def make_step(
             if signal.sampled and kind in ("forward", "difference"):  # the expectation over labels, at the drawn ones
                 fields = {"value": torch.zeros_like(signal.probs).scatter(-1, signal.value[..., None], 1.0)}  # (B, C)
 
-            def mean_loss(z: Tensor, theta: Tree, fields: Tree, u: Tensor | float = 1.0) -> Tensor:
-                return (u * problem.inner_loss(z, signal.having(fields), batches[k], theta)).mean()  # of (B,)
+            def mean_loss(z: Tensor, theta: Tree, fields: Tree, buffers: Tree, u: Tensor | float = 1.0) -> Tensor:
+                given = signal.having(fields)
+                losses, _ = S.at(theta, buffers, lambda network: problem.inner_loss(z, given, batches[k], theta))
+                mean: Tensor = (u * losses).mean()  # of (B,)
+                return mean
 
             def gradient(fields: Tree) -> Any:
                 """Line 3: ℓ and g = ∇_θ (1/B) Σ ℓ_i, with the pass that they come from."""
@@ -177,7 +182,7 @@ def make_step(
                 if enters:
                     entering = signal if signal.sampled else signal.having(fields)
                     at, back, after = vjp(lambda t: run(t, at_S, k, entering), theta, has_aux=True)
-                (c, direct), loss = grad_and_value(mean_loss, (0, 1))(at, theta, fields)
+                (c, direct), loss = grad_and_value(mean_loss, (0, 1))(at, theta, fields, after)
                 g = {name: t + direct[name] for name, t in back(c)[0].items()}
                 return loss, g, at, after
 
@@ -196,7 +201,7 @@ def make_step(
 
             def slope(fields: Tree, u: Tensor, z: Tensor, z_dot: Tensor, w: Tree) -> tuple[Tensor, Tensor]:
                 """d/dε (1/B) Σ u_i ℓ_i(z + εż, signal, θ + εw), and the size of its terms."""
-                c, direct = grad(mean_loss, (0, 1))(z, theta, fields, u)
+                c, direct = grad(mean_loss, (0, 1))(z, theta, fields, left, u)
                 terms = {"z": c * z_dot, **{name: as_real(t) * as_real(w[name]) for name, t in direct.items()}}
                 return torch.stack([t.sum() for t in terms.values()]).sum(), norm(terms)
 

@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
-from metapl.execution.batch import digest
+from metapl.execution.batch import digest, flatten
 from metapl.execution.layout import layouts
 from metapl.execution.numerics import HALF, Tree, deterministic, float32_products, no_fast_path
 from metapl.execution.state import RandomState, branching_to, replayed, trainable
@@ -39,7 +39,7 @@ from metapl.feedback import Forward
 from metapl.feedback.hypergradient import Hypergradient, hypergradient, stacked_settings
 from metapl.feedback.keeping import FolderStates, States, folder_of, keeping, known_by
 from metapl.feedback.lookahead import Lookahead
-from metapl.feedback.path import LOSS_NOT_FINITE, NOT_FINITE, OTHER_BATCH
+from metapl.feedback.path import LOSS_NOT_FINITE, NOT_FINITE, OTHER_BATCH, OuterLosses
 from metapl.feedback.replays import REPLAY_TOLERANCE, ReplayCheck
 from metapl.functional.architecture import (
     EVERYWHERE,
@@ -51,10 +51,20 @@ from metapl.functional.architecture import (
     description_of_object,
 )
 from metapl.functional.compiled import captured, capturing, refuse_gap
-from metapl.functional.state import Function, as_dict, clipped, constants_of, norm, on_value, settings_of, tensors_of
+from metapl.functional.state import (
+    Function,
+    as_dict,
+    clipped,
+    constants_of,
+    norm,
+    on_value,
+    settings_of,
+    tensors_of,
+    with_fields,
+)
 from metapl.problems.base import Problem, Signal, enters_input, has_own, sum_and_weight
 from metapl.runs.terminal import step_bar
-from metapl.updates import Update, options_of, parts_of, update_of
+from metapl.updates import Update, entry_shape, is_nonzero, options_of, parts_of, update_of
 
 vjp: Any = torch.func.vjp
 grad_and_value, vmap = torch.func.grad_and_value, torch.func.vmap
@@ -91,7 +101,7 @@ def make_training(
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """``step(φ, carry, batch, settings) -> (carry, loss, signal)``, and ``adjoint(φ, carry, batch, settings, bars,
     nudge) -> (bars, dL/d(signal), dL/d(settings), ‖dL/dθ‖)``; ``nudge`` has zeros, as the signal's fields."""
-    T, S, enters = Function(teacher), Function(student), enters_input(problem)
+    T, S, enters = Function(teacher, "teacher"), Function(student), enters_input(problem)
 
     def moved(
         carry: Carry, batch: Any, theta: Tree, s: Any, phi: Tree, nudge: Tree, settings: Settings
@@ -109,7 +119,10 @@ def make_training(
             return found[0].having(fields), found[1]
 
         def mean_loss(z: Tensor, theta: Tree) -> Tensor:
-            return problem.inner_loss(z, signal, batch, theta).mean()  # of (B,)
+            # A loss may read ``student.parameters()``, so it is called while these weights are in the student.
+            losses, _ = S.at(theta, left, lambda network: problem.inner_loss(z, signal, batch, theta))
+            mean: Tensor = losses.mean()  # of (B,)
+            return mean
 
         if enters:
             signal, teacher_left = asked(None)
@@ -246,6 +259,7 @@ def differentiate(
     clip_norm: float | None = None,
     wrt: Sequence[str] = (),
     judging: Sequence[Problem] = (),  # for the outer losses of M examples, in the place of the problem's
+    outer_losses: OuterLosses | None = None,  # of each step; ``outer`` is then the batch of the last
     accumulate: int = 1,
     progress: bool = False,
     replay_tolerance: float = REPLAY_TOLERANCE,
@@ -254,17 +268,23 @@ def differentiate(
     a first dimension M. The first call compares both graphs with the eager road, over one step."""
     of_teacher, of_student, device = layouts(teacher, student)
     check(mode, problem, of_student, of_teacher, optimizer, accumulate)
+    if outer_losses is not None and folder_of(mode.keep_on):
+        raise MetaplError(
+            f"keep_on={mode.keep_on!r} was given with an outer loss for each step; expected one outer batch."
+        )
     steps, judged, settings = len(ahead), problem.outer_batch(outer), [n for n in wrt if n not in ("teacher", "start")]
     update: Any = update_of(optimizer, trainable(student))
     made = compiled_training(teacher, student, problem, update, clip_norm, bool(settings), bool(judging))
     made.serve(teacher, student)
-    first = steps - (getattr(mode, "truncate", None) or steps)
+    first = max(0, steps - (steps if mode.truncate is None else mode.truncate))
+    # Where each step has an outer loss, those of the steps that are left out count too.
+    first_seen = first if outer_losses is None else 0
     options = ahead.options(optimizer) or [options_of(optimizer)] * steps
     by_group = [*zip(*options, strict=True)]  # of each, step by step
     # The settings that are tensors in the graphs. A number that is 0 in all steps leaves a part of the rule out, and a
     # momentum of 0 leaves the buffer as it is.
     names = [
-        [n for n in update.numbers if n in groups[0] and (n in wrt or any(now[n] != 0 for now in groups))]
+        [n for n in update.numbers if n in groups[0] and (n in wrt or any(is_nonzero(now[n]) for now in groups))]
         for groups in by_group
     ]
     pairs = [zip(names, groups, strict=True) for groups in (options if ahead.schedule else options[:1])]
@@ -283,12 +303,15 @@ def differentiate(
 
     # What is compared is the first step that moves, for a schedule may begin with a rate of 0; with all of the decay
     # that there will be, which moves what no loss reaches.
-    moves = next((k for k, groups in enumerate(options) if any(now["lr"] != 0 for now in groups)), 0)
-    empty, row = dict.fromkeys(update.numbers, 0.0) | {"betas": (0.0, 0.0)}, dict[str, Tensor]()
+    moves = next((k for k, groups in enumerate(options) if any(is_nonzero(now["lr"]) for now in groups)), 0)
+    empty, row = dict.fromkeys(update.numbers, 0.0) | {"betas": (0.0, 0.0)}, dict[str, Any]()
     for name in update.numbers if ahead.schedule else ():
         own = [now.get(name, empty[name]) for now in options[moves]]
         own = [max(now[name] for now in groups) for groups in by_group] if name == "weight_decay" else own
-        row[name] = torch.tensor([own], dtype=torch.float64)
+        if any(entry_shape(number) for number in own):
+            row[name] = [settings_of(number, device)[None] for number in own]
+        else:
+            row[name] = torch.tensor([own], dtype=torch.float64)
     given: dict[str, Any] = {"clip_norm": clip_norm, "wrt": ("teacher", *settings)}
     graphs = partial(differentiate, teacher, student, problem, optimizer, Forward(), outer, judging=judging, **given)
     given = {"labeled": outer, "problem": [*judging, problem][0], "inner_optimizer": optimizer, "clip_norm": clip_norm}
@@ -311,6 +334,7 @@ def differentiate(
     # those of a batch, zeros in the shapes of its signal, and a value of that.
     losses, digests, kinds, signals = list[Tensor](), list[Tensor](), list[int](), dict[Any, tuple[Tree, Any]]()
     feedback, in_settings, end = list[Any](), list[Any](), steps
+    draws_outside = True  # from Python's or NumPy's generators, as far as is known before the first step
 
     def signal_of(number: int) -> tuple[Tree, Any]:
         return [*signals.values()][kinds[number]]
@@ -327,7 +351,8 @@ def differentiate(
             replays.note(number, carry.params, carry.optimizer)
         pairs = zip(carry[2:], start[2:], strict=True)  # what has not moved, such as frozen weights, is held once
         moved = [{n: t for n, t in now.items() if not torch.equal(t, before[n])} for now, before in pairs]
-        states.keep(number, [carry.params, carry.optimizer, *moved, RandomState.now(device).values()], finest)
+        drawn = RandomState.now(device, outside=draws_outside).values()
+        states.keep(number, [carry.params, carry.optimizer, *moved, drawn], finest)
         if number == len(losses) > 0:
             store()
 
@@ -367,7 +392,7 @@ def differentiate(
         between kept ones is walked again."""
         for begun_at in reversed(range(begin, end, spacing)):
             stop = min(begun_at + spacing, end)
-            if stop <= first:
+            if stop <= first_seen:
                 return
             carry = taken(begun_at)
             if not finer:
@@ -389,11 +414,31 @@ def differentiate(
             replays.compare(number + 1, after.params, after.optimizer)
             before.restore()
 
-    def outer_losses(theta: Tree) -> Tensor:
-        z, _ = Function(student).outputs(theta, carry.state, problem.outer_input(judged))
-        found = [sum_and_weight(one.outer_loss(z, judged)) for one in judging or [problem]]
+    def losses_at(state: Tree, judged: Any, theta: Tree) -> Tensor:
+        S = Function(student)
+        z, left = S.outputs(theta, state, problem.outer_input(judged))
+
+        def ask(network: Any) -> list[tuple[Tensor, Tensor | float]]:
+            return [sum_and_weight(one.outer_loss(z, judged)) for one in judging or [problem]]
+
+        # As the inner loss, they are called while these weights are in the student.
+        found, _ = S.at(theta, left, ask)
         L = torch.stack([total / weight for total, weight in found])
         return L if judging else L[0]
+
+    losses_before = dict[int, Tensor]()  # L_k(θ_k) by k, of all steps but the last
+
+    def with_loss_before(number: int, held: Carry, start: RandomState | None, bars: Cotangents) -> Cotangents:
+        """Return the cotangents before a step with the gradient of the outer loss that the step before it has."""
+        if outer_losses is None or start is None or number == 0:
+            return bars
+        judged_then = problem.outer_batch(outer_losses.batches[number - 1])
+        with replayed(start.branch()):
+            L, pull = vjp(partial(losses_at, held.state, judged_then), held.params)
+            (gradient,) = pull(torch.ones_like(L))
+        losses_before[number] = L
+        weight = outer_losses.weights[number - 1]
+        return with_fields(bars, params={name: t + weight * gradient[name] for name, t in bars.params.items()})
 
     begun = RandomState.now(device)
     try:
@@ -409,7 +454,10 @@ def differentiate(
                 for number in range(done, steps):
                     if number % spacings[0] == 0:
                         keep(number, carry)
+                    before = RandomState.now(device) if number == done else None
                     carry, loss = take_step(number, carry)
+                    if before is not None:
+                        draws_outside = RandomState.now(device).has_drawn_outside(before)
                     losses.append(loss)
                     checks.refuse_not_finite(LOSS_NOT_FINITE.format(number), loss)
                     tell()
@@ -423,20 +471,28 @@ def differentiate(
                 bars = Cotangents(*found)
             else:
                 with replayed(ended.branch()):
-                    L, pull = vjp(outer_losses, carry.params)
+                    L, pull = vjp(partial(losses_at, carry.state, judged), carry.params)
                     v = vmap(pull)(torch.eye(len(L)).to(L))[0] if judging else pull(torch.ones_like(L))[0]
                 nothing = pytree.tree_map(lambda t: t.new_zeros((*L.shape, *t.shape)), (carry.optimizer, phi))
+                if outer_losses is not None:
+                    v = {name: outer_losses.weights[-1] * t for name, t in v.items()}
                 bars = Cotangents(v, *nothing)
             with step_bar(progress, steps - first, "steps back", steps - end) as tell:
                 for number, held in backward(0, end, *spacings):
-                    if number < first:
+                    # It takes a while to read, in steps of a fraction of a millisecond.
+                    before_step = None if outer_losses is None else RandomState.now(device)
+                    if number < first_seen:
                         break
+                    if number < first:
+                        bars = with_loss_before(number, held, before_step, bars)
+                        continue
                     compare_replay(number, held)
                     (zeros, value), of_step = signal_of(number), (read(number), rates[number % len(rates)])
                     bars, of_signal, of_rates, size = made.adjoint(phi, held, *of_step, bars, zeros)
                     checks.refuse_not_finite(NOT_FINITE.format(number), size)
                     feedback.append(on_value({name: -t for name, t in of_signal.items()}, value))
                     in_settings.append(of_rates)
+                    bars = with_loss_before(number, held, before_step, bars)
                     tell()
                     if isinstance(states, FolderStates) and number > first and number % spacings[-2] == 0:
                         store(at=number, L=L, feedback=feedback, in_settings=in_settings, bars=[*bars])
@@ -448,16 +504,20 @@ def differentiate(
     ended.restore()
     for zeros, value in map(signal_of, reversed(range(first))):
         feedback.append(on_value({name: t.new_zeros((*L.shape, *t.shape)) for name, t in zeros.items()}, value))
+    all_losses = None
+    if outer_losses is not None:
+        all_losses = torch.stack([*(losses_before[number] for number in range(1, steps)), L])
     return Hypergradient(
         grads=bars.teacher if "teacher" in wrt else {},
         feedback=tuple(feedback[::-1]),
         inner_loss=torch.stack(losses).mean(),
-        outer_loss=L,
+        outer_loss=L if outer_losses is None or all_losses is None else outer_losses.total(all_losses),
         student_params=carry.params,
         inner_state=None,
         kept=chosen.words(steps),
         start=bars.params if "start" in wrt else {},
-        settings=stacked_settings(in_settings[::-1], settings),
+        settings=stacked_settings(in_settings[::-1], settings, options[0]),
+        outer_losses=all_losses,
         replay_error=replays.error,
         float32_products=float32_products(device),
     )
@@ -468,7 +528,7 @@ def refuse_other(
     theta: Tree,
     graphs: Callable[..., Hypergradient],  # of a look-ahead
     eager: Callable[..., Hypergradient],
-    schedule: dict[str, Tensor] | None,
+    schedule: dict[str, Any] | None,
     batch: Any,
 ) -> None:
     """Refuse graphs whose gradient through one step on such a batch is not that of the eager road."""
@@ -506,5 +566,5 @@ def refuse_other(
 
 
 def shapes_of(batch: Any) -> tuple[Any, ...]:
-    leaves, structure = pytree.tree_flatten(batch)
+    leaves, structure = flatten(batch)
     return str(structure), *(tuple(t.shape) if isinstance(t, Tensor) else str(t) for t in leaves)

@@ -15,6 +15,7 @@ from metapl.execution.batch import (
     as_tensors,
     inputs_of,
     is_array,
+    is_record_of_rows,
     is_whole,
     labeled_pair,
     length,
@@ -90,7 +91,7 @@ def batches_of(data: Any, device: torch.device, name: str = "the labeled data") 
 
 def input_batches(data: Any, dtype: torch.dtype, read: Callable[[Any], Any] = inputs_of) -> Iterator[Any]:
     """The inputs of data in batches, labels left out by ``read``; arrays of floating point become ``dtype``."""
-    whole = is_array(data) or isinstance(plain(data), dict | tuple)
+    whole = is_array(data) or isinstance(plain(data), dict | tuple) or is_record_of_rows(data)
     for batch in _batches(as_tensors(data, dtype) if whole else data, whole):
         yield as_tensors(read(as_tensors(batch, dtype)), dtype, "the inputs to predict are")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from metapl.execution.ranks import ALONE, sharing
 Params = Mapping[str, Tensor]
 Kind = Literal["soft", "hard"]  # of a signal: differentiable, or sampled
 Random = torch.Generator | Tensor | None  # what labels are drawn by; a tensor is the noise itself, on the pure road
-OuterLoss = Tensor | tuple[Tensor, Tensor | float]  # a mean over examples; or a sum, and the weight to divide it by
+OuterLoss = Tensor | tuple[Tensor, Tensor | float]  # a loss of all rows; or a sum, and the weight to divide it by
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -168,9 +169,14 @@ class BilevelProblem(ABC):
 
     @abstractmethod
     def outer_loss(self, outputs: Tensor, batch: Any) -> OuterLoss:
-        """L of the student's outputs on the labeled ``batch``: a scalar, which is a mean over examples, or a pair
-        (sum, weight) of scalars for any other mean, such as one over tokens. L is Σ sum / Σ weight over the
-        micro-batches and processes that share the batch; the weight carries no gradient."""
+        """L of the student's outputs on the labeled ``batch``: a scalar, any function of its rows, or a pair (sum,
+        weight) of scalars for a mean, such as one over tokens or over labels that are not ignored. L is Σ sum / Σ
+        weight over the micro-batches and processes that share the batch; the weight carries no gradient.
+
+        In micro-batches (``accumulate``) a scalar is taken once, of the outputs of all rows of this process: one more
+        forward pass on the labeled batch where L is differentiated, and all of these outputs in memory. A pair costs
+        neither. Over several processes, a scalar is the mean of theirs.
+        """
 
     def student_input(self, batch: Any) -> Any:
         """The student's input in an inner batch: a tensor or a dict itself, the first element of a tuple.
@@ -271,6 +277,18 @@ def _parameters(method: Any) -> int:
 def enters_input(problem: Problem) -> bool:
     """Whether the signal enters the student's input: ``student_input(self, batch, signal)``."""
     return _parameters(type(problem).student_input) > 2
+
+
+def mean_over_rows(outer_loss: Method) -> Method:
+    """Mark an ``outer_loss`` whose scalar is the mean over the rows of a batch, whatever the batch: in micro-batches it
+    is then the mean of theirs. A method that takes its place is not marked."""
+    vars(outer_loss)["is_mean_over_rows"] = True
+    return outer_loss
+
+
+def is_mean_over_rows(problem: Problem) -> bool:
+    """Whether a problem's ``outer_loss`` is one that :func:`mean_over_rows` has marked."""
+    return getattr(problem.outer_loss, "is_mean_over_rows", False)
 
 
 def reads_signal_in_outer_input(problem: Problem) -> bool:

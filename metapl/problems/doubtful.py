@@ -23,7 +23,7 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import holds_tensors
 from metapl.execution.numerics import in_type_of, wide
-from metapl.problems.base import Kind, OuterLoss, Params, Problem, Random, Signal
+from metapl.problems.base import Kind, OuterLoss, Params, Problem, Random, Signal, mean_over_rows
 from metapl.runs.fields import AtLeastOne, check_arguments
 
 
@@ -58,9 +58,12 @@ class Classification(Problem):
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
         """Refuse labels, of either batch, that are not classes of the student's outputs."""
         checks.class_outputs(outputs, "student")
-        for labels in (labeled[1], *unlabeled[1 : 1 + ("labels" in self.inner_batch)]):
+        # A problem with a student_input of its own reads inner batches of another form.
+        is_tuple = isinstance(unlabeled, tuple | list)
+        for labels in (labeled[1], *(unlabeled[1 : 1 + ("labels" in self.inner_batch)] if is_tuple else ())):
             checks.class_labels(labels, outputs.shape[1])
 
+    @mean_over_rows
     def outer_loss(self, outputs: Tensor, batch: Any) -> OuterLoss:
         """Mean cross-entropy on the trusted labels."""
         checks.class_outputs(outputs, "student")

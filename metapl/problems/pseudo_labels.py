@@ -14,7 +14,7 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import views
 from metapl.execution.numerics import in_type_of, wide
-from metapl.problems.base import Kind, Params, Problem, Random, Signal, draw_classes
+from metapl.problems.base import Kind, Params, Problem, Random, Signal, draw_classes, mean_over_rows
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.runs.fields import Range, check_fields
 
@@ -104,6 +104,7 @@ class PseudoLabels(Problem):
         """CE of the student's outputs against the (smoothed) label, (B,)."""
         return F.cross_entropy(outputs, signal.value, reduction="none", label_smoothing=self.label_smoothing)
 
+    @mean_over_rows
     def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
         return F.cross_entropy(outputs, checks.safe_labels(batch[1], outputs.shape[1]))
 

@@ -13,17 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils.data import default_collate
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import as_tensors, labeled_pair, length
+from metapl.execution.batch import labeled_pair, map_tensors
 from metapl.execution.checks import generator_of
 from metapl.execution.layout import layouts
 from metapl.execution.numerics import deterministic, wide
 from metapl.execution.ranks import Ranks
 from metapl.execution.shards import gathered, local
-from metapl.execution.state import RandomState, replayed, trainable
+from metapl.execution.state import RandomState, replayed, trainable, with_tables_of
 from metapl.feedback import Forward
 from metapl.feedback.hypergradient import hypergradient
 from metapl.feedback.keeping import SHARE, folder_of, free_bytes, generators_at_start
@@ -35,6 +33,7 @@ from metapl.problems.doubtful import EqualWeights
 from metapl.runs.fields import AboveZero, AtLeastOne, check_arguments
 from metapl.runs.folder import replacing
 from metapl.runs.terminal import step_bar
+from metapl.training.examples import examples_of
 from metapl.updates import Schedule, as_one, options_by_step, update_of
 from metapl.words import summary
 
@@ -176,10 +175,12 @@ def attribute(
             processes, in ``DistributedDataParallel`` or sharded by ``fully_shard``: every rank is given the same data,
             takes its share of each batch, and gets all scores. A sharded one's trainings cannot be repeated, for
             :meth:`Attribution.validate`.
-        train: (inputs, labels), tensors or arrays of N rows, or a data set of such pairs by number, whose views are
-            always the same.
-        outer: (inputs, labels) that the trained network is judged on, or such a data set; one batch. The network runs
-            as it is, in train or eval mode, on these too.
+        train: (inputs, labels), tensors or arrays of N rows; one dict of such columns, as tokenizers give it, with the
+            labels under ``labels``; or a data set of such pairs or dicts by number, whose views are always the same. Of
+            a ``DataLoader`` the data set and its ``collate_fn`` count, and not its batch size and order. A problem with
+            a ``student_input`` of its own gets the batch as it is, and it may be a tuple or a dataclass of any columns.
+        outer: what the trained network is judged on, in any of these forms; one batch. The network runs as it is, in
+            train or eval mode, on these too.
         optimizer: ``torch.optim`` SGD, Adam, AdamW or Muon over the student's parameters, or a tuple of these; it stays
             as it is. Muon's products are taken in the type of the weights.
         steps, batch_size: K batches of B examples, in shuffled passes over all of them; a batch may hold the end of one
@@ -225,6 +226,8 @@ def attribute(
     start = generators_at_start(mode.keep_on, device)
     training = _Training(arguments, start)
     problem, one, order, ranks = training.problem, training.optimizer, training.order, training.layout.ranks
+    if getattr(mode, "truncate", None) == 0:
+        raise MetaplError("truncate=0 differentiates no step, so nothing reaches the examples; expected 1 or more.")
     if folder_of(mode.keep_on) and (each or not compile):
         raise MetaplError(f"keep_on={mode.keep_on!r} is a folder; expected compile=True and each=False with it.")
     if steps >= 100 and training.begun is not None:  # a sharded student's training cannot be repeated
@@ -237,8 +240,8 @@ def attribute(
                 stacklevel=2,
             )
     # This rank's rows of them.
-    ahead = Lookahead(lambda number: training.data[ranks.own_rows(order[number])], steps=steps, schedule=schedule)
-    outer_batch = pytree.tree_map_only(Tensor, ranks.own_rows, training.outer_batch)
+    ahead = Lookahead(lambda number: training.batch(ranks.own_rows(order[number])), steps=steps, schedule=schedule)
+    outer_batch = map_tensors(ranks.own_rows, training.outer_batch)
     judging = [_of_example(problem, number, ranks) for number in range(training.judged)] if each else [problem]
     given: dict[str, Any] = {"clip_norm": clip_norm, "progress": progress, "replay_tolerance": replay_tolerance}
     scores, losses = list[Tensor](), list[Tensor]()  # of each outer loss
@@ -346,7 +349,7 @@ class _Training:
         student, steps, batch_size = given["student"], given["steps"], given["batch_size"]
         first = next(student.parameters())
         _, self.layout, _ = layouts(None, student)
-        self.data, judged = (_Rows(given[name], name, first) for name in ("train", "outer"))
+        self.data, judged = (examples_of(given[name], name, first) for name in ("train", "outer"))
         problem, self.optimizer = given["problem"] or EQUAL_WEIGHTS, as_one(given["optimizer"], "optimizer")
         # A score is a derivative in weights that are 1.
         if not isinstance(problem, EqualWeights) or type(problem).signal is not EqualWeights.signal:
@@ -371,6 +374,13 @@ class _Training:
         kind = first.device.type  # in the precision of the scores, wherever it is called
         cast = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         self.autocast = partial(torch.autocast, kind, *cast)
+
+    def batch(self, numbers: Tensor) -> Any:
+        """Return a batch of training examples as the problem reads it: (inputs, labels), unless it says otherwise."""
+        batch = self.data[numbers]
+        if type(self.problem).student_input is not EqualWeights.student_input:
+            return batch
+        return labeled_pair(batch, "train", " For other batches, give the problem a method student_input(batch).")
 
     def smoothness(self, h: float, v: Tensor | None, steps: int, progress: bool) -> tuple[Metasmoothness, float]:
         """That of the first ``steps`` steps, and by how much all trained weights move along v, in sum."""
@@ -397,9 +407,11 @@ class _Training:
         network, again = copy.deepcopy(self.begun)
         weights_of, problem, ranks = trainable(network), self.problem, self.layout.ranks
         rule, device = update_of(again, weights_of), self.start.device
-        with replayed(self.start), torch.enable_grad(), self.autocast(), deterministic(device):
+        # A loss may read ``student.parameters()`` by a closure, which has to find those of this training.
+        whose = with_tables_of(network, self.layout.network)
+        with whose, replayed(self.start), torch.enable_grad(), self.autocast(), deterministic(device):
             for chosen, of_step in zip(map(ranks.own_rows, self.order[:steps]), self.options[:steps], strict=True):
-                batch = self.data[chosen]
+                batch = self.batch(chosen)
                 for group, own in zip(again.param_groups, of_step, strict=False):
                     group.update(own)
                 again.zero_grad()
@@ -415,7 +427,7 @@ class _Training:
                     nn.utils.clip_grad_norm_(network.parameters(), self.clip_norm)
                 rule.exactly(weights_of, {name: p.grad for name, p in weights_of.items() if p.grad is not None})
             torch.clear_autocast_cache()
-            given = problem.outer_batch(pytree.tree_map_only(Tensor, ranks.own_rows, self.outer_batch))
+            given = problem.outer_batch(map_tensors(ranks.own_rows, self.outer_batch))
             # With the dropout masks of the outer loss that was differentiated.
             with torch.no_grad(), replayed(RandomState.now(device).branch()):
                 outputs = wide(network(problem.outer_input(given)))
@@ -424,27 +436,6 @@ class _Training:
                 totals, counts = ranks.mean(torch.stack(both)).unbind(1)
         params = {name: p.detach() for name, p in weights_of.items()}
         return params, totals / counts
-
-
-class _Rows:
-    """Pairs (input, label) by numbers: of tensors or arrays, or of a data set, on a weight's device."""
-
-    def __init__(self, given: Any, name: str, like: Tensor) -> None:
-        self.device, self.source, self.name = like.device, given, name
-        arrays = isinstance(given, tuple | list) and len(given) == 2
-        self.held = as_tensors(tuple(given), like.dtype, f"{name} holds") if arrays else None
-        lengths = {len(t) if t.ndim else 0 for t in pytree.tree_leaves(self.held) if isinstance(t, Tensor)}
-        if len(lengths) > 1 or not len(self):
-            raise MetaplError(f"{name} has tensors of {sorted(lengths)} rows; expected one or more, of each as many.")
-
-    def __len__(self) -> int:
-        return len(self.source) if self.held is None else length(self.held)
-
-    def __getitem__(self, chosen: Tensor) -> Any:
-        if self.held is not None:
-            return pytree.tree_map_only(Tensor, lambda t: t[chosen.to(t.device)].to(self.device), self.held)
-        batch = default_collate([self.source[i] for i in chosen.tolist()])
-        return pytree.tree_map_only(Tensor, lambda t: t.to(self.device), tuple(labeled_pair(batch, self.name)))
 
 
 def _of_example(problem: Problem, number: int, ranks: Ranks) -> Problem:
@@ -456,7 +447,7 @@ def _of_example(problem: Problem, number: int, ranks: Ranks) -> Problem:
         if not 0 <= at < len(outputs):  # another rank has it
             return 0 * outputs.sum(), 0.0
         row = slice(at, at + 1)
-        return problem.outer_loss(outputs[row], pytree.tree_map_only(Tensor, lambda t: t[row], batch))
+        return problem.outer_loss(outputs[row], map_tensors(lambda t: t[row] if t.ndim else t, batch))
 
     object.__setattr__(own, "outer_loss", outer_loss)
     return own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,21 @@ from metapl.runs import checkpoint
 from metapl.runs.folder import Folder
 from metapl.training import loop
 from metapl.training.loop import Callback, FitResult
-from metapl.training.options import FitOptions
+from metapl.training.options import FitKeywords, FitOptions, fit_options
+
+
+class FinetuneKeywords(FitKeywords, total=False):
+    """The keywords of :meth:`Trainer.fit` for a network that learns from one source of batches."""
+
+    batch_size: int | None
+    validation: Any
+    metric: Asked | None
+    mode: Better | None
+    out: str | Path | Folder | None
+    resume: bool | Literal["anyway"]
+    progress: bool
+    say: Say | None
+    callbacks: Sequence[Callback]
 
 
 class Trainer(ABC):
@@ -96,7 +111,7 @@ class Trainer(ABC):
         *,
         inner: Any = None,
         outer: Any = None,
-        steps: int | None = None,
+        steps: int,
         batch_size: int | None = None,
         validation: Any = None,
         metric: Asked | None = None,
@@ -106,7 +121,7 @@ class Trainer(ABC):
         progress: bool = True,
         say: Say | None = None,
         callbacks: Sequence[Callback] = (),
-        **options: Any,
+        **options: Unpack[FitKeywords],
     ) -> FitResult:
         """Train for ``steps`` steps, and leave the best student by validation in place.
 
@@ -116,7 +131,7 @@ class Trainer(ABC):
                 labels too, :func:`metapl.data.without_labels` leaves them out. With ``batch_size``, also examples in
                 memory: a tensor or an array, or a tuple or dict of these, with a row for each example.
             inner, outer: other names of ``unlabeled`` and ``labeled``, as of a bilevel problem.
-            steps: in all, including the steps of an earlier part of the run; always given.
+            steps: in all, including the steps of an earlier part of the run.
             batch_size: of sources in memory, which are served in shuffled epochs; one of fewer rows is served whole.
                 Arrays of floating point become the type of the student's weights.
             validation: a labeled batch, of any size, or an iterable of such; without it the last student is kept.
@@ -142,7 +157,8 @@ class Trainer(ABC):
             callbacks: each is called as ``callback(step, row, trainer)`` after every row that is recorded; numbers that
                 it returns by their names join the row. It may raise :class:`metapl.StopFit`; what it draws from torch's
                 default generators is undone. One that has ``state_dict`` and ``load_state_dict`` is saved with the run.
-            options: the other fields of :class:`FitOptions`.
+            options: the other fields of :class:`metapl.training.options.FitOptions`, as keywords: ``schedule``,
+                ``warmup``, ``validate_every``, ``ema_decay``, ...
 
         Returns: a :class:`FitResult`.
 
@@ -161,10 +177,11 @@ class Trainer(ABC):
         ([2, 4, 6], ['loss', 'loss_cross_entropy', 'step', 'student_lr'])
         """
         labeled, unlabeled = either(labeled=labeled, outer=outer), either(unlabeled=unlabeled, inner=inner)
-        if steps is None or labeled is None:
-            raise MetaplError("fit needs labeled= (or outer=), a source of batches, and steps=, the number of steps.")
+        if labeled is None:
+            raise MetaplError("fit needs labeled= (or outer=), a source of batches.")
+        how = fit_options(steps, options, FIT_ARGUMENTS)
         given, measure = {"labeled": labeled, "unlabeled": unlabeled}, metric_of(metric, mode)
-        how, folder = FitOptions(steps=steps, **options), Folder(out) if isinstance(out, str | Path) else out
+        folder = Folder(out) if isinstance(out, str | Path) else out
         say = say or partial(print, file=sys.stderr, flush=True)
         data = given, batch_size, validation, measure
         return loop.fit(self, how, *data, folder, resume, progress, say, callbacks)
@@ -272,3 +289,11 @@ class Trainer(ABC):
         # Kept casts would be of weights that a sharded network has gathered, and given up since.
         kept = not any(layout.is_sharded for layout in self.layouts)
         return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=kept)
+
+
+# The arguments of a fit by name, but for those that are gathered in ``options``.
+FIT_ARGUMENTS = [
+    name
+    for name, parameter in inspect.signature(Trainer.fit).parameters.items()
+    if name != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+]

@@ -17,12 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.utils import _pytree as pytree
 
 from metapl.data.feed import Feed, feed
 from metapl.data.steps import StepBatches, in_memory
 from metapl.errors import MetaplError, few
-from metapl.execution.batch import as_tensors, digest, length, plain
+from metapl.execution.batch import as_tensors, digest, length, map_tensors, plain
 from metapl.execution.checks import Fault
 from metapl.execution.ranks import Ranks
 from metapl.execution.shards import gathered, is_sharded, load_whole, local, weights_of
@@ -344,7 +343,7 @@ def fit(
                 if "unlabeled" in feeds:
                     # Copies, for a source may fill the memory of one batch with the next.
                     more = range(0 if waits or is_first else trainer.lookahead - 1)
-                    ahead = [pytree.tree_map_only(Tensor, Tensor.clone, plain(draw("unlabeled"))) for _ in more]
+                    ahead = [map_tensors(Tensor.clone, plain(draw("unlabeled"))) for _ in more]
                     unlabeled = draw("unlabeled")
                     unlabeled = Lookahead([*ahead, unlabeled]) if ahead else unlabeled
                 # The step.

@@ -27,6 +27,7 @@ from metapl.problems.losses import CrossEntropy, TeacherLoss, check_losses, sum_
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.training import Trainer
 from metapl.updates import as_one, parameters_of
+from metapl.updates.own_step import refuse_closure
 
 SETTINGS = ("clip_norm", "precision", "accumulate")  # what decides a step beside the losses
 
@@ -66,6 +67,8 @@ class LossTrainer(Trainer):
         self.layouts = [self.layout]
         self.ranks, self.student = self.layout.ranks, self.layout.network
         self.losses, self.optimizer = check_losses(losses, "losses"), as_one(optimizer, "optimizer")
+        if isinstance(self.optimizer, torch.optim.Optimizer):
+            refuse_closure(self.optimizer, "optimizer", "an optimizer that steps on a gradient")
         if not self.losses:
             raise MetaplError("LossTrainer was given no losses; expected at least one, such as CrossEntropy().")
         self.classifies = any(getattr(loss, "of_classes", False) for loss in self.losses)

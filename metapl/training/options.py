@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from metapl.errors import MetaplError
 from metapl.execution.layout import reshard
 from metapl.execution.shards import as_sharded, laid_out_like, local
 from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_fields
+from metapl.words import did_you_mean
 
 MOST_WORKERS = 256  # processes that prepare batches; some machines end when more are started
 
@@ -113,6 +114,36 @@ class FitOptions:
     def due(self, every: int, done: int) -> bool:
         """Whether what is done ``every`` so many steps is done when so many are; the last one counts."""
         return done % every == 0 or done == self.steps
+
+
+class FitKeywords(TypedDict, total=False):
+    """The fields of :class:`FitOptions` besides ``steps``, as the keywords of a call that a type checker reads."""
+
+    schedule: Literal["cosine", "constant", "exponential"]
+    decay_every: float | None
+    warmup: int
+    wait: int
+    first_steps: int | None
+    ema_decay: float | None
+    warm_start: bool
+    select: bool
+    validate_every: int
+    log_every: int
+    save_every: int
+    keep: int
+    num_workers: int
+    phase: str
+
+
+def fit_options(steps: int, keywords: FitKeywords, others: Sequence[str]) -> FitOptions:
+    """Return the options of a fit, or refuse a keyword that is none of them and none of the fit's ``others``."""
+    options = [*FitKeywords.__annotations__]
+    for name in keywords:
+        if name not in options:
+            names = [*others, *options]
+            nearest = did_you_mean(name, names, likeness=0.5) or f"; expected one of {', '.join(names)}."
+            raise MetaplError(f"fit has no option {name!r}{nearest}")
+    return FitOptions(steps=steps, **keywords)
 
 
 class Rates:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from metapl.feedback.door import (
     refuse_learned_settings,
 )
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
-from metapl.feedback.lookahead import Lookahead, inner_batches
+from metapl.feedback.lookahead import Lookahead, inner_batches, refuse_outer_lookahead
 from metapl.feedback.order import Order, Orders
 from metapl.feedback.path import take_steps
 from metapl.feedback.report import Report, StepReport
@@ -45,15 +45,21 @@ from metapl.problems.base import BilevelProblem, Signal, has_own, kind_of
 from metapl.problems.losses import TeacherLoss, check_losses
 from metapl.runs.fields import AboveZero, AtLeastZero, MicroBatches, Range, check_arguments
 from metapl.training import FitResult, Trainer
+from metapl.training.base import FinetuneKeywords
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
 from metapl.training.options import FitOptions
 from metapl.training.verification import Verification
 from metapl.updates import Clipped, OwnStep, as_one, parameters_of, refuse_missing, update_of
-from metapl.updates.own_step import undone
+from metapl.updates.own_step import refuse_closure, undone
 
 FIRST_NOT_FINITE = (
     "the inner loss is NaN or infinite: the student has diverged, or a batch has extreme values; lower its learning "
     "rate, or clean the batch."
+)
+
+CLOSURE_OUTSIDE = (
+    "an optimizer that steps on a gradient, or a loop around metapl.hypergradient (docs/meta-learning.md, An outer "
+    "optimizer with a closure)"
 )
 
 
@@ -105,8 +111,9 @@ class BilevelTrainer(Trainer):
         clip_norm: the greatest global norm of either network's gradient; None: no clipping. The student's clip is part
             of its update, so the feedback includes its derivative.
         accumulate: micro-batches that each batch is split into: one more teacher forward pass, for about 1/accumulate
-            of the memory. The numbers are the same, except for batch statistics, dropout masks and losses that are
-            neither means over examples nor (sum, weight).
+            of the memory. An outer loss of one's own that is a scalar takes one more forward pass too; (sum, weight)
+            does not (:meth:`metapl.BilevelProblem.outer_loss`). The numbers are the same, except for batch statistics,
+            dropout masks, and inner and teacher losses that are no means over examples.
         precision: ``"float32"``, or ``"bfloat16"``: the networks' passes under autocast, weights and losses in float32.
         lookahead: student steps that the feedback looks ahead: :meth:`fit` draws as many unlabeled batches per step,
             the student steps on each, and the teacher takes one step on the feedback on all of them. For ``forward``,
@@ -164,7 +171,8 @@ class BilevelTrainer(Trainer):
         of_teacher |= {"feedback_bound": feedback_bound is not None}
         check_teacher(teacher, self.problem, **of_teacher, recompute_teacher=recompute_teacher)
         self.pair, self.as_given = (teacher, student), student  # perhaps in DistributedDataParallel
-        self.teacher_layout, self.layout, self.device = layouts(teacher, student)
+        differentiates = self.mode.credits != "nothing" or bool(compile)
+        self.teacher_layout, self.layout, self.device = layouts(teacher, student, differentiated=differentiates)
         checks.generator_of(generator, self.device, "the networks are on")
         self.layouts: list[Layout] = [one for one in (self.teacher_layout, self.layout) if one is not None]
         self.distributed = [layout for layout in self.layouts if layout.kind != "plain"]
@@ -181,6 +189,11 @@ class BilevelTrainer(Trainer):
             )
         if self.mode.keep_graph and accumulate > 1:
             raise MetaplError(f"accumulate={accumulate} was given with mode 'unrolled'; expected 1, or mode 'forward'.")
+        if getattr(self.mode, "truncate", None) == 0:
+            raise MetaplError(
+                "truncate=0 differentiates no step, so the teacher would learn nothing; expected 1 or more, or "
+                "metapl.hypergradient(wrt='start')."
+            )
         self._set_feedback_size(feedback_weight, feedback_ratio, feedback_bound)
         check_mode(self.mode, lookahead, self.problem, self.layout)
         if self.direct_term:
@@ -201,6 +214,7 @@ class BilevelTrainer(Trainer):
             if not isinstance(self.outer_optimizer, torch.optim.Optimizer):
                 given = checks.described(outer_optimizer)
                 raise MetaplError(f"outer_optimizer is {given}; expected one of torch.optim over teacher.parameters().")
+            refuse_closure(self.outer_optimizer, "outer_optimizer", CLOSURE_OUTSIDE)
             refuse_missing("outer_optimizer", self.outer_optimizer, self.teacher_layout.parameters(), "teacher")
             if {*map(id, parameters_of(self.outer_optimizer))} - {*map(id, self.teacher.parameters())}:
                 raise MetaplError("outer_optimizer holds tensors that are not the teacher's; expected its parameters.")
@@ -254,7 +268,7 @@ class BilevelTrainer(Trainer):
             return self.hypergradient(outer=labeled, inner=given, mode=mode)
 
         run = by_another if self.ranks.alone else None
-        with advice_on(self.mode, len(batches), self.student, run):
+        with advice_on(self.mode, len(batches), run):
             return self.orders.take(candidates, attempt, begin_again=self._reshard)
 
     def _reshard(self) -> None:
@@ -345,6 +359,7 @@ class BilevelTrainer(Trainer):
 
         Where networks are met for the first time, what may carry a gradient past the signal is refused.
         """
+        refuse_outer_lookahead(labeled)
         for layout in self.distributed:
             layout.begin_step()
         self._slots = slots = [own if own.contents() == own.known else Slots(own.module) for own in self._slots]
@@ -558,7 +573,12 @@ class BilevelTrainer(Trainer):
     # ---------------------------------------------------------------------------------------- finetuning and gradients
 
     def finetune(
-        self, labeled: Any, *, steps: int | None = None, optimizer: torch.optim.Optimizer | None = None, **options: Any
+        self,
+        labeled: Any,
+        *,
+        steps: int,
+        optimizer: torch.optim.Optimizer | None = None,
+        **options: Unpack[FinetuneKeywords],
     ) -> FitResult:
         """Train the student, as it is now, on labeled batches alone: what Meta Pseudo Labels ends with.
 
@@ -573,7 +593,8 @@ class BilevelTrainer(Trainer):
         own = {name: getattr(self, name) for name in SETTINGS}
         optimizer = torch.optim.SGD(self.student.parameters(), lr=1e-3) if optimizer is None else optimizer
         trainer = LossTrainer(self.as_given, optimizer=optimizer, compile=bool(self.compile), **own)
-        return trainer.fit(labeled, steps=steps, **{"phase": "finetune"} | options)
+        options.setdefault("phase", "finetune")
+        return trainer.fit(labeled, steps=steps, **options)
 
     def hypergradient(
         self,

@@ -17,6 +17,8 @@ from metapl.updates.torch_optim import (
     SGD,
     Schedule,
     TorchUpdate,
+    entry_shape,
+    is_nonzero,
     options_by_step,
     options_of,
     parameters_of,
@@ -37,7 +39,16 @@ __all__ = [
     "as_one",
     "as_taken",
 ]
-__all__ += ["options_by_step", "options_of", "parameters_of", "parts_of", "refuse_missing", "update_of"]
+__all__ += [
+    "entry_shape",
+    "is_nonzero",
+    "options_by_step",
+    "options_of",
+    "parameters_of",
+    "parts_of",
+    "refuse_missing",
+    "update_of",
+]
 
 _UPDATES: dict[type, type[TorchUpdate]] = {
     torch.optim.SGD: SGD,

@@ -20,6 +20,20 @@ HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 RULES = "torch.optim's SGD, Adam, AdamW, Muon or a tuple of them, or on one device a TorchOpt transform"
 
 
+def refuse_closure(optimizer: torch.optim.Optimizer, name: str, expected: str) -> None:
+    """Refuse an optimizer, or one of several, whose ``step`` needs a closure, such as LBFGS.
+
+    Args:
+        name: of the argument, for errors.
+        expected: the way out.
+    """
+    for one in parts_of(optimizer):
+        closure = inspect.signature(type(one).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            given = f"{name} is {type(one).__name__}, whose step() evaluates the loss by a closure"
+            raise MetaplError(f"{given}; expected {expected}.")
+
+
 class OwnStep(TorchUpdate):
     """Take the steps of any optimizer of ``torch.optim``, such as RMSprop, by its own ``step()``.
 
@@ -28,11 +42,7 @@ class OwnStep(TorchUpdate):
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Parameters) -> None:
-        for one in parts_of(optimizer):
-            closure = inspect.signature(type(one).step).parameters.get("closure")
-            if closure is not None and closure.default is inspect.Parameter.empty:
-                given = f"inner_optimizer is {type(one).__name__}, whose step() evaluates the loss by a closure"
-                raise MetaplError(f"{given}; expected an optimizer that steps on a gradient.")
+        refuse_closure(optimizer, "inner_optimizer", "an optimizer that steps on a gradient")
         super().__init__(optimizer, parameters)
 
     @staticmethod

@@ -83,6 +83,9 @@ class SeveralRules(TorchUpdate):
         self.numbers = tuple(dict.fromkeys(number for rule in rules for number in rule.numbers))
         refuse_half({name: p for name, p in parameters.items() if isinstance(self.owner[name], torch.optim.Adam)})
 
+    def takes_entries(self, group: Mapping[str, Any]) -> bool:
+        return rule_of(group) is SGD
+
     @staticmethod
     def rule(
         params: list[Tensor], grads: list[Tensor], states: Sequence[State], group: Mapping[str, Any]

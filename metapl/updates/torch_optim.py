@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,8 @@ States = dict[str, State]
 Tensors = Sequence[Tensor]
 Factors = Sequence[Any] | Tensor | float  # one for all, or one for each
 
-Schedule = LRScheduler | Callable[[int], float] | Sequence[LRScheduler | Callable[[int], float]] | Mapping[str, Tensor]
+Settings = Mapping[str, Tensor | Sequence[Tensor]]  # (K, groups), or (K, ...) of each param group
+Schedule = LRScheduler | Callable[[int], float] | Sequence[LRScheduler | Callable[[int], float]] | Settings
 """Of a learning rate, by a scheduler or by factors; of several optimizers, also one for each; or settings by name."""
 
 # Numbers of weights that an update, or its adjoint, is computed of together: more are no faster, and what is held in
@@ -48,13 +50,33 @@ def refuse_missing(name: str, optimizer: torch.optim.Optimizer, parameters: Para
     held = set(map(id, parameters_of(optimizer)))
     if not parameters or not held.issuperset(map(id, parameters.values())):
         missing = [path for path, p in parameters.items() if id(p) not in held]
+        expected = f"{network}.parameters(), and new ones by add_param_group"
+        if network == "student" and missing:
+            expected += as_group_at_rest(name, optimizer)
         raise MetaplError(
             f"{name} holds {len(held)} tensors, without {few(missing, 3) or 'any'} of the {len(parameters)} trainable "
-            f"parameters of the {network}; expected {network}.parameters(), and new ones by add_param_group."
+            f"parameters of the {network}; expected {expected}."
         )
     of_muon = [group["params"] for group in optimizer.param_groups if "ns_steps" in group]
     if any(p.ndim != 2 or p.is_complex() for params in of_muon for p in params):  # which torch may see in a step only
         raise MetaplError(f"{name} has Muon over tensors that are no real matrices; give them to another optimizer.")
+
+
+def as_group_at_rest(name: str, optimizer: torch.optim.Optimizer) -> str:
+    """Return the end of an error: how the student's other weights stay as they are in the inner steps, as in ANIL, and
+    have a gradient of the outer loss."""
+    parts = parts_of(optimizer)
+    taking = [number for number, part in enumerate(parts) if not isinstance(part, torch.optim.Muon)]
+    if not taking:
+        return ""
+    groups, owner = f"{name}.param_groups", name
+    if hasattr(optimizer, "optimizers"):  # several, which were given as a tuple
+        groups, owner = f"[g for one in {name} for g in one.param_groups]", f"{name}[{taking[0]}]"
+    rest = '[p for p in student.parameters() if all(p is not q for g in groups for q in g["params"])]'
+    return (
+        f"; those that the inner steps leave as they are go into a group with lr=0: groups = {groups}; "
+        f'{owner}.add_param_group({{"params": {rest}, "lr": 0.0}})'
+    )
 
 
 def options_by_step(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> list[list[dict[str, Any]]]:
@@ -64,16 +86,7 @@ def options_by_step(optimizer: torch.optim.Optimizer, schedule: Schedule, steps:
         return [[*chain(*of_step)] for of_step in zip(*each, strict=True)]
     groups = options_of(optimizer)
     if isinstance(schedule, Mapping):
-        for name, t in schedule.items():
-            shape = (steps, len(groups), *([2] * (name == "betas")))
-            if t.shape[1:] != shape[1:] or len(t) < steps or not any(name in group for group in groups):
-                given = f"schedule has {name!r} of shape {tuple(t.shape)}"
-                raise MetaplError(f"{given}; expected settings of inner_optimizer, {shape}.")
-        rows = {name: t.tolist() for name, t in schedule.items()}
-        return [
-            [group | {name: of[k][i] for name, of in rows.items() if name in group} for i, group in enumerate(groups)]
-            for k in range(steps)
-        ]
+        return options_by_settings(groups, schedule, steps)
     if isinstance(schedule, ReduceLROnPlateau | type) or not (isinstance(schedule, LRScheduler) or callable(schedule)):
         raise MetaplError(
             f"schedule is {schedule!r:.80}; expected a torch.optim.lr_scheduler of the step alone, a function from the "
@@ -93,6 +106,35 @@ def options_by_step(optimizer: torch.optim.Optimizer, schedule: Schedule, steps:
             if number:
                 ahead.step()
             options.append(options_of(alike))
+    return options
+
+
+def options_by_settings(
+    groups: Sequence[Mapping[str, Any]], settings: Settings, steps: int
+) -> list[list[dict[str, Any]]]:
+    """Return the options of the param groups in each step, with these settings in the place of their own."""
+    options = [[dict(group) for group in groups] for _ in range(steps)]
+    for name, values in settings.items():
+        shape = (steps, len(groups), *([2] * (name == "betas")))
+        is_known = any(name in group for group in groups)
+        if isinstance(values, Tensor):
+            if values.shape[1:] != shape[1:] or len(values) < steps or not is_known:
+                given = f"schedule has {name!r} of shape {tuple(values.shape)}"
+                raise MetaplError(f"{given}; expected settings of inner_optimizer, {shape}.")
+            columns: Sequence[Sequence[Any]] = [list(column) for column in zip(*values.tolist(), strict=True)]
+        else:
+            # A setting with a value for each entry of a group's weights, beside groups that have one number.
+            shapes = [(steps, *entry_shape(group.get(name))) for group in groups]
+            if [(steps, *t.shape[1:]) for t in values] != shapes or min(map(len, values)) < steps or not is_known:
+                given = f"schedule has {name!r} of shapes {few([str(tuple(t.shape)) for t in values], 3)}"
+                raise MetaplError(
+                    f"{given}; expected settings of inner_optimizer, for each param group {few(map(str, shapes), 3)}."
+                )
+            columns = [t.tolist() if t.ndim == 1 else list(t.detach().unbind()) for t in values]
+        for number, of_step in enumerate(options):
+            for group, column in zip(of_step, columns, strict=True):
+                if name in group:
+                    group[name] = column[number]
     return options
 
 
@@ -136,6 +178,7 @@ class TorchUpdate(Update):
         for group in groups:
             if group.get("differentiable") or group.get("capturable"):
                 raise MetaplError("inner_optimizer has differentiable or capturable=True; expected them left out.")
+            self.refuse_entries(group)
             held += [len(group["params"]), *map(id, group["params"])]
         if held == self._held:
             return
@@ -147,13 +190,38 @@ class TorchUpdate(Update):
         self.parameters, self._held, self._own = dict(parameters), held, parameters_of(self.optimizer)
         self._sharded = any(is_sharded(p) for p in parameters.values())
 
+    def takes_entries(self, group: Mapping[str, Any]) -> bool:
+        """Return whether the learning rate of a param group may have a value for each entry of its weights."""
+        return False
+
+    def refuse_entries(self, group: Mapping[str, Any]) -> None:
+        """Refuse settings with several values, but for a learning rate that fits every weight of the group."""
+        for name, value in group.items():
+            if name == "params" or not entry_shape(value):
+                continue
+            given = f"inner_optimizer has {name!r} of shape {tuple(value.shape)} in a param group"
+            if name != "lr" or not self.takes_entries(group):
+                raise MetaplError(
+                    f"{given}, and torch.optim takes no such step; expected a number, or lr of torch.optim.SGD, whose "
+                    "shape may be that of a weight."
+                )
+            for p in group["params"]:
+                # torch takes a tensor of one entry as a number, whatever its shape.
+                fits = value.numel() == 1 or value.shape == p.shape
+                if not fits or is_sharded(p) or p.is_complex() or value.dtype != p.dtype or value.device != p.device:
+                    raise MetaplError(
+                        f"{given} with a weight of shape {tuple(p.shape)}, {p.dtype}, on {p.device}; expected a group "
+                        'for each weight, {"params": [p], "lr": torch.full_like(p, 0.1)}, of real numbers, not sharded.'
+                    )
+
     @property
     def options(self) -> Options:
         return self._options or self.optimizer.param_groups
 
     @property
     def learning_rate(self) -> float | None:
-        return float(self.options[0]["lr"])
+        rate = self.options[0]["lr"]
+        return None if entry_shape(rate) else float(rate)
 
     def settings_in(self, names: Sequence[str]) -> list[dict[str, Any]]:
         return [{name: group[name] for name in names if name in group} for group in self.options]
@@ -180,7 +248,9 @@ class TorchUpdate(Update):
         """The rates, and other numbers in the param groups that are not 0, which leaves a part of the rule out."""
         groups = self.optimizer.param_groups
         numbers = [{n: group[n] for n in self.numbers if n == "lr" or is_set(group.get(n, 0))} for group in groups]
-        return [{n: float(v) if isinstance(v, Tensor) else v for n, v in group.items()} for group in numbers]
+        return [
+            {n: float(v) if isinstance(v, Tensor) and not v.ndim else v for n, v in group.items()} for group in numbers
+        ]
 
     def update(self, params: Tree, grads: Tree, state: States, options: Options | None = None) -> tuple[Tree, States]:
         new_params, new_state = dict(params), dict(state)
@@ -196,6 +266,10 @@ class TorchUpdate(Update):
             return self.update(params, grads, state)
         new_params, new_state = dict(params), dict(state)
         for group, names in self.groups(grads):
+            if has_entries(group):
+                for name in names:
+                    new_params[name], new_state[name] = self._stepped_flat(name, params[name], grads, state, group)
+                continue
             held = {name: nn.Parameter(params[name].clone()) for name in names}
             kind: Any = type(self.owner[names[0]])
             optimizer = kind([{**group, "params": [*held.values()]}])
@@ -208,6 +282,21 @@ class TorchUpdate(Update):
             new_params.update({name: p.detach() for name, p in held.items()})
             new_state.update({name: dict(optimizer.state[p]) for name, p in held.items()})
         return new_params, new_state
+
+    def _stepped_flat(
+        self, name: str, weight: Tensor, grads: Tree, state: States, group: Mapping[str, Any]
+    ) -> tuple[Tensor, State]:
+        """Return θ′ and s′ of one weight with a rate for each entry, by torch's own step on the flat weight."""
+        held = nn.Parameter(weight.detach().flatten().clone())
+        held.grad = grads[name].detach().flatten()
+        kind: Any = type(self.owner[name])
+        optimizer = kind([{**with_flat_rate(group), "params": [held]}])
+        kept = {key: t.flatten().clone() if isinstance(t, Tensor) else t for key, t in state[name].items()}
+        if kept:
+            optimizer.state[held] = kept
+        optimizer.step()
+        after = {key: t.view(weight.shape) if isinstance(t, Tensor) else t for key, t in optimizer.state[held].items()}
+        return held.detach().view(weight.shape), after
 
     def without_optimizer(self) -> TorchUpdate:
         """Return the rule alone, which holds no tensors: :meth:`update` of it, with options, is the same function."""
@@ -254,6 +343,10 @@ class TorchUpdate(Update):
     def commit(self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]) -> None:
         for p in self._own:  # a leftover gradient of a frozen parameter must not move it
             p.grad = None
+        if any(map(has_entries, self.optimizer.param_groups)):
+            theta = {name: p.detach() for name, p in parameters.items()}
+            self.write(parameters, *self.stepped(theta, grads, self.read_state()))
+            return
         try:
             for name, g in grads.items():
                 parameters[name].grad = as_sharded(g, parameters[name]) if self._sharded else g
@@ -267,6 +360,32 @@ class TorchUpdate(Update):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state)
+
+
+def entry_shape(setting: Any) -> tuple[int, ...]:
+    """Return the shape of a setting with a value for each entry of a weight; () for a number, also one in a tensor."""
+    return tuple(setting.shape) if isinstance(setting, Tensor) else ()
+
+
+def has_entries(group: Mapping[str, Any]) -> bool:
+    """Return whether a param group has a learning rate of several values, which torch does not read as a number."""
+    return math.prod(entry_shape(group["lr"])) > 1
+
+
+def is_nonzero(setting: Any) -> bool:
+    """Return whether a setting, or any entry of it, is not 0."""
+    return bool(setting.ne(0).any()) if entry_shape(setting) else bool(setting != 0)
+
+
+def with_flat_rate(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a param group by which ``torch.optim.SGD`` takes a step on flat weights, with a rate for each entry.
+
+    SGD multiplies by such a rate where the rate requires a gradient, and only in its loop over single tensors; it reads
+    any other tensor as a number. It drops dimensions of size 1 of the rate, but not of the weight.
+    """
+    # A copy: SGD squeezes the rate without a graph, and a view of a tensor that needs none would need none then.
+    rate = group["lr"].detach().flatten().clone().requires_grad_()
+    return {**group, "lr": rate, "foreach": False, "fused": False}
 
 
 def is_set(setting: Any) -> bool:
@@ -285,11 +404,14 @@ class SGD(TorchUpdate):
 
     numbers = ("lr", "momentum", "dampening", "weight_decay")
 
+    def takes_entries(self, group: Mapping[str, Any]) -> bool:
+        return True
+
     @staticmethod
     def rule(
         params: list[Tensor], grads: list[Tensor], states: Sequence[State], group: Mapping[str, Any]
     ) -> tuple[Tensors, list[State]]:
-        mu, damped, decay, lr = group["momentum"], 1 - group["dampening"], group["weight_decay"], group["lr"]
+        mu, damped, decay, lr = group["momentum"], 1 - group["dampening"], group["weight_decay"], rate_of(group, params)
         plus_times, times = of_lists(mu, damped, decay, lr)
         d: Tensors = times(grads, -1.0) if group["maximize"] else grads
         d = plus_times(d, params, alpha=decay) if is_set(decay) else d
@@ -313,7 +435,8 @@ class SGD(TorchUpdate):
     def pullback(self, params: Tree, grads: Tree, state: States, v: Tree, options: Options | None = None) -> Tree:
         w: Tree = {}
         for group, names in self.groups(grads, options):
-            mu, lr, damping = group["momentum"], group["lr"] * (1.0 if group["maximize"] else -1.0), group["dampening"]
+            rate = rate_of(group, [v[name] for name in names])
+            mu, lr, damping = group["momentum"], rate * (1.0 if group["maximize"] else -1.0), group["dampening"]
             by = later = lr
             if is_set(mu):
                 damped = 1.0 - damping
@@ -334,7 +457,8 @@ class SGD(TorchUpdate):
         theta, (given, of_state) = dict(v), cotangents_of(state, state_cotangent)
         for group, names in self.groups(grads):
             mu, damping, decay = group["momentum"], group["dampening"], group["weight_decay"]
-            of_d: Tensors = mul([v[n] for n in names], -group["lr"])
+            of_theta = [v[n] for n in names]
+            of_d: Tensors = mul(of_theta, -rate_of(group, of_theta))
             if mu != 0:
                 of_b = mul(of_d, mu) if group["nesterov"] else of_d
                 for n, bar in zip(names, of_b, strict=True):
@@ -349,6 +473,13 @@ class SGD(TorchUpdate):
                 theta.update(zip(names, add([v[n] for n in names], of_d, decay), strict=True))
             w.update(zip(names, mul(of_d, -1.0) if group["maximize"] else of_d, strict=True))
         return Cotangents({name: w[name] for name in grads}, theta, of_state)
+
+
+def rate_of(group: Mapping[str, Any], weights: Sequence[Tensor]) -> Any:
+    """Return the learning rate of a param group; one with a value for each entry in the type of the weights, which a
+    wider one would change."""
+    rate = group["lr"]
+    return rate.to(weights[0].dtype) if entry_shape(rate) and weights else rate
 
 
 def _lifted(operation: Callable[[Any, Any], Tensor], fused: Callable[..., Any]) -> Callable[[Tensors, Factors], Any]:

@@ -118,3 +118,16 @@ def test_the_citation_is_of_this_version() -> None:
     text = (ROOT / "CITATION.cff").read_text()
     for line in ("cff-version: 1.2.0", f"version: {PROJECT['version']}", f"license: {PROJECT['license']}"):
         assert f"{line}\n" in text
+
+
+def test_python_runs_the_package_as_the_command() -> None:
+    """``python -m metapl``, with its exit code; importing the package alone loads nothing of the command."""
+    answers = {}
+    for words in ("--version", "trian"):
+        ended = subprocess.run([sys.executable, "-m", "metapl", words], capture_output=True, text=True, check=False)
+        answers[words] = (ended.returncode, ended.stdout.strip(), ended.stderr.strip())
+    assert answers["--version"] == (0, f"metapl {PROJECT['version']}", "")
+    assert answers["trian"][0] == 2
+    assert answers["trian"][2].startswith("metapl: there is no command 'trian'; did you mean train?")
+    look = "import sys, metapl; print([name for name in ('tyro', 'metapl.apps') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True).stdout == "[]\n"

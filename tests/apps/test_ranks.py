@@ -1,4 +1,4 @@
-"""``torchrun -m metapl.apps``: two processes end on the numbers of one, go on when killed, are refused in a line; and
+"""``torchrun -m metapl``: two processes end on the numbers of one, go on when killed, are refused in a line; and
 how many cores and threads a process takes."""
 
 import json
@@ -109,7 +109,7 @@ def test_torchrun_starts_a_killed_process_again(two: Ranks, tmp_path: Path) -> N
     trained(two, words, tmp_path / "whole")
     run = tmp_path / "run"
     started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
-    started += ["-m", "metapl.apps", *words, "--out", str(run)]
+    started += ["-m", "metapl", *words, "--out", str(run)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     launcher = subprocess.Popen(started, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + SECONDS

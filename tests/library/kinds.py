@@ -175,8 +175,8 @@ KINDS: dict[str, tuple[Any, ...]] = {  # by COLUMNS; after the space, on the pur
     "an attribute of a weight": (
         "RRRRR XX", lambda s, x: s.plain(x) * s.a.weight.scale, lambda s: setattr(s.a.weight, "scale", 0.5)),
     "float32 alone": ("RRRRR XX", lambda s, x: s.plain(x) + x @ torch.ones(4, C)),
-    "weight norm": ("XRRRX RX", plain, put("a", lambda s: norms.weight_norm(s.a))),  # torch's is wrong
-    "the old weight norm": ("XRRRX RX", plain, put("a", lambda s: old.weight_norm(s.a))),
+    "weight norm": ("RRRRR RR", plain, put("a", lambda s: norms.weight_norm(s.a))),
+    "the old weight norm": ("RRRRR RR", plain, put("a", lambda s: old.weight_norm(s.a))),
     "spectral norm": ("XAAAA AA", plain, put("a", lambda s: norms.spectral_norm(s.a))),
     "straight-through": ("AAAAA AA", lambda s, x: s.b(rounded(3 * s.a(x).tanh(), torch.round))),
     "a binary layer": ("AAAAA AA", lambda s, x: s.b(rounded(s.a(x).tanh(), torch.sign))),
@@ -197,8 +197,9 @@ KINDS: dict[str, tuple[Any, ...]] = {  # by COLUMNS; after the space, on the pur
     "a generator of its own": (
         "XRRRR RR",
         lambda s, x: s.plain(x) + torch.rand(C, generator=s.g).to(x), put("g", lambda s: torch.Generator())),
-    "python's random numbers": ("XXXXX XX", lambda s, x: s.plain(x) * (1 + 0.1 * random.random())),
-    "numpy's random numbers": ("XXXXX XX", lambda s, x: s.plain(x) * (1 + 0.1 * numpy.random.rand())),  # noqa: NPY002
+    # The pure step draws for L(θ′) where the passes before it end, and not from a stream apart.
+    "python's random numbers": ("RRRRR XX", lambda s, x: s.plain(x) * (1 + 0.1 * random.random())),
+    "numpy's random numbers": ("RRRRR XX", lambda s, x: s.plain(x) * (1 + 0.1 * numpy.random.rand())),  # noqa: NPY002
     "weights written by .data": ("XXXXX XX", written(lambda w: w.data.mul_(0.9))),
     "weights written by numpy": ("XXXXX XX", written(lambda w: w.detach().numpy().__imul__(0.9))),
     "clamped weights": ("XXXXX XX", written(lambda w: w.data.clamp_(-0.2, 0.2))),
@@ -253,7 +254,8 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "a clip": ("RRRRR RR", {}, {"clip_norm": 0.1}),
     "micro-batches": ("RRRRR RR", {}, {"accumulate": 2}),
     "a pair in micro-batches": ("RRRRR RR", {"outer": lambda self, loss, z, b: (4 * loss, 4)}, {"accumulate": 2}),
-    "a sum in micro-batches": ("XXXXX XX", {"outer": lambda self, loss, z, b: loss * len(z)}, {"accumulate": 2}),
+    "a sum in micro-batches": ("RRRRR RR", {"outer": lambda self, loss, z, b: loss * len(z)}, {"accumulate": 2}),
+    "a pair that is no mean": ("XXXXX XX", {"outer": lambda self, loss, z, b: (loss, len(z))}, {"accumulate": 2}),
     "a loss of the batch": ("RRRRR RR", batchwise, {}),
     "a loss of the batch in micro-batches": ("XXXXX XX", batchwise, {"accumulate": 2}),
     "a penalty on weights": ("RRRRR RR", penalty, {}),
@@ -264,7 +266,7 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"inner": lambda self, losses, z, *rest: losses * (z @ self.matrix).square().sum(1), **learned}, {}),
     "an inner loss of the teacher": ("XXXXX XX", with_teacher, {}),
     "an outer loss of the teacher": (
-        "XXXXX XX", {"outer": lambda self, loss, z, b: loss + 0.1 * (z * self.teacher(b[0])).mean()}, {}),
+        "RRRRR XX", {"outer": lambda self, loss, z, b: loss + 0.1 * (z * self.teacher(b[0])).mean()}, {}),
     "a loss that writes weights": ("XXXXX XX", {"inner": writes}, {}),
     "half a signal": ("AARAA AA", {"soft": lambda self, t, x: half(t(x).softmax(-1))}, {}),
     "a layer's signal": ("AARAA AA", {"soft": lambda self, t, x: t[-1](t[:-1](x).detach()).softmax(-1)}, {}),

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 import metapl
 from metapl import UDA, CrossEntropy
@@ -136,3 +141,301 @@ def test_micro_batches_change_no_number_of_a_loss_trainer(accumulate: int, losse
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
     for one, other in zip(reports, same, strict=True):
         assert other == pytest.approx(one, rel=1e-12)
+
+
+LABELS = torch.tensor([-100, -100, -100, 1, 2, 0, 1, 2])  # of the first four rows, three are ignored
+LATE = torch.tensor([-100, -100, -100, -100, 2, 0, -100, 2])  # and here all, whose own mean is NaN
+
+
+def not_ignored(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z, y, ignore_index=-100)
+
+
+def dice(z: Tensor, y: Tensor) -> Tensor:
+    p = z.softmax(1)[:, 1]
+    return 1 - 2 * (p * (y == 1)).sum() / (p.sum() + (y == 1).sum() + 1)
+
+
+def worst(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z, y.clamp_min(0), reduction="none").max()
+
+
+def contrast(z: Tensor, y: Tensor) -> Tensor:
+    alike = F.normalize(z, dim=1) @ F.normalize(z, dim=1).T
+    return F.cross_entropy(alike / 0.5, (torch.arange(len(z)) + 1) % len(z))
+
+
+def summed(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z, y, ignore_index=-100, reduction="sum")
+
+
+def as_pair(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return summed(z, y), (y != -100).sum()
+
+
+class Judged(metapl.problems.ExampleWeights):
+    """Example weights, judged by a loss of all outer outputs, and perhaps a penalty on the student's weights."""
+
+    def __init__(self, loss: Any, penalized: nn.Module | None = None) -> None:
+        self.loss, self.penalized = loss, penalized
+
+    def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
+        """Labels may be ignored ones."""
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
+        loss = self.loss(outputs, batch[1])
+        if self.penalized is not None:
+            loss = loss + 0.1 * sum(p.square().sum() for p in self.penalized.parameters())
+        return loss
+
+
+def weighed(seed: int = 0, dropout: float = 0.0) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(seed)
+    layers = [nn.Linear(5, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3)]
+    return metapl.problems.Table(torch.linspace(-1, 1, 12)).double(), nn.Sequential(*layers).double()
+
+
+def outer_and_inner(labels: Tensor) -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(5)
+    x, u = (torch.randn(n, 5, generator=draw, dtype=torch.float64) for n in (8, 12))
+    return {"outer": (x, labels), "inner": (u, torch.arange(12) % 3, torch.arange(12))}
+
+
+def by_double_backward(
+    teacher: nn.Module, student: nn.Module, loss: Any, data: dict[str, Any], penalty: float
+) -> Tensor:
+    """dL/d(table) through one step of SGD at 0.5, all rows at once."""
+    (x, y), (u, labels, _) = data["outer"], data["inner"]
+    (table,), theta = teacher.parameters(), dict(student.named_parameters())
+    losses = F.cross_entropy(functional_call(student, theta, (u,)), labels, reduction="none")
+    g = torch.autograd.grad((table.sigmoid() * losses).mean(), [*theta.values()], create_graph=True)
+    moved = {name: p - 0.5 * d for (name, p), d in zip(theta.items(), g, strict=True)}
+    outer = loss(functional_call(student, moved, (x,)), y) + penalty * sum(p.square().sum() for p in moved.values())
+    return torch.autograd.grad(outer, table)[0]
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.1])
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize(
+    ("loss", "labels"),
+    [(not_ignored, LABELS), (not_ignored, LATE), (dice, LABELS), (worst, LABELS), (contrast, LABELS), (summed, LABELS)],
+    ids=["not ignored", "a part all ignored", "dice", "worst", "contrast", "sum"],
+)
+def test_an_outer_loss_that_is_no_mean_over_rows(loss: Any, labels: Tensor, parts: int, penalty: float) -> None:
+    """In micro-batches the gradient is that of all rows: double backward by hand, in each mode."""
+    teacher, student = weighed()
+    data, problem = outer_and_inner(labels), Judged(loss, student if penalty else None)
+    expected = by_double_backward(teacher, student, loss, data, penalty)
+    assert expected.norm() > 1e-4
+    inner = torch.optim.SGD(student.parameters(), lr=0.5)
+    for mode, exact in (("forward", 1e-10), ("difference", 1e-5)):
+        found = metapl.hypergradient(
+            teacher, student, **data, problem=problem, mode=mode, inner_optimizer=inner, accumulate=parts
+        )
+        (gradient,) = found.grads.values()
+        torch.testing.assert_close(gradient, expected, rtol=exact, atol=exact * float(expected.norm()))
+        whole = metapl.hypergradient(teacher, student, **data, problem=problem, mode=mode, inner_optimizer=inner)
+        torch.testing.assert_close(found.outer_loss, whole.outer_loss)
+
+
+@pytest.mark.parametrize("mode", ["forward", "reinforce", "reinforce_per_example", "loss_difference", "difference"])
+def test_a_training_on_labels_that_are_partly_ignored(mode: str) -> None:
+    """Steps end on the weights of the whole batches', whatever the mode; two student steps as well."""
+
+    class Ignoring(metapl.PseudoLabels):
+        def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None: ...
+
+        def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+            return not_ignored(outputs, batch[1])
+
+    def ends(parts: int) -> list[Tensor]:
+        teacher, student = _networks()
+        trainer = metapl.BilevelTrainer(
+            teacher,
+            student,
+            mode,
+            problem=Ignoring(),
+            teacher_losses=(),
+            inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.3, momentum=0.9),
+            accumulate=parts,
+            lookahead=2 if mode == "forward" else 1,
+            verify=False,
+            generator=torch.Generator().manual_seed(3),
+        )
+        draw = torch.Generator().manual_seed(1)
+        for labels in (LABELS, LATE, LABELS.flip(0)):
+            x, *u = (torch.randn(8, 5, generator=draw, dtype=torch.float64) for _ in range(1 + trainer.lookahead))
+            trainer.step((x, labels), metapl.Lookahead(u) if trainer.lookahead > 1 else u[0])
+        return [p.detach() for module in (teacher, student) for p in module.parameters()]
+
+    for whole, split in zip(ends(1), ends(2), strict=True):
+        torch.testing.assert_close(split, whole, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["dropout", "checkpoint", "bfloat16", "its own gradient"])
+def test_a_scalar_has_the_draws_of_the_pair_that_says_the_same(kind: str) -> None:
+    """With dropout masks, recomputed blocks and autocast's kept casts, in every micro-batch."""
+
+    class Recomputed(nn.Module):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.network, x, use_reentrant=False)
+
+    class Routed(nn.Module):
+        """Has weights that the second micro-batch alone reaches."""
+
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network, self.other = network, nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.network(x) + self.other(x) if x[0, 0] > 5 else self.network(x)
+
+    class OwnGradient(nn.Module):
+        """A forward that takes a gradient itself."""
+
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.clone().requires_grad_()
+            outputs = self.network(x)
+            return outputs + torch.autograd.grad(outputs.sum(), x, create_graph=True)[0][:, :3]
+
+    found = {}
+    for loss in (not_ignored, as_pair):
+        teacher, student = weighed(dropout=0.4)
+        if kind == "its own gradient":
+            student = OwnGradient(student)
+        if kind == "checkpoint":
+            student = Recomputed(student)
+        if kind == "bfloat16":
+            teacher, student = teacher.float(), Routed(student).float()
+        data = outer_and_inner(LABELS)
+        if kind == "bfloat16":
+            data["outer"][0][4:, 0] = data["inner"][0][6:, 0] = 9.0
+            data = pytree.tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, data)
+        torch.manual_seed(2)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "bfloat16"):
+            found[loss] = metapl.hypergradient(
+                teacher,
+                student,
+                **data,
+                problem=Judged(loss),
+                inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.5),
+                accumulate=2,
+            )
+    one, other = found.values()
+    close = 0.05 if kind == "bfloat16" else 1e-10
+    assert torch.dist(one.feedback, other.feedback) < close * other.feedback.norm()
+    assert one.outer_loss.item() == pytest.approx(other.outer_loss.item(), rel=close)
+
+
+def test_what_the_outer_loss_costs_in_micro_batches() -> None:
+    """A pair, and the problem's own mean over rows, take a pass on each micro-batch; another scalar takes two."""
+    passes = {}
+    for name, problem in (
+        ("pair", Judged(as_pair)),
+        ("scalar", Judged(not_ignored)),
+        ("own", metapl.problems.ExampleWeights()),
+    ):
+        teacher, student = weighed()
+        seen = list[int]()
+        student.register_forward_hook(lambda module, given, outputs, seen=seen: seen.append(len(given[0])))
+        data = outer_and_inner(LABELS.clamp_min(0))
+        metapl.hypergradient(
+            teacher, student, **data, problem=problem, accumulate=2,
+            inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.5),
+        )  # fmt: skip
+        passes[name] = seen.count(4)  # rows of an outer micro-batch; an inner one has six
+    assert passes == {"pair": 2, "scalar": 4, "own": 2}
+
+
+def test_another_student_is_refused_when_a_micro_batch_runs_again() -> None:
+    class Counting(nn.Module):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network, self.calls = network, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += len(x) == 4
+            return self.network(x) * (1 + 0.1 * self.calls)
+
+    teacher, student = weighed()
+    student = Counting(student)
+    with pytest.raises(metapl.MetaplError, match="returns other outputs when its pass is repeated"):
+        metapl.hypergradient(
+            teacher, student, **outer_and_inner(LABELS), problem=Judged(not_ignored), accumulate=2,
+            inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.5),
+        )  # fmt: skip
+
+
+def test_verification_lets_a_scalar_be_any_function_of_the_rows() -> None:
+    """And refuses a pair that is no mean, since it is added up over micro-batches."""
+    labels = torch.tensor([1, 0, -100, 2, -100, -100, -100, 1])  # of each half of the first part, another number counts
+    data = outer_and_inner(labels)
+    for loss in (not_ignored, dice, lambda z, y: (not_ignored(z, y), len(y))):
+        teacher, student = weighed()
+        trainer = metapl.BilevelTrainer(
+            teacher,
+            student,
+            problem=Judged(loss),
+            inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.5),
+            accumulate=2,
+        )
+        if loss in (not_ignored, dice):
+            trainer.step(**data)
+            continue
+        with pytest.raises(metapl.MetaplError, match=r"outer_loss is .* by halves of the batch: no mean over examples"):
+            trainer.step(**data)
+
+
+def test_an_outer_loss_of_all_rows_that_reads_the_teacher() -> None:
+    """The direct term, of a module that the problem holds, is that of all rows too."""
+
+    class Scored(Judged):
+        def __init__(self, teacher: nn.Module) -> None:
+            super().__init__(not_ignored)
+            self.teacher = teacher
+
+        def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Any:
+            return metapl.Signal(teacher(batch[0]).sigmoid().squeeze(1))
+
+        def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+            return self.loss(outputs + self.teacher(batch[0]) * outputs.cos(), batch[1])
+
+    _, student = weighed()
+    teacher = nn.Linear(5, 1).double()
+    given: dict[str, Any] = {"problem": Scored(teacher), **outer_and_inner(LABELS)}
+    given["inner_optimizer"] = torch.optim.SGD(student.parameters(), lr=0.5)
+    whole = metapl.hypergradient(teacher, student, **given, verify=True)
+    for parts in (2, 4):
+        found = metapl.hypergradient(teacher, student, **given, accumulate=parts)
+        for name, g in whole.grads.items():
+            torch.testing.assert_close(found.grads[name], g, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(found.direct[name], whole.direct[name], rtol=1e-9, atol=1e-12)
+    assert whole.direct["weight"].norm() > 1e-3
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_an_outer_loss_of_all_rows_after_each_step(norm: bool) -> None:
+    """Each is of its own outer batch, on the buffers of its own step."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.BatchNorm1d(8).eval()] if norm else []
+    student = nn.Sequential(nn.Linear(5, 8), *layers, nn.Tanh(), nn.Linear(8, 3)).double()
+    teacher = metapl.problems.Table(torch.linspace(-1, 1, 12)).double()
+    outers, inners = [], []
+    for labels in (LABELS, LATE, LABELS.flip(0)):
+        data = outer_and_inner(labels)
+        outers.append(tuple(t + 0.1 * len(outers) if t.is_floating_point() else t for t in data["outer"]))
+        inners.append(data["inner"])
+    given: dict[str, Any] = {"outer": metapl.Lookahead(outers), "inner": metapl.Lookahead(inners)}
+    given |= {"problem": Judged(not_ignored), "inner_optimizer": torch.optim.SGD(student.parameters(), lr=0.5)}
+    whole, parts = (metapl.hypergradient(teacher, student, **given, accumulate=parts) for parts in (1, 2))
+    torch.testing.assert_close(parts.outer_losses, whole.outer_losses)
+    for name, g in whole.grads.items():
+        torch.testing.assert_close(parts.grads[name], g, rtol=1e-9, atol=1e-12)

@@ -114,7 +114,8 @@ def test_another_student_of_the_architecture_compiles_nothing() -> None:
         weights = {name: t.clone() for name, t in network.state_dict().items()}
         refuse_other(gradient(network), network)
         assert error(weights, network.state_dict()) == 0
-    assert graphs() == before and len(training._KNOWN) == 1
+    assert graphs() == before
+    assert len(training._KNOWN) == 1
 
 
 def hooked(network: Any) -> None:
@@ -206,12 +207,45 @@ def test_another_class_problem_rule_and_type_are_others(monkeypatch: pytest.Monk
         refuse_other(gradient(*case), *case)
 
 
+READ = student()
+
+
+def penalty() -> Any:
+    return sum(p.square().sum() for p in READ.parameters())
+
+
+class ReadsByName(EqualWeights):
+    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        return super().inner_loss(outputs, signal, batch, params) + 0.1 * penalty()
+
+
+def test_a_loss_that_reads_the_student_by_a_global_name_is_of_that_student(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare copy in its place would leave the weights of the start in the loss."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    refuse_other(gradient(READ, ReadsByName()), READ, ReadsByName())
+
+    def enclosing(held: nn.Module) -> Any:
+        class ReadsByClosure(EqualWeights):
+            def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+                decay: Any = sum(p.square().sum() for p in held.parameters())
+                return super().inner_loss(outputs, signal, batch, params) + 0.1 * decay
+
+        return ReadsByClosure()
+
+    for seed in (0, 1):
+        network = student(seed)
+        problem = enclosing(network)
+        refuse_other(gradient(network, problem), network, problem)
+
+
 def test_a_bare_copy_holds_nothing_and_shares_what_was_shared() -> None:
     network: Any = student()
     (bare,) = bare_copies([network])
     assert {t.device.type for t in (*bare.parameters(), *bare.buffers())} == {"meta"}
-    assert bare.parts[0] is bare.parts[1] is bare.last and bare.parts is not network.parts
-    assert bare.settings == network.settings and bare.settings is not network.settings
+    assert bare.parts[0] is bare.parts[1] is bare.last
+    assert bare.parts is not network.parts
+    assert bare.settings == network.settings
+    assert bare.settings is not network.settings
     assert [*bare.state_dict()] == [*network.state_dict()]
     network.settings.widths.append(9)
     assert bare.settings.widths == [6, 3]

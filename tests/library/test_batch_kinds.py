@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections import UserDict
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -139,3 +141,109 @@ def test_without_labels_serves_and_resumes_as_the_source(kind: str) -> None:
     for _ in range(5):
         assert torch.equal(first.next(), second.next())
     assert len(without_labels(source)) == len(source)
+
+
+class Recurrent(nn.Module):
+    """A prediction of sequences, returned beside the hidden state."""
+
+    def __init__(self, form: str = "tuple") -> None:
+        super().__init__()
+        self.cells, self.head, self.form = nn.LSTM(2, 5, batch_first=True), nn.Linear(5, CLASSES), form
+
+    def forward(self, x: Any) -> Any:
+        x = x["sequence"] if self.form == "one dict" else x
+        _, hidden = self.cells(x)
+        outputs = self.head(hidden[0][-1])
+        if self.form == "named":
+            return SimpleNamespace(hidden=hidden, logits=outputs)
+        if self.form == "later":  # the states first, which are no tensor
+            return hidden, outputs
+        return [outputs, hidden] if self.form == "list" else (outputs, hidden)
+
+
+class FirstOnly(nn.Module):
+    """What the same network predicts, written out."""
+
+    def __init__(self, network: Recurrent) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Any) -> Tensor:
+        _, hidden = self.network.cells(x["sequence"] if self.network.form == "one dict" else x)
+        outputs: Tensor = self.network.head(hidden[0][-1])
+        return outputs
+
+
+class OfSequences(metapl.problems.ExampleWeights):
+    def student_input(self, batch: Any) -> Any:
+        return batch[0]
+
+
+def sequences(form: str) -> Any:
+    x = torch.randn(ROWS, 4, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    if form == "packed":
+        return nn.utils.rnn.pack_padded_sequence(x, torch.tensor([4, 3, 3, 2, 1, 1]), batch_first=True)
+    return {"sequence": x} if form == "one dict" else x
+
+
+@pytest.mark.parametrize("form", ["tuple", "list", "named", "later", "packed", "one dict"])
+def test_a_network_that_returns_its_hidden_state_too(form: str) -> None:
+    """The refusal of the plain network names a call; with it the numbers are those of the first tensor alone."""
+    torch.manual_seed(0)
+    student, labels = Recurrent(form).double(), torch.arange(ROWS) % CLASSES
+    table = metapl.problems.Table(torch.linspace(-1, 1, ROWS, dtype=torch.float64))
+    inner = torch.optim.SGD(student.parameters(), lr=0.3)
+    given: dict[str, Any] = {"inner": (sequences(form), labels, torch.arange(ROWS)), "problem": OfSequences()}
+    given |= {"outer": (sequences(form), labels), "inner_optimizer": inner}
+    with pytest.raises(metapl.MetaplError) as refused:
+        metapl.hypergradient(table, student, **given)
+    call = re.search(r"metapl\.models\.Logits\(student\)", str(refused.value))
+    assert call is not None
+    wrapped = eval(call[0], {"metapl": metapl, "student": student})
+    found = metapl.hypergradient(table, wrapped, **given, verify=True)
+    expected = metapl.hypergradient(table, FirstOnly(student), **given)
+    assert same(
+        [found.feedback, *found.student_params.values()], [expected.feedback, *expected.student_params.values()]
+    )
+    assert found.feedback.abs().min() > 0
+    trainer = metapl.BilevelTrainer(table, wrapped, problem=OfSequences(), inner_optimizer=inner)
+    trainer.step(outer=given["outer"], inner=given["inner"])
+    assert same([*trainer.student.parameters()], [*expected.student_params.values()])
+
+
+@pytest.mark.parametrize(
+    ("outputs", "word"),
+    [
+        ({"out": torch.zeros(2, 3)}, "return one from the student's forward"),
+        ((), "return one from the student's forward"),
+        (torch.zeros(2, 3, dtype=torch.complex64), "torch.view_as_real"),
+    ],
+    ids=["a dict without logits", "nothing", "complex"],
+)
+def test_outputs_that_are_refused_in_other_words(outputs: Any, word: str) -> None:
+    with pytest.raises(metapl.MetaplError, match="the student returned") as refused:
+        metapl.execution.checks.logits(outputs, "student")
+    assert word in str(refused.value)
+    assert "Logits" not in str(refused.value)
+
+
+def test_the_arguments_of_a_network_decide_how_a_batch_goes_in() -> None:
+    class Optional(nn.Module):
+        def forward(self, x: Any, hidden: Any = None) -> Tensor:
+            return x["a"] if hidden is None and isinstance(x, dict) else x + hidden
+
+    class Keywords(nn.Module):
+        def forward(self, **inputs: Tensor) -> Tensor:
+            return inputs["a"] + inputs["b"]
+
+    class One(nn.Module):
+        def forward(self, pair: Any) -> Tensor:
+            return pair[0] + pair[1]
+
+    a, b = torch.ones(2, 3), torch.full((2, 3), 2.0)
+    assert torch.equal(Logits(Optional())({"a": a, "b": b}), a)  # one required argument, which is none of the keys
+    assert torch.equal(Logits(Optional())({"x": a, "hidden": b}), a + b)
+    assert torch.equal(Logits(Optional())((a, b)), a + b)
+    assert torch.equal(Logits(Keywords())({"a": a, "b": b}), a + b)
+    assert torch.equal(Logits(One())((a, b)), a + b)
+    assert torch.equal(copy.deepcopy(Logits(One()))((a, b)), a + b)

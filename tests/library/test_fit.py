@@ -3,12 +3,13 @@ folder."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -35,6 +36,8 @@ from metapl.metrics import evaluate_logits
 from metapl.runs import folder as folders
 from metapl.runs.checkpoint import CheckpointFolder
 from metapl.training import Trainer
+from metapl.training.base import FinetuneKeywords
+from metapl.training.options import FitKeywords, FitOptions
 from metapl.training.records import figures
 
 
@@ -275,3 +278,44 @@ def test_a_folder_that_another_process_writes_to_is_refused_until_that_ends(
     with folder.held():  # which may be held again, as several phases in one folder do
         single().fit(batches(3)[0], steps=3, out=folder, phase="finetune")
     assert [row["step"] for row in rows(tmp_path, "finetune")] == [3]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [
+        ({"checkpoint_every": 2}, "save_every"),
+        ({"valdation": VALIDATION}, "validation"),
+        ({"workers": 2}, "num_workers"),
+        ({"zzz": 1}, "validate_every"),  # nothing is like it: all are named
+    ],
+    ids=str,
+)
+def test_an_option_that_is_none_is_refused_with_the_nearest_names(
+    wrong: dict[str, Any], nearest: str, tmp_path: Path
+) -> None:
+    alone, both, source = single(), bilevel(), batches(2)
+    calls: list[tuple[Trainer, Callable[..., Any]]] = [(alone, alone.fit), (both, both.fit), (both, both.finetune)]
+    for trainer, fit in calls:
+        before = copied(trainer.student)
+        with pytest.raises(MetaplError) as refused:
+            fit(source[0], steps=2, out=tmp_path / "run", **wrong)
+        text = str(refused.value)
+        assert text.startswith(f"fit has no option {next(iter(wrong))!r}; ")
+        assert nearest in text
+        assert "\n" not in text
+        assert same(copied(trainer.student), before)
+        assert trainer.steps_done == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_keywords_that_an_editor_shows_are_the_options() -> None:
+    options, keywords = get_type_hints(FitOptions), get_type_hints(FitKeywords)
+    options.pop("steps")
+    assert keywords == options
+    parameters = inspect.signature(Trainer.fit).parameters
+    assert parameters["steps"].default is inspect.Parameter.empty
+    sources = {"self", "labeled", "unlabeled", "inner", "outer", "steps", "options"}
+    of_fit = {name: hint for name, hint in get_type_hints(Trainer.fit).items() if name in {*parameters} - sources}
+    assert get_type_hints(FinetuneKeywords) == keywords | of_fit
+    with pytest.raises(TypeError, match="steps"):
+        single().fit(batches(1)[0])  # type: ignore[call-arg]

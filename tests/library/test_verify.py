@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ import metapl
 from metapl import Lookahead, MetaplError, PseudoLabels
 from metapl.feedback import Forward, Implicit, Reinforce
 from metapl.training.verification import GradientCheck, VerificationWarning, check, real_step
+from metapl.training.verification.contract import CONTRACT
 
 COLUMNS: dict[str, tuple[Any, int]] = {
     "tangent": (Forward(by="tangent"), 1),
@@ -69,7 +71,7 @@ def by_the_pure_step(teacher: Any, student: Any, *, unlabeled: Any, labeled: Any
     assert report.flag < 0.1
     h = tuple(report.feedback) if isinstance(report.feedback, list) else (report.feedback,)
     grads = {n: (p - moved.teacher.params[n]) / weight for n, p in state.teacher.params.items()}
-    return SimpleNamespace(feedback=h, grads=grads, outer_loss=report.outer_loss)
+    return SimpleNamespace(feedback=h, grads=grads, direct={}, outer_loss=report.outer_loss)
 
 
 def rows_of(kinds: dict[str, tuple[Any, ...]], long: set[str]) -> list[Any]:
@@ -453,6 +455,12 @@ def test_a_hook_on_the_optimizers_step_is_part_of_the_real_step() -> None:
     assert check_of(student, inner_optimizer=sgd).status == "right"
     sgd.register_step_post_hook(lambda one, *_: torch._foreach_mul_([p.data for p in one.param_groups[0]["params"]], 2))
     assert check_of(student, inner_optimizer=sgd).status == "refused"
+
+
+def test_the_page_has_the_contract_as_a_table() -> None:
+    page = (Path(metapl.__file__).parents[1] / "docs" / "contract.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|", page[page.index("| `CONTRACT`") :], re.MULTILINE)
+    assert rows[1 : 1 + len(CONTRACT)] == [breach.__name__ for breach in CONTRACT]
 
 
 def test_h_is_verified_before_it_is_shaped() -> None:

@@ -63,9 +63,23 @@ def fitted(trainer: metapl.BilevelTrainer) -> None:
     trainer.fit([], steps=3, metric=error, mode="min")
     trainer.fit([], steps=3, metric="acuracy")  # type: ignore[arg-type]
     trainer.fit([], steps=3, metric=lambda outputs: 0.0)  # type: ignore[arg-type]
+    trainer.fit([], steps=3, schedule="constant", warmup=1, wait=0, first_steps=None, ema_decay=0.9, phase="first")
+    trainer.fit([])  # type: ignore[call-arg]
+    trainer.fit([], steps=3, checkpoint_every=2)  # type: ignore[call-arg]
+    trainer.fit([], steps=3, save_every="2")  # type: ignore[arg-type]
+    trainer.fit([], steps=3, schedule="linear")  # type: ignore[arg-type]
     trainer.finetune([], steps=3, validation=None, resume=True, log_every=1)
+    trainer.finetune([])  # type: ignore[call-arg]
+    trainer.finetune([], steps=3, checkpoint_every=2)  # type: ignore[call-arg]
+    trainer.finetune([], steps=3, batch_size="4")  # type: ignore[arg-type]
     print(trainer.evaluate([]).value, trainer.evaluate([], metric="loss").value)
     print(trainer.evaluate([], metric="accuracy").accuracy, trainer.evaluate([], classes=["a", "b"]).confusion)
+
+
+def fitted_alone(trainer: metapl.LossTrainer) -> None:
+    trainer.fit([], steps=3, validate_every=2, callbacks=[lambda step, row, trainer: None])
+    trainer.fit([])  # type: ignore[call-arg]
+    trainer.fit([], steps=3, checkpoint_every=2)  # type: ignore[call-arg]
 
 
 def looked_up(trainer: metapl.BilevelTrainer) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from metapl.errors import few
+from metapl.execution.batch import leaves_of
 from metapl.training.verification.case import Case
 from metapl.training.verification.real_step import Evaluation, RealStep
 
@@ -47,8 +47,8 @@ def pairs_of_parts(before: RealStep, after: RealStep) -> list[tuple[nn.Module, n
 
 def changes_batches(before: RealStep, after: RealStep) -> bool:
     """Return whether a step has changed a tensor of its batches."""
-    leaves = pytree.tree_leaves([before.inner_batches, before.outer_batch])
-    leaves_after = pytree.tree_leaves([after.inner_batches, after.outer_batch])
+    leaves = leaves_of([before.inner_batches, before.outer_batch])
+    leaves_after = leaves_of([after.inner_batches, after.outer_batch])
     for t, t_after in zip(leaves, leaves_after, strict=True):
         if isinstance(t, Tensor) and not t.equal(t_after):
             return True

@@ -15,11 +15,10 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from metapl.errors import MetaplError, reason_of
-from metapl.execution.batch import both_batches, micro_batches, plain
+from metapl.execution.batch import both_batches, map_tensors, micro_batches, plain
 from metapl.execution.checks import generator_of
 from metapl.execution.layout import Layout, layouts
 from metapl.execution.ranks import Ranks
@@ -144,7 +143,8 @@ def check_gradient(
     Args:
         teacher, student: as for :func:`metapl.hypergradient`; or a :class:`metapl.BilevelTrainer` alone, as it stands.
         labeled, unlabeled, outer, inner: the batches of a step; of a :class:`metapl.Lookahead` the first three, and of
-            micro-batches (``accumulate``) the first, by whose halves both losses must be means over examples.
+            micro-batches (``accumulate``) the first, by whose halves the inner loss must be a mean over examples, and
+            an outer loss that returns (sum, weight) Σ sum / Σ weight.
         mode: default the trainer's own, and ``"forward"`` without one. The others are :func:`metapl.hypergradient`'s.
 
     Returns: a :class:`GradientCheck`; 1e-5 is right, of differences and of weights that stay in float32 1 %.
@@ -166,11 +166,11 @@ def check_gradient(
         accumulate, clip_norm = trainer.accumulate, trainer.clip_norm
         teacher, student, inner_optimizer = trainer.teacher, trainer.student, trainer.update
     estimate = estimator("forward" if mode is None else mode)
-    teacher_layout, student_layout, device = layouts(teacher, student)  # type: ignore[arg-type]
+    gives_feedback = estimate.credits != "nothing"
+    teacher_layout, student_layout, device = layouts(teacher, student, differentiated=gives_feedback)  # type: ignore[arg-type]
     generator_of(generator, device, "the networks are on")
     if student_layout.is_sharded or not student_layout.ranks.alone:
         raise MetaplError("check_gradient was given networks of several processes; expected those of one, not sharded.")
-    gives_feedback = estimate.credits != "nothing"
     parameters = student_layout.parameters()
     update = update_of(inner_optimizer, parameters, inner_state, is_differentiated=gives_feedback)
     if isinstance(update, Clipped):
@@ -204,7 +204,7 @@ def check_gradient(
 
 def detached_copy(batch: Any) -> Any:
     """Return a batch of tensors with memory of their own: deepcopy would copy the whole tensor of a slice."""
-    return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), batch)
+    return map_tensors(lambda t: t.detach().clone(), batch)
 
 
 def refuse_replaced_step(update: Update) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from metapl.errors import few
 from metapl.execution.batch import rows
@@ -109,7 +110,11 @@ def has_another_teacher_gradient(case: Case) -> str:
 
 
 def has_losses_that_are_no_means(case: Case) -> str:
-    """Return a loss of micro-batches that is neither a mean over examples nor (sum, weight), by halves of the rows."""
+    """Return a loss of micro-batches that is no mean, by halves of the rows.
+
+    That is an inner loss that is no mean over examples, or the (sum, weight) of an outer loss. An outer loss that
+    returns a scalar is taken of all rows, and may be any function of them.
+    """
     if case.step.micro_batches == 1:
         return ""
     copies, signal, theta = case.step.copied(), case.signals[0], trainable(case.step.student)
@@ -138,6 +143,9 @@ def has_losses_that_are_no_means(case: Case) -> str:
         if half == 0:
             continue
         total, weight = sum_and_weight(loss_of_rows(0, 2 * half))
+        if name == "outer_loss" and not isinstance(weight, Tensor):
+            # A scalar is taken of all rows at once, so that it may be any function of them.
+            continue
         first_total, first_weight = sum_and_weight(loss_of_rows(0, half))
         second_total, second_weight = sum_and_weight(loss_of_rows(half, 2 * half))
         whole = float(total / weight)

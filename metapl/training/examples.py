@@ -1,0 +1,171 @@
+"""Training examples by number, whatever they are held in: columns, a data set, or the data set of a DataLoader."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
+
+from metapl.errors import MetaplError
+from metapl.execution.batch import as_tensors, is_array, is_record_of_rows, length, map_tensors, named_leaves_of, plain
+from metapl.execution.checks import described
+
+EXPECTED = (
+    "expected (inputs, labels), a dict, a tuple or a dataclass of tensors with a row for each example, a data set of "
+    "examples by number, or a DataLoader over one"
+)
+
+
+class Examples(ABC):
+    """Examples by number, read in batches on a device."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name = name
+        self.device = device
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, numbers: Tensor) -> Any:
+        """Return a batch of the examples with these numbers, wherever it is."""
+
+    def __getitem__(self, numbers: Tensor) -> Any:
+        return map_tensors(lambda t: t.to(self.device), self.read(numbers))
+
+
+class Columns(Examples):
+    """Tensors that have a row for each example."""
+
+    def __init__(self, rows: Any, name: str, device: torch.device) -> None:
+        super().__init__(name, device)
+        self.rows = rows
+        counts: dict[str, int] = {}
+        for place, leaf in named_leaves_of(rows):
+            if isinstance(leaf, Tensor):
+                counts[place] = len(leaf) if leaf.ndim else 0
+        if len({*counts.values()}) == 1 and 0 not in counts.values():
+            return
+        listed = ", ".join(f"{place.lstrip('.')} {count}" for place, count in counts.items()) or "no tensor"
+        raise MetaplError(
+            f"{name} has columns of different numbers of rows, or of none ({listed}); expected a row for each example "
+            "in each. Of one whole, such as a graph, the weights inside it (of nodes) are scored by "
+            "metapl.hypergradient(None, student, outer=graph, inner=metapl.Lookahead([graph] * steps), "
+            "problem=problem, inner_optimizer=optimizer).feedback."
+        )
+
+    def __len__(self) -> int:
+        return length(self.rows)
+
+    def read(self, numbers: Tensor) -> Any:
+        return map_tensors(lambda t: t[numbers.to(t.device)], self.rows)
+
+
+class Numbered(Examples):
+    """A data set of examples by number, and what makes a batch of some of them."""
+
+    def __init__(self, source: Any, name: str, device: torch.device, collate: Callable[[list[Any]], Any]) -> None:
+        super().__init__(name, device)
+        self.source = source
+        self.collate = collate
+        if len(source) == 0:
+            raise MetaplError(f"{name} has no examples; expected one or more.")
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, numbers: Tensor) -> Any:
+        examples = [self.source[i] for i in numbers.tolist()]
+        try:
+            batch = self.collate(examples)
+        except (RuntimeError, TypeError) as error:
+            if self.collate is not default_collate:
+                raise
+            raise MetaplError(
+                f"examples of {self.name} do not go together into a batch ({str(error).splitlines()[0]}); expected "
+                "tensors of one shape and numbers, or a DataLoader with a collate_fn that makes a batch of them."
+            ) from error
+        batch = plain(batch)
+        return tuple(batch) if type(batch) is list else batch
+
+
+def examples_of(data: Any, name: str, like: Tensor) -> Examples:
+    """Return what a call was given as ``name`` as examples by number, on the device of a weight and in its type."""
+    columns = columns_of(data)
+    if columns is not None:
+        refuse_lists(columns, name)
+        return Columns(as_tensors(columns, like.dtype, f"{name} holds data"), name, like.device)
+    collate: Callable[[list[Any]], Any] = default_collate
+    if isinstance(data, DataLoader):
+        refuse_loader(data, name)
+        data, collate = data.dataset, data.collate_fn
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        is_read_in_order = isinstance(data, Iterable)
+        mend = f"; {name}=list(...) of an iterable of examples is such a data set" if is_read_in_order else ""
+        raise MetaplError(f"{name} is {described(data)}; {EXPECTED}{mend}.")
+    return Numbered(data, name, like.device, collate)
+
+
+def columns_of(data: Any) -> Any:
+    """Return data that are columns, dict-like ones as dicts; None for a data set of examples by number."""
+    if is_array(data):
+        return data
+    if isinstance(data, Mapping) or is_record_of_rows(data):
+        return plain(data)
+    if not isinstance(data, tuple | list):
+        return None
+    if hasattr(data, "_fields"):
+        return plain(data)
+    if len(data) == 2:
+        # Two dicts or two pairs in a list are two examples.
+        are_examples = isinstance(data, list) and not is_array(data[1]) and type(data[0]) is type(data[1])
+        return None if are_examples else plain(tuple(data))
+    if isinstance(data, tuple) and len(data) > 2 and all(map(is_array, data)):
+        return data
+    return None
+
+
+def refuse_lists(columns: Any, name: str) -> None:
+    """Refuse a dict with lists of numbers, as tokenizers give them."""
+    if not isinstance(columns, dict):
+        return
+    for key, value in columns.items():
+        if isinstance(value, list):
+            raise MetaplError(
+                f"{name} holds a list under {key!r}; expected tensors or arrays, which a tokenizer gives with "
+                "return_tensors='pt'."
+            )
+
+
+def refuse_loader(loader: DataLoader[Any], name: str) -> None:
+    """Refuse a DataLoader whose examples have no numbers, or which does not take each of them once."""
+    if isinstance(loader.dataset, IterableDataset):
+        raise MetaplError(
+            f"{name} is a DataLoader over an IterableDataset, whose examples have no numbers; expected a data set by "
+            f"number, such as {name}=list(dataset)."
+        )
+    if loader.batch_size is None and loader.batch_sampler is None:
+        raise MetaplError(
+            f"{name} is a DataLoader with batch_size=None, whose data set gives batches; expected one of examples."
+        )
+    sampler = loader.sampler
+    takes_each_once = type(sampler) is SequentialSampler or (
+        type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
+    )
+    if type(loader.batch_sampler) is not BatchSampler or not takes_each_once:
+        kind = type(loader.batch_sampler if takes_each_once else sampler).__name__
+        raise MetaplError(
+            f"{name} is a DataLoader that draws by a {kind}, and attribute has an order of its own; expected a "
+            "DataLoader without one, over torch.utils.data.Subset(dataset, numbers) for some of the examples."
+        )

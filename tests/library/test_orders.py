@@ -1,0 +1,594 @@
+"""The order of differentiation: chosen once, by trying, and right on both sides of every threshold.
+
+The reference is a loop of plain SGD steps with weights of the examples, and central differences of the loss after it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+import metapl
+from metapl.feedback import Estimator, Forward, ReinforcePerExample
+from metapl.feedback.forward import SMALL
+from metapl.problems import Table
+
+EXAMPLES, LEARNING_RATE = 4, 0.1
+
+
+class Recurrent(nn.Module):
+    """An LSTM, whose float32 kernel has no forward mode."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.lstm, self.out = nn.LSTM(4, width, batch_first=True), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.lstm(x.view(len(x), 2, 4))[0][:, -1])
+
+
+class Transformer(nn.Module):
+    """A spatial transformer: grid_sample has no forward mode."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.hidden, self.where, self.out = nn.Linear(8, width), nn.Linear(width, 6), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        theta = 0.3 * self.where(self.hidden(x).tanh()).view(-1, 2, 3)
+        grid = F.affine_grid(theta, [len(x), 1, 2, 4], align_corners=False)
+        return self.out(F.grid_sample(x.view(-1, 1, 2, 4), grid, align_corners=False).flatten(1))
+
+
+class Prototypes(nn.Module):
+    """Distances to prototypes: cdist has no forward mode."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.hidden, self.prototypes = nn.Linear(8, width), nn.Parameter(torch.randn(3, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -torch.cdist(self.hidden(x).tanh(), self.prototypes)
+
+
+class Derivative(nn.Module):
+    """A forward that takes a gradient, as networks of physics do, without ``enable_grad``."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        u = self.net(x)
+        (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        return u + slope[:, :3]
+
+
+class Spread(nn.Module):
+    """The standard deviation of rows, of which some are constant: NaN in its second derivative in reverse."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(8, width), nn.Linear(width + 1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.hidden(x) * (x[:, :1] > 0)
+        return self.out(torch.cat([h, h.std(1, keepdim=True)], 1))
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * (1 - x.tanh() ** 2)
+
+
+class OnceWithJvp(Once):
+    """The same with a forward mode of its own, by which it is right."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:  # type: ignore[override]
+        return x.tanh()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return tangent * (1 - x.tanh() ** 2)
+
+
+class Opaque(nn.Module):
+    function: type[torch.autograd.Function] = Once
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(8, width), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.function.apply(self.hidden(x)))
+
+
+class Translucent(Opaque):
+    function = OnceWithJvp
+
+
+class Weighed(metapl.BilevelProblem):
+    """A weight for each example, exp of a table."""
+
+    def signal(self, teacher: nn.Module, batch: Any, outputs: Any, *, generator: Any) -> metapl.Signal:
+        return metapl.Signal(teacher(batch[2]).exp())
+
+    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, target, reduction="none")
+
+    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
+        assert isinstance(signal.value, Tensor)
+        return signal.value * self.loss(outputs, batch[1])
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return self.loss(outputs, batch[1]).mean()
+
+
+class Ctc(Weighed):
+    """Its backward has no derivative."""
+
+    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+        sizes = torch.full((len(outputs),), outputs.shape[1]), torch.full((len(outputs),), target.shape[1])
+        return F.ctc_loss(outputs.log_softmax(-1).transpose(0, 1), target, *sizes, reduction="none")
+
+
+@dataclass
+class Task:
+    student: nn.Module
+    teacher: nn.Module
+    outer: Any
+    inner: Any
+    problem: Weighed
+
+    def gradient(
+        self, steps: int, mode: Any = "forward", **options: Any
+    ) -> metapl.feedback.hypergradient.Hypergradient:
+        inner = metapl.Lookahead([self.inner] * steps) if steps > 1 else self.inner
+        return metapl.hypergradient(
+            self.teacher,
+            self.student,
+            outer=self.outer,
+            inner=inner,
+            problem=self.problem,
+            mode=mode,
+            inner_optimizer=torch.optim.SGD(self.student.parameters(), lr=LEARNING_RATE),
+            **options,
+        )
+
+    def reference(self, steps: int) -> Tensor:
+        """Central differences of the loss after real steps, in float64."""
+        (table,) = [p.detach().double() for p in self.teacher.parameters()]
+        move, slopes = 1e-5, []
+        for i in range(EXAMPLES):
+            ends = []
+            for side in (1, -1):
+                moved = table.clone()
+                moved.view(-1)[i] += side * move
+                ends.append(self.loss_after(steps, moved.view(-1).exp()))
+            slopes.append((ends[0] - ends[1]) / (2 * move))
+        return torch.tensor(slopes, dtype=torch.float64)
+
+    def loss_after(self, steps: int, weights: Tensor) -> float:
+        student = copy.deepcopy(self.student).double()
+        optimizer = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (weights * self.problem.loss(student(self.inner[0].double()), self.inner[1])).mean().backward()
+            optimizer.step()
+        return float(self.problem.loss(student(self.outer[0].double()), self.outer[1]).mean().detach())
+
+
+def task(kind: Callable[[int], nn.Module], width: int, dtype: torch.dtype = torch.float64) -> Task:
+    torch.manual_seed(3)
+    student = kind(width).to(dtype)
+    x, y = torch.randn(EXAMPLES, 8, dtype=dtype), torch.arange(EXAMPLES) % 3
+    x[0, 0] = -1.0  # a row that is constant in Spread
+    outer = torch.randn(5, 8, dtype=dtype), torch.arange(5) % 3
+    table = Table(torch.randn(EXAMPLES, dtype=dtype) / 3)
+    return Task(student, table, outer, (x, y, torch.arange(EXAMPLES)), Weighed())
+
+
+def ctc_task(width: int) -> Task:
+    torch.manual_seed(3)
+    student = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 5)).double()
+    x, text = torch.randn(EXAMPLES, 9, 4).double(), torch.randint(1, 5, (EXAMPLES, 3))
+    outer = torch.randn(4, 9, 4).double(), torch.randint(1, 5, (4, 3))
+    table = Table(torch.randn(EXAMPLES).double() / 3)
+    return Task(student, table, outer, (x, text, torch.arange(EXAMPLES)), Ctc())
+
+
+def close(result: Any, expected: Tensor, tolerance: float = 1e-6) -> None:
+    (found,) = result.grads.values()
+    assert torch.dist(found.double().view(-1), expected) <= tolerance * expected.norm()
+
+
+SIZES = {"small": 6, "large": 3000}
+# By kind: the orders of one step of a small and of a large student, and of three steps of either.
+ORDERS = {
+    Transformer: ("graph", "double_backward", "double_backward"),
+    Prototypes: ("graph", "double_backward", "double_backward"),
+    Derivative: ("graph", "double_backward", "double_backward"),
+}
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", ORDERS)
+def test_a_student_without_forward_mode_is_right_at_every_size(kind: Any, size: str, steps: int) -> None:
+    case = task(kind, SIZES[size])
+    assert (sum(p.numel() for p in case.student.parameters()) > SMALL) == (size == "large")
+    result, expected = case.gradient(steps), case.reference(steps)
+    of_small, of_large, of_several = ORDERS[kind]
+    assert result.order == (of_several if steps > 1 else of_large if size == "large" else of_small)
+    close(result, expected)
+    if steps == 1:
+        close(case.gradient(steps, "difference"), expected, 1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(("width", "order"), [(60, "graph"), (128, "double_backward")])
+def test_an_lstm_is_right_at_every_size(width: int, order: str, steps: int) -> None:
+    """18,000 weights and 69,000, in float32."""
+    case = task(Recurrent, width, torch.float32)
+    result = case.gradient(steps)
+    assert result.order == (order if steps == 1 else "double_backward")
+    close(result, case.reference(steps), 1e-3)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_order_that_is_finite_is_taken(size: str) -> None:
+    """A graph of the standard deviation of a constant row is NaN twice, and a tangent is not."""
+    case = task(Spread, SIZES[size])
+    result, expected = case.gradient(1), case.reference(1)
+    assert result.order == "tangent"
+    close(result, expected)
+    for mode in ("unrolled", Forward(by="graph"), Forward(by="double_backward")):
+        with pytest.raises(metapl.MetaplError, match=r"NaN or infinite.* is finite"):
+            case.gradient(1, mode)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_where_no_order_of_several_steps_is_finite_the_advice_runs(size: str) -> None:
+    case = task(Spread, SIZES[size])
+    with pytest.raises(metapl.MetaplError, match=r"Forward\(truncate="):
+        case.gradient(3)
+    result = case.gradient(3, Forward(truncate=1))
+    assert all(t.isfinite().all() for t in result.feedback)
+
+
+@pytest.mark.parametrize("by", ["graph", "tangent", "double_backward"])
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("size", SIZES)
+def test_an_order_is_forced_and_all_agree(by: Any, steps: int, size: str) -> None:
+    case = task(lambda width: nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 3)), SIZES[size])
+    result = case.gradient(steps, Forward(by=by))
+    assert result.order == by
+    close(result, case.reference(steps))
+    if steps > 1:
+        close(case.gradient(steps, Forward(by=by, keep_every=2)), case.reference(steps))
+        last = case.gradient(steps, Forward(by=by, truncate=2)).feedback
+        torch.testing.assert_close(last, case.gradient(steps, Forward(by="tangent", truncate=2)).feedback)
+
+
+@pytest.mark.parametrize("by", ["graph", "tangent", "double_backward"])
+def test_micro_batches_take_every_order(by: Any) -> None:
+    case = task(lambda width: nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 3)), 6)
+    case.outer = case.outer[0][:4], case.outer[1][:4]
+    for steps in (1, 3):
+        close(case.gradient(steps, Forward(by=by), accumulate=2), case.reference(steps))
+
+
+def test_what_is_forced_and_does_not_run_is_refused_with_an_order_that_does() -> None:
+    case = task(Transformer, 6)
+    with pytest.raises(metapl.MetaplError, match=r'grid_sampler_2d.*expected Forward\(by="graph"\)') as caught:
+        case.gradient(1, Forward(by="tangent"))
+    assert 'Forward(by="double_backward")' in str(caught.value)
+    for by in ("graph", "double_backward"):  # both proposals
+        close(case.gradient(1, Forward(by=by)), case.reference(1))
+    with pytest.raises(metapl.MetaplError, match=r'expected Forward\(by="double_backward"\)'):
+        case.gradient(3, Forward(by="tangent"))
+    close(case.gradient(3, Forward(by="double_backward")), case.reference(3))
+
+
+@pytest.mark.parametrize("width", [60, 128])
+@pytest.mark.parametrize("mode", [ReinforcePerExample(), "implicit"])
+def test_other_modes_with_a_tangent_run_where_forward_does(mode: Any, width: int) -> None:
+    """Sampled labels of an LSTM, against finite differences of the outputs; and the implicit mode's identity."""
+    torch.manual_seed(2)
+    teacher, student = nn.Linear(8, 3), Recurrent(width)
+    batches: dict[str, Any] = {"outer": (torch.randn(5, 8), torch.arange(5) % 3), "inner": torch.randn(6, 8)}
+    batches["inner_optimizer"] = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
+    if mode == "implicit":
+        mode, reference = metapl.feedback.Implicit(solver="identity", step_size=0.1), "forward"
+        assert metapl.hypergradient(teacher, student, **batches, mode=mode).order == "double_backward"
+        return
+    torch.manual_seed(5)
+    found = metapl.hypergradient(teacher, student, **batches, mode=mode)
+    torch.manual_seed(5)
+    reference = metapl.hypergradient(teacher, student, **batches, mode=ReinforcePerExample(tangent="difference"))
+    assert (found.order, reference.order) == ("graph" if width == 60 else "double_backward", "outputs")
+    assert torch.dist(found.feedback, reference.feedback) <= 2e-2 * reference.feedback.norm()
+
+
+# ------------------------------------------------------------------------------------------------------- the trainer
+
+
+def trainer_of(case: Task, mode: Any = "forward", **options: Any) -> metapl.BilevelTrainer:
+    optimizer = torch.optim.SGD(case.student.parameters(), lr=LEARNING_RATE)
+    outer_optimizer = torch.optim.SGD(case.teacher.parameters(), lr=1.0)
+    given: dict[str, Any] = {"inner_optimizer": optimizer, "outer_optimizer": outer_optimizer, "verify": False}
+    return metapl.BilevelTrainer(case.teacher, case.student, mode, problem=case.problem, **given | options)
+
+
+def test_a_trainer_tries_once_and_its_checkpoints_keep_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = task(Prototypes, 3000)
+    trainer, tries = trainer_of(case), list[bool]()
+    in_order = metapl.BilevelTrainer._step_in_order
+
+    def counted(self: Any, order: Any, is_tried: bool, *given: Any) -> Any:
+        tries.append(is_tried)
+        return in_order(self, order, is_tried, *given)
+
+    monkeypatch.setattr(metapl.BilevelTrainer, "_step_in_order", counted)
+    expected = case.reference(1)
+    before = next(case.teacher.parameters()).detach().clone()
+    report = trainer.step(outer=case.outer, inner=case.inner)
+    moved = next(case.teacher.parameters()).detach() - before
+    assert torch.dist(-moved.view(-1), expected) <= 1e-6 * expected.norm()
+    for _ in range(2):
+        assert trainer.step(outer=case.outer, inner=case.inner).order == report.order == "double_backward"
+    assert tries == [True, True, False, False]  # tangent, double backward; then that alone
+
+    again = task(Prototypes, 3000)
+    resumed = trainer_of(again)
+    resumed.load_state_dict(trainer.state_dict())
+    del tries[:]
+    for one, of in ((trainer, case), (resumed, again)):
+        one.step(outer=of.outer, inner=of.inner)
+    assert tries == [False, False]
+    for p, q in zip(case.student.parameters(), again.student.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_resumed_fit_keeps_the_order_bit_for_bit(tmp_path: Path) -> None:
+    def fitted(**options: Any) -> list[Tensor]:
+        case = task(Prototypes, 3000)
+        trainer = trainer_of(case)
+        trainer.fit([case.outer], [case.inner], steps=4, progress=False, **options)
+        assert trainer.orders.state_dict() == {"tangent, double_backward": "double_backward"}
+        return [*case.student.parameters(), *case.teacher.parameters()]
+
+    whole = fitted(out=tmp_path / "run", save_every=2)
+    (tmp_path / "run/checkpoints/fit/step-00000004.ckpt").unlink()
+    for one, other in zip(whole, fitted(out=tmp_path / "run", save_every=2, resume=True), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_attempt_that_fails_leaves_generators_and_buffers_as_they_were() -> None:
+    """With dropout and batch norm, a step that tried twice is the step in the second order alone."""
+
+    def kind(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), Prototypes(width))
+
+    ends = []
+    for mode in (Forward(), Forward(by="double_backward")):
+        case = task(kind, 3000)
+        torch.manual_seed(7)
+        report = trainer_of(case, mode).step(outer=case.outer, inner=case.inner)
+        assert report.order == "double_backward"
+        ends.append([*case.student.state_dict().values(), *case.teacher.parameters(), torch.get_rng_state()])
+    for one, other in zip(*ends, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", [Prototypes, Derivative, Spread])
+def test_a_training_verifies_and_comes_out(kind: Any) -> None:
+    """Verified, and below the training whose weights stay as they are."""
+    losses = {}
+    for mode in ("forward", "none"):
+        case = task(kind, 3000)
+        optimizer = torch.optim.SGD(case.student.parameters(), lr=0.003)
+        outer_optimizer = torch.optim.SGD(case.teacher.parameters(), lr=30.0)
+        trainer = trainer_of(case, mode, verify=True, inner_optimizer=optimizer, outer_optimizer=outer_optimizer)
+        for _ in range(8):
+            trainer.step(outer=case.outer, inner=case.inner)
+        losses[mode] = float(case.problem.outer_loss(case.student(case.outer[0]), case.outer).detach())
+        assert trainer.verification.verdict.startswith("right" if mode == "forward" else "nothing")
+    assert losses["forward"] < losses["none"]
+
+
+def test_numbers_that_become_nan_later_are_refused_with_an_order_that_has_none() -> None:
+    """The choice is made once; what another order would give is said."""
+    case = task(Spread, 6)
+    x = case.inner[0].abs() + 0.1
+    trainer = trainer_of(case)
+    assert trainer.step(outer=case.outer, inner=(x, *case.inner[1:])).order == "graph"
+    with pytest.raises(metapl.MetaplError, match=r'NaN or infinite.*Here Forward\(by="tangent"\).* is finite'):
+        trainer.step(outer=case.outer, inner=case.inner)
+
+
+# ------------------------------------------------------------------------------- a backward that has no derivative
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("mode", ["forward", "unrolled"])
+def test_a_once_differentiable_backward_is_named(mode: str, size: str, steps: int) -> None:
+    case = task(Opaque, SIZES[size])
+    ending = "" if steps == 1 else " with one student step"
+    with pytest.raises(metapl.MetaplError, match=rf"Once lacks a derivative.*expected mode 'difference'{ending}\."):
+        case.gradient(steps, mode)
+    with pytest.raises(metapl.MetaplError, match="Once lacks a derivative"):
+        trainer_of(case, mode).step(
+            outer=case.outer, inner=metapl.Lookahead([case.inner] * steps) if steps > 1 else case.inner
+        )
+    close(case.gradient(1, "difference"), case.reference(1), 1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_once_differentiable_backward_with_a_jvp_is_right_by_tangent(size: str) -> None:
+    case = task(Translucent, SIZES[size])
+    result = case.gradient(1)
+    assert result.order == "tangent"
+    close(result, case.reference(1))
+    with pytest.raises(metapl.MetaplError, match=r"OnceWithJvp.*expected mode 'forward' with one student step"):
+        case.gradient(3)
+
+
+# ----------------------------------------------------------------------------------- losses without a second derivative
+
+
+@pytest.mark.parametrize("one_sided", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_weight_of_a_ctc_loss_is_right_by_difference(one_sided: bool, accumulate: int) -> None:
+    case = ctc_task(7)
+    mode = metapl.feedback.Difference(one_sided=one_sided)
+    result = case.gradient(1, mode, accumulate=accumulate)
+    assert result.order == "losses"
+    close(result, case.reference(1), 1e-4 if one_sided else 1e-6)
+    close(case.gradient(1, mode, verify=True), case.reference(1), 1e-4 if one_sided else 1e-6)
+
+
+class Targets(Weighed):
+    """Signals of other kinds in the same loss: a bias of the outputs, and weights of a penalty on the weights."""
+
+    def signal(self, teacher: nn.Module, batch: Any, outputs: Any, *, generator: Any) -> metapl.Signal:
+        table = teacher(batch[2])
+        return metapl.Signal({"factor": table.exp(), "decay": table.sigmoid()})
+
+    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
+        assert isinstance(signal.value, dict)
+        size = sum(p.square().sum() for p in params.values())
+        ctc = Ctc().loss(outputs, batch[1])
+        return signal.value["factor"] ** 2 * ctc + signal.value["decay"] * size / 10
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return Ctc().loss(outputs, batch[1]).mean()
+
+
+def test_other_signals_and_losses_of_the_weights_are_right_by_difference() -> None:
+    case = ctc_task(7)
+    case.problem = Targets()
+    (table,) = case.teacher.parameters()
+
+    def loss_after(values: Tensor) -> float:
+        student = copy.deepcopy(case.student)
+        size = sum(p.square().sum() for p in student.parameters())
+        losses = values.exp() ** 2 * Ctc().loss(student(case.inner[0]), case.inner[1]) + values.sigmoid() * size / 10
+        grads = torch.autograd.grad(losses.mean(), [*student.parameters()])
+        with torch.no_grad():
+            for p, g in zip(student.parameters(), grads, strict=True):
+                p -= LEARNING_RATE * g
+        return float(Ctc().loss(student(case.outer[0]), case.outer[1]).mean().detach())
+
+    values, slopes = table.detach().view(-1), []
+    for i in range(EXAMPLES):
+        move = 1e-5 * F.one_hot(torch.tensor(i), EXAMPLES)
+        slopes.append((loss_after(values + move) - loss_after(values - move)) / 2e-5)
+    result = case.gradient(1, "difference")
+    assert result.order == "losses"
+    close(result, torch.tensor(slopes, dtype=torch.float64))
+
+
+def test_a_training_of_ctc_verifies_and_comes_out() -> None:
+    case = ctc_task(7)
+    trainer = trainer_of(case, "difference", verify=True)
+    reports = [trainer.step(outer=case.outer, inner=case.inner) for _ in range(6)]
+    assert {report.order for report in reports} == {"losses"}
+    assert reports[-1].outer_loss < reports[0].outer_loss
+    assert trainer.verification.verdict.startswith("right")
+
+
+# ---------------------------------------------------------------------------------------------------------- the advice
+
+
+def proposed(error: str, mode: str, steps: int) -> list[tuple[Estimator | str, int]]:
+    """The modes that an error proposes, each with its number of steps."""
+    found = []
+    for text in error.rsplit("expected ", 1)[1].rstrip(".").split(", or "):
+        number = 1 if "with one student step" in text else steps
+        text = text.removesuffix(" with one student step")
+        names = {"Forward": Forward, "ReinforcePerExample": ReinforcePerExample}
+        found.append((text.removeprefix("mode ").strip("'") if text.startswith("mode") else eval(text, names), number))
+    return found
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("make", [ctc_task, lambda width: task(Opaque, width), lambda width: task(Translucent, width)])
+@pytest.mark.parametrize("mode", ["forward", "unrolled", "implicit", Forward(by="tangent"), Forward(by="graph")])
+def test_every_proposal_runs(make: Any, mode: Any, steps: int) -> None:
+    if mode == "implicit" and steps > 1:
+        pytest.skip("it takes one step")
+    case = make(6)
+    try:
+        case.gradient(steps, mode)
+    except metapl.MetaplError as error:
+        proposals = proposed(str(error), mode, steps)
+        assert proposals
+        assert not any(other == "reinforce" for other, _ in proposals)  # the signal is none of sampled labels
+        for other, number in proposals:
+            assert all(g.isfinite().all() for g in case.gradient(number, other).grads.values())
+    else:
+        assert make is not ctc_task
+        assert isinstance(mode, Forward) or mode == "forward"
+
+
+@pytest.mark.parametrize("mode", ["forward", "unrolled", ReinforcePerExample()])
+def test_every_proposal_for_sampled_labels_runs(mode: Any) -> None:
+    torch.manual_seed(0)
+    given: dict[str, Any] = {"outer": (torch.randn(5, 8), torch.arange(5) % 3), "inner": torch.randn(6, 8)}
+    teacher, student = nn.Linear(8, 3), Opaque(6)
+    given["inner_optimizer"] = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
+    with pytest.raises(metapl.MetaplError, match="Once lacks a derivative") as caught:
+        metapl.hypergradient(teacher, student, **given, mode=mode)
+    proposals = proposed(str(caught.value), mode, 1)
+    assert len(proposals) == 2
+    for other, _ in proposals:
+        metapl.hypergradient(teacher, student, **given, mode=other)
+
+
+@pytest.mark.long
+def test_a_compiled_function_in_a_student_leads_to_the_next_order() -> None:
+    """Its backward pass cannot be differentiated, and it has a forward mode."""
+
+    class Compiled(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.hidden, self.out = nn.Linear(8, width), nn.Linear(width, 3)
+            self.act = torch.compile(torch.tanh, backend="aot_eager")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.act(self.hidden(x)))
+
+    case = task(Compiled, 6)
+    result = case.gradient(1)
+    assert result.order == "tangent"
+    close(result, case.reference(1))
+    for mode, steps in (("unrolled", 1), ("forward", 3)):
+        with pytest.raises(metapl.MetaplError, match="expected mode "):
+            case.gradient(steps, mode)

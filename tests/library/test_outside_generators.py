@@ -1,0 +1,273 @@
+"""Students and teachers that draw from Python's and NumPy's global generators.
+
+A pass that is run again has its own draws again; a step advances the generators as its passes forward would; the outer
+loss draws from a stream apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from problems_zoo import CLASSES, OPTIMISERS, Toy, gradient, product, toy, trainer_for
+from reference import Tree, cross_entropy, error, own_stream, stepped
+from test_replays import put
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import metapl
+from metapl import MetaplError
+from metapl.execution.state import RandomState
+from metapl.feedback import Difference, Forward
+from metapl.runs import checkpoint
+
+ROWS = 6  # of the inner batch; the outer one has a row more
+RULE = OPTIMISERS["torch_sgd_nesterov"]
+
+
+def coin(h: Tensor) -> Tensor:
+    """Stochastic depth."""
+    return h + h.sin() if random.random() < 0.5 else h
+
+
+def noise(h: Tensor) -> Tensor:
+    return h + 0.3 * torch.from_numpy(numpy.random.randn(*h.shape)).to(h)  # noqa: NPY002
+
+
+def both(h: Tensor) -> Tensor:
+    """Of all three generators, one of them by a cached normal number."""
+    scale = 1 + 0.2 * random.gauss(0, 1) + 0.1 * numpy.random.standard_normal()  # noqa: NPY002
+    return F.dropout(h, 0.2) * scale
+
+
+DRAWS: dict[str, Callable[[Tensor], Tensor]] = {"a coin of Python's": coin, "noise of NumPy's": noise, "both": both}
+
+
+class Drawing(nn.Module):
+    """Two layers with draws between them, of batches of so many ``rows``; None: of all."""
+
+    def __init__(self, draw: Callable[[Tensor], Tensor], rows: int | None = ROWS) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(16, 6), nn.Linear(6, CLASSES)
+        self.draw, self.rows = draw, rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x.flatten(1)).tanh()
+        return self.head(self.draw(h) if self.rows in (None, len(x)) else h)
+
+
+def seed() -> None:
+    torch.manual_seed(11)
+    random.seed(12)
+    numpy.random.seed(13)  # noqa: NPY002
+
+
+def outside() -> Any:
+    return random.getstate(), checkpoint.plain_states(numpy.random.get_state(legacy=False))  # noqa: NPY002
+
+
+def case(draw: Callable[[Tensor], Tensor], rows: int | None = ROWS) -> Toy:
+    base = toy("mlp", rows=ROWS)
+    torch.manual_seed(5)
+    return Toy(base.teacher, Drawing(draw, rows).double(), base.labeled, base.unlabeled, 0)
+
+
+def by_hand(problem: Toy, steps: int) -> tuple[Tree, Any]:
+    """Double backward through the module itself, and the generators after its inner passes."""
+    teacher, student = copy.deepcopy(problem.teacher), copy.deepcopy(problem.student)
+    theta, phi, state = dict(student.named_parameters()), dict(teacher.named_parameters()), None
+    seed()
+    for _ in range(steps):
+        put(student, theta)
+        z = student(problem.unlabeled)
+        loss = cross_entropy(teacher(problem.unlabeled).softmax(-1), z).mean()
+        theta, state = stepped(loss, theta, RULE.rule, state)
+    after = outside()
+    put(student, theta)
+    torch.set_rng_state(own_stream(torch.get_rng_state()))
+    loss = F.cross_entropy(student(problem.labeled[0]), problem.labeled[1])
+    return dict(zip(phi, torch.autograd.grad(loss, list(phi.values())), strict=True)), after
+
+
+WAYS: dict[str, tuple[Any, int]] = {
+    "tangent": (Forward(by="tangent"), 1),
+    "graph": (Forward(by="graph"), 1),
+    "unrolled": ("unrolled", 1),
+    "difference": ("difference", 1),
+    "one-sided difference": (Difference(one_sided=True), 1),
+    "forward, three steps": ("forward", 3),
+    "unrolled, three steps": ("unrolled", 3),
+    "forward, recomputed": (Forward(keep_every=2), 3),
+}
+
+
+@pytest.mark.parametrize(("way", "draw"), product(WAYS, DRAWS, usual=("both", "tangent", "forward, recomputed")))
+def test_the_gradient_is_that_of_double_backward(way: str, draw: str) -> None:
+    """At the first call, and at the second, for which the library knows whether the student draws from them."""
+    problem, (mode, steps) = case(DRAWS[draw]), WAYS[way]
+    expected, after = by_hand(problem, steps)
+    ahead = None if steps == 1 else [problem.unlabeled] * steps
+    for _ in range(2):
+        seed()
+        found = gradient(problem, mode, ahead, inner_optimizer=RULE.build(problem.student))
+        assert error(found.grads, expected) < (1e-4 if "difference" in way else 1e-9)
+        assert outside() == after
+
+
+@pytest.mark.parametrize("mode", ["forward", "unrolled", "difference"])
+def test_it_passes_verification(mode: str) -> None:
+    for draw in DRAWS.values():
+        problem = case(draw, None)
+        seed()
+        before = outside()
+        options = {"inner_optimizer": RULE.build(problem.student), "mode": mode}
+        assert metapl.check_gradient(**problem.networks(), **problem.data(), **options).status == "right"
+        assert outside() == before
+
+
+def test_passes_draw_what_no_other_pass_draws() -> None:
+    """The inner and the outer pass of a step, those of the next, and the caller between them."""
+    log: list[float] = []
+
+    def logged(h: Tensor) -> Tensor:
+        log.append(random.random())
+        log.append(float(numpy.random.rand()))  # noqa: NPY002
+        return h
+
+    for mode in ("forward", Forward(by="tangent"), "difference", "unrolled"):
+        log.clear()
+        problem = case(logged, None)
+        trainer = trainer_for(problem, mode)
+        seed()
+        for _ in range(3):
+            trainer.step(**problem.data())
+            log.append(random.random())
+        # Replays have the numbers of what they replay.
+        assert len(set(log)) == 3 * (2 * 2 + 1)
+
+
+def test_a_teacher_that_is_computed_again_has_its_draws_again() -> None:
+    problem = toy("mlp", rows=ROWS, teacher=lambda: Drawing(both, None))
+    grads = []
+    for recompute in (False, True):
+        seed()
+        again = copy.deepcopy(problem)
+        found = gradient(again, "unrolled", inner_optimizer=RULE.build(again.student), recompute_teacher=recompute)
+        grads.append((found.grads, outside()))
+    assert error(grads[1][0], grads[0][0]) < 1e-9
+    assert grads[1][1] == grads[0][1]
+
+
+def test_what_is_refused_leaves_the_generators_as_they_were() -> None:
+    problem = case(both, None)
+    trainer = trainer_for(problem)
+    for number in range(2):
+        seed()
+        before = outside()
+        with pytest.raises(MetaplError):
+            trainer.step(problem.labeled, problem.unlabeled * float("nan"))
+        assert outside() == before
+        if number == 0:
+            trainer.step(**problem.data())
+
+
+def test_it_is_found_anew_where_the_modes_change() -> None:
+    """A student that begins to draw when it is put into training mode, as stochastic depth does."""
+
+    class Deep(Drawing):
+        def forward(self, x: Tensor) -> Tensor:
+            self.rows = None if self.training else -1
+            return super().forward(x)
+
+    problem = case(both)
+    student = Deep(both).double()
+    problem = Toy(problem.teacher, student, problem.labeled, problem.unlabeled, 0)
+    trainer = trainer_for(problem, Forward(by="tangent"))
+    student.eval()
+    trainer.step(**problem.data())
+    student.train()
+    for _ in range(3):
+        trainer.step(**problem.data())
+
+
+def test_a_quiet_network_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a step must not cost what the states take to be read."""
+    problem = toy("dropout")
+    trainer = trainer_for(problem, Forward(by="tangent"))
+    trainer.step(**problem.data())
+    gradient(problem)
+
+    def asked() -> Any:
+        raise AssertionError("the state of Python's generator was read")
+
+    monkeypatch.setattr(random, "getstate", asked)
+    trainer.step(**problem.data())
+    gradient(problem)
+
+
+def test_a_state_is_stored_and_branches() -> None:
+    seed()
+    random.gauss(0, 1)
+    state = RandomState.now(torch.device("cpu"))
+    drawn = random.random(), random.gauss(0, 1), numpy.random.randn()  # noqa: NPY002
+    values = checkpoint.decoded(*stored(state.values()))
+    RandomState(torch.device("cpu"), **values).restore()
+    assert (random.random(), random.gauss(0, 1), numpy.random.randn()) == drawn  # noqa: NPY002
+    branch, of_torch = state.branch(), state._replace(python=None, numpy=None).branch()
+    assert branch.cpu.equal(of_torch.cpu)
+    branch.restore()
+    assert random.random() != drawn[0]
+    state.branch().restore()
+    again = random.random()
+    state.branch().restore()
+    assert random.random() == again
+    other = state._replace(python=random.Random(5).getstate())
+    other.branch().restore()
+    assert random.random() != again
+
+
+def stored(tree: Any) -> tuple[str, dict[str, Tensor]]:
+    tensors: dict[str, Tensor] = {}
+    return json.dumps(checkpoint.encoded(tree, tensors)), tensors
+
+
+def test_another_bit_generator_of_numpy_is_taken_as_it_is() -> None:
+    before = numpy.random.get_bit_generator()
+    numpy.random.set_bit_generator(numpy.random.PCG64(3))
+    try:
+        problem = case(noise, None)
+        options = {"inner_optimizer": RULE.build(problem.student), "mode": "forward"}
+        assert metapl.check_gradient(**problem.networks(), **problem.data(), **options).status == "right"
+    finally:
+        numpy.random.set_bit_generator(before)
+
+
+def test_trainings_by_two_modes_are_the_same() -> None:
+    """Of a student with stochastic depth: replays of one mode, and none of the other, leave the same draws."""
+    ends = []
+    for mode in (Forward(by="tangent"), "unrolled"):
+        problem = case(coin, None)
+        trainer = trainer_for(problem, mode, inner_optimizer=RULE.build(problem.student), verify=True)
+        seed()
+        losses = [float(trainer.step(**problem.data()).scalars["outer_loss"]) for _ in range(30)]
+        ends.append((dict(problem.student.named_parameters()), dict(problem.teacher.named_parameters())))
+        assert losses[-1] < losses[0]
+    assert error(ends[0][0], ends[1][0]) < 1e-7
+    assert error(ends[0][1], ends[1][1]) < 1e-7
+
+
+def test_a_student_without_draws_has_the_bits_that_it_had() -> None:
+    """Torch's stream of the outer pass does not depend on the other generators."""
+    found = []
+    for start in (1, 2):
+        problem = toy("dropout")
+        random.seed(start)
+        torch.manual_seed(3)
+        found.append(gradient(problem).grads)
+    assert error(*found) == 0.0

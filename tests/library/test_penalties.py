@@ -1,0 +1,380 @@
+"""Losses that read ``student.parameters()``: penalties on the weights that are trained.
+
+The reference is double backward by hand: the moved weights are put into the student's tables before each pass, and the
+loss is called while they are there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from problems_zoo import OPTIMISERS, product
+from reference import Tree, error, own_stream, stepped
+from test_implicit import D, Penalties, Ridge, closed_form, data, student
+from test_replays import put
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import metapl
+from metapl import MetaplError, Signal
+from metapl.feedback import Difference, Forward, Implicit
+from metapl.functional import stack, unstack
+from metapl.functional.architecture import Undescribed, description_of_object
+from metapl.problems import ExampleWeights, Table
+
+ROWS, CLASSES = 8, 3
+RULE = OPTIMISERS["torch_sgd_nesterov"]
+LARGE = 2**15 + 1  # weights, above which ``forward`` keeps no graph
+
+Penalty = Callable[[nn.Module, list[Tensor]], Tensor]
+
+
+def l2(net: Any, start: list[Tensor]) -> Tensor:
+    return torch.stack([p.square().sum() for p in net.parameters()]).sum()
+
+
+def l1_of_a_layer(net: Any, start: list[Tensor]) -> Tensor:
+    return net[0].weight.abs().sum()
+
+
+def proximal(net: Any, start: list[Tensor]) -> Tensor:
+    """The squared distance from the weights that the training began with, weighed by entry as in EWC."""
+    pairs = zip(net.parameters(), start, strict=True)
+    return torch.stack([((1 + q.square()) * (p - q).square()).sum() for p, q in pairs]).sum()
+
+
+def orthogonality(net: Any, start: list[Tensor]) -> Tensor:
+    weight = net.get_submodule("0").weight
+    return (weight.T @ weight - torch.eye(weight.shape[1]).to(weight)).square().sum()
+
+
+PENALTIES: dict[str, Penalty] = {
+    "l2": l2,
+    "l1 of a layer": l1_of_a_layer,
+    "proximal": proximal,
+    "orthogonality": orthogonality,
+}
+
+
+class Penalized(ExampleWeights):
+    """Weights of examples, which also weigh a penalty on the student's own weights; and one in the outer loss."""
+
+    def __init__(self, net: nn.Module, penalty: Penalty = l2) -> None:
+        super().__init__()
+        vars(self).update(net=net, penalty=penalty, first=[p.detach().clone() + 0.1 for p in net.parameters()])
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        strength = 0.02 + 0.05 * signal.value
+        return super().inner_loss(outputs, signal, batch, params) + strength * self.penalty(self.net, self.first)
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return super().outer_loss(outputs, batch) + 0.03 * self.penalty(self.net, self.first)
+
+
+def network(width: int = 6) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, CLASSES)).double()
+
+
+def batches(steps: int = 1) -> tuple[Any, list[Any]]:
+    """An outer batch, and the inner ones, with the numbers of their examples."""
+    draw = torch.Generator().manual_seed(1)
+    x = [torch.randn(ROWS, 4, generator=draw, dtype=torch.float64) for _ in range(steps + 1)]
+    y, rows = torch.arange(ROWS) % CLASSES, torch.arange(ROWS)
+    return (x[0], y), [(of_step, y, rows) for of_step in x[1:]]
+
+
+def table() -> Table:
+    return Table(torch.linspace(0.2, 1.5, ROWS, dtype=torch.float64))
+
+
+def by_hand(net: nn.Module, penalty: Penalty, steps: int) -> tuple[Tree, Tree, Tensor]:
+    """The gradient in the table, θ after the steps, and L there."""
+    net, teacher = copy.deepcopy(net), table()
+    problem, (outer, inner) = Penalized(net, penalty), batches(steps)
+    phi, theta, state = dict(teacher.named_parameters()), dict(net.named_parameters()), None
+    for batch in inner:
+        put(net, theta)
+        outputs = net(batch[0])
+        signal = problem.signal(teacher, batch, outputs, generator=None)
+        theta, state = stepped(problem.inner_loss(outputs, signal, batch).mean(), theta, RULE.rule, state)
+    put(net, theta)
+    torch.set_rng_state(own_stream(torch.get_rng_state()))
+    loss = problem.outer_loss(net(outer[0]), outer)
+    grads = dict(zip(phi, torch.autograd.grad(loss, list(phi.values())), strict=True))
+    return grads, {name: t.detach() for name, t in theta.items()}, loss.detach()
+
+
+def found(net: nn.Module, penalty: Penalty, mode: Any, steps: int, **options: Any) -> metapl.Hypergradient:
+    outer, inner = batches(steps)
+    given = {"outer": outer, "inner": inner[0] if steps == 1 else metapl.Lookahead(inner), "mode": mode, **options}
+    given = {"problem": Penalized(net, penalty), "inner_optimizer": RULE.build(net), **given}
+    return metapl.hypergradient(table(), net, **given)
+
+
+WAYS: dict[str, tuple[Any, int]] = {
+    "graph": (Forward(by="graph"), 1),
+    "tangent": (Forward(by="tangent"), 1),
+    "unrolled": ("unrolled", 1),
+    "difference": ("difference", 1),
+    "one-sided difference": (Difference(one_sided=True), 1),
+    "forward, three steps": ("forward", 3),
+    "unrolled, three steps": ("unrolled", 3),
+    "forward, recomputed": (Forward(keep_every=2), 3),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "unverified": {"verify": False},
+    "verified": {"verify": True},
+    "micro-batches": {"accumulate": 2},
+}
+
+
+@pytest.mark.parametrize(("way", "penalty"), product(WAYS, PENALTIES, usual=("l2", "forward, three steps")))
+def test_the_gradient_is_that_of_double_backward(way: str, penalty: str) -> None:
+    net, (mode, steps) = network(), WAYS[way]
+    grads, theta, loss = by_hand(net, PENALTIES[penalty], steps)
+    result = found(net, PENALTIES[penalty], mode, steps)
+    assert error(result.grads, grads) < (1e-5 if "difference" in way else 1e-12)
+    assert error(result.student_params, theta) < 1e-12
+    assert float(abs(result.outer_loss - loss)) < 1e-12
+
+
+@pytest.mark.parametrize(("way", "option"), product(WAYS, OPTIONS, usual=("tangent", "unrolled, three steps")))
+def test_it_is_right_verified_and_in_micro_batches(way: str, option: str) -> None:
+    net, (mode, steps) = network(), WAYS[way]
+    grads, theta, _ = by_hand(net, l2, steps)
+    result = found(net, l2, mode, steps, **OPTIONS[option])
+    assert error(result.grads, grads) < (1e-5 if "difference" in way else 1e-12)
+    assert error(result.student_params, theta) < 1e-12
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("mode", ["forward", "unrolled"])
+def test_a_large_student_is_as_right_as_a_small_one(mode: str, steps: int) -> None:
+    net = network(LARGE // (4 + CLASSES + 1) + 1)
+    assert sum(p.numel() for p in net.parameters()) > LARGE
+    grads, theta, _ = by_hand(net, l1_of_a_layer, steps)
+    result = found(net, l1_of_a_layer, mode, steps)
+    assert error(result.grads, grads) < 1e-12
+    assert error(result.student_params, theta) < 1e-12
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("mode", ["forward", "unrolled", "reinforce_per_example"])
+def test_a_trainer_takes_the_steps_of_a_loop(mode: str, steps: int) -> None:
+    """The student's by ``torch.optim`` alone, two times, under the weights that the trainer's table has then."""
+    if mode == "reinforce_per_example":
+        if steps == 3:
+            pytest.skip("the mode looks one step ahead")
+        problem: Any = PenalizedLabels
+        teacher: nn.Module = nn.Linear(4, CLASSES).double()
+    else:
+        problem, teacher = Penalized, table()
+    net = network()
+    trainer = metapl.BilevelTrainer(
+        teacher, net, mode, problem=problem(net), inner_optimizer=RULE.build(net), lookahead=steps, teacher_losses=()
+    )
+    loop = copy.deepcopy(net)
+    rules, optimizer = problem(loop), RULE.build(loop)
+    outer, inner = batches(steps)
+    if mode == "reinforce_per_example":
+        inner = [batch[0] for batch in inner]
+    for _ in range(2):
+        told = copy.deepcopy(teacher)
+        report = trainer.step(outer=outer, inner=inner[0] if steps == 1 else metapl.Lookahead(inner))
+        for batch in inner:
+            outputs = loop(rules.student_input(batch))
+            sampled = mode == "reinforce_per_example"
+            signal = report.signal if sampled else rules.signal(told, batch, outputs, generator=None)
+            loss = rules.inner_loss(outputs, signal.detached(), batch).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert error(dict(net.named_parameters()), dict(loop.named_parameters())) < 1e-12
+
+
+class PenalizedLabels(metapl.PseudoLabels):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        vars(self).update(net=net)
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        return super().inner_loss(outputs, signal, batch) + 0.05 * l2(self.net, [])
+
+
+@pytest.mark.parametrize("mode", [Implicit(iterations=D), Implicit("neumann", iterations=400, step_size=0.2)])
+def test_implicit_is_the_closed_form(mode: Implicit) -> None:
+    class OwnWeights(Ridge):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            vars(self).update(net=net)
+
+        def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+            return super().inner_loss(outputs, signal, batch, dict(self.net.named_parameters()))
+
+    net, (inner, outer) = student(), data()
+    given = {"outer": outer, "inner": inner, "mode": mode, "problem": OwnWeights(net)}
+    given["inner_optimizer"] = torch.optim.SGD(net.parameters(), lr=0.1)
+    for verify in (False, True):
+        (gradient,) = metapl.hypergradient(Penalties(), net, verify=verify, **given).grads.values()
+        assert error({"": gradient}, {"": closed_form()}) < 1e-8
+
+
+def test_scores_of_a_training_with_a_penalty() -> None:
+    """By central differences of real trainings; the trainings that ``validate`` repeats are such a loop too."""
+    net, (outer, ((x, y, _),)) = network(), batches()
+
+    class Decayed(metapl.problems.EqualWeights):
+        def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+            return super().inner_loss(outputs, signal, batch) + 0.1 * l2(net, [])
+
+    made = metapl.attribute(
+        net, (x, y), outer, optimizer=RULE.build(net), steps=4, batch_size=ROWS, problem=Decayed(), progress=False
+    )
+
+    def trained(row: int, weight: float) -> float:
+        twin, weights = copy.deepcopy(net), torch.ones(ROWS).double()
+        weights[row] = weight
+        optimizer = RULE.build(twin)
+        for _ in range(4):
+            losses = weights * F.cross_entropy(twin(x), y, reduction="none") + 0.1 * l2(twin, [])
+            optimizer.zero_grad()
+            losses.mean().backward()
+            optimizer.step()
+        return float(F.cross_entropy(twin(outer[0]), outer[1]).detach())
+
+    slopes = [(trained(i, 1 + 1e-5) - trained(i, 1 - 1e-5)) / 2e-5 for i in range(ROWS)]
+    assert error({"": -made.scores}, {"": torch.tensor(slopes, dtype=torch.float64)}) < 1e-6
+    validated = made.validate([[2], [5]], progress=False)
+    changes = [trained(row, 0.0) - trained(row, 1.0) for row in (2, 5)]
+    assert validated.retrained.tolist() == pytest.approx(changes, abs=1e-12)
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize(("mode", "steps"), [("forward", 1), ("unrolled", 1), ("forward", 3), ("difference", 1)])
+def test_the_pure_step_is_the_eager_one(mode: str, steps: int) -> None:
+    """And of stacked seeds, each as alone: their losses read the weights of their own."""
+    net, (outer, inner) = network(), batches(steps)
+    options = {"problem": Penalized(net, proximal), "inner_optimizer": RULE.build(net), "lookahead": steps}
+    trainer = metapl.BilevelTrainer(table(), net, mode, **options)
+    step, state = trainer.functional()
+    moved = {name: t + 0.1 for name, t in state.student.params.items()}
+    other = state._replace(student=state.student._replace(params=moved))
+    given = outer, inner[0] if steps == 1 else tuple(inner)
+    alone = [step(each, *given) for each in (state, other)]
+    together, report = torch.func.vmap(step, in_dims=(0, None, None), randomness="different")(
+        stack([state, other]), *given
+    )
+    for (after, _), of_stack in zip(alone, unstack(together), strict=True):
+        assert error(of_stack.student.params, after.student.params) < 1e-10
+        assert error(of_stack.teacher.params, after.teacher.params) < 1e-10
+    assert float(report.flag.max()) < 1e-6
+    eager = trainer.step(outer=outer, inner=inner[0] if steps == 1 else metapl.Lookahead(inner))
+    of_step = eager.feedback if steps > 1 else [eager.feedback]
+    pure = alone[0][1].feedback if steps > 1 else [alone[0][1].feedback]
+    assert error(dict(enumerate(pure)), dict(enumerate(of_step))) < (1e-5 if mode == "difference" else 1e-10)
+    assert error(alone[0][0].student.params, dict(net.named_parameters())) < 1e-10
+
+
+@pytest.mark.long
+def test_compiled_it_is_that_of_double_backward() -> None:
+    """A whole training, and a trainer's step."""
+    net = network()
+    grads, theta, loss = by_hand(net, proximal, 3)
+    result = found(net, proximal, "forward", 3, compile=True)
+    assert error(result.grads, grads) < 1e-10
+    assert error(result.student_params, theta) < 1e-10
+    assert float(abs(result.outer_loss - loss)) < 1e-10
+    outer, (inner,) = batches()
+    made = []
+    for is_compiled in (False, True):
+        net = network()
+        options = {"problem": Penalized(net), "inner_optimizer": RULE.build(net), "compile": is_compiled}
+        trainer = metapl.BilevelTrainer(table(), net, **options)
+        for _ in range(3):
+            trainer.step(outer=outer, inner=inner)
+        made.append(dict(net.named_parameters()) | {"w": trainer.teacher.values})
+    assert error(*made) < 1e-9
+
+
+@pytest.mark.parametrize("mode", [Forward(by="tangent"), Forward(keep_every=1)])
+def test_weights_that_a_loss_has_kept_are_refused_with_params_named(mode: Forward) -> None:
+    """A list of the parameters is of θ_0 in later steps, and no weights of the passes that are run again."""
+    net = network()
+    kept = list(net.parameters())
+
+    class Kept(ExampleWeights):
+        def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+            penalty = torch.stack([p.square().sum() for p in kept]).sum()
+            return super().inner_loss(outputs, signal, batch, params) + 0.1 * penalty
+
+    with pytest.raises(MetaplError, match=r"a loss that has kept weights .* `params` or student.parameters\(\)"):
+        found(net, l2, mode, 1 if mode.by else 3, problem=Kept())
+
+
+def test_a_training_learns_the_strength_of_a_penalty() -> None:
+    """On noise, a student that is told to decay ends with the smaller outer loss, and the table learns to tell it."""
+    ends = []
+    for mode in ("forward", "none"):
+        torch.manual_seed(3)
+        x, y = torch.randn(40, 20), torch.arange(40) % CLASSES
+        net = nn.Linear(20, CLASSES)
+
+        class Decay(metapl.BilevelProblem):
+            def __init__(self, net: nn.Module) -> None:
+                super().__init__()
+                vars(self).update(net=net)
+
+            def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+                return Signal(teacher(torch.zeros(len(batch[0]), dtype=torch.long)).exp())
+
+            def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+                losses = F.cross_entropy(outputs, batch[1], reduction="none")
+                return losses + signal.value * l2(self.net, [])
+
+            def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+                return F.cross_entropy(outputs, batch[1])
+
+        strength = Table(torch.full((1,), -6.0))
+        options = {"inner_optimizer": torch.optim.SGD(net.parameters(), lr=0.5), "problem": Decay(net)}
+        options["outer_optimizer"] = torch.optim.Adam(strength.parameters(), lr=0.1)
+        trainer = metapl.BilevelTrainer(strength, net, mode, lookahead=3, **options)
+        outer = x[20:], y.flip(0)[20:]
+        for _ in range(60):
+            trainer.step(outer=outer, inner=metapl.Lookahead([(x[:20], y[:20])] * 3))
+        with torch.no_grad():
+            ends.append((float(F.cross_entropy(net(outer[0]), outer[1])), float(strength.values[0])))
+    (learned, told), (plain, still) = ends
+    assert still == -6.0
+    assert told > -4
+    assert learned < 0.8 * plain
+
+
+NAMED = network()
+
+
+class ByName(ExampleWeights):
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        return super().inner_loss(outputs, signal, batch, params) + of_named()
+
+
+def of_named() -> Tensor:
+    return torch.stack([p.abs().sum() for p in NAMED.parameters()]).sum()
+
+
+def test_a_compiled_training_is_of_the_student_that_a_loss_names() -> None:
+    """And of no bare copy, of which graphs are compiled where no method reads a module: by a global, or a closure."""
+    net = network()
+
+    class ByClosure(ExampleWeights):
+        def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+            return super().inner_loss(outputs, signal, batch, params) + l2(net, [])
+
+    for problem in (ByName(), ByClosure(), Penalized(net)):
+        with pytest.raises(Undescribed):
+            description_of_object(problem)
+    assert description_of_object(ExampleWeights())

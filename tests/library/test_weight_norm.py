@@ -1,0 +1,178 @@
+"""Weight norm, the old one and the new: the derivatives of its formula, and not those of PyTorch's kernel."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from problems_zoo import CLASSES, OPTIMISERS, Toy, gradient, product, toy, trainer_for, values
+from reference import Tree, cross_entropy, error, own_stream, stepped
+from torch import Tensor, nn
+from torch.autograd.gradcheck import GradcheckError
+from torch.nn import functional as F
+
+import metapl
+from metapl.execution.state import Slots
+from metapl.execution.weight_norm import by_formula
+from metapl.feedback import Forward, Implicit
+
+RULE = OPTIMISERS["torch_sgd_nesterov"]
+DIMS = [0, 1, 2, -1]
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_the_formula_is_the_kernels_value_and_has_its_derivatives(dim: int) -> None:
+    torch.manual_seed(0)
+    v = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    g = torch.rand_like(torch.norm_except_dim(v, 2, dim)).requires_grad_()
+    assert torch.allclose(by_formula(v, g, dim), torch._weight_norm(v, g, dim), 1e-14, 1e-14)
+    assert torch.autograd.gradcheck(by_formula, (v, g, dim), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(by_formula, (v, g, dim))
+
+
+def test_the_kernels_second_derivative_is_wrong() -> None:
+    """Where this fails, PyTorch's kernel can be taken again."""
+    v, g = torch.randn(2, 3, dtype=torch.float64, requires_grad=True), torch.rand(2, 1, dtype=torch.float64)
+    with pytest.raises(GradcheckError):
+        torch.autograd.gradgradcheck(lambda v: torch._weight_norm(v, g, 0), (v,))
+
+
+NORMS: dict[str, Any] = {"new": nn.utils.parametrizations.weight_norm, "old": nn.utils.weight_norm}
+NAMES = {
+    "new": ("parametrizations.weight.original0", "parametrizations.weight.original1"),
+    "old": ("weight_g", "weight_v"),
+}
+
+
+def normed(kind: str, layer: nn.Module, dim: int | None = 0) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the old one is deprecated
+        return NORMS[kind](layer, dim=dim)
+
+
+def student(kind: str, width: int = 6) -> nn.Module:
+    """A norm for each row, for each column, and for a whole matrix."""
+    torch.manual_seed(4)
+    first = normed(kind, nn.Linear(16, width))
+    second = normed(kind, nn.Linear(width, 5), dim=1)
+    third = normed(kind, nn.Linear(5, CLASSES), dim=None)
+    return nn.Sequential(nn.Flatten(), first, nn.Tanh(), second, nn.Tanh(), third).double()
+
+
+def written_out(kind: str, theta: Tree, x: Tensor) -> Tensor:
+    """The same function of its parameters, with norms of its own."""
+    h = x.flatten(1)
+    for layer, dims in ((1, (1,)), (3, (0,)), (5, (0, 1))):
+        g, v = (theta[f"{layer}.{name}"] for name in NAMES[kind])
+        weight = g * v / v.square().sum(dims, keepdim=True).sqrt()
+        h = F.linear(h if layer == 1 else h.tanh(), weight, theta[f"{layer}.bias"])
+    return h
+
+
+def case(kind: str, width: int = 6) -> Toy:
+    base = toy("mlp", rows=6)
+    return Toy(base.teacher, student(kind, width), base.labeled, base.unlabeled, 0)
+
+
+def by_hand(problem: Toy, kind: str, steps: int) -> Tree:
+    teacher = copy.deepcopy(problem.teacher)
+    phi, theta, state = dict(teacher.named_parameters()), dict(problem.student.named_parameters()), None
+    for _ in range(steps):
+        z = written_out(kind, theta, problem.unlabeled)
+        loss = cross_entropy(teacher(problem.unlabeled).softmax(-1), z).mean()
+        theta, state = stepped(loss, theta, RULE.rule, state)
+    torch.set_rng_state(own_stream(torch.get_rng_state()))
+    loss = F.cross_entropy(written_out(kind, theta, problem.labeled[0]), problem.labeled[1])
+    return dict(zip(phi, torch.autograd.grad(loss, list(phi.values())), strict=True))
+
+
+WAYS: dict[str, tuple[Any, int]] = {
+    "graph": (Forward(by="graph"), 1),
+    "tangent": (Forward(by="tangent"), 1),
+    "unrolled": ("unrolled", 1),
+    "forward, three steps": ("forward", 3),
+    "unrolled, three steps": ("unrolled", 3),
+    "forward, recomputed": (Forward(keep_every=2), 3),
+}
+
+
+@pytest.mark.parametrize(("way", "kind"), product(WAYS, NORMS, usual=tuple(WAYS)))
+def test_the_gradient_is_that_of_the_formula(way: str, kind: str) -> None:
+    problem, (mode, steps) = case(kind), WAYS[way]
+    ahead = None if steps == 1 else [problem.unlabeled] * steps
+    found = gradient(problem, mode, ahead, inner_optimizer=RULE.build(problem.student))
+    assert error(found.grads, by_hand(problem, kind, steps)) < 1e-12
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_it_is_right_above_the_size_up_to_which_a_graph_is_kept(kind: str) -> None:
+    problem = case(kind, width=1800)
+    assert sum(p.numel() for p in problem.student.parameters()) > 2**15
+    found = gradient(problem, "forward", inner_optimizer=RULE.build(problem.student))
+    assert error(found.grads, by_hand(problem, kind, 1)) < 1e-12
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_the_network_is_as_it_was(kind: str) -> None:
+    """Its parts, its hooks, and the weights that hooks have made, which are those of no replay and no transform."""
+    problem = case(kind)
+    network = problem.student
+    before, parts = values(network), [*network.modules()]
+    hooks = [hook for part in parts for hook in part._forward_pre_hooks.values()]
+    for mode in ("forward", Forward(by="tangent"), "unrolled", "difference", Implicit(iterations=1, damping=10.0)):
+        found = gradient(problem, mode)
+        # The pass that the step is taken on leaves the weight that it had, as one of a training does.
+        for part in [part for part in parts if "weight" in vars(part)]:
+            hook = next(iter(part._forward_pre_hooks.values()))
+            assert torch.allclose(part.weight, hook.compute_weight(part), 1e-12, 1e-12)
+        assert found.grads
+        if not isinstance(mode, Implicit):
+            made = [(part, part.weight) for part in parts if "weight" in vars(part)]
+            assert len(made) == (3 if kind == "old" else 0)
+            step, state = trainer_for(problem, mode, inner_optimizer=RULE.build(network)).functional()
+            step(state, *problem.data().values())
+            assert all(part.weight is weight for part, weight in made)
+    assert [*network.modules()] == parts
+    assert [hook for part in parts for hook in part._forward_pre_hooks.values()] == hooks
+    assert all({*vars(hook)} == {"name", "dim"} for hook in hooks)
+    assert error(values(network), before) == 0.0
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_a_training_is_the_same_by_all_modes(kind: str) -> None:
+    ends = []
+    for mode in (Forward(by="tangent"), Forward(by="graph"), "unrolled"):
+        problem = case(kind)
+        trainer = trainer_for(problem, mode, inner_optimizer=RULE.build(problem.student), verify=True)
+        for _ in range(10):
+            trainer.step(**problem.data())
+        ends.append(values(problem.student) | {f"teacher {n}": t for n, t in values(problem.teacher).items()})
+    assert error(ends[0], ends[2]) < 1e-9
+    assert error(ends[1], ends[2]) < 1e-9
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_the_pure_step_over_three_steps_is_that_of_the_formula(kind: str) -> None:
+    problem = case(kind)
+    trainer = trainer_for(problem, "unrolled", inner_optimizer=RULE.build(problem.student), lookahead=3)
+    step, state = trainer.functional()
+    _, report = step(state, problem.labeled, (problem.unlabeled,) * 3)
+    eager = trainer.step(problem.labeled, metapl.Lookahead([problem.unlabeled] * 3))
+    assert error(dict(enumerate(report.feedback)), dict(enumerate(eager.feedback))) < 1e-12
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", NORMS)
+def test_compiled_it_is_that_of_the_formula(kind: str) -> None:
+    problem = case(kind)
+    ahead = [problem.unlabeled] * 3
+    found = gradient(problem, "forward", ahead, inner_optimizer=RULE.build(problem.student), compile=True)
+    assert error(found.grads, by_hand(problem, kind, 3)) < 1e-10
+
+
+def test_a_network_without_it_has_nothing_to_exchange() -> None:
+    assert not Slots(toy("batch_norm").student).formulas
+    assert len(Slots(student("new")).formulas) == len(Slots(student("old")).formulas) == 3
