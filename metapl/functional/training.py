@@ -33,7 +33,7 @@ from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.batch import digest, flatten
 from metapl.execution.layout import layouts
-from metapl.execution.numerics import HALF, Tree, deterministic, no_fast_path
+from metapl.execution.numerics import HALF, Tree, deterministic, float32_products, no_fast_path
 from metapl.execution.state import RandomState, branching_to, replayed, trainable
 from metapl.feedback import Forward
 from metapl.feedback.hypergradient import Hypergradient, hypergradient, stacked_settings
@@ -519,6 +519,7 @@ def differentiate(
         settings=stacked_settings(in_settings[::-1], settings, options[0]),
         outer_losses=all_losses,
         replay_error=replays.error,
+        float32_products=float32_products(device),
     )
 
 

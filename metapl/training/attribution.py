@@ -18,7 +18,7 @@ from metapl.errors import MetaplError
 from metapl.execution.batch import labeled_pair, map_tensors
 from metapl.execution.checks import generator_of
 from metapl.execution.layout import layouts
-from metapl.execution.numerics import deterministic, float32_products, wide
+from metapl.execution.numerics import deterministic, wide
 from metapl.execution.ranks import Ranks
 from metapl.execution.shards import gathered, local
 from metapl.execution.state import RandomState, replayed, trainable, with_tables_of
@@ -277,7 +277,7 @@ def attribute(
         kept=found.kept,
         _losses_with=lambda w: training.repeated(w, judging)[1].reshape(L.shape),
         replay_error=replay_error,
-        float32_products=float32_products(device),
+        float32_products=found.float32_products,
     )
 
 
