@@ -23,7 +23,6 @@ from typing import Any
 import torch
 
 from metapl.apps import machine
-from metapl.execution.numerics import float32_products
 from metapl.metrics import paired_test
 
 HERE = Path(__file__).parent
@@ -89,11 +88,11 @@ def commit() -> str | None:
 
 def environment() -> Row:
     """Return what a row was measured on: the machine, the versions, the commit, and torch's switches."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    switches: Row = {f"float32 {kind}": precision for kind, precision in float32_products(device).items()}
+    found = machine.environment()
+    switches: Row = {name: found.pop(name) for name in [*found] if name.startswith("float32 ")}
     switches["deterministic algorithms"] = torch.are_deterministic_algorithms_enabled()
     switches["cudnn.benchmark"] = torch.backends.cudnn.benchmark
-    return {**machine.environment(), "commit": commit(), "switches": switches}
+    return {**found, "commit": commit(), "switches": switches}
 
 
 def go_on(

@@ -106,8 +106,8 @@ class Place:
     def active(self) -> Iterator[None]:
         """What a training loop in this precision would set."""
         if self.device == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = False
-            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cuda.matmul.fp32_precision = "ieee"
+            torch.backends.cudnn.conv.fp32_precision = "ieee"
         with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
             yield
 

@@ -26,6 +26,7 @@ from joblib import cpu_count
 from tqdm import tqdm
 
 from metapl.errors import MetaplError, reason_of
+from metapl.execution.numerics import float32_products
 from metapl.runs.folder import LOCK, Folder, replacing
 
 StrPath = str | os.PathLike[str]
@@ -34,6 +35,8 @@ EVERY = 0.1  # seconds between two updates of a count
 
 
 def environment() -> dict[str, Any]:
+    """Return what a file was made with: the versions, the machine, and in what precision products of float32 are taken
+    on its GPU, or on its CPU where it has none."""
     found: dict[str, Any] = {}
     for package in ("metapl", "torch", "torchvision", "torchopt"):
         found[package] = None
@@ -42,6 +45,7 @@ def environment() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return found | {
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -50,6 +54,7 @@ def environment() -> dict[str, Any]:
         "cpus": cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **{f"float32 {kind}": precision for kind, precision in float32_products(device).items()},
     }
 
 

@@ -270,14 +270,14 @@ class Pass:
             outputs = checks.logits(student.module(inputs), "student")
         self.after = student.slots.random_state(student.device)
         student.slots.watch(self._before, self.after)
-        self._dtype = outputs.dtype
+        self._dtype, self._half_types = outputs.dtype, student.slots.half_types(outputs)
         self.graph: Tensor | None = wide(outputs)
         self.outputs = self.graph.detach()
 
     @property
     def rounded_to(self) -> torch.dtype:
         """The coarsest dtype of the pass: a key of the tolerances in :mod:`metapl.execution.compare`."""
-        return coarsest([self._dtype, *self.student.formats], self.student.device)
+        return coarsest([self._dtype, *self.student.formats, *self._half_types], self.student.device)
 
     @property
     def state_before(self) -> State:

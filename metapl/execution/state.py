@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import lru_cache, wraps
 from itertools import chain
 from operator import attrgetter
@@ -23,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from metapl.execution import checks
-from metapl.execution.numerics import explain, takes_formulas, wide
+from metapl.execution.graphs import nodes_of
+from metapl.execution.numerics import HALF, explain, takes_formulas, wide
 from metapl.execution.shards import is_sharded
 from metapl.execution.weight_norm import formulas_of, weights_made_by_hooks
 from metapl.runs.checkpoint import plain_states
@@ -157,7 +159,7 @@ class Slots:
         state: the snapshot that the step's first pass takes over.
         takes_gradients: whether the forward takes gradients itself, and needs a graph in every pass; found by trying.
         known: the tables' contents when they were read; others mean that the slots are stale.
-        draws_outside: whether passes draw from Python's or NumPy's generators; None until a step has been watched.
+        findings: what the first step with this network in these modes has found.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -189,7 +191,7 @@ class Slots:
         self._none: State | None = None
         self.known = self.contents()
         self.mark = hash(tuple(self.known[1]))
-        self.draws_outside: bool | None = _DRAWS_OUTSIDE.get(module, {}).get(self.mark)
+        self.findings = _FINDINGS.setdefault(module, {}).setdefault(self.mark, Findings())
 
     def contents(self) -> tuple[list[Any], list[int]]:
         """What the tables hold, by name and identity, and the modes, numbers of hooks and ``requires_grad`` flags: the
@@ -210,15 +212,23 @@ class Slots:
         """The state of the generators that a pass of this network may draw from."""
         return RandomState.now(device, generator, outside=self.draws_outside is not False)
 
+    @property
+    def draws_outside(self) -> bool | None:
+        """Whether passes draw from Python's or NumPy's generators; None until a step has been watched."""
+        return self.findings.draws_outside
+
     def watch(self, before: RandomState, after: RandomState) -> None:
         """Note whether a pass between two states drew from Python's or NumPy's generators, as long as it is open."""
         if self.draws_outside is None and after.has_drawn_outside(before):
-            self.note_draws(True)
+            self.findings.draws_outside = True
 
-    def note_draws(self, draws_outside: bool) -> None:
-        """Establish whether passes draw from Python's or NumPy's generators, for this network in these modes."""
-        self.draws_outside = draws_outside
-        _DRAWS_OUTSIDE.setdefault(self.module, {})[self.mark] = draws_outside
+    def half_types(self, outputs: Tensor) -> frozenset[torch.dtype]:
+        """Return the types of half precision in which a part of the network computes, found by the graph of its
+        first outputs."""
+        if self.findings.half_types is None and outputs.grad_fn is not None:
+            results = [result for node in nodes_of([outputs]) for result in getattr(node, "_input_metadata", ())]
+            self.findings.half_types = frozenset(HALF.intersection(result.dtype for result in results))
+        return self.findings.half_types or frozenset()
 
     def now(self, *, copies: bool = True) -> State:
         """The network's state; of one that has none, the same each time."""
@@ -229,8 +239,16 @@ class Slots:
         return self._none
 
 
-# Whether networks draw from Python's or NumPy's generators, by their marks: found in the first step of each.
-_DRAWS_OUTSIDE: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()
+@dataclass
+class Findings:
+    """What is found of a network in the first step with it, and holds until its modes or hooks change."""
+
+    draws_outside: bool | None = None
+    half_types: frozenset[torch.dtype] | None = None
+
+
+# By networks, and their marks: a call of hypergradient reads the tables anew, and finds nothing new.
+_FINDINGS: WeakKeyDictionary[nn.Module, dict[int, Findings]] = WeakKeyDictionary()
 _HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TRAINING, _LEARNS = attrgetter("training"), attrgetter("requires_grad")
 
@@ -405,7 +423,7 @@ def restored(
                 p.grad = None
             for slots in networks:
                 if slots.draws_outside is None:
-                    slots.note_draws(False)
+                    slots.findings.draws_outside = False
         finally:
             torch._C._set_grad_enabled(learning)
             checks.deferred.reset(token)

@@ -8,8 +8,6 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-
 from metapl.errors import MetaplError
 from metapl.execution.numerics import MissingDerivative
 from metapl.feedback import Estimator, Forward, ReinforcePerExample, estimator
@@ -23,13 +21,12 @@ _advising: ContextVar[bool] = ContextVar("advising", default=False)
 
 
 @contextmanager
-def advice_on(mode: Estimator, steps: int, student: nn.Module, run: Run | None) -> Iterator[None]:
+def advice_on(mode: Estimator, steps: int, run: Run | None) -> Iterator[None]:
     """Raise a missing derivative in this block as an error that names what runs in its place.
 
     Args:
         mode: the step's.
         steps: of the student.
-        student: to see whether it is compiled.
         run: computes the same step by another mode; None: nothing can be tried, as in several processes, and nothing is
             proposed but what runs on every operation.
 
@@ -42,7 +39,7 @@ def advice_on(mode: Estimator, steps: int, student: nn.Module, run: Run | None) 
             raise
         token = _advising.set(True)
         try:
-            expected = _expected(error, getattr(mode, "base", mode), steps, student, run)
+            expected = _expected(error, getattr(mode, "base", mode), steps, run)
         finally:
             _advising.reset(token)
         if isinstance(error, NotFiniteFeedback):
@@ -52,10 +49,8 @@ def advice_on(mode: Estimator, steps: int, student: nn.Module, run: Run | None) 
         raise MetaplError(text) from error
 
 
-def _expected(error: MetaplError, mode: Estimator, steps: int, student: nn.Module, run: Run | None) -> str:
+def _expected(error: MetaplError, mode: Estimator, steps: int, run: Run | None) -> str:
     """Return what runs, in words; nothing, where nothing was found."""
-    if is_compiled(student) and isinstance(error, MissingDerivative):
-        return "the plain module (of torch.compile(student), student._orig_mod), and compile=True"
     if run is None:
         return "mode 'difference', with one student step" if mode.name != "difference" else ""
     proposals: list[str] = []
@@ -92,11 +87,3 @@ def _candidates(mode: Estimator, steps: int, is_finite_asked: bool) -> Iterator[
     for name in ("difference",) if is_finite_asked else ("difference", "reinforce"):
         if name != mode.name:
             yield f"mode '{name}'{where}", estimator(name), one_step
-
-
-def is_compiled(network: nn.Module) -> bool:
-    """Whether a part of a network is under ``torch.compile``."""
-    return any(
-        type(part).__name__ == "OptimizedModule" or getattr(part, "_compiled_call_impl", None) is not None
-        for part in network.modules()
-    )

@@ -17,7 +17,7 @@ from metapl.execution.batch import both_batches
 from metapl.execution.checks import generator_of
 from metapl.execution.layout import layouts
 from metapl.execution.local import NOTHING, LocalStudent
-from metapl.execution.numerics import deterministic, no_fast_path
+from metapl.execution.numerics import deterministic, float32_products, no_fast_path
 from metapl.execution.sharded import ShardedStudent
 from metapl.execution.state import RandomState, one_at_a_time, replayed, restored
 from metapl.feedback import Estimator, Mode, check_mode, check_teacher, estimator, prepare
@@ -69,6 +69,8 @@ class Hypergradient:
         replay_error: the largest relative difference, in the weights or in the optimizer's state, between a state that
             was kept and the same state computed again; 0.0 where they are equal bit for bit, or no step was computed
             again.
+        float32_products: in what precision matrix products and convolutions of float32 were taken on the device:
+            ``"ieee"``, ``"tf32"`` or ``"bf16"`` by name; empty for a device that has no such switches.
     """
 
     grads: dict[str, Tensor]
@@ -84,6 +86,7 @@ class Hypergradient:
     direct: dict[str, Tensor] = field(default_factory=dict)
     outer_losses: Tensor | None = None
     replay_error: float = 0.0
+    float32_products: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         state = None if self.inner_state is None else type(self.inner_state).__name__
@@ -177,8 +180,9 @@ def hypergradient(
             The bias is the factor (∂θ_{K-T}/∂θ_0)ᵀ - 1 = O(η(K-T)‖∂²ℓ/∂θ²‖); settings take all steps.
         compile: one step, and its adjoint, as two graphs of ``torch.compile`` that are looped over
             (:mod:`metapl.functional.training`): modes ``forward`` and ``unrolled``, ``torch.optim`` and signals that
-            are not drawn, in one process. It pays from some hundreds of steps on, or where calls are repeated: one with
-            the last one's networks and optimizer, and a problem of the same type and numbers, compiles nothing.
+            are not drawn, in one process. It pays from some hundreds of steps on, or where calls are repeated: one for
+            networks of the same architecture, such as another student, with optimizers and a problem of the same types
+            and numbers, compiles nothing (:mod:`metapl.functional.architecture`).
         verify: refuse a gradient that is not the derivative of the loss (:func:`metapl.check_gradient`), or ``"warn"``
             of it; for its cost see there.
         replay_tolerance: the most that the result's ``replay_error`` may be: a look-ahead whose steps come out
@@ -338,6 +342,7 @@ def hypergradient(
                 direct=direct,
                 outer_losses=path.outer_losses,
                 replay_error=replays.error,
+                float32_products=float32_products(device),
             )
 
     def by_another(other: Estimator, one_step: bool) -> Hypergradient:
@@ -352,5 +357,5 @@ def hypergradient(
 
     begin()
     candidates = estimate.orders(len(batches), problem, local_student, how["wrt"])
-    with advice_on(estimate, len(batches), of_student.network, by_another if ranks.alone else None):
+    with advice_on(estimate, len(batches), by_another if ranks.alone else None):
         return Orders().take(candidates, in_order, begin_again=begin)

@@ -71,7 +71,7 @@ class Path:
     labeled: Sequence[Any]  # the outer batch, in micro-batches
     batches: Sequence[Any]  # the inner ones: a list, or a look-ahead whose batches a function returns again
     steps: list[InnerStep] = field(default_factory=list)
-    outer_batch: Any = None  # that of ``labeled``, as one
+    whole_labeled: Any = None  # the outer batch as one, where the outer loss may be no mean over micro-batches
     keeping: Keeping = ALL  # which steps keep their states; the adjoint computes the others again
     replays: ReplayCheck | None = None  # whether these come out as they did; None: nothing looks
     states: States = field(init=False)  # of several steps, where some are computed again
@@ -194,13 +194,15 @@ class Path:
     def _outer_after(self, number: int, *, gradient: bool) -> Tree:
         """Return ∇L_k(θ_k) after the first k = ``number`` steps, or nothing without ``gradient``, and keep L_k."""
         assert self.outer is not None, "each step has an outer loss"
-        outer_batch = self.outer.batches[number - 1]
-        judged = micro_batches(outer_batch, len(self.labeled), "labeled")
+        batch = self.outer.batches[number - 1]
+        judged, whole = micro_batches(batch, len(self.labeled), "labeled"), None
+        if self.whole_labeled is not None:
+            whole = batch
         passes_before, passes = self.steps[number - 1].passes, self.steps[number].passes
         # As after a path of these steps alone: with its draws, and with the buffers that it leaves.
         start, state = passes_before[-1].after.branch(), passes[0].state_before
         params, signal = {n: p.detach() for n, p in self.steps[number].params.items()}, self.steps[number - 1].signal
-        loss, of_loss = self._outer_at(params, outer_batch, judged, start, signal, gradient=gradient, state=state)
+        loss, of_loss = self._outer_at(params, judged, start, signal, gradient=gradient, state=state, whole=whole)
         self.losses_before[number] = loss
         return of_loss
 
@@ -364,9 +366,9 @@ class Path:
                 total, weight = sum_and_weight(self.problem.outer_loss(outputs[-1], part))
                 sums.append(total)
                 counts.append(weight)
-            if len(outputs) > 1 and not isinstance(counts[0], Tensor) and not is_mean_over_rows(self.problem):
+            if self.whole_labeled is not None and not isinstance(counts[0], Tensor):
                 # A scalar may be any function of all rows.
-                total, weight = sum_and_weight(self.problem.outer_loss(joined(outputs), self.outer_batch))
+                total, weight = sum_and_weight(self.problem.outer_loss(joined(outputs), self.whole_labeled))
                 return total / weight
         loss: Tensor = torch.stack(sums).sum() / sum(counts)
         return loss
@@ -374,18 +376,18 @@ class Path:
     def _outer(self, params: Tree, *, gradient: bool = False) -> tuple[Tensor, Tree]:
         """L, and its ``gradient``, at these weights, by a pass that draws from a stream apart from the teacher's."""
         start, signal = self.steps[-1].passes[-1].after.branch(), self.steps[-1].signal
-        return self._outer_at(params, self.outer_batch, self.labeled, start, signal, gradient=gradient)
+        return self._outer_at(params, self.labeled, start, signal, gradient=gradient, whole=self.whole_labeled)
 
     def _outer_at(
         self,
         params: Tree,
-        outer_batch: Any,
-        labeled: Sequence[Any],  # the same in micro-batches
+        labeled: Sequence[Any],  # micro-batches
         start: RandomState,
         signal: Signal,  # of the step that leads to these weights
         *,
         gradient: bool,
         state: State | None = None,  # of the buffers; None: as they are now
+        whole: Any = None,  # the batch as one, where the outer loss may be no mean over micro-batches
     ) -> tuple[Tensor, Tree]:
         problem = self.problem
         if reads_signal_in_outer_input(problem):
@@ -405,7 +407,7 @@ class Path:
             gradient=gradient,
             state=state,
             look=None if look is None else look.at_outer_loss,
-            whole=None if len(labeled) == 1 or is_mean_over_rows(problem) else outer_batch,
+            whole=whole,
         )
 
 
@@ -432,18 +434,9 @@ def take_steps(
     """The student's steps on the inner batches: Algorithm 1, lines 2 and 3. Buffers and generators advance as in
     training; the weights do not move."""
     judged = [labeled] if parts == 1 else micro_batches(labeled, parts, "labeled")
-    path = Path(
-        problem,
-        student,
-        update,
-        judged,
-        batches,
-        outer_batch=labeled,
-        wrt=wrt,
-        order=order,
-        outer=outer,
-        replays=replays,
-    )
+    path = Path(problem, student, update, judged, batches, wrt=wrt, order=order, outer=outer, replays=replays)
+    if parts > 1 and not is_mean_over_rows(problem):
+        path.whole_labeled = labeled
     ranks, several = student.ranks, len(batches) > 1
     enters, rereads = enters_input(problem), not isinstance(batches, list)
     if not ranks.alone:

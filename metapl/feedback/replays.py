@@ -86,7 +86,7 @@ def _sketch(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
     """Return the signed sums of the rows of all tensors, which follow one another in rows of 256, (256,)."""
     total = torch.zeros(COLUMNS, dtype=torch.float64, device=device)
     for number, piece in enumerate(_pieces(tensors)):
-        values = torch.cat([t.to(device, torch.float64) for t in piece])
+        values = torch.cat(piece).to(device, torch.float64)
         rows = torch.nn.functional.pad(values, (0, -len(values) % COLUMNS)).view(-1, COLUMNS)
         # Each piece has the signs of other columns, or differences that are alike in all pieces would add up.
         signs = _signs(device)[: len(rows)].roll(number, dims=1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.execution import checks
+from metapl.execution.numerics import float32_products
 from metapl.problems.base import Signal
 from metapl.words import summary
 
@@ -83,6 +84,12 @@ class StepReport(Report):
     student_outputs: Tensor
     order: str = ""
     direct_term: str = ""
+
+    @property
+    def float32_products(self) -> dict[str, str]:
+        """In what precision matrix products and convolutions of float32 are taken on the step's device, as torch's
+        switches stand when this is read: ``"ieee"``, ``"tf32"`` or ``"bf16"`` by name."""
+        return float32_products(self.student_outputs.device)
 
     def _columns(self) -> dict[str, Tensor]:
         h = torch.cat([t.detach().double().flatten() for t in pytree.tree_leaves(self.feedback)])

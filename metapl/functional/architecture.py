@@ -100,18 +100,20 @@ def description_of_class(kind: type) -> tuple[Hashable, ...]:
         if base.__module__.split(".")[0] in ("torch", "builtins", "abc"):
             continue
         for name, value in vars(base).items():
+            # What a property or a static method calls.
+            method = getattr(value, "fget", None) or getattr(value, "__func__", value)
+            if isinstance(method, FunctionType) and reads_a_module(method):
+                raise Undescribed
             if isinstance(value, NUMBERS) and not name.startswith("__"):
                 found.append((name, description_of(value)))
             # Python writes notes such as __slotnames__ into a class when an instance is copied.
             elif isinstance(value, FunctionType) or not name.startswith("__"):
-                if isinstance(value, FunctionType) and reads_a_module(value):
-                    raise Undescribed
                 found.append((name, id(value)))
     return tuple(found)
 
 
 def reads_a_module(function: FunctionType) -> bool:
-    """Whether a function reads a module by a closure or a global, itself or in functions of the same module.
+    """Whether a function reads a module by a closure or a global, itself or in functions that it calls by such names.
 
     A loss with a penalty on the weights of a student reads the student that it names, and not a bare copy.
     """
@@ -121,10 +123,16 @@ def reads_a_module(function: FunctionType) -> bool:
         for value in read_by(reader):
             if isinstance(value, nn.Module):
                 return True
-            if isinstance(value, FunctionType) and value.__module__ == function.__module__ and value not in known:
+            is_new = isinstance(value, FunctionType) and value not in known
+            if is_new and not is_of_libraries(value.__module__):
                 known.add(value)
                 waiting.append(value)
     return False
+
+
+def is_of_libraries(module: str | None) -> bool:
+    """Whether a module, by its name, was written before any network of the user's."""
+    return module is not None and module.split(".")[0] in ("torch", "metapl", "builtins", "abc")
 
 
 def read_by(function: FunctionType) -> list[Any]:

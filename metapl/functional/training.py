@@ -33,7 +33,7 @@ from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.batch import digest, flatten
 from metapl.execution.layout import layouts
-from metapl.execution.numerics import HALF, Tree, deterministic, no_fast_path
+from metapl.execution.numerics import HALF, Tree, deterministic, float32_products, no_fast_path
 from metapl.execution.state import RandomState, branching_to, replayed, trainable
 from metapl.feedback import Forward
 from metapl.feedback.hypergradient import Hypergradient, hypergradient, stacked_settings
@@ -428,9 +428,9 @@ def differentiate(
 
     losses_before = dict[int, Tensor]()  # L_k(θ_k) by k, of all steps but the last
 
-    def with_loss_before(number: int, held: Carry, start: RandomState, bars: Cotangents) -> Cotangents:
+    def with_loss_before(number: int, held: Carry, start: RandomState | None, bars: Cotangents) -> Cotangents:
         """Return the cotangents before a step with the gradient of the outer loss that the step before it has."""
-        if outer_losses is None or number == 0:
+        if outer_losses is None or start is None or number == 0:
             return bars
         judged_then = problem.outer_batch(outer_losses.batches[number - 1])
         with replayed(start.branch()):
@@ -479,7 +479,8 @@ def differentiate(
                 bars = Cotangents(v, *nothing)
             with step_bar(progress, steps - first, "steps back", steps - end) as tell:
                 for number, held in backward(0, end, *spacings):
-                    before_step = RandomState.now(device)
+                    # It takes a while to read, in steps of a fraction of a millisecond.
+                    before_step = None if outer_losses is None else RandomState.now(device)
                     if number < first_seen:
                         break
                     if number < first:
@@ -518,6 +519,7 @@ def differentiate(
         settings=stacked_settings(in_settings[::-1], settings, options[0]),
         outer_losses=all_losses,
         replay_error=replays.error,
+        float32_products=float32_products(device),
     )
 
 

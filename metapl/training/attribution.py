@@ -18,7 +18,7 @@ from metapl.errors import MetaplError
 from metapl.execution.batch import labeled_pair, map_tensors
 from metapl.execution.checks import generator_of
 from metapl.execution.layout import layouts
-from metapl.execution.numerics import deterministic, float32_products, wide
+from metapl.execution.numerics import deterministic, wide
 from metapl.execution.ranks import Ranks
 from metapl.execution.shards import gathered, local
 from metapl.execution.state import RandomState, replayed, trainable, with_tables_of
@@ -226,7 +226,7 @@ def attribute(
     start = generators_at_start(mode.keep_on, device)
     training = _Training(arguments, start)
     problem, one, order, ranks = training.problem, training.optimizer, training.order, training.layout.ranks
-    if mode.truncate == 0:
+    if getattr(mode, "truncate", None) == 0:
         raise MetaplError("truncate=0 differentiates no step, so nothing reaches the examples; expected 1 or more.")
     if folder_of(mode.keep_on) and (each or not compile):
         raise MetaplError(f"keep_on={mode.keep_on!r} is a folder; expected compile=True and each=False with it.")
@@ -277,7 +277,7 @@ def attribute(
         kept=found.kept,
         _losses_with=lambda w: training.repeated(w, judging)[1].reshape(L.shape),
         replay_error=replay_error,
-        float32_products=float32_products(device),
+        float32_products=found.float32_products,
     )
 
 

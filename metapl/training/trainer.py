@@ -268,7 +268,7 @@ class BilevelTrainer(Trainer):
             return self.hypergradient(outer=labeled, inner=given, mode=mode)
 
         run = by_another if self.ranks.alone else None
-        with advice_on(self.mode, len(batches), self.student, run):
+        with advice_on(self.mode, len(batches), run):
             return self.orders.take(candidates, attempt, begin_again=self._reshard)
 
     def _reshard(self) -> None:

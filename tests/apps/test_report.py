@@ -16,6 +16,7 @@ from tiny_runs import color_folders, images_command
 
 from metapl.apps.report import mistakes, write_report
 from metapl.apps.run import EndedRun
+from metapl.execution.numerics import float32_products
 from metapl.metrics import Evaluation
 
 HOSTILE = "<script>alert('x')<&\"<img src=x>"
@@ -156,3 +157,10 @@ def test_curves_and_confusion_of_any_size_and_name_are_drawn(name: str, drawn: A
     with Image.open(io.BytesIO(picture)) as image:
         assert min(image.size) > 300
         assert len(image.convert("L").getcolors() or "white alone") > 1
+
+
+def test_a_run_says_in_what_precision_products_of_float32_were_taken(tiny: Path) -> None:
+    made_with = json.loads((tiny / "recipe.json").read_text())["made_with"]
+    for kind, precision in float32_products(torch.device("cuda" if torch.cuda.is_available() else "cpu")).items():
+        assert made_with[f"float32 {kind}"] == precision
+        assert f"float32 {kind}" in page(tiny).words

@@ -133,8 +133,8 @@ def gradient_before_the_step(patch: pytest.MonkeyPatch) -> None:
     """v = ∇L(θ) instead of ∇L(θ′)."""
     real = LocalStudent.loss
 
-    def loss(self: Any, params: Any, *rest: Any, gradient: bool = False) -> Any:
-        return real(self, self.params if gradient else params, *rest, gradient=gradient)
+    def loss(self: Any, params: Any, *rest: Any, gradient: bool = False, **others: Any) -> Any:
+        return real(self, self.params if gradient else params, *rest, gradient=gradient, **others)
 
     patch.setattr(LocalStudent, "loss", loss)
 
@@ -181,7 +181,7 @@ def other_dropout_mask(patch: pytest.MonkeyPatch) -> None:
 def backward_at_the_old_weights(patch: pytest.MonkeyPatch) -> None:
     """The gradient of L(θ′) is taken after θ′ has been put aside, so that checkpoints recompute at θ."""
 
-    def loss(self: LocalStudent, params: Any, batches: Any, judge: Any, start: Any, *, gradient: bool = False) -> Any:
+    def loss(self: LocalStudent, params: Any, batches: Any, judge: Any, start: Any, **others: Any) -> Any:
         at = self.as_leaves(params)
         with torch.enable_grad(), self.at(at, start, self.slots):
             value, _ = judge(self.forward(batches[0][0]), batches[0][1])

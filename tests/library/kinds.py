@@ -266,7 +266,7 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"inner": lambda self, losses, z, *rest: losses * (z @ self.matrix).square().sum(1), **learned}, {}),
     "an inner loss of the teacher": ("XXXXX XX", with_teacher, {}),
     "an outer loss of the teacher": (
-        "XXXXX XX", {"outer": lambda self, loss, z, b: loss + 0.1 * (z * self.teacher(b[0])).mean()}, {}),
+        "RRRRR XX", {"outer": lambda self, loss, z, b: loss + 0.1 * (z * self.teacher(b[0])).mean()}, {}),
     "a loss that writes weights": ("XXXXX XX", {"inner": writes}, {}),
     "half a signal": ("AARAA AA", {"soft": lambda self, t, x: half(t(x).softmax(-1))}, {}),
     "a layer's signal": ("AARAA AA", {"soft": lambda self, t, x: t[-1](t[:-1](x).detach()).softmax(-1)}, {}),

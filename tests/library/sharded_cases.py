@@ -26,7 +26,7 @@ from metapl.execution import sharded
 from metapl.execution.batch import micro_batches
 from metapl.execution.layout import Layout
 from metapl.execution.ranks import Ranks, rows_of_all
-from metapl.feedback import base
+from metapl.feedback import Forward, base
 from metapl.feedback.inner_step import InnerStep
 from metapl.problems import LearningToReweight
 
@@ -45,7 +45,19 @@ class Block(nn.Module):
         return x + self.scale * self.outer(torch.tanh(self.inside(self.inner(x))))
 
 
+class Distances(nn.Module):
+    """Distances to anchors: cdist has no forward mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchors = nn.Parameter(torch.eye(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cdist(x, self.anchors)
+
+
 INSIDE: dict[str, Callable[[], nn.Module]] = {
+    "distances": Distances,
     "plain": nn.Identity,
     "norm": lambda: nn.BatchNorm1d(9),
     "dropout": lambda: nn.Dropout(0.3),
@@ -377,6 +389,7 @@ def _outputs_in_parts() -> None:
 
 
 REFUSED: dict[str, Callable[[], Any]] = {
+    "graph_of_shards": lambda: built(Forward(by="graph"), "fsdp").step(*share(batches(1)[0])),
     "unrolled": lambda: built("unrolled", "ddp"),
     "another_batch_on_one": _another_batch_on_one,
     "torchopt": lambda: built("forward", "fsdp", inner=torchopt.sgd(0.1)),

@@ -207,6 +207,37 @@ def test_another_class_problem_rule_and_type_are_others(monkeypatch: pytest.Monk
         refuse_other(gradient(*case), *case)
 
 
+READ = student()
+
+
+def penalty() -> Any:
+    return sum(p.square().sum() for p in READ.parameters())
+
+
+class ReadsByName(EqualWeights):
+    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        return super().inner_loss(outputs, signal, batch, params) + 0.1 * penalty()
+
+
+def test_a_loss_that_reads_the_student_by_a_global_name_is_of_that_student(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare copy in its place would leave the weights of the start in the loss."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    refuse_other(gradient(READ, ReadsByName()), READ, ReadsByName())
+
+    def enclosing(held: nn.Module) -> Any:
+        class ReadsByClosure(EqualWeights):
+            def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+                decay: Any = sum(p.square().sum() for p in held.parameters())
+                return super().inner_loss(outputs, signal, batch, params) + 0.1 * decay
+
+        return ReadsByClosure()
+
+    for seed in (0, 1):
+        network = student(seed)
+        problem = enclosing(network)
+        refuse_other(gradient(network, problem), network, problem)
+
+
 def test_a_bare_copy_holds_nothing_and_shares_what_was_shared() -> None:
     network: Any = student()
     (bare,) = bare_copies([network])

@@ -205,12 +205,12 @@ def test_a_rate_for_each_entry_in_float32_and_for_some_of_several_optimizers() -
 
 
 def test_a_trainer_steps_with_rates_for_each_entry() -> None:
-    """The student's own step, beside the rule by hand."""
+    """The student's own step, verified, beside the rule by hand."""
     case = toy("mlp")
     student = case.student
     rates = {name: torch.rand_like(p) * 0.3 for name, p in student.named_parameters()}
     optimizer = with_entries(student, rates, momentum=0.9)
-    trainer = metapl.BilevelTrainer(**case.networks(), mode="forward", inner_optimizer=optimizer, verify=False)
+    trainer = metapl.BilevelTrainer(**case.networks(), mode="forward", inner_optimizer=optimizer)
     theta = {name: p.detach().clone() for name, p in student.named_parameters()}
     buffers = {name: torch.zeros_like(p) for name, p in theta.items()}
     for _ in range(3):
@@ -262,6 +262,13 @@ def test_other_settings_with_several_values_are_refused(name: str, mode: str) ->
     with pytest.raises(MetaplError, match=word) as said:
         update_of(made([*student.parameters()]), dict(student.named_parameters()), is_differentiated=mode != "none")
     assert "\n" not in str(said.value)
+
+
+def test_a_rate_that_requires_a_gradient_is_refused_with_what_to_give() -> None:
+    student = network()
+    rates = {name: rate.requires_grad_() for name, rate in rates_of(student).items()}
+    with pytest.raises(MetaplError, match=r"values alone \(lr\.detach\(\)\)"):
+        metapl.hypergradient(**given(student, with_entries(student, rates), wrt="lr"))
 
 
 def test_a_schedule_that_does_not_fit_the_rates_is_refused() -> None:
@@ -428,6 +435,30 @@ def test_a_loss_after_each_step_beside_a_loop(mode: Any, compile: bool) -> None:
         assert error(found.outer_loss, torch.stack(losses).sum().detach()) < 1e-12
 
 
+class OfAllRows(EqualWeights):
+    """An outer loss that is no mean over rows."""
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1], reduction="none").logsumexp(0)
+
+
+@pytest.mark.parametrize("mode", [Forward(), Forward(keep_every=3)])
+def test_micro_batches_of_a_loss_of_all_rows_after_each_step(mode: Any) -> None:
+    """Each step has its own labels, and its own buffers, which the outer passes read."""
+    student = network(nn.Linear(4, 5), nn.Tanh(), Counting(), nn.Linear(5, 3))
+    outer = [batch(-number - 1) for number in range(STEPS)]
+    more = {"problem": OfAllRows(), "mode": mode, "accumulate": 2, "wrt": "start"}
+    given_to = given(student, SGD(student.parameters(), lr=0.3), **more)
+    whole = metapl.hypergradient(**given_to | {"outer": Lookahead(outer, weights=WEIGHTS)})
+    parts = [
+        metapl.hypergradient(**given_to | {"outer": outer[k], "inner": Lookahead(INNER[: k + 1])}) for k in range(STEPS)
+    ]
+    assert whole.outer_losses is not None
+    assert error(whole.outer_losses, torch.stack([part.outer_loss for part in parts])) < 1e-12
+    expected = {n: sum(w * p.start[n] for w, p in zip(WEIGHTS, parts, strict=True)) for n in whole.start}
+    assert error(whole.start, expected) < 1e-10
+
+
 @pytest.mark.parametrize(("compile", "accumulate"), [(False, 1), (False, 2), (True, 1)])
 def test_a_teacher_learns_from_a_loss_after_each_step(compile: bool, accumulate: int) -> None:
     case = toy("mlp")
@@ -487,6 +518,10 @@ WRONG_OUTER: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
         lambda: {"outer": Lookahead(OUTER[:1]), "inner": INNER[0], "mode": "difference"},
     ),
     "verification": ("expected verify=False", lambda: {"outer": Lookahead(OUTER), "verify": True}),
+    "a batch with a gradient": (
+        r"outer\[1\]\[0\] requires a gradient",
+        lambda: {"outer": Lookahead([OUTER[0], (OUTER[1][0].clone().requires_grad_(), OUTER[1][1]), *OUTER[2:]])},
+    ),
     "NaN": (
         "NaN or infinite before step",
         lambda: {"outer": Lookahead([(torch.nan * OUTER[0][0], OUTER[0][1]), *OUTER[1:]]), "wrt": "start"},
@@ -504,6 +539,26 @@ def test_outer_batches_that_do_not_go_with_the_steps_are_refused(name: str) -> N
     assert "\n" not in str(said.value)
     assert error(before, student.state_dict()) == 0
     assert torch.equal(state, torch.get_rng_state())
+
+
+class ReadsTeacher(metapl.PseudoLabels):
+    """The outer loss reads the teacher, which the problem holds."""
+
+    def __init__(self, teacher: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "held", teacher)
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
+        return super().outer_loss(outputs, batch) + sum(p.square().sum() for p in self.held.parameters())
+
+
+def test_a_direct_term_is_refused_with_a_loss_after_each_step() -> None:
+    case = toy("mlp")
+    more: dict[str, Any] = {"outer": Lookahead([case.labeled] * 2), "inner": Lookahead([case.unlabeled] * 2)}
+    more |= {"problem": ReadsTeacher(case.teacher), "inner_optimizer": SGD(case.student.parameters(), lr=0.1)}
+    with pytest.raises(MetaplError, match="may read the teacher; expected one outer batch"):
+        metapl.hypergradient(case.teacher, case.student, **more)
+    assert metapl.hypergradient(case.teacher, case.student, **more, wrt="start").outer_losses is not None
 
 
 def test_weights_that_are_none_for_each_batch_are_refused() -> None:

@@ -104,6 +104,27 @@ def test_the_precision_of_float32_products_is_told_whatever_a_caller_has_set() -
         switch.fp32_precision = old
 
 
+def test_results_and_reports_say_in_what_precision_products_were_taken() -> None:
+    given, device = case("convolutions", DEVICE), torch.device(DEVICE)
+    switch = torch.backends.cudnn.conv if DEVICE == "cuda" else torch.backends.mkldnn.conv
+    inner = torch.optim.SGD(given["student"].parameters(), lr=0.1)
+    old = switch.fp32_precision
+    reduced = "tf32" if DEVICE == "cuda" else "bf16"
+    found: list[dict[str, str]] = []
+    for precision in ("ieee", reduced):
+        try:
+            switch.fp32_precision = precision
+            result = metapl.hypergradient(**given, mode="difference", inner_optimizer=inner)
+            report = metapl.BilevelTrainer(given["teacher"], given["student"], "none", verify=False).step(
+                given["labeled"], given["unlabeled"]
+            )
+            assert report.float32_products == result.float32_products == float32_products(device)
+            found.append(result.float32_products)
+        finally:
+            switch.fp32_precision = old
+    assert [products["convolutions"] for products in found] == ["ieee", reduced]
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("mode", ["forward", "unrolled", "difference"])
 def test_in_bfloat16_it_is_near(mode: str, network: str) -> None:

@@ -118,6 +118,15 @@ CASES: dict[str, tuple[int, int, list[dict[str, Any]]]] = {  # ranks, how many o
         for what, cases in OF_TWO.items()
         for layout in ("ddp", "fsdp")
     },
+    # An order is tried, and fails, on every rank.
+    "orders, fsdp": (2, 1, [
+        *each(["forward"], layout="fsdp", inside="distances"),
+        *each([Forward(by="double_backward")], layout="fsdp"),
+    ]),
+    "orders, ddp": (2, 1, [
+        *each([Forward(by="tangent")], layout="ddp"),
+        *each([Forward(by="double_backward"), "reinforce_per_example"], layout="ddp", inside="distances"),
+    ]),
     "altered feedback": (2, 1, each([Altered(), Altered(ReinforcePerExample(), "random_sign")], layout="ddp")),
     "a replicated teacher": (2, 1, each(["forward"], layout="fsdp", teacher_layout="ddp", optimizer="adamw")),
     "metapl's own function": (2, 1, each(["forward", "difference"], layout="shard")),
@@ -138,14 +147,14 @@ CASES: dict[str, tuple[int, int, list[dict[str, Any]]]] = {  # ranks, how many o
     "uneven shards": (4, 1, each(["forward", "reinforce"], layout="fsdp", gradients=False)),
 }  # fmt: skip
 QUICK = {"every mode, fsdp", "an outer loss of a sum and a weight, ddp", "several steps, fsdp", "altered feedback"}
-QUICK |= {"a replicated teacher", "products, AdamW"}
+QUICK |= {"a replicated teacher", "products, AdamW", "orders, fsdp"}
 
 
 @pytest.mark.parametrize("what", [pytest.param(w, marks=[pytest.mark.long] * (w not in QUICK)) for w in CASES])
 def test_processes_are_as_one(two: Ranks, four: Ranks, what: str) -> None:
     """In gradients, weights, feedback and reports; what one process finds is beside double backward elsewhere."""
     number, alike, cases = CASES[what]
-    if any("lookahead" in case and case["layout"] != "ddp" for case in cases):
+    if what == "orders, fsdp" or any("lookahead" in case and case["layout"] != "ddp" for case in cases):
         require_torch("2.12", DIFFERENTIABLE_TWICE)
     found = zip(*(two if number == 2 else four).run("many", cases=cases), strict=True)
     for own, case in zip(found, cases, strict=True):

@@ -26,6 +26,7 @@ OPTIONS = [
     Row("forward", hard=True),
     Row(Forward(by="graph")),
     Row(Forward(by="tangent")),
+    Row(Forward(by="double_backward")),
     Row(Forward(normalization="learning_rate")),
     Row(Forward(normalization="cosine")),
     Row("difference"),
