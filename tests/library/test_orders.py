@@ -570,25 +570,3 @@ def test_every_proposal_for_sampled_labels_runs(mode: Any) -> None:
     assert len(proposals) == 2
     for other, _ in proposals:
         metapl.hypergradient(teacher, student, **given, mode=other)
-
-
-@pytest.mark.long
-def test_a_compiled_function_in_a_student_leads_to_the_next_order() -> None:
-    """Its backward pass cannot be differentiated, and it has a forward mode."""
-
-    class Compiled(nn.Module):
-        def __init__(self, width: int) -> None:
-            super().__init__()
-            self.hidden, self.out = nn.Linear(8, width), nn.Linear(width, 3)
-            self.act = torch.compile(torch.tanh, backend="aot_eager")
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.out(self.act(self.hidden(x)))
-
-    case = task(Compiled, 6)
-    result = case.gradient(1)
-    assert result.order == "tangent"
-    close(result, case.reference(1))
-    for mode, steps in (("unrolled", 1), ("forward", 3)):
-        with pytest.raises(metapl.MetaplError, match="expected mode "):
-            case.gradient(steps, mode)
