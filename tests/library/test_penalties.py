@@ -378,3 +378,22 @@ def test_a_compiled_training_is_of_the_student_that_a_loss_names() -> None:
         with pytest.raises(Undescribed):
             description_of_object(problem)
     assert description_of_object(ExampleWeights())
+
+
+@pytest.mark.parametrize("way", ["graph", "tangent", "difference", "forward, three steps", "unrolled, three steps"])
+def test_verification_sees_the_student_that_a_loss_names(way: str) -> None:
+    """Whose copies it moves; of the networks themselves nothing changes, their gradients included."""
+    net, (mode, steps) = network(), WAYS[way]
+
+    class ByClosure(ExampleWeights):
+        def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+            strength = 0.02 + 0.05 * signal.value
+            return super().inner_loss(outputs, signal, batch, params) + strength * l2(net, [])
+
+    parameters = list(net.parameters())
+    outer, inner = batches(steps)
+    given = {"outer": outer, "inner": metapl.Lookahead(inner), "mode": mode, "problem": ByClosure()}
+    check = metapl.check_gradient(table(), net, inner_optimizer=RULE.build(net), **given)
+    assert check.status == "right"
+    assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
+    assert all(p.grad is None for p in parameters)

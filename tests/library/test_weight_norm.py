@@ -176,3 +176,10 @@ def test_compiled_it_is_that_of_the_formula(kind: str) -> None:
 def test_a_network_without_it_has_nothing_to_exchange() -> None:
     assert not Slots(toy("batch_norm").student).formulas
     assert len(Slots(student("new")).formulas) == len(Slots(student("old")).formulas) == 3
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_verification_takes_the_formula_for_the_terms_of_implicit(kind: str) -> None:
+    problem = case(kind)
+    options = {"mode": Implicit("neumann", iterations=3, step_size=0.5), "inner_optimizer": RULE.build(problem.student)}
+    assert metapl.check_gradient(**problem.networks(), **problem.data(), **options).status == "right"

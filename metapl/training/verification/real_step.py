@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from metapl.execution.state import RandomState, trainable
+from metapl.execution.state import RandomState, Slots, swapped, trainable, with_tables_of
 from metapl.feedback import Estimator, Lookahead
 from metapl.feedback.door import FirstLook, looking
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
@@ -148,6 +149,14 @@ class RealStep:
         of_problem = {f"the problem's parameter {i}": t for i, t in enumerate(self.problem_parameters)}
         return {**of_teacher, **of_problem}
 
+    def in_the_original(self) -> AbstractContextManager[None]:
+        """Let the original student hold the tensors of this copy in a block.
+
+        A loss that reads ``student.parameters()`` by a closure or a global reads the original one, for deepcopy leaves
+        functions as they are. A teacher that is read so is refused at the door.
+        """
+        return nullcontext() if self.originals is None else with_tables_of(self.student, self.originals.student)
+
     def by_mode(self, mode: Estimator) -> Hypergradient:
         """Return the gradient that a mode finds of this step, on fresh copies.
 
@@ -164,7 +173,7 @@ class RealStep:
             inner=Lookahead(step.inner_batches),
             named_by=(originals.teacher, originals.problem, originals.student),
         )
-        with looking(look):
+        with step.in_the_original(), looking(look):
             return hypergradient(
                 step.teacher,
                 step.student,
@@ -228,6 +237,12 @@ class Evaluation:
         self.states: list[Tree] = []
         self.written: set[str] = set()
 
+        # Where derivatives are taken twice, parts whose kernel has no second one are computed by their formulas.
+        formulas = Slots(self.copies.student).in_formulas()
+        with self.copies.in_the_original(), swapped(formulas):
+            self._take_all_steps(takes_steps)
+
+    def _take_all_steps(self, takes_steps: bool) -> None:
         self._move_weights("teacher", self.copies.learned())
         self._move_weights("inner", self.theta)
         self.copies.random.restore()
