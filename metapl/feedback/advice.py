@@ -16,7 +16,7 @@ from metapl.feedback.order import NotFiniteFeedback
 # Computes the gradient of the step at hand by another mode, and moves nothing; ``one_step``: of its first student step.
 Run = Callable[[Estimator, bool], Any]
 
-MOST = 2  # proposals in a line
+MOST_PROPOSALS = 2
 _advising: ContextVar[bool] = ContextVar("advising", default=False)
 
 
@@ -55,11 +55,12 @@ def _expected(error: MetaplError, mode: Estimator, steps: int, run: Run | None) 
         return "mode 'difference', with one student step" if mode.name != "difference" else ""
     proposals: list[str] = []
     for words, other, one_step in _candidates(mode, steps, isinstance(error, NotFiniteFeedback)):
-        if len(proposals) == MOST:
+        if len(proposals) == MOST_PROPOSALS:
             break
+        # A proposal that fails, in whatever way, is not made: the error on its way is the one that the user needs.
         try:
             result = run(other, one_step)
-        except Exception:  # whatever it fails in, it is not proposed
+        except Exception:
             continue
         proposals.append(words.format(order=result.order))
     return ", or ".join(proposals)

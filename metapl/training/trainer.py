@@ -179,7 +179,8 @@ class BilevelTrainer(Trainer):
         self.ranks, self.student = self.layout.ranks, self.layout.network
         self.teacher = None if self.teacher_layout is None else self.teacher_layout.network
         refuse_hooks(self.student)
-        self._looked_at: set[int] = set()  # fingerprints of networks whose first step was looked at
+        # The fingerprints of networks whose first step was looked at.
+        self._looked_at: set[int] = set()
         self.teacher_losses = None if teacher_losses is None else check_losses(teacher_losses)
         self.clip_norm, self.precision, self.accumulate, self.lookahead = clip_norm, precision, accumulate, lookahead
         self.recompute_teacher, self.generator, self.compile = recompute_teacher, generator, compile
