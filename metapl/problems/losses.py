@@ -18,6 +18,7 @@ from metapl.execution.batch import views
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import rows_of_all
 from metapl.problems.base import Signal
+from metapl.problems.means import Shares, scaled
 from metapl.runs.fields import Range, check_fields
 
 
@@ -35,7 +36,15 @@ class TeacherLoss(Protocol):
 
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
         """A scalar with the teacher's graph, a mean over the rows. ``step`` counts from 0; on the pure road it is an
-        int64 tensor without dimensions."""
+        int64 tensor without dimensions.
+
+        A mean over something else, such as the tokens that have a label, is right in micro-batches and processes with
+        a method ``mean_over(*, labeled, unlabeled)`` beside it, which returns what it divides by: a number, a tensor
+        without dimensions, or None for the rows. Where that is 0, the loss of the micro-batch is left out; its
+        derivative must be finite there, as that of a division by ``n.clamp(min=1)`` is. A loss with the attribute
+        ``of_micro_batches = True``, such as a contrastive one, is meant to be of each micro-batch by itself. Without
+        either, one that is no mean over rows is refused at the first step with ``accumulate``.
+        """
         ...
 
 
@@ -49,7 +58,7 @@ class CrossEntropy:
     r"""Cross-entropy on the labeled batch: weight · (1/B_l) Σ_j CE((1−α) y_j + α/C, T(x_l)_j).
 
     Labels are classes (B_l,), or distributions; for outputs of more dimensions, (B_l, C, ...), classes (B_l, ...), of
-    which -100 is left out of the mean of its micro-batch and process.
+    which -100 is left out of the mean, which is one over all micro-batches and processes that share the batch.
 
     Args:
         label_smoothing: α, in [0, 1).
@@ -77,6 +86,13 @@ class CrossEntropy:
             labels = checks.class_labels(labels, logits.shape[1])
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         return loss if self.weight == 1.0 else self.weight * loss
+
+    def mean_over(self, *, labeled: Any, unlabeled: Any) -> Tensor | None:
+        """Return the number of labels that are not -100; None for one label a row, of which none may be left out."""
+        labels: Tensor = labeled[1]
+        if labels.ndim < 2 or labels.is_floating_point():
+            return None
+        return (labels != -100).sum()
 
     def outputs(self, teacher: nn.Module, labeled: Any) -> Any:
         return teacher(labeled[0])
@@ -134,6 +150,11 @@ class UDA:
         if self.prior is not None and not (all(p > 0 for p in self.prior) and math.isclose(sum(self.prior), 1)):
             raise MetaplError(f"UDA(prior={self.prior}): expected a prior of shares above 0 that sum to 1.")
 
+    @property
+    def of_micro_batches(self) -> bool:
+        """Whether a micro-batch is aligned by its own mean, so that its loss is no share of the batch's."""
+        return self.align > 0
+
     def target(self, logits: Tensor) -> Tensor:
         """The target of the strong view, from the logits (B, C) of the weak one: class probabilities (B, C), zeros for
         examples that are left out."""
@@ -181,13 +202,28 @@ class UDA:
 
 
 def sum_of_terms(
-    network: nn.Module, losses: Sequence[TeacherLoss], *, kind: str = "loss", **given: Any
+    network: nn.Module,
+    losses: Sequence[TeacherLoss],
+    *,
+    kind: str = "loss",
+    shares: Shares | None = None,
+    **batches: Any,
 ) -> dict[str, Tensor]:
-    """The losses by name, each a scalar with the network's graph; losses with the same name are added."""
+    """Return the losses by name, each a scalar with the network's graph; losses with the same name are added.
+
+    Args:
+        network: the network of the losses.
+        losses: the terms.
+        kind: what an error calls them.
+        shares: the factors of this micro-batch, by :func:`metapl.problems.means.shares_of_losses`.
+        batches: what a loss reads: ``labeled``, ``unlabeled``, ``signal`` and ``step``.
+    """
     terms: dict[str, Tensor] = {}
-    for loss in losses:
-        value = loss(network, **given)
+    for place, loss in enumerate(losses):
+        value = loss(network, **batches)
         checks.scalar_loss(value, f"the {kind} {loss.name!r}")
+        if shares is not None and place in shares:
+            value = scaled(value, shares[place])
         terms[loss.name] = terms[loss.name] + value if loss.name in terms else value
     return terms
 

@@ -325,6 +325,7 @@ class BilevelTrainer(Trainer):
                     number,
                     self.feedback_size,
                     measure=self.measures_feedback,
+                    is_first=begun.mark not in self._looked_at,
                     direct_loss=path.direct_loss if self.direct_term == "included" else None,
                 )
                 h = [of_step.of_batch(step) for step, of_step in zip(path.steps, feedback, strict=True)]
