@@ -24,7 +24,7 @@ from metapl.execution.batch import length
 from metapl.execution.checks import Fault
 from metapl.execution.layout import refuse_compiled
 from metapl.execution.numerics import as_real, no_fast_path
-from metapl.execution.state import RandomState, branching_to, trainable
+from metapl.execution.state import RandomState, branching_to, trainable, with_tables_of
 from metapl.feedback import MODES, Implicit, estimator
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.report import StepReport
@@ -289,7 +289,10 @@ def eager_step(trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) 
     def taken() -> Any:
         twin = copy.deepcopy(trainer, {} if generator is None else {id(generator): generator.clone_state()})
         vars(twin)["compile"] = False
-        return twin, twin.step(labeled, Lookahead(list(batches)) if ahead else batches[0])
+        # A loss that names the student by a closure or a global reads the original one: copies leave functions as they
+        # are.
+        with with_tables_of(twin.student, trainer.student):
+            return twin, twin.step(labeled, Lookahead(list(batches)) if ahead else batches[0])
 
     twin, report = taken()
     end = RandomState.now(trainer.device)
