@@ -57,7 +57,8 @@ class Evaluate:
             or by ten (pgd).
         eps: how far each value of a picture may be moved, in 1/255 of the range from black to white; several can be
             given.
-        against: another run, or this one with --against-network, to compare with picture by picture.
+        against: another run, or this one with --against-network, to compare with picture by picture; on the pictures as
+            they are, also where they are damaged or attacked besides.
         against_network: which of its networks; by default the one that it delivers.
         out: folder for evaluation.json, and for evaluation.png where pictures are damaged or attacked; made if need be.
         json: print JSON.
