@@ -19,7 +19,12 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from protocols import deliver, divided, keep, load, network, views
+from picture_sets import build_network as network
+from picture_sets import deliver
+from picture_sets import load_pictures as load
+from picture_sets import save_weights as keep
+from picture_sets import split_labels as divided
+from picture_sets import views_of as views
 from torch import Tensor, nn
 
 import metapl

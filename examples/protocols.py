@@ -16,44 +16,22 @@ predict`, `evaluate` and `export` read.
 
 import dataclasses
 import json
-import shutil
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from safetensors.torch import save_file
+from picture_sets import build_network, deliver, load_pictures, save_weights, split_labels, views_of
 from torch import Tensor, nn
-from torchvision import datasets
 
 import metapl
-from metapl.apps.networks import Architecture, Normalized, create, parameter_groups
-from metapl.apps.pictures import (
-    CIFAR_OPERATIONS,
-    SVHN_OPERATIONS,
-    Chain,
-    EvaluationBatches,
-    FileImages,
-    Identity,
-    LabeledBatches,
-    MemoryImages,
-    RandAugment,
-    ResizedCrop,
-    UnlabeledBatches,
-    View,
-    Weak,
-    scan_unlabeled,
-)
-from metapl.apps.pictures.input import Input, NetworkCard
-from metapl.apps.run import save
+from metapl.apps.networks import parameter_groups
+from metapl.apps.pictures import EvaluationBatches, FileImages, LabeledBatches, UnlabeledBatches, scan_unlabeled
 from metapl.apps.train import Truth
-from metapl.data import StepSampler, draws
+from metapl.data import StepSampler
 from metapl.feedback import Reinforce
 from metapl.problems.losses import UDA, CrossEntropy
-
-VALIDATION, LABELED = 0x5B17, 0x5B18  # keep these draws apart from every other use of a seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +53,7 @@ class Protocol:
     image_size: int = 32
     channels_last: bool = False
     dropout: float = 0.2
+    stochastic_depth: float = 0.0
     teacher_dropout: float | None = None  # None: as the student's
     magnitude: float = 16.0  # of two operations of RandAugment, of 10
     cutout: int = 16
@@ -146,78 +125,15 @@ PROTOCOLS = {
 }
 
 
-def load(c: Any) -> tuple[Any, Tensor, Any, Tensor, list[str], int]:
-    """Training pictures and labels, those to test on, the classes, and how many of the first ones may keep labels."""
-    if c.data == "imagenet":
-        parts = [datasets.ImageNet(c.root, split=split) for split in ("train", "val")]
-        read = partial(FileImages, size=(c.image_size, c.image_size), center=224 / 256)
-        pictures = [read(path for path, _ in part.samples) for part in parts]
-        labels = [torch.tensor(part.targets) for part in parts]
-        classes = [f"{names[0]} ({wnid})" for names, wnid in zip(parts[0].classes, parts[0].wnids, strict=True)]
-        return pictures[0], labels[0], pictures[1], labels[1], classes, len(labels[0])
-    if c.data == "svhn":
-        parts = [datasets.SVHN(c.root, split=split) for split in ("train", "extra", "test")]
-        pixels = [torch.from_numpy(part.data) for part in parts]
-        labels = [torch.as_tensor(part.labels) for part in parts]
-        train = MemoryImages(torch.cat(pixels[:2])), torch.cat(labels[:2])
-        return *train, MemoryImages(pixels[2]), labels[2], list("0123456789"), len(labels[0])
-    parts = [datasets.CIFAR10(c.root, train=train) for train in (True, False)]
-    pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
-    labels = [torch.tensor(part.targets) for part in parts]
-    return MemoryImages(pixels[0]), labels[0], MemoryImages(pixels[1]), labels[1], parts[0].classes, len(labels[0])
-
-
-def divided(labels: Tensor, per_class: int | None, validation: int, seed: int, core: int) -> dict[str, Tensor]:
-    """Sorted indices: ``validation`` examples with the classes in proportion, then of each class ``per_class`` of the
-    first ``core`` ones (None: all) keep their labels; the rest is unlabeled. Fewer labels lie within more."""
-
-    def order(stream: int) -> Tensor:
-        return torch.argsort(draws.bits(seed, 0, torch.arange(len(labels)), 1, stream)[:, 0], stable=True)
-
-    def first(of: Tensor, counts: Tensor) -> Tensor:
-        return torch.cat([of[labels[of] == c][:n] for c, n in enumerate(counts.tolist())]).sort().values
-
-    sizes, free = labels.bincount(), torch.ones(len(labels), dtype=torch.bool)
-    share, rest = sizes * validation // len(labels), sizes * validation % len(labels)
-    share[rest.argsort(descending=True, stable=True)[: validation - int(share.sum())]] += 1
-    held_out = first(order(VALIDATION), share)
-    free[held_out] = False
-    able = order(LABELED)
-    able = able[free[able] & (able < core)]
-    labeled = able.sort().values if per_class is None else first(able, torch.full_like(sizes, per_class))
-    free[labeled] = False
-    return {"labeled": labeled, "unlabeled": free.nonzero()[:, 0], "validation": held_out}
-
-
-def views(c: Any) -> tuple[View, View, ResizedCrop | None]:
-    """What the teacher sees, what the student sees, and the box that is cut out of a file before either."""
-    operations = SVHN_OPERATIONS if c.data == "svhn" else CIFAR_OPERATIONS
-    changed = RandAugment(2, c.magnitude, operations=operations, translate=c.translate, cutout=c.cutout)
-    if c.data == "imagenet":
-        return Identity(), Chain((Identity(), changed)), ResizedCrop(c.image_size, flip=True)
-    weak = Weak(4, flip=c.data != "svhn")
-    return weak, Chain((weak, changed, weak)), None  # moved once more afterwards, as the authors' code does
-
-
-def network(c: Any, classes: int, dropout: float, name: str | None = None) -> nn.Module:
-    """A network with fresh weights that normalizes pictures in [0, 1]."""
-    noise = {"dropout": dropout, "stochastic_depth": getattr(c, "stochastic_depth", 0.0)}
-    made = Normalized(create(name or c.network, classes, image_size=c.image_size, **noise), (0.5,) * 3, (0.25,) * 3)
-    return made.to(c.device, memory_format=torch.channels_last if c.channels_last else torch.preserve_format)
-
-
-def keep(weights: dict[str, Tensor], file: Path) -> None:
-    save_file({name: t.contiguous().cpu() for name, t in weights.items()}, file)
-
-
 def train(c: Protocol) -> dict[str, Any]:
-    pictures, labels, test, test_labels, classes, core = load(c)
+    pictures, labels, test, test_labels, classes, labelable = load_pictures(c)
     out = Path(c.out)
-    drawn = divided(labels, c.labels_per_class if c.unlabeled is None else None, c.validation, c.seed, core)
+    per_class = c.labels_per_class if c.unlabeled is None else None
+    drawn = split_labels(labels, per_class, c.validation, c.seed, labelable)
     if c.split is not None:
         drawn = {name: torch.tensor(rows) for name, rows in json.loads(Path(c.split).read_text()).items()}
     few, many, held_out = drawn.values()
-    (weak, strong, crop), every = views(c), torch.cat([few, many])
+    (weak, strong, crop), every = views_of(c), torch.cat([few, many])
     unlabeled = (
         pictures.select(many)
         if c.unlabeled is None
@@ -233,7 +149,7 @@ def train(c: Protocol) -> dict[str, Any]:
     validation = EvaluationBatches(pictures.select(held_out), labels[held_out], 256)
     torch.manual_seed(c.seed)
     teacher_dropout = c.dropout if c.teacher_dropout is None else c.teacher_dropout
-    teacher, student = (network(c, len(classes), dropout) for dropout in (teacher_dropout, c.dropout))
+    teacher, student = (build_network(c, len(classes), dropout, c.network) for dropout in (teacher_dropout, c.dropout))
 
     def sgd(of: nn.Module, lr: float) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameter_groups(of, c.weight_decay), lr=lr, momentum=0.9, nesterov=True)
@@ -284,30 +200,16 @@ def train(c: Protocol) -> dict[str, Any]:
         kept["finetuned"] = tuned.weights
         tested["finetuned"] = tuner.evaluate(EvaluationBatches(test, test_labels, 256), classes=classes)
     for name, weights in kept.items():
-        keep(weights, out / f"{name}.safetensors")
+        save_weights(weights, out / f"{name}.safetensors")
     result = {f"{name}_test_accuracy": one.accuracy for name, one in tested.items()}
     values = {"student": found.value or 0.0} | ({"finetuned": tuned.value or 0.0} if "finetuned" in kept else {})
     result |= {"delivered": max(reversed([*values]), key=lambda name: values[name]), "best_step": found.step}
     result |= {"validation_accuracy": values, "labeled": len(few), "unlabeled": len(unlabeled), "tested_on": len(test)}
     (out / "result.json").write_text(json.dumps(result, indent=1))
-    made = network(c, len(classes), c.dropout)
+    made = build_network(c, len(classes), c.dropout, c.network)
     made.load_state_dict(kept[result["delivered"]])
     deliver(c, made, c.method, c.network, c.image_size, test, classes, tested[result["delivered"]])
     return result
-
-
-def deliver(
-    c: Any, made: nn.Module, by: str, name: str, size: int, test: Any, classes: list[str], evaluation: Any
-) -> None:
-    """Leave the network that is delivered as a run that metapl predict, report and export read, in OUT/delivered."""
-    architecture = Architecture(name=name, num_classes=len(classes), image_size=size)
-    seen = Input(size=size, center=getattr(test, "center", 1.0))
-    normalized: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "channels_last": c.channels_last}
-    card = NetworkCard(title="network", input=seen, architecture=architecture, **normalized)
-    place = Path(c.out) / "delivered"
-    shutil.rmtree(place, ignore_errors=True)
-    config = {"seed": c.seed, "steps": c.steps or 0}
-    save(place, made, card, name=by, evaluation=evaluation, classes=list(classes), config=config)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 
 import noisy_student_imagenet
 import numpy as np
+import picture_sets
 import protocols
 import pytest
 import scipy.io
@@ -102,8 +103,8 @@ def test_a_protocol_runs_from_end_to_end(name: str, tmp_path: Path, monkeypatch:
     result = protocols.train(c)
     out = tmp_path / "run"
     assert json.loads((out / "result.json").read_text()) == json.loads(json.dumps(result))
-    _, _, test, labels, classes, _ = protocols.load(c)
-    network = protocols.network(c, len(classes), c.dropout)
+    _, _, test, labels, classes, _ = picture_sets.load_pictures(c)
+    network = picture_sets.build_network(c, len(classes), c.dropout, c.network)
     network.load_state_dict(load_file(out / "finetuned.safetensors"))
     found = evaluate_logits(*predict_logits(network, EvaluationBatches(test, labels, 8)))
     assert (found.accuracy, found.n) == (result["finetuned_test_accuracy"], result["tested_on"])
@@ -128,8 +129,8 @@ def test_the_controlled_baselines_run(method: str, tmp_path: Path, monkeypatch: 
 
 def test_the_split_is_a_function_of_the_seed_and_can_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     c = tiny("svhn-1k", tmp_path, monkeypatch, labels_per_class=2)
-    _, labels, *_, core = protocols.load(c)
-    parts = [protocols.divided(labels, each, 10, 7, core) for each in (2, 3)]
+    _, labels, *_, core = picture_sets.load_pictures(c)
+    parts = [picture_sets.split_labels(labels, each, 10, 7, core) for each in (2, 3)]
     for drawn, each in zip(parts, (2, 3), strict=True):
         assert torch.cat([*drawn.values()]).sort().values.tolist() == list(range(100))
         assert labels[drawn["labeled"]].bincount().tolist() == [each] * 10
@@ -144,12 +145,12 @@ def test_the_split_is_a_function_of_the_seed_and_can_be_given(tmp_path: Path, mo
 
 def test_pictures_are_what_torchvision_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     c = tiny("cifar10-4k", tmp_path / "a", monkeypatch)
-    pictures, labels, *_ = protocols.load(c)
+    pictures, labels, *_ = picture_sets.load_pictures(c)
     image, label = datasets.CIFAR10(c.root)[7]
     assert torch.equal(pictures.fetch(torch.tensor([7]))[0][0], torch.from_numpy(np.array(image)).permute(2, 0, 1))
     assert labels[7] == label
     c = tiny("imagenet-10pct", tmp_path / "b", monkeypatch)
-    pictures, labels, test, test_labels, classes, _ = protocols.load(c)
+    pictures, labels, test, test_labels, classes, _ = picture_sets.load_pictures(c)
     assert classes == ["tench (n01440764)", "crane (n02012849)", "crane (n03126707)"]
     levels = pictures.fetch(torch.arange(36))[0].float().mean((1, 2, 3))
     assert levels.sub(50 + 50 * labels).abs().max() < 5
