@@ -30,8 +30,9 @@ from metapl.execution.shards import load_whole
 from metapl.metrics import Evaluation, chance_level, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
 from metapl.training import FitResult, Say, Trainer
-from metapl.training.loop import FAR_BEHIND, Callback
+from metapl.training.loop import Callback
 from metapl.training.loss_trainer import LossTrainer
+from metapl.training.selection import FAR_BEHIND
 
 SELECTED_ON = 50  # the fewest validation examples to choose a student by: one standard error is 7 points then
 
