@@ -130,7 +130,9 @@ def train(
         **own: Any,
     ) -> FitResult:
         shares = map(processes.share, (labeled, unlabeled))
-        looking = [*callbacks] if truth is None else [Truth(truth), *callbacks]
+        looking: list[Callback] = [*callbacks]
+        if truth is not None:
+            looking.insert(0, Truth(truth))
         try:
             return trainer.fit(*shares, phase=phase, callbacks=looking, **options | own)
         except (RuntimeError, ConnectionError, EOFError) as error:
