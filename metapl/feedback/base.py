@@ -28,7 +28,7 @@ from torch import Tensor
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, ROUNDINGS, same_slopes
+from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, ROUNDINGS, SlopesDiffer, same_slopes, slopes_differ
 from metapl.execution.layout import ONE_PROCESS, Capability
 from metapl.execution.local import NOTHING, LocalStudent, as_leaves, mean_of
 from metapl.execution.numerics import Tree, wide
@@ -336,10 +336,10 @@ def _mean_loss(step: InnerStep, leaves: Tree, z: Tensor, theta: Tree) -> Tensor:
     signals, chunks = step.signal.having(leaves).chunks(parts), z.chunk(parts)
     factors = leaves.get("factors")
     of_part = factors.chunk(parts) if factors is not None else [None] * parts
-    values = [
-        inner_loss(step.problem, signal, x, step.student.readable, factor, z_part, theta)
-        for signal, x, factor, z_part in zip(signals, step.batches, of_part, chunks, strict=True)
-    ]
+    values = []
+    for part, signal, x, factor, z_part in zip(step.passes, signals, step.batches, of_part, chunks, strict=True):
+        with part.drawing_as_loss():
+            values.append(inner_loss(step.problem, signal, x, step.student.readable, factor, z_part, theta))
     # The ranks' shares add up to the mean.
     return mean_of(values) if ranks.alone else mean_of(values) / ranks.size
 
@@ -391,5 +391,11 @@ def _slope(step: InnerStep, leaves: Tree, w: Tree, z_dot: Tensor, of_z_dot: Tens
     rounding = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * step.space.norm(step.gradient) * step.space.norm(w)
     if of_z_dot is not None and grads[0] is not None:
         rounding = rounding + ranks.norm(grads[0].detach()) * of_z_dot
+    if of_z_dot is None and step.student.chooses_order:
+        # The host waits for a device here, once: another order may follow what the outputs do not carry.
+        differ = ranks.any(bool(slopes_differ(forward, by_gradient, spread, tolerance, rounding)))
+        if differ:
+            step.student.compares_gradients = True
+            raise SlopesDiffer
     same_slopes(forward, by_gradient, spread, tolerance, rounding)
     return slope

@@ -249,6 +249,16 @@ def impurity(error: BaseException, who: str) -> ImpureError | None:
             "torch.func.stack_module_state need), and torch.func cannot transform that",
             "torch.func.grad, or torch.stack of the parameters",
         )
+    if "mutate a captured Tensor" in text:
+        return ImpureError(
+            f"{who} writes in a pass to its weights, or to a tensor that is no buffer of it",
+            "a registered buffer for what passes carry on",
+        )
+    if "ADInterpreters" in text or "escaped" in text:
+        return ImpureError(
+            f"{who} keeps a tensor of a pass, in an attribute, a list or a dict, and reads it in another",
+            "a registered buffer for what passes carry on",
+        )
     return None
 
 
