@@ -136,7 +136,7 @@ class LocalStudent:
         if not gradient:
             return mean, {}
         if not any(gradients):
-            if value.requires_grad:
+            if outputs.requires_grad:
                 raise MetaplError(f"the outer loss {checks.READS_OTHER_WEIGHTS}")
             raise MetaplError("the outer loss has no gradient in the student; expected one of its undetached outputs.")
         v = gradients[0] if len(gradients) == 1 else mean_tree(gradients)
@@ -312,7 +312,8 @@ class Pass:
             self._graph_of_g = own, list(leaves)
             grads = {name: g.detach() for name, g in grads.items()}
         if not grads:
-            raise MetaplError(f"the student's loss {checks.READS_OTHER_WEIGHTS}")
+            why = checks.READS_OTHER_WEIGHTS if self.graph.requires_grad else checks.NO_GRADIENT
+            raise MetaplError(f"the student's loss {why}")
         self.graph = None
         if not student.double_backward and not leaves:
             self._at, self._held = {}, []
