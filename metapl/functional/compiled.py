@@ -334,7 +334,7 @@ def refuse_other(before: State, found: Taken, expected: Taken) -> None:
 
 def refuse_gap(name: str, ours: Any, eager: Any, loss: Tensor, *, rounding: bool = False) -> None:
     """Refuse a tree that is not the eager one's values, by norm; ``rounding``: of scalars that cancel."""
-    off = {n: as_real(ours[n]).double() - as_real(t) for n, t in eager.items()}
+    off = {n: as_real(ours[n]).double() - as_real(t).double() for n, t in eager.items()}
     gap, size = (norm(tree) if tree else 0.0 * loss for tree in (off, eager))
     least = 1e3 * torch.finfo(loss.dtype).eps * loss.abs() if rounding else 0.0
     if not bool(gap <= AGREES[loss.dtype] * size + least):

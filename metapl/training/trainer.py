@@ -292,6 +292,7 @@ class BilevelTrainer(Trainer):
         labeled, losses = self.problem.outer_batch(labeled), self._losses_for(batches[-1])
         mode, number, ranks, parts, generator = self.mode, self.steps_done, self.ranks, self.accumulate, self.generator
         student.inspects_graph = is_tried
+        student.chooses_order = is_tried
         self.update.follow(student.parameters)
         taught = list[Tensor]()
         if (optimizer := self.outer_optimizer) is not None:
@@ -365,6 +366,7 @@ class BilevelTrainer(Trainer):
         for layout in self.distributed:
             layout.begin_step()
         self._slots = slots = [own if own.contents() == own.known else Slots(own.module) for own in self._slots]
+        slots[1].meet(self.problem)
         mark = hash((slots[0].mark, slots[1].mark))
         look = None
         if mark not in self._looked_at and self.mode.credits != "nothing":
