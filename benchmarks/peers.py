@@ -343,6 +343,7 @@ def call(python: str, *given: Any) -> Row:
 
 def run(given: Any) -> Row:
     """All measurements, in one drawn order."""
+    measured_on = environment()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     networks = ("MLP",) if given.miniature else NETWORKS
     ahead, rounds = ((2,), 1) if given.miniature else ((1, 10), given.rounds)
@@ -380,7 +381,7 @@ def run(given: Any) -> Row:
         medians = {} if failed else {name: statistics.median(row[name] for row in found) for name in names}
         joined = {"reason": failed} if failed else medians | {"each": [row["seconds"] for row in found]}
         kept.append({"library": library, "network": network, "steps": steps, **joined})
-    return {"measured_on": environment(), "not_installed": reasons, "rows": kept}
+    return {"measured_on": measured_on, "not_installed": reasons, "rows": kept}
 
 
 def table(result: Row) -> str:
