@@ -52,6 +52,7 @@ from metapl.apps.networks import parameter_groups
 from metapl.apps.pictures import EvaluationBatches, FileImages, LabeledBatches, UnlabeledBatches, scan_unlabeled
 from metapl.apps.train import Truth
 from metapl.apps.train import device as device_of
+from metapl.apps.words import exit_code
 from metapl.data import StepSampler
 from metapl.distributed import Mesh, shard
 from metapl.errors import MetaplError
@@ -710,15 +711,20 @@ def shown(summary: Mapping[str, Any]) -> str:
     return f"{', '.join(parts)} ({len(summary['seeds'])} run{'s' * (len(summary['seeds']) > 1)})"
 
 
+def settings_of(words: Sequence[str]) -> Protocol:
+    """Return the settings that a command line asks for, refused in one line where they do not go together."""
+    c = scaled(tyro.extras.overridable_config_cli(PROTOCOLS, description=__doc__, args=list(words)))
+    check(c)
+    return c
+
+
 def main(words: Sequence[str]) -> int:
     if "--sources" in words:
         rows = [word for word in words if word in ROWS]
         print("\n\n".join(map(sources_of, rows)) if rows else sources_table())
         return 0
-    chosen = tyro.extras.overridable_config_cli(PROTOCOLS, description=__doc__, args=list(words))
     try:
-        c = scaled(chosen)
-        check(c)
+        c = settings_of(words)
         with joined(c.mesh, device_of(c.device)) as processes:
             result = train(c, processes) if c.seeds is None else train_seeds(c, processes)
             if processes.first:
@@ -726,6 +732,9 @@ def main(words: Sequence[str]) -> int:
     except MetaplError as error:
         print(f"protocols.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stopped:
+        print(f"protocols.py: {str(stopped) or 'stopped'}; go on with --resume", file=sys.stderr)
+        return exit_code(stopped)
     return 0
 
 
