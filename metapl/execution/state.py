@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import random
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, wraps
@@ -391,6 +391,19 @@ def with_contents_of(twin: Any, original: Any) -> Iterator[None]:
     finally:
         for part, held in contents:
             object.__setattr__(part, "__dict__", held)
+
+
+@contextmanager
+def all_with_contents_of(pairs: Iterable[tuple[Any, Any]]) -> Iterator[None]:
+    """Let each original hold what its copy holds, in this block, for pairs of a copy and its original.
+
+    Pairs without a copy, such as a teacher that a problem does not have, are left out.
+    """
+    with ExitStack() as stack:
+        for twin, original in pairs:
+            if original is not None and twin is not original:
+                stack.enter_context(with_contents_of(twin, original))
+        yield
 
 
 _LOCK = RLock()
