@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import random
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, wraps
@@ -233,8 +233,10 @@ class Slots:
             findings.draws_outside = findings.draws_outside or None
 
     def watch(self, before: RandomState, after: RandomState) -> None:
-        """Note whether a pass, or a loss of its outputs, between two states drew from Python's or NumPy's generators, as
-        long as it is open."""
+        """Note whether Python's or NumPy's generators moved between two states, as long as that is open.
+
+        Between them a pass ran, or a loss of its outputs.
+        """
         if self.draws_outside is None and after.has_drawn_outside(before):
             self.findings.draws_outside = True
 
@@ -391,6 +393,19 @@ def with_contents_of(twin: Any, original: Any) -> Iterator[None]:
     finally:
         for part, held in contents:
             object.__setattr__(part, "__dict__", held)
+
+
+@contextmanager
+def all_with_contents_of(pairs: Iterable[tuple[Any, Any]]) -> Iterator[None]:
+    """Let each original hold what its copy holds, in this block, for pairs of a copy and its original.
+
+    Pairs without a copy, such as a teacher that a problem does not have, are left out.
+    """
+    with ExitStack() as stack:
+        for twin, original in pairs:
+            if original is not None and twin is not original:
+                stack.enter_context(with_contents_of(twin, original))
+        yield
 
 
 _LOCK = RLock()

@@ -290,9 +290,13 @@ class Started(nn.Linear):
 )
 def test_a_pass_that_keeps_tensors_or_writes_weights_is_named(build: Callable[[], nn.Module], text: str) -> None:
     step, state = trainer(network(build)).functional()
+
+    def two_steps() -> None:
+        moved, _ = step(state, **batches())
+        step(moved, **batches())
+
     with pytest.raises(MetaplError, match=f"^the student {text}.*; expected a registered buffer"):
-        for _ in range(2):
-            state, _ = step(state, **batches())
+        two_steps()
 
 
 # ------------------------------------------------------------------------------------------------ what has no pure form
@@ -502,3 +506,27 @@ def test_the_plain_module_and_compile_are_what_the_line_proposes() -> None:
             problem=EqualWeights(),
             inner_optimizer=torch.optim.SGD(student.parameters(), lr=RATE),
         )
+
+
+class NamesTheStudent(ExampleWeights):
+    """A penalty on the weights of a student that it reads by a closure."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        vars(self)["penalty"] = lambda: torch.stack([p.square().sum() for p in student.parameters()]).sum()
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
+        return super().outer_loss(outputs, batch) + 0.5 * vars(self)["penalty"]()
+
+
+def test_the_eager_step_of_a_compiled_one_reads_the_copy_by_a_closure_too() -> None:
+    """Else L(θ′) of the copy has the penalty of θ, and the compiled step is refused."""
+    student, data = network(Head), batches()
+    table = Table(torch.zeros(ROWS, dtype=torch.float64))
+    inner = torch.optim.SGD(student.parameters(), lr=RATE)
+    options: Any = {"problem": NamesTheStudent(student), "inner_optimizer": inner, "compile": True}
+    made = metapl.BilevelTrainer(table, student, "forward", **options)
+    before = [p.detach().clone() for p in student.parameters()]
+    for _ in range(2):
+        made.step(**data)
+    assert not any(map(torch.equal, before, student.parameters()))

@@ -7,15 +7,15 @@ something moved by a little: differences of its loss are the definition of a gra
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from metapl.execution.state import RandomState, Slots, swapped, trainable, with_contents_of
+from metapl.execution.state import RandomState, Slots, all_with_contents_of, swapped, trainable
 from metapl.feedback import Estimator, Lookahead
 from metapl.feedback.door import FirstLook, looking
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
@@ -149,24 +149,19 @@ class RealStep:
         of_problem = {f"the problem's parameter {i}": t for i, t in enumerate(self.problem_parameters)}
         return {**of_teacher, **of_problem}
 
-    @contextmanager
-    def in_the_originals(self) -> Iterator[None]:
+    def in_the_originals(self) -> AbstractContextManager[None]:
         """Let the original networks and the original problem hold what these copies hold, in a block.
 
         What reads them by a closure or a global reads the originals, for deepcopy leaves functions as they are: a loss
         that reads ``student.parameters()``, a hook that fills a list of the problem, a number of the teacher.
         """
-        with ExitStack() as stack:
-            if self.originals is not None:
-                pairs = (
-                    (self.problem, self.originals.problem),
-                    (self.teacher, self.originals.teacher),
-                    (self.student, self.originals.student),
-                )
-                for copied, original in pairs:
-                    if original is not None and copied is not original:
-                        stack.enter_context(with_contents_of(copied, original))
-            yield
+        originals = self if self.originals is None else self.originals
+        pairs = (
+            (self.problem, originals.problem),
+            (self.teacher, originals.teacher),
+            (self.student, originals.student),
+        )
+        return all_with_contents_of(pairs)
 
     def by_mode(self, mode: Estimator) -> Hypergradient:
         """Return the gradient that a mode finds of this step, on fresh copies.
