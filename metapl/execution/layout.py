@@ -159,7 +159,9 @@ def wrapped(name: str, path: str, wrapper: str) -> str:
     where = f" at {path!r}" if path else ""
     given = f"the {name} has a {wrapper}{where}, in which no pass runs at other weights"
     if wrapper == "DataParallel":
-        return f"{given}; expected the plain module inside, .module, or DistributedDataParallel around the whole network."
+        return (
+            f"{given}; expected the plain module inside, .module, or DistributedDataParallel around the whole network."
+        )
     if wrapper == "ScriptModule":
         return f"{given}; expected the module that it was made from, before torch.jit.script or torch.jit.trace."
     return f"{given}; expected it around the whole network, or none."
@@ -188,8 +190,8 @@ def layouts(
         for path, t in (*layout.network.named_parameters(), *layout.network.named_buffers()):
             if nn.parameter.is_lazy(t):
                 raise MetaplError(
-                    f"the {name}'s {path} has no shape before a first batch; expected one that has: run it once on a batch, "
-                    f"{name}(x), before its optimizer is made."
+                    f"the {name}'s {path} has no shape before a first batch; expected one that has: run it once on a "
+                    f"batch, {name}(x), before its optimizer is made."
                 )
             if t.is_inference():
                 given = f"the {name}'s {path} is of inference_mode()"

@@ -233,8 +233,8 @@ class Slots:
             findings.draws_outside = findings.draws_outside or None
 
     def watch(self, before: RandomState, after: RandomState) -> None:
-        """Note whether a pass, or a loss of its outputs, between two states drew from Python's or NumPy's generators, as
-        long as it is open."""
+        """Note whether a pass, or a loss, between two states drew from Python's or NumPy's generators, as long as it is
+        open."""
         if self.draws_outside is None and after.has_drawn_outside(before):
             self.findings.draws_outside = True
 
