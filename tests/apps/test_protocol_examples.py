@@ -231,6 +231,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a baseline": ({"feedback": "exact", "feedback_baseline": 0.99}, "exact has none"),
     "stored labels": ({"method": "reduced_mpl"}, "expected --unlabeled DIR, and --labels STORE"),
     "labels": ({"labels": "store"}, "expected --method reduced_mpl"),
+    "steps": ({"steps": 5, "wait": 4, "warmup": 2}, "--steps 5: expected more than --wait 4"),
     "a side": ({"image_size": 28}, "the pictures of svhn have 32 pixels"),
 }
 
