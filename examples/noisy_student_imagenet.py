@@ -23,7 +23,6 @@ run that `metapl predict`, `evaluate` and `export` read. One that was stopped go
 
 import dataclasses
 import json
-import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -129,7 +128,7 @@ class Settings:
     threshold: float
     at_most: float | None = None  # the upper bound of an interval of confidence (Figure 5)
     per_class: int | None
-    balance: bool = True
+    balance: tyro.conf.FlagConversionOff[bool] = True
     share: float | None = None  # a uniform share of the selected pictures (Table 10)
     noisy_teacher: bool = False  # labels augmented pictures, with dropout and stochastic depth (Table 6)
 
@@ -199,11 +198,11 @@ def filter_of(c: Settings) -> Network | None:
     """Return the network that selects for all rounds, where that is none of theirs."""
     if c.select_by != "once" or c.filter_network in (None, c.networks[0]):
         return None
-    sizes, dropout, magnitude = AS_PUBLISHED[c.filter_network]
-    network = network_of(c, c.filter_network, number=0, ratio=0)
-    if c.data == "svhn":
+    network = network_of(c, str(c.filter_network), number=0, ratio=0)
+    if c.data == "svhn" or network.name not in AS_PUBLISHED:
         return network
-    return dataclasses.replace(network, image_size=sizes, dropout=dropout, magnitude=magnitude)
+    image_size, dropout, magnitude = AS_PUBLISHED[network.name]
+    return dataclasses.replace(network, image_size=image_size, dropout=dropout, magnitude=magnitude)
 
 
 # ------------------------------------------------------------------------------------------------------------ the rows
@@ -235,7 +234,7 @@ OURS: dict[str, Any] = {"validation": 0, "cutout": 0, "channels_last": True}
 
 # What every row does, and no flag changes.
 ALWAYS: Mapping[str, Source] = {
-    "the mean cross-entropy over the labeled and the unlabeled pictures of a batch (the code has 1 + r times that)": "paper",
+    "the mean cross-entropy over labeled and unlabeled pictures of a batch (the code has 1 + r times that)": "paper",
     "the rate falls by 0.97 every 2.4 of 350 epochs, or 4.8 of 700": "paper",
     "students begin with fresh weights": "paper",
     "RMSProp as TensorFlow has it, with a decay and a momentum of 0.9, and an epsilon of 0.001 inside the root": "code",
@@ -488,6 +487,8 @@ def check(c: Settings) -> None:
         )
     if c.data == "svhn" and c.unlabeled is not None:
         raise MetaplError("--unlabeled: SVHN's unlabeled pictures are its extra ones; leave it out.")
+    if c.data == "svhn" and c.labels_per_class is not None:
+        raise MetaplError("--labels-per-class: all of SVHN's core pictures keep their labels; leave it out.")
     if c.select_by not in ("once", "each"):
         check_selection(c)
     check_run(c)
@@ -614,7 +615,7 @@ def pictures_at(c: Settings, image_size: int) -> Pictures:
 
 
 def standard_view(c: Settings) -> View:
-    """Return the standard augmentation: a move by four pixels of small pictures; others are cropped as they are read."""
+    """Return the standard augmentation: small pictures move by four pixels, others are cropped as they are read."""
     return Identity() if c.data == "imagenet" else Weak(4, flip=False)
 
 
