@@ -148,6 +148,7 @@ class Settings:
     frozen: float = 0.5  # share of the layers that are frozen then
 
     mesh: Mesh = field(default_factory=Mesh)  # the processes that torchrun has started
+    batch_norm_ranks: int | None = None  # of them, how many share the statistics of batch norms; None: all
     accumulate: int = 1
     precision: Literal["float32", "bfloat16"] = "float32"
     channels_last: bool = False
@@ -505,6 +506,10 @@ def check_processes(c: Settings) -> None:
         )
     if c.mesh.tensor > 1:
         raise MetaplError(f"--mesh.tensor {c.mesh.tensor}: expected 1, for these networks have no plan of products.")
+    if c.batch_norm_ranks is not None and (c.batch_norm_ranks < 1 or c.mesh.shares % c.batch_norm_ranks):
+        raise MetaplError(
+            f"--batch-norm-ranks {c.batch_norm_ranks}: expected a divisor of {c.mesh.shares:,} processes."
+        )
     parts = c.mesh.shares * c.accumulate
     for name in ("labeled_batch", "finetune_batch"):
         if getattr(c, name) % parts:
@@ -910,7 +915,7 @@ def fit_options(c: Settings, pictures: Pictures) -> dict[str, Any]:
 def laid_out(c: Settings, network: nn.Module, seed: int, processes: Processes) -> nn.Module:
     """Lay a network out over the processes, each of which draws masks of its own."""
     if c.mesh.size > 1:
-        network = shard(network, c.mesh)
+        network = shard(network, c.mesh, batch_norm_ranks=c.batch_norm_ranks or c.mesh.shares)
     processes.seed(network, seed)
     return network
 

@@ -30,8 +30,9 @@ from metapl.execution.shards import load_whole
 from metapl.metrics import Evaluation, chance_level, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
 from metapl.training import FitResult, Say, Trainer
-from metapl.training.loop import FAR_BEHIND, Callback
+from metapl.training.loop import Callback
 from metapl.training.loss_trainer import LossTrainer
+from metapl.training.selection import FAR_BEHIND
 
 SELECTED_ON = 50  # the fewest validation examples to choose a student by: one standard error is 7 points then
 
@@ -129,7 +130,9 @@ def train(
         **own: Any,
     ) -> FitResult:
         shares = map(processes.share, (labeled, unlabeled))
-        looking = [*callbacks] if truth is None else [Truth(truth), *callbacks]
+        looking: list[Callback] = [*callbacks]
+        if truth is not None:
+            looking.insert(0, Truth(truth))
         try:
             return trainer.fit(*shares, phase=phase, callbacks=looking, **options | own)
         except (RuntimeError, ConnectionError, EOFError) as error:

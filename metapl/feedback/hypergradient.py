@@ -280,6 +280,7 @@ def hypergradient(
             raise MetaplError(f"{whose}; expected one outer batch.")
     kind = ShardedStudent if of_student.is_sharded else LocalStudent
     local_student, ranks = kind(of_student, double_backward=estimate.keep_graph), of_student.ranks
+    local_student.slots.meet(problem)
     shown = partial(step_bar, progress and ranks.first, len(batches))
     if settings and estimate.keep_graph:  # double backward ends in leaves
         for number, groups in enumerate(options := options or [options_of(inner_optimizer)] * len(batches)):
@@ -310,6 +311,7 @@ def hypergradient(
         kernels = no_fast_path(math=True) if estimate.keep_graph or order == "graph" else NOTHING
         as_it_was = restored(teach.slots, local_student.slots, device=device, generator=generator, always=True)
         local_student.inspects_graph = is_tried
+        local_student.chooses_order = is_tried
         replays = ReplayCheck(replay_tolerance, ranks)
         repeatable = deterministic(device) if len(batches) > 1 else NOTHING
         with as_it_was, kernels, repeatable:

@@ -21,7 +21,7 @@ from metapl.execution.layout import layouts
 from metapl.execution.numerics import deterministic, wide
 from metapl.execution.ranks import Ranks
 from metapl.execution.shards import gathered, local
-from metapl.execution.state import RandomState, replayed, trainable, with_tables_of
+from metapl.execution.state import RandomState, replayed, trainable, with_contents_of
 from metapl.feedback import Forward
 from metapl.feedback.hypergradient import hypergradient
 from metapl.feedback.keeping import SHARE, folder_of, free_bytes, generators_at_start
@@ -408,7 +408,7 @@ class _Training:
         weights_of, problem, ranks = trainable(network), self.problem, self.layout.ranks
         rule, device = update_of(again, weights_of), self.start.device
         # A loss may read ``student.parameters()`` by a closure, which has to find those of this training.
-        whose = with_tables_of(network, self.layout.network)
+        whose = with_contents_of(network, self.layout.network)
         with whose, replayed(self.start), torch.enable_grad(), self.autocast(), deterministic(device):
             for chosen, of_step in zip(map(ranks.own_rows, self.order[:steps]), self.options[:steps], strict=True):
                 batch = self.batch(chosen)

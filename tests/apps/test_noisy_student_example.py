@@ -219,6 +219,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a batch": ({"accumulate": 3}, "--labeled-batch 4: expected a multiple of 3"),
     "processes": ({"mesh": script.Mesh(replicate=2)}, "1 process was started for a mesh of 2"),
+    "norms": ({"batch_norm_ranks": 2}, "--batch-norm-ranks 2: expected a divisor of 1 processes"),
     "a sum": ({"training": "pretrain", "loss": "two_means"}, "expected mean"),
     "no unlabeled": ({"labels_per_class": None}, "expected --unlabeled DIR, or --labels-per-class N"),
     "a store that is none": ({"select_by": "nowhere"}, "expected once, each, or a folder"),
@@ -292,14 +293,25 @@ def two() -> Iterator[Ranks]:
 def test_two_processes_leave_the_run_of_one(
     mesh: str, two: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Labels are written by both; batch norms see a share of the rows, as where one process takes a batch in parts."""
+    """Labels are written by both, and batch norms see the rows of both."""
     root = written("svhn", tmp_path / "data", monkeypatch)
-    words = ["svhn", "--root", root, "--networks", "small_cnn", "small_cnn", "--stochastic-depth", "0", "--steps", "3"]
+    words = [
+        "svhn",
+        "--root",
+        root,
+        "--networks",
+        "pooled_cnn",
+        "pooled_cnn",
+        "--stochastic-depth",
+        "0",
+        "--steps",
+        "3",
+    ]
     words += ["--labeled-batch", "4", "--finetune-batch", "4", "--validation", "10", "--per-class", "9", "--lr", "5"]
     words += ["--dropouts", "0", "--device", "cpu", "--num-workers", "0", "--log-every", "1", "--ratios", "2"]
     words += ["--threshold", "0.1", "--unlabeled-noise", "standard", "--magnitudes", "0"]
     monkeypatch.setattr(script, "LABELED_AT_ONCE", 16)
-    assert script.main([*words, "--accumulate", "2", "--out", str(tmp_path / "one")]) == 0
+    assert script.main([*words, "--out", str(tmp_path / "one")]) == 0
     asked = [*words, f"--mesh.{mesh}", "2", "--out", str(tmp_path / "two")]
     assert two.run("rank_main", words=asked) == [0, 0]
     for name in ("round-0", "round-1"):

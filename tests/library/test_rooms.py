@@ -31,7 +31,7 @@ FLOORS = (
     ("apps.backbone",),
     ("apps.label", "apps.report", "apps.noisy_labels", "apps.export"),
     ("apps.train",),
-    ("apps.look", "apps.compare", "apps.noisy_student"),
+    ("apps.look", "apps.compare", "apps.differences", "apps.noisy_student"),
     ("apps.commands", "apps.predict", "apps.evaluate", "apps.attribute", "apps.ablate"),
     ("apps.main",),
 )
