@@ -26,7 +26,7 @@ import hashlib
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -172,14 +172,20 @@ SHARES = (1 / 64, 1 / 16, 1 / 4)
 PERCENTS = (10, 20, 40, 80)
 
 ARMS: dict[str, Arm] = {
-    "S supervised": Arm(network="S"),
-    "M supervised": Arm(network="M"),
-    "L supervised": Arm(network="L"),
     # Table 6.
+    "M supervised": Arm(network="M"),
     "M": same_teacher("M"),
     "M without augmentation": same_teacher("M", unlabeled_noise="model"),
     "M without any noise": same_teacher("M", unlabeled_noise="none"),
     "M, noisy teacher": same_teacher("M", noisy_teacher=True),
+    # Tables 12 and 14, as far as these need no other teacher.
+    "M without balancing": same_teacher("M", balanced=False),
+    "M, 3:1": same_teacher("M", ratio=3),
+    # Table 7.
+    "L, first round": Arm(network="L", teacher="M supervised", ratio=3),
+    "L, second round": Arm(network="L", teacher="L, first round", ratio=3),
+    BEST: Arm(network="L", teacher="L, second round", ratio=6),
+    # Table 6, few unlabeled pictures.
     "M supervised, standard": Arm(network="M", augmentation="standard"),
     "M, few": Arm(network="M", teacher="M supervised, standard", **FEW),  # type: ignore[arg-type]
     "M, few, without augmentation": Arm(
@@ -200,19 +206,15 @@ ARMS: dict[str, Arm] = {
         noisy_teacher=True,
         **FEW,  # type: ignore[arg-type]
     ),
-    # Table 7.
-    "L, first round": Arm(network="L", teacher="M supervised", ratio=3),
-    "L, second round": Arm(network="L", teacher="L, first round", ratio=3),
-    BEST: Arm(network="L", teacher="L, second round", ratio=6),
     # Table 9.
+    "S supervised": Arm(network="S"),
+    "L supervised": Arm(network="L"),
     "S": same_teacher("S"),
-    "M, 3:1": same_teacher("M", ratio=3),
     "L, 3:1": same_teacher("L", ratio=3),
     "S, best teacher": Arm(network="S", teacher=BEST, unlabeled_noise="standard"),
     "M, best teacher": Arm(network="M", teacher=BEST, ratio=3, unlabeled_noise="standard"),
     # Table 12.
     "S without balancing": same_teacher("S", balanced=False),
-    "M without balancing": same_teacher("M", balanced=False),
     # Table 14.
     "L, best teacher, 1:1": Arm(network="L", teacher=BEST, ratio=1),
     "L, best teacher, 3:1": Arm(network="L", teacher=BEST, ratio=3),
@@ -524,13 +526,14 @@ def study(out: Path, source: Path, networks: Path, *, hours: float | None, is_mi
             "cpu_seconds": round(time.process_time() - cpu, 1),
         }
 
-    about = harness.environment()
-    seeds = SEEDS[:2] if is_miniature else SEEDS
-    for name in [*ARMS][:: 5 if is_miniature else 1]:
-        for seed in seeds:
-            if not is_over():
-                job = {"arm": name, "seed": seed, "settings": dataclasses.asdict(ARMS[name])}
-                harness.go_on(out, [job], run, about=about)
+    def jobs() -> Iterator[Row]:
+        for name in [*ARMS][:: 5 if is_miniature else 1]:
+            for seed in SEEDS[:2] if is_miniature else SEEDS:
+                if is_over():
+                    return
+                yield {"arm": name, "seed": seed, "settings": dataclasses.asdict(ARMS[name])}
+
+    harness.go_on(out, jobs(), run, about=harness.environment())
 
 
 # ---------------------------------------------------------------------------------------------------------- the tables
@@ -586,7 +589,7 @@ def block(rows: Sequence[Row]) -> str:
 def main() -> None:
     parser = harness.arguments(__doc__, RAW)
     parser.add_argument("--source", type=Path, default=SOURCE, help="the folder of Fashion-MNIST's four files")
-    parser.add_argument("--networks", type=Path, default=NETWORKS, help="where networks are kept that label for others")
+    parser.add_argument("--networks", type=Path, help=f"where trained networks are kept, which label; {NETWORKS}")
     parser.add_argument("--hours", type=float, help="begin no run after these hours")
     arguments = harness.parsed(parser)
     torch.set_num_threads(1)
@@ -598,7 +601,7 @@ def main() -> None:
         study(
             arguments.out,
             arguments.source,
-            arguments.networks,
+            arguments.networks or (arguments.out.parent / "networks" if arguments.miniature else NETWORKS),
             hours=arguments.hours,
             is_miniature=arguments.miniature,
         )
