@@ -151,7 +151,7 @@ class Arm:
     ratio: int = 1
     pool: int = UNLABELED
     share: float = 1.0
-    augmentation: Literal["randaugment", "standard"] = "randaugment"
+    augmentation: Literal["strong", "standard"] = "strong"
     unlabeled_noise: Literal["all", "standard", "model", "none"] = "all"
     noisy_teacher: bool = False
     balanced: bool = True
