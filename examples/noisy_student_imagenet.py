@@ -40,7 +40,7 @@ from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import metapl
-from metapl.apps.labels import LabelStore, LabelWriter, check_interval, select
+from metapl.apps.labels import DIGEST_BYTES, LabelStore, LabelWriter, check_interval, select
 from metapl.apps.launch import Processes, joined
 from metapl.apps.model_noise import NoisyStudentLoss
 from metapl.apps.networks import Architecture
@@ -66,6 +66,7 @@ from metapl.apps.pictures import (
     scan_unlabeled,
 )
 from metapl.apps.pictures.batches import Images, in_unit_range
+from metapl.apps.pictures.folders import digest as file_digest
 from metapl.apps.train import device as device_of
 from metapl.data import StepSampler
 from metapl.data.draws import fold_in
@@ -238,6 +239,7 @@ ALWAYS: Mapping[str, Source] = {
     "the mean cross-entropy over labeled and unlabeled pictures of a batch (the code has 1 + r times that)": "paper",
     "the rate falls by 0.97 every 2.4 of 350 epochs, or 4.8 of 700": "paper",
     "students begin with fresh weights": "paper",
+    "pictures of ImageNet's validation set are not learned from; they are known by their bytes": "paper",
     "RMSProp as TensorFlow has it, with a decay and a momentum of 0.9, and an epsilon of 0.001 inside the root": "code",
     "no weight decay on the scales and shifts of norms": "code",
     "an average of the weights with the decay min(decay, (1 + t) / (10 + t)), which labels and is tested": "code",
@@ -758,7 +760,11 @@ def label_range(
             if not bool(probabilities.isfinite().all()):
                 raise MetaplError(f"the labels of {spec.name} are not finite: its training diverged; lower --lr.")
             is_new = torch.ones(len(used), dtype=torch.bool) if writer.last is None else used > int(writer.last)
-            writer.add(used[is_new].tolist(), probabilities[is_new])
+            new = used[is_new].tolist()
+            digests = None
+            if c.unlabeled is not None and isinstance(images, FileImages):
+                digests = [file_digest(str(images.path(position)))[:DIGEST_BYTES] for position in new]
+            writer.add(new, probabilities[is_new], digests)
 
 
 @dataclass(frozen=True, eq=False)
@@ -781,7 +787,7 @@ class Selection:
 
 
 def select_from(c: Settings, labels: LabelStore, folder: Path, processes: Processes) -> Selection:
-    """Select as the paper does; the first process writes, and all read."""
+    """Select as the paper does, without pictures of ImageNet's validation set; the first process writes, all read."""
     if processes.first:
         select(
             labels,
@@ -792,6 +798,7 @@ def select_from(c: Settings, labels: LabelStore, folder: Path, processes: Proces
             balance=c.balance,
             share=c.share,
             seed=c.seed,
+            drop_overlap=None if c.unlabeled is None else Path(c.root, "val"),
         )
     wait_for_all()
     return Selection.of(LabelStore(folder))

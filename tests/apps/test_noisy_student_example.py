@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import nn
 from metapl import MetaplError
 from metapl.apps import networks
 from metapl.apps.labels import LabelStore, LabelWriter, select
-from metapl.apps.pictures import Identity
+from metapl.apps.pictures import Identity, scan_unlabeled
 from metapl.apps.run import EndedRun
 
 pytestmark = pytest.mark.docs
@@ -165,8 +166,13 @@ def test_a_network_of_its_own_selects_and_another_run_takes_what_it_selected(
     own = CNN | {"networks": ("pooled_cnn",) * 2, "filter_epochs": 1.0, "unlabeled": str(colors / "unlabeled")}
     c = dataclasses.replace(tiny("b0", tmp_path, monkeypatch, **own), labels_per_class=None)
     monkeypatch.setattr(script, "AS_PUBLISHED", script.AS_PUBLISHED | {"small_cnn": (24, 0.0, 0.0)})
+    # A copy of a picture of the validation set is not learned from.
+    shutil.copy(tmp_path / "data" / "val" / "n01440764" / "0.JPEG", colors / "unlabeled" / "blue-0.png")
     script.train(c)
     store = LabelStore(tmp_path / "run" / "selection" / "selected")
+    first = scan_unlabeled(colors / "unlabeled").names.index("blue-0.png")
+    assert first in [*LabelStore(tmp_path / "run" / "selection" / "labels")]
+    assert first not in [*store]
     assert [*LabelStore(tmp_path / "run" / "rounds" / "1" / "labels")] == [*store]
     assert {row["phase"] for row in metrics(c.out)} == {"filter", "round-0", "round-1"}
     other = dataclasses.replace(c, select_by=str(store.folder), out=str(tmp_path / "other"))
