@@ -64,8 +64,8 @@ THRESHOLD = 0.3
 # dropping the last block.
 DROPOUT, STOCHASTIC_DEPTH = 0.5, 0.2
 
-# How many examples of each kind the losses with and without noise are measured on, in whole batches.
-MEASURED_ON = 256
+# How many examples of each kind the losses with and without noise are measured on, and how many in a pass.
+MEASURED_ON, MEASURED_AT_ONCE = 256, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -720,6 +720,11 @@ class LossesApart:
     def __init__(self, labeled: Any, pairs: Any, loss: NoisyStudentLoss, *, every: int, steps: int) -> None:
         self.every, self.steps = every, steps
         self.hard, self.model_noise = loss.hard, loss.model_noise
+        # The batches of a training may be too large for one pass of one process.
+        labeled, pairs = (
+            dataclasses.replace(source, sampler=dataclasses.replace(source.sampler, batch_size=MEASURED_AT_ONCE))
+            for source in (labeled, pairs)
+        )
         self.sources = {"labeled": labeled, "unlabeled": pairs}
         self.clean = {
             "labeled": dataclasses.replace(labeled, view=Identity(), crop=None),
@@ -744,7 +749,7 @@ class LossesApart:
         """The mean cross-entropy over the first examples of a source."""
         device = next(network.parameters()).device
         total, count = 0.0, 0
-        for step in range(-(-MEASURED_ON // source.batch_size)):
+        for step in range(MEASURED_ON // MEASURED_AT_ONCE):
             x, target = source[step]
             target = target.to(device)
             if self.hard and target.is_floating_point():

@@ -1,4 +1,4 @@
-"""``examples/protocols.py`` and ``noisy_student_imagenet.py`` on small files, as torchvision reads each data set.
+"""``examples/protocols.py`` on small files, as torchvision reads each data set.
 
 What torchvision itself does is not repeated: comparing files with their MD5, and unpacking ImageNet's archives.
 """
@@ -12,7 +12,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import noisy_student_imagenet
 import numpy as np
 import picture_sets
 import protocols
@@ -331,29 +330,6 @@ def test_pictures_are_what_torchvision_reads(tmp_path: Path, monkeypatch: pytest
     levels = pictures.fetch(torch.arange(36))[0].float().mean((1, 2, 3))
     assert levels.sub(50 + 50 * labels).abs().max() < 5
     assert test.fetch(torch.arange(9))[0].float().mean((1, 2, 3)).sub(50 + 50 * test_labels).abs().max() < 5
-
-
-@pytest.mark.parametrize(
-    "given", [False, pytest.param(True, marks=pytest.mark.long)], ids=["most of ImageNet unlabeled", "a folder"]
-)
-def test_noisy_student_on_imagenet(given: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    places: dict[str, Any] = {"root": written("imagenet", tmp_path / "data", monkeypatch), "out": str(tmp_path / "run")}
-    if given:
-        places |= {"unlabeled": str(color_folders(tmp_path / "colors") / "unlabeled"), "finetune_size": 40}
-    own = {name: TINY[name] for name in ("labeled_batch", "validate_every", "log_every", "save_every")}
-    own |= {"steps": 3, "finetune_steps": 2, "networks": ("small_cnn",) * 3, "lr": 0.01, "stochastic_depth": 0.0}
-    c = dataclasses.replace(noisy_student_imagenet.ROWS["b0"], **{**SMALL, **places, **own, "image_size": 32})
-    result = noisy_student_imagenet.train(c)
-    assert len(result["test_accuracy_of_rounds"]) == 3
-    assert ("finetuned_test_accuracy" in result) is given
-    last = load_file(tmp_path / "run" / "round-2.safetensors")
-    assert noisy_student_imagenet.train(dataclasses.replace(c, resume=True)) == result
-    again = load_file(tmp_path / "run" / "round-2.safetensors")
-    assert all(torch.equal(again[name], t) for name, t in last.items())
-    delivered = EndedRun.load(tmp_path / "run" / "delivered")
-    assert delivered.result["test_accuracy"] == result.get(
-        "finetuned_test_accuracy", result["test_accuracy_of_rounds"][-1]
-    )
 
 
 def test_the_accuracies_on_labeled_pictures_are_a_figure(
