@@ -159,7 +159,9 @@ def wrapped(name: str, path: str, wrapper: str) -> str:
     where = f" at {path!r}" if path else ""
     given = f"the {name} has a {wrapper}{where}, in which no pass runs at other weights"
     if wrapper == "DataParallel":
-        return f"{given}; expected the plain module inside, .module, or DistributedDataParallel around the whole network."
+        return (
+            f"{given}; expected the plain module inside, .module, or DistributedDataParallel around the whole network."
+        )
     if wrapper == "ScriptModule":
         return f"{given}; expected the module that it was made from, before torch.jit.script or torch.jit.trace."
     return f"{given}; expected it around the whole network, or none."
