@@ -84,7 +84,8 @@ LABELED_AT_ONCE = 256
 # The number that stands for the network that selects, where rounds are counted from 0.
 FILTER = 1_000_000
 
-IMAGENET_PICTURES, SVHN_PICTURES = 1_281_167, 73_257
+IMAGENET_PICTURES = 1_281_167
+SVHN_PICTURES = 73_257
 
 
 # -------------------------------------------------------------------------------------------------------- the settings
@@ -176,11 +177,11 @@ class Network:
 
 def networks_of(c: Settings) -> list[Network]:
     """Return the networks of the rounds, the first teacher's first; it has no unlabeled pictures."""
-    found: list[Network] = []
+    networks: list[Network] = []
     for number, name in enumerate(c.networks):
         ratio = 0 if number == 0 else c.ratios[min(number - 1, len(c.ratios) - 1)]
-        found.append(network_of(c, name, number, ratio))
-    return found
+        networks.append(network_of(c, name, number, ratio))
+    return networks
 
 
 def network_of(c: Settings, name: str, number: int, ratio: int) -> Network:
@@ -288,7 +289,8 @@ def of_one_network(name: str, epochs: int, ratio: int = 3) -> Row:
     )
 
 
-SHORT_SCHEDULE, LONG_SCHEDULE = 350, 700
+SHORT_SCHEDULE = 350
+LONG_SCHEDULE = 700
 
 ROWS: dict[str, Row] = {
     "b0": of_one_network("efficientnet_b0", LONG_SCHEDULE, ratio=1),
@@ -551,10 +553,11 @@ def check_run(c: Settings) -> None:
         return
     if not c.resume:
         raise MetaplError(f"{c.out} holds a run already; go on with --resume, or give another --out.")
-    then, now = json.loads(file.read_text()), json.loads(json.dumps(dataclasses.asdict(c)))
-    changed = [name for name in now if name not in FREE and now[name] != then.get(name)]
+    stored = json.loads(file.read_text())
+    asked = json.loads(json.dumps(dataclasses.asdict(c)))
+    changed = [name for name in asked if name not in FREE and asked[name] != stored.get(name)]
     if changed:
-        said = few([f"{name} was {then.get(name)}, now {now[name]}" for name in changed])
+        said = few([f"{name} was {stored.get(name)}, now {asked[name]}" for name in changed])
         raise MetaplError(
             f"the run in {c.out} was begun otherwise ({said}); go on as it was begun, or give another --out."
         )
@@ -860,8 +863,12 @@ def train(c: Settings, processes: Processes | None = None) -> dict[str, Any]:
         chosen = selected.chosen(labels)
         pictures = pictures_at(c, spec.image_size)
         weights = train_student(c, spec, pictures, chosen, weights, number, processes)
-        kept = {"kept": len(selected.positions), "copies": len(chosen.positions), "unlabeled": len(pictures.unlabeled)}
-        rounds.append(reached(c, spec, weights, pictures) | kept)
+        counts = {
+            "kept": len(selected.positions),
+            "copies": len(chosen.positions),
+            "unlabeled": len(pictures.unlabeled),
+        }
+        rounds.append(reached(c, spec, weights, pictures) | counts)
         if processes.first:
             save_weights(weights, out / f"round-{number}.safetensors")
 
@@ -1091,10 +1098,10 @@ def evaluated(network: nn.Module, examples: EvaluationBatches) -> Evaluation:
 def reached(c: Settings, spec: Network, weights: Mapping[str, Tensor], pictures: Pictures) -> dict[str, Any]:
     """Return what a network reaches on the test pictures."""
     evaluation = evaluated(whole_network(c, spec, weights, pictures), pictures.test)
-    found: dict[str, Any] = {"network": spec.name, "test_accuracy": evaluation.accuracy}
+    accuracies: dict[str, Any] = {"network": spec.name, "test_accuracy": evaluation.accuracy}
     if evaluation.top5 is not None:
-        found["test_top5"] = evaluation.top5
-    return found
+        accuracies["test_top5"] = evaluation.top5
+    return accuracies
 
 
 def main(words: Sequence[str]) -> int:
