@@ -107,6 +107,8 @@ class Attribution:
         from scipy import stats
 
         sets = [self._removed(removed) for removed in removals]
+        if not sets:
+            raise MetaplError("validate was given no sets of examples; expected three or more, for a correlation.")
         changes = []
         with step_bar(progress, len(sets), "trainings without examples", 0) as tell:
             for gone in sets:

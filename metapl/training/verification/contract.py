@@ -149,8 +149,8 @@ def loss_that_is_no_mean(case: Case, *losses: tuple[str, Callable[[int, int], An
             continue
         first_total, first_weight = sum_and_weight(loss_of_rows(0, half))
         second_total, second_weight = sum_and_weight(loss_of_rows(half, 2 * half))
-        whole = float(total / weight)
-        by_halves = float((first_total + second_total) / (first_weight + second_weight))
+        whole = (total / weight).item()
+        by_halves = ((first_total + second_total) / (first_weight + second_weight)).item()
         if abs(whole - by_halves) > max(1e-6, 100 * case.eps) * max(abs(whole), abs(by_halves)):
             return f"{name} is {whole:.6g}, and {by_halves:.6g} by halves of the batch: no mean over examples."
     return ""
