@@ -260,7 +260,7 @@ class Held(TorchDispatchMode):
 
 
 def main() -> None:
-    """Meta Pseudo Labels on pictures, by default the largest experiment of the paper (section 4.2): EfficientNet-L2
+    """Meta Pseudo Labels on pictures, by default the largest experiment of the paper: EfficientNet-L2
     twice, 512 pixels, 2,048 labeled and 16,384 unlabeled pictures, a million steps; losses of the authors' code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags = {"network": "efficientnet_l2", "mode": "forward", "size": 512, "labeled": 2_048, "unlabeled": 16_384}

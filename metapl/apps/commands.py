@@ -132,6 +132,8 @@ class Train:
         check_shares(config, method, mesh)
         if isinstance(method, ReducedMpl):
             check_labels_given(config, method)
+        if isinstance(method, NoisyStudent):
+            noisy_student.check_selection(config, method)
         with joined(mesh, place) as processes:
             if not processes.first:  # it shows nothing, and its folder is not kept
                 given = from_first(None)

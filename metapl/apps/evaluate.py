@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
+from metapl.apps.differences import Judged, Opponent, check_comparable, differences, sheet
 from metapl.apps.evaluation import CORRUPTIONS, LEVELS, SEVERITIES, Attack, measure
 from metapl.apps.inputs import ROOM, Factory, Folder, HeldOut, Network, Run, check_out, held, plural
 from metapl.apps.label import refuse_infinite
 from metapl.apps.machine import count_bar, write_whole
 from metapl.apps.report import COLORS, LINES, png_of
-from metapl.apps.run import WEIGHTS, EndedRun
+from metapl.apps.run import WEIGHTS, EndedRun, NetworkName
 from metapl.apps.settings import Switch, unset
 from metapl.apps.words import WIDTH, short, table, tell
 from metapl.errors import MetaplError
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-EVALUATION, PICTURE = "evaluation.json", "evaluation.png"
+EVALUATION, PICTURE, SHEET = "evaluation.json", "evaluation.png", "differences.png"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,9 @@ class Evaluate:
     against the network (--attack); all accuracies are then written to --out, as evaluation.json, and their curves
     drawn, as evaluation.png.
 
+    With --against, another network is measured on the same pictures: how many each alone is right on, with the p of
+    McNemar's exact test; in --out, evaluation.json names those pictures, and differences.png is a sheet of them.
+
     ImageNet-A, -C and -P, ReaL, and networks of a file of weights: examples/robustness.py.
 
     Args:
@@ -53,6 +57,9 @@ class Evaluate:
             or by ten (pgd).
         eps: how far each value of a picture may be moved, in 1/255 of the range from black to white; several can be
             given.
+        against: another run, or this one with --against-network, to compare with picture by picture; on the pictures as
+            they are, also where they are damaged or attacked besides.
+        against_network: which of its networks; by default the one that it delivers.
         out: folder for evaluation.json, and for evaluation.png where pictures are damaged or attacked; made if need be.
         json: print JSON.
     """
@@ -64,10 +71,14 @@ class Evaluate:
     corruptions: Switch = False
     attack: Annotated[Attack | None, unset()] = None
     eps: Annotated[tuple[Annotated[float, Range(0, most=LEVELS)], ...], unset("E ...", default="(default: 2 8)")] = ()
+    against: Folder = None
+    against_network: Annotated[NetworkName, unset()] = "delivered"
     out: Folder = None
     json: Switch = False
 
     def run(self) -> int:
+        if self.against_network != "delivered" and self.against is None:
+            raise MetaplError(f"--against-network {self.against_network} was given without --against RUN.")
         if self.eps and self.attack is None:
             raise MetaplError("--eps was given without --attack; expected --attack fgsm or --attack pgd.")
         run = EndedRun.load(self.folder)
@@ -75,6 +86,9 @@ class Evaluate:
             check_out(self.out, run.source.recipe().get("fields", {}), {"test": self.test})
         with held(self.out):
             name = run.name(self.network)
+            other = None if self.against is None else Opponent.load(self.against, self.against_network)
+            if other is not None:
+                check_comparable(run, other.run, (name, other.name), has_test=self.test is not None)
             network = run.network(name, self.factory).to(run.device)
             on = HeldOut(run, name, self.test)
             content: dict[str, Any] = {
@@ -114,6 +128,13 @@ class Evaluate:
                     )
                     content |= damaged
                     blocks += robustness_tables(damaged, found)
+            if other is not None:
+                compared = differences(
+                    Judged(logits, labels, [*on.names]), other.judge(self.factory, self.test), run.classes
+                )
+                titles = other.titles(run, name)
+                content["against"] = {"run": str(self.against), "network": other.name, **compared.to_json()}
+                blocks.append(compared.text(*titles))
             tell(json.dumps(content, indent=2) if self.json else "\n\n".join(blocks))
             if self.out is not None:
                 write_whole(self.out / EVALUATION, f"{json.dumps(content, indent=1)}\n".encode(), ROOM)
@@ -121,6 +142,9 @@ class Evaluate:
                 if "corruptions" in content or "attacks" in content:
                     write_whole(self.out / PICTURE, png_of(robustness_curves(content)), ROOM)
                     written += f", and drawn in {self.out / PICTURE}"
+                if other is not None:
+                    write_whole(self.out / SHEET, sheet(compared, on, *titles), ROOM)
+                    written += f"; the pictures that one alone is right on are shown in {self.out / SHEET}"
                 if not self.json:
                     tell(f"\n{written}")
             if on.skipped:

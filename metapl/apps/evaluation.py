@@ -276,8 +276,8 @@ def attacked(network: nn.Module, images: Tensor, labels: Tensor, attack: Attack,
     ``"fgsm"`` is one step of ε along the sign of the gradient; ``"pgd"`` ten steps of ε/4, each brought back to within
     ε, from the picture itself. The network runs in the mode that it is in; its weights and their gradients stay.
 
-    Source: Goodfellow, Shlens and Szegedy (ICLR 2015); Madry et al. (ICLR 2018). Noisy Student, section 4.3, takes ten
-    iterations and does not print its step size.
+    Source: Goodfellow, Shlens and Szegedy (ICLR 2015); Madry et al. (ICLR 2018). Noisy Student's study of
+    adversarial robustness takes ten iterations and does not print its step size.
 
     >>> line = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
     >>> _ = line[1].weight.data.copy_(torch.tensor([[1.0], [-1.0]]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -143,14 +144,18 @@ class Pictures:
         return images.cached() if fits and not self.crop else images
 
     def architecture(self, classes: int) -> networks.Architecture:
-        return networks.Architecture(
+        plain = networks.Architecture(
             name=self.network or "",
             num_classes=classes,
-            dropout=self.dropout,
-            stochastic_depth=self.stochastic_depth,
             in_channels=1 if self.grey else 3,
             image_size=self.image_size,
         )
+        dropout, stochastic_depth = self.noise(plain)
+        return dataclasses.replace(plain, dropout=dropout, stochastic_depth=stochastic_depth)
+
+    def noise(self, architecture: networks.Architecture) -> tuple[float, float]:
+        """Return the rates of dropout and of stochastic depth of a network."""
+        return self.dropout, self.stochastic_depth
 
     def build(self, classes: int) -> nn.Module:
         """The network with fresh or pretrained weights, normalizing pictures in [0, 1]."""
@@ -274,7 +279,7 @@ class OfPictures:
         return {"clip_norm": clip, "accumulate": self.fitting.accumulate, "precision": self.fitting.precision}
 
     def finetuning(self) -> dict[str, Any]:
-        """A rate that stays: section 2.3 of the paper."""
+        """A rate that stays, as Meta Pseudo Labels finetunes its students of small benchmarks."""
         return self.fitting.finetuning(schedule="constant")
 
 

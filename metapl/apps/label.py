@@ -162,28 +162,36 @@ class Stats:
 class Select:
     """Write a store of some of the examples of another one, as the papers select and balance their pictures.
 
-    In this order: pictures that stand in a folder are dropped; those with a confidence above a threshold are kept; of
-    each class, the most confident, of equals those whose names come first; and classes that have fewer are filled up by
-    counting pictures more than once. Beside a selection of files stands list.txt with their paths, which --unlabeled of
-    metapl train images takes in the place of a folder.
+    In this order: pictures that stand in a folder are dropped; those with a confidence above a threshold are kept, and
+    not above an upper bound; of each class, the most confident, of equals those whose names come first; classes that
+    have fewer are filled up by counting pictures more than once; and a uniform share of all these is drawn. Beside a
+    selection of files stands list.txt with their paths, which --unlabeled of metapl train images takes in the place of
+    a folder.
 
     Args:
         store: its folder.
         out: folder of the new store; made if need be.
         threshold: keep what the teacher gave a probability above this; 0.3 in Noisy Student.
+        at_most: and drop what it gave a probability above this: --threshold 0.2 --at-most 0.3 is an interval of Noisy
+            Student's Figure 5.
         per_class: the most examples of a class, by the most probable class of each; 130000 in Noisy Student.
         any_class: of each class, keep the --per-class examples with the greatest probability of it, whatever their most
             probable class is; with 12800, the filter of Meta Pseudo Labels' ResNet-50.
         balance: duplicate examples of classes that have fewer than --per-class, or without it than the largest class.
+        share: keep a uniform share of what is left, copies counted, as Noisy Student's Table 10 does.
+        seed: of the share.
         drop_overlap: drop pictures whose file has the same bytes as one in this folder, such as your test pictures.
     """
 
     store: Store
     out: Annotated[Path, tyro.conf.arg(metavar="STORE2")]
     threshold: Annotated[float | None, unset()] = None
+    at_most: Annotated[float | None, unset()] = None
     per_class: Annotated[int | None, unset("N")] = None
     any_class: Switch = False
     balance: Switch = False
+    share: Annotated[float | None, unset()] = None
+    seed: Annotated[int, Range(0, most=2**32 - 1)] = 0
     drop_overlap: Annotated[Path | None, unset("FOLDER")] = None
 
     def run(self) -> int:
@@ -194,7 +202,9 @@ class Select:
             (found.overlapping, f"dropped: in {shown(self.drop_overlap)}"),
             (found.unread, f"files cannot be read in {shown(self.drop_overlap)}"),
             (found.unsure, f"dropped: confidence not above {self.threshold or 0:g}"),
+            (found.too_sure, f"dropped: confidence above {self.at_most or 0:g}"),
             (found.beyond, f"dropped: not among the {self.per_class or 0:,} {whose}"),
+            (found.not_drawn, f"dropped: not drawn in a share of {self.share or 0:g}"),
             (found.kept, "kept"),
             (found.copies, "with copies"),
         ]

@@ -120,9 +120,13 @@ def choose_settings(config: Any, method: Any, say: Say, before: Mapping[str, Any
     kind, of = ("grey", "light and dark") if pictures.grey else ("color", "colors")
     changed = f"{of} {'exchanged' if pictures.recolor else 'kept'}, {'' if pictures.mirror else 'not '}mirrored"
     networks = ", then ".join(flat(method).get("networks") or (pictures.network,))
+    dropout, stochastic_depth = pictures.noise(pictures.architecture(classes=2))
+    noise = f", dropout {dropout:g}" if dropout else ""
+    if stochastic_depth:
+        noise += f", stochastic depth {stochastic_depth:g}"
     say(
-        f"chosen: {networks} on {pictures.image_size}x{pictures.image_size} {kind} pictures{lost}, {changed}; adamw at "
-        f"{fitting.lr:g}, {fitting.precision}, {fitting.steps:,} steps"
+        f"chosen: {networks}{noise} on {pictures.image_size}x{pictures.image_size} {kind} pictures{lost}, {changed}; "
+        f"adamw at {fitting.lr:g}, {fitting.precision}, {fitting.steps:,} steps"
     )
     if steps is None and fitting.steps < FEW_STEPS:
         say(f"note: {fitting.steps} steps are few, for this machine is slow or busy: give more --minutes, or --steps")

@@ -38,7 +38,7 @@ class NoisyStudentLoss:
 
     Needs: unlabeled batches that are pairs (x, stored), with the stored distributions (B, C). Where such pairs stand in
     the place of labeled batches, and there are no unlabeled ones, the loss is that of the pairs alone.
-    Source: Noisy Student, Algorithm 1, line 3 (``"two_means"``), and its section on training (``"mean"``).
+    Source: Noisy Student, Algorithm 1, line 3 (``"two_means"``), and what it says of training (``"mean"``).
     """
 
     form: Literal["mean", "two_means"] = "mean"
@@ -54,62 +54,70 @@ class NoisyStudentLoss:
 
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
         if unlabeled is None:
-            x, stored = stored_pair(labeled)
-            with nullcontext() if self.model_noise else with_model_noise(teacher, on=False):
-                logits = wide(teacher(x))
-            check_stored(stored, logits, "unlabeled")
-            return F.cross_entropy(logits, stored.argmax(1) if self.hard else wide(stored))
-        (x_l, y), (x_u, stored) = labeled[:2], stored_pair(unlabeled)
-        n_l, n_u = len(x_l), len(x_u)
+            return self._of_pairs(teacher, labeled)
+        x_l, y = labeled[:2]
+        x_u, stored = stored_pair(unlabeled)
         if self.model_noise:
             logits = checks.logits(teacher(torch.cat([x_l, x_u])), "network")
         else:
-            logits = checks.logits(teacher(x_l), "network")
+            logits_with_noise = checks.logits(teacher(x_l), "network")
             with with_model_noise(teacher, on=False):
-                logits = torch.cat([logits, teacher(x_u)])
-        logits_l, logits_u = wide(logits).split([n_l, n_u])
+                logits = torch.cat([logits_with_noise, teacher(x_u)])
+        logits_l, logits_u = wide(logits).split([len(x_l), len(x_u)])
         check_stored(stored, logits_u, "unlabeled")
         y = checks.class_labels(y, logits_l.shape[1])
         on_labeled = F.cross_entropy(logits_l, y, label_smoothing=self.label_smoothing)
-        on_unlabeled = F.cross_entropy(logits_u, stored.argmax(1) if self.hard else wide(stored))
+        on_unlabeled = self._on_stored(logits_u, stored)
         if self.form == "two_means":
             return on_labeled + on_unlabeled
-        return (n_l * on_labeled + n_u * on_unlabeled) / (n_l + n_u)
+        return (len(x_l) * on_labeled + len(x_u) * on_unlabeled) / (len(x_l) + len(x_u))
+
+    def _of_pairs(self, network: nn.Module, pairs: Any) -> Tensor:
+        """Return the loss of pseudo-labeled examples alone."""
+        x, stored = stored_pair(pairs)
+        with nullcontext() if self.model_noise else with_model_noise(network, on=False):
+            logits = wide(network(x))
+        check_stored(stored, logits, "unlabeled")
+        return self._on_stored(logits, stored)
+
+    def _on_stored(self, logits: Tensor, stored: Tensor) -> Tensor:
+        return F.cross_entropy(logits, stored.argmax(1) if self.hard else wide(stored))
 
 
 def model_noise(network: nn.Module) -> list[nn.Module]:
-    """The modules of a network that draw at random while it is trained: dropout and stochastic depth, and modules of
-    timm's with a ``drop_rate``, which call dropout as a function.
+    """Return the modules of a network that draw at random while it is trained: dropout and stochastic depth, and
+    modules of timm's with a ``drop_rate``, which call dropout as a function.
 
     >>> [type(part).__name__ for part in model_noise(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))]
     ['Dropout']
     """
+    return [part for part in network.modules() if _draws(part)]
 
-    def draws(part: Any) -> bool:
-        # Dropout and stochastic depth of torch, torchvision and timm by the names of their classes, and attention.
-        kinds = " ".join(kind.__name__.lower() for kind in type(part).__mro__)
-        named = "drop" in kinds or "stochasticdepth" in kinds
-        rate = getattr(part, "p", getattr(part, "drop_prob", 0.0)) if named else 0.0
-        own = part.dropout if isinstance(part, nn.MultiheadAttention) else getattr(part, "drop_rate", 0.0)
-        return bool(rate or own)
 
-    return [part for part in network.modules() if draws(part)]
+def _draws(part: Any) -> bool:
+    # Dropout and stochastic depth of torch, torchvision and timm are known by the names of their classes.
+    kinds = " ".join(kind.__name__.lower() for kind in type(part).__mro__)
+    if ("drop" in kinds or "stochasticdepth" in kinds) and getattr(part, "p", getattr(part, "drop_prob", 0.0)):
+        return True
+    if isinstance(part, nn.MultiheadAttention):
+        return part.dropout > 0
+    return bool(getattr(part, "drop_rate", 0.0))
 
 
 @contextmanager
 def with_model_noise(network: nn.Module, on: bool) -> Iterator[None]:
-    """In this block dropout and stochastic depth are on, or off; all else is in the mode that it was in.
+    """Turn dropout and stochastic depth on, or off, in this block; all else stays in the mode that it is in.
 
     >>> network = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(2))
     >>> with with_model_noise(network, on=False):
     ...     [part.training for part in network]
     [False, True]
     """
-    before = {part: part.training for part in model_noise(network)}
+    modes = {part: part.training for part in model_noise(network)}
     try:
-        for part in before:
+        for part in modes:
             part.training = on
         yield
     finally:
-        for part, mode in before.items():
+        for part, mode in modes.items():
             part.training = mode

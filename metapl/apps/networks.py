@@ -31,9 +31,9 @@ from metapl.words import did_you_mean
 Noise = Annotated[float, Range(0, 1)]
 Tuning = Literal["head", "lora", "all"]
 
-# The factors of width and depth beyond B7. L2: Noisy Student, Table 8. B6-Wide: Meta Pseudo Labels, section 4, which
-# says the depth of B6 and a width of 5.0; that makes 317 million weights, and the 390 million that it prints follow
-# from no depth at this width.
+# The factors of width and depth beyond B7. L2: Noisy Student, Table 8. B6-Wide: Meta Pseudo Labels' largest
+# experiments, which say the depth of B6 and a width of 5.0; that makes 317 million weights, and the printed 390 million
+# follow from no depth at this width.
 _SCALES = {"efficientnet_b6_wide": (5.0, 2.6), "efficientnet_l2": (4.3, 5.3)}
 
 # A vision transformer of 1.2 billion weights, of the usual shape: twice the width of ViT-L at its depth.
@@ -115,7 +115,7 @@ class Architecture:
             meant = did_you_mean(self.name, NAMES) or "."
             raise MetaplError(f"there is no network {self.name!r}{meant} Expected {', '.join(NAMES)}, or timm:NAME.")
         check_fields(self)
-        if self.stochastic_depth > 0.0 and self.name not in EFFICIENTNETS and self.library != "timm":
+        if self.stochastic_depth > 0.0 and not self.has_stochastic_depth:
             having = ", ".join(EFFICIENTNETS)
             raise MetaplError(f"{self.name} has no stochastic_depth; leave it out, or take one that has it: {having}.")
         if self.image_size is not None and self.image_size % (self.patch or 1):
@@ -126,6 +126,11 @@ class Architecture:
     def library(self) -> str:
         """The package whose names its weights have: torchvision, timm or metapl."""
         return "metapl" if self.name in OWN else "timm" if self.name.startswith("timm:") else "torchvision"
+
+    @property
+    def has_stochastic_depth(self) -> bool:
+        """Whether blocks can be dropped; of timm's networks that is known when one is built."""
+        return self.name in EFFICIENTNETS or self.library == "timm"
 
     @property
     def patch(self) -> int | None:
@@ -159,7 +164,7 @@ class Architecture:
                     img_size=self.image_size if resized else None,
                 )
             except TypeError as error:
-                lacks = "leave out the dropout, stochastic_depth or in_channels that it does not have"
+                lacks = "leave out, or give as 0, the dropout, stochastic_depth or in_channels that it does not have"
                 raise MetaplError(f"{self.name} cannot be built: {reason_of(error)}; {lacks}.") from error
         else:
             module = self._of_torchvision(how)
@@ -276,7 +281,8 @@ def create(
     ...     sum(p.numel() for p in create("efficientnet_b0", 1000).parameters())
     5288548
 
-    Huang et al., arXiv:1603.09382, eq. (4), for the linear rule; Noisy Student, section 3.2, for 0.2 and dropout 0.5.
+    Huang et al., arXiv:1603.09382, eq. (4), for the linear rule; Noisy Student's noise of B7 and L2 for 0.2 and for
+    dropout 0.5.
     """
     noise = {"dropout": dropout, "stochastic_depth": stochastic_depth}
     a = Architecture(name=name, num_classes=num_classes, in_channels=in_channels, image_size=image_size, **noise)

@@ -320,6 +320,12 @@ PANELS = {
         "loss_entropy": "unlabeled (entropy)",
         "loss_noisy_student": "with pseudo-labels",
     },
+    "Losses apart, with noise and without": {
+        "labeled_loss_with_noise": "labeled, with noise",
+        "labeled_loss_without_noise": "labeled, without",
+        "unlabeled_loss_with_noise": "unlabeled, with noise",
+        "unlabeled_loss_without_noise": "unlabeled, without",
+    },
     # A mode that sends back one number has no deviation in a batch.
     "Feedback to the teacher": {
         "feedback_rms": "root mean square in a batch",

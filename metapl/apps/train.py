@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ from metapl.execution.shards import load_whole
 from metapl.metrics import Evaluation, chance_level, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
 from metapl.training import FitResult, Say, Trainer
-from metapl.training.loop import FAR_BEHIND
+from metapl.training.loop import Callback
 from metapl.training.loss_trainer import LossTrainer
+from metapl.training.selection import FAR_BEHIND
 
 SELECTED_ON = 50  # the fewest validation examples to choose a student by: one standard error is 7 points then
 
@@ -119,9 +120,19 @@ def train(
     options |= {"steps": fitting.steps, **fitting.options(), "select": select}
 
     def phase(
-        trainer: Trainer, labeled: Any, unlabeled: Any, *, phase: str = "fit", truth: Any = data.truth, **own: Any
+        trainer: Trainer,
+        labeled: Any,
+        unlabeled: Any,
+        *,
+        phase: str = "fit",
+        truth: Any = data.truth,
+        callbacks: Sequence[Callback] = (),
+        **own: Any,
     ) -> FitResult:
-        shares, looking = map(processes.share, (labeled, unlabeled)), [] if truth is None else [Truth(truth)]
+        shares = map(processes.share, (labeled, unlabeled))
+        looking: list[Callback] = [*callbacks]
+        if truth is not None:
+            looking.insert(0, Truth(truth))
         try:
             return trainer.fit(*shares, phase=phase, callbacks=looking, **options | own)
         except (RuntimeError, ConnectionError, EOFError) as error:

@@ -16,6 +16,7 @@ import torch
 import torch.utils.deterministic
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.torch_version import TorchVersion
 
 from metapl.errors import MetaplError
 
@@ -230,6 +231,10 @@ _CUDNN_RNN = re.compile(r"(?i)cudnn[ _]rnn")
 _CUDNN_EVAL = "RNN backward can only be called in training mode"
 
 
+# Derivatives of a backward pass that older releases of PyTorch lack, with the first release that has them.
+SINCE_RELEASE = {"grid_sampler_2d_backward": "2.12", "_cdist_backward": "2.14"}
+
+
 class MissingDerivative(MetaplError):
     """An operation lacks a derivative that a pass needs.
 
@@ -265,4 +270,7 @@ def explain(error: BaseException) -> None:
         message = str(error).splitlines()[0].rstrip(".")
         operation = _OPERATION.search(message)
         what = operation[1] if operation else "an operation of the student"
+        for backward, release in SINCE_RELEASE.items():
+            if backward in message and torch.__version__ < TorchVersion(release):
+                message += f"; torch {release} has it, and this is {torch.__version__}"
         raise MissingDerivative(f"{what} lacks a derivative that this mode needs ({message})") from error

@@ -169,21 +169,32 @@ class FirstLook:
         if named_by is not None:
             self.named_by.append(named_by)
         self.weights = ids(student.parameters()) | gathered_weights(student, blocks)
+        self.names_of_weights = {id(p): name for name, p in student.named_parameters()}
+        # The blocks of a sharded student gather their weights in each pass, whatever tensors the pass began with.
+        self.gathers_weights = bool(blocks)
         self.outer_variables = ids(outer_variables(problem, teacher).values())
         batches = [outer, *inner_batches_held(inner)]
         self.batches = [t for t in leaves_of_batch(batches) if isinstance(t, Tensor)]
         self.batches_before = [t.detach().clone() for t in self.batches]
         self.versions_before = list(map(version_of, self.batches))
 
-    def at_inner_loss(self, value: Tensor, made_here: Sequence[Tensor], again: Callable[[], Tensor]) -> None:
+    def at_inner_loss(
+        self, value: Tensor, made_here: Sequence[Tensor], again: Callable[[], Tensor], *, at_own_weights: bool
+    ) -> None:
         """Look at the graph of an inner loss.
 
         Args:
             value: the loss.
             made_here: leaves that metapl made: the weights at which the pass ran, and the signal's fields.
             again: computes the loss once more.
+            at_own_weights: whether the pass ran at the student's own parameters, and not at leaves in their places.
         """
-        leaf = self._strange_leaf(value, self.weights | ids(made_here), again)
+        allowed = ids(made_here)
+        if at_own_weights or self.gathers_weights:
+            allowed |= self.weights
+        leaf = self._strange_leaf(value, allowed, again)
+        if leaf is not None and id(leaf) in self.weights:
+            self._refuse_kept_weight("inner", leaf, way="the argument params of inner_loss")
         if leaf is not None:
             raise PastTheSignal(
                 f"the inner loss depends on {self._name_of(leaf)}, past the signal; expected the teacher to reach it "
@@ -192,14 +203,28 @@ class FirstLook:
             )
 
     def at_outer_loss(self, value: Tensor, made_here: Sequence[Tensor], again: Callable[[], Tensor]) -> None:
-        """Look at the graph of an outer loss; for the arguments see :meth:`at_inner_loss`."""
-        leaf = self._strange_leaf(value, self.weights | ids(made_here) | self.outer_variables, again)
+        """Look at the graph of an outer loss, at leaves in the student's places; see :meth:`at_inner_loss`."""
+        allowed = ids(made_here) | self.outer_variables
+        if self.gathers_weights:
+            allowed |= self.weights
+        leaf = self._strange_leaf(value, allowed, again)
+        if leaf is not None and id(leaf) in self.weights:
+            self._refuse_kept_weight("outer", leaf, way="student.parameters() in outer_loss")
         if leaf is not None:
             raise PastTheSignal(
                 f"the outer loss depends on {self._name_of(leaf)}; expected the student's weights, and the teacher's "
                 f"through a module that the problem holds ({kind_of(self.problem)}.teacher = teacher, say): let "
                 "the problem hold it, or .detach() it."
             )
+
+    def _refuse_kept_weight(self, level: str, leaf: Tensor, way: str) -> None:
+        """Refuse a weight that was read before the step: it stays as it is while the student moves."""
+        name = self.names_of_weights.get(id(leaf), "weight")
+        raise PastTheSignal(
+            f"the {level} loss reads the student's {name} from a place that does not move with the student: a list of "
+            "parameters that was made before, or layers from a plain list or dict; expected layers in an nn.ModuleList "
+            f"or nn.ModuleDict, and weights that are read when the loss is called: {way}."
+        )
 
     def at_batches(self) -> None:
         """Refuse batches that the step has changed in place, and put them back."""

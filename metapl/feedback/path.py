@@ -129,6 +129,12 @@ class Path:
         losses = self.outer_losses
         return self.outer_loss if losses is None or self.outer is None else self.outer.total(losses)
 
+    @property
+    def known_outer_losses(self) -> list[Tensor]:
+        """The outer losses that have been taken so far: L(θ′), L(θ), and L_k after the steps before the last."""
+        cached = [vars(self)[name] for name in ("outer_loss", "outer_loss_before") if name in vars(self)]
+        return [*cached, *self.losses_before.values()]
+
     @cached_property
     def outer_loss_before(self) -> Tensor:
         """L(θ), with the dropout masks of L(θ′); one forward pass."""
@@ -463,9 +469,10 @@ def take_steps(
             leaves = as_leaves(credited(signal, credits))
             signal = signal.having(leaves)
         loss: Loss = partial(inner_loss, problem, signal, x, student.readable, leaves.get("factors"))
-        if look is not None and number == 0:
+        # The second step is the first one at other weights than the student's own.
+        if look is not None and number < 2:
             made_here = [*params.values(), *signal.fields().values(), *leaves.values()]
-            loss = looked_at(loss, inner_pass, made_here, look)
+            loss = looked_at(loss, inner_pass, made_here, look, at_own_weights=params is student.params)
         return inner_pass.gradient(loss, [*leaves.values()])
 
     for number in range(len(batches)):
@@ -528,7 +535,9 @@ def take_steps(
     return path
 
 
-def looked_at(loss: Loss, inner_pass: Pass, made_here: Sequence[Tensor], look: FirstLook) -> Loss:
+def looked_at(
+    loss: Loss, inner_pass: Pass, made_here: Sequence[Tensor], look: FirstLook, *, at_own_weights: bool
+) -> Loss:
     """Return an inner loss whose graph is looked at when it is taken; ``made_here`` are leaves besides its weights."""
 
     def taken(outputs: Tensor, params: Tree) -> Tensor:
@@ -537,7 +546,7 @@ def looked_at(loss: Loss, inner_pass: Pass, made_here: Sequence[Tensor], look: F
                 return loss(outputs_again, at)
 
         value = loss(outputs, params)
-        look.at_inner_loss(value, [*params.values(), *made_here], again)
+        look.at_inner_loss(value, [*params.values(), *made_here], again, at_own_weights=at_own_weights)
         return value
 
     return taken

@@ -26,6 +26,7 @@ from metapl.feedback.path import Path
 from metapl.feedback.size import FeedbackSize, ratio_of
 from metapl.problems.base import Kind, Problem, Signal, enters_input, kind_of, reads_signal_in_outer_input
 from metapl.problems.losses import TeacherLoss, sum_of_terms
+from metapl.problems.means import Shares, refuse_other_than_means, shares_of_losses
 
 NOT_FINITE = (
     "the network's own loss is NaN or infinite: it has diverged, or a batch has extreme values; lower its learning "
@@ -143,6 +144,7 @@ class Teaching:
         size: FeedbackSize,
         *,
         measure: bool = False,
+        is_first: bool = False,
         direct_loss: Callable[[Signal], Tensor] | None = None,
     ) -> dict[str, Tensor]:
         r"""Leave the teacher's gradient in ``.grad``: Algorithm 1, lines 5-7.
@@ -158,6 +160,7 @@ class Teaching:
             size: the rule that gives λ.
             measure: find ‖λ G_h‖ / ‖G_own‖ also where the rule does not need it, by one more backward pass of the
                 feedback. The gradient that is left stays the same, bit for bit.
+            is_first: compare the losses of micro-batches with those of their halves, before anything moves.
             direct_loss: L(θ′; φ) at fixed θ′, given the last signal, where the outer loss reads the teacher: G_h is
                 then the sum of both gradients.
 
@@ -170,6 +173,22 @@ class Teaching:
         pieces = feedback if parts == 1 else [piece for of_step in feedback for piece in of_step.chunks(parts)]
         labeled_parts = [labeled] if parts == 1 else micro_batches(labeled, parts, "labeled")
         first_of_last_batch = len(self.passes) - parts
+        unlabeled_parts = [taken.batch for taken in self.passes[first_of_last_batch:]]
+        if parts > 1 and is_first:
+            with rows_shared(self.ranks):
+                refuse_other_than_means(
+                    self.network,
+                    losses,
+                    labeled_parts,
+                    unlabeled_parts,
+                    signals=[taken.signal for taken in self.passes[first_of_last_batch:]],
+                    problem=self.problem,
+                    step=step,
+                    ranks=self.ranks,
+                    device=self.device,
+                    parts=parts,
+                )
+        shares = shares_of_losses(losses, labeled_parts, unlabeled_parts, self.ranks, self.device)
         gives_feedback = self.mode.credits != "nothing"
         compares = size.compares and gives_feedback
         hooked = [name for name, p in layout.parameters().items() if p._backward_hooks]
@@ -193,7 +212,10 @@ class Teaching:
                 from_feedback = from_feedback + direct_loss(signal)
             own = None
             if i >= first_of_last_batch:
-                own, named = self._own_loss(losses, labeled_parts[i - first_of_last_batch], taken.batch, signal, step)
+                part = i - first_of_last_batch
+                own, named = self._own_loss(
+                    losses, labeled_parts[part], taken.batch, signal=signal, step=step, shares=shares[part]
+                )
                 scalars.append(named)
                 own = own / parts if parts > 1 else own
             learns = own is not None and own.requires_grad
@@ -238,12 +260,19 @@ class Teaching:
         return means
 
     def _own_loss(
-        self, losses: Sequence[TeacherLoss], labeled: Any, unlabeled: Any, signal: Signal, step: int
+        self,
+        losses: Sequence[TeacherLoss],
+        labeled: Any,
+        unlabeled: Any,
+        *,
+        signal: Signal,
+        step: int,
+        shares: Shares,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum of the teacher's own losses on a micro-batch, and the report's scalars of it."""
         with NOTHING if self.ranks.alone else rows_shared(self.ranks):
             batches = {"labeled": labeled, "unlabeled": unlabeled, "signal": signal}
-            terms = sum_of_terms(self.network, losses, kind="teacher loss", step=step, **batches)
+            terms = sum_of_terms(self.network, losses, kind="teacher loss", shares=shares, step=step, **batches)
         values = [*terms.values()] or [torch.zeros((), device=self.device)]
         own = values[0] if len(values) == 1 else torch.stack(values).sum()
         if not own.requires_grad:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from metapl.execution.batch import views
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import rows_of_all
 from metapl.problems.base import Signal
+from metapl.problems.means import Shares, scaled
 from metapl.runs.fields import Range, check_fields
 
 
@@ -35,7 +36,15 @@ class TeacherLoss(Protocol):
 
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
         """A scalar with the teacher's graph, a mean over the rows. ``step`` counts from 0; on the pure road it is an
-        int64 tensor without dimensions."""
+        int64 tensor without dimensions.
+
+        A mean over something else, such as the tokens that have a label, is right in micro-batches and processes with
+        a method ``mean_over(*, labeled, unlabeled)`` beside it, which returns what it divides by: a number, a tensor
+        without dimensions, or None for the rows. Where that is 0, the loss of the micro-batch is left out; its
+        derivative must be finite there, as that of a division by ``n.clamp(min=1)`` is. A loss with the attribute
+        ``of_micro_batches = True``, such as a contrastive one, is meant to be of each micro-batch by itself. Without
+        either, one that is no mean over rows is refused at the first step with ``accumulate``.
+        """
         ...
 
 
@@ -49,7 +58,7 @@ class CrossEntropy:
     r"""Cross-entropy on the labeled batch: weight · (1/B_l) Σ_j CE((1−α) y_j + α/C, T(x_l)_j).
 
     Labels are classes (B_l,), or distributions; for outputs of more dimensions, (B_l, C, ...), classes (B_l, ...), of
-    which -100 is left out of the mean of its micro-batch and process.
+    which -100 is left out of the mean, which is one over all micro-batches and processes that share the batch.
 
     Args:
         label_smoothing: α, in [0, 1).
@@ -78,6 +87,13 @@ class CrossEntropy:
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         return loss if self.weight == 1.0 else self.weight * loss
 
+    def mean_over(self, *, labeled: Any, unlabeled: Any) -> Tensor | None:
+        """Return the number of labels that are not -100; None for one label a row, of which none may be left out."""
+        labels: Tensor = labeled[1]
+        if labels.ndim < 2 or labels.is_floating_point():
+            return None
+        return (labels != -100).sum()
+
     def outputs(self, teacher: nn.Module, labeled: Any) -> Any:
         return teacher(labeled[0])
 
@@ -96,18 +112,21 @@ class UDA:
 
     Args:
         temperature: τ, 0 or more; below 1 sharpens the target; 0 is the one-hot target of the most probable class.
-        threshold: β in [0, 1): examples whose greatest probability (at τ = 1) does not exceed it are left out.
+        threshold: β in [0, 1): examples whose greatest probability does not exceed it are left out.
         weight: λ.
         ramp, start: the number of steps over which λ_t grows linearly from 0 to λ, and the first of them; before it the
             loss is 0 and needs no pass of the teacher.
         align: the power, in [0, 1]: 0 does not change p, 1 divides by the whole mean.
         prior: the class shares that ``align`` moves towards, C numbers above 0 that sum to 1; None: equal ones.
+        threshold_on: the probabilities that are held against β: of the ``"prediction"``, p itself as above; or
+            ``"sharpened"``, the tempered ones of the target, of which the authors' code keeps those that reach β
+            (≥ instead of >). A temperature below 1 lets more examples through by it, and one above 1 fewer.
 
     Needs: unlabeled batches that are pairs (weak, strong). The teacher's outputs on the weak view come with
     the signal; without them, they are computed here, without a graph.
-    Source: Algorithm 1, line 7 (τ = 1, β = 0, λ = 1); the other settings as the authors' code has them. FixMatch is
-    τ = 0 and β = 0.95 (arXiv:2001.07685, eq. 4); the alignment is ReMixMatch's (arXiv:1911.09785, section 3.1) with
-    the mean of the batch.
+    Source: Algorithm 1, line 7 (τ = 1, β = 0, λ = 1); temperature, threshold and ramp are settings of the authors'
+    code, which has ``threshold_on="sharpened"``. FixMatch is τ = 0 and β = 0.95 (arXiv:2001.07685, eq. 4); the
+    alignment is ReMixMatch's (arXiv:1911.09785, section 3.1) with the mean of the batch.
 
     >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0]])
     >>> UDA(align=1.0).target(logits)  # both look like the first class, so neither does
@@ -122,6 +141,7 @@ class UDA:
     align: Annotated[float, Range(0, most=1)] = 0.0
     start: Annotated[int, Range(0, of="a number of steps")] = 0
     prior: tuple[float, ...] | None = None
+    threshold_on: Literal["prediction", "sharpened"] = "prediction"
 
     name: ClassVar[str] = "uda"
     detaches_signal: ClassVar[bool] = True
@@ -133,6 +153,16 @@ class UDA:
         check_fields(self)
         if self.prior is not None and not (all(p > 0 for p in self.prior) and math.isclose(sum(self.prior), 1)):
             raise MetaplError(f"UDA(prior={self.prior}): expected a prior of shares above 0 that sum to 1.")
+        if self.threshold_on == "sharpened" and self.temperature == 0:
+            raise MetaplError(
+                "UDA(threshold_on='sharpened') with temperature=0 leaves nothing out, for the greatest probability of "
+                "a one-hot target is 1; expected threshold_on='prediction', or a temperature above 0."
+            )
+
+    @property
+    def of_micro_batches(self) -> bool:
+        """Whether a micro-batch is aligned by its own mean, so that its loss is no share of the batch's."""
+        return self.align > 0
 
     def target(self, logits: Tensor) -> Tensor:
         """The target of the strong view, from the logits (B, C) of the weak one: class probabilities (B, C), zeros for
@@ -150,6 +180,9 @@ class UDA:
             log_ratio_C = log_prior_C - log_mean_C.masked_fill(log_mean_C == -math.inf, 0)
             log_p = F.log_softmax(log_p + self.align * log_ratio_C, -1)
         p = log_p.exp()
+        if self.threshold_on == "sharpened":
+            sharpened = F.softmax(log_p / self.temperature, -1)
+            return sharpened * (sharpened.amax(-1, keepdim=True) >= self.threshold)
         confident = p.amax(-1, keepdim=True) > self.threshold
         if self.temperature:
             return F.softmax(log_p / self.temperature, -1) * confident
@@ -181,13 +214,28 @@ class UDA:
 
 
 def sum_of_terms(
-    network: nn.Module, losses: Sequence[TeacherLoss], *, kind: str = "loss", **given: Any
+    network: nn.Module,
+    losses: Sequence[TeacherLoss],
+    *,
+    kind: str = "loss",
+    shares: Shares | None = None,
+    **batches: Any,
 ) -> dict[str, Tensor]:
-    """The losses by name, each a scalar with the network's graph; losses with the same name are added."""
+    """Return the losses by name, each a scalar with the network's graph; losses with the same name are added.
+
+    Args:
+        network: the network of the losses.
+        losses: the terms.
+        kind: what an error calls them.
+        shares: the factors of this micro-batch, by :func:`metapl.problems.means.shares_of_losses`.
+        batches: what a loss reads: ``labeled``, ``unlabeled``, ``signal`` and ``step``.
+    """
     terms: dict[str, Tensor] = {}
-    for loss in losses:
-        value = loss(network, **given)
+    for place, loss in enumerate(losses):
+        value = loss(network, **batches)
         checks.scalar_loss(value, f"the {kind} {loss.name!r}")
+        if shares is not None and place in shares:
+            value = scaled(value, shares[place])
         terms[loss.name] = terms[loss.name] + value if loss.name in terms else value
     return terms
 

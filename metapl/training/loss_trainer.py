@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
@@ -24,6 +24,7 @@ from metapl.functional import compiled
 from metapl.metrics.metric import Term
 from metapl.problems.base import Signal
 from metapl.problems.losses import CrossEntropy, TeacherLoss, check_losses, sum_of_terms
+from metapl.problems.means import refuse_other_than_means, shares_of_losses
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.training import Trainer
 from metapl.updates import as_one, parameters_of
@@ -41,7 +42,8 @@ class LossTrainer(Trainer):
     Args:
         model: the network; in several processes in ``DistributedDataParallel`` or sharded, as for
             :class:`~metapl.BilevelTrainer`.
-        losses: the terms, each a mean over its batch; default ``(CrossEntropy(),)``.
+        losses: the terms, each a mean over the rows of its batch, or over what its ``mean_over`` says; default
+            ``(CrossEntropy(),)``.
         optimizer: any ``torch.optim`` optimizer over the model's parameters, or a tuple of several.
         clip_norm, precision, accumulate: as for :class:`~metapl.BilevelTrainer`.
         compile: run the network through ``torch.compile``, with the same dropout masks; it stays a plain module.
@@ -74,6 +76,7 @@ class LossTrainer(Trainer):
         self.classifies = any(getattr(loss, "of_classes", False) for loss in self.losses)
         self.device = next(self.student.parameters()).device
         self.clip_norm, self.precision, self.accumulate = clip_norm, precision, accumulate
+        self._has_compared_halves = False
         self.network: Any = self.student
         if compile:
             with warnings.catch_warnings():
@@ -100,10 +103,15 @@ class LossTrainer(Trainer):
         with restored(Slots(self.student), trained=parameters_of(self.optimizer), device=self.device) as fault:
             of_labeled = micro_batches(labeled, self.accumulate, "labeled")
             of_unlabeled = micro_batches(unlabeled, self.accumulate, "unlabeled")
-            kind, parts = self.total.replace("_", " "), []
+            kind = self.total.replace("_", " ")
+            parts = list[dict[str, Tensor]]()
+            if self.accumulate > 1 and not self._has_compared_halves:
+                self._refuse_other_than_means(of_labeled, of_unlabeled)
+            shares = shares_of_losses(self.losses, of_labeled, of_unlabeled, self.ranks, self.device)
             with self._autocast(), rows_shared(self.ranks):
-                for x_l, x_u in zip(of_labeled, of_unlabeled, strict=True):
-                    terms = sum_of_terms(self.network, self.losses, kind=kind, **self._read(x_l, x_u))
+                for x_l, x_u, shares_of_part in zip(of_labeled, of_unlabeled, shares, strict=True):
+                    batches = self._read(x_l, x_u)
+                    terms = sum_of_terms(self.network, self.losses, kind=kind, shares=shares_of_part, **batches)
                     loss = torch.stack(list(terms.values())).sum()
                     checks.learns(loss, "network")
                     if loss.requires_grad:  # UDA alone is a plain 0 before its start
@@ -118,6 +126,24 @@ class LossTrainer(Trainer):
             self.layout.agree_on_buffers()
             self.steps_done += 1
             return Report(self.steps_done - 1, means, fault)
+
+    def _refuse_other_than_means(self, labeled: Sequence[Any], unlabeled: Sequence[Any]) -> None:
+        """Refuse, in the first step with micro-batches, losses that are no means over rows and do not say so."""
+        nothing = self._read(None, None)["signal"]
+        with rows_shared(self.ranks):
+            refuse_other_than_means(
+                self.student,
+                self.losses,
+                labeled,
+                unlabeled,
+                signals=[nothing],
+                problem=None,
+                step=self.steps_done,
+                ranks=self.ranks,
+                device=self.device,
+                parts=self.accumulate,
+            )
+        self._has_compared_halves = True
 
     def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]:
         batch = labeled_pair(batch, name)

@@ -326,6 +326,7 @@ class BilevelTrainer(Trainer):
                     number,
                     self.feedback_size,
                     measure=self.measures_feedback,
+                    is_first=begun.mark not in self._looked_at,
                     direct_loss=path.direct_loss if self.direct_term == "included" else None,
                 )
                 h = [of_step.of_batch(step) for step, of_step in zip(path.steps, feedback, strict=True)]
@@ -430,8 +431,10 @@ class BilevelTrainer(Trainer):
         ``state, report = step(state, outer, inner, noise=None)``, which can be compiled, stacked (``torch.func.vmap``)
         and differentiated. With ``lookahead=K`` (at most 3) ``inner`` is a tuple of K batches. ``noise`` is Gumbel
         noise of the shape of the class probabilities, a tuple of K; None: drawn from torch's default generator, from
-        which dropout draws too. A parameter that no loss reaches decays there; freeze it. It is not verified, and
-        ``torch.compile`` drops the derivative of an ``autograd.Function`` in silence; ``compile=True`` compares.
+        which dropout draws too. A parameter that no loss reaches decays there; freeze it. It is not verified: take an
+        eager step first, or :func:`metapl.check_gradient`. ``torch.func`` leaves out the second derivative of an
+        ``autograd.Function`` that is marked ``once_differentiable``, and ``torch.compile`` that of any, in silence;
+        ``compile=True`` compares.
 
         >>> import torch, metapl
         >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)

@@ -327,6 +327,46 @@ def test_what_is_selected_is_what_numpy_selects(
     assert told.mean_entropy == pytest.approx(rows["entropy"].astype(float).mean())
 
 
+@pytest.mark.parametrize(("lower", "upper"), [(0.0, 0.4), (0.4, 0.5), (0.5, 1.0)])
+def test_an_interval_of_confidence_has_its_upper_bound_and_not_its_lower_one(
+    lower: float, upper: float, tmp_path: Path
+) -> None:
+    store = made(tmp_path / "store")
+    confidence = store.column("confidence")
+    is_within = (confidence > np.float32(lower)) & (confidence <= np.float32(upper))
+    selection = select(store, tmp_path / "out", threshold=lower, at_most=upper)
+    assert [*LabelStore(tmp_path / "out")] == [name for name, kept in zip(store, is_within, strict=True) if kept]
+    assert selection.kept == is_within.sum() > 0
+    assert selection.too_sure == (confidence > np.float32(upper)).sum()
+    assert selection.unsure + selection.too_sure + selection.kept == len(store)
+
+
+def test_a_uniform_share_is_drawn_of_the_copies_and_lies_within_a_larger_one(tmp_path: Path) -> None:
+    """Over many seeds each copy is drawn as often; what is drawn is as many as the share says."""
+    store, asked = made(tmp_path / "store", rows=60), {"threshold": 0.3, "balance": True}
+    select(store, tmp_path / "all", **asked)
+    copies = copies_of(LabelStore(tmp_path / "all"))
+    total = sum(copies.values())
+    drawn = dict.fromkeys(copies, 0.0)
+    for seed in range(30):
+        folder = tmp_path / f"{seed}"
+        selection = select(store, folder, **asked, share=0.25, seed=seed)
+        assert selection.copies == round(0.25 * total)
+        assert selection.kept + selection.not_drawn == len(copies)
+        for name, count in copies_of(LabelStore(folder)).items():
+            assert count <= copies[name]
+            drawn[name] += count / copies[name] / 30
+    # The share of a row's copies has a variance of 3/16 a draw at most: five standard errors.
+    assert all(abs(share - 0.25) < 5 * (3 / 16 / 30) ** 0.5 for share in drawn.values())
+    select(store, tmp_path / "half", **asked, share=0.5, seed=7)
+    larger = copies_of(LabelStore(tmp_path / "half"))
+    assert all(count <= larger[name] for name, count in copies_of(LabelStore(tmp_path / "7")).items())
+    again = select(store, tmp_path / "half", **asked, share=0.5, seed=7)
+    assert again.copies == round(0.5 * total)
+    with pytest.raises(MetaplError, match=r"was begun with provenance\.selected"):
+        select(store, tmp_path / "half", **asked, share=0.5, seed=8)
+
+
 @pytest.mark.parametrize(("top_k", "threshold", "gone"), [(None, None, []), (2, 0.4, [5, 6, 7])])
 def test_of_any_class_the_most_probable_are_kept(
     top_k: int | None, threshold: float | None, gone: list[int], tmp_path: Path
@@ -379,6 +419,10 @@ UNFIT: list[tuple[dict[str, Any], str]] = [
     ({"any_class": True, "threshold": 0.1}, "any_class"),
     ({"any_class": True, "per_class": 10, "balance": True}, "any_class"),
     ({"threshold": 0.99}, "nothing is left"),
+    ({"threshold": 0.3, "at_most": 0.3}, "the interval of confidence is empty"),
+    ({"at_most": 0.01}, "400 are above 0.01"),
+    ({"at_most": 0.0}, "at_most"),
+    ({"share": 0.0}, "share"),
     ({"drop_overlap": Path("nowhere")}, "nowhere"),
 ]
 
@@ -411,6 +455,15 @@ def test_the_commands_say_what_is_in_a_store_and_what_became_of_it(tmp_path: Pat
     stats = metapl("labels", "stats", tmp_path / "out").stdout
     assert "selected from 400: threshold 0.3, per_class 50, balance" in stats
     assert max(map(len, (text + stats).splitlines()[1:])) <= max(80, len(str(tmp_path)) + 80)
+    interval = ("--threshold", "0.3", "--at-most", "0.5", "--share", "0.5")
+    told = metapl("labels", "select", store.folder, "--out", tmp_path / "some", *interval).stdout
+    assert "dropped: confidence above 0.5" in told
+    assert "dropped: not drawn in a share of 0.5" in told
+    dropped_or_kept = [line for line in told.splitlines() if "dropped" in line or line.endswith("  kept")]
+    assert sum(int(line.split()[0]) for line in dropped_or_kept) == 400
+    empty = metapl("labels", "select", store.folder, "--out", tmp_path / "none", *interval[:3], "0.2", code=2).stderr
+    assert "--at-most" in empty
+    assert "more than the threshold, 0.3" in empty
     before = sorted(os.listdir(store.folder))
     metapl("labels", "select", store.folder, "--out", store.folder, *flags, code=2)
     assert sorted(os.listdir(store.folder)) == before

@@ -1,8 +1,11 @@
 """Noisy Student: its losses and noise, its rounds of labeling and selecting, and the ways to train a student."""
 
+import copy
+import dataclasses
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,24 +19,34 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from metapl import MetaplError
-from metapl.apps import digits
+from metapl.apps import digits, noisy_student
 from metapl.apps.digits import Digits
 from metapl.apps.images import Images
 from metapl.apps.labels import LabelStore, LabelWriter, select
 from metapl.apps.model_noise import NoisyStudentLoss, model_noise
 from metapl.apps.networks import Architecture
 from metapl.apps.noisy_student import (
+    Chosen,
+    ImagesOfRounds,
+    LossesApart,
     Noised,
     NoisyStudent,
+    PicturesOfRounds,
+    PseudoLabeledBatches,
     configs_of,
     end_matched,
     optimizer,
+    standard_view,
     threshold_of,
 )
+from metapl.apps.pictures import Identity, LabeledBatches, ShiftNoiseCutout
 from metapl.apps.settings import replaced
+from metapl.data import StepSampler
 from metapl.problems.base import Signal
 
 NOTHING = Signal(torch.zeros(0))
+NOISES: tuple[Any, ...] = ("all", "standard", "model", "none")
+MOVES = (-1, 0, 1)
 DIGITS = Digits(hidden=(4,), fitting=digits.fitting(steps=4, schedule="exponential", lr=0.2, labeled_batch=8))
 
 
@@ -113,6 +126,8 @@ UNFIT: list[tuple[dict[str, Any], str]] = [
     *(({"networks": ("8y8",)}, "8y8"), ({"finetune_size": 16}, "one size")),
     ({"rounds": 1, "networks": ("a", "b", "c")}, "2 names"),
     ({"training": "pretrain", "loss": "two_means"}, "mean"),
+    ({"threshold": 0.5, "at_most": 0.4}, "the interval of confidence is empty"),
+    ({"select_by": "chosen", "threshold": 0.2}, "selected already"),
     ({"warm_start": True, "warm_steps": 7}, "warm-steps"),
 ]
 
@@ -149,6 +164,69 @@ def test_a_student_learns_from_labeled_and_from_more_unlabeled_examples_with_noi
     assert first.labeled.view == second.labeled.view != second.unlabeled.weak
     assert not torch.equal(first.labeled[0][0], second.labeled[0][0]), "each round draws its own"
     assert phases(NoisyStudent(rounds=1))[1].unlabeled.weak == first.labeled.view
+
+
+def test_the_unlabeled_examples_get_the_noise_that_was_asked_for() -> None:
+    """The digits' standard augmentation is their move by a pixel alone."""
+    views = {noise: phases(NoisyStudent(rounds=1, unlabeled_noise=noise))[1] for noise in NOISES}
+    assert views["all"].unlabeled.weak == ShiftNoiseCutout()
+    assert views["standard"].unlabeled.weak == ShiftNoiseCutout(noise=0.0, cutout=0)
+    assert views["model"].unlabeled.weak == views["none"].unlabeled.weak == Identity()
+    has_model_noise = {noise: phase.trainer.losses[0].model_noise for noise, phase in views.items()}
+    assert has_model_noise == {"all": True, "standard": True, "model": True, "none": False}
+    x = torch.rand(6, 1, 8, 8)
+    moved = standard_view(DIGITS.data(lambda text: None, False, None))(x, seed=1, step=2, examples=torch.arange(6))
+    shifts = [torch.roll(F.pad(x, (1, 1, 1, 1)), (a, b), (2, 3))[..., 1:9, 1:9] for a in MOVES for b in MOVES]
+    assert all(any(torch.equal(row, shifted[i]) for shifted in shifts) for i, row in enumerate(moved))
+    assert not torch.equal(moved, x)
+
+
+def test_losses_of_both_kinds_are_recorded_with_the_noise_and_without_it() -> None:
+    """Each is the mean cross-entropy of the same examples, by hand; nothing of the network is changed."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3)).train()
+    network(torch.randn(64, 4))
+    images, labels, stored = torch.rand(8, 1, 2, 2), torch.arange(8) % 3, torch.rand(8, 3).softmax(1)
+    view = ShiftNoiseCutout(cutout=0)
+    labeled = LabeledBatches(images, labels, StepSampler(8, 128, seed=0), view, 0)
+    every = torch.arange(8)
+    sampler = StepSampler(8, 256, seed=0, stream=1)
+    pairs = PseudoLabeledBatches(images, sampler, view, None, 0, chosen=Chosen(every, every, lambda rows: stored[rows]))
+    before = copy.deepcopy(network.state_dict())
+    losses = LossesApart(labeled, pairs, NoisyStudentLoss(model_noise=False), every=3, steps=4)
+    trainer = SimpleNamespace(student=network)
+    assert losses(1, {}, trainer) == losses(2, {}, trainer) == {}
+    found = losses(3, {}, trainer)
+    assert found.keys() == losses(4, {}, trainer).keys()
+    network.eval()
+    with torch.no_grad():
+        of_labels = F.cross_entropy(network(images), labels)
+        of_pairs = F.cross_entropy(network(images), stored)
+        passes = dataclasses.replace(pairs, sampler=StepSampler(8, 64, seed=0, stream=1))
+        noisy_pairs = sum(F.cross_entropy(network(x), q) for x, q in (passes[step] for step in range(4))) / 4
+    assert found["labeled_loss_without_noise"] == pytest.approx(float(of_labels), rel=1e-5)
+    assert found["unlabeled_loss_without_noise"] == pytest.approx(float(of_pairs), rel=1e-5)
+    assert found["unlabeled_loss_with_noise"] == pytest.approx(float(noisy_pairs), rel=1e-5)
+    assert found["labeled_loss_with_noise"] != found["labeled_loss_without_noise"]
+    assert losses(3, {}, trainer)["labeled_loss_with_noise"] != found["labeled_loss_with_noise"], "dropout draws anew"
+    assert all(torch.equal(before[name], t) for name, t in network.state_dict().items())
+
+
+def test_networks_have_the_paper_s_noise_unless_it_is_given() -> None:
+    def noise(**fields: Any) -> tuple[float, float]:
+        pictures = PicturesOfRounds(**fields)
+        architecture = pictures.architecture(classes=2)
+        return architecture.dropout, architecture.stochastic_depth
+
+    assert noise(network="efficientnet_b0") == (0.5, 0.2)
+    assert noise(network="resnet18") == noise(network="pooled_cnn") == (0.5, 0.0)
+    assert noise(network="efficientnet_b0", dropout=0.0, stochastic_depth=0.1) == (0.0, 0.1)
+    assert noise(network="resnet18", backbone="auto", tuning="lora") == (0.0, 0.0), "what is frozen has no noise"
+    with pytest.raises(MetaplError, match="has no stochastic_depth"):
+        noise(network="resnet18", stochastic_depth=0.2)
+    config = ImagesOfRounds(labeled="few", unlabeled="many", pictures=PicturesOfRounds(network="efficientnet_b0"))
+    other = config.with_network("resnet18").pictures.architecture(2)
+    assert (other.dropout, other.stochastic_depth) == (0.5, 0.0)
 
 
 def test_pseudo_labels_alone_come_first_and_labeled_examples_after_them() -> None:
@@ -196,6 +274,78 @@ def test_a_run_keeps_the_labels_of_each_round_and_what_was_selected_of_them(roun
     assert second["teacher"]["test_accuracy"] == told["teacher_test_accuracy"]
     assert sorted(told["networks"]) == ["student", "teacher"]
     assert "Rounds" in (rounds / "report.html").read_text()
+
+
+def test_pictures_are_selected_once_and_labeled_anew(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    metapl(*NOISY_STUDENT, "--select-by", "once", "--share", "0.5", "--out", run)
+    first, second = result(run)["rounds"]
+    assert first["selection"] == second["selection"] == "rounds/1/selected"
+    assert not (run / "rounds" / "2" / "selected").exists()
+    selected, relabeled = LabelStore(run / "rounds/1/selected"), LabelStore(run / "rounds/2/labels")
+    assert [*selected] == [*relabeled]
+    assert sum(second["copies_per_class"].values()) == second["copies"] == selected.column("copies").sum()
+    by_hand = np.bincount(relabeled.column("label"), selected.column("copies"), minlength=10)
+    assert [*second["copies_per_class"].values()] == by_hand.tolist()
+    changed = int((selected.column("label") != relabeled.column("label")).sum())
+    assert second["changed_labels"] == changed > 0
+    named = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    apart = [row for row in named if "unlabeled_loss_with_noise" in row]
+    assert {(row["phase"], row["step"]) for row in apart} == {(f"round-{n}", s) for n in (1, 2) for s in (3, 6)}
+
+
+def test_a_selection_that_is_made_once_outlives_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("--select-by", "once", "--out")
+    metapl(*NOISY_STUDENT, *asked, tmp_path / "whole")
+
+    def stopped(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(noisy_student.Rounds, "relabel", stopped)
+        metapl(*NOISY_STUDENT, *asked, tmp_path / "stopped", code=130)
+    assert (tmp_path / "stopped/rounds/1/selected/store.json").exists()
+    metapl(*NOISY_STUDENT, *asked, tmp_path / "stopped", "--resume")
+    whole, again = result(tmp_path / "whole"), result(tmp_path / "stopped")
+    assert again["rounds"] == whole["rounds"]
+    assert again["sha256"]["student.safetensors"] == whole["sha256"]["student.safetensors"]
+
+
+def test_another_network_s_selection_is_labeled_anew(tmp_path: Path) -> None:
+    """As the paper has it: one network selects for all; and stores that are of something else are refused at once."""
+    root, run = color_folders(tmp_path / "colors", few=3, many=8), tmp_path / "run"
+    places = images_command(root)[2:5]
+    names = [f"{color}-{n}.png" for color in ("blue", "red") for n in range(8)]
+    chosen = made_selection(tmp_path / "chosen", root / "unlabeled", sorted(names)[:5], ["blue", "red"])
+    tiny = "--steps 2 --rounds 2 --network small_cnn --image-size 8 --labeled-batch 4 --finetune-steps 2 --device cpu"
+    command = ["noisy-student", "images", *places, *tiny.split(), "--ratio", "2", "--select-by"]
+    metapl(*command, chosen, "--out", run)
+    for each in result(run)["rounds"]:
+        assert [*LabelStore(run / each["store"])] == [0, 1, 2, 3, 4]
+        assert (each["selection"], each["copies"]) == (str(chosen), int(LabelStore(chosen).column("copies").sum()))
+    unfit = {
+        "of the classes": made_selection(tmp_path / "other", root / "unlabeled", names[:2], ["cat", "dog"]),
+        "nothing was selected": tmp_path / "other all",
+        "selected of other pictures": made_selection(tmp_path / "x", root / "unlabeled", ["a.png"], ["blue", "red"]),
+        "expected each, once": tmp_path / "nowhere",
+    }
+    for word, store in unfit.items():
+        refused = metapl(*command, store, "--out", tmp_path / "no", code=2).stderr
+        assert word in refused
+        assert not (tmp_path / "no").exists()
+    of_digits = metapl("noisy-student", "digits", "--select-by", chosen, "--out", tmp_path / "no", code=2).stderr
+    assert "digits have none" in of_digits
+
+
+def made_selection(folder: Path, pictures: Path, names: list[str], classes: list[str]) -> Path:
+    """A store that was selected, of labels that are as good as even, the rarer class filled up; and the one before."""
+    generator = torch.Generator().manual_seed(3)
+    every = folder.parent / f"{folder.name} all"
+    with LabelWriter(every, classes, provenance={"pictures": str(pictures)}) as writer:
+        p = torch.rand(len(names), 2, generator=generator)
+        writer.add(sorted(names), p / p.sum(dim=1, keepdim=True))
+    select(LabelStore(every), folder, balance=True)
+    return folder
 
 
 WAYS = (

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import metapl
 from metapl import UDA, CrossEntropy
 from metapl.feedback import Difference, Reinforce
+from metapl.problems import BilevelProblem
 from metapl.problems.losses import TeacherLoss
 from metapl.training.loss_trainer import LossTrainer
 
@@ -439,3 +440,200 @@ def test_an_outer_loss_of_all_rows_after_each_step(norm: bool) -> None:
     torch.testing.assert_close(parts.outer_losses, whole.outer_losses)
     for name, g in whole.grads.items():
         torch.testing.assert_close(parts.grads[name], g, rtol=1e-9, atol=1e-12)
+
+
+# -------------------------------------------------------------- own losses that are means over what is not ignored
+
+
+TAGS = torch.tensor([[-100, -100, 1], [-100, -100, -100], [0, 1, 2], [2, 2, -100]])  # of sequences of three tokens
+
+
+class Tagger(nn.Module):
+    """Logits (B, C, T) of sequences (B, T, 5)."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).transpose(1, 2)
+
+
+class OwnMean:
+    """A user's cross-entropy, whose mean is over the labels that are not ignored, and which does not say so."""
+
+    name = "own"
+
+    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: int) -> Tensor:
+        x, y = labeled
+        total = F.cross_entropy(teacher(x), y, ignore_index=-100, reduction="sum")
+        return total / (y != -100).sum().clamp(min=1)
+
+
+class SaidMean(OwnMean):
+    """The same, which says so."""
+
+    def mean_over(self, *, labeled: Any, unlabeled: Any) -> Tensor:
+        return (labeled[1] != -100).sum()
+
+
+class Contrast(OwnMean):
+    """A loss that compares the rows of a batch with each other."""
+
+    def __call__(self, teacher: nn.Module, *, labeled: Any, **others: Any) -> Tensor:
+        return contrast(teacher(labeled[0]), labeled[1])
+
+
+class ContrastOfMicroBatches(Contrast):
+    of_micro_batches = True
+
+
+def tagged_batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64), TAGS
+
+
+def trained_tagger(loss: Any, accumulate: int, dropout: float = 0.0) -> tuple[Tensor, float]:
+    """Return the weights after two steps on the tagged batch, and the loss that the second report says."""
+    torch.manual_seed(0)
+    model = Tagger(dropout).double()
+    trainer = LossTrainer(model, (loss,), optimizer=torch.optim.SGD(model.parameters(), lr=0.3), accumulate=accumulate)
+    for _ in range(2):
+        report = trainer.step(tagged_batch())
+    return nn.utils.parameters_to_vector(model.parameters()).detach(), report.as_dict()["loss"]
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(0.2, weight=0.5), SaidMean()], ids=repr)
+def test_own_losses_are_means_over_all_labels_that_are_not_ignored(loss: Any, accumulate: int) -> None:
+    """Of four micro-batches one has no such label at all; the reference is a loop on the whole batch."""
+    torch.manual_seed(0)
+    by_hand = Tagger().double()
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.3)
+    x, y = tagged_batch()
+    smoothing, weight = getattr(loss, "label_smoothing", 0.0), getattr(loss, "weight", 1.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        value = weight * F.cross_entropy(by_hand(x), y, label_smoothing=smoothing)
+        value.backward()
+        optimizer.step()
+    weights, said = trained_tagger(loss, accumulate)
+    expected = nn.utils.parameters_to_vector(by_hand.parameters()).detach()
+    torch.testing.assert_close(weights, expected, rtol=1e-12, atol=1e-14)
+    assert said == pytest.approx(float(value.detach()), rel=1e-12)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.parametrize("loss", [OwnMean(), Contrast()], ids=["ignoring", "contrast"])
+def test_own_losses_that_are_no_means_are_refused_before_anything_moves(loss: Any, accumulate: int) -> None:
+    model, _ = _networks()
+    batch = torch.randn(8, 5, dtype=torch.float64), LABELS
+    before = copy.deepcopy(model.state_dict())
+    trainer = LossTrainer(model, (loss,), optimizer=torch.optim.SGD(model.parameters()), accumulate=accumulate)
+    with pytest.raises(metapl.MetaplError, match="it is no mean over rows"):
+        trainer.step(batch)
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert model.training
+    # With one micro-batch it is right.
+    LossTrainer(model, (loss,), optimizer=torch.optim.SGD(model.parameters())).step(batch)
+
+
+def test_a_loss_of_each_micro_batch_is_allowed_where_it_says_so() -> None:
+    batch = torch.randn(8, 5, dtype=torch.float64), LABELS
+    model, _ = _networks()
+    half = [contrast(model(batch[0][rows]), batch[1][rows]) for rows in (slice(0, 4), slice(4, 8))]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    report = LossTrainer(model, (ContrastOfMicroBatches(),), optimizer=optimizer, accumulate=2).step(batch)
+    assert report.as_dict()["loss"] == pytest.approx(float(sum(half).detach()) / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("mode", "steps"), [("forward", 1), ("forward", 3), ("none", 1), ("none", 3), ("difference", 1), ("reinforce", 1)]
+)
+def test_a_teachers_own_losses_are_means_over_all_labels_that_are_not_ignored(mode: str, steps: int) -> None:
+    """The weights after a step are those of the whole batches; a loss that does not say so is refused."""
+
+    class Weighing(BilevelProblem):
+        def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None: ...
+
+        def signal(self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any) -> metapl.Signal:
+            return metapl.Signal(teacher(batch[0]).mean((1, 2)).sigmoid())
+
+        def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
+            return signal.value * F.cross_entropy(outputs, batch[1], reduction="none").mean(1)
+
+        def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
+            return F.cross_entropy(outputs, batch[1], reduction="sum"), (batch[1] != -100).sum()
+
+    class Pseudo(metapl.PseudoLabels):
+        def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None: ...
+
+        def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
+            return not_ignored(outputs, batch[1])
+
+    def weights_after(accumulate: int, loss: Any) -> Tensor:
+        torch.manual_seed(0)
+        draws = torch.Generator().manual_seed(4)
+        if mode == "reinforce":
+            teacher, student = _networks()
+            problem: Any = Pseudo()
+            inner = [torch.randn(12, 5, generator=draws, dtype=torch.float64) for _ in range(steps)]
+            outer = torch.randn(8, 5, generator=draws, dtype=torch.float64), LABELS
+        else:
+            teacher, student, problem = Tagger().double(), Tagger().double(), Weighing()
+            x = [torch.randn(4, 3, 5, generator=draws, dtype=torch.float64) for _ in range(steps)]
+            inner = [(inputs, torch.randint(0, 3, (4, 3), generator=draws)) for inputs in x]
+            outer = tagged_batch()
+        trainer = metapl.BilevelTrainer(
+            teacher,
+            student,
+            mode,
+            problem=problem,
+            teacher_losses=(loss,),
+            inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.3),
+            outer_optimizer=torch.optim.SGD(teacher.parameters(), lr=0.3),
+            accumulate=accumulate,
+            generator=torch.Generator().manual_seed(3),
+            verify=mode == "forward" and accumulate == 2,
+        )
+        for _ in range(2):
+            trainer.step(outer=outer, inner=inner[0] if steps == 1 else metapl.Lookahead(inner))
+        return nn.utils.parameters_to_vector([*teacher.parameters(), *student.parameters()]).detach()
+
+    said = SaidMean()
+    whole = weights_after(1, said)
+    torch.testing.assert_close(weights_after(2, said), whole, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(weights_after(4, said), whole, rtol=1e-9, atol=1e-11)
+    with pytest.raises(metapl.MetaplError, match="it is no mean over rows"):
+        weights_after(2, OwnMean())
+
+
+def test_a_training_with_micro_batches_ends_where_that_on_whole_batches_does() -> None:
+    """150 steps on the digits, of which every third label is ignored, at the usual rates."""
+    from sklearn.datasets import load_digits
+
+    pixels, digits = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
+    pixels = pixels.float() / 16
+    labels = digits.long()[:, None].clone()
+    labels[::3] = -100
+
+    class Digit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x)[:, :, None]
+
+    accuracy = []
+    for accumulate in (1, 4):
+        torch.manual_seed(0)
+        model = Digit()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        trainer = LossTrainer(model, optimizer=optimizer, accumulate=accumulate)
+        for step in range(150):
+            rows = (torch.arange(32) + 32 * step) % 1300
+            trainer.step((pixels[rows], labels[rows]))
+        predicted = model(pixels[-400:])[:, :, 0].argmax(1)
+        accuracy.append(float((predicted == digits[-400:]).float().mean()))
+    assert accuracy[0] > 0.8
+    assert accuracy[1] == pytest.approx(accuracy[0], abs=0.005)

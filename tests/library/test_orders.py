@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.torch_version import TorchVersion
+from torch_versions import require_torch
 
 import metapl
 from metapl.feedback import Estimator, Forward, ReinforcePerExample
@@ -37,7 +39,7 @@ class Recurrent(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A spatial transformer: grid_sample has no forward mode."""
+    """A spatial transformer: grid_sample has no forward mode below torch 2.15."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -228,9 +230,28 @@ def close(result: Any, expected: Tensor, tolerance: float = 1e-6) -> None:
 
 
 SIZES = {"small": 6, "large": 3000}
+# The releases whose backward passes of these have a derivative; what an older one says is tested below.
+SECOND_DERIVATIVE_SINCE = {Transformer: "2.12", Prototypes: "2.14"}
+
+
+@pytest.mark.parametrize("kind", SECOND_DERIVATIVE_SINCE)
+def test_a_derivative_that_an_older_torch_lacks_is_refused_with_the_release_that_has_it(kind: Any) -> None:
+    case = task(kind, SIZES["small"])
+    release = SECOND_DERIVATIVE_SINCE[kind]
+    if torch.__version__ < TorchVersion(release):
+        with pytest.raises(metapl.MetaplError, match=f"torch {release} has it, and this is"):
+            case.gradient(1)
+    else:
+        close(case.gradient(1), case.reference(1))
+    # The mode that the error proposes needs no second derivative.
+    close(case.gradient(1, "difference"), case.reference(1), 1e-5)
+
+
 # By kind: the orders of one step of a small and of a large student, and of three steps of either.
 ORDERS = {
-    Transformer: ("graph", "double_backward", "double_backward"),
+    Transformer: ("graph", "double_backward", "double_backward")
+    if torch.__version__ < TorchVersion("2.15")
+    else ("graph", "tangent", "tangent"),
     Prototypes: ("graph", "double_backward", "double_backward"),
     Derivative: ("graph", "double_backward", "double_backward"),
 }
@@ -240,6 +261,8 @@ ORDERS = {
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ORDERS)
 def test_a_student_without_forward_mode_is_right_at_every_size(kind: Any, size: str, steps: int) -> None:
+    if kind in SECOND_DERIVATIVE_SINCE:
+        require_torch(SECOND_DERIVATIVE_SINCE[kind], f"the second derivative of {kind.__name__} is there")
     case = task(kind, SIZES[size])
     assert (sum(p.numel() for p in case.student.parameters()) > SMALL) == (size == "large")
     result, expected = case.gradient(steps), case.reference(steps)
@@ -304,8 +327,12 @@ def test_micro_batches_take_every_order(by: Any) -> None:
 
 
 def test_what_is_forced_and_does_not_run_is_refused_with_an_order_that_does() -> None:
-    case = task(Transformer, 6)
-    with pytest.raises(metapl.MetaplError, match=r'grid_sampler_2d.*expected Forward\(by="graph"\)') as caught:
+    require_torch("2.12", "the second derivative of grid_sample is there")
+    kind, operation = Transformer, "grid_sampler_2d"
+    if torch.__version__ >= TorchVersion(SECOND_DERIVATIVE_SINCE[Prototypes]):
+        kind, operation = Prototypes, "_cdist_forward"
+    case = task(kind, 6)
+    with pytest.raises(metapl.MetaplError, match=rf'{operation}.*expected Forward\(by="graph"\)') as caught:
         case.gradient(1, Forward(by="tangent"))
     assert 'Forward(by="double_backward")' in str(caught.value)
     for by in ("graph", "double_backward"):  # both proposals
@@ -346,7 +373,7 @@ def trainer_of(case: Task, mode: Any = "forward", **options: Any) -> metapl.Bile
 
 
 def test_a_trainer_tries_once_and_its_checkpoints_keep_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = task(Prototypes, 3000)
+    case = task(Derivative, 3000)
     trainer, tries = trainer_of(case), list[bool]()
     in_order = metapl.BilevelTrainer._step_in_order
 
@@ -364,7 +391,7 @@ def test_a_trainer_tries_once_and_its_checkpoints_keep_the_choice(monkeypatch: p
         assert trainer.step(outer=case.outer, inner=case.inner).order == report.order == "double_backward"
     assert tries == [True, True, False, False]  # tangent, double backward; then that alone
 
-    again = task(Prototypes, 3000)
+    again = task(Derivative, 3000)
     resumed = trainer_of(again)
     resumed.load_state_dict(trainer.state_dict())
     del tries[:]
@@ -377,7 +404,7 @@ def test_a_trainer_tries_once_and_its_checkpoints_keep_the_choice(monkeypatch: p
 
 def test_a_resumed_fit_keeps_the_order_bit_for_bit(tmp_path: Path) -> None:
     def fitted(**options: Any) -> list[Tensor]:
-        case = task(Prototypes, 3000)
+        case = task(Derivative, 3000)
         trainer = trainer_of(case)
         trainer.fit([case.outer], [case.inner], steps=4, progress=False, **options)
         assert trainer.orders.state_dict() == {"tangent, double_backward": "double_backward"}
@@ -393,7 +420,7 @@ def test_an_attempt_that_fails_leaves_generators_and_buffers_as_they_were() -> N
     """With dropout and batch norm, a step that tried twice is the step in the second order alone."""
 
     def kind(width: int) -> nn.Module:
-        return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), Prototypes(width))
+        return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), Derivative(width))
 
     ends = []
     for mode in (Forward(), Forward(by="double_backward")):
@@ -409,6 +436,8 @@ def test_an_attempt_that_fails_leaves_generators_and_buffers_as_they_were() -> N
 @pytest.mark.parametrize("kind", [Prototypes, Derivative, Spread])
 def test_a_training_verifies_and_comes_out(kind: Any) -> None:
     """Verified, and below the training whose weights stay as they are."""
+    if kind in SECOND_DERIVATIVE_SINCE:
+        require_torch(SECOND_DERIVATIVE_SINCE[kind], f"the second derivative of {kind.__name__} is there")
     losses = {}
     for mode in ("forward", "none"):
         case = task(kind, 3000)

@@ -397,3 +397,72 @@ def test_verification_sees_the_student_that_a_loss_names(way: str) -> None:
     assert check.status == "right"
     assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
     assert all(p.grad is None for p in parameters)
+
+
+class KeptWeights(ExampleWeights):
+    """Losses that read a list of the student's parameters, which was made before the training."""
+
+    def __init__(self, net: nn.Module, level: str) -> None:
+        self.level = level
+        self.kept = list(net.parameters())
+
+    def penalty(self, level: str) -> Tensor | float:
+        if level != self.level:
+            return 0.0
+        return 0.1 * torch.stack([p.pow(4).sum() for p in self.kept]).sum()
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        return super().inner_loss(outputs, signal, batch, params) + self.penalty("inner")
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return super().outer_loss(outputs, batch) + self.penalty("outer")
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    ("mode", "steps", "level"),
+    [("unrolled", 3, "inner"), ("forward", 3, "inner"), ("unrolled", 1, "outer"), ("difference", 1, "outer")],
+)
+def test_a_list_of_weights_is_refused_by_the_name_of_the_weight(
+    mode: str, steps: int, level: str, verify: bool
+) -> None:
+    """Without verification too: the door of the first step sees the leaf in the graph."""
+    net, teacher = network(), table()
+    problem = KeptWeights(net, level)
+    trainer = metapl.BilevelTrainer(
+        teacher, net, mode, problem=problem, inner_optimizer=RULE.build(net), lookahead=steps, verify=verify
+    )
+    outer, inner = batches(steps)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(MetaplError, match=rf"the {level} loss reads the student's \S*(weight|bias) from a place"):
+        trainer.step(outer=outer, inner=metapl.Lookahead(inner) if steps > 1 else inner[0])
+    assert all(torch.equal(before[name], t) for name, t in net.state_dict().items())
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_compiled_trainer_follows_the_student_that_a_loss_names(steps: int) -> None:
+    """Its first step is compared with that of a copy, which the loss does not know of."""
+
+    def teacher_after(compile: bool) -> Tensor:
+        net, teacher = network(), table()
+
+        class ByClosure(ExampleWeights):
+            def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+                return super().inner_loss(outputs, signal, batch, params) + 0.1 * l2(net, [])
+
+        trainer = metapl.BilevelTrainer(
+            teacher,
+            net,
+            "forward",
+            problem=ByClosure(),
+            inner_optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+            outer_optimizer=torch.optim.SGD(teacher.parameters(), lr=1.0),
+            lookahead=steps,
+            compile=compile,
+        )
+        outer, inner = batches(steps)
+        for _ in range(2):
+            trainer.step(outer=outer, inner=metapl.Lookahead(inner) if steps > 1 else inner[0])
+        return teacher.values.detach().clone()
+
+    torch.testing.assert_close(teacher_after(compile=True), teacher_after(compile=False), rtol=1e-9, atol=1e-12)

@@ -285,18 +285,18 @@ class Started(nn.Linear):
         return super().forward(x)
 
 
-def take_two_steps(step: Any, state: Any) -> None:
-    for _ in range(2):
-        state, _ = step(state, **batches())
-
-
 @pytest.mark.parametrize(
     ("build", "text"), [(Kept, "keeps a tensor of a pass"), (Started, "writes in a pass to its weights")]
 )
 def test_a_pass_that_keeps_tensors_or_writes_weights_is_named(build: Callable[[], nn.Module], text: str) -> None:
     step, state = trainer(network(build)).functional()
+
+    def two_steps() -> None:
+        moved, _ = step(state, **batches())
+        step(moved, **batches())
+
     with pytest.raises(MetaplError, match=f"^the student {text}.*; expected a registered buffer"):
-        take_two_steps(step, state)
+        two_steps()
 
 
 # ------------------------------------------------------------------------------------------------ what has no pure form

@@ -154,7 +154,9 @@ QUICK |= {"a replicated teacher", "products, AdamW", "orders, fsdp"}
 def test_processes_are_as_one(two: Ranks, four: Ranks, what: str) -> None:
     """In gradients, weights, feedback and reports; what one process finds is beside double backward elsewhere."""
     number, alike, cases = CASES[what]
-    if what == "orders, fsdp" or any("lookahead" in case and case["layout"] != "ddp" for case in cases):
+    if any(case.get("inside") == "distances" for case in cases):
+        require_torch("2.14", "the second derivative of cdist is there")
+    if any("lookahead" in case and case["layout"] != "ddp" for case in cases):
         require_torch("2.12", DIFFERENTIABLE_TWICE)
     found = zip(*(two if number == 2 else four).run("many", cases=cases), strict=True)
     for own, case in zip(found, cases, strict=True):

@@ -1,0 +1,316 @@
+"""What the scripts of both papers share: sets as torchvision reads them, splits, views, networks, and what they leave.
+
+``protocols.py`` is Meta Pseudo Labels, ``noisy_student_imagenet.py`` is Noisy Student. Each of them has its settings in
+a frozen dataclass; a function here says by the type of its argument ``c`` which of these settings it reads.
+"""
+
+import gzip
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision import datasets
+
+from metapl.apps.label import called
+from metapl.apps.labels import LabelStore
+from metapl.apps.networks import Architecture, Normalized, create
+from metapl.apps.pictures import (
+    CIFAR_OPERATIONS,
+    SVHN_OPERATIONS,
+    Chain,
+    FileImages,
+    Identity,
+    MemoryImages,
+    RandAugment,
+    ResizedCrop,
+    UnlabeledBatches,
+    View,
+    Weak,
+    scan_unlabeled,
+)
+from metapl.apps.pictures.batches import Images
+from metapl.apps.pictures.input import Input, NetworkCard
+from metapl.apps.run import save
+from metapl.data import draws
+from metapl.errors import MetaplError
+from metapl.metrics import Evaluation
+
+# The streams of the two draws of a split. They keep these draws apart from every other use of a seed.
+VALIDATION_STREAM = 0x5B17
+LABELED_STREAM = 0x5B18
+
+# Every network sees pictures whose values lie in [-2, 2].
+MEAN = (0.5, 0.5, 0.5)
+STD = (0.25, 0.25, 0.25)
+
+
+class SetSettings(Protocol):
+    """Which set is read, from where, and how large the pictures of files become."""
+
+    @property
+    def data(self) -> str: ...  # "cifar10", "svhn", "fashion" or "imagenet"
+
+    @property
+    def root(self) -> str: ...  # the folder, as torchvision calls it
+
+    @property
+    def image_size(self) -> int: ...
+
+
+class ViewSettings(Protocol):
+    """How pictures are changed before a network sees them."""
+
+    @property
+    def data(self) -> str: ...
+
+    @property
+    def image_size(self) -> int: ...
+
+    @property
+    def magnitude(self) -> float: ...  # of RandAugment, of 10
+
+    @property
+    def translate(self) -> float: ...  # the greatest shift at magnitude 10, as a share of the side
+
+    @property
+    def cutout(self) -> int: ...  # side of the grey square, in pixels; 0: none
+
+
+class NetworkSettings(Protocol):
+    """How a network is built, whatever its name."""
+
+    @property
+    def image_size(self) -> int: ...
+
+    @property
+    def stochastic_depth(self) -> float: ...
+
+    @property
+    def channels_last(self) -> bool: ...
+
+    @property
+    def device(self) -> str: ...
+
+
+class DeliverySettings(Protocol):
+    """Where a run leaves what it delivers, and what it says of itself there."""
+
+    @property
+    def out(self) -> str: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def steps(self) -> int | None: ...
+
+    @property
+    def channels_last(self) -> bool: ...
+
+
+class PictureSet(NamedTuple):
+    """Pictures to train on and to test on, with their labels, (n,) int64."""
+
+    train: Images
+    train_labels: Tensor
+    test: Images
+    test_labels: Tensor
+    classes: list[str]
+    # The first so many of the training pictures may keep their labels. SVHN's extra pictures come after them.
+    labelable: int
+
+
+def load_pictures(c: SetSettings) -> PictureSet:
+    """Read a set from the files that torchvision expects below ``c.root``; nothing is downloaded."""
+    if c.data == "imagenet":
+        return load_imagenet(c.root, c.image_size)
+    if c.data == "svhn":
+        return load_svhn(c.root)
+    if c.data == "fashion":
+        return load_fashion(c.root)
+    return load_cifar10(c.root)
+
+
+def load_cifar10(root: str) -> PictureSet:
+    parts = [datasets.CIFAR10(root, train=is_train) for is_train in (True, False)]
+    train, test = (MemoryImages(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()) for part in parts)
+    train_labels, test_labels = (torch.tensor(part.targets) for part in parts)
+    return PictureSet(train, train_labels, test, test_labels, parts[0].classes, labelable=len(train_labels))
+
+
+def load_svhn(root: str) -> PictureSet:
+    parts = [datasets.SVHN(root, split=split) for split in ("train", "extra", "test")]
+    core, extra, test = (torch.from_numpy(part.data) for part in parts)
+    core_labels, extra_labels, test_labels = (torch.as_tensor(part.labels) for part in parts)
+    train = MemoryImages(torch.cat([core, extra]))
+    train_labels = torch.cat([core_labels, extra_labels])
+    classes = list("0123456789")
+    return PictureSet(train, train_labels, MemoryImages(test), test_labels, classes, labelable=len(core_labels))
+
+
+def load_fashion(root: str) -> PictureSet:
+    """Read Fashion-MNIST from the four files of Debian's package dataset-fashion-mnist, whose folder is ``root``.
+
+    Its pictures are grey and of 28 x 28 pixels; each is repeated in three channels, which takes no memory, so that the
+    networks of the other sets see it.
+    """
+
+    def content(name: str, offset: int) -> np.ndarray:
+        file = Path(root) / f"{name}-ubyte.gz"
+        if not file.exists():
+            raise MetaplError(f"there is no {file}; expected the folder of Fashion-MNIST's four .gz files as --root.")
+        return np.frombuffer(gzip.decompress(file.read_bytes()), dtype=np.uint8, offset=offset)
+
+    pictures = []
+    labels = []
+    for part in ("train", "t10k"):
+        # Before the bytes stand four big-endian numbers, and two of them where each byte is a label.
+        grey = torch.from_numpy(content(f"{part}-images-idx3", offset=16).reshape(-1, 1, 28, 28).copy())
+        pictures.append(MemoryImages(grey.expand(-1, 3, -1, -1)))
+        labels.append(torch.from_numpy(content(f"{part}-labels-idx1", offset=8).copy()).long())
+    classes = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+    return PictureSet(pictures[0], labels[0], pictures[1], labels[1], classes, labelable=len(labels[0]))
+
+
+def load_imagenet(root: str, image_size: int) -> PictureSet:
+    parts = [datasets.ImageNet(root, split=split) for split in ("train", "val")]
+    read = partial(FileImages, size=(image_size, image_size), center=224 / 256)
+    train, test = (read(path for path, _ in part.samples) for part in parts)
+    train_labels, test_labels = (torch.tensor(part.targets) for part in parts)
+    classes = [f"{names[0]} ({wnid})" for names, wnid in zip(parts[0].classes, parts[0].wnids, strict=True)]
+    return PictureSet(train, train_labels, test, test_labels, classes, labelable=len(train_labels))
+
+
+def split_labels(
+    labels: Tensor, per_class: int | None, validation: int, seed: int, labelable: int
+) -> dict[str, Tensor]:
+    """Return the sorted indices of the pictures that are labeled, unlabeled, and held out for validation.
+
+    ``validation`` pictures are held out, with the classes in proportion. Of the first ``labelable`` pictures that are
+    left, ``per_class`` of each class keep their labels (None: all of them). The rest is unlabeled. A smaller number of
+    labels lies within a larger one.
+    """
+
+    def order(stream: int) -> Tensor:
+        return torch.argsort(draws.bits(seed, 0, torch.arange(len(labels)), 1, stream)[:, 0], stable=True)
+
+    def first_of_each_class(indices: Tensor, counts: Tensor) -> Tensor:
+        chosen = [indices[labels[indices] == c][:count] for c, count in enumerate(counts.tolist())]
+        return torch.cat(chosen).sort().values
+
+    class_sizes = labels.bincount()
+    is_free = torch.ones(len(labels), dtype=torch.bool)
+    # The classes with the largest remainders take what rounding down leaves.
+    counts = class_sizes * validation // len(labels)
+    remainders = class_sizes * validation % len(labels)
+    counts[remainders.argsort(descending=True, stable=True)[: validation - int(counts.sum())]] += 1
+    held_out = first_of_each_class(order(VALIDATION_STREAM), counts)
+    is_free[held_out] = False
+    candidates = order(LABELED_STREAM)
+    candidates = candidates[is_free[candidates] & (candidates < labelable)]
+    if per_class is None:
+        labeled = candidates.sort().values
+    else:
+        labeled = first_of_each_class(candidates, torch.full_like(class_sizes, per_class))
+    is_free[labeled] = False
+    return {"labeled": labeled, "unlabeled": is_free.nonzero()[:, 0], "validation": held_out}
+
+
+def views_of(
+    c: ViewSettings, *, operations: Literal["cifar10", "svhn"] | None = None
+) -> tuple[View, View, ResizedCrop | None]:
+    """Return what the teacher sees, what the student sees, and the box that is cut out of a file before either.
+
+    ``operations`` says whose list RandAugment draws from; None: that of the data, CIFAR-10's where it has none. With
+    SVHN's, pictures are not mirrored.
+    """
+    has_digits = (operations or c.data) == "svhn"
+    drawn_from = SVHN_OPERATIONS if has_digits else CIFAR_OPERATIONS
+    changed = RandAugment(2, c.magnitude, operations=drawn_from, translate=c.translate, cutout=c.cutout)
+    if c.data == "imagenet":
+        return Identity(), Chain((Identity(), changed)), ResizedCrop(c.image_size, flip=True)
+    # The strong view is moved once more after RandAugment, as the authors' code does.
+    weak = Weak(4, flip=not has_digits)
+    return weak, Chain((weak, changed, weak)), None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StoredBatches(UnlabeledBatches):
+    """Batches (x, stored) of pictures, whose distributions are read from a store as they are needed.
+
+    Args:
+        rows: (n,) int64, where in the store each picture's distribution is.
+    """
+
+    rows: Tensor
+    store: LabelStore
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        return {"rows": self.rows}
+
+    def fetch(self, step: int) -> tuple[Tensor, ...]:
+        *pictures, rows = super().fetch(step)
+        return (*pictures, self.store.at(rows))
+
+
+def stored_pictures(folder: str, store: LabelStore, image_size: int) -> tuple[FileImages, Tensor]:
+    """Return the pictures of a folder that a store has labels of, and where in it these are, (n,) int64."""
+    files = scan_unlabeled(folder)
+    rows = torch.from_numpy(np.asarray(store.find(called(store, files.root, files.names))))
+    if not (rows >= 0).any():
+        raise MetaplError(
+            f"the store {store.folder} has labels of no picture below {folder}; expected `metapl label`'s."
+        )
+    pictures = FileImages(files.paths(), size=(image_size, image_size), center=224 / 256)
+    return pictures.select((rows >= 0).nonzero()[:, 0]), rows[rows >= 0]
+
+
+def build_network(c: NetworkSettings, classes: int, dropout: float, name: str) -> nn.Module:
+    """Build a network by its name, with fresh weights, that normalizes pictures in [0, 1] itself."""
+    network = create(name, classes, image_size=c.image_size, dropout=dropout, stochastic_depth=c.stochastic_depth)
+    normalized = Normalized(network, MEAN, STD).to(c.device)
+    if c.channels_last:
+        normalized.to(memory_format=torch.channels_last)
+    return normalized
+
+
+def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
+    """Write the weights of a network as a file of safetensors."""
+    save_file({name: t.contiguous().cpu() for name, t in weights.items()}, file)
+
+
+def deliver(
+    c: DeliverySettings,
+    network: nn.Module,
+    method: str,
+    name: str,
+    size: int,
+    test: Images,
+    classes: list[str],
+    evaluation: Evaluation,
+) -> None:
+    """Leave a network as a run that ``metapl predict``, ``evaluate``, ``report`` and ``export`` read, in OUT/delivered.
+
+    Args:
+        method: the word that the run names its training by.
+        name: of the network, as :func:`metapl.apps.networks.create` takes it.
+        size: side of the pictures that it was tested on, which are ``test``.
+        evaluation: what it reached on them.
+    """
+    architecture = Architecture(name=name, num_classes=len(classes), image_size=size)
+    seen = Input(size=size, center=getattr(test, "center", 1.0))
+    card = NetworkCard(
+        title="network", input=seen, architecture=architecture, mean=MEAN, std=STD, channels_last=c.channels_last
+    )
+    folder = Path(c.out) / "delivered"
+    shutil.rmtree(folder, ignore_errors=True)
+    config: dict[str, Any] = {"seed": c.seed, "steps": c.steps or 0}
+    save(folder, network, card, name=method, evaluation=evaluation, classes=list(classes), config=config)
