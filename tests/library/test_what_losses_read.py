@@ -446,3 +446,49 @@ def test_a_buffer_of_truth_values_is_compared_with_its_eager_value() -> None:
     refuse_gap("the student's buffers", {"mask": mask}, {"mask": mask.clone()}, loss)
     with pytest.raises(MetaplError, match=r"buffers is 0\.71 off"):
         refuse_gap("the student's buffers", {"mask": ~mask}, {"mask": torch.tensor([True, True])}, loss)
+
+
+class Experts(nn.Module):
+    """A mixture of two experts, which keeps the penalty on an unequal load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(64, 2)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)) for _ in range(2))
+        self.auxiliary: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = self.gate(x).softmax(-1)
+        self.auxiliary = shares.mean(0).square().sum()
+        return torch.stack([shares[:, i, None] * expert(x) for i, expert in enumerate(self.experts)]).sum(0)
+
+
+def test_a_training_with_an_auxiliary_loss_and_mixed_pictures_comes_out() -> None:
+    """100 steps on the digits, of which a fifth of the labels are wrong, at the defaults of the trainer."""
+    from sklearn.datasets import load_digits
+
+    torch.manual_seed(0)
+    numpy.random.seed(0)  # noqa: NPY002 - the global one
+    pixels, digits = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
+    x, y = pixels.float() / 16, digits.long()
+    labels = y[100:1300].clone()
+    labels[::5] = torch.randint(10, labels[::5].shape)
+    student = Experts()
+
+    class Mixed(metapl.problems.ExampleWeights):
+        def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+            share = numpy.random.beta(5, 1)  # noqa: NPY002 - the global one
+            mixed = share * F.cross_entropy(outputs, batch[1], reduction="none")
+            mixed = mixed + (1 - share) * F.cross_entropy(outputs, batch[1].roll(1), reduction="none")
+            assert isinstance(signal.value, Tensor)
+            return signal.value * mixed + 0.1 * student.auxiliary
+
+    table = metapl.problems.Table(torch.zeros(len(labels)))
+    trainer = metapl.BilevelTrainer(table, student, "forward", problem=Mixed(), lookahead=2)
+    inner = x[100:1300], labels, torch.arange(len(labels))
+    trainer.fit((x[:100], y[:100]), inner, steps=100, batch_size=64)
+    accuracy = trainer.evaluate((x[1300:], y[1300:])).value
+    assert accuracy > 0.65, accuracy
+    weights = table.values.detach()
+    is_wrong = labels != y[100:1300]
+    assert weights[is_wrong].mean() < weights[~is_wrong].mean()
