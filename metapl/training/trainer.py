@@ -30,7 +30,7 @@ from metapl.feedback.door import (
     refuse_hooks,
     refuse_learned_settings,
 )
-from metapl.feedback.hypergradient import Hypergradient, hypergradient
+from metapl.feedback.hypergradient import Hypergradient
 from metapl.feedback.lookahead import Lookahead, inner_batches, refuse_outer_lookahead
 from metapl.feedback.order import Order, Orders
 from metapl.feedback.path import take_steps
@@ -46,6 +46,7 @@ from metapl.problems.losses import TeacherLoss, check_losses
 from metapl.runs.fields import AboveZero, AtLeastZero, MicroBatches, Range, check_arguments
 from metapl.training import FitResult, Trainer
 from metapl.training.base import FinetuneKeywords, refuse_missing_entries
+from metapl.training.hypergradient import hypergradient
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
 from metapl.training.options import FitOptions
 from metapl.training.verification import Verification
