@@ -3,10 +3,12 @@
     python benchmarks/protocol_rows.py --root /usr/share/datasets/fashion-mnist   # an hour of one core; goes on
     python benchmarks/protocol_rows.py --write docs/papers.md                     # put the table there
 
-The rows of ``examples/protocols.py`` with three changes: pictures of 28 pixels, a network of 94,762 weights with batch
+The rows of ``examples/protocols.py`` with a few changes: pictures of 28 pixels, a network of 94,762 weights with batch
 norm in the place of WRN-28-2, and batches of 16 and 112; waits, warmups, ramps and finetuning are shortened by
---scale-to 300. A row *trains* if its finetuned student, as the row evaluates it, is 20 points above chance, and at most
-5 points below the same row with --method none.
+--scale-to 300. The values of ``cifar10-4k`` are for 300,000 steps: with its rates of 0.025 and its UDA weight of 8,
+reached in 5 steps, the student has 28.8 % after 300. Here both rates are 0.1, and the weight is 1. Where pictures are
+held out, they are 1,000. A row *trains* if its finetuned student, as the row evaluates it, is 20 points above chance,
+and at most 5 points below the same row with --method none.
 """
 
 from __future__ import annotations
@@ -28,6 +30,10 @@ ROLES = ("teacher", "student", "finetuned")
 STEPS = 300
 CHANCE = 0.1
 ABOVE_CHANCE = 0.2
+CHANGES = {
+    "cifar10-4k": ("--validation", "1000", "--student-lr", "0.1", "--teacher-lr", "0.1", "--uda-weight", "1"),
+    "cifar10-4k-paper": ("--validation", "1000"),
+}
 BEHIND_CONTROL = 0.05
 
 
@@ -37,7 +43,8 @@ def run(row: str, method: str, seed: int, steps: int, root: str) -> Row:
 
     words = [row, "--data", "fashion", "--image-size", "28", "--network", "pooled_cnn", "--device", "cpu"]
     words += ["--labeled-batch", "16", "--unlabeled-batch", "112", "--num-workers", "0", "--scale-to", str(steps)]
-    words += ["--method", method, "--seed", str(seed), "--root", root]
+    words += ["--method", method, "--seed", str(seed), "--root", root, *CHANGES.get(row, ())]
+    words += ["--training-accuracy-on", "200", "--validate-every", "100"]
     with tempfile.TemporaryDirectory() as folder:
         settings = protocols.settings_of([*words, "--out", str(Path(folder) / "run")])
         result = protocols.train(settings)

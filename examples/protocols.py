@@ -403,6 +403,12 @@ def check(c: Protocol) -> None:
         raise MetaplError(
             f"--batch-norm-ranks {c.batch_norm_ranks}: expected a divisor of {c.mesh.shares:,} processes."
         )
+    waits = c.wait if c.method in ("mpl", "none") else 0
+    if waits + c.warmup > c.steps or waits >= c.steps:
+        raise MetaplError(
+            f"--steps {c.steps:,}: expected more than --wait {waits:,} and --warmup {c.warmup:,} together; --scale-to "
+            "shortens these too."
+        )
     if c.data in SIDES and c.image_size != SIDES[c.data]:
         raise MetaplError(f"--image-size {c.image_size}: the pictures of {c.data} have {SIDES[c.data]} pixels.")
     if c.select == "validation" and not c.validation:
@@ -489,7 +495,7 @@ def train(c: Protocol, processes: Processes | None = None) -> dict[str, Any]:
         student = shard(student, c.mesh, batch_norm_ranks=ranks)
         has_teacher = c.method not in ("uda", "supervised", "headroom")
         teacher = shard(teacher, c.mesh, batch_norm_ranks=ranks) if has_teacher else student
-        processes.seed(student, c.seed)
+    processes.seed(student, c.seed)
 
     # 3. The trainer.
     trainer = trainer_of(c, teacher, student)
@@ -619,6 +625,8 @@ def trainer_of(c: Protocol, teacher: nn.Module, student: nn.Module) -> Any:
         outer_optimizer=sgd(teacher, c.teacher_lr),
         # The papers add the feedback as it is; the library's default would bound it.
         feedback_weight=c.feedback_weight,
+        # Labels are drawn alike in any number of processes, whose dropout masks differ.
+        generator=torch.Generator(c.device).manual_seed(c.seed),
         # The tests verify this problem.
         verify=False,
         **options_of(c),

@@ -144,6 +144,13 @@ def train(
                 f"a process that prepares batches died ({reason}): was there too little memory?"
             ) from error
 
+    def lay_out(network: nn.Module) -> nn.Module:
+        if processes.mesh.size == 1:
+            return network
+        network = shard(network, processes.mesh)
+        processes.seed(student, fitting.seed)
+        return network
+
     training = Training(
         config=config,
         data=data,
@@ -151,6 +158,7 @@ def train(
         student=student,
         fit=phase,
         label=lambda network: stored_labels(network, config, method, folder.path, data, say),
+        lay_out=lay_out,
         folder=folder.path,
         progress=progress,
         say=say,
@@ -280,9 +288,12 @@ def device(asked: str) -> torch.device:
 
 def check_shares(config: Any, method: Any, mesh: Mesh) -> None:
     """Refuse batches that do not fall into equal parts for the processes, and for --accumulate in each; and processes
-    where labels are stored, which one does."""
-    if mesh.size > 1 and isinstance(method, ReducedMpl):
-        raise MetaplError(f"--method {method.name} stores labels, in one process; leave --mesh out.")
+    that would have to store labels, which one does."""
+    if mesh.size > 1 and isinstance(method, ReducedMpl) and not method.stores:
+        raise MetaplError(
+            f"--method {method.name} in several processes reads labels that are stored: expected --labels STORE, which "
+            "`metapl label RUN PICTURES --out STORE` writes; or leave --mesh out."
+        )
     parts = mesh.shares * config.fitting.accumulate
     for name, size in flat(config).items():
         if name.endswith("_batch") and size % parts:

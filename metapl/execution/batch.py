@@ -218,7 +218,10 @@ def first_input(batch: Any) -> Any:
         return batch[0]
     if isinstance(batch, Tensor | Mapping):
         return batch
-    raise MetaplError(f"the batch is {described(batch)}; expected a tensor, a dict, or a tuple (input, ...).")
+    raise MetaplError(
+        f"the batch is {described(batch)}; expected a tensor, a dict, or a tuple (input, ...). For other batches, give "
+        "the problem the methods student_input(batch) and outer_input(batch), which return what the student reads."
+    )
 
 
 def inputs_of(batch: Any) -> Any:

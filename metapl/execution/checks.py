@@ -89,6 +89,10 @@ def generator_of(generator: torch.Generator | None, device: torch.device, what: 
     """Refuse a generator of another device than the one on which it is to draw, which ``what`` says."""
     if generator is None:
         return
+    if not isinstance(generator, torch.Generator):
+        raise MetaplError(
+            f"generator is {described(generator)}; expected torch.Generator({str(device)!r}).manual_seed(0), or none."
+        )
     same_number = None in (generator.device.index, device.index) or generator.device.index == device.index
     if generator.device.type != device.type or not same_number:
         raise MetaplError(

@@ -190,8 +190,8 @@ def layouts(
         for path, t in (*layout.network.named_parameters(), *layout.network.named_buffers()):
             if nn.parameter.is_lazy(t):
                 raise MetaplError(
-                    f"the {name}'s {path} has no shape before a first batch; expected one that has: run it once on a batch, "
-                    f"{name}(x), before its optimizer is made."
+                    f"the {name}'s {path} has no shape before a first batch; expected one that has: run it once on a "
+                    f"batch, {name}(x), before its optimizer is made."
                 )
             if t.is_inference():
                 given = f"the {name}'s {path} is of inference_mode()"

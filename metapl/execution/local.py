@@ -114,9 +114,13 @@ class LocalStudent:
         rows: _AllRows | None = None
         # The backward pass belongs into the block: checkpoints run the student again in it.
         with NOTHING if gradient else no_fast_path(), self.at(at, start, state or self.slots):
+            # A loss that draws from Python's or NumPy's generators has the same draws in each of its passes.
+            is_watched = self.slots.draws_outside is None and start.is_whole
             for inputs, batch in batches:
                 outputs = self.forward(inputs)
                 value, weight = judge(outputs, batch)
+                if is_watched:
+                    self.slots.watch(start, self.slots.random_state(self.device))
                 if look is not None and gradient:
                     look(value, [*at.values()], partial(self._judged, judge, inputs, batch))
                 if whole is not None and not values and not isinstance(weight, Tensor):

@@ -233,8 +233,10 @@ class Slots:
             findings.draws_outside = findings.draws_outside or None
 
     def watch(self, before: RandomState, after: RandomState) -> None:
-        """Note whether a pass, or a loss of its outputs, between two states drew from Python's or NumPy's generators, as
-        long as it is open."""
+        """Note whether Python's or NumPy's generators moved between two states, as long as that is open.
+
+        Between them a pass ran, or a loss of its outputs.
+        """
         if self.draws_outside is None and after.has_drawn_outside(before):
             self.findings.draws_outside = True
 

@@ -40,8 +40,12 @@ from metapl.problems.base import Kind, Problem, Signal, field_of, kind_of
 from metapl.runs.fields import Range, check_fields
 
 NOT_FINITE = (
-    "the inner loss or the feedback is NaN or infinite; lower the student's learning rate, or look for extreme "
-    "examples."
+    "the inner loss, the outer loss or the feedback is NaN or infinite; lower the student's learning rate, or look for "
+    "a batch without rows or with extreme examples."
+)
+OUTER_NOT_FINITE = (
+    "the outer loss is NaN or infinite: the outer batch (labeled) has no rows or extreme values, or the student has "
+    "diverged; look at the batch, or lower the student's learning rate."
 )
 State = dict[str, Tensor]
 Normalization = Literal["gradient", "learning_rate", "cosine"]
@@ -169,19 +173,27 @@ class Estimator(ABC):
 
     def checked_feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         """:meth:`feedback`, refused on all ranks where it would make the teacher NaN."""
-        feedback, state = self.feedback(path, state)  # line 4: h
+        try:
+            feedback, state = self.feedback(path, state)  # line 4: h
+        except MetaplError as error:
+            # What is computed from a NaN is NaN, and the checks on the way would name causes of their own.
+            if begins_in_outer_loss(path):
+                raise MetaplError(OUTER_NOT_FINITE) from error
+            raise
         if path.is_tried:
             refuse_not_finite_feedback(feedback, path)
         with NOTHING if path.student.ranks.alone else path.student.ranks.agreed():
             if True not in [of_step.used for of_step in feedback]:
                 given = f"the inner loss of {kind_of(path.problem)} does not depend on its signal"
                 raise MetaplError(f"{given}; expected one that does, without detach() or argmax, or mode='none'.")
-            numbers = [path.inner_loss]
+            numbers = [path.inner_loss, *path.known_outer_losses]
             for of_step in feedback:
                 numbers += [h.sum() if h.ndim else h for h in (of_step.h, *of_step.others.values())]
             try:
                 checks.refuse_not_finite(NOT_FINITE, *numbers)
             except MetaplError as error:
+                if begins_in_outer_loss(path):
+                    raise MetaplError(OUTER_NOT_FINITE) from error
                 if bool(path.inner_loss.isfinite()):
                     raise NotFiniteFeedback(NOT_FINITE) from error
                 raise
@@ -194,10 +206,16 @@ def refuse_not_finite_feedback(feedback: Sequence[Feedback], path: Path) -> None
     Cost: the host waits once for the device.
     """
     sums = [h.sum().double() for of_step in feedback for h in (of_step.h, *of_step.others.values())]
-    # Where the loss is not finite, no order mends that, and what follows refuses it.
+    # Where a loss is not finite, no order mends that, and what follows refuses it.
     is_mendable = path.inner_loss.isfinite() & ~torch.stack(sums).isfinite().all()
-    if path.student.ranks.any(bool(is_mendable)):
+    if path.student.ranks.any(bool(is_mendable) and not begins_in_outer_loss(path)):
         raise NotFiniteFeedback(NOT_FINITE)
+
+
+def begins_in_outer_loss(path: Path) -> bool:
+    """Return whether an outer loss is NaN or infinite, and the inner loss is not; the host waits for the device."""
+    is_infinite = [not bool(loss.isfinite()) for loss in path.known_outer_losses]
+    return any(is_infinite) and bool(path.inner_loss.isfinite())
 
 
 def padded(feedback: Sequence[Feedback], path: Path) -> list[Feedback]:

@@ -58,7 +58,11 @@ class Lookahead(Sequence[Any]):
             given = f"Lookahead was given batches that are {checks.described(given)} and steps={self.steps}"
             raise MetaplError(f"{given}; expected a batch for each step, or a function of its number with steps=.")
         if self.weights is not None:
-            weights = torch.as_tensor(self.weights, dtype=torch.float64)
+            try:
+                weights = torch.as_tensor(self.weights, dtype=torch.float64)
+            except (TypeError, ValueError, RuntimeError) as error:
+                given = f"Lookahead was given weights that are {checks.described(self.weights)}"
+                raise MetaplError(f"{given}; expected {len(self)} numbers, one for each outer batch.") from error
             if weights.shape != (len(self),) or not weights.isfinite().all():
                 given = f"Lookahead was given weights of shape {tuple(weights.shape)}"
                 raise MetaplError(f"{given}; expected {len(self)} finite numbers, one for each outer batch.")

@@ -129,6 +129,12 @@ class Path:
         losses = self.outer_losses
         return self.outer_loss if losses is None or self.outer is None else self.outer.total(losses)
 
+    @property
+    def known_outer_losses(self) -> list[Tensor]:
+        """The outer losses that have been taken so far: L(θ′), L(θ), and L_k after the steps before the last."""
+        cached = [vars(self)[name] for name in ("outer_loss", "outer_loss_before") if name in vars(self)]
+        return [*cached, *self.losses_before.values()]
+
     @cached_property
     def outer_loss_before(self) -> Tensor:
         """L(θ), with the dropout masks of L(θ′); one forward pass."""

@@ -24,7 +24,8 @@ from metapl.execution.batch import length, map_tensors
 from metapl.execution.compare import coarsest
 from metapl.execution.numerics import no_fast_path
 from metapl.execution.ranks import Ranks
-from metapl.execution.state import RandomState, Slots, replay
+from metapl.execution.shards import is_sharded
+from metapl.execution.state import RandomState, Slot, Slots, replay, stand_in
 from metapl.problems.base import Problem, Signal, has_rows, joined_signals
 
 # How far the mean of two halves may be from the loss of both, relative to them. The rows of a batch are computed by
@@ -34,6 +35,13 @@ TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, to
 # In which order the rows are taken before they are halved: as they are, the even ones first, every third one first.
 # A loss whose halves happen to be means over equally many rows in one order is told by another.
 STRIDES = (1, 2, 3)
+
+# The sizes of the noise by which weights are moved, see :func:`weights_moved`. The small one is for deep networks
+# without norms, whose outputs are infinite with the large one.
+NOISE = (4.0, 1.0)
+
+# How many times what a rounding of the weights changes a difference has to be.
+FAR_ABOVE = 30.0
 
 # For each loss, by its place, the factor of a micro-batch; a loss without one has the factor 1.
 Shares = Mapping[int, Tensor]
@@ -94,11 +102,15 @@ def refuse_other_than_means(
     """Refuse a loss of micro-batches that is no mean over rows and does not say what it is a mean over.
 
     It is compared on the rows of the first two micro-batches, and on two halves of them, with the network in evaluation
-    mode, where no row depends on the others. What cannot be told is not refused: where a pass or a loss draws random
-    numbers, where a batch norm keeps no statistics, and losses that are meant to be of each micro-batch
-    (``of_micro_batches``).
+    mode, where no row depends on the others: at its weights, and at others. At the first weights the loss is often
+    almost the same in every row, and all weightings of the rows have almost the same mean.
 
-    Cost: seven passes on two micro-batches without a graph, in the first step.
+    What cannot be told is not refused: where a pass or a loss draws random numbers, where a batch norm keeps no
+    statistics, and losses that are meant to be of each micro-batch (``of_micro_batches``). Sharded networks are
+    compared at their own weights alone.
+
+    Cost: 21 passes on two micro-batches without a graph, and a copy of the weights, in the first step; of a loss that
+    is refused two passes and a copy more.
     """
     compared = [loss for loss in losses if not getattr(loss, "of_micro_batches", False)]
     if not compared or has_norms_without_statistics(network):
@@ -113,9 +125,13 @@ def refuse_other_than_means(
     refusal = ""
     random = RandomState.now(device)
     with torch.no_grad(), no_fast_path(), evaluation_mode(network):
+        slots = Slots(network)
         for loss in compared:
-            with replay(random, Slots(network)):
+            with replay(random, slots):
                 difference = rows.difference(network, loss, step, tolerance, random)
+            for size in NOISE:
+                if difference is None:
+                    difference = rows.difference_at(weights_moved(slots, size), network, loss, step, tolerance, random)
             if difference is not None and not refusal:
                 whole, by_halves = difference
                 refusal = (
@@ -163,6 +179,39 @@ class RowsOfTwo:
                 return whole, by_halves
         return None
 
+    def difference_at(
+        self,
+        weights: Sequence[Slot],
+        network: nn.Module,
+        loss: Any,
+        step: int,
+        tolerance: float,
+        random: RandomState,
+    ) -> tuple[float, float] | None:
+        """Return the :meth:`difference` at other weights than the network's own; None where there are none.
+
+        A loss that runs at the network's own weights may fail at others, as a Cholesky factor does. That is no fault of
+        the user's program, and tells nothing. Nor does a network that is chaotic there, such as a long recurrence: two
+        halves are rounded otherwise than the whole. So the difference has to be far above what rounding makes of it.
+        """
+        if not weights:
+            return None
+        slots = Slots(network)
+        try:
+            with replay(random, slots, weights):
+                difference = self.difference(network, loss, step, tolerance, random)
+                if difference is None:
+                    return None
+                whole, by_halves = difference
+                by_rounding = 0.0
+                for seed in range(2):
+                    with replay(random, slots, rounded(weights, seed)):
+                        whole_again, _ = self.of_rows(network, loss, step, stride=1, half=None)
+                    by_rounding = max(by_rounding, abs(whole_again - whole))
+        except Exception:
+            return None
+        return difference if abs(whole - by_halves) > FAR_ABOVE * by_rounding else None
+
     def of_rows(
         self, network: nn.Module, loss: Any, step: int, *, stride: int, half: int | None
     ) -> tuple[float, float]:
@@ -177,6 +226,34 @@ class RowsOfTwo:
             count = loss.mean_over(**batches)
         value = loss(network, **batches, signal=signal, step=step)
         return float(value), 1.0 if count is None else float(count)
+
+
+def weights_moved(slots: Slots, size: float) -> list[Slot]:
+    """Return other weights of a network, by their places: its own plus noise by which outputs differ between rows.
+
+    The noise has a ``size`` in units of 1/sqrt(inputs), with which layers are usually begun, also where weights are 0.
+    It draws from a generator of its own. Sharded networks have no other weights.
+    """
+    moved: dict[str, Tensor] = {}
+    for name, p in slots.learned.items():
+        if is_sharded(p):
+            return []
+        generator = torch.Generator(p.device).manual_seed(len(moved))
+        inputs = max(1, p[0].numel()) if p.ndim > 1 and len(p) else 1
+        noise = torch.randn(p.shape, generator=generator, dtype=p.dtype, device=p.device)
+        moved[name] = stand_in(p.detach() + size / math.sqrt(inputs) * noise, p)
+    return [(table, name, moved[first]) for table, name, first in slots.places]
+
+
+def rounded(weights: Sequence[Slot], seed: int) -> list[Slot]:
+    """Return weights, by their places, that differ from others by some units of rounding."""
+    moved: dict[int, Tensor] = {}
+    for _, _, t in weights:
+        if id(t) not in moved:
+            generator = torch.Generator(t.device).manual_seed(seed + len(moved))
+            noise = torch.randn(t.shape, generator=generator, dtype=t.dtype, device=t.device)
+            moved[id(t)] = stand_in(t.detach() * (1 + 10 * torch.finfo(t.dtype).eps * noise), t)
+    return [(table, name, moved[id(t)]) for table, name, t in weights]
 
 
 def has_norms_without_statistics(network: nn.Module) -> bool:

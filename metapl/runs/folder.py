@@ -32,7 +32,10 @@ class Folder:
         """Own the folder against other processes until the block ends; within it, this value may be held again."""
         from filelock import FileLock, Timeout
 
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MetaplError(f"{self.path} cannot be made ({error.strerror}); expected a folder for out.") from error
         self._lock = self._lock or FileLock(self.path / LOCK, timeout=PATIENCE)
         try:
             self._lock.acquire()

@@ -23,7 +23,6 @@ from metapl.execution.ranks import Ranks
 from metapl.execution.shards import gathered, local
 from metapl.execution.state import RandomState, replayed, trainable, with_contents_of
 from metapl.feedback import Forward
-from metapl.feedback.hypergradient import hypergradient
 from metapl.feedback.keeping import SHARE, folder_of, free_bytes, generators_at_start
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.replays import REPLAY_TOLERANCE, Tolerance
@@ -34,6 +33,7 @@ from metapl.runs.fields import AboveZero, AtLeastOne, check_arguments
 from metapl.runs.folder import replacing
 from metapl.runs.terminal import step_bar
 from metapl.training.examples import examples_of
+from metapl.training.hypergradient import hypergradient
 from metapl.updates import Schedule, as_one, options_by_step, update_of
 from metapl.words import summary
 
@@ -107,6 +107,8 @@ class Attribution:
         from scipy import stats
 
         sets = [self._removed(removed) for removed in removals]
+        if not sets:
+            raise MetaplError("validate was given no sets of examples; expected three or more, for a correlation.")
         changes = []
         with step_bar(progress, len(sets), "trainings without examples", 0) as tell:
             for gone in sets:

@@ -6,7 +6,7 @@ import copy
 import inspect
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import as_tensors, either, inputs_of, rows
+from metapl.execution.checks import described
 from metapl.execution.layout import Layout
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import ALONE, Ranks
@@ -44,6 +45,14 @@ class FinetuneKeywords(FitKeywords, total=False):
     progress: bool
     say: Say | None
     callbacks: Sequence[Callback]
+
+
+def refuse_missing_entries(state: Any, expected: Mapping[str, Any]) -> None:
+    """Refuse a state without the entries of a trainer's own."""
+    if not isinstance(state, Mapping):
+        raise MetaplError(f"it is {described(state)}")
+    if missing := sorted({*expected} - {*state}):
+        raise MetaplError(f"it has no {', '.join(missing)}")
 
 
 class Trainer(ABC):
@@ -182,6 +191,10 @@ class Trainer(ABC):
         labeled, unlabeled = either(labeled=labeled, outer=outer), either(unlabeled=unlabeled, inner=inner)
         if labeled is None:
             raise MetaplError("fit needs labeled= (or outer=), a source of batches.")
+        if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+            raise MetaplError(
+                f"callbacks is {described(callbacks)}; expected a list of functions: callback(step, row, trainer)."
+            )
         request = FitRequest(
             options=fit_options(steps, options, FIT_ARGUMENTS),
             sources={"labeled": labeled, "unlabeled": unlabeled},
@@ -282,7 +295,11 @@ class Trainer(ABC):
             self._load(state)
         except Exception as error:
             self._load(before)
-            raise MetaplError(f"this is no state for this trainer ({type(error).__name__}: {error})") from error
+            what = str(error) if isinstance(error, MetaplError) else f"{type(error).__name__}: {error}"
+            raise MetaplError(
+                f"this is no state for this trainer ({what}); expected that of a {type(self).__name__} with the same "
+                "networks, optimizers and mode."
+            ) from error
 
     def save(self, path: str | Path) -> None:
         """Write :meth:`state_dict` and the default generators to a file, whole or not at all. Not of sharded ones."""

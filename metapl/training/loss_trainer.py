@@ -27,7 +27,8 @@ from metapl.problems.losses import CrossEntropy, TeacherLoss, check_losses, sum_
 from metapl.problems.means import refuse_other_than_means, shares_of_losses
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.training import Trainer
-from metapl.updates import as_one, parameters_of
+from metapl.training.base import refuse_missing_entries
+from metapl.updates import as_one, parameters_of, refuse_rates_by_entry, refuse_state_of_another
 from metapl.updates.own_step import refuse_closure
 
 SETTINGS = ("clip_norm", "precision", "accumulate")  # what decides a step beside the losses
@@ -71,6 +72,7 @@ class LossTrainer(Trainer):
         self.losses, self.optimizer = check_losses(losses, "losses"), as_one(optimizer, "optimizer")
         if isinstance(self.optimizer, torch.optim.Optimizer):
             refuse_closure(self.optimizer, "optimizer", "an optimizer that steps on a gradient")
+            refuse_rates_by_entry(self.optimizer, "optimizer")
         if not self.losses:
             raise MetaplError("LossTrainer was given no losses; expected at least one, such as CrossEntropy().")
         self.classifies = any(getattr(loss, "of_classes", False) for loss in self.losses)
@@ -169,6 +171,8 @@ class LossTrainer(Trainer):
         return {**held, "steps_done": self.steps_done}
 
     def _load(self, state: dict[str, Any]) -> None:
+        refuse_missing_entries(state, self.live_state())
         load_whole(self.student, state["student"])
+        refuse_state_of_another(state["optimizer"], self.optimizer, "optimizer")
         self.optimizer.load_state_dict(as_held(copy.deepcopy(state["optimizer"]), self.optimizer))
         self.steps_done = state["steps_done"]

@@ -30,7 +30,7 @@ from metapl.feedback.door import (
     refuse_hooks,
     refuse_learned_settings,
 )
-from metapl.feedback.hypergradient import Hypergradient, hypergradient
+from metapl.feedback.hypergradient import Hypergradient
 from metapl.feedback.lookahead import Lookahead, inner_batches, refuse_outer_lookahead
 from metapl.feedback.order import Order, Orders
 from metapl.feedback.path import take_steps
@@ -41,15 +41,25 @@ from metapl.functional.compiled import CompiledStep, functional
 from metapl.functional.state import State
 from metapl.functional.step import Step
 from metapl.metrics.metric import Term
-from metapl.problems.base import BilevelProblem, Signal, has_own, kind_of
+from metapl.problems.base import BilevelProblem, Signal, has_own, kind_of, reads_signal_in_outer_input
 from metapl.problems.losses import TeacherLoss, check_losses
 from metapl.runs.fields import AboveZero, AtLeastZero, MicroBatches, Range, check_arguments
 from metapl.training import FitResult, Trainer
-from metapl.training.base import FinetuneKeywords
+from metapl.training.base import FinetuneKeywords, refuse_missing_entries
+from metapl.training.hypergradient import hypergradient
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
 from metapl.training.options import FitOptions
 from metapl.training.verification import Verification
-from metapl.updates import Clipped, OwnStep, as_one, parameters_of, refuse_missing, update_of
+from metapl.updates import (
+    Clipped,
+    OwnStep,
+    as_one,
+    parameters_of,
+    refuse_missing,
+    refuse_rates_by_entry,
+    refuse_state_of_another,
+    update_of,
+)
 from metapl.updates.own_step import refuse_closure, undone
 
 FIRST_NOT_FINITE = (
@@ -216,6 +226,7 @@ class BilevelTrainer(Trainer):
                 given = checks.described(outer_optimizer)
                 raise MetaplError(f"outer_optimizer is {given}; expected one of torch.optim over teacher.parameters().")
             refuse_closure(self.outer_optimizer, "outer_optimizer", CLOSURE_OUTSIDE)
+            refuse_rates_by_entry(self.outer_optimizer, "outer_optimizer")
             refuse_missing("outer_optimizer", self.outer_optimizer, self.teacher_layout.parameters(), "teacher")
             if {*map(id, parameters_of(self.outer_optimizer))} - {*map(id, self.teacher.parameters())}:
                 raise MetaplError("outer_optimizer holds tensors that are not the teacher's; expected its parameters.")
@@ -519,6 +530,7 @@ class BilevelTrainer(Trainer):
             return Report(self.steps_done - 1, scalars, fault)
 
     def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]:
+        self._refuse_input_of_signal()
         own = has_own(self.problem, "outer_batch")
         batch = self.problem.outer_batch(batch) if own else labeled_pair(batch, name)
         return self.problem.outer_input(batch), batch
@@ -527,7 +539,17 @@ class BilevelTrainer(Trainer):
         judge = self.problem.outer_loss
         return [lambda network, inputs, batch: judge(checks.logits(network(inputs), "student"), batch)]
 
+    def _refuse_input_of_signal(self) -> None:
+        """Refuse a problem that makes the student's input from a signal, where there is no step that has one."""
+        if reads_signal_in_outer_input(self.problem):
+            raise MetaplError(
+                f"{kind_of(self.problem)} has outer_input(batch, signal), and outside of a step there is no signal; "
+                "expected outer_input(self, batch), which reads the teacher as a module that the problem holds "
+                "(self.teacher = teacher): its gradient is the same, by the direct term."
+            )
+
     def read_input(self, batch: Any) -> Any:
+        self._refuse_input_of_signal()
         own = has_own(self.problem, "outer_input") and not isinstance(batch, Tensor)
         return self.problem.outer_input(batch) if own else super().read_input(batch)
 
@@ -559,8 +581,7 @@ class BilevelTrainer(Trainer):
         }
 
     def _load(self, state: dict[str, Any]) -> None:
-        if missing := {"lookahead", "generator", "orders"} - {*state}:
-            raise MetaplError(f"it has no {', '.join(sorted(missing))}")
+        refuse_missing_entries(state, self.live_state())
         if state["mode"] != self.mode.name:
             raise MetaplError(f"it is of the mode {state['mode']!r}, and the trainer's is {self.mode.name!r}")
         if self.generator is not None:
@@ -571,6 +592,7 @@ class BilevelTrainer(Trainer):
         # An optimizer keeps and modifies the tensors that it loads, and these belong to the caller.
         self.update.load_state_dict(as_held(copy.deepcopy(state["inner"]), self.inner_optimizer))
         if self.outer_optimizer is not None:
+            refuse_state_of_another(state["outer"], self.outer_optimizer, "outer_optimizer")
             self.outer_optimizer.load_state_dict(as_held(copy.deepcopy(state["outer"]), self.outer_optimizer))
         self.mode_state, self.steps_done = dict(state["mode_state"]), state["steps_done"]
         self.verification.load_state_dict(state["verification"])

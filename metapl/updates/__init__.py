@@ -24,6 +24,8 @@ from metapl.updates.torch_optim import (
     parameters_of,
     parts_of,
     refuse_missing,
+    refuse_rates_by_entry,
+    refuse_state_of_another,
 )
 from metapl.updates.torchopt import TransformUpdate, is_transform
 
@@ -47,6 +49,8 @@ __all__ += [
     "parameters_of",
     "parts_of",
     "refuse_missing",
+    "refuse_rates_by_entry",
+    "refuse_state_of_another",
     "update_of",
 ]
 

@@ -359,7 +359,43 @@ class TorchUpdate(Update):
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        refuse_state_of_another(state, self.optimizer, "inner_optimizer")
         self.optimizer.load_state_dict(state)
+
+
+def refuse_rates_by_entry(optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Refuse an optimizer whose own ``step()`` fails on a learning rate with a value for each entry of a weight.
+
+    PyTorch's SGD takes one that requires a gradient, and reads any other as a number.
+    """
+    for group in optimizer.param_groups:
+        if has_entries(group) and not group["lr"].requires_grad:
+            raise MetaplError(
+                f"{name} has 'lr' of shape {tuple(group['lr'].shape)} in a param group, and torch.optim takes no such "
+                "step; expected a number. A rate for each entry is for the inner optimizer, torch.optim.SGD."
+            )
+
+
+def refuse_state_of_another(state: Any, optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Refuse the state of an optimizer of another kind, whose settings torch would take over in part, or miss.
+
+    A state of another version of torch may lack settings, or have more; one of another kind does both.
+    """
+    if not isinstance(state, Mapping) or "param_groups" not in state:
+        raise MetaplError(f"its {name} has no param_groups: it is no state of torch.optim")
+    own_settings = {key for group in optimizer.param_groups for key in group}
+    saved_settings = {key for group in state["param_groups"] for key in group}
+    # Schedulers add the first of these.
+    without = {"initial_lr", "params", "param_names"}
+    only_saved, only_own = (
+        sorted(saved_settings - own_settings - without),
+        sorted(own_settings - saved_settings - without),
+    )
+    if only_saved and only_own:
+        raise MetaplError(
+            f"its {name} has {', '.join(only_saved)}, and the trainer's {type(optimizer).__name__} has "
+            f"{', '.join(only_own)}"
+        )
 
 
 def entry_shape(setting: Any) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import picture_sets
+import plan
 import protocols
 import pytest
 import scipy.io
@@ -230,6 +231,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a baseline": ({"feedback": "exact", "feedback_baseline": 0.99}, "exact has none"),
     "stored labels": ({"method": "reduced_mpl"}, "expected --unlabeled DIR, and --labels STORE"),
     "labels": ({"labels": "store"}, "expected --method reduced_mpl"),
+    "steps": ({"steps": 5, "wait": 4, "warmup": 2}, "--steps 5: expected more than --wait 4"),
     "a side": ({"image_size": 28}, "the pictures of svhn have 32 pixels"),
 }
 
@@ -355,3 +357,48 @@ def test_the_accuracies_on_labeled_pictures_are_a_figure(
         assert drawn.size == (900, 600)
     assert training_accuracy.main([str(tmp_path)]) == 2
     assert "expected the folder of a run of protocols.py" in capsys.readouterr().err
+
+
+# Width and depth of the networks of the largest rows, where those of L2 are 4.3 and 5.3: their kinds of blocks, narrow
+# and few, for these take seconds.
+NARROW = {"efficientnet_l2": (0.1, 0.5), "efficientnet_b6_wide": (0.12, 0.4), "efficientnet_b7": (0.1, 0.4)}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [name for name, (_, c) in protocols.PROTOCOLS.items() if c.data == "imagenet"])
+def test_the_rows_of_imagenet_stay_finite_in_miniature(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 steps with the row's own rates, losses and noise; the network's width and depth and the side are cut."""
+    monkeypatch.setattr("metapl.apps.networks._SCALES", NARROW)
+    row = protocols.PROTOCOLS[name][1]
+    kept = ("wait", "warmup", "finetune_steps", "steps", "student_lr", "teacher_lr", "stochastic_depth")
+    own: dict[str, Any] = {setting: getattr(row, setting) for setting in kept}
+    own |= {"network": "pooled_cnn" if row.network == "resnet50" else row.network, "scale_to": 20}
+    c = protocols.scaled(tiny(name, tmp_path, monkeypatch, **own))
+    protocols.check(c)
+    assert (c.steps, c.network.startswith("efficientnet")) == (20, row.network.startswith("efficientnet"))
+    protocols.train(c)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-2]["step"] == 20
+    numbers = [value for one in rows for value in one.values() if isinstance(value, float)]
+    assert np.isfinite(numbers).all()
+    for file in (tmp_path / "run").glob("*.safetensors"):
+        assert all(t.isfinite().all() for t in load_file(file).values()), file.name
+
+
+def test_a_plan_takes_a_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Reduced MPL and the whole of it, narrow, on 32 ranks of which eight share the statistics of batch norms."""
+    monkeypatch.setattr("metapl.apps.networks._SCALES", NARROW)
+    for name, shown in (("imagenet-b7-reduced", "efficientnet_b7 on stored labels"), ("imagenet-l2", "twice")):
+        words = ["plan.py", name, "--size", "32", "--replicate", "4", "--shard", "8", "--batch-norm-ranks", "8"]
+        monkeypatch.setattr("sys.argv", [*words, "--labeled", "32", "--unlabeled", "64"])
+        plan.main()
+        said = capsys.readouterr().out
+        assert shown in said
+        assert "1 labeled and 2 unlabeled pictures of 32 pixels for a rank" in said
+        assert "sees 8 labeled and 16 unlabeled pictures, of 8 ranks" in said
+    monkeypatch.setattr("sys.argv", ["plan.py", "--shard", "100", "--replicate", "3"])
+    with pytest.raises(SystemExit):
+        plan.main()
+    assert "2,048 labeled pictures do not fall into 300 equal shares" in capsys.readouterr().err

@@ -523,7 +523,7 @@ WRONG_OUTER: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
         lambda: {"outer": Lookahead([OUTER[0], (OUTER[1][0].clone().requires_grad_(), OUTER[1][1]), *OUTER[2:]])},
     ),
     "NaN": (
-        "NaN or infinite before step",
+        "the outer loss is NaN or infinite",
         lambda: {"outer": Lookahead([(torch.nan * OUTER[0][0], OUTER[0][1]), *OUTER[1:]]), "wrt": "start"},
     ),
 }

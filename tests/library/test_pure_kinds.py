@@ -290,9 +290,13 @@ class Started(nn.Linear):
 )
 def test_a_pass_that_keeps_tensors_or_writes_weights_is_named(build: Callable[[], nn.Module], text: str) -> None:
     step, state = trainer(network(build)).functional()
+
+    def two_steps() -> None:
+        moved, _ = step(state, **batches())
+        step(moved, **batches())
+
     with pytest.raises(MetaplError, match=f"^the student {text}.*; expected a registered buffer"):
-        for _ in range(2):
-            state, _ = step(state, **batches())
+        two_steps()
 
 
 # ------------------------------------------------------------------------------------------------ what has no pure form

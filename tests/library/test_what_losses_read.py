@@ -250,6 +250,60 @@ def test_a_student_meets_a_loss_that_draws_after_one_that_does_not() -> None:
     assert agrees(found.grads.values(), by_differences(of_numpy, SMALL_WIDTH, 3))
 
 
+@pytest.mark.parametrize("make", [of_the_problem, of_a_closure])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_in_micro_batches_they_are_those_of_the_rows(make: Make, steps: int) -> None:
+    """A teacher without dropout, whose masks are others there."""
+    found = []
+    for parts in (1, 2):
+        case = Case(make, SMALL_WIDTH, steps)
+        case.teacher.eval()
+        options = {**case.options("forward"), "accumulate": parts, "verify": True}
+        found.append(metapl.hypergradient(case.teacher, case.student, **options).grads.values())
+    assert agrees(found[1], torch.cat([g.flatten() for g in found[0]]), 1e-10)
+
+
+def test_a_batchs_own_auxiliary_loss_or_draws_are_no_means() -> None:
+    def of_the_batch(student: Student, teacher: nn.Module) -> Weighed:
+        return Weighed(lambda self, losses, signal, *_: losses + student.auxiliary.mean().square())
+
+    def of_draws(student: Student, teacher: nn.Module) -> Weighed:
+        return Weighed(lambda self, losses, *_: losses * torch.rand(len(losses)))
+
+    for make, text in ((of_the_batch, "no mean over examples"), (of_draws, r"random numbers.*accumulate=1")):
+        case = Case(make, SMALL_WIDTH, 1)
+        with pytest.raises(MetaplError, match=text):
+            metapl.hypergradient(case.teacher, case.student, **case.options("forward"), accumulate=2, verify=True)
+
+
+class HalfOfTheRows(Weighed):
+    """An outer loss of rows that NumPy draws."""
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        rows = numpy.random.permutation(len(outputs))[:4]  # noqa: NPY002 - the global one
+        return F.cross_entropy(outputs[rows], batch[1][rows])
+
+
+def test_both_values_of_an_outer_loss_that_draws_are_of_one_draw() -> None:
+    """L(θ) and L(θ′) of ``loss_difference``: of a student that hardly moves they are the same, in each step."""
+    case = Case(lambda student, teacher: HalfOfTheRows(lambda self, losses, *_: losses), SMALL_WIDTH, 1)
+
+    class Drawn(HalfOfTheRows):
+        def signal(self, teacher: nn.Module, batch: Any, outputs: Any, *, generator: Any) -> Signal:
+            log_q = teacher(batch[0]).expand(-1, CLASSES).log_softmax(-1)
+            return Signal(batch[1], log_q.gather(-1, batch[1][:, None])[:, 0], log_q.exp())
+
+        def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+            return F.cross_entropy(outputs, signal.value, reduction="none")
+
+    sgd = torch.optim.SGD(case.student.parameters(), lr=1e-9)
+    problem = Drawn(lambda self, losses, *_: losses)
+    options: Any = {"problem": problem, "inner_optimizer": sgd, "verify": False, "teacher_losses": ()}
+    trainer = metapl.BilevelTrainer(case.teacher, case.student, "loss_difference", **options)
+    for _ in range(3):
+        assert abs(float(trainer.step(**case.data()).feedback)) < 1e-6
+
+
 # ------------------------------------------------------------------------------------ the teacher, without a gradient
 
 
@@ -390,5 +444,51 @@ def test_a_buffer_of_truth_values_is_compared_with_its_eager_value() -> None:
     """Such as a causal mask."""
     mask, loss = torch.tensor([True, False]), torch.tensor(1.0)
     refuse_gap("the student's buffers", {"mask": mask}, {"mask": mask.clone()}, loss)
-    with pytest.raises(MetaplError, match="buffers is 0.71 off"):
+    with pytest.raises(MetaplError, match=r"buffers is 0\.71 off"):
         refuse_gap("the student's buffers", {"mask": ~mask}, {"mask": torch.tensor([True, True])}, loss)
+
+
+class Experts(nn.Module):
+    """A mixture of two experts, which keeps the penalty on an unequal load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(64, 2)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)) for _ in range(2))
+        self.auxiliary: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = self.gate(x).softmax(-1)
+        self.auxiliary = shares.mean(0).square().sum()
+        return torch.stack([shares[:, i, None] * expert(x) for i, expert in enumerate(self.experts)]).sum(0)
+
+
+def test_a_training_with_an_auxiliary_loss_and_mixed_pictures_comes_out() -> None:
+    """100 steps on the digits, of which a fifth of the labels are wrong, at the defaults of the trainer."""
+    from sklearn.datasets import load_digits
+
+    torch.manual_seed(0)
+    numpy.random.seed(0)  # noqa: NPY002 - the global one
+    pixels, digits = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
+    x, y = pixels.float() / 16, digits.long()
+    labels = y[100:1300].clone()
+    labels[::5] = torch.randint(10, labels[::5].shape)
+    student = Experts()
+
+    class Mixed(metapl.problems.ExampleWeights):
+        def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+            share = numpy.random.beta(5, 1)  # noqa: NPY002 - the global one
+            mixed = share * F.cross_entropy(outputs, batch[1], reduction="none")
+            mixed = mixed + (1 - share) * F.cross_entropy(outputs, batch[1].roll(1), reduction="none")
+            assert isinstance(signal.value, Tensor)
+            return signal.value * mixed + 0.1 * student.auxiliary
+
+    table = metapl.problems.Table(torch.zeros(len(labels)))
+    trainer = metapl.BilevelTrainer(table, student, "forward", problem=Mixed(), lookahead=2)
+    inner = x[100:1300], labels, torch.arange(len(labels))
+    trainer.fit((x[:100], y[:100]), inner, steps=100, batch_size=64)
+    accuracy = trainer.evaluate((x[1300:], y[1300:])).value
+    assert accuracy > 0.65, accuracy
+    weights = table.values.detach()
+    is_wrong = labels != y[100:1300]
+    assert weights[is_wrong].mean() < weights[~is_wrong].mean()

@@ -294,6 +294,12 @@ def verify_in_float64(step: RealStep, estimate: Estimator) -> GradientCheck:
         return GradientCheck("cannot tell", f"the step was not verified: no copies of it ({reason_of(error)}).")
     try:
         return judge(copies, estimate, eps=EPS, precision="float64")
+    except PastTheSignal:
+        raise
+    except MetaplError:
+        # What was given is refused. The error describes copies in float64: raise it of the types that were given.
+        judge(step.copied(), estimate, eps=EPS32, precision="")
+        raise
     except (RuntimeError, TypeError) as error:
         if is_out_of_memory(error):
             raise

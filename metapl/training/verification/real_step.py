@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from metapl.execution.state import RandomState, Slots, all_with_contents_of, swapped, trainable
 from metapl.feedback import Estimator, Lookahead
 from metapl.feedback.door import FirstLook, looking
-from metapl.feedback.hypergradient import Hypergradient, hypergradient
+from metapl.feedback.hypergradient import Hypergradient, Request, through_steps
 from metapl.problems.base import Problem, Signal, enters_input, outer_input, sum_and_weight
 from metapl.updates import TorchUpdate, Update, parts_of
 
@@ -180,16 +180,18 @@ class RealStep:
             named_by=(originals.teacher, originals.problem, originals.student),
         )
         with step.in_the_originals(), looking(look):
-            return hypergradient(
-                step.teacher,
-                step.student,
-                labeled=step.outer_batch,
-                unlabeled=Lookahead(step.inner_batches),
-                mode=mode,
-                problem=step.problem,
-                inner_optimizer=step.update,
-                generator=step.generator,
-                clip_norm=step.clip_norm,
+            return through_steps(
+                Request(
+                    teacher=step.teacher,
+                    student=step.student,
+                    outer=step.outer_batch,
+                    inner=Lookahead(step.inner_batches),
+                    mode=mode,
+                    problem=step.problem,
+                    inner_optimizer=step.update,
+                    generator=step.generator,
+                    clip_norm=step.clip_norm,
+                )
             )
 
 

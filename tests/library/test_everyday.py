@@ -1,0 +1,473 @@
+"""What ordinary programs do wrong, or leave out: refused by its own name before anything moves; proposals run."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from problems_zoo import same
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import metapl
+from metapl import MetaplError
+from metapl.feedback import Forward
+from metapl.problems import EqualWeights, ExampleWeights, Table
+
+ROWS, WIDTH, CLASSES = 8, 4, 3
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(WIDTH, 6), nn.Tanh(), nn.Linear(6, CLASSES)).to(dtype)
+
+
+def pair(rows: int = ROWS, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    return torch.randn(rows, WIDTH, generator=draw, dtype=dtype), torch.arange(rows) % CLASSES
+
+
+def sgd(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(module.parameters(), lr=0.1)
+
+
+def weights(*modules: nn.Module | None) -> list[Tensor]:
+    return [t.clone() for module in modules if module is not None for t in module.state_dict().values()]
+
+
+# ------------------------------------------------------------------------------------------------ the outer loss is NaN
+
+OUTER = {
+    "no rows": lambda x, y: (x[:0], y[:0]),
+    "NaN in the inputs": lambda x, y: (x * float("nan"), y),
+    "infinite inputs": lambda x, y: (torch.where(x > 0, torch.inf, x), y),
+}
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("outer", OUTER)
+@pytest.mark.parametrize("mode", [mode for mode in metapl.MODES if mode not in ("none", "implicit")])
+def test_an_outer_loss_that_is_no_number_is_named(mode: str, outer: str, verify: bool) -> None:
+    """And neither the student's passes nor another mode. The teacher has no losses that would be refused before."""
+    trainer = metapl.BilevelTrainer(network(), network(), mode, teacher_losses=(), verify=verify)
+    before = weights(trainer.teacher, trainer.student)
+    with pytest.raises(
+        MetaplError, match=r"the outer loss is NaN or infinite: the outer batch \(labeled\) has no rows"
+    ):
+        trainer.step(OUTER[outer](*pair()), pair()[0])
+    assert same(weights(trainer.teacher, trainer.student), before)
+    trainer.step(pair(), pair()[0])
+
+
+@pytest.mark.parametrize("mode", ["forward", "unrolled", Forward(truncate=0)])
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("outer", OUTER)
+def test_hypergradient_names_it_too(outer: str, steps: int, mode: Any) -> None:
+    """Of a batch without rows the gradient would be zeros, and in first order NaN would come back as a gradient."""
+    student = network()
+    with pytest.raises(MetaplError, match="the outer loss is NaN or infinite"):
+        metapl.hypergradient(
+            None,
+            student,
+            outer=OUTER[outer](*pair()),
+            inner=metapl.Lookahead([pair()] * steps),
+            mode=mode,
+            problem=EqualWeights(),
+            inner_optimizer=sgd(student),
+            wrt="start",
+        )
+
+
+def test_an_outer_loss_in_the_middle_of_a_path_is_named() -> None:
+    """One of the losses after each step."""
+    student = network()
+    outer = metapl.Lookahead([pair(), (pair()[0] * float("nan"), pair()[1]), pair()])
+    with pytest.raises(MetaplError, match="the outer loss is NaN or infinite"):
+        metapl.hypergradient(
+            None,
+            student,
+            outer=outer,
+            inner=metapl.Lookahead([pair()] * 3),
+            problem=EqualWeights(),
+            inner_optimizer=sgd(student),
+            wrt="start",
+        )
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_bad_inner_batch_is_not_blamed_on_the_outer_one(verify: bool) -> None:
+    trainer = metapl.BilevelTrainer(network(), network(), teacher_losses=(), verify=verify)
+    with pytest.raises(MetaplError, match="the inner loss, the outer loss or the feedback is NaN or infinite"):
+        trainer.step(pair(), pair()[0] * float("nan"))
+
+
+# ----------------------------------------------------------------------- losses that are no means, at the first weights
+
+
+class OfTokens:
+    """A mean over the labels that are not ignored, which does not say so."""
+
+    name = "tokens"
+
+    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: Any) -> Tensor:
+        return F.cross_entropy(teacher(labeled[0]), labeled[1], ignore_index=-100)
+
+
+class OfRows(OfTokens):
+    """A mean over rows of the means over their labels, of which each row has one at least."""
+
+    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: Any) -> Tensor:
+        x, labels = labeled
+        losses = F.cross_entropy(teacher(x), labels, ignore_index=-100, reduction="none")
+        return (losses.sum(1) / (labels != -100).sum(1)).mean()
+
+
+class OfFactors(OfRows):
+    """The same, of a network whose weights have to be small."""
+
+    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: Any) -> Tensor:
+        if max(p.abs().max() for p in teacher.parameters()) > 1:
+            raise ArithmeticError("the weights are too large")
+        return super().__call__(teacher, labeled=labeled, unlabeled=unlabeled, signal=signal, step=step)
+
+
+class Tagger(nn.Module):
+    """Begins with a head of zeros, as many heads do, so that each token has the same loss."""
+
+    def __init__(self, tokens: int = 5) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, CLASSES * tokens))
+        nn.init.zeros_(self.layers[2].weight)
+        nn.init.zeros_(self.layers[2].bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).unflatten(1, (CLASSES, -1))
+
+
+class Recurrent(nn.Module):
+    """A long recurrence, chaotic at large weights, in which batches of other sizes are rounded otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.RNN(1, 32, batch_first=True)
+        self.head = nn.Linear(32, CLASSES * 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, _ = self.cell((1 + 1e-7 * len(x)) * x.repeat(1, 50).unsqueeze(2))
+        return self.head(states[:, -1]).unflatten(1, (CLASSES, -1))
+
+
+def tags(rows: int = 16) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(2)
+    labels = torch.randint(CLASSES, (rows, 5), generator=draw)
+    ignored = torch.rand(rows, 5, generator=draw) < torch.linspace(0, 0.8, rows).unsqueeze(1)
+    ignored[:, 0] = False
+    return torch.randn(rows, WIDTH, generator=draw), labels.masked_fill(ignored, -100)
+
+
+@pytest.mark.parametrize("make", [Tagger, Recurrent])
+def test_a_loss_that_is_no_mean_over_rows_is_seen_where_all_rows_have_the_same_loss(
+    make: Callable[[], nn.Module],
+) -> None:
+    """At the first weights all means are equal, and their gradients are not: here they are 0.1 and more apart."""
+    torch.manual_seed(0)
+    model = make()
+    x, labels = tags()
+    whole = F.cross_entropy(model(x), labels, ignore_index=-100)
+    parts = [F.cross_entropy(model(x[i::4]), labels[i::4], ignore_index=-100) for i in range(4)]
+    if make is Tagger:
+        assert whole.item() == pytest.approx(sum(parts).item() / 4, rel=1e-6)
+    before = weights(model)
+    trainer = metapl.LossTrainer(model, (OfTokens(),), optimizer=sgd(model), accumulate=4)
+    with pytest.raises(MetaplError, match="it is no mean over rows"):
+        trainer.step((x, labels))
+    assert same(weights(model), before)
+
+
+@pytest.mark.parametrize("loss", [OfRows(), OfFactors()])
+@pytest.mark.parametrize("make", [Tagger, Recurrent])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_mean_over_rows_is_taken_for_one(make: Callable[[], nn.Module], loss: Any, seed: int) -> None:
+    """Also of a network that is chaotic at other weights, and by a loss that fails there."""
+    torch.manual_seed(seed)
+    model = make()
+    other = copy.deepcopy(model)
+    draws = torch.get_rng_state()
+    metapl.LossTrainer(model, (loss,), optimizer=sgd(model), accumulate=4).step(tags())
+    assert torch.equal(torch.get_rng_state(), draws)
+    metapl.LossTrainer(other, (loss,), optimizer=sgd(other)).step(tags())
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+# -------------------------------------------------------------------------- evaluation where the signal is in the input
+
+
+class Scales(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.linspace(-1, 1, WIDTH, dtype=torch.float64))
+
+    def forward(self) -> Tensor:
+        return self.values.sigmoid()
+
+
+class Preprocessing(metapl.BilevelProblem):
+    """A scale of each column, learned, by which both losses are taken."""
+
+    signal_has_rows = False
+
+    def __init__(self, teacher: nn.Module) -> None:
+        self.teacher = teacher
+
+    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> metapl.Signal:
+        return metapl.Signal(teacher())
+
+    def student_input(self, batch: Any, signal: Any) -> Tensor:  # type: ignore[override]
+        return batch[0] * signal.value
+
+    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        return F.cross_entropy(outputs, batch[1], reduction="none")
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1])
+
+
+class BySignal(Preprocessing):
+    def outer_input(self, batch: Any, signal: Any) -> Tensor:  # type: ignore[override]
+        return batch[0] * signal.value
+
+
+class ByModule(Preprocessing):
+    def outer_input(self, batch: Any) -> Tensor:
+        return batch[0] * self.teacher()
+
+
+EVALUATIONS: dict[str, Callable[[metapl.BilevelTrainer], Any]] = {
+    "evaluate": lambda trainer: trainer.evaluate(pair(dtype=torch.float64)),
+    "predict": lambda trainer: trainer.predict(pair(dtype=torch.float64)[0]),
+    "fit": lambda trainer: trainer.fit(
+        [pair(dtype=torch.float64)], [pair(dtype=torch.float64)], steps=2, validation=pair(), progress=False
+    ),
+}
+
+
+@pytest.mark.parametrize("call", EVALUATIONS)
+def test_an_outer_input_of_a_signal_is_refused_outside_of_a_step(call: str) -> None:
+    teacher, student = Scales(), network(torch.float64)
+    trainer = metapl.BilevelTrainer(teacher, student, problem=BySignal(teacher))
+    before = weights(teacher, student)
+    with pytest.raises(MetaplError, match=r"outside of a step there is no signal; expected outer_input\(self, batch\)"):
+        EVALUATIONS[call](trainer)
+    assert same(weights(teacher, student), before)
+
+
+def test_what_that_error_proposes_has_the_same_gradient_and_is_evaluated() -> None:
+    teacher, student = Scales(), network(torch.float64)
+    batches: dict[str, Any] = {"outer": pair(5, torch.float64), "inner": pair(dtype=torch.float64)}
+    by_signal, by_module = (
+        metapl.hypergradient(
+            teacher, student, **batches, problem=kind(teacher), inner_optimizer=sgd(student), verify=True
+        ).grads["values"]
+        for kind in (BySignal, ByModule)
+    )
+    torch.testing.assert_close(by_signal, by_module, rtol=1e-12, atol=1e-12)
+    assert by_signal.norm() > 1e-3
+    trainer = metapl.BilevelTrainer(teacher, student, problem=ByModule(teacher))
+    trainer.fit([batches["outer"]], [batches["inner"]], steps=2, validation=batches["outer"], progress=False)
+    x, y = batches["outer"]
+    right = (student(x * teacher()).argmax(1) == y).double().mean().item()
+    assert trainer.evaluate(batches["outer"]).value == pytest.approx(right)
+
+
+# ------------------------------------------------------------------------------------------------------ what errors say
+
+
+@pytest.mark.parametrize("labels", [torch.float32, torch.float16, torch.int32])
+def test_an_error_describes_what_was_given_and_not_its_copies(labels: torch.dtype) -> None:
+    x, y = pair()
+    trainer = metapl.BilevelTrainer(network(), network())
+    with pytest.raises(MetaplError, match=rf"the labels are a tensor of shape \(8,\), {str(labels)[6:]}, on cpu"):
+        trainer.step((x, y.to(labels)), x)
+
+
+def refused_states() -> dict[str, tuple[Callable[[], Any], str]]:
+    def bilevel(optimizer: Any = sgd) -> metapl.BilevelTrainer:
+        student = network()
+        return metapl.BilevelTrainer(network(), student, inner_optimizer=optimizer(student))
+
+    def of_losses(optimizer: Any = sgd) -> metapl.LossTrainer:
+        model = network()
+        return metapl.LossTrainer(model, optimizer=optimizer(model))
+
+    def adam(module: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.Adam(module.parameters(), lr=0.1)
+
+    expected = r"expected that of a {} with the same networks, optimizers and mode\."
+    bilevel_expected, loss_expected = expected.format("BilevelTrainer"), expected.format("LossTrainer")
+    return {
+        "SGD's for Adam": (
+            lambda: bilevel(adam).load_state_dict(bilevel().state_dict()),
+            rf"inner_optimizer has dampening.*, and the trainer's Adam has .*betas.*{bilevel_expected}",
+        ),
+        "Adam's for SGD": (
+            lambda: bilevel().load_state_dict(bilevel(adam).state_dict()),
+            rf"inner_optimizer has .*betas.*, and the trainer's SGD has dampening.*{bilevel_expected}",
+        ),
+        "Adam's for SGD, of losses": (
+            lambda: of_losses().load_state_dict(of_losses(adam).state_dict()),
+            rf"optimizer has .*betas.*, and the trainer's SGD has dampening.*{loss_expected}",
+        ),
+        "a LossTrainer's": (
+            lambda: bilevel().load_state_dict(of_losses().state_dict()),
+            rf"it has no .*teacher.*{bilevel_expected}",
+        ),
+        "a network's": (
+            lambda: of_losses().load_state_dict(network().state_dict()),
+            rf"it has no optimizer, steps_done, student.*{loss_expected}",
+        ),
+        "nothing": (lambda: bilevel().load_state_dict(None), rf"it is of type NoneType.*{bilevel_expected}"),  # type: ignore[arg-type]
+    }
+
+
+@pytest.mark.parametrize("case", refused_states())
+def test_a_state_of_another_trainer_is_refused_by_what_differs(case: str) -> None:
+    call, words = refused_states()[case]
+    with pytest.raises(MetaplError, match=words):
+        call()
+
+
+def test_a_state_of_the_same_trainer_is_taken_with_a_schedule() -> None:
+    """Which adds a setting to the param groups."""
+    model = network()
+    optimizer = sgd(model)
+    trainer = metapl.LossTrainer(model, optimizer=optimizer)
+    torch.optim.lr_scheduler.StepLR(optimizer, 5)
+    state = trainer.state_dict()
+    other = network()
+    metapl.LossTrainer(other, optimizer=sgd(other)).load_state_dict(state)
+
+
+def rates_by_entry(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([{"params": [p], "lr": torch.full_like(p, 0.1)} for p in module.parameters()], lr=0.1)
+
+
+def fit(**options: Any) -> Any:
+    return metapl.BilevelTrainer(network(), network()).fit(
+        pair(), pair()[0], steps=2, batch_size=4, progress=False, **options
+    )
+
+
+def validated_by_nothing() -> Any:
+    student = network()
+    found = metapl.attribute(student, pair(), pair(), optimizer=sgd(student), steps=2, batch_size=4, progress=False)
+    return found.validate([])
+
+
+def with_rates_of_the_teacher() -> Any:
+    teacher = network()
+    return metapl.BilevelTrainer(teacher, network(), outer_optimizer=rates_by_entry(teacher))
+
+
+def with_rates_of_losses() -> Any:
+    model = network()
+    return metapl.LossTrainer(model, optimizer=rates_by_entry(model))
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "a seed for a generator": (
+        lambda: metapl.BilevelTrainer(network(), network(), generator=5),  # type: ignore[arg-type]
+        r"generator is of type int; expected torch.Generator\('cpu'\).manual_seed\(0\), or none",
+    ),
+    "words for weights of outer batches": (
+        lambda: metapl.Lookahead([pair()] * 3, weights="all"),  # type: ignore[arg-type]
+        "weights that are of type str; expected 3 numbers",
+    ),
+    "no removals": (validated_by_nothing, "no sets of examples; expected three or more"),
+    "a callback that is a number": (
+        lambda: fit(callbacks=[3]),
+        "callbacks is a list of 1; expected a list of functions",
+    ),
+    "a callback outside of a list": (
+        lambda: fit(callbacks=print),
+        "callbacks is of type builtin_function_or_method; expected a list of functions",
+    ),
+    "a file for a folder": (lambda: fit(out=__file__), r"cannot be made \(File exists\); expected a folder for out"),
+    "a rate for each entry of the teacher": (
+        with_rates_of_the_teacher,
+        r"outer_optimizer has 'lr' of shape \(6, 4\).*; expected a number",
+    ),
+    "a rate for each entry of a network with losses": (
+        with_rates_of_losses,
+        r"optimizer has 'lr' of shape \(6, 4\).*; expected a number",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_wrong_call_is_refused_in_a_line(case: str) -> None:
+    call, words = REFUSED[case]
+    with pytest.raises(MetaplError, match=words):
+        call()
+
+
+def test_a_penalty_in_micro_batches_warns_of_nothing() -> None:
+    """A loss that reads the weights has a graph wherever it is taken."""
+    student = network()
+
+    class Penalized(ExampleWeights):
+        def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+            return super().inner_loss(outputs, signal, batch, params) + sum((p**2).sum() for p in student.parameters())
+
+        def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
+            total = F.cross_entropy(outputs, batch[1], reduction="sum")
+            return total + len(outputs) * sum((p**2).sum() for p in student.parameters()), len(outputs)
+
+    trainer = metapl.BilevelTrainer(
+        Table(torch.zeros(ROWS)), student, problem=Penalized(), inner_optimizer=sgd(student), accumulate=2
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.step(pair(), (*pair(), torch.arange(ROWS)))
+
+
+def test_what_an_error_about_a_dataclass_proposes_runs() -> None:
+    @dataclass
+    class Batch:
+        x: Tensor
+        y: Tensor
+
+    class Records(metapl.BilevelProblem):
+        def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> metapl.Signal:
+            return metapl.Signal(teacher(torch.arange(len(batch.y))).sigmoid())
+
+        def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+            return signal.value * F.cross_entropy(outputs, batch.y, reduction="none")
+
+        def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+            return F.cross_entropy(outputs, batch.y)
+
+        def outer_batch(self, batch: Any) -> Any:
+            return batch
+
+    class WithInputs(Records):
+        def student_input(self, batch: Any) -> Tensor:
+            return batch.x
+
+        outer_input = student_input
+
+    def step(problem: Any) -> Any:
+        student = network()
+        trainer = metapl.BilevelTrainer(
+            Table(torch.zeros(ROWS)), student, problem=problem, inner_optimizer=sgd(student)
+        )
+        return trainer.step(Batch(*pair()), Batch(*pair()))
+
+    with pytest.raises(MetaplError, match=r"methods student_input\(batch\) and outer_input\(batch\)"):
+        step(Records())
+    assert tuple(step(WithInputs()).feedback.shape) == (ROWS,)
