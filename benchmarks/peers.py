@@ -8,9 +8,9 @@ does not install is named with the reason. All compute the gradient of the label
 SGD on a teacher's soft labels, in float32, from the same weights and batches; attention is computed by PyTorch's plain
 kernel, since the others have no second derivative, but in the causal language model, which has PyTorch's default. What
 is marked "by its algorithm" is written here, as its paper has it: Betty installs under Python 3.10 at most, and
-MixFlow-MG is code for JAX. Each measurement is a process of its own, and their order is drawn:
-the error is relative to double backward in float64, the time is the median over rounds, and the memory is the
-allocator's peak beyond weights and batches. They run on a CUDA device, if there is one.
+MixFlow-MG is code for JAX. Each measurement is a process of its own, and their order is drawn anew in each round, after
+which the rows are written. The error is relative to double backward in float64, the time is the median over rounds, and
+the memory is the allocator's peak beyond weights and batches. They run on a CUDA device, if there is one.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ FORWARD, UNROLLED = "metapl, forward", "metapl, unrolled"
 RECOMPUTED = f"{FORWARD}, teacher recomputed"
 COMPILED = f"{FORWARD}, compiled"
 OWN = (FORWARD, RECOMPUTED, UNROLLED, COMPILED)
+UNMEASURED = {(COMPILED, "WRN-28-2"): "not measured: one step compiled for 21 minutes at commit 4031f786"}
 
 Gradient = Sequence[Tensor]
 Case = tuple[nn.Module, nn.Module, tuple[Tensor, Tensor], Tensor]
@@ -341,46 +342,69 @@ def call(python: str, *given: Any) -> Row:
     return row
 
 
-def run(given: Any) -> Row:
-    """All measurements, in one drawn order."""
+def interpreters(folder: Path, miniature: bool) -> tuple[dict[str, str], dict[str, str]]:
+    """The interpreter of each library that installs, and the reasons of those that do not; a miniature takes what is
+    installed here."""
+    ours = OWN[:1] if miniature else OWN
+    pythons, reasons = dict.fromkeys(ours, sys.executable), dict[str, str]()
+    for library, (packages, gradient) in PEERS.items():
+        is_here = library.startswith("TorchOpt") and importlib.util.find_spec("torchopt") is not None
+        if not packages or (miniature and is_here):
+            pythons[library] = sys.executable
+        elif not miniature:
+            try:
+                python = installed(packages, folder / library.split()[0])
+            except RuntimeError as error:
+                reasons[library] = str(error)
+                continue
+            if gradient is None:
+                reasons[library] = "installs, and has no measurement here yet"
+            else:
+                pythons[library] = python
+    return pythons, reasons
+
+
+def summary(rows: Sequence[Row]) -> Row:
+    """The medians over the rounds of one case, and each round's seconds; or the reason why there is nothing."""
+    for row in rows:
+        if "reason" in row:
+            return {"reason": row["reason"]}
+    medians = {name: statistics.median(row[name] for row in rows) for name in ("error", "seconds", "first", "bytes")}
+    return medians | {"each": [row["seconds"] for row in rows]}
+
+
+def run(given: Any) -> None:
+    """All measurements, each round in a drawn order; the result is written after each round."""
+    result: Row = {"measured_on": environment()}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     networks = ("MLP",) if given.miniature else NETWORKS
     ahead, rounds = ((2,), 1) if given.miniature else ((1, 10), given.rounds)
-    pythons, reasons = dict.fromkeys(OWN[:1] if given.miniature else OWN, sys.executable), dict[str, str]()
-    rows: dict[tuple[str, str, int], list[Row]] = {}
+    measured: dict[tuple[str, str, int], list[Row]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for library, (packages, gradient) in PEERS.items():
-            # A miniature takes what is installed here.
-            here = library.startswith("TorchOpt") and importlib.util.find_spec("torchopt")
-            if not packages or (given.miniature and here):
-                pythons[library] = sys.executable
-            elif not given.miniature:
-                try:
-                    pythons[library] = installed(packages, Path(folder) / library.split()[0])
-                    reasons |= {} if gradient else {library: "installs, and has no measurement here yet"}
-                except RuntimeError as error:
-                    reasons[library] = str(error)
+        pythons, result["not_installed"] = interpreters(Path(folder), given.miniature)
         cases = [(network, steps) for network in networks for steps in ahead]
-        truths = {one: str(Path(folder) / f"{one[0]}-{one[1]}.pt") for one in cases}
-        for one in cases:
-            if failed := call(sys.executable, TRUTH, *one, 0, truths[one], device).get("reason"):
-                raise SystemExit(failed)
-        jobs = [(library, *one) for library in pythons if library not in reasons for one in cases] * rounds
-        random.Random(0).shuffle(jobs)
-        for number, (library, network, steps) in enumerate(jobs, 1):
-            calls = {"MLP": 50, "WRN-28-2": 2}.get(network, 10) // (5 if steps > 1 else 1) or 1
-            row = call(pythons[library], library, network, steps, calls, truths[network, steps], device)
-            rows.setdefault((library, network, steps), []).append(row)
-            print(f"[{number}/{len(jobs)}] {library}, {network}, K = {steps}: {row}", file=sys.stderr, flush=True)
-    kept = list[Row]()
-    for (library, network, steps), found in sorted(rows.items()):
-        # The medians over rounds, and each round's seconds; or the reason why there is nothing.
-        failed = next((row["reason"] for row in found if "reason" in row), None)
-        names = ("error", "seconds", "first", "bytes")
-        medians = {} if failed else {name: statistics.median(row[name] for row in found) for name in names}
-        joined = {"reason": failed} if failed else medians | {"each": [row["seconds"] for row in found]}
-        kept.append({"library": library, "network": network, "steps": steps, **joined})
-    return {"measured_on": environment(), "not_installed": reasons, "rows": kept}
+        truths = {case: str(Path(folder) / f"{case[0]}-{case[1]}.pt") for case in cases}
+        for network, steps in cases:
+            truth = call(sys.executable, TRUTH, network, steps, 0, truths[network, steps], device)
+            if "reason" in truth:
+                raise SystemExit(truth["reason"])
+        jobs = [(library, network, steps) for library in pythons for network, steps in cases]
+        draw = random.Random(0)
+        for number in range(1, rounds + 1):
+            draw.shuffle(jobs)
+            for done, (library, network, steps) in enumerate(jobs, 1):
+                row: Row = {"reason": UNMEASURED.get((library, network))}
+                if row["reason"] is None:
+                    calls = {"MLP": 50, "WRN-28-2": 2}.get(network, 10) // (5 if steps > 1 else 1) or 1
+                    row = call(pythons[library], library, network, steps, calls, truths[network, steps], device)
+                measured.setdefault((library, network, steps), []).append(row)
+                where = f"round {number}, {done}/{len(jobs)}"
+                print(f"[{where}] {library}, {network}, K = {steps}: {row}", file=sys.stderr, flush=True)
+            result["rows"] = [
+                {"library": library, "network": network, "steps": steps, **summary(rows)}
+                for (library, network, steps), rows in sorted(measured.items())
+            ]
+            write_json(given.out, result)
 
 
 def table(result: Row) -> str:
@@ -412,7 +436,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each case")
     given = parsed(parser)
     if given.runs:
-        write_json(given.out, run(given))
+        run(given)
     show(given.write, "peers", table(loaded(given.out)))
 
 

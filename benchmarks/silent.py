@@ -16,7 +16,9 @@ way is used as its documentation says: TorchOpt's ``MetaSGD``, higher's ``innerl
 
 The students with a star have gradients that are off their loss's derivative on purpose, so that no way can follow it.
 Each library has an environment of its own, as in ``peers.py``, and each student a process of its own. A rate that the
-teacher has learned is given to each way as it takes one. A third table is of torch's own derivatives of two operations.
+teacher has learned is given to each way as it takes one: to TorchOpt and bergson by a closure, to higher by
+``override``, to metapl by ``hypergradient(wrt=("teacher", "lr"))``, since a trainer refuses a closure. A third table is
+of torch's own derivatives of two operations.
 """
 
 from __future__ import annotations
@@ -149,7 +151,7 @@ def mapped(student: Any, x: Tensor) -> Tensor:
     return student.b(torch.func.vmap(lambda row: student.n(row[None])[0])(student.a(x)).tanh())
 
 
-LEARNED_RATE, COMPILED_STUDENT = "a learned rate by closure", "a compiled student"
+LEARNED_RATE, COMPILED_STUDENT = "a learned rate", "a compiled student"
 KINDS: dict[str, tuple[Any, ...]] = {  # the arguments of Own: a forward, and what is added to two linear layers
     "two layers": (plain,),
     "tied weights": TESTED["a shared layer"][1:],
@@ -315,24 +317,43 @@ def by_bergson(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor) 
         return [trainer.backward(folder, stream, begin, state, save_mode="all").weight_grads]
 
 
+def by_higher(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor) -> Gradient:
+    """``higher.innerloop_ctx``, which takes a learned rate by ``override``."""
+    import higher
+
+    rate = peers.LEARNING_RATE
+    override = {"lr": [rate]} if isinstance(rate, Tensor) else None
+    inner = torch.optim.SGD(student.parameters(), lr=float(rate))
+    with higher.innerloop_ctx(student, inner, copy_initial_weights=False, override=override) as (patched, stepping):
+        for _ in range(STEPS):
+            stepping.step(F.cross_entropy(patched(u), teacher(u).softmax(-1)))
+        return at_the_end(patched, teacher, labeled)
+
+
 def by_metapl(mode: Any, **options: Any) -> Any:
-    """``metapl.BilevelTrainer``: the teacher moves by minus its gradient."""
+    """``metapl.BilevelTrainer``: the teacher moves by minus its gradient. With a learned rate
+    ``metapl.hypergradient(wrt=("teacher", "lr"))``, whose gradient in the rate goes on by the rate's own graph."""
 
     def gradient(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor) -> Gradient:
         import metapl
 
-        inner: Any = torch.optim.SGD(student.parameters(), RATE)
-        outer = torch.optim.SGD(teacher.parameters(), 1.0)
-        if isinstance(peers.LEARNING_RATE, Tensor):
-            import torchopt
-
-            rate = peers.LEARNING_RATE
-            inner = torchopt.sgd(lambda step: rate)
-        given = {"inner_optimizer": inner, "outer_optimizer": outer, "teacher_losses": (), **options}
-        before = [p.detach().clone() for p in teacher.parameters()]
-        trainer = metapl.BilevelTrainer(teacher, student, mode, lookahead=STEPS, **given)
-        trainer.step(labeled, metapl.Lookahead([u] * STEPS))
-        return [old - p.detach() for old, p in zip(before, teacher.parameters(), strict=True)]
+        rate = peers.LEARNING_RATE
+        inner = torch.optim.SGD(student.parameters(), lr=float(rate))
+        unlabeled = metapl.Lookahead([u] * STEPS)
+        if isinstance(rate, Tensor):
+            batches = {"labeled": labeled, "unlabeled": unlabeled}
+            asked = {"mode": mode, "inner_optimizer": inner, "wrt": ("teacher", "lr"), "verify": True, **options}
+            result = metapl.hypergradient(teacher, student, **batches, **asked)
+            through_rate = torch.autograd.grad(
+                rate, list(teacher.parameters()), result.settings["lr"].sum(), allow_unused=True, materialize_grads=True
+            )
+            return [by_signal + by_rate for by_signal, by_rate in zip(result.grads.values(), through_rate, strict=True)]
+        outer = torch.optim.SGD(teacher.parameters(), lr=1.0)
+        optimizers = {"inner_optimizer": inner, "outer_optimizer": outer, "teacher_losses": ()}
+        weights_before = [p.detach().clone() for p in teacher.parameters()]
+        trainer = metapl.BilevelTrainer(teacher, student, mode, lookahead=STEPS, **optimizers, **options)
+        trainer.step(labeled, unlabeled)
+        return [old - p.detach() for old, p in zip(weights_before, teacher.parameters(), strict=True)]
 
     return gradient
 
@@ -346,7 +367,7 @@ WAYS: dict[str, tuple[str, str, Any]] = {  # the module of a library, the order 
     "by hand, functional_call": ("torch", "", lambda *given: peers.by_hand(*given, STEPS)),
     "by hand, weights swapped": ("torch", "", by_swapping),
     "TorchOpt 0.7.3": ("torchopt", "", by_torchopt),
-    "higher 0.2.1": ("higher", "", lambda *given: peers.by_higher(*given, STEPS)),
+    "higher 0.2.1": ("higher", "", by_higher),
     "BOAT 1.1.1": ("boat_torch", "", lambda *given: peers.by_boat(*given, STEPS)),
     "bergson 2.5.1": ("bergson.magic.trainer", "weights", by_bergson),
     "metapl, forward": ("metapl", "branched", by_metapl("forward")),

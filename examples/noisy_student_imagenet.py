@@ -1,195 +1,1132 @@
-"""Noisy Student on ImageNet, with the paper's settings: a teacher labels, a student learns with noise, and labels next.
+"""Noisy Student on ImageNet and SVHN: a teacher labels, a student learns its labels with noise, and labels next.
 
     python examples/noisy_student_imagenet.py b0 --root data/ --unlabeled pictures/ --out runs/b0
-    python examples/noisy_student_imagenet.py l2 --root data/ --unlabeled pictures/ --out runs/l2 --finetune-size 800
+    torchrun --nproc-per-node=8 examples/noisy_student_imagenet.py l2 --root data/ --unlabeled pictures/ \\
+        --mesh.shard 8 --select-by runs/b0/selection/selected --out runs/l2
+    python examples/noisy_student_imagenet.py svhn --root data/ --out runs/svhn      # core and extra, as Table 17
+    python examples/noisy_student_imagenet.py l2 --dry-run                           # steps, rates and batches
+    python examples/noisy_student_imagenet.py --sources                              # who says which value
 
-Rows b0 to b7 are the study of model sizes (Figure 2, Table 9): teacher and student, once. l2 learns from B7, and then
-twice from itself (Table 7; its last round took a ratio of 28, and its B7 saw pictures of 600 pixels). Of the paper:
-batches, the rate and its decay by 0.97 every 2.4 epochs of 350 (4.8 of 700), dropout, the last block kept with a
-probability of 0.8, RandAugment of magnitude 27 (taken to be of 30), 130,000 pictures a class above 0.3, filled up by
-copies. The rest is of imagenet-10pct in protocols.py. Its 300 million pictures are not public: --unlabeled is a folder
-such as YFCC100M; without it most of ImageNet loses its labels. Every value is a flag; --resume goes on with a run.
+Rows b0 to b7 are the study of model sizes (Figure 2, Table 9): teacher and student of one network. l2 is the chain of
+Table 7: B7, then three times L2 with ratios of 14, 14 and 28. resnet50 is Table 16, svhn Table 17.
+
+Unlabeled pictures are selected once, by a network of its own (--filter-network, the paper's EfficientNet-B0); later
+teachers label the same pictures anew. --select-by STORE takes a selection that another run made, and --select-by each
+lets every teacher select. The paper's 300 million pictures are not public: --unlabeled is a folder such as YFCC100M;
+without it, --labels-per-class N leaves labels to so many pictures of ImageNet, and the others lose theirs.
+
+Every value is a flag, for all networks of a run, or one for each: --magnitudes 15 27. --sources prints of every value
+whether it is the paper's, the authors' published code's, or ours. --steps N shortens every phase. A run leaves
+weights, rounds/, metrics.jsonl and result.json, whose test accuracies were measured once a network; and in delivered/ a
+run that `metapl predict`, `evaluate` and `export` read. One that was stopped goes on with --resume.
 """
 
 import dataclasses
 import json
-from dataclasses import dataclass
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import tyro
-from picture_sets import build_network as network
-from picture_sets import deliver
-from picture_sets import load_pictures as load
-from picture_sets import save_weights as keep
-from picture_sets import split_labels as divided
-from picture_sets import views_of as views
+from picture_sets import PictureSet, build_network, deliver, load_pictures, save_weights, split_labels
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import metapl
-from metapl.apps.labels import LabelStore, LabelWriter, select
+from metapl.apps.labels import DIGEST_BYTES, LabelStore, LabelWriter, check_interval, select
+from metapl.apps.launch import Processes, joined
 from metapl.apps.model_noise import NoisyStudentLoss
-from metapl.apps.networks import parameter_groups
+from metapl.apps.networks import Architecture
+from metapl.apps.noisy_student import (
+    Chosen,
+    LossesApart,
+    Noised,
+    PseudoLabeledBatches,
+    end_matched,
+    freeze_first_layers,
+)
 from metapl.apps.pictures import (
+    CIFAR_OPERATIONS,
+    Chain,
     EvaluationBatches,
     FileImages,
     Identity,
     LabeledBatches,
-    UnlabeledBatches,
+    RandAugment,
+    ResizedCrop,
+    View,
+    Weak,
     scan_unlabeled,
 )
-from metapl.apps.pictures.batches import in_unit_range
+from metapl.apps.pictures.batches import Images, in_unit_range
+from metapl.apps.pictures.folders import digest as file_digest
+from metapl.apps.train import device as device_of
 from metapl.data import StepSampler
 from metapl.data.draws import fold_in
+from metapl.distributed import Mesh, shard
+from metapl.errors import MetaplError, few
+from metapl.execution.batch import digest
+from metapl.metrics import Evaluation, evaluate_logits, predict_logits
+from metapl.metrics.predictions import batches_of
 from metapl.problems.losses import CrossEntropy
+
+# Pictures that are labeled in one pass. The stores of several processes are cut between such passes, so that they hold
+# the same bytes as that of one process.
+LABELED_AT_ONCE = 256
+
+# The number that stands for the network that selects, where rounds are counted from 0.
+FILTER = 1_000_000
+
+IMAGENET_PICTURES = 1_281_167
+SVHN_PICTURES = 73_257
+
+
+# -------------------------------------------------------------------------------------------------------- the settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """The values of EfficientNet-B0."""
+class Settings:
+    """What a run does. A row below has a value for everything that has no default here."""
 
-    root: Annotated[str, tyro.conf.arg(metavar="DIR")]  # what torchvision calls so
-    out: Annotated[str, tyro.conf.arg(metavar="DIR")]
-    unlabeled: str | None = None
-    networks: tuple[str, ...] = ("efficientnet_b0", "efficientnet_b0")  # of the teacher, and of each student
-    image_size: int = 224
-    epochs: int = 700  # of 1,281,167 labeled pictures
-    steps: int | None = None  # None: of so many epochs
-    ratio: int = 1  # unlabeled pictures in a batch for each labeled one
-    labeled_batch: int = 2_048
-    lr: float = 0.128
-    weight_decay: float = 1e-5
-    dropout: float = 0.5
-    stochastic_depth: float = 0.2
-    magnitude: float = 10 / 30 * 27  # ours is of 10
-    threshold: float = 0.3
-    per_class: int = 130_000
-    label_smoothing: float = 0.1
-    finetune_size: int | None = None  # FixRes: side of the pictures that the last student is finetuned and tested on
-    finetune_steps: int = 2_000
-    finetune_lr: float = 1e-5
-    finetune_batch: int = 512
-    labels_per_class: int = 128  # without --unlabeled
-    validation: int = 25_000
+    root: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""  # as torchvision calls it
+    out: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     seed: int = 0
     resume: bool = False
+    dry_run: bool = False  # say what would be trained, and read nothing
+
+    data: Literal["imagenet", "svhn"]
+    unlabeled: str | None = None  # a folder of other pictures: all of ImageNet then keeps its labels
+    labels_per_class: int | None = None  # without it, of ImageNet; the other pictures are unlabeled
+    validation: int  # labeled pictures that are selected on, and not trained on
+
+    networks: tuple[str, ...]  # of the first teacher, then of each student
+    image_sizes: tuple[int, ...]  # of each network; the last value serves on, here and below
+    ratios: tuple[int, ...]  # of each student: unlabeled pictures in a batch for each labeled one
+    dropouts: tuple[float, ...]
+    stochastic_depth: float  # of the last block
+    magnitudes: tuple[float, ...]  # of two operations of RandAugment, of 10; 0: the standard augmentation alone
+    translate: float  # greatest shift at magnitude 10, in pixels
+    cutout: int  # side of the grey square, in pixels; 0: none
+
+    epochs: float  # of the labeled pictures
+    steps: int | None = None  # so many steps a network instead, finetuning and warmup in proportion
+    labeled_batch: int
+    lr: float  # for 2,048 labeled pictures; it follows the labeled batch
+    warmup_epochs: float
+    weight_decay: float
+    label_smoothing: float
+    ema_decay: float
+
+    select_by: Annotated[str, tyro.conf.arg(metavar="once|each|STORE")] = "once"
+    filter_network: str | None  # which network selects once; None: the first teacher
+    filter_epochs: float
+    threshold: float
+    at_most: float | None = None  # the upper bound of an interval of confidence (Figure 5)
+    per_class: int | None
+    balance: tyro.conf.FlagConversionOff[bool] = True
+    share: float | None = None  # a uniform share of the selected pictures (Table 10)
+    noisy_teacher: bool = False  # labels augmented pictures, with dropout and stochastic depth (Table 6)
+
+    labels: Literal["soft", "hard"] = "soft"
+    loss: Literal["mean", "two_means"] = "mean"
+    unlabeled_noise: Literal["all", "standard", "model", "none"] = "all"
+    training: Literal["joint", "pretrain", "pretrain_finetune"] = "joint"  # Table 13
+    stage_epochs: float = 10.0  # of finetuning on labels after pretraining
+    stage_lr: float = 0.01
+    warm_start: bool = False  # students begin with the teacher's weights (Table 15)
+    warm_epochs: float | None = None
+
+    finetune_size: int | None  # FixRes: side of the pictures that the last student is finetuned and tested on
+    finetune_epochs: float
+    finetune_batch: int = 512
+    finetune_lr: float = 1e-5
+    frozen: float = 0.5  # share of the layers that are frozen then
+
+    mesh: Mesh = field(default_factory=Mesh)  # the processes that torchrun has started
+    batch_norm_ranks: int | None = None  # of them, how many share the statistics of batch norms; None: all
+    accumulate: int = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
     channels_last: bool = False
-    translate: float = 100 / 224  # of RandAugment, as a share of the side at magnitude 10
-    cutout: int = 0
-    ema_decay: float = 0.999
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     num_workers: int = 8
     log_every: int = 100
     validate_every: int = 5_000
     save_every: int = 5_000
-    data: tyro.conf.Suppress[str] = "imagenet"
 
 
-def row(model: str, side: int, epochs: int, ratio: int = 3, networks: tuple[str, ...] = ()) -> Config:
-    own: dict[str, Any] = {"networks": networks or (f"efficientnet_{model}",) * 2, "image_size": side}
-    return Config(root=tyro.MISSING, out=tyro.MISSING, epochs=epochs, ratio=ratio, **own)
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A network of a run, with what build_network reads, and how its pictures are augmented."""
+
+    name: str
+    image_size: int
+    dropout: float
+    stochastic_depth: float
+    magnitude: float
+    ratio: int
+    channels_last: bool
+    device: str
 
 
-ROWS = {
-    "b0": row("b0", 224, 700, ratio=1),
-    **{name: row(name, side, 700) for name, side in (("b1", 240), ("b2", 260), ("b3", 300), ("b4", 380))},
-    **{name: row(name, side, 350) for name, side in (("b5", 456), ("b6", 528), ("b7", 600))},
-    "l2": row("l2", 475, 350, 14, ("efficientnet_b7", *["efficientnet_l2"] * 3)),
+def networks_of(c: Settings) -> list[Network]:
+    """Return the networks of the rounds, the first teacher's first; it has no unlabeled pictures."""
+    networks: list[Network] = []
+    for number, name in enumerate(c.networks):
+        ratio = 0 if number == 0 else c.ratios[min(number - 1, len(c.ratios) - 1)]
+        networks.append(network_of(c, name, number, ratio))
+    return networks
+
+
+def network_of(c: Settings, name: str, number: int, ratio: int) -> Network:
+    return Network(
+        name=name,
+        image_size=c.image_sizes[min(number, len(c.image_sizes) - 1)],
+        dropout=c.dropouts[min(number, len(c.dropouts) - 1)],
+        stochastic_depth=c.stochastic_depth,
+        magnitude=c.magnitudes[min(number, len(c.magnitudes) - 1)],
+        ratio=ratio,
+        channels_last=c.channels_last,
+        device=str(device_of(c.device)),
+    )
+
+
+def filter_of(c: Settings) -> Network | None:
+    """Return the network that selects for all rounds, where that is none of theirs."""
+    if c.select_by != "once" or c.filter_network in (None, c.networks[0]):
+        return None
+    network = network_of(c, str(c.filter_network), number=0, ratio=0)
+    if c.data == "svhn" or network.name not in AS_PUBLISHED:
+        return network
+    image_size, dropout, magnitude = AS_PUBLISHED[network.name]
+    return dataclasses.replace(network, image_size=image_size, dropout=dropout, magnitude=magnitude)
+
+
+# ------------------------------------------------------------------------------------------------------------ the rows
+
+Source = Literal["paper", "code", "ours"]
+
+# The side of the pictures, the rate of dropout and RandAugment's magnitude of each network. All are of the authors'
+# code, whose magnitudes are of 10; for B0 and B1 it has the standard augmentation alone. The paper has the same for B7
+# and L2, and RandAugment's 9 for ResNet-50. What ResNet-50 has of dropout nobody says.
+AS_PUBLISHED: dict[str, tuple[int, float, float]] = {
+    "efficientnet_b0": (224, 0.2, 0.0),
+    "efficientnet_b1": (240, 0.2, 0.0),
+    "efficientnet_b2": (260, 0.3, 6.0),
+    "efficientnet_b3": (300, 0.3, 12.0),
+    "efficientnet_b4": (380, 0.4, 15.0),
+    "efficientnet_b5": (456, 0.4, 18.0),
+    "efficientnet_b6": (528, 0.5, 24.0),
+    "efficientnet_b7": (600, 0.5, 27.0),
+    "efficientnet_l2": (475, 0.5, 27.0),
+    "resnet50": (224, 0.0, 9.0),
+}
+
+IN_PAPER: dict[str, Any] = {"labeled_batch": 2_048, "lr": 0.128, "threshold": 0.3, "per_class": 130_000}
+IN_PAPER |= {"filter_network": "efficientnet_b0", "filter_epochs": 700, "stochastic_depth": 0.2}
+IN_PAPER |= {"finetune_size": None, "finetune_epochs": 1.5, "data": "imagenet"}
+IN_CODE: dict[str, Any] = {"warmup_epochs": 5.0, "weight_decay": 1e-5, "label_smoothing": 0.1, "ema_decay": 0.9999}
+IN_CODE |= {"translate": 100.0}
+OURS: dict[str, Any] = {"validation": 0, "cutout": 0, "channels_last": True}
+
+# What every row does, and no flag changes.
+ALWAYS: Mapping[str, Source] = {
+    "the mean cross-entropy over labeled and unlabeled pictures of a batch (the code has 1 + r times that)": "paper",
+    "the rate falls by 0.97 every 2.4 of 350 epochs, or 4.8 of 700": "paper",
+    "students begin with fresh weights": "paper",
+    "pictures of ImageNet's validation set are not learned from; they are known by their bytes": "paper",
+    "RMSProp as TensorFlow has it, with a decay and a momentum of 0.9, and an epsilon of 0.001 inside the root": "code",
+    "no weight decay on the scales and shifts of norms": "code",
+    "an average of the weights with the decay min(decay, (1 + t) / (10 + t)), which labels and is tested": "code",
+    "each operation of RandAugment takes place with a probability drawn from 0.2 to 0.8": "code",
+    "the rate falls smoothly, where the code lets it fall in steps": "ours",
+    "RandAugment's operations are those of Meta Pseudo Labels, without the code's SolarizeAdd and Cutout": "ours",
+    "copies of a class are as many for each picture, and one more for some by their names; the code draws them": "ours",
+    "teachers label at the size that they were trained at; the last student alone is finetuned at a larger one": "ours",
+    "pictures are normalized by a mean of 0.5 and a deviation of 0.25": "ours",
 }
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Selected(UnlabeledBatches):
-    """Batches (x, stored) of selected pictures, whose distributions are read from the store as they are needed."""
+@dataclass(frozen=True)
+class Row:
+    """A row: its title, its values, and who says so of each of them."""
 
-    rows: Tensor
-    store: LabelStore
+    title: str
+    values: Mapping[str, Any]
+    sources: Mapping[str, Source]
 
-    @property
-    def columns(self) -> dict[str, Tensor]:
-        return {"rows": self.rows}
-
-    def fetch(self, step: int) -> tuple[Tensor, ...]:
-        *images, rows = super().fetch(step)
-        return (*images, self.store.at(rows))
+    def settings(self) -> Settings:
+        return Settings(**self.values)
 
 
-def labeled_by(teacher: nn.Module, images: Any, place: Path, classes: list[str]) -> LabelStore:
-    """The store of a network's labels of all pictures as they are; one that was stopped is gone on with."""
-    teacher.eval()
-    with torch.no_grad(), LabelWriter(place, classes, resume=place.exists()) as writer:
-        done = len(images) if writer.complete else 0 if writer.last is None else int(writer.last) + 1
-        for start in range(done, len(images), 256):
-            numbers = torch.arange(start, min(start + 256, len(images)))
-            x, used = (images.fetch_sound if isinstance(images, FileImages) else images.fetch)(numbers)
-            logits = teacher(in_unit_range(x).to(next(teacher.parameters()).device))
-            writer.add(used.tolist(), logits.float().softmax(1).cpu())
-    return LabelStore(place)
+def row(title: str, *layers: tuple[Source, Mapping[str, Any]]) -> Row:
+    """Return a row of what the paper and the code have in common for all, in which later layers replace values."""
+    values: dict[str, Any] = {}
+    sources: dict[str, Source] = {}
+    for source, layer in (("paper", IN_PAPER), ("code", IN_CODE), ("ours", OURS), *layers):
+        values |= layer
+        sources |= dict.fromkeys(layer, source)  # type: ignore[arg-type]
+    return Row(title, values, sources)
 
 
-def train(c: Config) -> dict[str, Any]:
-    pictures, labels, test, test_labels, classes, core = load(c)
-    out, (_, noisy, crop) = Path(c.out), views(c)
-    each, sides = None if c.unlabeled else c.labels_per_class, (c.image_size, c.image_size)
-    few, many, held_out = divided(labels, each, c.validation, c.seed, core).values()
-    unlabeled = pictures.select(many)
-    if c.unlabeled:
-        unlabeled = FileImages(scan_unlabeled(c.unlabeled).paths(), size=sides, center=224 / 256)
-    validation, tested = EvaluationBatches(pictures.select(held_out), labels[held_out], 256), []
-    how: dict[str, Any] = {"out": out, "resume": c.resume, "validation": validation, "num_workers": c.num_workers}
-    how |= {"log_every": c.log_every, "validate_every": c.validate_every, "save_every": c.save_every}
-    student = nn.Module()  # of the round before
-    for number, name in enumerate(c.networks):  # round 0 has labeled pictures alone
-        seed = fold_in(c.seed, number)
-        sampler = StepSampler(len(few), c.labeled_batch, seed=seed)
-        known = LabeledBatches(pictures.select(few), labels[few], sampler, noisy, seed, crop=crop)
-        losses: tuple[Any, ...] = (CrossEntropy(c.label_smoothing),)
-        pairs = None
-        if number:
-            place = out / "rounds" / str(number)
-            store = labeled_by(student, unlabeled, place / "labels", classes)
-            most: dict[str, Any] = {"threshold": c.threshold, "per_class": c.per_class, "balance": True}
-            select(store, place / "selected", **most)
-            chosen = LabelStore(place / "selected")
-            rows = torch.from_numpy(chosen.rows_with_copies())
-            images = unlabeled.select(torch.tensor([*chosen])[rows])
-            draw = StepSampler(len(rows), c.ratio * c.labeled_batch, seed=seed, stream=1)
-            pairs = Selected(images, draw, noisy, None, seed, crop=crop, rows=rows, store=chosen)
-            losses = (NoisyStudentLoss(label_smoothing=c.label_smoothing),)
-        torch.manual_seed(seed)
-        student = network(c, len(classes), c.dropout, name)
-        groups = parameter_groups(student, c.weight_decay)
-        optimizer = torch.optim.SGD(groups, lr=c.lr, momentum=0.9, nesterov=True)
-        trainer = metapl.LossTrainer(student, losses, optimizer=optimizer)
-        own = {"phase": f"round-{number}", "schedule": "exponential", "ema_decay": c.ema_decay}
-        found = trainer.fit(known, pairs, steps=c.steps or round(c.epochs * 1_281_167 / 2_048), **own, **how)
-        reached = trainer.evaluate(EvaluationBatches(test, test_labels, 256))
-        tested.append(reached.accuracy)
-        keep(found.weights, out / f"round-{number}.safetensors")
+def of_one_network(name: str, epochs: int, ratio: int = 3) -> Row:
+    """Return the row of a teacher and a student of one network."""
+    image_size, dropout, magnitude = AS_PUBLISHED[name]
+    said_in: Source = "paper" if name in ("efficientnet_b7", "resnet50") else "code"
+    noise = {"dropouts": (dropout,), "magnitudes": (magnitude,)}
+    sizes = {"image_sizes": (image_size,)}
+    return row(
+        f"ImageNet, {name} twice",
+        ("paper", {"networks": (name, name), "epochs": epochs, "ratios": (ratio,)}),
+        ("paper" if name == "efficientnet_b7" else "code", sizes),
+        (said_in, noise),
+    )
 
-    result: dict[str, Any] = {"networks": c.networks, "test_accuracy_of_rounds": tested, "tested_on": len(test_labels)}
-    if c.finetune_size:  # labeled pictures as they are, and the first half of the layers frozen with their statistics
-        pictures, _, test, *_ = load(dataclasses.replace(c, image_size=c.finetune_size))
-        layers = [part for part in student.modules() if [*part.parameters(recurse=False)]]
-        for layer in layers[: len(layers) // 2]:
-            layer.eval().requires_grad_(False)
-        sampler = StepSampler(len(few), c.finetune_batch, seed=c.seed, stream=2)
-        known = LabeledBatches(pictures.select(few), labels[few], sampler, Identity(), c.seed + 1)
-        trained = [p for p in student.parameters() if p.requires_grad]
-        trainer = metapl.LossTrainer(student, optimizer=torch.optim.SGD(trained, lr=c.finetune_lr))
-        how |= {"validation": EvaluationBatches(pictures.select(held_out), labels[held_out], 256)}
-        found = trainer.fit(known, steps=c.finetune_steps, phase="resolution", schedule="constant", **how)
-        keep(found.weights, out / "finetuned.safetensors")
-        reached = trainer.evaluate(EvaluationBatches(test, test_labels, 256))
-        result["finetuned_test_accuracy"] = reached.accuracy
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(c), indent=1))
-    (out / "result.json").write_text(json.dumps(result, indent=1))
-    size = c.finetune_size or c.image_size
-    deliver(c, student, "noisy_student", c.networks[-1], size, test, classes, reached)
-    return result
+
+SHORT_SCHEDULE = 350
+LONG_SCHEDULE = 700
+
+ROWS: dict[str, Row] = {
+    "b0": of_one_network("efficientnet_b0", LONG_SCHEDULE, ratio=1),
+    **{f"b{scale}": of_one_network(f"efficientnet_b{scale}", LONG_SCHEDULE) for scale in (1, 2, 3, 4)},
+    **{f"b{scale}": of_one_network(f"efficientnet_b{scale}", SHORT_SCHEDULE) for scale in (5, 6, 7)},
+    "l2": row(
+        "ImageNet, the chain of Table 7: EfficientNet-B7, then L2 three times",
+        (
+            "paper",
+            {
+                "networks": ("efficientnet_b7", "efficientnet_l2", "efficientnet_l2", "efficientnet_l2"),
+                "image_sizes": (600, 475, 475, 475),
+                "ratios": (14, 14, 28),
+                "dropouts": (0.5,),
+                "magnitudes": (27.0,),
+                "epochs": SHORT_SCHEDULE,
+                "finetune_size": 800,
+            },
+        ),
+        ("ours", {"precision": "bfloat16"}),
+    ),
+    "resnet50": row(
+        "ImageNet, ResNet-50 twice (Table 16)",
+        ("paper", {"networks": ("resnet50", "resnet50"), "magnitudes": (9.0,)}),
+        ("ours", {"image_sizes": (224,), "dropouts": (0.0,), "stochastic_depth": 0.0}),
+        ("ours", {"epochs": SHORT_SCHEDULE, "ratios": (1,)}),
+    ),
+    "svhn": row(
+        "SVHN, core with labels and extra without, EfficientNet-B0 with two strides of 1 (Table 17)",
+        ("paper", {"data": "svhn", "networks": ("efficientnet_b0_svhn", "efficientnet_b0_svhn")}),
+        ("paper", {"image_sizes": (32,)}),
+        ("code", {"ratios": (5,), "dropouts": (0.2,), "stochastic_depth": 0.2, "magnitudes": (5.0,)}),
+        ("code", {"translate": 4.0, "cutout": 16, "labeled_batch": 128, "weight_decay": 1e-4}),
+        # The code takes 109,474 steps on the 69,257 pictures that it does not select on.
+        ("code", {"epochs": 109_474 * 128 / 69_257, "validation": 4_000, "threshold": 0.3, "per_class": 53_113}),
+        ("ours", {"filter_network": None, "filter_epochs": 0, "channels_last": False}),
+    ),
+}
+
+
+def sources_table() -> str:
+    """Return the values of all rows as a table, each with the letter of its source, and what all rows share."""
+    names = list(dict.fromkeys(name for row in ROWS.values() for name in row.values))
+    lines = [f"| setting | {' | '.join(f'`{name}`' for name in ROWS)} |", f"|---|{'---|' * len(ROWS)}"]
+    for name in names:
+        cells: list[str] = []
+        for row in ROWS.values():
+            is_there = name in row.values
+            cells.append(f"{spoken(row.values[name])} {row.sources[name][0]}" if is_there else "")
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    shared = [f"- {text}: {source}" for text, source in ALWAYS.items()]
+    return "\n".join([*lines, "", "In every row:", "", *shared])
+
+
+def spoken(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(spoken(part) for part in value).replace("efficientnet_", "")
+    if value is None:
+        return "none"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+# ------------------------------------------------------------------------------------------------ how long, how fast
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a phase, the first rate, and the steps of growing rates."""
+
+    steps: int
+    lr: float
+    warmup: int
+
+
+def schedule_of(c: Settings, labeled: int, epochs: float) -> Schedule:
+    """Return the schedule of so many epochs of the labeled pictures: steps and rate follow the labeled batch."""
+    steps = max(1, round(epochs * labeled / c.labeled_batch))
+    warmup = round(c.warmup_epochs * labeled / c.labeled_batch)
+    if c.steps is not None:
+        # Warmup is as large a share of the steps as it would be.
+        warmup = round(warmup * c.steps / steps)
+        steps = c.steps
+    return Schedule(steps=steps, lr=c.lr * c.labeled_batch / 2_048, warmup=min(warmup, steps - 1))
+
+
+def finetune_steps(c: Settings, labeled: int, epochs: float, batch: int) -> int:
+    """Return the steps of so many epochs, in the proportion of --steps where that is given."""
+    steps = epochs * labeled / batch
+    if c.steps is not None:
+        steps *= c.steps / (c.epochs * labeled / c.labeled_batch)
+    return max(1, round(steps))
+
+
+def plan_of(c: Settings, labeled: int) -> str:
+    """Return what will be trained, a line a network."""
+    lines: list[str] = []
+    usual = schedule_of(c, labeled, c.epochs)
+    selecting = filter_of(c)
+    if selecting is not None:
+        schedule = schedule_of(c, labeled, c.filter_epochs)
+        lines.append(f"filter: {selecting.name}, {selecting.image_size} pixels, {schedule.steps:,} steps; it selects")
+    for number, network in enumerate(networks_of(c)):
+        batch = f"{c.labeled_batch:,} labeled"
+        if number > 0:
+            batch += f" and {network.ratio * c.labeled_batch:,} unlabeled"
+        noise = f"magnitude {network.magnitude:g}, dropout {network.dropout:g}, depth {network.stochastic_depth:g}"
+        lines.append(
+            f"round {number}: {network.name}, {network.image_size} pixels, {usual.steps:,} steps of {batch} "
+            f"at {usual.lr:g}; {noise}"
+        )
+    if c.finetune_size is not None:
+        steps = finetune_steps(c, labeled, c.finetune_epochs, c.finetune_batch)
+        lines.append(f"FixRes: {c.networks[-1]}, {c.finetune_size} pixels, {steps:,} steps of {c.finetune_batch:,}")
+    return "\n".join(lines)
+
+
+class TensorFlowRMSProp(torch.optim.Optimizer):
+    r"""RMSProp as the authors' code has it, which is TensorFlow's.
+
+    .. math:: v \leftarrow 0.9\, v + 0.1\, g^2, \quad m \leftarrow 0.9\, m + \eta\, g / \sqrt{v + \epsilon},
+              \quad \theta \leftarrow \theta - m, \quad v_0 = 1, \quad \epsilon = 10^{-3}
+
+    torch's has v_0 = 0, adds ε behind the root, and multiplies the momentum by the rate of the step at hand.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], lr: float) -> None:
+        super().__init__(groups, {"lr": lr, "decay": 0.9, "momentum": 0.9, "eps": 1e-3, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["mean_square"] = torch.ones_like(p)
+                    state["momentum"] = torch.zeros_like(p)
+                gradient = p.grad + group["weight_decay"] * p
+                state["mean_square"].lerp_(gradient.square(), 1 - group["decay"])
+                scaled = gradient / (state["mean_square"] + group["eps"]).sqrt()
+                state["momentum"].mul_(group["momentum"]).add_(group["lr"] * scaled)
+                p.sub_(state["momentum"])
+
+
+def optimizer_of(c: Settings, network: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Return the authors' optimizer, whose weight decay leaves norms alone."""
+    norms = [part for part in network.modules() if isinstance(part, _BatchNorm)]
+    of_norms = {id(p) for part in norms for p in part.parameters()}
+    decayed = [p for p in network.parameters() if id(p) not in of_norms]
+    spared = [p for p in network.parameters() if id(p) in of_norms]
+    groups = [{"params": decayed, "weight_decay": c.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    return TensorFlowRMSProp([group for group in groups if group["params"]], lr)
+
+
+# ------------------------------------------------------------------------------------------------ before anything runs
+
+# Settings that decide nothing of a result.
+FREE = ("root", "out", "resume", "dry_run", "mesh", "device", "num_workers", "log_every", "save_every")
+
+
+def check(c: Settings) -> None:
+    """Refuse settings that do not go together, in one line, before anything is read or written."""
+    for name in ("networks", "image_sizes", "ratios", "dropouts", "magnitudes"):
+        if not getattr(c, name):
+            raise MetaplError(f"--{name.replace('_', '-')}: expected one value or more.")
+    for network in networks_of(c):
+        Architecture(name=network.name, num_classes=10, dropout=network.dropout, stochastic_depth=c.stochastic_depth)
+    if len(c.networks) < 2:
+        raise MetaplError(f"--networks {c.networks[0]}: expected two or more, the first teacher's and a student's.")
+    check_interval(c.threshold, c.at_most)
+    if c.share is not None and not 0 < c.share <= 1:
+        raise MetaplError(f"--share {c.share}: expected more than 0, and at most 1.")
+    if c.filter_network is not None and c.filter_network not in (*AS_PUBLISHED, *c.networks):
+        raise MetaplError(f"--filter-network {c.filter_network}: expected one of {', '.join(AS_PUBLISHED)}.")
+    if c.training != "joint" and c.loss != "mean":
+        raise MetaplError(f"--loss {c.loss}: expected mean with --training {c.training}, which has no sum.")
+    if c.warm_start and len(set(c.networks)) > 1:
+        raise MetaplError(f"--warm-start: expected one network in --networks, not {', '.join(set(c.networks))}.")
+    if c.warm_epochs is not None and not c.warm_start:
+        raise MetaplError(f"--warm-epochs {c.warm_epochs:g} was given without --warm-start.")
+    if (
+        c.finetune_size is not None
+        and c.finetune_size <= network_of(c, c.networks[-1], len(c.networks) - 1, 0).image_size
+    ):
+        raise MetaplError(f"--finetune-size {c.finetune_size}: expected more pixels than the last student's.")
+    check_processes(c)
+    if c.dry_run:
+        return
+    if not c.root or not c.out:
+        raise MetaplError("expected --root DIR, where the set lies, and --out DIR, where the run goes; or --dry-run.")
+    if c.data == "imagenet" and c.unlabeled is None and c.labels_per_class is None:
+        raise MetaplError(
+            "expected --unlabeled DIR, or --labels-per-class N, so that the rest of ImageNet has no labels."
+        )
+    if c.data == "svhn" and c.unlabeled is not None:
+        raise MetaplError("--unlabeled: SVHN's unlabeled pictures are its extra ones; leave it out.")
+    if c.data == "svhn" and c.labels_per_class is not None:
+        raise MetaplError("--labels-per-class: all of SVHN's core pictures keep their labels; leave it out.")
+    if c.select_by not in ("once", "each"):
+        check_selection(c)
+    check_run(c)
+
+
+def check_processes(c: Settings) -> None:
+    """Refuse a mesh that is not of the processes here, and batches that it does not divide."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if c.mesh.size != started and not c.dry_run:
+        raise MetaplError(
+            f"{started:,} process{'es were' if started > 1 else ' was'} started for a mesh of {c.mesh.size:,}; "
+            "expected as many: torchrun --nproc-per-node=N examples/noisy_student_imagenet.py ... --mesh.replicate N, "
+            "or --mesh.shard N for shared weights."
+        )
+    if c.mesh.tensor > 1:
+        raise MetaplError(f"--mesh.tensor {c.mesh.tensor}: expected 1, for these networks have no plan of products.")
+    if c.batch_norm_ranks is not None and (c.batch_norm_ranks < 1 or c.mesh.shares % c.batch_norm_ranks):
+        raise MetaplError(
+            f"--batch-norm-ranks {c.batch_norm_ranks}: expected a divisor of {c.mesh.shares:,} processes."
+        )
+    parts = c.mesh.shares * c.accumulate
+    for name in ("labeled_batch", "finetune_batch"):
+        if getattr(c, name) % parts:
+            raise MetaplError(
+                f"--{name.replace('_', '-')} {getattr(c, name):,}: expected a multiple of {parts:,}, for "
+                f"{c.mesh.shares:,} processes and --accumulate {c.accumulate:,}."
+            )
+
+
+def check_selection(c: Settings) -> None:
+    """Refuse a store for --select-by that is not a selection of this run's unlabeled pictures."""
+    flag = f"--select-by {c.select_by}"
+    if not Path(c.select_by, "store.json").is_file():
+        raise MetaplError(f"{flag}: expected once, each, or a folder such as RUN/selection/selected of another run.")
+    store = LabelStore(c.select_by)
+    if "selected" not in store.provenance:
+        raise MetaplError(f"{flag}: nothing was selected in it; expected the store beside it, selected.")
+    pictures = unlabeled_name(c)
+    if store.provenance.get("pictures") != pictures:
+        raise MetaplError(
+            f"{flag} was selected of {store.provenance.get('pictures')}; expected a selection of {pictures}."
+        )
+
+
+def unlabeled_name(c: Settings) -> str:
+    """Return what a store says of the pictures that it has labels of."""
+    if c.unlabeled is not None:
+        return str(Path(c.unlabeled).resolve())
+    labeled = "core" if c.data == "svhn" else f"{c.labels_per_class} a class"
+    return f"{c.data} without the labeled pictures ({labeled}), {c.validation} held out, seed {c.seed}"
+
+
+def check_run(c: Settings) -> None:
+    """Refuse a folder that holds a run of other settings, or one that is not to be gone on with."""
+    file = Path(c.out, "config.json")
+    if not file.exists():
+        return
+    if not c.resume:
+        raise MetaplError(f"{c.out} holds a run already; go on with --resume, or give another --out.")
+    stored = json.loads(file.read_text())
+    asked = json.loads(json.dumps(dataclasses.asdict(c)))
+    changed = [name for name in asked if name not in FREE and asked[name] != stored.get(name)]
+    if changed:
+        said = few([f"{name} was {stored.get(name)}, now {asked[name]}" for name in changed])
+        raise MetaplError(
+            f"the run in {c.out} was begun otherwise ({said}); go on as it was begun, or give another --out."
+        )
+
+
+# -------------------------------------------------------------------------------------------------------- the pictures
+
+
+@dataclass(frozen=True)
+class Sized:
+    """What load_pictures reads, of pictures of one size."""
+
+    data: str
+    root: str
+    image_size: int
+
+
+@cache
+def pictures_of(data: str, root: str, image_size: int) -> PictureSet:
+    return load_pictures(Sized(data, root, image_size))
+
+
+@cache
+def folder_of(folder: str, image_size: int) -> FileImages:
+    return FileImages(scan_unlabeled(folder).paths(), size=(image_size, image_size), center=224 / 256)
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """The pictures of a run at the size of a network: labeled ones, unlabeled ones, and those that are held out."""
+
+    labeled: Images
+    labels: Tensor
+    unlabeled: Images
+    validation: EvaluationBatches | None
+    test: EvaluationBatches
+    classes: list[str]
+
+
+def pictures_at(c: Settings, image_size: int) -> Pictures:
+    sets = pictures_of(c.data, c.root, image_size)
+    if c.data == "svhn":
+        # The core pictures have labels, and the extra ones, which come after them, none.
+        core = sets.train_labels[: sets.labelable]
+        split = split_labels(core, None, c.validation, c.seed, sets.labelable)
+        split["unlabeled"] = torch.arange(sets.labelable, len(sets.train_labels))
+    else:
+        per_class = None if c.unlabeled is not None else c.labels_per_class
+        split = split_labels(sets.train_labels, per_class, c.validation, c.seed, sets.labelable)
+    unlabeled = sets.train.select(split["unlabeled"])
+    if c.unlabeled is not None:
+        unlabeled = folder_of(c.unlabeled, image_size)
+    validation = None
+    held_out = split["validation"]
+    if len(held_out):
+        validation = EvaluationBatches(sets.train.select(held_out), sets.train_labels[held_out], batch_size=256)
+    return Pictures(
+        labeled=sets.train.select(split["labeled"]),
+        labels=sets.train_labels[split["labeled"]],
+        unlabeled=unlabeled,
+        validation=validation,
+        test=EvaluationBatches(sets.test, sets.test_labels, batch_size=256),
+        classes=sets.classes,
+    )
+
+
+def standard_view(c: Settings) -> View:
+    """Return the standard augmentation: small pictures move by four pixels, others are cropped as they are read."""
+    return Identity() if c.data == "imagenet" else Weak(4, flip=False)
+
+
+def crop_of(c: Settings, network: Network) -> ResizedCrop | None:
+    return ResizedCrop(network.image_size, flip=True) if c.data == "imagenet" else None
+
+
+def noisy_view(c: Settings, network: Network) -> View:
+    """Return the standard augmentation and RandAugment, where the network has a magnitude."""
+    standard = standard_view(c)
+    if network.magnitude == 0:
+        return standard
+    changed = RandAugment(
+        2,
+        network.magnitude,
+        operations=CIFAR_OPERATIONS,
+        translate=c.translate / network.image_size,
+        cutout=c.cutout,
+    )
+    return Chain((changed, standard))
+
+
+def labeled_batches(c: Settings, network: Network, pictures: Pictures, seed: int) -> LabeledBatches:
+    sampler = StepSampler(len(pictures.labels), c.labeled_batch, seed=seed)
+    return LabeledBatches(
+        pictures.labeled,
+        pictures.labels,
+        sampler,
+        noisy_view(c, network),
+        seed,
+        crop=crop_of(c, network),
+    )
+
+
+def pseudo_labeled_batches(
+    c: Settings, network: Network, pictures: Pictures, chosen: Chosen, seed: int
+) -> PseudoLabeledBatches:
+    view: View = Identity()
+    if c.unlabeled_noise == "all":
+        view = noisy_view(c, network)
+    elif c.unlabeled_noise == "standard":
+        view = standard_view(c)
+    is_augmented = c.unlabeled_noise in ("all", "standard")
+    return PseudoLabeledBatches(
+        pictures.unlabeled.select(chosen.positions),
+        StepSampler(len(chosen.positions), network.ratio * c.labeled_batch, seed=seed, stream=1),
+        view,
+        None,
+        seed,
+        crop=crop_of(c, network) if is_augmented else None,
+        chosen=chosen,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- the labels
+
+
+def write_labels(
+    c: Settings,
+    network: nn.Module,
+    spec: Network,
+    pictures: Pictures,
+    positions: Tensor,
+    folder: Path,
+    processes: Processes,
+    seed: int,
+) -> LabelStore:
+    """Store a network's labels of the unlabeled pictures at some positions; what was stopped is gone on with.
+
+    Each process labels a range of the passes and writes a store of its own, and the first process puts them together,
+    into the store that one process would have written, to the byte.
+    """
+    about: dict[str, Any] = {
+        "pictures": unlabeled_name(c),
+        "examples": len(positions),
+        "weights_fingerprint": int(digest(network.state_dict())),
+        "views": f"augmented, seed {seed}, with dropout" if c.noisy_teacher else "as they are",
+    }
+    shares = processes.mesh.shares
+    passes = -(-len(positions) // LABELED_AT_ONCE)
+    is_whole = (folder / "store.json").exists() and LabelStore(folder, whole=False).complete
+    parts = [folder.with_name(f"{folder.name}-{number}-of-{shares}") for number in range(shares)]
+    ranges = [range(number * passes // shares, (number + 1) * passes // shares) for number in range(shares)]
+    if shares == 1:
+        parts = [folder]
+    share = processes.mesh.share if shares > 1 else 0
+    if ranges[share] and not (is_whole and shares > 1):
+        label_range(c, network, spec, pictures, positions, parts[share], ranges[share], about=about, seed=seed)
+    wait_for_all()
+    if shares > 1 and processes.first:
+        with LabelWriter(folder, pictures.classes, provenance=about, resume=folder.exists()) as writer:
+            rows_to_skip = writer.rows
+            for part, passes_of_part in zip(parts, ranges, strict=True):
+                if writer.complete or not passes_of_part:
+                    continue
+                for table in LabelStore(part).tables:
+                    if rows_to_skip < len(table):
+                        writer.add_table(table.slice(rows_to_skip))
+                    rows_to_skip = max(0, rows_to_skip - len(table))
+    wait_for_all()
+    return LabelStore(folder)
+
+
+@torch.no_grad()
+def label_range(
+    c: Settings,
+    network: nn.Module,
+    spec: Network,
+    pictures: Pictures,
+    positions: Tensor,
+    folder: Path,
+    passes: range,
+    *,
+    about: Mapping[str, Any],
+    seed: int,
+) -> None:
+    """Label the pictures of some passes, in the order of their positions, without noise unless that is asked for."""
+    network.eval()
+    labeler = Noised(network, seed) if c.noisy_teacher else network
+    view = noisy_view(c, spec) if c.noisy_teacher else Identity()
+    device = next(network.parameters()).device
+    images = pictures.unlabeled
+    fetch = images.fetch_sound if isinstance(images, FileImages) else images.fetch
+    with LabelWriter(folder, pictures.classes, provenance=about, resume=folder.exists()) as writer:
+        for number in passes:
+            batch = positions[number * LABELED_AT_ONCE : (number + 1) * LABELED_AT_ONCE]
+            # A pass of which a part is stored is run again whole, for a smaller batch may round otherwise.
+            if writer.complete or (writer.last is not None and int(batch[-1]) <= int(writer.last)):
+                continue
+            x, used = fetch(batch)
+            if not len(used):
+                continue
+            x = view(in_unit_range(x), seed=seed, step=number, examples=used)
+            probabilities = labeler(x.to(device)).float().softmax(dim=1).cpu()
+            if not bool(probabilities.isfinite().all()):
+                raise MetaplError(f"the labels of {spec.name} are not finite: its training diverged; lower --lr.")
+            is_new = torch.ones(len(used), dtype=torch.bool) if writer.last is None else used > int(writer.last)
+            new = used[is_new].tolist()
+            digests = None
+            if c.unlabeled is not None and isinstance(images, FileImages):
+                digests = [file_digest(str(images.path(position)))[:DIGEST_BYTES] for position in new]
+            writer.add(new, probabilities[is_new], digests)
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The positions of the selected pictures, ascending, and how often each counts."""
+
+    positions: Tensor
+    copies: Tensor
+
+    @classmethod
+    def of(cls, store: LabelStore) -> "Selection":
+        return cls(torch.from_numpy(store.column("id")), torch.from_numpy(store.column("copies")))
+
+    def chosen(self, labels: LabelStore) -> Chosen:
+        """Return the selected pictures with the labels of a store, as often as they count."""
+        positions = labels.column("id")
+        copies = self.copies.numpy()[np.searchsorted(self.positions.numpy(), positions)]
+        rows = torch.from_numpy(np.repeat(np.arange(len(labels)), copies))
+        return Chosen(torch.from_numpy(positions)[rows], rows, labels.at)
+
+
+def select_from(c: Settings, labels: LabelStore, folder: Path, processes: Processes) -> Selection:
+    """Select as the paper does, without pictures of ImageNet's validation set; the first process writes, all read."""
+    if processes.first:
+        select(
+            labels,
+            folder,
+            threshold=c.threshold,
+            at_most=c.at_most,
+            per_class=c.per_class,
+            balance=c.balance,
+            share=c.share,
+            seed=c.seed,
+            drop_overlap=None if c.unlabeled is None else Path(c.root, "val"),
+        )
+    wait_for_all()
+    return Selection.of(LabelStore(folder))
+
+
+def wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+
+def train(c: Settings, processes: Processes | None = None) -> dict[str, Any]:
+    """Train the rounds, finetune the last student on larger pictures, and return what result.json holds."""
+    processes = processes or Processes()
+    out = Path(c.out)
+    networks = networks_of(c)
+    if processes.first:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(dataclasses.asdict(c), indent=1))
+        print(plan_of(c, len(pictures_at(c, networks[0].image_size).labels)), flush=True)
+
+    # 1. What is selected once: by another run, or by a network of its own, which learns from labeled pictures alone.
+    selection: Selection | None = None
+    selecting = filter_of(c)
+    if c.select_by not in ("once", "each"):
+        selection = Selection.of(LabelStore(c.select_by))
+    elif selecting is not None:
+        pictures = pictures_at(c, selecting.image_size)
+        weights = train_supervised(c, selecting, pictures, FILTER, "filter", c.filter_epochs, processes)
+        labels = label_all(c, weights, selecting, pictures, out / "selection" / "labels", FILTER, processes)
+        selection = select_from(c, labels, out / "selection" / "selected", processes)
+
+    # 2. The first teacher learns from labeled pictures alone.
+    first = networks[0]
+    pictures = pictures_at(c, first.image_size)
+    weights = train_supervised(c, first, pictures, 0, "round-0", c.epochs, processes)
+    rounds = [reached(c, first, weights, pictures)]
+    if processes.first:
+        save_weights(weights, out / "round-0.safetensors")
+
+    # 3. Each teacher labels, and a student learns from its labels and from the labeled pictures.
+    for number, spec in enumerate(networks[1:], start=1):
+        teacher = networks[number - 1]
+        place = out / "rounds" / str(number)
+        of_teacher = pictures_at(c, teacher.image_size)
+        if selection is None:
+            labels = label_all(c, weights, teacher, of_teacher, place / "labels", number, processes)
+            selected = select_from(c, labels, place / "selected", processes)
+            if c.select_by == "once":
+                selection = selected
+            labels = LabelStore(place / "selected")
+        else:
+            selected = selection
+            labels = label_some(
+                c, weights, teacher, of_teacher, selected.positions, place / "labels", number, processes
+            )
+        chosen = selected.chosen(labels)
+        pictures = pictures_at(c, spec.image_size)
+        weights = train_student(c, spec, pictures, chosen, weights, number, processes)
+        counts = {
+            "kept": len(selected.positions),
+            "copies": len(chosen.positions),
+            "unlabeled": len(pictures.unlabeled),
+        }
+        rounds.append(reached(c, spec, weights, pictures) | counts)
+        if processes.first:
+            save_weights(weights, out / f"round-{number}.safetensors")
+
+    # 4. FixRes: the last student is finetuned on larger pictures as they are, its first layers frozen.
+    result: dict[str, Any] = {"rounds": rounds, "labeled": len(pictures.labels), "tested_on": len(pictures.test.labels)}
+    last = networks[-1]
+    if c.finetune_size is not None:
+        last = dataclasses.replace(last, image_size=c.finetune_size)
+        pictures = pictures_at(c, c.finetune_size)
+        weights = finetune_larger(c, last, pictures, weights, processes)
+        result["finetuned"] = reached(c, last, weights, pictures)
+        if processes.first:
+            save_weights(weights, out / "finetuned.safetensors")
+
+    # 5. The last network is delivered. The test set has chosen nothing.
+    if processes.first:
+        network = whole_network(c, last, weights, pictures)
+        evaluation = evaluated(network, pictures.test)
+        deliver(
+            DeliveredAs(out=c.out, seed=c.seed, steps=c.steps, channels_last=c.channels_last),
+            network,
+            "noisy_student",
+            last.name,
+            last.image_size,
+            pictures.test.images,
+            pictures.classes,
+            evaluation,
+        )
+        (out / "result.json").write_text(json.dumps(result, indent=1))
+    wait_for_all()
+    return json.loads(json.dumps(result))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeliveredAs:
+    """What deliver reads of a run."""
+
+    out: str
+    seed: int
+    steps: int | None
+    channels_last: bool
+
+
+def fit_options(c: Settings, pictures: Pictures) -> dict[str, Any]:
+    """Return the options that all phases share."""
+    return {
+        "out": Path(c.out),
+        "resume": c.resume,
+        "validation": pictures.validation,
+        "select": pictures.validation is not None,
+        "num_workers": c.num_workers,
+        "log_every": c.log_every,
+        "validate_every": c.validate_every,
+        "save_every": c.save_every,
+    }
+
+
+def laid_out(c: Settings, network: nn.Module, seed: int, processes: Processes) -> nn.Module:
+    """Lay a network out over the processes, each of which draws masks of its own."""
+    if c.mesh.size > 1:
+        network = shard(network, c.mesh, batch_norm_ranks=c.batch_norm_ranks or c.mesh.shares)
+    processes.seed(network, seed)
+    return network
+
+
+def train_supervised(
+    c: Settings,
+    spec: Network,
+    pictures: Pictures,
+    number: int,
+    phase: str,
+    epochs: float,
+    processes: Processes,
+) -> dict[str, Tensor]:
+    """Train a network on labeled pictures alone, with noise, and return its averaged weights."""
+    seed = fold_in(c.seed, number)
+    torch.manual_seed(seed)
+    network = build_network(spec, len(pictures.classes), spec.dropout, spec.name)
+    network = laid_out(c, network, seed, processes)
+    schedule = schedule_of(c, len(pictures.labels), epochs)
+    trainer = metapl.LossTrainer(
+        network,
+        (CrossEntropy(c.label_smoothing),),
+        optimizer=optimizer_of(c, network, schedule.lr),
+        accumulate=c.accumulate,
+        precision=c.precision,
+    )
+    fitted = trainer.fit(
+        processes.share(labeled_batches(c, spec, pictures, seed)),
+        steps=schedule.steps,
+        warmup=schedule.warmup,
+        schedule="exponential",
+        ema_decay=c.ema_decay,
+        phase=phase,
+        **fit_options(c, pictures),
+    )
+    return fitted.weights
+
+
+def train_student(
+    c: Settings,
+    spec: Network,
+    pictures: Pictures,
+    chosen: Chosen,
+    teacher_weights: Mapping[str, Tensor],
+    number: int,
+    processes: Processes,
+) -> dict[str, Tensor]:
+    """Train a network on labeled pictures and on a teacher's labels, with noise, and return its averaged weights."""
+    seed = fold_in(c.seed, number)
+    torch.manual_seed(seed)
+    network = build_network(spec, len(pictures.classes), spec.dropout, spec.name)
+    schedule = usual = schedule_of(c, len(pictures.labels), c.epochs)
+    if c.warm_start:
+        network.load_state_dict(teacher_weights)
+        if c.warm_epochs is not None:
+            share = c.warm_epochs / c.epochs
+            steps = max(1, round(share * usual.steps))
+            warmup = min(usual.warmup, steps - 1)
+            schedule = Schedule(steps, usual.lr * end_matched(steps, usual.steps), warmup)
+    network = laid_out(c, network, seed, processes)
+    loss = NoisyStudentLoss(c.loss, c.labels == "hard", c.unlabeled_noise != "none", c.label_smoothing)
+    trainer = metapl.LossTrainer(
+        network,
+        (loss,),
+        optimizer=optimizer_of(c, network, schedule.lr),
+        accumulate=c.accumulate,
+        precision=c.precision,
+    )
+    labeled = labeled_batches(c, spec, pictures, seed)
+    pairs = pseudo_labeled_batches(c, spec, pictures, chosen, seed)
+    sources: Any = (labeled, pairs) if c.training == "joint" else (pairs, None)
+    fitted = trainer.fit(
+        *map(processes.share, sources),
+        steps=schedule.steps,
+        warmup=schedule.warmup,
+        schedule="exponential",
+        decay_every=usual.steps * 2.4 / 350,
+        ema_decay=c.ema_decay,
+        callbacks=[LossesApart(labeled, pairs, loss, every=c.validate_every, steps=schedule.steps)],
+        phase=f"round-{number}",
+        **fit_options(c, pictures),
+    )
+    if c.training != "pretrain_finetune":
+        return fitted.weights
+    processes.seed(network, fold_in(seed, 1))
+    slow = torch.optim.SGD(network.parameters(), lr=c.stage_lr, momentum=0.9)
+    trainer = metapl.LossTrainer(network, optimizer=slow, accumulate=c.accumulate, precision=c.precision)
+    fitted = trainer.fit(
+        processes.share(labeled_batches(c, spec, pictures, fold_in(seed, 1))),
+        steps=finetune_steps(c, len(pictures.labels), c.stage_epochs, c.labeled_batch),
+        schedule="cosine",
+        phase=f"round-{number}-finetune",
+        **fit_options(c, pictures),
+    )
+    return fitted.weights
+
+
+def finetune_larger(
+    c: Settings, spec: Network, pictures: Pictures, weights: Mapping[str, Tensor], processes: Processes
+) -> dict[str, Tensor]:
+    """Finetune a network on labeled pictures as they are, at a larger size, its first layers frozen."""
+    seed = fold_in(c.seed, len(c.networks))
+    network = whole_network(c, spec, weights, pictures).train()
+    freeze_first_layers(network, c.frozen)
+    network = laid_out(c, network, seed, processes)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    trainer = metapl.LossTrainer(
+        network,
+        optimizer=torch.optim.SGD(trained, lr=c.finetune_lr),
+        accumulate=c.accumulate,
+        precision=c.precision,
+    )
+    sampler = StepSampler(len(pictures.labels), c.finetune_batch, seed=seed, stream=2)
+    plain = LabeledBatches(pictures.labeled, pictures.labels, sampler, Identity(), seed)
+    fitted = trainer.fit(
+        processes.share(plain),
+        steps=finetune_steps(c, len(pictures.labels), c.finetune_epochs, c.finetune_batch),
+        schedule="constant",
+        phase="resolution",
+        **fit_options(c, pictures),
+    )
+    return fitted.weights
+
+
+def whole_network(c: Settings, spec: Network, weights: Mapping[str, Tensor], pictures: Pictures) -> nn.Module:
+    """Return a network with these weights, which is not laid out over processes."""
+    network = build_network(spec, len(pictures.classes), spec.dropout, spec.name)
+    network.load_state_dict(weights)
+    return network.eval()
+
+
+def label_all(
+    c: Settings,
+    weights: Mapping[str, Tensor],
+    spec: Network,
+    pictures: Pictures,
+    folder: Path,
+    number: int,
+    processes: Processes,
+) -> LabelStore:
+    """Store a network's labels of all unlabeled pictures."""
+    return label_some(c, weights, spec, pictures, torch.arange(len(pictures.unlabeled)), folder, number, processes)
+
+
+def label_some(
+    c: Settings,
+    weights: Mapping[str, Tensor],
+    spec: Network,
+    pictures: Pictures,
+    positions: Tensor,
+    folder: Path,
+    number: int,
+    processes: Processes,
+) -> LabelStore:
+    """Store a network's labels of the unlabeled pictures at some positions."""
+    network = whole_network(c, spec, weights, pictures)
+    seed = fold_in(c.seed, number)
+    return write_labels(c, network, spec, pictures, positions, folder, processes, seed)
+
+
+def evaluated(network: nn.Module, examples: EvaluationBatches) -> Evaluation:
+    device = next(network.parameters()).device
+    return evaluate_logits(*predict_logits(network, batches_of(examples, device)))
+
+
+def reached(c: Settings, spec: Network, weights: Mapping[str, Tensor], pictures: Pictures) -> dict[str, Any]:
+    """Return what a network reaches on the test pictures."""
+    evaluation = evaluated(whole_network(c, spec, weights, pictures), pictures.test)
+    accuracies: dict[str, Any] = {"network": spec.name, "test_accuracy": evaluation.accuracy}
+    if evaluation.top5 is not None:
+        accuracies["test_top5"] = evaluation.top5
+    return accuracies
+
+
+def main(words: Sequence[str]) -> int:
+    if "--sources" in words:
+        print(sources_table())
+        return 0
+    rows = {name: (row.title, row.settings()) for name, row in ROWS.items()}
+    c = tyro.extras.overridable_config_cli(rows, description=__doc__, args=list(words))
+    try:
+        check(c)
+        if c.dry_run:
+            labeled = SVHN_PICTURES - c.validation if c.data == "svhn" else IMAGENET_PICTURES - c.validation
+            if c.labels_per_class is not None and c.unlabeled is None:
+                labeled = 1_000 * c.labels_per_class
+            print(plan_of(c, labeled))
+            return 0
+        with joined(c.mesh, device_of(c.device)) as processes:
+            result = train(c, processes)
+            if processes.first:
+                print(json.dumps(result, indent=1))
+    except MetaplError as error:
+        print(f"noisy_student_imagenet.py: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    rows = {name: (", ".join(dict.fromkeys(c.networks)), c) for name, c in ROWS.items()}
-    print(json.dumps(train(tyro.extras.overridable_config_cli(rows, description=__doc__)), indent=1))
+    sys.exit(main(sys.argv[1:]))

@@ -4,17 +4,22 @@
 a frozen dataclass; a function here says by the type of its argument ``c`` which of these settings it reads.
 """
 
+import gzip
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import datasets
 
+from metapl.apps.label import called
+from metapl.apps.labels import LabelStore
 from metapl.apps.networks import Architecture, Normalized, create
 from metapl.apps.pictures import (
     CIFAR_OPERATIONS,
@@ -25,13 +30,16 @@ from metapl.apps.pictures import (
     MemoryImages,
     RandAugment,
     ResizedCrop,
+    UnlabeledBatches,
     View,
     Weak,
+    scan_unlabeled,
 )
 from metapl.apps.pictures.batches import Images
 from metapl.apps.pictures.input import Input, NetworkCard
 from metapl.apps.run import save
 from metapl.data import draws
+from metapl.errors import MetaplError
 from metapl.metrics import Evaluation
 
 # The streams of the two draws of a split. They keep these draws apart from every other use of a seed.
@@ -47,7 +55,7 @@ class SetSettings(Protocol):
     """Which set is read, from where, and how large the pictures of files become."""
 
     @property
-    def data(self) -> str: ...  # "cifar10", "svhn" or "imagenet"
+    def data(self) -> str: ...  # "cifar10", "svhn", "fashion" or "imagenet"
 
     @property
     def root(self) -> str: ...  # the folder, as torchvision calls it
@@ -125,6 +133,8 @@ def load_pictures(c: SetSettings) -> PictureSet:
         return load_imagenet(c.root, c.image_size)
     if c.data == "svhn":
         return load_svhn(c.root)
+    if c.data == "fashion":
+        return load_fashion(c.root)
     return load_cifar10(c.root)
 
 
@@ -143,6 +153,30 @@ def load_svhn(root: str) -> PictureSet:
     train_labels = torch.cat([core_labels, extra_labels])
     classes = list("0123456789")
     return PictureSet(train, train_labels, MemoryImages(test), test_labels, classes, labelable=len(core_labels))
+
+
+def load_fashion(root: str) -> PictureSet:
+    """Read Fashion-MNIST from the four files of Debian's package dataset-fashion-mnist, whose folder is ``root``.
+
+    Its pictures are grey and of 28 x 28 pixels; each is repeated in three channels, which takes no memory, so that the
+    networks of the other sets see it.
+    """
+
+    def content(name: str, offset: int) -> np.ndarray:
+        file = Path(root) / f"{name}-ubyte.gz"
+        if not file.exists():
+            raise MetaplError(f"there is no {file}; expected the folder of Fashion-MNIST's four .gz files as --root.")
+        return np.frombuffer(gzip.decompress(file.read_bytes()), dtype=np.uint8, offset=offset)
+
+    pictures = []
+    labels = []
+    for part in ("train", "t10k"):
+        # Before the bytes stand four big-endian numbers, and two of them where each byte is a label.
+        grey = torch.from_numpy(content(f"{part}-images-idx3", offset=16).reshape(-1, 1, 28, 28).copy())
+        pictures.append(MemoryImages(grey.expand(-1, 3, -1, -1)))
+        labels.append(torch.from_numpy(content(f"{part}-labels-idx1", offset=8).copy()).long())
+    classes = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+    return PictureSet(pictures[0], labels[0], pictures[1], labels[1], classes, labelable=len(labels[0]))
 
 
 def load_imagenet(root: str, image_size: int) -> PictureSet:
@@ -189,15 +223,54 @@ def split_labels(
     return {"labeled": labeled, "unlabeled": is_free.nonzero()[:, 0], "validation": held_out}
 
 
-def views_of(c: ViewSettings) -> tuple[View, View, ResizedCrop | None]:
-    """Return what the teacher sees, what the student sees, and the box that is cut out of a file before either."""
-    operations = SVHN_OPERATIONS if c.data == "svhn" else CIFAR_OPERATIONS
-    changed = RandAugment(2, c.magnitude, operations=operations, translate=c.translate, cutout=c.cutout)
+def views_of(
+    c: ViewSettings, *, operations: Literal["cifar10", "svhn"] | None = None
+) -> tuple[View, View, ResizedCrop | None]:
+    """Return what the teacher sees, what the student sees, and the box that is cut out of a file before either.
+
+    ``operations`` says whose list RandAugment draws from; None: that of the data, CIFAR-10's where it has none. With
+    SVHN's, pictures are not mirrored.
+    """
+    has_digits = (operations or c.data) == "svhn"
+    drawn_from = SVHN_OPERATIONS if has_digits else CIFAR_OPERATIONS
+    changed = RandAugment(2, c.magnitude, operations=drawn_from, translate=c.translate, cutout=c.cutout)
     if c.data == "imagenet":
         return Identity(), Chain((Identity(), changed)), ResizedCrop(c.image_size, flip=True)
     # The strong view is moved once more after RandAugment, as the authors' code does.
-    weak = Weak(4, flip=c.data != "svhn")
+    weak = Weak(4, flip=not has_digits)
     return weak, Chain((weak, changed, weak)), None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StoredBatches(UnlabeledBatches):
+    """Batches (x, stored) of pictures, whose distributions are read from a store as they are needed.
+
+    Args:
+        rows: (n,) int64, where in the store each picture's distribution is.
+    """
+
+    rows: Tensor
+    store: LabelStore
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        return {"rows": self.rows}
+
+    def fetch(self, step: int) -> tuple[Tensor, ...]:
+        *pictures, rows = super().fetch(step)
+        return (*pictures, self.store.at(rows))
+
+
+def stored_pictures(folder: str, store: LabelStore, image_size: int) -> tuple[FileImages, Tensor]:
+    """Return the pictures of a folder that a store has labels of, and where in it these are, (n,) int64."""
+    files = scan_unlabeled(folder)
+    rows = torch.from_numpy(np.asarray(store.find(called(store, files.root, files.names))))
+    if not (rows >= 0).any():
+        raise MetaplError(
+            f"the store {store.folder} has labels of no picture below {folder}; expected `metapl label`'s."
+        )
+    pictures = FileImages(files.paths(), size=(image_size, image_size), center=224 / 256)
+    return pictures.select((rows >= 0).nonzero()[:, 0]), rows[rows >= 0]
 
 
 def build_network(c: NetworkSettings, classes: int, dropout: float, name: str) -> nn.Module:

@@ -1,6 +1,7 @@
 """What a training takes on many ranks, without any of them: the memory of a rank, operations, bytes on the wire, hours.
 
     python examples/plan.py                                    # two EfficientNet-L2 on 2,048 ranks
+    python examples/plan.py imagenet-b7-reduced                # another row of protocols.py, with its mesh
     python examples/plan.py --network resnet50 --size 224 --replicate 1 --shard 8 --labeled 64 --unlabeled 448
 
 ``rehearse`` takes one step of any trainer, by the code that trains: networks, optimizers and batches are tensors
@@ -11,11 +12,13 @@ pieces, batches that are read ahead, evaluation, torch.compile.
 
 import argparse
 import copy
+import dataclasses
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, get_args
 from unittest.mock import patch
 
 import torch
@@ -31,9 +34,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import metapl
 from metapl.ablation.cost import FORMULAS
-from metapl.apps.networks import create, parameter_groups
 from metapl.distributed import Mesh, shard
 from metapl.execution import checks
+from metapl.execution.batch_norm import share_batch_norms
 from metapl.execution.layout import Layout
 from metapl.execution.local import Pass
 from metapl.execution.ranks import Ranks
@@ -43,7 +46,7 @@ from metapl.feedback import keeping
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.feedback.teacher import Teaching
-from metapl.problems.losses import UDA, CrossEntropy
+from metapl.models import label_adjuster
 from metapl.training import trainer as trainers
 from metapl.training.loss_trainer import LossTrainer
 
@@ -52,6 +55,7 @@ from metapl.training.loss_trainer import LossTrainer
 PHASES = ("student step", "labeled gradient", "feedback", "teacher step", "update")
 # What tensors are for. Activations are everything that no name was given to: gathered weights and batches too.
 NAMES = ("weights", "gradients", "optimizer", "for feedback", "activations")
+CLASSES = 1_000  # of ImageNet
 COUNTED = FlopCounterMode(display=False, custom_mapping=FORMULAS).flop_registry  # operations, by operator
 
 
@@ -69,6 +73,7 @@ def rehearse(
     batches: Callable[[], tuple],
     mesh: Mesh | None = None,
     averaged: bool = False,
+    batch_norm_ranks: int = 1,
 ) -> Rehearsal:
     """What a step of training holds, computes and sends as rank 0 of a mesh; nothing is computed.
 
@@ -77,6 +82,7 @@ def rehearse(
         train: makes the trainer, with its optimizers, from the networks as they are laid out over the mesh.
         batches: makes what ``trainer.step`` is given, this rank's rows, by calls such as ``torch.empty``.
         averaged: with a moving average of the last network's weights.
+        batch_norm_ranks: how many ranks share the statistics of batch norms, as for :func:`metapl.distributed.shard`.
     """
     mesh, networks, held = mesh or Mesh(), copy.deepcopy(list(networks)), Held()
     with stage(mesh):
@@ -84,7 +90,9 @@ def rehearse(
             with unset_fake_temporarily():  # the meta device cuts a weight into many parts much faster
                 if mesh.shard > 1:
                     vars(mesh)["_meshes"]["meta"] = vars(mesh)["_meshes"]["cpu"]
-                    network = shard(network, mesh)
+                    network = shard(network, mesh, batch_norm_ranks=batch_norm_ranks)
+                elif batch_norm_ranks > 1:
+                    share_batch_norms(network, mesh.batch_norm_group(batch_norm_ranks))
             network = network.to_empty(device="cpu")
             networks[number] = Replicated(network) if mesh.size > mesh.shard == 1 else network
         with unset_fake_temporarily():
@@ -260,43 +268,81 @@ class Held(TorchDispatchMode):
 
 
 def main() -> None:
-    """Meta Pseudo Labels on pictures, by default the largest experiment of the paper: EfficientNet-L2
-    twice, 512 pixels, 2,048 labeled and 16,384 unlabeled pictures, a million steps; losses of the authors' code."""
+    """Plan a row of protocols.py, by default the largest experiment of Meta Pseudo Labels: EfficientNet-L2 twice, 512
+    pixels, 2,048 labeled and 16,384 unlabeled pictures, a million steps."""
+    # Not above, for who takes rehearse alone does not need the protocols beside it.
+    from protocols import ROWS, Feedback, build_network, trainer_of
+
+    names = [name for name, row in ROWS.items() if row.values["data"] == "imagenet"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags = {"network": "efficientnet_l2", "mode": "forward", "size": 512, "labeled": 2_048, "unlabeled": 16_384}
-    flags |= {"steps": 1_000_000, "replicate": 16, "shard": 128, "flops-per-second": 2e14}  # the last of a rank
-    for name, default in flags.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
+    parser.add_argument("row", nargs="?", choices=names, default="imagenet-l2")
+    instead = {"network": str, "size": int, "labeled": int, "unlabeled": int, "steps": int}
+    instead |= {"replicate": int, "shard": int, "batch-norm-ranks": int}
+    for name, kind in instead.items():
+        parser.add_argument(f"--{name}", type=kind, help="instead of the row's")
+    parser.add_argument("--feedback", choices=get_args(Feedback), help="instead of the row's")
+    parser.add_argument("--flops-per-second", type=float, default=2e14, help="of a rank")
     given = parser.parse_args()
-    mesh = Mesh(replicate=given.replicate, shard=given.shard)
-    labeled, unlabeled = given.labeled // mesh.shares, given.unlabeled // mesh.shares
-    noise = {"dropout": 0.5, "stochastic_depth": 0.2} if given.network.startswith("efficientnet") else {}
+    row = ROWS[given.row].settings()
+    mesh = Mesh(replicate=given.replicate or row.mesh.replicate, shard=given.shard or row.mesh.shard)
+    c = dataclasses.replace(
+        row,
+        mesh=mesh,
+        network=given.network or row.network,
+        image_size=given.size or row.image_size,
+        labeled_batch=given.labeled or row.labeled_batch,
+        unlabeled_batch=given.unlabeled or row.unlabeled_batch,
+        steps=given.steps or row.steps,
+        feedback=given.feedback or row.feedback,
+        precision="bfloat16",
+        device="cpu",
+        channels_last=False,
+    )
+    if not c.network.startswith("efficientnet"):
+        c = dataclasses.replace(c, stochastic_depth=0.0)
+    for name, size in (("labeled", c.labeled_batch), ("unlabeled", c.unlabeled_batch)):
+        if size % mesh.shares:
+            parser.error(f"{size:,} {name} pictures do not fall into {mesh.shares:,} equal shares")
+    labeled = c.labeled_batch // mesh.shares
+    unlabeled = c.unlabeled_batch // mesh.shares
+    batch_norm_ranks = given.batch_norm_ranks or min(row.batch_norm_ranks or mesh.shares, mesh.shares)
+    if mesh.shares % batch_norm_ranks:
+        parser.error(f"--batch-norm-ranks {batch_norm_ranks}: expected a divisor of {mesh.shares:,} shares")
+    is_reduced = c.method == "reduced_mpl"
     with torch.device("meta"):
-        networks = [create(given.network, 1000, image_size=given.size, **noise) for _ in range(2)]
-
-    def optimizer(network: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameter_groups(network, 1e-4), lr=1.6, momentum=0.9, nesterov=True)
-
-    def train(teacher: nn.Module, student: nn.Module) -> metapl.BilevelTrainer:
-        losses = (CrossEntropy(0.1), UDA(weight=20.0, temperature=0.5, threshold=0.6, ramp=50_000))
-        options = {"problem": metapl.PseudoLabels(label_smoothing=0.1), "teacher_losses": losses, "clip_norm": 5.0}
-        options |= {"inner_optimizer": optimizer(student), "outer_optimizer": optimizer(teacher)}
-        return metapl.BilevelTrainer(teacher, student, given.mode, precision="bfloat16", **options)
+        on_meta = dataclasses.replace(c, device="meta")
+        student = build_network(on_meta, CLASSES, c.dropout, c.network)
+        if is_reduced:
+            teacher: nn.Module = label_adjuster(CLASSES)
+        else:
+            teacher = build_network(on_meta, CLASSES, c.teacher_dropout, c.network)
 
     def batches() -> tuple:
-        pictures = [torch.empty(rows, 3, given.size, given.size) for rows in (labeled, unlabeled, unlabeled)]
-        return (pictures[0], torch.empty(labeled, dtype=torch.int64)), (pictures[1], pictures[2])
+        views = [torch.empty(rows, 3, c.image_size, c.image_size) for rows in (labeled, unlabeled, unlabeled)]
+        second = torch.empty(unlabeled, CLASSES) if is_reduced else views[2]
+        return (views[0], torch.empty(labeled, dtype=torch.int64)), (views[1], second)
 
-    step = rehearse(networks, train, batches, mesh, averaged=True)
-    weights, hours = sum(p.numel() for p in networks[1].parameters()), step.flops / given.flops_per_second / 3600
-    print(f"{given.network} twice, {weights:,} weights each, mode {given.mode}, on {mesh.size:,} ranks")
-    print(f"{labeled} labeled and {unlabeled} unlabeled pictures of {given.size} pixels for a rank\n")
+    step = rehearse(
+        [teacher, student],
+        partial(trainer_of, c),
+        batches,
+        mesh,
+        averaged=True,
+        batch_norm_ranks=batch_norm_ranks,
+    )
+    weights = sum(p.numel() for p in student.parameters())
+    hours = c.steps * step.flops / given.flops_per_second / 3600
+    twice = "on stored labels" if is_reduced else "twice"
+    print(f"{c.network} {twice}, {weights:,} weights, feedback {c.feedback}, on {mesh.size:,} ranks")
+    print(f"{labeled:,} labeled and {unlabeled:,} unlabeled pictures of {c.image_size} pixels for a rank")
+    seen = f"{labeled * batch_norm_ranks:,} labeled and {unlabeled * batch_norm_ranks:,} unlabeled pictures"
+    print(f"a statistic of a batch norm sees {seen}, of {batch_norm_ranks:,} ranks\n")
     print(f"{'MB of a rank':17}{''.join(f'{name:>13}' for name in (*NAMES, 'sum'))}")
     for phase, held in step.phases.items():
         row = [*(held.get(name, 0) for name in NAMES), sum(held.values())]
         print(f"{phase:17}{''.join(f'{size / 1e6:13,.1f}' for size in row)}")
     print(f"\nA rank computes {step.flops / 1e12:.3g} TFLOP a step and sends {step.sent / 1e9:.3g} GB.")
-    print(f"{given.steps:,} steps take {given.steps * hours:.3g} hours.")
+    print(f"{c.steps:,} steps take {hours:.3g} hours.")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 from metapl import feedback, models, problems
 from metapl.errors import MetaplError
 from metapl.feedback import MODES
-from metapl.feedback.hypergradient import Hypergradient, hypergradient
+from metapl.feedback.hypergradient import Hypergradient
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.report import StepReport
 from metapl.problems import BilevelProblem, PseudoLabels, Signal
 from metapl.problems.losses import UDA, CrossEntropy
 from metapl.training import StopFit
+from metapl.training.hypergradient import hypergradient
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
 from metapl.training.verification import check_gradient

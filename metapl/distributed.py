@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metapl.errors import MetaplError, few
+from metapl.execution.batch_norm import share_batch_norms
 from metapl.execution.shards import is_sharded, local
 from metapl.execution.state import named_parts
 from metapl.runs.fields import Range, check_arguments, check_fields
@@ -70,6 +71,18 @@ class Mesh:
         """The number of this process's share."""
         return dist.get_rank() // self.tensor
 
+    def batch_norm_group(self, shares: int) -> dist.ProcessGroup:
+        """The processes that share the statistics of batch norms with this one: those of so many shares of a batch that
+        follow one another; built once."""
+        built: dict[int, dist.ProcessGroup] = self.__dict__.setdefault("_batch_norm_groups", {})
+        if shares not in built:
+            by_share_and_copy = torch.arange(self.size).view(-1, shares, self.tensor)
+            ranks_of_groups = by_share_and_copy.transpose(1, 2).flatten(0, 1).tolist()
+            group, _ = dist.new_subgroups_by_enumeration(ranks_of_groups)
+            assert isinstance(group, dist.ProcessGroup), "every process is in a group"
+            built[shares] = group
+        return built[shares]
+
     def devices(self, kind: str) -> Any:
         """The mesh of the devices of all processes, ``"cpu"`` or ``"cuda"``, whose dimensions are named as the fields
         here; built once, for every mesh has process groups of its own."""
@@ -90,6 +103,7 @@ def shard(
     precision: Literal["float32", "bfloat16"] = "float32",
     checkpoint: bool = False,
     plan: Plan | None = None,
+    batch_norm_ranks: Count = 1,
 ) -> nn.Module:
     """Lay a network out over a mesh, for :class:`metapl.BilevelTrainer`: what a user of PyTorch would do by hand.
 
@@ -108,6 +122,10 @@ def shard(
         plan: with ``mesh.tensor`` above 1, how the products of layers are shared, by their names, as
             ``parallelize_module`` takes it: ``{"0": ColwiseParallel(), "2": RowwiseParallel()}``. Dropout between two
             such layers drops alike in all processes.
+        batch_norm_ranks: how many shares of a batch the statistics of a batch norm are of, in every pass that takes
+            them from the batch; those that follow one another belong together. 1: each share has its own. With
+            ``mesh.shares``, several processes compute what one computes. The batch norms of the module are replaced by
+            ones with the same weights and names.
 
     A teacher that has nothing to cut goes beside a student that is cut by ``mesh.tensor`` as
     ``shard(teacher, Mesh(replicate=mesh.size))``.
@@ -127,6 +145,12 @@ def shard(
         "the module has no parameters, or is sharded already; expected a network on one device.": not whole,
         "checkpoint=True would count each batch twice in batch norms; expected none.": checkpoint and bool(norms),
         f"mesh.tensor is {mesh.tensor}; expected plan= where it is above 1.": (mesh.tensor > 1) != (plan is not None),
+        f"batch_norm_ranks={batch_norm_ranks}: expected a divisor of the {mesh.shares} shares of a batch.": (
+            mesh.shares % batch_norm_ranks != 0
+        ),
+        "batch_norm_ranks above 1 was given, and the network is a batch norm; expected one around it.": (
+            batch_norm_ranks > 1 and isinstance(module, _BatchNorm)
+        ),
         f"plan names {few(unknown)}, and the network has no such layer.": bool(unknown),
         "blocks share a weight with others; expected all places of their weights.": mesh.shard > 1 and tied,
         f"{mesh} is not of the {world} processes here; expected torchrun --nproc-per-node.": world != mesh.size,
@@ -135,6 +159,11 @@ def shard(
         if wrong:
             raise MetaplError(text)
     kind = next(module.parameters()).device.type
+    if batch_norm_ranks > 1 and norms:
+        share_batch_norms(module, mesh.batch_norm_group(batch_norm_ranks))
+        # The batch norms are other modules now, and a block may be one of them.
+        norms = [part for _, part in named_parts(module) if isinstance(part, _BatchNorm)]
+        chosen = _untied(module, blocks_of(module)) if blocks is None else list(blocks(module))
     if checkpoint:
         from torch.distributed._composable.checkpoint_activation import checkpoint as checkpointed
 

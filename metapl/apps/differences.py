@@ -166,7 +166,8 @@ def differences(first: Judged, second: Judged, classes: Sequence[str]) -> Differ
         raise MetaplError("the two networks have read no picture in common; expected the same pictures for both.")
     first_probabilities = first.logits.double().softmax(dim=1)
     second_probabilities = second.logits.double().softmax(dim=1)
-    both = neither = 0
+    both = 0
+    neither = 0
     alone: dict[bool, list[Example]] = {True: [], False: []}
     for name, (number, place) in rows.items():
         truth = int(first.labels[number])
@@ -194,7 +195,7 @@ def differences(first: Judged, second: Judged, classes: Sequence[str]) -> Differ
     return Differences(len(rows), both, neither, first_alone=alone[True], second_alone=alone[False])
 
 
-def sheet(found: Differences, on: HeldOut, first: str, second: str) -> bytes:
+def sheet(compared: Differences, on: HeldOut, first: str, second: str) -> bytes:
     """Draw the examples that one network alone is right on, those with the greatest margin first, as PNG.
 
     Below each stands its class and what either network takes it for. ``on`` reads the pictures once more.
@@ -202,8 +203,10 @@ def sheet(found: Differences, on: HeldOut, first: str, second: str) -> bytes:
     from matplotlib.figure import Figure
 
     groups = {
-        f"{short(first)} alone is right: {len(found.first_alone):,} of {found.n:,}": found.first_alone[:SHOWN],
-        f"{short(second)} alone is right: {len(found.second_alone):,} of {found.n:,}": found.second_alone[:SHOWN],
+        f"{short(first)} alone is right: {len(compared.first_alone):,} of {compared.n:,}": compared.first_alone[:SHOWN],
+        f"{short(second)} alone is right: {len(compared.second_alone):,} of {compared.n:,}": compared.second_alone[
+            :SHOWN
+        ],
     }
     wanted = {example.number for examples in groups.values() for example in examples}
     pictures: dict[int, Tensor] = {}

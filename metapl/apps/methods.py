@@ -101,6 +101,8 @@ class Training:
     # Stored class distributions of the unlabeled examples and perhaps the labeled ones, by a network, or by what a
     # method's settings name.
     label: Callable[[nn.Module | None], dict[str, Tensor]]
+    # Lays a network out over the processes that train together, as both networks above are.
+    lay_out: Callable[[nn.Module], nn.Module] = lambda network: network
     folder: Any = None  # that of the run, for what stores more; where a step is timed there is none
     progress: bool = False
     say: Say = lambda text: None
@@ -484,7 +486,7 @@ class ReducedMpl(Method):
         assert isinstance(labeled, LabeledBatches)
         assert isinstance(unlabeled, UnlabeledBatches)
         torch.manual_seed(t.config.fitting.seed)  # whatever was drawn for the labels
-        adjuster = label_adjuster(len(t.data.classes)).to(t.place)
+        adjuster = t.lay_out(label_adjuster(len(t.data.classes)).to(t.place))
         own: tuple[problems.StoredCrossEntropy, ...] = ()
         if "labeled" in stored:
             own = (problems.StoredCrossEntropy(self.uda.label_smoothing),)

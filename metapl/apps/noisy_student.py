@@ -64,8 +64,8 @@ THRESHOLD = 0.3
 # dropping the last block.
 DROPOUT, STOCHASTIC_DEPTH = 0.5, 0.2
 
-# How many examples of each kind the losses with and without noise are measured on, in whole batches.
-MEASURED_ON = 256
+# How many examples of each kind the losses with and without noise are measured on, and how many in a pass.
+MEASURED_ON, MEASURED_AT_ONCE = 128, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +181,8 @@ class PicturesOfRounds(Pictures):
 
     def noise(self, architecture: Architecture) -> tuple[float, float]:
         is_whole = self.backbone == "none" or self.tuning == "all"
-        dropout, stochastic_depth = self.dropout, self.stochastic_depth
+        dropout = self.dropout
+        stochastic_depth = self.stochastic_depth
         if dropout is None:
             dropout = DROPOUT if is_whole else 0.0
         if stochastic_depth is None:
@@ -210,8 +211,10 @@ class Rounds:
     """
 
     def __init__(self, settings: NoisyStudent, training: Training) -> None:
-        self.settings, self.training = settings, training
-        self.config, self.data = training.config, training.data
+        self.settings = settings
+        self.training = training
+        self.config = training.config
+        self.data = training.data
         self.seed: int = self.config.fitting.seed
         self.configs = configs_of(self.config, settings)
         self.noisy = noisy_view(self.data)
@@ -224,7 +227,7 @@ class Rounds:
         self.records: list[dict[str, Any]] = []
         # What was selected once, and which round's labels, or whose store, it was selected by.
         self.selection: Selected | None = None
-        self.labels_before: LabelStore | None = None
+        self.labels_of_last: LabelStore | None = None
 
     # -- the phases
 
@@ -244,14 +247,16 @@ class Rounds:
 
     def train_student(self, number: int) -> None:
         """One round: the last network labels, and a new one learns from its labels and from the labeled examples."""
-        settings, config = self.settings, self.configs[number]
+        settings = self.settings
+        config = self.configs[number]
         chosen, record = self.choose(number)
         pairs = self.pairs(number, chosen)
         # Whatever was drawn before, so that a resumed run draws the same.
         torch.manual_seed(self.seed_of(number))
         network = config.network().to(self.training.place)
         begin_as(self.training.student, network)
-        steps, rate = self.usual_steps, 1.0
+        steps = self.usual_steps
+        rate = 1.0
         if settings.warm_start:
             network.load_state_dict(weights_of(self.teacher))
             steps = settings.warm_steps or self.usual_steps
@@ -279,7 +284,8 @@ class Rounds:
                 seed=fold_in(source.seed, number),
             )
             self.trainer, self.result = self.finetune(config, network, drawn, phase=f"round-{number}{FINETUNED}")
-        self.teacher_of_last, self.teacher = self.teacher, network
+        self.teacher_of_last = self.teacher
+        self.teacher = network
         self.reached = self.measure(network)
         if self.training.folder is not None:
             record["parameters"] = sum(p.numel() for p in network.parameters())
@@ -328,8 +334,8 @@ class Rounds:
         self, config: Any, network: nn.Module, labeled: Any, *, phase: str, **options: Any
     ) -> tuple[LossTrainer, FitResult]:
         trainer = LossTrainer(network, optimizer=config.finetuner(network), **self.training.options)
-        whole = {**config.finetuning(), "schedule": "cosine", **options}
-        return trainer, self.training.fit(trainer, labeled, None, phase=phase, **whole)
+        fit_options = {**config.finetuning(), "schedule": "cosine", **options}
+        return trainer, self.training.fit(trainer, labeled, None, phase=phase, **fit_options)
 
     # -- what a phase draws from, and how long it is
 
@@ -359,7 +365,8 @@ class Rounds:
 
     def pairs(self, number: int, chosen: Chosen) -> PseudoLabeledBatches:
         """Batches of the chosen examples with their labels, with the noise that unlabeled examples get."""
-        source, noise = self.data.unlabeled, self.settings.unlabeled_noise
+        source = self.data.unlabeled
+        noise = self.settings.unlabeled_noise
         view: View = Identity()
         if noise == "all":
             view = self.noisy
@@ -382,13 +389,13 @@ class Rounds:
 
     def measure(self, network: nn.Module) -> dict[str, Any]:
         """The weights of the network of a round, and what it reaches; nothing is measured where a step is timed."""
-        found: dict[str, Any] = {"weights_fingerprint": int(digest(weights_of(network)))}
+        reached: dict[str, Any] = {"weights_fingerprint": int(digest(weights_of(network)))}
         if self.training.folder is not None:
             parts = {"validation_accuracy": self.data.validation, "test_accuracy": self.data.test}
             for name, part in parts.items():
                 if part is not None:
-                    found[name] = evaluated(network, part).accuracy
-        return found
+                    reached[name] = evaluated(network, part).accuracy
+        return reached
 
     # -- labels and selections
 
@@ -416,8 +423,8 @@ class Rounds:
             share=self.settings.share,
             seed=self.seed,
         )
-        kept = LabelStore(place)
-        counted = statistics(kept)
+        selected_labels = LabelStore(place)
+        counted = statistics(selected_labels)
         if threshold != self.settings.threshold:
             asked = f"{self.settings.threshold:g}"
             self.training.say(f"note: of no example is that network more confident than {asked}; all are kept")
@@ -425,8 +432,8 @@ class Rounds:
             without = f"no unlabeled example is kept: {few(selection.missing)}"
             self.training.say(f"note: of these classes {without}; a lower --threshold keeps more")
         selected = Selected(
-            positions=kept.column("id"),
-            copies=kept.column("copies"),
+            positions=selected_labels.column("id"),
+            copies=selected_labels.column("copies"),
             rows=selection.rows,
             unsure=selection.unsure,
             threshold=threshold,
@@ -442,8 +449,9 @@ class Rounds:
             copies_per_class=counted.class_copies,
             copies=selection.copies,
         )
-        rows = torch.from_numpy(kept.rows_with_copies())
-        return Chosen(torch.from_numpy(kept.column("id"))[rows], rows, kept.at), record
+        rows = torch.from_numpy(selected_labels.rows_with_copies())
+        positions = torch.from_numpy(selected_labels.column("id"))[rows]
+        return Chosen(positions, rows, selected_labels.at), record
 
     def relabel(self, number: int, selected: Selected) -> tuple[Chosen, dict[str, Any]]:
         """Let the last network label the examples that were selected before it, each as often as it counted then."""
@@ -451,7 +459,8 @@ class Rounds:
         positions = labels.column("id")
         # A file that became unreadable has no label; the others are in the order of the selection.
         copies = selected.copies[np.searchsorted(selected.positions, positions)]
-        label, classes = labels.column("label"), len(labels.classes)
+        label = labels.column("label")
+        classes = len(labels.classes)
         record = self.record(
             number,
             labels,
@@ -494,24 +503,25 @@ class Rounds:
         copies: int,
     ) -> dict[str, Any]:
         """What result.json says of a round's labels, which is said in a line too."""
-        classes, folder = self.data.classes, self.training.folder
+        classes = self.data.classes
+        folder = self.training.folder
         changed_labels = None
-        if self.labels_before is not None:
+        if self.labels_of_last is not None:
             # A file that became unreadable is in one store alone.
-            before, after = self.labels_before, labels
-            _, rows_before, rows_after = np.intersect1d(
-                before.column("id"), after.column("id"), assume_unique=True, return_indices=True
+            last = self.labels_of_last
+            _, rows_of_last, rows = np.intersect1d(
+                last.column("id"), labels.column("id"), assume_unique=True, return_indices=True
             )
-            is_changed = before.column("label")[rows_before] != after.column("label")[rows_after]
+            is_changed = last.column("label")[rows_of_last] != labels.column("label")[rows]
             changed_labels = int(is_changed.sum())
-        self.labels_before = labels
-        kept = int(sum(kept_per_class))
+        self.labels_of_last = labels
+        kept_pictures = int(sum(kept_per_class))
         tested = ""
         if self.data.test is not None:
             tested = f", whose test accuracy is {self.reached['test_accuracy']:.1%}"
-        with_copies = f", {copies:,} with copies" if copies != kept else ""
+        with_copies = f", {copies:,} with copies" if copies != kept_pictures else ""
         self.training.say(
-            f"round {number}: {kept:,} of {selected.rows:,} unlabeled examples are learned from"
+            f"round {number}: {kept_pictures:,} of {selected.rows:,} unlabeled examples are learned from"
             f"{with_copies}, by labels of the network of round {number - 1}{tested}"
         )
         return {
@@ -523,7 +533,7 @@ class Rounds:
             "threshold": selected.threshold,
             "unlabeled": selected.rows,
             "unsure": selected.unsure,
-            "kept": kept,
+            "kept": kept_pictures,
             "copies": copies,
             "labeled_per_class": dict(zip(classes, statistics(labels).class_copies, strict=True)),
             "kept_per_class": dict(zip(classes, kept_per_class, strict=True)),
@@ -614,7 +624,8 @@ def check_selection(config: Any, settings: NoisyStudent) -> None:
         raise MetaplError(f"{flag}: expected each or once; a store names pictures in folders, and digits have none.")
     if not (folder / "store.json").is_file():
         raise MetaplError(f"{flag}: expected each, once, or the folder of a store that metapl labels select wrote.")
-    store, classes = LabelStore(folder), scan_labeled(config.labeled).classes
+    store = LabelStore(folder)
+    classes = scan_labeled(config.labeled).classes
     if "selected" not in store.provenance:
         raise MetaplError(f"{flag}: nothing was selected in it; expected what metapl labels select wrote of it.")
     if store.classes != classes:
@@ -713,13 +724,20 @@ class LossesApart:
 
     The paper reads its ablation of noise by these: without noise the loss on labeled pictures falls much, and that on
     unlabeled ones less. All are cross-entropies of the weights that are trained, by the running statistics of norms,
-    over the same examples at each look; noise is what the views and the network add. Cost: four passes over 256
+    over the same examples at each look; noise is what the views and the network add. Cost: four passes over 128
     examples of each kind, at every ``every``-th step and at the last.
     """
 
     def __init__(self, labeled: Any, pairs: Any, loss: NoisyStudentLoss, *, every: int, steps: int) -> None:
-        self.every, self.steps = every, steps
-        self.hard, self.model_noise = loss.hard, loss.model_noise
+        self.every = every
+        self.steps = steps
+        self.hard = loss.hard
+        self.model_noise = loss.model_noise
+        # The batches of a training may be too large for one pass of one process.
+        labeled, pairs = (
+            dataclasses.replace(source, sampler=dataclasses.replace(source.sampler, batch_size=MEASURED_AT_ONCE))
+            for source in (labeled, pairs)
+        )
         self.sources = {"labeled": labeled, "unlabeled": pairs}
         self.clean = {
             "labeled": dataclasses.replace(labeled, view=Identity(), crop=None),
@@ -730,21 +748,22 @@ class LossesApart:
         if step % self.every and step != self.steps:
             return {}
         network: nn.Module = trainer.student
-        found: dict[str, float] = {}
+        losses: dict[str, float] = {}
         with eval_mode(network):
             for name, source in self.sources.items():
                 has_model_noise = name == "labeled" or self.model_noise
                 with with_model_noise(network, on=has_model_noise):
-                    found[f"{name}_loss_with_noise"] = self.loss(network, source)
-                found[f"{name}_loss_without_noise"] = self.loss(network, self.clean[name])
-        return found
+                    losses[f"{name}_loss_with_noise"] = self.loss(network, source)
+                losses[f"{name}_loss_without_noise"] = self.loss(network, self.clean[name])
+        return losses
 
     @torch.no_grad()
     def loss(self, network: nn.Module, source: Any) -> float:
         """The mean cross-entropy over the first examples of a source."""
         device = next(network.parameters()).device
-        total, count = 0.0, 0
-        for step in range(-(-MEASURED_ON // source.batch_size)):
+        total = 0.0
+        count = 0
+        for step in range(MEASURED_ON // MEASURED_AT_ONCE):
             x, target = source[step]
             target = target.to(device)
             if self.hard and target.is_floating_point():
@@ -778,7 +797,8 @@ class Noised(nn.Module):
 
     def __init__(self, network: nn.Module, seed: int) -> None:
         super().__init__()
-        self.network, self.seed = network, seed
+        self.network = network
+        self.seed = seed
 
     def forward(self, x: Tensor) -> Tensor:
         content = hashlib.sha256(x.detach().cpu().contiguous().numpy().tobytes()).digest()

@@ -30,8 +30,9 @@ from metapl.execution.shards import load_whole
 from metapl.metrics import Evaluation, chance_level, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
 from metapl.training import FitResult, Say, Trainer
-from metapl.training.loop import FAR_BEHIND, Callback
+from metapl.training.loop import Callback
 from metapl.training.loss_trainer import LossTrainer
+from metapl.training.selection import FAR_BEHIND
 
 SELECTED_ON = 50  # the fewest validation examples to choose a student by: one standard error is 7 points then
 
@@ -129,7 +130,9 @@ def train(
         **own: Any,
     ) -> FitResult:
         shares = map(processes.share, (labeled, unlabeled))
-        looking = [*callbacks] if truth is None else [Truth(truth), *callbacks]
+        looking: list[Callback] = [*callbacks]
+        if truth is not None:
+            looking.insert(0, Truth(truth))
         try:
             return trainer.fit(*shares, phase=phase, callbacks=looking, **options | own)
         except (RuntimeError, ConnectionError, EOFError) as error:
@@ -141,6 +144,13 @@ def train(
                 f"a process that prepares batches died ({reason}): was there too little memory?"
             ) from error
 
+    def lay_out(network: nn.Module) -> nn.Module:
+        if processes.mesh.size == 1:
+            return network
+        network = shard(network, processes.mesh)
+        processes.seed(student, fitting.seed)
+        return network
+
     training = Training(
         config=config,
         data=data,
@@ -148,6 +158,7 @@ def train(
         student=student,
         fit=phase,
         label=lambda network: stored_labels(network, config, method, folder.path, data, say),
+        lay_out=lay_out,
         folder=folder.path,
         progress=progress,
         say=say,
@@ -277,9 +288,12 @@ def device(asked: str) -> torch.device:
 
 def check_shares(config: Any, method: Any, mesh: Mesh) -> None:
     """Refuse batches that do not fall into equal parts for the processes, and for --accumulate in each; and processes
-    where labels are stored, which one does."""
-    if mesh.size > 1 and isinstance(method, ReducedMpl):
-        raise MetaplError(f"--method {method.name} stores labels, in one process; leave --mesh out.")
+    that would have to store labels, which one does."""
+    if mesh.size > 1 and isinstance(method, ReducedMpl) and not method.stores:
+        raise MetaplError(
+            f"--method {method.name} in several processes reads labels that are stored: expected --labels STORE, which "
+            "`metapl label RUN PICTURES --out STORE` writes; or leave --mesh out."
+        )
     parts = mesh.shares * config.fitting.accumulate
     for name, size in flat(config).items():
         if name.endswith("_batch") and size % parts:

@@ -45,6 +45,10 @@ def transformed() -> bool:
 
 
 NO_GRADIENT = "has no gradient: its outputs are detached, or what they depend on is frozen."
+READS_OTHER_WEIGHTS = (
+    "reaches no weight in a module of the student: its forward reads layers from a plain list or dict, or tensors that "
+    "it has kept; expected nn.ModuleList or nn.ModuleDict, whose weights are read in each pass."
+)
 # What collects the checks that would have to wait for a device; None: the host waits.
 deferred: ContextVar[Fault | None] = ContextVar("deferred", default=None)
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.numerics import reduced_float32
 from metapl.execution.ranks import ALONE, Ranks
@@ -51,9 +52,10 @@ ROUNDINGS = 10.0
 
 CAUSES = (
     "random numbers of a generator of its own (or of Python's or NumPy's, where no pass of the first step drew from "
-    "these), state outside of buffers, torch.no_grad() or detach() on a part of the forward, a hook or an "
-    "autograd.Function that changes gradients, a loss that has kept weights of the student by itself, in the place of "
-    "`params` or student.parameters() (docs/contract.md; metapl.check_gradient says more)"
+    "these), state outside of buffers (register_buffer makes it part of what is rewound), torch.no_grad() or detach() "
+    "on a part of the forward, a hook or an autograd.Function that changes gradients, a loss that has kept weights of "
+    "the student by itself, in the place of `params` or student.parameters() (docs/contract.md; "
+    "metapl.check_gradient says more)"
 )
 
 
@@ -86,13 +88,33 @@ def same_outputs(
     )
 
 
+SLOPES_DIFFER = (
+    "the student's forward and backward passes are not of one function: the slopes of the inner loss by outputs and by "
+    f"its gradient differ, so the feedback would be wrong. Likely causes: {CAUSES}."
+)
+
+
+class SlopesDiffer(MetaplError):
+    """The inner loss has another derivative along w by the student's outputs and weights than by its gradient.
+
+    Its gradient then goes through something else that the forward has left, such as an auxiliary loss in an attribute,
+    or is none of the function that the forward computes. Double backward follows the first.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(SLOPES_DIFFER)
+
+
+def slopes_differ(
+    forward: Tensor, backward: Tensor, spread: Tensor, tolerance: float, rounding: Tensor | float
+) -> Tensor:
+    """Return whether two derivatives along w are not the same, as a tensor; NaN is not. See :func:`same_slopes`."""
+    return ~((forward - backward).abs() <= tolerance * (spread + backward.abs()) + rounding)
+
+
 def same_slopes(forward: Tensor, backward: Tensor, spread: Tensor, tolerance: float, rounding: Tensor | float) -> None:
     """Flag a derivative along w, ``forward`` ⟨∂ℓ/∂z, ż⟩ + ⟨∂ℓ/∂θ, w⟩, that is not ``backward``, ⟨g, w⟩.
 
     Their error is proportional to the ``spread``, the size of the terms of the two sums, and bounded by ``rounding``.
     """
-    checks.refuse(
-        ~((forward - backward).abs() <= tolerance * (spread + backward.abs()) + rounding),
-        "the student's forward and backward passes are not of one function: the slopes of the inner loss by outputs "
-        f"and by its gradient differ, so the feedback would be wrong. Likely causes: {CAUSES}.",
-    )
+    checks.refuse(slopes_differ(forward, backward, spread, tolerance, rounding), SLOPES_DIFFER)

@@ -154,6 +154,19 @@ class Layout:
                 part.mul_(scale.to(part.dtype))
 
 
+def wrapped(name: str, path: str, wrapper: str) -> str:
+    """Return why a network with a wrapper of torch at ``path`` is refused, and what to give instead."""
+    where = f" at {path!r}" if path else ""
+    given = f"the {name} has a {wrapper}{where}, in which no pass runs at other weights"
+    if wrapper == "DataParallel":
+        return (
+            f"{given}; expected the plain module inside, .module, or DistributedDataParallel around the whole network."
+        )
+    if wrapper == "ScriptModule":
+        return f"{given}; expected the module that it was made from, before torch.jit.script or torch.jit.trace."
+    return f"{given}; expected it around the whole network, or none."
+
+
 def layouts(
     teacher: nn.Module | None, student: nn.Module, *, differentiated: bool = True
 ) -> tuple[Layout | None, Layout, torch.device]:
@@ -173,12 +186,16 @@ def layouts(
         for prefix, part in named_parts(layout.network):
             for wrapper in _WRAPPERS & _of_torch(type(part)):
                 if not (layout.is_sharded and wrapper == "FSDPModule"):
-                    given = f"the {name} has a {wrapper} at {prefix[:-1]!r}, in which no pass runs at other weights"
-                    raise MetaplError(f"{given}; expected it around the whole network, or none.")
+                    raise MetaplError(wrapped(name, prefix[:-1], wrapper))
         for path, t in (*layout.network.named_parameters(), *layout.network.named_buffers()):
-            if nn.parameter.is_lazy(t) or t.is_inference():
-                why = "has no shape before a first batch" if nn.parameter.is_lazy(t) else "is of inference_mode()"
-                raise MetaplError(f"the {name}'s {path} {why}; expected one that a pass can be differentiated in.")
+            if nn.parameter.is_lazy(t):
+                raise MetaplError(
+                    f"the {name}'s {path} has no shape before a first batch; expected one that has: run it once on a "
+                    f"batch, {name}(x), before its optimizer is made."
+                )
+            if t.is_inference():
+                given = f"the {name}'s {path} is of inference_mode()"
+                raise MetaplError(f"{given}; expected one that a pass can be differentiated in.")
         if not trainable(layout.network):
             raise MetaplError(f"the {name} has no parameter with requires_grad=True; expected one that can learn.")
     device = next(of_student.network.parameters()).device

@@ -36,7 +36,7 @@ from metapl.execution.numerics import (
     sum_tree,
     wide,
 )
-from metapl.execution.state import RandomState, Slot, Slots, State, replay, stand_in, swapped
+from metapl.execution.state import RandomState, Slot, Slots, State, replay, replayed, stand_in, swapped
 
 NOTHING: AbstractContextManager[Any] = nullcontext()
 
@@ -76,6 +76,10 @@ class LocalStudent:
         self.offers = layout.offers
         # Set at a first step: the next graph of a gradient is searched for derivatives that PyTorch would leave out.
         self.inspects_graph = False
+        # Whether this step chooses the order of differentiation; and whether ż was none that its gradient knows of, so
+        # that gradients which are computed again are compared with the first ones.
+        self.chooses_order = False
+        self.compares_gradients = False
         self.double_backward, self.slots = double_backward, slots or Slots(layout.network)
         self.parameters: dict[str, nn.Parameter] = layout.parameters() if layout.is_sharded else self.slots.learned
         own = self.parameters.values()
@@ -110,9 +114,13 @@ class LocalStudent:
         rows: _AllRows | None = None
         # The backward pass belongs into the block: checkpoints run the student again in it.
         with NOTHING if gradient else no_fast_path(), self.at(at, start, state or self.slots):
+            # A loss that draws from Python's or NumPy's generators has the same draws in each of its passes.
+            is_watched = self.slots.draws_outside is None and start.is_whole
             for inputs, batch in batches:
                 outputs = self.forward(inputs)
                 value, weight = judge(outputs, batch)
+                if is_watched:
+                    self.slots.watch(start, self.slots.random_state(self.device))
                 if look is not None and gradient:
                     look(value, [*at.values()], partial(self._judged, judge, inputs, batch))
                 if whole is not None and not values and not isinstance(weight, Tensor):
@@ -132,6 +140,8 @@ class LocalStudent:
         if not gradient:
             return mean, {}
         if not any(gradients):
+            if outputs.requires_grad:
+                raise MetaplError(f"the outer loss {checks.READS_OTHER_WEIGHTS}")
             raise MetaplError("the outer loss has no gradient in the student; expected one of its undetached outputs.")
         v = gradients[0] if len(gradients) == 1 else mean_tree(gradients)
         if len(v) < len(at):
@@ -255,6 +265,8 @@ class Pass:
     def __init__(self, student: LocalStudent, params: Tree, inputs: Any) -> None:
         self.student, self.params, self.inputs = student, params, inputs
         self._sample: Tensor | None = None  # of the outputs, where these are dropped
+        # The generators as the loss begins, where it draws: other draws may lie between it and the pass.
+        self._at_loss: RandomState | None = None
         self._graph_of_g: tuple[Tree, list[Tensor]] | None = None  # g, and the leaves of its graph
         if params is student.params:
             self._at: Tree = {**student.parameters}
@@ -294,7 +306,7 @@ class Pass:
         # A loss may read ``student.parameters()``, which have to be those of this pass; and the backward pass of a
         # checkpoint runs the module again.
         with self._running():
-            value = loss(self.graph, self._at)
+            value = self._first_value(loss)
             if not value.requires_grad:
                 raise MetaplError(f"the student's loss {checks.NO_GRADIENT}")
             own, grads = student.gradient(value, self._at, create_graph=student.double_backward or bool(leaves))
@@ -304,12 +316,29 @@ class Pass:
             self._graph_of_g = own, list(leaves)
             grads = {name: g.detach() for name, g in grads.items()}
         if not grads:
-            raise MetaplError(f"the student's loss {checks.NO_GRADIENT}")
+            why = checks.READS_OTHER_WEIGHTS if self.graph.requires_grad else checks.NO_GRADIENT
+            raise MetaplError(f"the student's loss {why}")
         self.graph = None
         if not student.double_backward and not leaves:
             self._at, self._held = {}, []
         value = value.detach()
         return value if ranks.alone else ranks.mean(value), grads
+
+    def _first_value(self, loss: Loss) -> Tensor:
+        """Return the loss of this pass, and keep the state of the generators where it draws."""
+        assert self.graph is not None, "a pass learns once"
+        slots, device = self.student.slots, self.student.device
+        before = slots.random_state(device)
+        value = loss(self.graph, self._at)
+        after = slots.random_state(device)
+        slots.watch(before, after)
+        if not after.is_as(before):
+            self._at_loss = before
+        return value
+
+    def drawing_as_loss(self) -> AbstractContextManager[None]:
+        """Draw in this block as the loss of this pass drew."""
+        return NOTHING if self._at_loss is None else replayed(self._at_loss)
 
     def in_leaves(self, w: Tree) -> list[Tensor | None] | None:
         """The derivatives of ⟨g, w⟩ in the leaves of a graph that was kept, on this rank's rows; None without one."""
@@ -338,7 +367,9 @@ class Pass:
         """θ as leaves, and the outputs there, compared with this pass's; a backward pass belongs into the block."""
         at = self.student.as_leaves(self.params)
         with self.student.at(at, self._before, self._state):
-            yield at, self._same_outputs(self.student.forward(inputs))
+            outputs = self._same_outputs(self.student.forward(inputs))
+            with self.drawing_as_loss():
+                yield at, outputs
 
     def _same_outputs(self, outputs: Tensor) -> Tensor:
         again, first = outputs.detach(), self.outputs

@@ -214,7 +214,9 @@ class ShardedPass(Pass):
         at = as_leaves(self.params)
         formulas = self.student.slots.in_formulas()
         with replay(self._before, self._state, formulas), self.student.in_blocks(at):
-            yield at, self._same_outputs(self.student.forward(inputs))
+            outputs = self._same_outputs(self.student.forward(inputs))
+            with self.drawing_as_loss():
+                yield at, outputs
 
 
 ShardedStudent.pass_type = ShardedPass

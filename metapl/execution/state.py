@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, wraps
@@ -17,7 +18,6 @@ from itertools import chain
 from operator import attrgetter
 from threading import RLock
 from typing import Any, NamedTuple, TypeVar, cast
-from weakref import WeakKeyDictionary
 
 import numpy
 import torch
@@ -194,9 +194,11 @@ class Slots:
         self.findings = _FINDINGS.setdefault(module, {}).setdefault(self.mark, Findings())
 
     def contents(self) -> tuple[list[Any], list[int]]:
-        """What the tables hold, by name and identity, and the modes, numbers of hooks and ``requires_grad`` flags: the
-        slots hold as long as it is what was ``known``."""
+        """What the tables hold, by name and identity, and the modes, numbers of hooks and ``requires_grad`` flags, with
+        one more number where a parameter has hooks: the slots hold as long as it is what was ``known``."""
         flags = [*map(_TRAINING, self._parts), *map(len, self._hooks), *map(_LEARNS, self._held)]
+        if any(map(_HOOKED, self._held)):
+            flags.append(-1)
         held = [*chain.from_iterable(self._tables), *map(id, chain.from_iterable(map(dict.values, self._tables)))]
         return held, flags
 
@@ -214,11 +216,27 @@ class Slots:
 
     @property
     def draws_outside(self) -> bool | None:
-        """Whether passes draw from Python's or NumPy's generators; None until a step has been watched."""
+        """Whether passes, or inner losses, draw from Python's or NumPy's generators; None until a step has been
+        watched."""
         return self.findings.draws_outside
 
+    def meet(self, problem: Any) -> None:
+        """Look at the draws again where the losses are those of another problem than before.
+
+        The library's own losses draw from torch alone.
+        """
+        if type(problem).__module__.startswith("metapl.problems"):
+            return
+        findings = self.findings
+        if findings.problem is None or findings.problem() is not problem:
+            findings.problem = weakref.ref(problem)
+            findings.draws_outside = findings.draws_outside or None
+
     def watch(self, before: RandomState, after: RandomState) -> None:
-        """Note whether a pass between two states drew from Python's or NumPy's generators, as long as it is open."""
+        """Note whether Python's or NumPy's generators moved between two states, as long as that is open.
+
+        Between them a pass ran, or a loss of its outputs.
+        """
         if self.draws_outside is None and after.has_drawn_outside(before):
             self.findings.draws_outside = True
 
@@ -244,13 +262,15 @@ class Findings:
     """What is found of a network in the first step with it, and holds until its modes or hooks change."""
 
     draws_outside: bool | None = None
+    # Whose inner loss drew, or did not.
+    problem: weakref.ref[Any] | None = None
     half_types: frozenset[torch.dtype] | None = None
 
 
 # By networks, and their marks: a call of hypergradient reads the tables anew, and finds nothing new.
-_FINDINGS: WeakKeyDictionary[nn.Module, dict[int, Findings]] = WeakKeyDictionary()
+_FINDINGS: weakref.WeakKeyDictionary[nn.Module, dict[int, Findings]] = weakref.WeakKeyDictionary()
 _HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_TRAINING, _LEARNS = attrgetter("training"), attrgetter("requires_grad")
+_TRAINING, _LEARNS, _HOOKED = attrgetter("training"), attrgetter("requires_grad"), attrgetter("_backward_hooks")
 
 
 class State:
@@ -352,25 +372,42 @@ _NOTHING = object()  # in the place of what a table did not hold
 
 
 @contextmanager
-def with_tables_of(twin: nn.Module, module: nn.Module) -> Iterator[None]:
-    """Let a module hold the tensors of a copy of it, its ``twin``, in this block.
+def with_contents_of(twin: Any, original: Any) -> Iterator[None]:
+    """Let a module, or another object, hold what a copy of it, its ``twin``, holds, in this block.
 
-    A loss that reads the module by a closure or a global reads then what the copy is moved to. The tables are shared,
-    so a tensor that is exchanged in one is exchanged in the other.
+    Functions are not copied: a loss, a hook or a forward that reads the original by a closure, a global or ``self``
+    then reads what the copy is moved to, and what its passes leave in attributes. Both have one ``__dict__`` meanwhile,
+    so that what is exchanged in one is exchanged in the other. Parts of a module that are no copies of one another, and
+    objects with slots, are left alone.
     """
-    kept = list[tuple[dict[str, Any], dict[str, Any]]]()
-    for part, other in zip(module.modules(), twin.modules(), strict=True):
-        held = vars(part)
-        kept.append((held, {name: held[name] for name in _TABLES}))
-        held.update({name: vars(other)[name] for name in _TABLES})
+    pairs = [(twin, original)]
+    if isinstance(original, nn.Module):
+        pairs = [*zip(twin.modules(), original.modules(), strict=True)]
+    contents = [(part, vars(part)) for _, part in pairs if hasattr(part, "__dict__")]
     try:
+        for part_of_twin, part in pairs:
+            if type(part_of_twin) is type(part) and hasattr(part, "__dict__"):
+                # Modules and frozen dataclasses have a __setattr__ of their own.
+                object.__setattr__(part, "__dict__", vars(part_of_twin))
         yield
     finally:
-        for held, tables in kept:
-            held.update(tables)
+        for part, held in contents:
+            object.__setattr__(part, "__dict__", held)
 
 
-_TABLES = "_parameters", "_buffers"
+@contextmanager
+def all_with_contents_of(pairs: Iterable[tuple[Any, Any]]) -> Iterator[None]:
+    """Let each original hold what its copy holds, in this block, for pairs of a copy and its original.
+
+    Pairs without a copy, such as a teacher that a problem does not have, are left out.
+    """
+    with ExitStack() as stack:
+        for twin, original in pairs:
+            if original is not None and twin is not original:
+                stack.enter_context(with_contents_of(twin, original))
+        yield
+
+
 _LOCK = RLock()
 Function = TypeVar("Function", bound=Callable[..., Any])
 

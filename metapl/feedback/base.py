@@ -26,12 +26,12 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
 from metapl.execution import checks
-from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, ROUNDINGS, same_slopes
+from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, ROUNDINGS, SlopesDiffer, same_slopes, slopes_differ
 from metapl.execution.layout import ONE_PROCESS, Capability
 from metapl.execution.local import NOTHING, LocalStudent, as_leaves, mean_of
-from metapl.execution.numerics import Tree, wide
+from metapl.execution.numerics import MissingDerivative, Tree, wide
 from metapl.feedback.inner_step import Credited, Credits, InnerStep, credited, inner_loss
 from metapl.feedback.keeping import ALL, Keeping
 from metapl.feedback.order import NotFiniteFeedback, Order
@@ -354,10 +354,10 @@ def _mean_loss(step: InnerStep, leaves: Tree, z: Tensor, theta: Tree) -> Tensor:
     signals, chunks = step.signal.having(leaves).chunks(parts), z.chunk(parts)
     factors = leaves.get("factors")
     of_part = factors.chunk(parts) if factors is not None else [None] * parts
-    values = [
-        inner_loss(step.problem, signal, x, step.student.readable, factor, z_part, theta)
-        for signal, x, factor, z_part in zip(signals, step.batches, of_part, chunks, strict=True)
-    ]
+    values = []
+    for part, signal, x, factor, z_part in zip(step.passes, signals, step.batches, of_part, chunks, strict=True):
+        with part.drawing_as_loss():
+            values.append(inner_loss(step.problem, signal, x, step.student.readable, factor, z_part, theta))
     # The ranks' shares add up to the mean.
     return mean_of(values) if ranks.alone else mean_of(values) / ranks.size
 
@@ -390,8 +390,17 @@ def _slope(step: InnerStep, leaves: Tree, w: Tree, z_dot: Tensor, of_z_dot: Tens
     weights: AbstractContextManager[Tree] = nullcontext({})
     if step.student.readable:
         weights = step.student.with_leaves(step.params)
+    is_choosing = of_z_dot is None and step.student.chooses_order
     with weights as theta, torch.enable_grad():
-        mean = _mean_loss(step, leaves, z, theta)
+        try:
+            mean = _mean_loss(step, leaves, z, theta)
+        except Exception as error:
+            if not is_choosing or isinstance(error, MetaplError):
+                raise
+            # It ran in the inner pass, so it needs the graph that was there, as a penalty on its own gradient does.
+            step.student.compares_gradients = True
+            what = "the inner loss does not run on the outputs without the graph of the forward"
+            raise MissingDerivative(f"{what} ({reason_of(error)})") from error
         grads = torch.autograd.grad(mean, [z, *theta.values()], create_graph=True, allow_unused=True)
         directions = [z_dot, *(w[name] if name in w else torch.zeros_like(p) for name, p in theta.items())]
         terms = [g * t for g, t in zip(grads, directions, strict=True) if g is not None]
@@ -409,5 +418,11 @@ def _slope(step: InnerStep, leaves: Tree, w: Tree, z_dot: Tensor, of_z_dot: Tens
     rounding = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * step.space.norm(step.gradient) * step.space.norm(w)
     if of_z_dot is not None and grads[0] is not None:
         rounding = rounding + ranks.norm(grads[0].detach()) * of_z_dot
+    if is_choosing:
+        # The host waits for a device here, once: another order may follow what the outputs do not carry.
+        differ = ranks.any(bool(slopes_differ(forward, by_gradient, spread, tolerance, rounding)))
+        if differ:
+            step.student.compares_gradients = True
+            raise SlopesDiffer
     same_slopes(forward, by_gradient, spread, tolerance, rounding)
     return slope

@@ -221,8 +221,9 @@ class FirstLook:
         """Refuse a weight that was read before the step: it stays as it is while the student moves."""
         name = self.names_of_weights.get(id(leaf), "weight")
         raise PastTheSignal(
-            f"the {level} loss reads the student's {name} from a place where it was kept before the step, such as a "
-            f"list, and would not see it move; expected it to be read when the loss is called: {way}."
+            f"the {level} loss reads the student's {name} from a place that does not move with the student: a list of "
+            "parameters that was made before, or layers from a plain list or dict; expected layers in an nn.ModuleList "
+            f"or nn.ModuleDict, and weights that are read when the loss is called: {way}."
         )
 
     def at_batches(self) -> None:

@@ -1,22 +1,23 @@
-"""The teacher's gradient through student steps, as a function."""
+"""The gradient through student steps on the eager road, and what it returns.
+
+:func:`metapl.hypergradient` stands above it (:mod:`metapl.training.hypergradient`), since it may verify and compile.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
-from importlib import import_module
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import both_batches
 from metapl.execution.checks import generator_of
 from metapl.execution.layout import layouts
-from metapl.execution.local import NOTHING, LocalStudent
+from metapl.execution.local import LocalStudent
 from metapl.execution.numerics import deterministic, float32_products, no_fast_path
 from metapl.execution.sharded import ShardedStudent
 from metapl.execution.state import RandomState, one_at_a_time, replayed, restored
@@ -24,7 +25,6 @@ from metapl.feedback import Estimator, Mode, check_mode, check_teacher, estimato
 from metapl.feedback.advice import advice_on
 from metapl.feedback.door import (
     has_direct_term,
-    outer_loss_reads_more,
     refuse_direct_term_in_parts,
     refuse_gradients_of_batches,
     refuse_learned_settings,
@@ -32,10 +32,9 @@ from metapl.feedback.door import (
 from metapl.feedback.lookahead import Lookahead, outer_batches
 from metapl.feedback.order import Order, Orders
 from metapl.feedback.path import OuterLosses, take_steps
-from metapl.feedback.replays import REPLAY_TOLERANCE, ReplayCheck, Tolerance
+from metapl.feedback.replays import REPLAY_TOLERANCE, ReplayCheck
 from metapl.feedback.teacher import Teaching
 from metapl.problems.base import BilevelProblem, kind_of
-from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.runs.terminal import step_bar
 from metapl.updates import Clipped, Options, as_one, entry_shape, options_of, update_of
 from metapl.words import summary
@@ -43,7 +42,7 @@ from metapl.words import summary
 
 @dataclass(frozen=True)
 class Hypergradient:
-    """The result of :func:`hypergradient`.
+    """The result of :func:`metapl.hypergradient`.
 
     Args:
         grads: dL(θ′)/dθ_T by teacher parameter name; zeros where the signal does not reach a parameter; empty without
@@ -118,244 +117,282 @@ def as_leaf(setting: Any) -> Tensor:
     return torch.as_tensor(setting, dtype=torch.float64).detach().clone().requires_grad_()
 
 
-@one_at_a_time
-def hypergradient(
-    teacher: nn.Module | None,
-    student: nn.Module,
-    *,
-    labeled: Any = None,
-    unlabeled: Any = None,
-    outer: Any = None,
-    inner: Any = None,
-    mode: Mode = "forward",
-    problem: BilevelProblem | None = None,
-    inner_optimizer: Any,
-    inner_state: Any = None,
-    generator: torch.Generator | None = None,
-    recompute_teacher: bool = False,
-    accumulate: MicroBatches = 1,
-    clip_norm: AboveZero | None = None,
-    progress: bool = False,
-    wrt: str | Sequence[str] = ("teacher",),
-    compile: bool = False,
-    verify: bool | Literal["warn"] = False,
-    replay_tolerance: Tolerance = REPLAY_TOLERANCE,
-) -> Hypergradient:
-    r"""The gradient of the labeled loss after the student's step or steps, with respect to the teacher's weights.
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a hypergradient is asked for; for the fields see :func:`metapl.hypergradient`."""
 
-    .. math:: \frac{d}{d\theta_T} L\big(U(\theta_S, \nabla_{\theta_S} \tfrac1B\sum_i
-              \ell_i(S(x_u;\theta_S), \mathrm{signal}(\theta_T)))\big)
+    teacher: nn.Module | None
+    student: nn.Module
+    outer: Any
+    inner: Any
+    mode: Mode
+    problem: BilevelProblem | None
+    inner_optimizer: Any
+    inner_state: Any = None
+    generator: torch.Generator | None = None
+    recompute_teacher: bool = False
+    accumulate: int = 1
+    clip_norm: float | None = None
+    shows_progress: bool = False
+    wrt: str | Sequence[str] = ("teacher",)
+    replay_tolerance: float = REPLAY_TOLERANCE
+
+
+@one_at_a_time
+def through_steps(request: Request) -> Hypergradient:
+    """Return the gradient that is asked for on the eager road; nothing moves."""
+    return Differentiation(request).find()
+
+
+class Differentiation:
+    """A gradient through student steps, of arguments that fit together.
 
     Args:
-        teacher, student: modules on one device, in the mode (train or eval) that they are in. In several processes,
-            both in ``DistributedDataParallel`` or sharded by ``fully_shard``: the batches are then this rank's equal
-            share, and the results of sharded networks DTensors. No teacher, None, for a problem that has none, such as
-            :class:`metapl.problems.LearningToReweight`.
-        labeled: (x_l, y_l) of the outer loss, B_l rows, or what :meth:`metapl.BilevelProblem.outer_batch` reads; x_l is
-            a tensor, or a dict or tuple of them. A dict that also holds the labels, under ``labels``, is such a pair.
-        unlabeled: x_u, or (weak, strong), of the inner step, B rows; any batch that ``problem`` reads. Or a
-            :class:`metapl.Lookahead` of K such batches, for K student steps.
-            Or a :class:`metapl.Lookahead` of K outer batches, one for each of K student steps: L is then the sum
-            Σ_k weight_k L_k(θ_k) of the losses after the steps (MAML++), at the cost of one path and K outer passes.
-            Modes ``forward`` and ``unrolled``, without ``verify``; the batches of a function are held.
-        outer, inner: other names of ``labeled`` and ``unlabeled``.
-        mode: one of :data:`metapl.MODES`, or an estimator value.
-        problem: default :class:`metapl.PseudoLabels`, mean cross-entropy on both levels.
-        inner_optimizer: a TorchOpt transform, or ``torch.optim`` SGD, Adam, AdamW or Muon over the student's
-            parameters, or a tuple of these, whose states stay as they are. Muon's products are taken in the type of the
-            weights.
-        inner_state: the transform's state, from an earlier call.
-        generator: for drawing labels; default: the default generator of the device.
-        recompute_teacher, accumulate, clip_norm: as for :class:`metapl.BilevelTrainer`; with micro-batches the
-            teacher's pass is recomputed too.
-        progress: show on a terminal how far a look-ahead is: the steps, and the steps back.
-        wrt: what to differentiate with respect to: ``"teacher"``; ``"start"``, the student's first weights; names of
-            settings of ``torch.optim``'s inner optimizer, step by step and by param group: ``"lr"``, ``"momentum"``,
-            ``"dampening"``, ``"weight_decay"`` of SGD, ``"lr"``, ``"betas"``, ``"eps"``, ``"weight_decay"`` of Adam and
-            AdamW, ``"lr"``, ``"momentum"``, ``"eps"``, ``"weight_decay"`` of Muon. ``torch.optim.SGD`` may have a rate
-            for each entry of a weight, ``{"params": [p], "lr": torch.full_like(p, 0.1)}``. Modes ``forward`` and
-            ``unrolled``; without a teacher, ``problem=EqualWeights()``. Cost: of the start, the Hessian product of the
-            first step; of settings, a few operations per weight. With ``truncate=T`` in the mode, the gradient in the
-            start is that in θ_{K-T}: dθ_{K-T}/dθ_0 counts as the identity. ``truncate=0`` is first-order MAML, ∇L(θ_K).
-            The bias is the factor (∂θ_{K-T}/∂θ_0)ᵀ - 1 = O(η(K-T)‖∂²ℓ/∂θ²‖); settings take all steps.
-        compile: one step, and its adjoint, as two graphs of ``torch.compile`` that are looped over
-            (:mod:`metapl.functional.training`): modes ``forward`` and ``unrolled``, ``torch.optim`` and signals that
-            are not drawn, in one process. It pays from some hundreds of steps on, or where calls are repeated: one for
-            networks of the same architecture, such as another student, with optimizers and a problem of the same types
-            and numbers, compiles nothing (:mod:`metapl.functional.architecture`).
-        verify: refuse a gradient that is not the derivative of the loss (:func:`metapl.check_gradient`), or ``"warn"``
-            of it; for its cost see there.
-        replay_tolerance: the most that the result's ``replay_error`` may be: a look-ahead whose steps come out
-            otherwise when they are computed again is refused above it, and a larger number allows more. Deterministic
-            algorithms are asked for while a look-ahead runs.
+        request: what is asked for.
+        compiles: whether the pure road is to find it (:mod:`metapl.functional.training`).
 
-    Returns: a :class:`Hypergradient`. Weights, buffers, gradients and optimizer states stay bit for bit as they were;
-    drawing labels without a generator, and dropout, advance the default generator as the passes forward do.
-    Cost, bias: see the mode (:mod:`metapl.feedback`).
+    Attributes:
+        estimate: the mode, as an estimator.
+        problem: the problem with a kind of signal that the mode takes.
+        inner_optimizer: one optimizer, also where several were given.
+        ahead: the inner batches, as a look-ahead also where one was given.
+        wrt: the names of what the gradient is in.
+        outer_losses: one for each step, where the outer batch is a look-ahead.
+
     Raises: :class:`metapl.MetaplError` before anything moves.
-
-    >>> import torch, torchopt
-    >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
-    >>> result = hypergradient(teacher, student, labeled=(torch.randn(5, 4), torch.arange(5) % 3),
-    ...                        unlabeled=torch.randn(6, 4), inner_optimizer=torchopt.sgd(0.1))
-    >>> result.feedback.shape, sorted(result.grads)
-    (torch.Size([6, 3]), ['bias', 'weight'])
-
-    Source: Meta Pseudo Labels, eq. (3) and eq. (12).
     """
-    labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
-    if estimator(mode).credits != "nothing":
-        refuse_gradients_of_batches(labeled, unlabeled)
-    several_outer = labeled if not isinstance(labeled, Tensor) and isinstance(labeled, Lookahead) else None
-    if verify and several_outer is not None:
-        raise MetaplError(f"verify={verify!r} was given with an outer loss for each step; expected verify=False.")
-    if verify:  # by a module above this one, which calls this function on copies
-        check = import_module("metapl.training.verification").check_gradient
-        given = {"problem": problem, "inner_optimizer": inner_optimizer, "inner_state": inner_state, "mode": mode}
-        given |= {"generator": generator, "accumulate": accumulate, "clip_norm": clip_norm}
-        check(teacher, student, labeled=labeled, unlabeled=unlabeled, **given).refuse_or_warn(verify)
-    estimate, given_problem = estimator(mode), problem
-    problem, inner_optimizer = prepare(problem, estimate), as_one(inner_optimizer)
-    check_teacher(teacher, problem, recompute_teacher=recompute_teacher)
-    check_arguments(hypergradient, {**locals(), "mode": estimate})
-    differentiates = estimate.credits != "nothing" or compile
-    of_teacher, of_student, device = layouts(teacher, student, differentiated=differentiates)
-    generator_of(generator, device, "the networks are on")
-    update = update_of(inner_optimizer, of_student.parameters(), inner_state)
-    if estimate.credits != "nothing":
-        refuse_learned_settings(update)
-    update = update if clip_norm is None else Clipped(update, clip_norm, of_student.space)
-    ahead = unlabeled if isinstance(unlabeled, Lookahead) else Lookahead([unlabeled])
-    if estimate.keep_on not in (None, "cpu") and not compile:
-        raise MetaplError(f"keep_on={estimate.keep_on!r} is a folder; expected compile=True with it, or keep_on='cpu'.")
-    batches = ahead if callable(ahead.batches) else list(ahead)
-    if ahead.weights is not None:
-        raise MetaplError(
-            "inner=Lookahead(weights=) was given; weights are of outer batches, outer=Lookahead(weights=)."
-        )
-    judged_by_step = None if several_outer is None else outer_batches(several_outer, ahead)
-    options = ahead.options(inner_optimizer)
-    check_mode(estimate, len(batches), problem, of_student)
-    wrt = [wrt] if isinstance(wrt, str) else [*wrt]
-    if several_outer is not None and estimate.name not in ("forward", "unrolled"):
-        whose = f"an outer loss for each step was given with mode {estimate.name!r}"
-        raise MetaplError(f"{whose}; expected 'forward' or 'unrolled', or one outer batch.")
-    truncate = getattr(estimate, "truncate", None)
-    if truncate == 0 and wrt != ["start"]:
-        unreached = f"truncate=0, which differentiates no step, was given with wrt={wrt!r}"
-        raise MetaplError(f"{unreached}; expected wrt='start', or a truncate of 1 or more.")
-    known, settings = ("teacher", "start", *update.numbers), [name for name in wrt if name in update.numbers]
-    for name in (name for name in wrt if name not in known):
-        raise MetaplError(f"wrt={name!r} was given; expected, with this inner optimizer, {', '.join(known)}.")
-    of_steps: list[Any] = [*options] or [update.options]
-    by_sgd = [groups for groups in zip(*of_steps, strict=True) if "dampening" in groups[0]]
-    moving = [{now["momentum"] != 0 for now in groups} for groups in by_sgd if "momentum" in wrt]
-    still = not compile and not estimate.keep_graph and any(False in found for found in moving)
-    refused = {
-        f"mode {estimate.name!r}; expected 'forward' or 'unrolled'": estimate.name not in ("forward", "unrolled"),
-        "truncate; expected all steps, or wrt='start'": truncate is not None and settings,
-        "a sharded student; expected one process, or DistributedDataParallel": of_student.is_sharded and settings,
-        "momentum=0, which keeps no buffer; expected more, or compile=True": still,
-        "momentum=0 in some steps, which keep no buffer; expected more": any(len(found) > 1 for found in moving),
-    }
-    for what in (what for what, is_so in refused.items() if is_so and {*wrt} - {"teacher"}):
-        raise MetaplError(f"wrt={wrt!r} was given with {what}.")
-    if compile:
-        if outer_loss_reads_more(problem, teacher):
-            raise MetaplError(f"the outer loss of {kind_of(problem)} may read the teacher; expected compile=False.")
-        pure = import_module("metapl.functional.training")
-        given = {"clip_norm": clip_norm, "accumulate": accumulate, "progress": progress, "wrt": wrt}
-        given["replay_tolerance"] = replay_tolerance
-        networks = teacher, student, problem, inner_optimizer, estimate
-        if judged_by_step is not None:
-            given |= {"outer_losses": OuterLosses(*judged_by_step)}
-            labeled = judged_by_step[0][-1]
-        found: Hypergradient = pure.differentiate(*networks, labeled, ahead, **given)
-        return found if ahead is unlabeled else replace(found, feedback=found.feedback[0], kept="")
-    takes_direct_term = "teacher" in wrt and has_direct_term(estimate.name, problem, teacher)
-    if takes_direct_term:
-        refuse_direct_term_in_parts(problem, parts=accumulate, is_alone=of_student.ranks.alone)
-        if several_outer is not None:
-            whose = f"an outer loss for each step was given, and that of {kind_of(problem)} may read the teacher"
-            raise MetaplError(f"{whose}; expected one outer batch.")
-    kind = ShardedStudent if of_student.is_sharded else LocalStudent
-    local_student, ranks = kind(of_student, double_backward=estimate.keep_graph), of_student.ranks
-    shown = partial(step_bar, progress and ranks.first, len(batches))
-    if settings and estimate.keep_graph:  # double backward ends in leaves
-        for number, groups in enumerate(options := options or [options_of(inner_optimizer)] * len(batches)):
-            held = [{n: group[n] for n in settings if n in group} for group in groups]  # betas are two
-            leaves = pytree.tree_map(as_leaf, held)
-            options[number] = [{**group, **own} for group, own in zip(groups, leaves, strict=True)]
-    how: dict[str, Any] = {"parts": accumulate, "keep_graph": estimate.keep_graph, "keep": estimate.keeping}
-    how |= {"credits": "example" if estimate.credits == "example" else "signal"}
-    how |= {"truncate": getattr(estimate, "truncate", None), "updates": [update.at(of_step) for of_step in options]}
-    how |= {"wrt": [name for name in wrt if name != "teacher"]}
 
-    def begin() -> None:
-        for layout in (of_teacher, of_student):
+    def __init__(self, request: Request, *, compiles: bool = False) -> None:
+        self.request = request
+        self.estimate = estimator(request.mode)
+        self.compiles = compiles
+        has_feedback = self.estimate.credits != "nothing"
+        if has_feedback:
+            refuse_gradients_of_batches(request.outer, request.inner)
+        self.problem = prepare(request.problem, self.estimate)
+        self.inner_optimizer = as_one(request.inner_optimizer)
+        check_teacher(request.teacher, self.problem, recompute_teacher=request.recompute_teacher)
+        self.of_teacher, self.of_student, self.device = layouts(
+            request.teacher, request.student, differentiated=has_feedback or compiles
+        )
+        generator_of(request.generator, self.device, "the networks are on")
+        update = update_of(self.inner_optimizer, self.of_student.parameters(), request.inner_state)
+        if has_feedback:
+            refuse_learned_settings(update)
+        if request.clip_norm is not None:
+            update = Clipped(update, request.clip_norm, self.of_student.space)
+        self.update = update
+        self._read_batches()
+        self.wrt = [request.wrt] if isinstance(request.wrt, str) else [*request.wrt]
+        self.settings = [name for name in self.wrt if name in self.update.numbers]
+        self.truncate = getattr(self.estimate, "truncate", None)
+        self._check_wrt()
+        self.takes_direct_term = "teacher" in self.wrt and has_direct_term(
+            self.estimate.name, self.problem, request.teacher
+        )
+
+    def _read_batches(self) -> None:
+        """Read the batches: of a look-ahead in memory a list, those of a function as they are taken."""
+        inner, outer = self.request.inner, self.request.outer
+        self.has_lookahead = isinstance(inner, Lookahead)
+        self.ahead: Lookahead = inner if isinstance(inner, Lookahead) else Lookahead([inner])
+        keep_on = self.estimate.keep_on
+        if keep_on not in (None, "cpu") and not self.compiles:
+            raise MetaplError(f"keep_on={keep_on!r} is a folder; expected compile=True with it, or keep_on='cpu'.")
+        self.batches: Sequence[Any] = self.ahead if callable(self.ahead.batches) else list(self.ahead)
+        if self.ahead.weights is not None:
+            raise MetaplError(
+                "inner=Lookahead(weights=) was given; weights are of outer batches, outer=Lookahead(weights=)."
+            )
+        self.outer_losses: OuterLosses | None = None
+        if not isinstance(outer, Tensor) and isinstance(outer, Lookahead):
+            self.outer_losses = OuterLosses(*outer_batches(outer, self.ahead))
+        self.options: list[Any] = self.ahead.options(self.inner_optimizer)
+        check_mode(self.estimate, len(self.batches), self.problem, self.of_student)
+        if self.outer_losses is not None and self.estimate.name not in ("forward", "unrolled"):
+            raise MetaplError(
+                f"an outer loss for each step was given with mode {self.estimate.name!r}; expected 'forward' or "
+                "'unrolled', or one outer batch."
+            )
+
+    def _check_wrt(self) -> None:
+        """Refuse names of what cannot be differentiated in, by this optimizer, mode and layout."""
+        if self.truncate == 0 and self.wrt != ["start"]:
+            raise MetaplError(
+                f"truncate=0, which differentiates no step, was given with wrt={self.wrt!r}; expected wrt='start', or "
+                "a truncate of 1 or more."
+            )
+        names = ("teacher", "start", *self.update.numbers)
+        for name in self.wrt:
+            if name not in names:
+                raise MetaplError(f"wrt={name!r} was given; expected, with this inner optimizer, {', '.join(names)}.")
+        if {*self.wrt} <= {"teacher"}:
+            return
+        if reason := self._why_not_in_others():
+            raise MetaplError(f"wrt={self.wrt!r} was given with {reason}.")
+
+    def _why_not_in_others(self) -> str:
+        """Return what forbids a gradient in the start or in settings, and what to give instead; "" for nothing."""
+        if self.estimate.name not in ("forward", "unrolled"):
+            return f"mode {self.estimate.name!r}; expected 'forward' or 'unrolled'"
+        if self.truncate is not None and self.settings:
+            return "truncate; expected all steps, or wrt='start'"
+        if self.of_student.is_sharded and self.settings:
+            return "a sharded student; expected one process, or DistributedDataParallel"
+        if "momentum" not in self.wrt:
+            return ""
+        # SGD without momentum keeps no buffer, in which the derivative would be.
+        options_of_steps = self.options or [self.update.options]
+        groups_of_sgd = [groups for groups in zip(*options_of_steps, strict=True) if "dampening" in groups[0]]
+        has_buffer = [{group["momentum"] != 0 for group in groups} for groups in groups_of_sgd]
+        is_graph_by_hand = self.compiles or self.estimate.keep_graph
+        if not is_graph_by_hand and any(False in in_steps for in_steps in has_buffer):
+            return "momentum=0, which keeps no buffer; expected more, or compile=True"
+        if any(len(in_steps) > 1 for in_steps in has_buffer):
+            return "momentum=0 in some steps, which keep no buffer; expected more"
+        return ""
+
+    def find(self) -> Hypergradient:
+        """Return the gradient on the eager road, in the first order of differentiation that runs; nothing moves."""
+        if self.takes_direct_term:
+            self._check_direct_term()
+        student_type = ShardedStudent if self.of_student.is_sharded else LocalStudent
+        self.student = student_type(self.of_student, double_backward=self.estimate.keep_graph)
+        self.student.slots.meet(self.problem)
+        if self.settings and self.estimate.keep_graph:
+            self._make_settings_leaves()
+        self._begin()
+        others = [name for name in self.wrt if name != "teacher"]
+        candidates = self.estimate.orders(len(self.batches), self.problem, self.student, others)
+        is_alone = self.of_student.ranks.alone
+        with advice_on(self.estimate, len(self.batches), self._by_another_mode if is_alone else None):
+            return Orders().take(candidates, self._in_order, begin_again=self._begin)
+
+    def _check_direct_term(self) -> None:
+        refuse_direct_term_in_parts(self.problem, parts=self.request.accumulate, is_alone=self.of_student.ranks.alone)
+        if self.outer_losses is not None:
+            raise MetaplError(
+                f"an outer loss for each step was given, and that of {kind_of(self.problem)} may read the teacher; "
+                "expected one outer batch."
+            )
+
+    def _make_settings_leaves(self) -> None:
+        """Let the graph of double backward end in leaves in the places of the settings."""
+        self.options = self.options or [options_of(self.inner_optimizer)] * len(self.batches)
+        for number, groups in enumerate(self.options):
+            with_leaves = []
+            for group in groups:
+                # Betas are two.
+                numbers = {name: group[name] for name in self.settings if name in group}
+                with_leaves.append({**group, **pytree.tree_map(as_leaf, numbers)})
+            self.options[number] = with_leaves
+
+    def _begin(self) -> None:
+        """Prepare the networks of several processes for a path."""
+        for layout in (self.of_teacher, self.of_student):
             if layout is not None:
                 layout.begin_step()
 
-    def in_order(order: Order | None, is_tried: bool) -> Hypergradient:
-        """Return the result with the feedback's second derivative in one order; nothing moves."""
-        if judged_by_step is None:
-            outer_losses, judged = None, problem.outer_batch(labeled)
+    def _in_order(self, order: Order | None, is_tried: bool) -> Hypergradient:
+        """Return the result with the feedback's second derivative in one order."""
+        request, estimate, student = self.request, self.estimate, self.student
+        ranks = self.of_student.ranks
+        outer_losses = None
+        if self.outer_losses is None:
+            judged = self.problem.outer_batch(request.outer)
         else:
-            judged_batches, weights = judged_by_step
-            outer_losses = OuterLosses([problem.outer_batch(one) for one in judged_batches], weights)
-            judged = outer_losses.batches[-1]
-        teach = Teaching(
-            of_teacher, problem, estimate, generator, ranks, device, batches, accumulate, recompute_teacher
+            judged_batches = [self.problem.outer_batch(batch) for batch in self.outer_losses.batches]
+            outer_losses = OuterLosses(judged_batches, self.outer_losses.weights)
+            judged = judged_batches[-1]
+        teaching = Teaching(
+            self.of_teacher,
+            self.problem,
+            estimate,
+            request.generator,
+            ranks,
+            self.device,
+            self.batches,
+            request.accumulate,
+            request.recompute_teacher,
         )
-        kernels = no_fast_path(math=True) if estimate.keep_graph or order == "graph" else NOTHING
-        as_it_was = restored(teach.slots, local_student.slots, device=device, generator=generator, always=True)
-        local_student.inspects_graph = is_tried
-        replays = ReplayCheck(replay_tolerance, ranks)
-        repeatable = deterministic(device) if len(batches) > 1 else NOTHING
-        with as_it_was, kernels, repeatable:
-            with shown("steps", 0) as tell:  # θ′ = U(θ, g), g = ∇ (1/B) Σ ℓ_i(S(x_u; θ), signal)
+        student.inspects_graph = is_tried
+        student.chooses_order = is_tried
+        replays = ReplayCheck(request.replay_tolerance, ranks)
+        is_shown = request.shows_progress and ranks.first
+        count = len(self.batches)
+        with ExitStack() as stack:
+            stack.enter_context(
+                restored(teaching.slots, student.slots, device=self.device, generator=request.generator, always=True)
+            )
+            if estimate.keep_graph or order == "graph":
+                stack.enter_context(no_fast_path(math=True))
+            if count > 1:
+                stack.enter_context(deterministic(self.device))
+            # θ′ = U(θ, g), g = ∇ (1/B) Σ ℓ_i(S(x_u; θ), signal)
+            with step_bar(is_shown, count, "steps", 0) as tell:
                 path = take_steps(
-                    local_student, update, problem, judged, batches, teach,
-                    progress=tell, order=order, outer=outer_losses, replays=replays, **how,
-                )  # fmt: skip
+                    student,
+                    self.update,
+                    self.problem,
+                    judged,
+                    self.batches,
+                    teaching,
+                    parts=request.accumulate,
+                    keep_graph=estimate.keep_graph,
+                    order=order,
+                    credits="example" if estimate.credits == "example" else "signal",
+                    truncate=self.truncate,
+                    keep=estimate.keeping,
+                    updates=[self.update.at(options) for options in self.options],
+                    wrt=[name for name in self.wrt if name != "teacher"],
+                    outer=outer_losses,
+                    replays=replays,
+                    progress=tell,
+                )
             path.is_tried = is_tried
-            with shown("steps back", 0) as path.progress:
-                feedback, _ = estimate.checked_feedback(path, estimate.init())  # h = −dL(θ′)/d(signal)
-            direct = teach.direct_gradient(path) if takes_direct_term else {}
-            grads = teach.gradient(path, feedback) if "teacher" in wrt else {}  # of −Σ h·signal(θ_T)
-            grads = {name: g + direct[name] for name, g in grads.items()} if direct else grads
-            of_settings = stacked_settings(path.in_settings[::-1], settings, update.options)
-            h = tuple(found.of_batch(step) for step, found in zip(path.steps, feedback, strict=True))
-            start = path.start if "start" in wrt else {}
+            # h = −dL(θ′)/d(signal)
+            with step_bar(is_shown, count, "steps back", 0) as path.progress:
+                feedback, _ = estimate.checked_feedback(path, estimate.init())
+            direct = teaching.direct_gradient(path) if self.takes_direct_term else {}
+            # The gradient of −Σ h·signal(θ_T), and of the outer loss that reads the teacher.
+            grads = teaching.gradient(path, feedback) if "teacher" in self.wrt else {}
+            if direct:
+                grads = {name: g + direct[name] for name, g in grads.items()}
+            settings = stacked_settings(path.in_settings[::-1], self.settings, self.update.options)
+            h = tuple(of_step.of_batch(step) for step, of_step in zip(path.steps, feedback, strict=True))
+            start = path.start if "start" in self.wrt else {}
             path = path.revised(h[-1])
+            is_torch_optimizer = isinstance(self.inner_optimizer, torch.optim.Optimizer)
             return Hypergradient(
                 grads=grads,
-                feedback=h if ahead is unlabeled else h[0],
+                feedback=h if self.has_lookahead else h[0],
                 inner_loss=path.inner_loss,
                 outer_loss=path.whole_outer_loss,
-                student_params=of_student.as_parameters(path.params),
-                inner_state=None if isinstance(inner_optimizer, torch.optim.Optimizer) else path.state,
-                kept=path.keeping.words(len(batches)) if ahead is unlabeled else "",
-                start=of_student.as_parameters(start),
-                settings=of_settings,
+                student_params=self.of_student.as_parameters(path.params),
+                inner_state=None if is_torch_optimizer else path.state,
+                kept=path.keeping.words(count) if self.has_lookahead else "",
+                start=self.of_student.as_parameters(start),
+                settings=settings,
                 order=order or "",
                 direct=direct,
                 outer_losses=path.outer_losses,
                 replay_error=replays.error,
-                float32_products=float32_products(device),
+                float32_products=float32_products(self.device),
             )
 
-    def by_another(other: Estimator, one_step: bool) -> Hypergradient:
-        inner_of_one = batches[0] if one_step else unlabeled
-        begin()
-        with replayed(RandomState.now(device, generator)):
-            return hypergradient(
-                teacher, student, outer=labeled, inner=inner_of_one, mode=other, problem=given_problem,
-                inner_optimizer=inner_optimizer, inner_state=inner_state, generator=generator, accumulate=accumulate,
-                clip_norm=clip_norm, wrt=wrt,
-            )  # fmt: skip
-
-    begin()
-    candidates = estimate.orders(len(batches), problem, local_student, how["wrt"])
-    with advice_on(estimate, len(batches), by_another if ranks.alone else None):
-        return Orders().take(candidates, in_order, begin_again=begin)
+    def _by_another_mode(self, other: Estimator, one_step: bool) -> Hypergradient:
+        """Return the gradient of the same steps, or of the first one, by another mode, which an error may propose."""
+        self._begin()
+        inner = self.batches[0] if one_step else self.request.inner
+        with replayed(RandomState.now(self.device, self.request.generator)):
+            return through_steps(
+                replace(
+                    self.request,
+                    inner=inner,
+                    mode=other,
+                    inner_optimizer=self.inner_optimizer,
+                    recompute_teacher=False,
+                    shows_progress=False,
+                    replay_tolerance=REPLAY_TOLERANCE,
+                )
+            )

@@ -126,7 +126,10 @@ class InnerStep:
     def with_signal(self, signal: Signal) -> InnerStep:
         """The same step on another signal; cost: a forward and a backward pass of the student."""
         step = replace(self, signal=signal, grads={}).recomputed(self.params, self.state)
-        losses = [self._loss(of_part, x)(part.outputs, self.params) for part, of_part, x in step.parts()]
+        losses = []
+        for part, of_part, x in step.parts():
+            with part.drawing_as_loss():
+                losses.append(self._loss(of_part, x)(part.outputs, self.params))
         return replace(step, inner_loss=mean_of(losses))
 
     @property
@@ -240,11 +243,11 @@ class InnerStep:
             entering, inputs = self.signal_inputs[i].as_leaves() if self.signal_inputs else ([], part.inputs)
             loss = self._loss(signal.having(named), x, named.get("factors"))
             leaves = [*named.values(), *entering]
-            if self.student.readable:
+            if self.student.readable and not self.student.compares_gradients:
                 found.append(part.second_derivatives(w, loss, leaves, inputs, curved=curved))
                 continue
             # Blocks of a sharded student are run apart: ⟨g, w⟩, the derivative in a factor of the loss, tells whether
-            # anything reaches them past their arguments.
+            # anything reaches them past their arguments. And where ż was none that g knows of, whether this g is.
             factor = torch.ones_like(self.inner_loss, requires_grad=True)
 
             def scaled(outputs: Tensor, params: Tree, factor: Tensor = factor, loss: Loss = loss) -> Tensor:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
 from metapl.errors import MetaplError
+from metapl.execution.compare import SlopesDiffer
 from metapl.execution.numerics import MissingDerivative
 
 Order = Literal["graph", "tangent", "double_backward", "outputs", "losses"]
@@ -28,6 +29,9 @@ Result = TypeVar("Result")
 
 class NotFiniteFeedback(MetaplError):
     """The inner loss is finite, and the feedback is NaN or infinite in the order of differentiation that was taken."""
+
+
+Failure = MissingDerivative | NotFiniteFeedback | SlopesDiffer
 
 
 class Orders:
@@ -55,13 +59,13 @@ class Orders:
         key = _key(candidates)
         if key in self._chosen:
             return attempt(self._chosen[key], False)
-        failures: list[MissingDerivative | NotFiniteFeedback] = []
+        failures: list[Failure] = []
         for order in candidates:
             if failures:
                 begin_again()
             try:
                 result = attempt(order, True)
-            except (MissingDerivative, NotFiniteFeedback) as error:
+            except (MissingDerivative, NotFiniteFeedback, SlopesDiffer) as error:
                 failures.append(error)
                 continue
             self._chosen[key] = order
@@ -79,8 +83,11 @@ def _key(candidates: Sequence[Order]) -> str:
     return ", ".join(candidates)
 
 
-def _why_none_runs(failures: Sequence[MissingDerivative | NotFiniteFeedback]) -> MetaplError:
+def _why_none_runs(failures: Sequence[Failure]) -> MetaplError:
     """Return one error for attempts that all failed, which names each derivative that is missing."""
+    for error in failures:
+        if isinstance(error, SlopesDiffer):
+            return error
     missing = list(dict.fromkeys(error.what for error in failures if isinstance(error, MissingDerivative)))
     if not missing:
         return failures[0]

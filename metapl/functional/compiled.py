@@ -24,7 +24,7 @@ from metapl.execution.batch import length
 from metapl.execution.checks import Fault
 from metapl.execution.layout import refuse_compiled
 from metapl.execution.numerics import as_real, no_fast_path
-from metapl.execution.state import RandomState, branching_to, trainable, with_tables_of
+from metapl.execution.state import RandomState, all_with_contents_of, branching_to, trainable
 from metapl.feedback import MODES, Implicit, estimator
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.report import StepReport
@@ -289,9 +289,13 @@ def eager_step(trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) 
     def taken() -> Any:
         twin = copy.deepcopy(trainer, {} if generator is None else {id(generator): generator.clone_state()})
         vars(twin)["compile"] = False
-        # A loss that names the student by a closure or a global reads the original one: copies leave functions as they
-        # are.
-        with with_tables_of(twin.student, trainer.student):
+        # A loss may read the networks by a closure, which no copy changes.
+        pairs = (
+            (twin.problem, trainer.problem),
+            (twin.teacher, trainer.teacher),
+            (twin.student, trainer.student),
+        )
+        with all_with_contents_of(pairs):
             return twin, twin.step(labeled, Lookahead(list(batches)) if ahead else batches[0])
 
     twin, report = taken()
@@ -334,7 +338,7 @@ def refuse_other(before: State, found: Taken, expected: Taken) -> None:
 
 def refuse_gap(name: str, ours: Any, eager: Any, loss: Tensor, *, rounding: bool = False) -> None:
     """Refuse a tree that is not the eager one's values, by norm; ``rounding``: of scalars that cancel."""
-    off = {n: as_real(ours[n]).double() - as_real(t) for n, t in eager.items()}
+    off = {n: as_real(ours[n]).double() - as_real(t).double() for n, t in eager.items()}
     gap, size = (norm(tree) if tree else 0.0 * loss for tree in (off, eager))
     least = 1e3 * torch.finfo(loss.dtype).eps * loss.abs() if rounding else 0.0
     if not bool(gap <= AGREES[loss.dtype] * size + least):

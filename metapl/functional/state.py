@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.execution.checks import logits
 from metapl.execution.numerics import Tree, as_real, asks_for_gradient, wide
 from metapl.execution.state import named_parts
@@ -249,6 +249,16 @@ def impurity(error: BaseException, who: str) -> ImpureError | None:
             "torch.func.stack_module_state need), and torch.func cannot transform that",
             "torch.func.grad, or torch.stack of the parameters",
         )
+    if "mutate a captured Tensor" in text:
+        return ImpureError(
+            f"{who} writes in a pass to its weights, or to a tensor that is no buffer of it",
+            "a registered buffer for what passes carry on",
+        )
+    if "ADInterpreters" in text or "escaped" in text:
+        return ImpureError(
+            f"{who} keeps a tensor of a pass, in an attribute, a list or a dict, and reads it in another",
+            "a registered buffer for what passes carry on",
+        )
     return None
 
 
@@ -298,6 +308,7 @@ class Function:
             with EagerMasks(), by_formulas(self.formulas):
                 answer = ask(self.module)
             left = {prefix + name: t for prefix, table in tables for name, t in table.items()}
+            self.refuse_made(left)
         except RuntimeError as error:
             if not torch.compiler.is_compiling() and (impure := impurity(error, f"the {self.role}")):
                 raise impure from error
@@ -316,6 +327,15 @@ class Function:
         """A student's outputs, (B, ...), and the state that it leaves."""
         z, left = self.at(params, state, lambda network: network(x))
         return wide(logits(z, "student")), left
+
+    def refuse_made(self, left: Mapping[str, Tensor | None]) -> None:
+        """Refuse a pass that has made a buffer, which the state would not carry on."""
+        made = [name for name, t in left.items() if t is not None and name not in self.first_names]
+        if made and not torch.compiler.is_compiling():
+            raise ImpureError(
+                f"the {self.role} makes a buffer in its pass ({few(made, 3)}), and the state of a step has none",
+                "one that is there before: run the network once on a batch",
+            )
 
     def refuse_other_places(self, tables: Sequence[tuple[str, Any]]) -> None:
         """Refuse a network that has other tensors than it had when this function was made."""

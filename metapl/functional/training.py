@@ -36,7 +36,7 @@ from metapl.execution.layout import layouts
 from metapl.execution.numerics import HALF, Tree, deterministic, float32_products, no_fast_path
 from metapl.execution.state import RandomState, branching_to, replayed, trainable
 from metapl.feedback import Forward
-from metapl.feedback.hypergradient import Hypergradient, hypergradient, stacked_settings
+from metapl.feedback.hypergradient import Hypergradient, Request, stacked_settings, through_steps
 from metapl.feedback.keeping import FolderStates, States, folder_of, keeping, known_by
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import LOSS_NOT_FINITE, NOT_FINITE, OTHER_BATCH, OuterLosses
@@ -314,8 +314,21 @@ def differentiate(
             row[name] = torch.tensor([own], dtype=torch.float64)
     given: dict[str, Any] = {"clip_norm": clip_norm, "wrt": ("teacher", *settings)}
     graphs = partial(differentiate, teacher, student, problem, optimizer, Forward(), outer, judging=judging, **given)
-    given = {"labeled": outer, "problem": [*judging, problem][0], "inner_optimizer": optimizer, "clip_norm": clip_norm}
-    eager = partial(hypergradient, teacher, student, **given)
+
+    def eager(one_step: Lookahead) -> Hypergradient:
+        """Return the gradient of one step on the eager road."""
+        request = Request(
+            teacher=teacher,
+            student=student,
+            outer=outer,
+            inner=one_step,
+            mode="forward",
+            problem=judging[0] if judging else problem,
+            inner_optimizer=optimizer,
+            clip_norm=clip_norm,
+        )
+        return through_steps(request)
+
     compare = partial(refuse_other, made, theta, graphs, eager, row or None)
     compare(ahead[moves])
 
@@ -527,7 +540,7 @@ def refuse_other(
     made: Compiled,
     theta: Tree,
     graphs: Callable[..., Hypergradient],  # of a look-ahead
-    eager: Callable[..., Hypergradient],
+    eager: Callable[[Lookahead], Hypergradient],
     schedule: dict[str, Any] | None,
     batch: Any,
 ) -> None:
@@ -542,7 +555,7 @@ def refuse_other(
             ours = graphs(one)
             after = RandomState.now(device)
         with replayed(begun), branching_to(after.branch()):
-            expected = eager(unlabeled=one)
+            expected = eager(one)
         moved = {n: t - theta[n] for n, t in expected.student_params.items()}
         least, eps = 1e3 * float(norm(moved)), torch.finfo(expected.inner_loss.dtype).eps
         rounding = {n: eps * (least + 8 * float(t.norm())) for n, t in theta.items()}  # as of a bias before a norm

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -112,18 +112,21 @@ class UDA:
 
     Args:
         temperature: τ, 0 or more; below 1 sharpens the target; 0 is the one-hot target of the most probable class.
-        threshold: β in [0, 1): examples whose greatest probability (at τ = 1) does not exceed it are left out.
+        threshold: β in [0, 1): examples whose greatest probability does not exceed it are left out.
         weight: λ.
         ramp, start: the number of steps over which λ_t grows linearly from 0 to λ, and the first of them; before it the
             loss is 0 and needs no pass of the teacher.
         align: the power, in [0, 1]: 0 does not change p, 1 divides by the whole mean.
         prior: the class shares that ``align`` moves towards, C numbers above 0 that sum to 1; None: equal ones.
+        threshold_on: the probabilities that are held against β: of the ``"prediction"``, p itself as above; or
+            ``"sharpened"``, the tempered ones of the target, of which the authors' code keeps those that reach β
+            (≥ instead of >). A temperature below 1 lets more examples through by it, and one above 1 fewer.
 
     Needs: unlabeled batches that are pairs (weak, strong). The teacher's outputs on the weak view come with
     the signal; without them, they are computed here, without a graph.
-    Source: Algorithm 1, line 7 (τ = 1, β = 0, λ = 1); the other settings as the authors' code has them. FixMatch is
-    τ = 0 and β = 0.95 (arXiv:2001.07685, eq. 4); the alignment is ReMixMatch's (arXiv:1911.09785, section 3.1) with
-    the mean of the batch.
+    Source: Algorithm 1, line 7 (τ = 1, β = 0, λ = 1); temperature, threshold and ramp are settings of the authors'
+    code, which has ``threshold_on="sharpened"``. FixMatch is τ = 0 and β = 0.95 (arXiv:2001.07685, eq. 4); the
+    alignment is ReMixMatch's (arXiv:1911.09785, section 3.1) with the mean of the batch.
 
     >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0]])
     >>> UDA(align=1.0).target(logits)  # both look like the first class, so neither does
@@ -138,6 +141,7 @@ class UDA:
     align: Annotated[float, Range(0, most=1)] = 0.0
     start: Annotated[int, Range(0, of="a number of steps")] = 0
     prior: tuple[float, ...] | None = None
+    threshold_on: Literal["prediction", "sharpened"] = "prediction"
 
     name: ClassVar[str] = "uda"
     detaches_signal: ClassVar[bool] = True
@@ -149,6 +153,11 @@ class UDA:
         check_fields(self)
         if self.prior is not None and not (all(p > 0 for p in self.prior) and math.isclose(sum(self.prior), 1)):
             raise MetaplError(f"UDA(prior={self.prior}): expected a prior of shares above 0 that sum to 1.")
+        if self.threshold_on == "sharpened" and self.temperature == 0:
+            raise MetaplError(
+                "UDA(threshold_on='sharpened') with temperature=0 leaves nothing out, for the greatest probability of "
+                "a one-hot target is 1; expected threshold_on='prediction', or a temperature above 0."
+            )
 
     @property
     def of_micro_batches(self) -> bool:
@@ -171,6 +180,9 @@ class UDA:
             log_ratio_C = log_prior_C - log_mean_C.masked_fill(log_mean_C == -math.inf, 0)
             log_p = F.log_softmax(log_p + self.align * log_ratio_C, -1)
         p = log_p.exp()
+        if self.threshold_on == "sharpened":
+            sharpened = F.softmax(log_p / self.temperature, -1)
+            return sharpened * (sharpened.amax(-1, keepdim=True) >= self.threshold)
         confident = p.amax(-1, keepdim=True) > self.threshold
         if self.temperature:
             return F.softmax(log_p / self.temperature, -1) * confident

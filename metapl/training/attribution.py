@@ -21,9 +21,8 @@ from metapl.execution.layout import layouts
 from metapl.execution.numerics import deterministic, wide
 from metapl.execution.ranks import Ranks
 from metapl.execution.shards import gathered, local
-from metapl.execution.state import RandomState, replayed, trainable, with_tables_of
+from metapl.execution.state import RandomState, replayed, trainable, with_contents_of
 from metapl.feedback import Forward
-from metapl.feedback.hypergradient import hypergradient
 from metapl.feedback.keeping import SHARE, folder_of, free_bytes, generators_at_start
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.replays import REPLAY_TOLERANCE, Tolerance
@@ -34,6 +33,7 @@ from metapl.runs.fields import AboveZero, AtLeastOne, check_arguments
 from metapl.runs.folder import replacing
 from metapl.runs.terminal import step_bar
 from metapl.training.examples import examples_of
+from metapl.training.hypergradient import hypergradient
 from metapl.updates import Schedule, as_one, options_by_step, update_of
 from metapl.words import summary
 
@@ -410,7 +410,7 @@ class _Training:
         weights_of, problem, ranks = trainable(network), self.problem, self.layout.ranks
         rule, device = update_of(again, weights_of), self.start.device
         # A loss may read ``student.parameters()`` by a closure, which has to find those of this training.
-        whose = with_tables_of(network, self.layout.network)
+        whose = with_contents_of(network, self.layout.network)
         with whose, replayed(self.start), torch.enable_grad(), self.autocast(), deterministic(device):
             for chosen, of_step in zip(map(ranks.own_rows, self.order[:steps]), self.options[:steps], strict=True):
                 batch = self.batch(chosen)

@@ -29,8 +29,7 @@ from metapl.metrics.metric import Asked, Better, Term, default_metric, metric_of
 from metapl.metrics.predictions import input_batches, logits_of, outer_batches
 from metapl.runs import checkpoint
 from metapl.runs.folder import Folder
-from metapl.training import loop
-from metapl.training.loop import Callback, FitResult
+from metapl.training.loop import Callback, Fit, FitRequest, FitResult
 from metapl.training.options import FitKeywords, FitOptions, fit_options
 
 
@@ -87,6 +86,10 @@ class Trainer(ABC):
     @abstractmethod
     def outer_terms(self) -> Sequence[Term]:
         """What the student is validated by, where its metric is the loss: the sum of these."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides a step; a fit that is resumed has the same."""
+        return {}
 
     @abstractmethod
     def live_state(self) -> dict[str, Any]:
@@ -188,16 +191,23 @@ class Trainer(ABC):
         labeled, unlabeled = either(labeled=labeled, outer=outer), either(unlabeled=unlabeled, inner=inner)
         if labeled is None:
             raise MetaplError("fit needs labeled= (or outer=), a source of batches.")
-        how = fit_options(steps, options, FIT_ARGUMENTS)
         if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
             raise MetaplError(
                 f"callbacks is {described(callbacks)}; expected a list of functions: callback(step, row, trainer)."
             )
-        given, measure = {"labeled": labeled, "unlabeled": unlabeled}, metric_of(metric, mode)
-        folder = Folder(out) if isinstance(out, str | Path) else out
-        say = say or partial(print, file=sys.stderr, flush=True)
-        data = given, batch_size, validation, measure
-        return loop.fit(self, how, *data, folder, resume, progress, say, callbacks)
+        request = FitRequest(
+            options=fit_options(steps, options, FIT_ARGUMENTS),
+            sources={"labeled": labeled, "unlabeled": unlabeled},
+            batch_size=batch_size,
+            validation=validation,
+            metric=metric_of(metric, mode),
+            out=Folder(out) if isinstance(out, str | Path) else out,
+            resume=resume,
+            shows_progress=progress,
+            say=say or partial(print, file=sys.stderr, flush=True),
+            callbacks=callbacks,
+        )
+        return Fit(self, request).run()
 
     def evaluate(self, data: Any, *, classes: list[str] | None = None, metric: Asked | None = None) -> Any:
         """How good the student is on labeled data.

@@ -6,44 +6,39 @@ the step's number and of what a checkpoint holds, so a run that was killed ends 
 
 from __future__ import annotations
 
-import re
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch import distributed as dist
+from torch import Tensor
 
-from metapl.data.feed import Feed, feed
-from metapl.data.steps import StepBatches, in_memory
-from metapl.errors import MetaplError, few
-from metapl.execution.batch import as_tensors, digest, length, map_tensors, plain
+from metapl.errors import MetaplError
+from metapl.execution.batch import as_tensors, length
 from metapl.execution.checks import Fault
-from metapl.execution.ranks import Ranks
-from metapl.execution.shards import gathered, is_sharded, load_whole, local, weights_of
+from metapl.execution.shards import local
 from metapl.execution.state import RandomState, replayed
-from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.report import Say
-from metapl.metrics.metric import ACCURACY, Metric, metric_for
-from metapl.metrics.predictions import outer_batches
-from metapl.runs.checkpoint import CheckpointFolder, PartsFolder, encoded, load, load_parts, rng_state, set_rng_state
+from metapl.metrics.metric import Metric, metric_for
+from metapl.runs.checkpoint import rng_state, set_rng_state
 from metapl.runs.folder import Folder, Records
 from metapl.runs.terminal import progress, stop_requests
-from metapl.training.options import Average, FitOptions, Rates
+from metapl.training.fittable import Fittable
+from metapl.training.options import FitOptions, Rates
 from metapl.training.outcomes import Outcomes
 from metapl.training.records import figures
-
-# Options of a fit, and settings of an optimizer, that do not decide where it goes; the rate is compared as the schedule
-# found it.
-FREE = ("validate_every", "log_every", "save_every", "keep", "num_workers", "phase")
-OF_SPEED = ("params", "lr", "foreach", "fused", "capturable", "differentiable", "initial_lr", "param_names")
-
-# How far, in accuracy, a teacher may end below its best validation and still be kept as it is after the last step.
-FAR_BEHIND = 0.3
+from metapl.training.resuming import (
+    Checkpoints,
+    refuse_other_settings,
+    settings_of,
+    sharded_tensors,
+    state_of_process,
+)
+from metapl.training.selection import Selection
+from metapl.training.sources import Sources
 
 Callback = Callable[[int, Mapping[str, float], Any], object]
 """Called with the number of steps done, the row recorded after them and the trainer; a dict of numbers
@@ -120,366 +115,347 @@ class FitResult:
         return self.value if self.metric == "accuracy" else None
 
 
-@dataclass
-class Progress:
-    """How far a fit is, as its checkpoints have it."""
+@dataclass(frozen=True, kw_only=True)
+class FitRequest:
+    """A fit as it was asked for; for the fields see :meth:`metapl.training.Trainer.fit`."""
 
-    step: int = 0  # the steps that are done
-    ended: bool = False  # by a callback
-    seen: dict[str, float] = field(default_factory=dict)  # the last values on validation data
-    best: dict[str, Any] = field(default_factory=lambda: {"value": None, "step": 0, "weights": {}})  # the best student
-    # The best teacher by accuracy, which is kept only where the last one is far behind it.
-    best_teacher: dict[str, Any] = field(default_factory=lambda: {"value": None, "step": 0, "weights": {}})
+    options: FitOptions
+    sources: Mapping[str, Any]
+    batch_size: int | None
+    validation: Any
+    metric: Metric | None
+    out: Folder | None
+    resume: bool | Literal["anyway"]
+    shows_progress: bool
+    say: Say
+    callbacks: Sequence[Callback]
 
 
-def fit(
-    trainer: Any,
-    options: FitOptions,
-    given: Mapping[str, Any],
-    batch_size: int | None,
-    validation: Any,
-    metric: Metric | None,
-    out: Folder | None,
-    resume: bool | Literal["anyway"],
-    shown: bool,
-    say: Say,
-    callbacks: Sequence[Callback],
-) -> FitResult:
-    """A fit; for what it is given see :meth:`metapl.training.Trainer.fit`."""
-    ranks, networks, phase = trainer.ranks, trainer.networks, options.phase
-    if options.wait and trainer.teacher is None:
-        raise MetaplError(f"wait={options.wait} was given, and there is no teacher to train; expected wait=0.")
-    # The student learns alone in the steps before this one, and after those of ``wait``.
-    teacher_begins = options.wait + trainer.first_steps(options)
-    if not ranks.first:  # of several processes, the first shows and writes
-        out, shown, say = None, False, lambda text: None
-    # Perhaps only the first knows of the run.
-    saves, resumes = ranks.any(out is not None), ranks.any(bool(resume))
-    if resumes and not saves:
-        raise MetaplError("resume was given without out; expected the folder of the run to go on with.")
-    sources: dict[str, Any] = {
-        name: in_memory(source, name, batch_size, trainer.dtype, stream=i)
-        for i, (name, source) in enumerate(given.items())
-        if source is not None
-    }
-    decay, held_out, rates = options.ema_decay, as_tensors(validation, trainer.dtype), Rates(trainer, options)
-    averages = {} if decay is None else {role: Average(network, decay) for role, network in networks.items()}
-    measure = metric_for(trainer, held_out, metric, options.select)
-    selects_teacher = options.select and measure is ACCURACY
-    chosen_by = "" if measure is None else f"student_validation_{measure.name}"
-    stateful: list[Any] = [callback for callback in callbacks if hasattr(callback, "state_dict")]
-    feeds: dict[str, Feed] = {}
-    known: dict[str, dict[str, Any]] = {}  # of each source: how many examples it has, and its first batch
-    faults: list[tuple[int, Fault]] = []  # of steps, on the device until something is read anyway
-    checkpoints: CheckpointFolder | None = None  # of the first process; of all, where each writes its part
-    now = Progress()
-    outcomes = Outcomes(trainer, options, say)
+class Fit:
+    """One fit: its parts, each of which owns its state, and the loop over the steps.
 
-    def draw(name: str) -> Any:
-        batch = feeds[name].next()
-        if name not in known:
-            known[name] = about(sources[name], batch)
-        return batch
+    Args:
+        trainer: takes the steps.
+        request: what was asked for.
+    """
 
-    def kept(role: str) -> AbstractContextManager[Any]:
-        """What is validated and kept: the averaged network in a block, or the network."""
-        return averages[role].held() if role in averages else nullcontext(networks[role])
+    def __init__(self, trainer: Fittable, request: FitRequest) -> None:
+        options = request.options
+        if options.wait and trainer.teacher is None:
+            raise MetaplError(f"wait={options.wait} was given, and there is no teacher to train; expected wait=0.")
+        self.trainer = trainer
+        self.options = options
+        self.ranks = trainer.ranks
+        self.request = request
+        # The student learns alone in the steps before this one, and after those of ``wait``.
+        self.teacher_begins = options.wait + trainer.first_steps(options)
+        # Of several processes, the first one shows and writes. Perhaps it alone knows of the run.
+        is_first = self.ranks.first
+        self.out = request.out if is_first else None
+        self.say: Say = request.say if is_first else _say_nothing
+        self.shows_progress = request.shows_progress and is_first
+        self.saves = self.ranks.any(self.out is not None)
+        self.resumes = self.ranks.any(bool(request.resume))
+        if self.resumes and not self.saves:
+            raise MetaplError("resume was given without out; expected the folder of the run to go on with.")
+        validation = as_tensors(request.validation, trainer.dtype)
+        self.sources = Sources(request.sources, request.batch_size, trainer.dtype)
+        self.rates = Rates(trainer, options)
+        self.outcomes = Outcomes(trainer, options, self.say)
+        self.metric = metric_for(trainer, validation, request.metric, options.select)
+        self.selection = Selection(trainer, options, validation, self.metric, self.outcomes)
+        self.checkpoints = Checkpoints(self.ranks, options.phase)
+        self.callbacks_with_state: list[Any] = [c for c in request.callbacks if hasattr(c, "state_dict")]
+        # How far the fit is, and whether a callback has ended it.
+        self.step = 0
+        self.is_ended = False
+        # What may have gone wrong in steps so far: on the device until something is read anyway.
+        self.faults: list[tuple[int, Fault]] = []
+        self.records: Records
 
-    def refuse_bad() -> None:
-        """Stop where a step so far went wrong, or the weights after it are not finite."""
-        for number, fault in faults:
-            fault.raise_if_found(f"step {number}: ")
-        faults.clear()
-        weights = [local(p.detach()) for network in networks.values() for p in network.parameters()]
-        if ranks.any(not bool(torch.stack([torch.isfinite(w).all() for w in weights]).all())):
-            raise MetaplError(f"weights were NaN or infinite after step {now.step}; lower the learning rates.")
+    def run(self) -> FitResult:
+        """Take the steps that are left, and leave the networks that are kept in place."""
+        options = self.options
+        is_stopped = False
+        with ExitStack() as stack:
+            self.open(stack)
+            try:
+                self.begin()
+                stop_signals = stack.enter_context(stop_requests())
+                bar = progress(self.shows_progress, name=options.phase, start=self.step, steps=options.steps)
+                stack.enter_context(bar)
+                folder = None if self.out is None else self.out.path
+                self.records = Records(folder, options.phase, self.step, self.say)
+                stack.callback(self.records.close)
+                while self.step < options.steps and not self.is_ended and not is_stopped:
+                    labeled, report, student_waits = self.take_step()
+                    row = self.observe(report, labeled, student_waits=student_waits)
+                    if self.selection.student_column in row:
+                        value = row[self.selection.student_column]
+                        bar.set_postfix_str(f"validation {value:.4g}", refresh=False)
+                    bar.update()
+                    is_saved = self.is_ended or options.due(options.save_every, self.step)
+                    if is_saved:
+                        self.save()
+                    # Several processes agree on a stop where numbers are read anyway.
+                    if self.ranks.alone or options.due(options.log_every, self.step):
+                        is_stopped = self.ranks.any(bool(stop_signals))
+                    if is_stopped and not is_saved:
+                        self.save()
+                self.checkpoints.finish()
+            except MetaplError as error:
+                if self.checkpoints.last:
+                    raise MetaplError(f"{error} (the last good checkpoint is {self.checkpoints.last})") from error
+                raise
+        if is_stopped or stop_signals:
+            signal_number = stop_signals[0] if stop_signals else signal.SIGTERM
+            raise Interrupted(self.step, signal_number, self.checkpoints.last)
+        return self.result()
 
-    def look() -> dict[str, float]:
-        """Measure the networks as they are now, and remember the best student, the latest of equals."""
-        now.seen = {}
-        for role in networks:
-            # A teacher that weighs examples, say, has no accuracy.
-            is_judged = trainer.teacher_classifies if role == "teacher" else now.step > options.wait
-            if measure is None or not is_judged:
-                continue
-            # A DataLoader draws from the default generator; looking must not change the training.
-            with kept(role) as network, replayed(RandomState.now(trainer.device)):
-                batches = outer_batches(held_out, trainer.read_outer, trainer.device, "validation")
-                of = f"the {role} on validation data after step {now.step}"
-                measured = measure.measured(trainer, network, batches, of)
-                outcomes.validated(now.step, role, measured)
-                value = measured.value
-                if role == "student" and options.select and measure.improves(value, now.best["value"]):
-                    now.best = {"value": value, "step": now.step, "weights": weights_of(network)}
-                if role == "teacher" and selects_teacher and measure.improves(value, now.best_teacher["value"]):
-                    now.best_teacher = {"value": value, "step": now.step, "weights": weights_of(network)}
-            now.seen[f"{role}_validation_{measure.name}"] = value
-        return now.seen
+    # ------------------------------------------------------------------------------------------------ begin, or resume
 
-    def compared() -> dict[str, str]:
-        """What two parts of a fit have in common, by name: sources, options, settings, callbacks with a state."""
-        found: dict[str, Any] = {f"{name}.{key}": value for name, of in known.items() for key, value in of.items()}
-        # The digests are on their device until here.
-        found = {name: int(value) if torch.is_tensor(value) else value for name, value in found.items()}
-        found |= {name: value for name, value in vars(options).items() if name not in FREE}
-        # By steps where the problem says how many; a fit without them, as by earlier versions, has no such entry.
-        del found["first_steps"]
-        if teacher_begins > options.wait:
-            found["first_steps"] = teacher_begins - options.wait
-        if options.schedule == "constant" or options.decay_every is not None:
-            del found["steps"]  # the rates do not depend on it
-        found |= {"trainer": type(trainer).__name__, "dtype": trainer.dtype, **trainer.settings()}
-        found |= {"validation metric": measure and (measure.name, measure.better)}
-        found |= {"callbacks": [type(callback).__name__ for callback in stateful]}
-        for name, optimizer in rates.optimizers.items():
-            for i, (group, rate) in enumerate(zip(optimizer.param_groups, rates.base[name], strict=False)):
-                of = {key: value for key, value in group.items() if key not in OF_SPEED}
-                of |= {"optimizer": type(optimizer).__name__, "lr": float(rate), "parameters": len(group["params"])}
-                found |= {f"{name.removesuffix('_lr')}.{i}.{key}": value for key, value in of.items()}
-        # A frozen dataclass shows its fields; other values may show where they are in memory.
-        return {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in found.items()}
+    def open(self, stack: ExitStack) -> None:
+        """Own the folder and begin the feeds, until the stack ends."""
+        trainer = self.trainer
+        self.checkpoints.open(
+            self.out,
+            [*trainer.networks.values()],
+            stack,
+            keep=self.options.keep,
+            saves=self.saves,
+            resumes=self.resumes,
+        )
+        self.sources.open(
+            stack,
+            steps=self.options.steps,
+            lookahead=trainer.lookahead,
+            num_workers=self.options.num_workers,
+            device=trainer.device,
+        )
+        # The optimizers are left with their base rates.
+        stack.callback(self.rates.move, None)
+        if hasattr(trainer, "measures_feedback"):
+            stack.callback(setattr, trainer, "measures_feedback", False)
 
-    def live_state() -> dict[str, Any]:
-        own = {role: average.state_dict() for role, average in averages.items()}
-        return {"trainer": trainer.live_state(), "averages": own}
-
-    def save() -> None:
-        if not saves:
+    def begin(self) -> None:
+        """Begin at the first step, or where the newest whole checkpoint is."""
+        if not self.resumes:
             return
-        refuse_bad()
-        state = {**vars(now), **live_state(), "callbacks": [callback.state_dict() for callback in stateful]}
-        state["outcomes"] = outcomes.state_dict()
-        own = {  # what differs between processes
+        path, state = self.checkpoints.newest()
+        phase = self.options.phase
+        if path is None:
+            self.say(f"no checkpoint of phase {phase} yet: it begins at its first step")
+            return
+        with self.ranks.agreed(waiting=True):
+            if state is None:
+                like = {}
+                if self.checkpoints.is_in_parts:
+                    like = sharded_tensors(self.live_state(), self.trainer)
+                state = self.checkpoints.read(path, like)
+            self.go_on_from(path, state)
+        of_phase = "" if phase == "fit" else f" of phase {phase}"
+        self.say(f"resumed at step {self.step}{of_phase}")
+
+    def go_on_from(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Take over what a checkpoint has."""
+        process_state = state_of_process(state["ranks"], self.trainer, path, self.sources)
+        if state["step"] > self.options.steps:
+            raise MetaplError(f"{path} has done {state['step']} steps; expected steps={state['step']} or more.")
+        # The first batch, by which other data are known.
+        positions = self.sources.draw_facts()
+        if self.request.resume != "anyway":
+            refuse_other_settings(process_state["compared"], self.settings(), path)
+        for callback, callback_state in zip(self.callbacks_with_state, state["callbacks"], strict=False):
+            callback.load_state_dict(callback_state)
+        self.trainer.load_state_dict({**state["trainer"], "generator": process_state["generator"]})
+        self.selection.load_state_dict(state)
+        self.step = state["step"]
+        self.is_ended = state["ended"]
+        self.outcomes.load_state_dict(state.get("outcomes", {}))
+        self.checkpoints.go_on_from(path)
+        self.sources.load_state_dict({**positions, **process_state["feeds"]})
+        # Last, for what comes before may draw.
+        set_rng_state(process_state["rng"])
+
+    # ---------------------------------------------------------------------------------------------------------- a step
+
+    def take_step(self) -> tuple[Any, Any, bool]:
+        """Draw the batches of a step and take it.
+
+        Returns: the labeled batch, the report, and whether the student waits, for a teacher that learns alone.
+        """
+        trainer: Any = self.trainer
+        options = self.options
+        student_waits = self.step < options.wait
+        student_is_alone = options.wait <= self.step < self.teacher_begins
+        # Nobody looks ahead where the student waits, or learns alone.
+        looks_ahead = not student_waits and not student_is_alone
+        labeled, unlabeled = self.sources.next_batches(lookahead=trainer.lookahead if looks_ahead else 1)
+        self.rates.move(self.step)
+        if options.warm_start and self.step == options.wait and trainer.teacher is not None:
+            self.selection.start_student_from_teacher()
+        if hasattr(trainer, "measures_feedback"):
+            trainer.measures_feedback = options.due(options.log_every, self.step + 1)
+        take_step = trainer.step
+        if student_waits:
+            take_step = trainer.teacher_step
+        elif student_is_alone:
+            take_step = trainer.first_step
+        try:
+            report = take_step(labeled, unlabeled)
+        except MetaplError as error:
+            # What went wrong before is the reason.
+            self.refuse_what_went_wrong()
+            raise MetaplError(f"step {self.step + 1}: {error}") from error
+        self.step += 1
+        if report.fault.findings:
+            self.faults.append((self.step, report.fault))
+        self.selection.update_averages(["teacher"] if student_waits else trainer.networks)
+        return labeled, report, student_waits
+
+    def refuse_what_went_wrong(self) -> None:
+        """Stop where a step so far went wrong, or the weights after it are not finite."""
+        for number, fault in self.faults:
+            fault.raise_if_found(f"step {number}: ")
+        self.faults.clear()
+        networks = self.trainer.networks.values()
+        weights = [local(p.detach()) for network in networks for p in network.parameters()]
+        are_finite = bool(torch.stack([torch.isfinite(w).all() for w in weights]).all())
+        if self.ranks.any(not are_finite):
+            raise MetaplError(f"weights were NaN or infinite after step {self.step}; lower the learning rates.")
+
+    # ------------------------------------------------------------------------------------------------- what it showed
+
+    def observe(self, report: Any, labeled: Any, *, student_waits: bool) -> dict[str, float]:
+        """Log, validate and call the callbacks after a step, where that is due; returns the row that is recorded."""
+        options = self.options
+        logs = options.due(options.log_every, self.step)
+        validates = options.due(options.validate_every, self.step)
+        row: dict[str, float] = {"step": self.step}
+        if logs or validates:
+            self.refuse_what_went_wrong()
+        if logs:
+            self.log(report, labeled, row)
+        if validates:
+            row.update(self.validate())
+        # The step alone is nothing to record.
+        if len(row) == 1:
+            return row
+        try:
+            reasons = self.call_back(row)
+            if reasons:
+                self.end_early(reasons, student_waits=student_waits)
+                if not validates:
+                    # As after the last step of any fit.
+                    row.update(self.validate())
+        finally:
+            # What a callback raises comes out, and the step was done.
+            self.records.add(row)
+        return row
+
+    def log(self, report: Any, labeled: Any, row: dict[str, float]) -> None:
+        """Put the numbers of a step into its row."""
+        row.update(report.as_dict())
+        row.update(self.rates.now())
+        if not hasattr(report, "signal"):
+            return
+        trainer: Any = self.trainer
+        scalars = figures(report, trainer.problem, labeled, self.ranks)
+        # One copy from the device for all of them.
+        values = torch.stack([t.double() for t in scalars.values()]).tolist()
+        row.update(zip(scalars, values, strict=True))
+        inner_examples = self.ranks.size * len(report.student_outputs)
+        self.outcomes.recorded(self.step, row, inner_examples, labeled=self.ranks.size * length(labeled))
+
+    def validate(self) -> dict[str, float]:
+        """Measure the networks that have an accuracy, or whatever the metric is, as they are now."""
+        roles = []
+        for role in self.trainer.networks:
+            # A teacher that weighs examples, say, has no accuracy; a student that waits has not begun.
+            is_judged = self.trainer.teacher_classifies if role == "teacher" else self.step > self.options.wait
+            if is_judged:
+                roles.append(role)
+        return self.selection.validate(self.step, roles)
+
+    def call_back(self, row: dict[str, float]) -> list[str]:
+        """Call the callbacks, whose numbers join the row; returns why some of them ask the fit to stop."""
+        reasons = []
+        for callback in self.request.callbacks:
+            # Observing must not change the run: a DataLoader, for one, draws from the generators.
+            with replayed(RandomState.now(self.trainer.device)):
+                try:
+                    numbers = callback(self.step, dict(row), self.trainer)
+                except StopFit as stop:
+                    reasons.append(str(stop))
+                    continue
+            if isinstance(numbers, Mapping):
+                row.update(numbers)
+        return reasons
+
+    def end_early(self, reasons: Sequence[str], *, student_waits: bool) -> None:
+        """End the fit after this step, and say why."""
+        self.is_ended = True
+        text = f"stopped after step {self.step} by a callback"
+        named = "; ".join(reason for reason in reasons if reason)
+        if named:
+            text += f": {named}"
+        if student_waits:
+            text += "; the student is untrained: it would have begun later"
+        self.say(text)
+
+    # ------------------------------------------------------------------------------------------ what is saved, and kept
+
+    def settings(self) -> dict[str, str]:
+        """Return what a part of this fit that is resumed must have in common with it."""
+        return settings_of(
+            self.trainer,
+            self.options,
+            self.sources,
+            self.rates,
+            first_steps=self.teacher_begins - self.options.wait,
+            metric=self.metric,
+            callbacks=self.callbacks_with_state,
+        )
+
+    def live_state(self) -> dict[str, Any]:
+        """Return the state of the trainer and of the averages, whose tensors the next step changes."""
+        return {"trainer": self.trainer.live_state(), "averages": self.selection.live_averages()}
+
+    def save(self) -> None:
+        """Write a checkpoint, if there is where."""
+        if not self.saves:
+            return
+        self.refuse_what_went_wrong()
+        state: dict[str, Any] = {"step": self.step, "ended": self.is_ended}
+        state.update(self.selection.state_dict())
+        state.update(self.live_state())
+        state["callbacks"] = [callback.state_dict() for callback in self.callbacks_with_state]
+        state["outcomes"] = self.outcomes.state_dict()
+        # What differs between processes.
+        process_state = {
             "rng": rng_state(),
             "generator": state["trainer"].get("generator"),
-            "feeds": {name: one.state() for name, one in feeds.items()},
-            "compared": compared(),
+            "feeds": self.sources.state_dict(),
+            "compared": self.settings(),
         }
-        state["ranks"] = ranks.gathered(own)
-        if not (ranks.alone or isinstance(checkpoints, PartsFolder)):
-            state = gathered(state)
-        with ranks.agreed(waiting=True):
-            records.flush()
-        with ranks.agreed(waiting=True):
-            if checkpoints is not None:
-                checkpoints.write(now.step, state)
+        state["ranks"] = self.ranks.gathered(process_state)
+        with self.ranks.agreed(waiting=True):
+            self.records.flush()
+        self.checkpoints.write(self.step, state)
 
-    with ExitStack() as ending:
-        # Own the folder.
-        if out is not None:
-            ending.enter_context(out.held())
-            checkpoints = CheckpointFolder(out.path / "checkpoints" / phase, options.keep)
-        with ranks.agreed(waiting=True):
-            if checkpoints is not None and checkpoints.paths() and not resumes:
-                otherwise = "go on with resume=True, or give another out or phase."
-                raise MetaplError(f"{checkpoints.folder} holds checkpoints already; {otherwise}")
-        # Where networks are sharded over all processes of the job, each writes its part; elsewhere the first process
-        # has everything, or could not say who else writes.
-        weights = [p for network in networks.values() for p in network.parameters()]
-        if saves and not ranks.alone and any(map(is_sharded, weights)):
-            place = ranks.gathered(checkpoints and str(checkpoints.folder.resolve()))[0]
-            if ranks.processes == dist.get_world_size():
-                checkpoints = PartsFolder(place, options.keep)
-                ending.callback(checkpoints.close)
-        # Begin the feeds.
-        for name, source in sources.items():
-            last = options.steps * (trainer.lookahead if name == "unlabeled" else 1)
-            how: dict[str, Any] = {"num_workers": options.num_workers, "device": trainer.device}
-            feeds[name] = feed(source, name=name, stop=last, **how)
-            ending.callback(feeds[name].close)
-        ending.callback(rates.move, None)
-        if hasattr(trainer, "measures_feedback"):
-            ending.callback(setattr, trainer, "measures_feedback", False)
-        try:
-            # Take over what the newest whole checkpoint has: the first process finds it, and all read it.
-            found = None
-            with ranks.agreed(waiting=True):
-                if resumes and ranks.first and checkpoints is not None:
-                    found = checkpoints.newest()
-            path: Path | None = ranks.gathered(found and found.path)[0]
-            if path is not None:
-                with ranks.agreed(waiting=True):
-                    state = None if found is None else found.state
-                    if state is None:
-                        like = sharded(live_state(), trainer) if isinstance(checkpoints, PartsFolder) else {}
-                        state = load_parts(path, like) if path.is_dir() else load(path)
-                    own = own_state(state["ranks"], trainer, path, [*sources.values()])
-                    if state["step"] > options.steps:
-                        raise MetaplError(
-                            f"{path} has done {state['step']} steps; expected steps={state['step']} or more."
-                        )
-                    begun = {name: one.state() for name, one in feeds.items()}
-                    for name in feeds:
-                        draw(name)  # the first batch, by which other data are known
-                    before, after = own["compared"], compared()
-                    names = [name for name in before | after if before.get(name) != after.get(name)]
-                    if names and resume != "anyway":
-                        changed = few([f"{name} was {before.get(name)}, now {after.get(name)}" for name in names])
-                        raise MetaplError(f"{path} was begun otherwise ({changed}); or give resume='anyway'.")
-                    for callback, its in zip(stateful, state["callbacks"], strict=False):
-                        callback.load_state_dict(its)
-                    trainer.load_state_dict(state["trainer"] | {"generator": own["generator"]})
-                    for role, average in averages.items():
-                        average.load_state_dict(state["averages"][role])
-                    now = Progress(**{name: state[name] for name in vars(now) if name in state})
-                    outcomes.load_state_dict(state.get("outcomes", {}))
-                    if checkpoints is not None:
-                        checkpoints.last = path
-                    for name, one in feeds.items():
-                        one.restore(own["feeds"].get(name, begun[name]))
-                    set_rng_state(own["rng"])  # last: what comes before may draw
-                say(f"resumed at step {now.step}{'' if phase == 'fit' else f' of phase {phase}'}")
-            elif resumes:
-                say(f"no checkpoint of phase {phase} yet: it begins at its first step")
-            stop, stops = ending.enter_context(stop_requests()), False
-            bar = ending.enter_context(progress(shown, name=phase, start=now.step, steps=options.steps))
-            records = Records(None if out is None else out.path, phase, now.step, say)
-            ending.callback(records.close)
-            while now.step < options.steps and not now.ended and not stops:
-                # The batches of a step; nobody looks ahead where the student waits, or learns alone.
-                waits = now.step < options.wait
-                is_first = options.wait <= now.step < teacher_begins
-                labeled, unlabeled = draw("labeled"), None
-                if "unlabeled" in feeds:
-                    # Copies, for a source may fill the memory of one batch with the next.
-                    more = range(0 if waits or is_first else trainer.lookahead - 1)
-                    ahead = [map_tensors(Tensor.clone, plain(draw("unlabeled"))) for _ in more]
-                    unlabeled = draw("unlabeled")
-                    unlabeled = Lookahead([*ahead, unlabeled]) if ahead else unlabeled
-                # The step.
-                rates.move(now.step)
-                if options.warm_start and now.step == options.wait and trainer.teacher is not None:
-                    with kept("teacher") as teacher:
-                        load_whole(trainer.student, weights_of(teacher))
-                    if decay is not None:
-                        averages["student"] = Average(trainer.student, decay)
-                if hasattr(trainer, "measures_feedback"):
-                    trainer.measures_feedback = options.due(options.log_every, now.step + 1)
-                take_step = trainer.step
-                if waits:
-                    take_step = trainer.teacher_step
-                elif is_first:
-                    take_step = trainer.first_step
-                try:
-                    report = take_step(labeled, unlabeled)
-                except MetaplError as error:
-                    refuse_bad()  # what went wrong before is the reason
-                    raise MetaplError(f"step {now.step + 1}: {error}") from error
-                now.step += 1
-                if report.fault.findings:
-                    faults.append((now.step, report.fault))
-                for role, average in averages.items():
-                    if not (waits and role == "student"):
-                        average.update()
-                # What it showed.
-                logged, validated = (options.due(n, now.step) for n in (options.log_every, options.validate_every))
-                row: dict[str, float] = {"step": now.step}
-                if logged or validated:
-                    refuse_bad()
-                if logged:
-                    row |= report.as_dict() | rates.now()
-                    if hasattr(report, "signal"):
-                        scalars = figures(report, trainer.problem, labeled, ranks)
-                        values = torch.stack([t.double() for t in scalars.values()]).tolist()
-                        row |= dict(zip(scalars, values, strict=True))
-                        examples = ranks.size * len(report.student_outputs)
-                        outcomes.recorded(now.step, row, examples, labeled=ranks.size * length(labeled))
-                if validated:
-                    row |= look()
-                if len(row) > 1:  # the step alone is nothing to record
-                    reasons = []
-                    try:
-                        for callback in callbacks:
-                            # Observing must not change the run: a DataLoader, for one, draws from the generators.
-                            with replayed(RandomState.now(trainer.device)):
-                                try:
-                                    numbers = callback(now.step, dict(row), trainer)
-                                    row |= numbers if isinstance(numbers, Mapping) else {}
-                                except StopFit as ends:
-                                    reasons.append(str(ends))
-                        if reasons:
-                            now.ended, reason = True, "; ".join(filter(None, reasons))
-                            late = "; the student is untrained: it would have begun later" * waits
-                            say(f"stopped after step {now.step} by a callback{': ' * bool(reason)}{reason}{late}")
-                            row |= {} if validated else look()  # as the last step of any fit
-                    finally:  # what a callback raises comes out, and the step was done
-                        records.add(row)
-                if chosen_by in row:
-                    bar.set_postfix_str(f"validation {row[chosen_by]:.4g}", refresh=False)
-                bar.update()
-                if due := now.ended or options.due(options.save_every, now.step):
-                    save()
-                # Several processes agree on a stop where numbers are read anyway.
-                stops = (ranks.alone or options.due(options.log_every, now.step)) and ranks.any(bool(stop))
-                if stops and not due:
-                    save()
-            if checkpoints is not None:
-                checkpoints.finish()
-        except MetaplError as error:
-            if checkpoints is not None and checkpoints.last:
-                raise MetaplError(f"{error} (the last good checkpoint is {checkpoints.last})") from error
-            raise
-    if stops or stop:
-        raise Interrupted(now.step, (*stop, signal.SIGTERM)[0], None if checkpoints is None else checkpoints.last)
-    # Leave the networks that are kept in place.
-    best, taught = now.best, None
-    if trainer.teacher is not None:
-        with kept("teacher") as network:
-            taught = weights_of(network)
-        last_value = now.seen.get("teacher_validation_accuracy")
-        best_value = now.best_teacher["value"]
-        if last_value is not None and best_value is not None and best_value - last_value >= FAR_BEHIND:
-            taught = now.best_teacher["weights"]
-            say(
-                f"the teacher is kept as it was after step {now.best_teacher['step']:,}, with {best_value:.1%} on the "
-                f"validation data: after the last step it has {last_value:.1%}"
-            )
-        load_whole(trainer.teacher, taught)
-    if not best["weights"]:
-        with kept("student") as network:
-            best = {"value": now.seen.get(chosen_by), "step": now.step, "weights": weights_of(network)}
-    load_whole(trainer.student, best["weights"])
-    # The first of several processes knows the rows of the earlier parts of a fit that was resumed.
-    history = ranks.gathered(records.history)[0]
-    return FitResult(
-        best["value"], best["step"], best["weights"], taught, history, None if measure is None else measure.name
-    )
+    def result(self) -> FitResult:
+        """Leave the networks that are kept in place, and return what the fit ended with."""
+        student, teacher_weights = self.selection.install(self.step, self.say)
+        return FitResult(
+            value=student.value,
+            step=student.step,
+            weights=student.weights,
+            teacher_weights=teacher_weights,
+            # The first of several processes knows the rows of the earlier parts of a fit that was resumed.
+            history=self.ranks.gathered(self.records.history)[0],
+            metric=None if self.metric is None else self.metric.name,
+        )
 
 
-def about(source: Any, batch: Any) -> dict[str, Any]:
-    """How many examples a source has, and how many a batch, where that is known, and the digest of its first batch."""
-    if hasattr(source, "whole"):  # of a share
-        source, batch = source.whole, source.whole[0]
-    examples, held = getattr(source, "examples", None), getattr(source, "dataset", source)
-    if examples is None and hasattr(held, "__len__") and not isinstance(held, StepBatches):  # which count steps
-        examples = len(held)
-    return {"examples": examples, "batch_size": getattr(source, "batch_size", None), "first_batch": digest(batch)}
-
-
-def own_state(every: list[dict[str, Any]], trainer: Any, file: Path, sources: Sequence[Any]) -> dict[str, Any]:
-    """The state of this process among those of each; on another number of processes that of the first one, and where
-    the networks have dropout, a default generator seeded anew for each share."""
-    ranks: Ranks = trainer.ranks
-    if len(every) == ranks.processes:
-        return every[0 if ranks.alone else ranks.gathered(dist.get_rank()).index(dist.get_rank())]
-    if ranks.size > 1 and not all(hasattr(source, "whole") for source in sources):
-        raise MetaplError(f"{file} is of a fit in {len(every)} processes with sources of their own; expected as many.")
-    own, parts = every[0], [part for network in trainer.networks.values() for part in network.modules()]
-    if any(isinstance(part, nn.modules.dropout._DropoutNd) for part in parts):
-        set_rng_state(own["rng"])
-        torch.manual_seed(int(torch.randint(2**62, ())) + ranks.rank)
-        own = own | {"rng": rng_state()}
-    return own
-
-
-def sharded(state: dict[str, Any], trainer: Any) -> dict[str, Any]:
-    """The sharded tensors of a fit's state, by their places in it."""
-    known: dict[str, Any] = {}
-    encoded(state, known)
-    known = {place: t for place, t in known.items() if is_sharded(t)}
-    # An optimizer's state may not be there yet; it is laid out as its parameters are.
-    optimizers = [k for k, value in state["trainer"].items() if isinstance(value, dict) and "param_groups" in value]
-    for key, optimizer in zip(optimizers, trainer.schedulable, strict=True):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        known |= {f"trainer/{key}/state/{i}": p for i, p in enumerate(parameters) if is_sharded(p)}
-    return known
+def _say_nothing(text: str) -> None:
+    """Take a line that another process says."""

@@ -30,7 +30,7 @@ from metapl.feedback.door import (
     refuse_hooks,
     refuse_learned_settings,
 )
-from metapl.feedback.hypergradient import Hypergradient, hypergradient
+from metapl.feedback.hypergradient import Hypergradient
 from metapl.feedback.lookahead import Lookahead, inner_batches, refuse_outer_lookahead
 from metapl.feedback.order import Order, Orders
 from metapl.feedback.path import take_steps
@@ -46,6 +46,7 @@ from metapl.problems.losses import TeacherLoss, check_losses
 from metapl.runs.fields import AboveZero, AtLeastZero, MicroBatches, Range, check_arguments
 from metapl.training import FitResult, Trainer
 from metapl.training.base import FinetuneKeywords, refuse_missing_entries
+from metapl.training.hypergradient import hypergradient
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
 from metapl.training.options import FitOptions
 from metapl.training.verification import Verification
@@ -302,6 +303,7 @@ class BilevelTrainer(Trainer):
         labeled, losses = self.problem.outer_batch(labeled), self._losses_for(batches[-1])
         mode, number, ranks, parts, generator = self.mode, self.steps_done, self.ranks, self.accumulate, self.generator
         student.inspects_graph = is_tried
+        student.chooses_order = is_tried
         self.update.follow(student.parameters)
         taught = list[Tensor]()
         if (optimizer := self.outer_optimizer) is not None:
@@ -375,6 +377,7 @@ class BilevelTrainer(Trainer):
         for layout in self.distributed:
             layout.begin_step()
         self._slots = slots = [own if own.contents() == own.known else Slots(own.module) for own in self._slots]
+        slots[1].meet(self.problem)
         mark = hash((slots[0].mark, slots[1].mark))
         look = None
         if mark not in self._looked_at and self.mode.credits != "nothing":

@@ -4,9 +4,11 @@ import contextlib
 import doctest
 import importlib
 import io
+import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,40 @@ def test_the_rows_that_a_page_shows_are_those_of_the_whole_table() -> None:
             whole = rows_of((RESULTS / f"{name}.md").read_text())
             for row in rows_of(table):
                 assert any(row.items() <= one.items() for one in whole), f"{page.name}: {row}"
+
+
+def test_the_sentences_about_silent_errors_follow_from_the_rows() -> None:
+    rows = json.loads((RESULTS / "silent.json").read_text())["rows"]
+    outcomes: dict[str, Counter[str]] = {}
+    right: dict[str, set[str]] = {}
+    for row in rows:
+        outcomes.setdefault(row["way"], Counter())[row["outcome"]] += 1
+        if row["outcome"] == "right":
+            right.setdefault(row["way"], set()).add(row["kind"])
+    verified, unverified = outcomes["metapl, forward"], outcomes["metapl, forward, verify=False"]
+    bergson = outcomes["bergson 2.5.1"]
+    others = {way: counts for way, counts in outcomes.items() if not way.startswith(("metapl", "bergson"))}
+    others_right = [counts["right"] for counts in others.values()]
+    others_wrong = [counts["wrong"] for counts in others.values()]
+    readme = (ROOT / "README.md").read_text()
+    for sentence in (
+        f"On {verified.total()} unusual students",
+        f"is right on {verified['right']}, refuses {verified['refused']}, warns of {verified['warned']} and is",
+        f"(without verification on {unverified['wrong']})",
+        f"are right on {min(others_right)} to {max(others_right)} and [silently wrong on {min(others_wrong)} to "
+        f"{max(others_wrong)}]",
+        f"on {bergson['right']} and {bergson['wrong']}.",
+    ):
+        assert sentence in readme
+    assert (verified["wrong"], outcomes["metapl, unrolled"]["wrong"]) == (0, 0)
+
+    right_elsewhere = set().union(*(right[way] for way in [*others, "bergson 2.5.1"]))
+    page = " ".join((ROOT / "docs" / "peers.md").read_text().split())
+    by_forward = len(right_elsewhere & right["metapl, forward"])
+    assert f"On {len(right_elsewhere)} students one of the others is right, and `forward` on {by_forward} of" in page
+    missed = right_elsewhere - right["metapl, forward"]
+    assert missed == {"a captured teacher", "a count in an attribute"}
+    assert missed - right["metapl, unrolled"] == {"a captured teacher"}
 
 
 def test_the_harness_goes_on_shows_figures_as_it_says_and_keeps_the_committed_result(tmp_path: Path) -> None:

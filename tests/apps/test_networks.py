@@ -19,8 +19,8 @@ from torchvision.ops import StochasticDepth
 from metapl.apps import networks
 from metapl.apps.networks import Architecture, Normalized, create, load_weights, parameter_groups, read_weights
 from metapl.errors import MetaplError
-from metapl.feedback.hypergradient import hypergradient
 from metapl.models import mlp, wide_resnet
+from metapl.training.hypergradient import hypergradient
 
 COUNTS = [
     *(("wide_resnet28_2", 1_467_610), ("wide_resnet28_10", 36_479_194), ("small_cnn", 80_266), ("pooled_cnn", 94_762)),

@@ -1,29 +1,37 @@
-"""``examples/protocols.py`` and ``noisy_student_imagenet.py`` on small files, as torchvision reads each data set.
+"""``examples/protocols.py`` on small files, as torchvision reads each data set.
 
 What torchvision itself does is not repeated: comparing files with their MD5, and unpacking ImageNet's archives.
 """
 
 import dataclasses
+import gzip
 import json
 import pickle
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
-import noisy_student_imagenet
 import numpy as np
 import picture_sets
+import plan
 import protocols
 import pytest
 import scipy.io
 import torch
+import training_accuracy
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_runs import color_folders
 from torchvision import datasets
 from torchvision.datasets import imagenet
 
-from metapl.apps.pictures import EvaluationBatches
+from metapl.apps.labels import LabelWriter
+from metapl.apps.pictures import EvaluationBatches, scan_unlabeled
 from metapl.apps.run import EndedRun
+from metapl.distributed import Mesh
+from metapl.errors import MetaplError
+from metapl.feedback import Reinforce
 from metapl.metrics import evaluate_logits
 from metapl.metrics.predictions import predict_logits
 
@@ -59,6 +67,15 @@ def write_svhn(root: Path) -> None:
         scipy.io.savemat(root / datasets.SVHN.split_list[split][1], {"X": pictures, "y": labels})
 
 
+def write_fashion(root: Path) -> None:
+    """40 pictures to train on, 15 to test on; picture i has the level i, and the label i mod 10."""
+    for part, count in (("train", 40), ("t10k", 15)):
+        numbers = np.arange(count, dtype=np.uint8)
+        pictures = np.repeat(numbers, 28 * 28).tobytes()
+        (root / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + pictures))
+        (root / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + (numbers % 10).tobytes()))
+
+
 WNIDS = ("n01440764", "n02012849", "n03126707")  # tench, crane the bird, crane the machine
 NAMES = (("tench", "Tinca tinca"), ("crane",), ("crane",))
 
@@ -86,13 +103,30 @@ def written(data: str, root: Path, patch: pytest.MonkeyPatch) -> str:
 def tiny(name: str, tmp_path: Path, patch: pytest.MonkeyPatch, **own: Any) -> Any:
     config = protocols.PROTOCOLS[name][1]
     places = {"root": written(config.data, tmp_path / "data", patch), "out": str(tmp_path / "run")}
-    if name == "imagenet-jft":
+    if config.unlabeled is not None:
         places["unlabeled"] = str(color_folders(tmp_path / "colors") / "unlabeled")
+    if config.labels is not None:
+        places["labels"] = stored(places["unlabeled"], tmp_path / "labels")
     sides = AT_32 if config.data == "imagenet" else {}
-    return dataclasses.replace(config, **{**TINY, **SMALL, **places, **sides, "student_lr": 0.01, **own})
+    # A row that holds nothing out, or keeps all labels, stays so.
+    kept = {name: getattr(config, name) for name in ("validation", "labels_per_class") if not getattr(config, name)}
+    alone = {"stochastic_depth": 0.0, "mesh": Mesh(), "batch_norm_ranks": None, "precision": "float32"}
+    changes = {**TINY, **SMALL, **kept, **places, **sides, **alone, "student_lr": 0.01, "teacher_lr": 0.01, **own}
+    return dataclasses.replace(config, **changes)
 
 
-LONG = {"cifar10-4k-paper", "imagenet-10pct-paper"}  # of which another one has all that is theirs
+def stored(folder: str, place: Path) -> str:
+    """A store with labels of all pictures of a folder but the last, as ``metapl label`` writes it."""
+    files = scan_unlabeled(folder)
+    names = sorted(files.names)[:-1]
+    p = torch.rand(len(names), len(WNIDS), generator=torch.Generator().manual_seed(0)).softmax(1)
+    with LabelWriter(place, list(WNIDS), provenance={"pictures": str(files.root)}) as writer:
+        writer.add(names, p)
+    return str(place)
+
+
+# Rows of which another one has all that is theirs.
+LONG = {"cifar10-4k-paper", "svhn-1k", "imagenet-10pct-paper", "imagenet-l2", "imagenet-b6-wide"}
 
 
 @pytest.mark.parametrize(
@@ -100,6 +134,7 @@ LONG = {"cifar10-4k-paper", "imagenet-10pct-paper"}  # of which another one has 
 )
 def test_a_protocol_runs_from_end_to_end(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     c = tiny(name, tmp_path, monkeypatch)
+    protocols.check(c)
     result = protocols.train(c)
     out = tmp_path / "run"
     assert json.loads((out / "result.json").read_text()) == json.loads(json.dumps(result))
@@ -115,16 +150,157 @@ def test_a_protocol_runs_from_end_to_end(name: str, tmp_path: Path, monkeypatch:
     assert all(torch.equal(kept[name], t) for name, t in delivered.network("student").state_dict().items())
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     fitted = [row for row in rows if row["phase"] == "fit"]
-    assert "inner_loss" not in fitted[0], "the student waits for a step"
+    reduced = c.method == "reduced_mpl"
+    assert ("inner_loss" in fitted[0]) == reduced, "the student waits for a step, but for stored labels"
     assert "inner_loss" in fitted[1]
-    assert fitted[1]["feedback_weight"] == 1.0, "the papers know no bound"
+    assert reduced or fitted[1]["feedback_weight"] == 1.0, "the papers know no bound"
+    assert ("student_validation_accuracy" in fitted[-1]) == bool(c.validation)
+    assert fitted[-1]["student_training_accuracy"] == result["student_training_accuracy"]
+    assert ("teacher_training_accuracy" in fitted[-1]) != reduced, "it has no opinion on pictures"
+    if c.select == "last":
+        assert result["best_step"] == c.steps
+        assert result["delivered"] == "finetuned"
     assert protocols.train(dataclasses.replace(c, resume=True)) == result  # after its end it takes no step
 
 
 @pytest.mark.parametrize("method", ["none", "uda", "supervised", "headroom"])
 def test_the_controlled_baselines_run(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = protocols.train(tiny("svhn-1k", tmp_path, monkeypatch, method=method, finetune_steps=0, wait=0))
-    assert 0 <= result["student_test_accuracy"] <= 1
+    assert 0 <= result["student_test_accuracy"] <= result["student_test_top5"] <= 1
+    assert ("teacher_test_accuracy" in result) == (method == "none")
+
+
+def test_svhn_keeps_no_picture_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,000 of its 604,388 pictures have labels, and 603,388 have none; here 30 of 100."""
+    result = protocols.train(tiny("svhn-1k-paper", tmp_path, monkeypatch, steps=2, wait=0))
+    assert (result["labeled"], result["unlabeled"]) == (30, 70)
+    assert "validation_accuracy" not in result
+
+
+def test_every_value_of_a_row_has_a_source() -> None:
+    without_default = {
+        each.name
+        for each in dataclasses.fields(protocols.Protocol)
+        if each.default is each.default_factory is dataclasses.MISSING
+    }
+    for name, row in protocols.ROWS.items():
+        assert without_default - {"root", "out"} <= row.sources.keys() == row.values.keys(), name
+        assert {*row.sources.values()} <= {"paper", "table", "code", "ours"}
+    # No row of another data set says that the code or the table had its values.
+    for name in ("imagenet-jft", "imagenet-l2", "imagenet-b6-wide", "imagenet-b7-reduced"):
+        assert {*protocols.ROWS[name].sources.values()} == {"paper", "ours"}
+
+
+def test_the_rows_of_the_paper_are_algorithm_1() -> None:
+    rows = {name: c for name, (_, c) in protocols.PROTOCOLS.items() if name.endswith("-paper")}
+    assert len(rows) == 3
+    for c in rows.values():
+        assert (c.select, c.feedback, c.feedback_baseline, c.feedback_weight) == ("last", "dot", None, 1.0)
+        assert (c.label_smoothing, c.uda_threshold, c.uda_ramp, c.wait) == (0.0, 0.0, 0, 0)
+        assert protocols.estimator_of(c) == Reinforce()
+    for name in ("cifar10-4k", "imagenet-10pct"):
+        c = protocols.PROTOCOLS[name][1]
+        assert (c.feedback, c.uda_threshold_on) == ("exact", "sharpened")
+
+
+@pytest.mark.parametrize("feedback", ["dot-sum", "cosine", "loss-difference", "per-example"])
+def test_the_other_forms_of_feedback_run(feedback: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    baseline = 0.99 if feedback in protocols.WITH_BASELINE else None
+    c = tiny("svhn-1k-paper", tmp_path, monkeypatch, feedback=feedback, feedback_baseline=baseline, wait=0, steps=2)
+    protocols.check(c)
+    protocols.train(c)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[1]["feedback_ratio"] > 0
+
+
+def test_a_short_run_shortens_what_is_counted_in_steps() -> None:
+    c = protocols.scaled(dataclasses.replace(protocols.PROTOCOLS["cifar10-4k"][1], scale_to=300))
+    assert (c.steps, c.wait, c.warmup, c.uda_ramp, c.finetune_steps, c.scale_to) == (300, 3, 5, 5, 1, None)
+    assert c.validate_every == c.log_every == c.save_every == 60
+    c = protocols.scaled(dataclasses.replace(protocols.PROTOCOLS["cifar10-4k-paper"][1], scale_to=300))
+    assert (c.wait, c.warmup, c.uda_ramp, c.finetune_steps) == (0, 1, 0, 1)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "seeds": ({"seeds": "3-1"}, "--seeds 3-1"),
+    "a mesh": ({"mesh": Mesh(replicate=2)}, "1 process was started for a mesh of 2"),
+    "products": ({"mesh": Mesh(tensor=2)}, "for a mesh of 2"),
+    "parts": ({"accumulate": 3}, "--labeled-batch 4: expected a multiple of 3"),
+    "batch norms": ({"batch_norm_ranks": 2}, "--batch-norm-ranks 2: expected a divisor of 1"),
+    "selection": ({"validation": 0, "select": "validation"}, "--select validation: expected pictures"),
+    "a baseline": ({"feedback": "exact", "feedback_baseline": 0.99}, "exact has none"),
+    "stored labels": ({"method": "reduced_mpl"}, "expected --unlabeled DIR, and --labels STORE"),
+    "labels": ({"labels": "store"}, "expected --method reduced_mpl"),
+    "steps": ({"steps": 5, "wait": 4, "warmup": 2}, "--steps 5: expected more than --wait 4"),
+    "a side": ({"image_size": 28}, "the pictures of svhn have 32 pixels"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_go_together_is_refused_before_anything(name: str, tmp_path: Path) -> None:
+    changes, text = REFUSED[name]
+    row = protocols.PROTOCOLS["svhn-1k-paper"][1]
+    usual = {"root": str(tmp_path / "none"), "out": str(tmp_path / "run"), "labeled_batch": 4, "unlabeled_batch": 6}
+    c = dataclasses.replace(row, **usual, **changes)
+    with pytest.raises(MetaplError, match=re.escape(text)) as error:
+        protocols.check(c)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_torchrun_without_a_mesh_is_refused_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = ["svhn-1k", "--root", str(tmp_path), "--out", str(tmp_path / "run")]
+    assert protocols.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("protocols.py: 2 processes were started for a mesh of 1; expected as many: torchrun")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_seeds_give_a_mean_and_a_deviation_and_go_on_run_by_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c = tiny("svhn-1k-paper", tmp_path, monkeypatch, steps=2, wait=0, seeds="3,5")
+    protocols.check(c)
+    summary = protocols.train_seeds(c, protocols.Processes())
+    out = tmp_path / "run"
+    assert json.loads((out / "seeds.json").read_text()) == summary
+    results = [json.loads((out / f"seed-{seed}" / "result.json").read_text()) for seed in (3, 5)]
+    for name in ("finetuned_test_accuracy", "finetuned_test_top5", "student_training_accuracy"):
+        values = [result[name] for result in results]
+        assert summary[name]["values"] == values
+        assert summary[name]["mean"] == pytest.approx(sum(values) / 2)
+        assert summary[name]["deviation"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    with pytest.raises(MetaplError, match="holds runs already"):
+        protocols.check(c)
+    # The second run is lost; the first one is read, and not repeated.
+    expected = (out / "seed-5" / "finetuned.safetensors").read_bytes()
+    shutil.rmtree(out / "seed-5")
+    started: list[str] = []
+    real = protocols.load_pictures
+    monkeypatch.setattr(protocols, "load_pictures", lambda c: started.append(c.out) or real(c))
+    again = dataclasses.replace(c, resume=True)
+    protocols.check(again)
+    assert protocols.train_seeds(again, protocols.Processes()) == summary
+    assert started == [str(out / "seed-5")]
+    assert (out / "seed-5" / "finetuned.safetensors").read_bytes() == expected
+    with pytest.raises(MetaplError, match=r"result of other settings \(steps was 2, now 3"):
+        protocols.train_seeds(dataclasses.replace(again, steps=3), protocols.Processes())
+
+
+def test_fashion_is_read_from_its_four_files(tmp_path: Path) -> None:
+    write_fashion(tmp_path)
+    sets = picture_sets.load_fashion(str(tmp_path))
+    pictures, _ = sets.train.fetch(torch.tensor([3]))
+    assert pictures.shape == (1, 3, 28, 28)
+    assert pictures.unique().tolist() == [3]
+    assert (len(sets.train), len(sets.test), sets.labelable) == (40, 15, 40)
+    assert (sets.train_labels[3], sets.test_labels[4]) == (3, 4)
+    with pytest.raises(MetaplError, match=r"expected the folder of Fashion-MNIST's four \.gz files"):
+        picture_sets.load_fashion(str(tmp_path / "elsewhere"))
 
 
 def test_the_split_is_a_function_of_the_seed_and_can_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,9 +314,9 @@ def test_the_split_is_a_function_of_the_seed_and_can_be_given(tmp_path: Path, mo
         assert labels[drawn["validation"]].bincount().tolist() == [1] * 10
     assert {*parts[0]["labeled"].tolist()} < {*parts[1]["labeled"].tolist()}
     protocols.train(c)
-    stored = tmp_path / "run" / "split.json"
-    protocols.train(dataclasses.replace(c, seed=8, split=str(stored), out=str(tmp_path / "other")))
-    assert (tmp_path / "other" / "split.json").read_text() == stored.read_text()
+    kept = tmp_path / "run" / "split.json"
+    protocols.train(dataclasses.replace(c, seed=8, split=str(kept), out=str(tmp_path / "other")))
+    assert (tmp_path / "other" / "split.json").read_text() == kept.read_text()
 
 
 def test_pictures_are_what_torchvision_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,24 +333,72 @@ def test_pictures_are_what_torchvision_reads(tmp_path: Path, monkeypatch: pytest
     assert test.fetch(torch.arange(9))[0].float().mean((1, 2, 3)).sub(50 + 50 * test_labels).abs().max() < 5
 
 
-@pytest.mark.parametrize(
-    "given", [False, pytest.param(True, marks=pytest.mark.long)], ids=["most of ImageNet unlabeled", "a folder"]
-)
-def test_noisy_student_on_imagenet(given: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    places: dict[str, Any] = {"root": written("imagenet", tmp_path / "data", monkeypatch), "out": str(tmp_path / "run")}
-    if given:
-        places |= {"unlabeled": str(color_folders(tmp_path / "colors") / "unlabeled"), "finetune_size": 40}
-    own = {name: TINY[name] for name in ("labeled_batch", "validate_every", "log_every", "save_every")}
-    own |= {"steps": 3, "finetune_steps": 2, "networks": ("small_cnn",) * 3, "lr": 0.01, "stochastic_depth": 0.0}
-    c = dataclasses.replace(noisy_student_imagenet.ROWS["b0"], **{**SMALL, **places, **own, "image_size": 32})
-    result = noisy_student_imagenet.train(c)
-    assert len(result["test_accuracy_of_rounds"]) == 3
-    assert ("finetuned_test_accuracy" in result) is given
-    last = load_file(tmp_path / "run" / "round-2.safetensors")
-    assert noisy_student_imagenet.train(dataclasses.replace(c, resume=True)) == result
-    again = load_file(tmp_path / "run" / "round-2.safetensors")
-    assert all(torch.equal(again[name], t) for name, t in last.items())
-    delivered = EndedRun.load(tmp_path / "run" / "delivered")
-    assert delivered.result["test_accuracy"] == result.get(
-        "finetuned_test_accuracy", result["test_accuracy_of_rounds"][-1]
-    )
+def test_the_accuracies_on_labeled_pictures_are_a_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    c = tiny("svhn-1k-paper", tmp_path, monkeypatch, wait=0)
+    runs = []
+    for method in ("mpl", "supervised"):
+        runs.append(tmp_path / method)
+        protocols.train(dataclasses.replace(c, method=method, out=str(runs[-1])))
+    curves = {**training_accuracy.curves_of(runs[0]), **training_accuracy.curves_of(runs[1])}
+    assert list(curves) == ["MPL, teacher", "MPL, student", "supervised"]
+    for steps, accuracies in curves.values():
+        assert steps == [2, 4]
+        assert all(0 <= accuracy <= 1 for accuracy in accuracies)
+    # 30 pictures, three of each digit, as they are: what the networks are after the last step.
+    result = json.loads((runs[0] / "result.json").read_text())
+    assert curves["MPL, student"][1][-1] == result["student_training_accuracy"]
+    assert curves["MPL, teacher"][1][-1] == result["teacher_training_accuracy"]
+    assert (30 * result["student_training_accuracy"]) == pytest.approx(round(30 * result["student_training_accuracy"]))
+    figure = tmp_path / "figure.png"
+    assert training_accuracy.main([*map(str, runs), "--out", str(figure)]) == 0
+    with Image.open(figure) as drawn:
+        assert drawn.size == (900, 600)
+    assert training_accuracy.main([str(tmp_path)]) == 2
+    assert "expected the folder of a run of protocols.py" in capsys.readouterr().err
+
+
+# Width and depth of the networks of the largest rows, where those of L2 are 4.3 and 5.3: their kinds of blocks, narrow
+# and few, for these take seconds.
+NARROW = {"efficientnet_l2": (0.1, 0.5), "efficientnet_b6_wide": (0.12, 0.4), "efficientnet_b7": (0.1, 0.4)}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [name for name, (_, c) in protocols.PROTOCOLS.items() if c.data == "imagenet"])
+def test_the_rows_of_imagenet_stay_finite_in_miniature(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 steps with the row's own rates, losses and noise; the network's width and depth and the side are cut."""
+    monkeypatch.setattr("metapl.apps.networks._SCALES", NARROW)
+    row = protocols.PROTOCOLS[name][1]
+    kept = ("wait", "warmup", "finetune_steps", "steps", "student_lr", "teacher_lr", "stochastic_depth")
+    own: dict[str, Any] = {setting: getattr(row, setting) for setting in kept}
+    own |= {"network": "pooled_cnn" if row.network == "resnet50" else row.network, "scale_to": 20}
+    c = protocols.scaled(tiny(name, tmp_path, monkeypatch, **own))
+    protocols.check(c)
+    assert (c.steps, c.network.startswith("efficientnet")) == (20, row.network.startswith("efficientnet"))
+    protocols.train(c)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-2]["step"] == 20
+    numbers = [value for one in rows for value in one.values() if isinstance(value, float)]
+    assert np.isfinite(numbers).all()
+    for file in (tmp_path / "run").glob("*.safetensors"):
+        assert all(t.isfinite().all() for t in load_file(file).values()), file.name
+
+
+def test_a_plan_takes_a_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Reduced MPL and the whole of it, narrow, on 32 ranks of which eight share the statistics of batch norms."""
+    monkeypatch.setattr("metapl.apps.networks._SCALES", NARROW)
+    for name, shown in (("imagenet-b7-reduced", "efficientnet_b7 on stored labels"), ("imagenet-l2", "twice")):
+        words = ["plan.py", name, "--size", "32", "--replicate", "4", "--shard", "8", "--batch-norm-ranks", "8"]
+        monkeypatch.setattr("sys.argv", [*words, "--labeled", "32", "--unlabeled", "64"])
+        plan.main()
+        said = capsys.readouterr().out
+        assert shown in said
+        assert "1 labeled and 2 unlabeled pictures of 32 pixels for a rank" in said
+        assert "sees 8 labeled and 16 unlabeled pictures, of 8 ranks" in said
+    monkeypatch.setattr("sys.argv", ["plan.py", "--shard", "100", "--replicate", "3"])
+    with pytest.raises(SystemExit):
+        plan.main()
+    assert "2,048 labeled pictures do not fall into 300 equal shares" in capsys.readouterr().err

@@ -18,7 +18,9 @@ from ranks import Ranks
 from safetensors.torch import load_file
 from tiny_runs import TINY, color_folders, images_command
 
+from metapl.apps.labels import LabelWriter
 from metapl.apps.machine import default_threads
+from metapl.apps.pictures import scan_unlabeled
 from metapl.apps.run import WEIGHTS
 
 SECONDS = 240.0
@@ -86,6 +88,23 @@ def test_pictures_in_two_processes(two: Ranks, tmp_path: Path) -> None:
     words = images_command(color_folders(tmp_path / "pictures"), "--method", "mpl", "--uda-align", "0")
     metapl(*words, "--accumulate", "2", "--out", tmp_path / "one")
     trained(two, [*words, "--mesh.replicate", "2"], tmp_path / "two")
+    same_numbers(tmp_path / "two", tmp_path / "one", 2e-3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mesh", ["replicate", "shard"])
+def test_stored_labels_in_two_processes(mesh: str, two: Ranks, tmp_path: Path) -> None:
+    """Reduced MPL, whose small network has stored labels of both parts."""
+    folders = color_folders(tmp_path / "pictures")
+    words = images_command(folders, "--method", "reduced_mpl")
+    for part, flag in (("labeled", "--labeled-labels"), ("unlabeled", "--labels")):
+        files = scan_unlabeled(folders / part)
+        p = torch.rand(len(files.names), 2, generator=torch.Generator().manual_seed(0)).softmax(1)
+        with LabelWriter(tmp_path / part, ["blue", "red"], provenance={"pictures": str(files.root)}) as writer:
+            writer.add(sorted(files.names), p)
+        words += [flag, str(tmp_path / part)]
+    metapl(*words, "--accumulate", "2", "--out", tmp_path / "one")
+    trained(two, [*words, f"--mesh.{mesh}", "2"], tmp_path / "two")
     same_numbers(tmp_path / "two", tmp_path / "one", 2e-3)
 
 

@@ -159,7 +159,8 @@ KINDS: dict[str, tuple[Any, ...]] = {  # by COLUMNS; after the space, on the pur
     "a shared layer": ("RRRRR RR", lambda s, x: s.b(s.c(s.d(s.a(x)).tanh())), shared),
     "a hook that scales outputs": ("RRRRR RR", plain, lambda s: s.a.register_forward_hook(scaled)),
     "a buffer that counts": ("RRRRR RR", counts, lambda s: s.register_buffer("n", torch.zeros(()))),
-    "a buffer made by the first pass": ("RRRRR RR", lazy),
+    # On the pure road it has to be there before: the state of a step has no place for it.
+    "a buffer made by the first pass": ("RRRRR XX", lazy),
     "a gradient in its input": ("RRRRR XX", slopes),
     "a checkpoint": ("RRRRX XX", lambda s, x: s.b(checkpoint(lambda t: s.a(t).tanh(), x, use_reentrant=False))),
     "a reentrant checkpoint": (

@@ -16,6 +16,7 @@ import metapl
 from metapl import Lookahead, MetaplError
 from metapl.problems import ExampleWeights, MetaWeightNet, Table, WeightNet
 from metapl.training import trainer as trainer_module
+from metapl.training.verification import VerificationWarning
 
 ROWS, CLASSES = 8, 3
 MODES = ["forward", "unrolled", "difference"]
@@ -176,6 +177,10 @@ def test_a_transform_that_reads_a_learned_rate() -> None:
     given: Any = {**batches(), **options}
     refused(lambda: metapl.hypergradient(teacher, student, **given), teacher, naming="TorchOpt")
     options["inner_optimizer"] = torchopt.sgd(lr=lambda step: teacher.log_rate.exp().item())
+    with pytest.warns(VerificationWarning, match="reads the teacher"):
+        metapl.BilevelTrainer(teacher, student, **options).step(**batches())
+    rate = teacher.log_rate.exp().item()
+    options["inner_optimizer"] = torchopt.sgd(lr=lambda step: rate)
     metapl.BilevelTrainer(teacher, student, **options).step(**batches())
 
 

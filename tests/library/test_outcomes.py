@@ -18,10 +18,10 @@ from metapl.feedback import NoFeedback, Reinforce
 from metapl.metrics import evaluate_logits
 from metapl.models import mlp
 from metapl.problems import ExampleWeights, Table
-from metapl.training.loop import FAR_BEHIND
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.options import FitOptions
 from metapl.training.outcomes import Outcomes
+from metapl.training.selection import FAR_BEHIND
 
 LABELED, VALIDATION = slice(0, 100), slice(1400, 1797)
 

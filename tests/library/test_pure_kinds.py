@@ -243,17 +243,60 @@ class Filled(nn.Module):
         return found
 
 
-def test_a_buffer_that_a_pure_pass_fills_does_not_stay() -> None:
+def test_a_buffer_that_a_pure_pass_fills_has_to_be_there_before() -> None:
+    """The state of a step has no place for it: L(θ′) would be taken with a buffer of the outer batch."""
     student = network(Filled)
     made, whole = trainer(student), Whole(student)
     step, state = made.functional()
-    step(state, **batches())
+    with pytest.raises(MetaplError, match=r"^the student makes a buffer .*\(mean\).* run the network once on a batch"):
+        step(state, **batches())
     whole.check()
-    student(batches()["outer"][0])  # the state has it from now on
+    student(batches()["inner"][0])
     with pytest.raises(MetaplError, match=r"functional\(\) again"):
         step(state, **batches())
+    expected, _ = by_hand(student, **batches())
     step, state = made.functional()
-    assert "mean" in step(state, **batches())[0].student.state
+    state, report = step(state, **batches())
+    assert "mean" in state.student.state
+    assert error({"h": report.feedback}, {"h": expected}) < 1e-12
+
+
+class Kept(nn.Module):
+    """A forward that keeps a tensor of a pass for later ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.kept = nn.Linear(4, 3), dict[int, Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.kept.setdefault(len(x), self.layer(x).tanh())
+        return self.layer(x) + features.mean(0)
+
+
+class Started(nn.Linear):
+    """A forward that begins by a write to its weights."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.mul_(0.5)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("build", "text"), [(Kept, "keeps a tensor of a pass"), (Started, "writes in a pass to its weights")]
+)
+def test_a_pass_that_keeps_tensors_or_writes_weights_is_named(build: Callable[[], nn.Module], text: str) -> None:
+    step, state = trainer(network(build)).functional()
+
+    def two_steps() -> None:
+        moved, _ = step(state, **batches())
+        step(moved, **batches())
+
+    with pytest.raises(MetaplError, match=f"^the student {text}.*; expected a registered buffer"):
+        two_steps()
 
 
 # ------------------------------------------------------------------------------------------------ what has no pure form
@@ -463,3 +506,27 @@ def test_the_plain_module_and_compile_are_what_the_line_proposes() -> None:
             problem=EqualWeights(),
             inner_optimizer=torch.optim.SGD(student.parameters(), lr=RATE),
         )
+
+
+class NamesTheStudent(ExampleWeights):
+    """A penalty on the weights of a student that it reads by a closure."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        vars(self)["penalty"] = lambda: torch.stack([p.square().sum() for p in student.parameters()]).sum()
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
+        return super().outer_loss(outputs, batch) + 0.5 * vars(self)["penalty"]()
+
+
+def test_the_eager_step_of_a_compiled_one_reads_the_copy_by_a_closure_too() -> None:
+    """Else L(θ′) of the copy has the penalty of θ, and the compiled step is refused."""
+    student, data = network(Head), batches()
+    table = Table(torch.zeros(ROWS, dtype=torch.float64))
+    inner = torch.optim.SGD(student.parameters(), lr=RATE)
+    options: Any = {"problem": NamesTheStudent(student), "inner_optimizer": inner, "compile": True}
+    made = metapl.BilevelTrainer(table, student, "forward", **options)
+    before = [p.detach().clone() for p in student.parameters()]
+    for _ in range(2):
+        made.step(**data)
+    assert not any(map(torch.equal, before, student.parameters()))

@@ -251,6 +251,59 @@ def test_the_gradient_is_right_and_the_state_moves_once(way: str, student: str) 
         check_exact(problem, way)
 
 
+class Counting(nn.Module):
+    """Outputs that grow with the number of passes, which is an attribute or a buffer."""
+
+    def __init__(self, *, in_buffer: bool) -> None:
+        super().__init__()
+        self.network = layers(nn.Tanh())
+        if in_buffer:
+            self.register_buffer("count", torch.zeros(()))
+        else:
+            self.count = torch.zeros((), dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count = self.count + 1
+        return self.network(x) * (1 + 0.1 * self.count)
+
+
+def test_a_count_in_an_attribute_is_refused_over_several_steps_and_in_a_buffer_is_right() -> None:
+    """``forward`` runs the passes of several steps again; ``unrolled`` runs each once, and is right on both."""
+    steps, rate = 3, 0.3
+
+    def counting(*, in_buffer: bool) -> Toy:
+        torch.manual_seed(5)
+        return case(Counting(in_buffer=in_buffer))
+
+    def gradients(mode: str, *, in_buffer: bool) -> dict[str, Tensor]:
+        problem = counting(in_buffer=in_buffer)
+        result = metapl.hypergradient(
+            problem.teacher,
+            problem.student,
+            outer=problem.labeled,
+            inner=metapl.Lookahead([problem.unlabeled] * steps),
+            mode=mode,
+            inner_optimizer=torch.optim.SGD(problem.student.parameters(), lr=rate),
+        )
+        return result.grads
+
+    problem = counting(in_buffer=False)
+    student, phi = problem.student, dict(problem.teacher.named_parameters())
+    for _ in range(steps):
+        theta = dict(student.named_parameters())
+        labels = problem.teacher(problem.unlabeled).softmax(-1)
+        loss = reference.cross_entropy(labels, student(problem.unlabeled)).mean()
+        g = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
+        put(student, {name: p - rate * d for (name, p), d in zip(theta.items(), g, strict=True)})
+    outer = F.cross_entropy(student(problem.labeled[0]), problem.labeled[1])
+    expected = dict(zip(phi, torch.autograd.grad(outer, list(phi.values())), strict=True))
+
+    with pytest.raises(metapl.MetaplError, match="register_buffer makes it part of what is rewound"):
+        gradients("forward", in_buffer=False)
+    assert error(gradients("forward", in_buffer=True), expected) < 1e-9
+    assert error(gradients("unrolled", in_buffer=False), expected) < 1e-9
+
+
 @pytest.mark.parametrize("mode", ["unrolled", "tangent", "difference"])
 def test_masks_of_different_passes_are_independent(mode: str) -> None:
     """Of the student's inner pass, its outer pass and the teacher's two, in this step and the next; a replay has those

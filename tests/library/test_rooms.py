@@ -4,6 +4,7 @@ application."""
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -31,7 +32,7 @@ FLOORS = (
     ("apps.backbone",),
     ("apps.label", "apps.report", "apps.noisy_labels", "apps.export"),
     ("apps.train",),
-    ("apps.look", "apps.compare", "apps.noisy_student"),
+    ("apps.look", "apps.compare", "apps.differences", "apps.noisy_student"),
     ("apps.commands", "apps.predict", "apps.evaluate", "apps.attribute", "apps.ablate"),
     ("apps.main",),
 )
@@ -122,3 +123,12 @@ def test_the_library_imports_nothing_of_the_application() -> None:
     library.pop("metapl.sklearn")  # a name that has always been there
     library.pop("metapl.__main__")  # the command, which no module imports
     assert [(name, one) for name, used in library.items() for one in used if one.startswith("metapl.apps")] == []
+
+
+def test_the_page_on_the_architecture_has_the_floors_of_this_test() -> None:
+    """Each room of the library, in the order of its floor, from the top to the bottom."""
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (\d) \| ([^|]+) \|", page, flags=re.MULTILINE)
+    floors = [{room for room in rooms if not room.startswith("apps")} for rooms in FLOORS]
+    expected = {number: rooms for number, rooms in enumerate(floors, 1) if rooms}
+    assert {int(number): set(re.findall(r"`(\w+)`", rooms)) for number, rooms in rows} == expected

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import metapl
 from metapl import UDA
 from metapl.problems.base import Signal
 
@@ -86,6 +87,33 @@ def test_the_labels_are_spread_like_the_prior(align: float) -> None:
     even = UDA(0.5, 0.4, align=align).target(given)
     assert torch.equal(uda.target(given), even) == (align == 0)
     torch.testing.assert_close(UDA(0.5, 0.4, align=align, prior=(0.2,) * 5).target(given), even)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.6])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+def test_the_threshold_of_the_authors_is_on_the_sharpened_labels(temperature: float, threshold: float) -> None:
+    """Their code keeps max softmax(logits / τ) >= β."""
+    scores = logits()
+    sharpened = (scores / temperature).softmax(1)
+    is_kept = sharpened.max(1).values >= threshold
+    found = UDA(temperature, threshold, threshold_on="sharpened").target(scores)
+    torch.testing.assert_close(found, sharpened * is_kept[:, None], rtol=1e-12, atol=1e-14)
+    assert threshold == 0 or temperature == 1 or not torch.equal(found, UDA(temperature, threshold).target(scores))
+
+
+def test_a_label_that_reaches_the_threshold_by_sharpening_is_kept() -> None:
+    """(0.5, 0.3, 0.2) at the temperature 0.5 is 0.66 for the first class; and >= keeps what equals the threshold."""
+    scores = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log()
+    assert not UDA(0.5, 0.6).target(scores).any()
+    assert UDA(0.5, 0.6, threshold_on="sharpened").target(scores)[0, 0] == pytest.approx(0.25 / 0.38)
+    even = torch.zeros(1, 2, dtype=torch.float64)
+    assert not UDA(1.0, 0.5).target(even).any()
+    assert UDA(1.0, 0.5, threshold_on="sharpened").target(even).tolist() == [[0.5, 0.5]]
+
+
+def test_a_one_hot_target_has_no_sharpened_threshold() -> None:
+    with pytest.raises(metapl.MetaplError, match="leaves nothing out"):
+        UDA(0.0, 0.95, threshold_on="sharpened")
 
 
 # ------------------------------------------------------------------------------------------------ the loss, by the step

@@ -1,4 +1,5 @@
-"""Trainings of the command come out, at the defaults: ``train digits``, ``train noisy`` and ``train images``."""
+"""Trainings of the command come out, at the defaults: ``train digits``, ``train noisy``, ``train images``, and
+``noisy-student images``."""
 
 from __future__ import annotations
 
@@ -138,6 +139,18 @@ def test_a_training_on_pictures_comes_out(train: Train, pictures: Path, method: 
     if method[0] == "mpl":
         control = means(train, images_words(pictures, ("none", *method[1:])), SEEDS)
         compared += [near(name, accuracy, control[name]) for name, accuracy in accuracies.items()]
+    check_all(compared)
+
+
+@pytest.mark.long
+def test_noisy_student_on_pictures_comes_out_with_its_noise(train: Train, pictures: Path) -> None:
+    """Student and teacher, at the default dropout of 0.5, are near supervised training."""
+    folders = [f"--{part}={pictures / part}" for part in ("labeled", "unlabeled", "test")]
+    words = ("noisy-student", "images", *folders, *SMALL, "--steps", "400", "--rounds", "1")
+    accuracies = means(train, words, SEEDS)
+    supervised = means(train, images_words(pictures, ("supervised",)), SEEDS)["test_accuracy"]
+    compared = [near("what is delivered and supervised training", accuracies["test_accuracy"], supervised)]
+    compared += [above_chance(name, accuracy, CHANCE) for name, accuracy in accuracies.items()]
     check_all(compared)
 
 

@@ -11,9 +11,14 @@ from metapl.feedback import estimator
 from metapl.training.verification.case import Case, flat
 from metapl.training.verification.causes import likely_causes, own_functions_in
 from metapl.training.verification.differences import compare, errors_of, errors_of_h
-from metapl.training.verification.real_step import Evaluation
+from metapl.training.verification.real_step import Evaluation, Move
 
 Explanation = tuple[Literal["allowed", "refused"], str]
+
+PAST_THE_SIGNAL = (
+    "the student, or a loss, reads the teacher, or a parameter of the problem, past the signal and without a gradient "
+    "(.detach(), .item(), torch.no_grad()), which leaves out that part; in the signal it would count."
+)
 
 
 def explain(case: Case) -> Explanation:
@@ -31,17 +36,60 @@ def explain(case: Case) -> Explanation:
         return "allowed", f"{which} (straight-through, detached, a backward of its own), and the mode follows it."
     likely = [which] if bent else []
     likely += likely_causes(case)
+    if not likely and case.mode.name == "difference" and is_right_by_forward(case):
+        likely = [
+            "something that the inner loss reads of the forward besides its outputs, such as an auxiliary loss in an "
+            "attribute or features by a hook, which a difference of outputs leaves out and mode 'forward' follows"
+        ]
     return "refused", f"likely {'; '.join(likely) or 'the mode, or a derivative of torch that it takes'}."
 
 
 def explain_signal(case: Case) -> Explanation:
     """Return why the teacher's gradient of the signal is off, while h is right."""
+    if moves_past_the_signal(case):
+        return "allowed", PAST_THE_SIGNAL
     if case.moved == "weights":
         return "refused", "the gradient of log_prob in the teacher is not its derivative: is it detached?"
     functions = own_functions_in(case.score(case.real))
     if functions:
         return "refused", f"the backward of {few(functions)} in the signal is not the derivative of its forward."
+    if len(case.step.inner_batches) > 1:
+        return "allowed", (
+            "the signal is detached in part (detach, no_grad, argmax), or reads the student, which the mode takes for "
+            "a constant in each step: that part is left out."
+        )
     return "allowed", "the signal is detached in part (detach, no_grad, argmax), which leaves out that part."
+
+
+def is_right_by_forward(case: Case) -> bool:
+    """Return whether mode ``forward`` gives the derivative of the same step."""
+    try:
+        by_forward = Case.at(case.step, estimator("forward"), case.eps)
+        return not by_forward.off(errors_of(by_forward))
+    except (RuntimeError, MetaplError):
+        return False
+
+
+def moves_past_the_signal(case: Case) -> bool:
+    """Return whether the student's step moves with the teacher, or the problem, while the signal is held.
+
+    What reads the teacher with a gradient was refused at the door; so this does without one.
+    """
+    draw = torch.Generator().manual_seed(2)
+    direction = {name: torch.randn(t.shape, generator=draw).to(t) for name, t in case.teacher_gradient.items()}
+    if not direction:
+        return False
+    held = Evaluation(case.step, Move("teacher", direction, 1e-2), signals=case.signals)
+    rounding = 1000 * case.eps
+    # Also the gradient, which a small rate or a fresh Adam hides from the loss.
+    g, g_held = flat(case.real.gradients["inner"]), flat(held.gradients["inner"])
+    gradient_moves = float(torch.dist(g, g_held)) > rounding * float(g.norm())
+    loss = float(case.real.loss)
+    loss_moves = abs(float(held.loss) - loss) > rounding * max(abs(loss), 1e-3)
+    if case.outer_loss_reads_teacher:
+        # The loss moves by the direct term, which the differences see.
+        loss_moves = False
+    return gradient_moves or loss_moves
 
 
 def inner_loss_of(evaluation: Evaluation) -> torch.Tensor:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from metapl.execution.state import RandomState, Slots, swapped, trainable, with_tables_of
+from metapl.execution.state import RandomState, Slots, all_with_contents_of, swapped, trainable
 from metapl.feedback import Estimator, Lookahead
 from metapl.feedback.door import FirstLook, looking
-from metapl.feedback.hypergradient import Hypergradient, hypergradient
+from metapl.feedback.hypergradient import Hypergradient, Request, through_steps
 from metapl.problems.base import Problem, Signal, enters_input, outer_input, sum_and_weight
 from metapl.updates import TorchUpdate, Update, parts_of
 
@@ -149,13 +149,19 @@ class RealStep:
         of_problem = {f"the problem's parameter {i}": t for i, t in enumerate(self.problem_parameters)}
         return {**of_teacher, **of_problem}
 
-    def in_the_original(self) -> AbstractContextManager[None]:
-        """Let the original student hold the tensors of this copy in a block.
+    def in_the_originals(self) -> AbstractContextManager[None]:
+        """Let the original networks and the original problem hold what these copies hold, in a block.
 
-        A loss that reads ``student.parameters()`` by a closure or a global reads the original one, for deepcopy leaves
-        functions as they are. A teacher that is read so is refused at the door.
+        What reads them by a closure or a global reads the originals, for deepcopy leaves functions as they are: a loss
+        that reads ``student.parameters()``, a hook that fills a list of the problem, a number of the teacher.
         """
-        return nullcontext() if self.originals is None else with_tables_of(self.student, self.originals.student)
+        originals = self if self.originals is None else self.originals
+        pairs = (
+            (self.problem, originals.problem),
+            (self.teacher, originals.teacher),
+            (self.student, originals.student),
+        )
+        return all_with_contents_of(pairs)
 
     def by_mode(self, mode: Estimator) -> Hypergradient:
         """Return the gradient that a mode finds of this step, on fresh copies.
@@ -173,17 +179,19 @@ class RealStep:
             inner=Lookahead(step.inner_batches),
             named_by=(originals.teacher, originals.problem, originals.student),
         )
-        with step.in_the_original(), looking(look):
-            return hypergradient(
-                step.teacher,
-                step.student,
-                labeled=step.outer_batch,
-                unlabeled=Lookahead(step.inner_batches),
-                mode=mode,
-                problem=step.problem,
-                inner_optimizer=step.update,
-                generator=step.generator,
-                clip_norm=step.clip_norm,
+        with step.in_the_originals(), looking(look):
+            return through_steps(
+                Request(
+                    teacher=step.teacher,
+                    student=step.student,
+                    outer=step.outer_batch,
+                    inner=Lookahead(step.inner_batches),
+                    mode=mode,
+                    problem=step.problem,
+                    inner_optimizer=step.update,
+                    generator=step.generator,
+                    clip_norm=step.clip_norm,
+                )
             )
 
 
@@ -239,7 +247,7 @@ class Evaluation:
 
         # Where derivatives are taken twice, parts whose kernel has no second one are computed by their formulas.
         formulas = Slots(self.copies.student).in_formulas()
-        with self.copies.in_the_original(), swapped(formulas):
+        with self.copies.in_the_originals(), swapped(formulas):
             self._take_all_steps(takes_steps)
 
     def _take_all_steps(self, takes_steps: bool) -> None:

@@ -1,0 +1,210 @@
+"""The checkpoints of a fit: where they are written, what is compared where it is resumed, and each process's part."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from metapl.errors import MetaplError, few
+from metapl.execution.ranks import Ranks
+from metapl.execution.shards import gathered, is_sharded
+from metapl.metrics.metric import Metric
+from metapl.runs.checkpoint import CheckpointFolder, PartsFolder, encoded, load, load_parts, rng_state, set_rng_state
+from metapl.runs.folder import Folder
+from metapl.training.fittable import Fittable
+from metapl.training.options import FitOptions, Rates
+from metapl.training.sources import Sources
+
+# Options that do not decide where a fit goes, and settings of an optimizer that change its speed alone. The rate is
+# compared as the schedule found it.
+FREE_OPTIONS = ("validate_every", "log_every", "save_every", "keep", "num_workers", "phase")
+SPEED_SETTINGS = ("params", "lr", "foreach", "fused", "capturable", "differentiable", "initial_lr", "param_names")
+
+
+class Checkpoints:
+    """The checkpoints of a fit on all its processes: the first one writes them, or each its part of sharded networks.
+
+    Args:
+        ranks: the processes.
+        phase: the name of the folder that they are in.
+
+    Attributes:
+        folder: None on a process that writes nothing.
+    """
+
+    def __init__(self, ranks: Ranks, phase: str) -> None:
+        self.ranks = ranks
+        self.phase = phase
+        self.folder: CheckpointFolder | None = None
+
+    @property
+    def last(self) -> Path | None:
+        """The newest checkpoint that this process wrote or went on from."""
+        return None if self.folder is None else self.folder.last
+
+    @property
+    def is_in_parts(self) -> bool:
+        return isinstance(self.folder, PartsFolder)
+
+    def open(
+        self,
+        out: Folder | None,
+        networks: Sequence[nn.Module],
+        stack: ExitStack,
+        *,
+        keep: int,
+        saves: bool,
+        resumes: bool,
+    ) -> None:
+        """Own the folder until the stack ends, and refuse one with checkpoints where the fit is not resumed."""
+        if out is not None:
+            stack.enter_context(out.held())
+            self.folder = CheckpointFolder(out.path / "checkpoints" / self.phase, keep)
+        with self.ranks.agreed(waiting=True):
+            if self.folder is not None and self.folder.paths() and not resumes:
+                raise MetaplError(
+                    f"{self.folder.folder} holds checkpoints already; go on with resume=True, or give another out or "
+                    "phase."
+                )
+        has_shards = any(is_sharded(p) for network in networks for p in network.parameters())
+        if not saves or not has_shards or self.ranks.alone:
+            return
+        # Where networks are sharded over all processes of the job, each writes its part. Elsewhere the first process
+        # has everything, or could not say who else writes.
+        place = self.ranks.gathered(self.folder and str(self.folder.folder.resolve()))[0]
+        if self.ranks.processes == dist.get_world_size():
+            parts = PartsFolder(place, keep)
+            self.folder = parts
+            stack.callback(parts.close)
+
+    def newest(self) -> tuple[Path | None, dict[str, Any] | None]:
+        """Return the path of the newest whole checkpoint, and its state where this process has read it.
+
+        The first process looks for it, and all get its path.
+        """
+        match = None
+        with self.ranks.agreed(waiting=True):
+            if self.ranks.first and self.folder is not None:
+                match = self.folder.newest()
+        path: Path | None = self.ranks.gathered(match and match.path)[0]
+        return path, None if match is None else match.state
+
+    def read(self, path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state of a checkpoint; ``like`` are the sharded tensors of one in parts."""
+        return load_parts(path, dict(like)) if path.is_dir() else load(path)
+
+    def write(self, step: int, state: dict[str, Any]) -> None:
+        """Write the state after a step."""
+        if not (self.ranks.alone or self.is_in_parts):
+            state = gathered(state)
+        with self.ranks.agreed(waiting=True):
+            if self.folder is not None:
+                self.folder.write(step, state)
+
+    def go_on_from(self, path: Path) -> None:
+        """Take a checkpoint for the last good one."""
+        if self.folder is not None:
+            self.folder.last = path
+
+    def finish(self) -> None:
+        """Wait until what is being written is whole."""
+        if self.folder is not None:
+            self.folder.finish()
+
+
+def settings_of(
+    trainer: Fittable,
+    options: FitOptions,
+    sources: Sources,
+    rates: Rates,
+    *,
+    first_steps: int,
+    metric: Metric | None,
+    callbacks: Sequence[Any],
+) -> dict[str, str]:
+    """Return what the parts of a fit must have in common, by name: data, options, settings, callbacks with a state."""
+    settings: dict[str, Any] = {}
+    for name, facts in sources.facts.items():
+        for key, value in facts.items():
+            # A digest waits on its device until here.
+            settings[f"{name}.{key}"] = int(value) if torch.is_tensor(value) else value
+    for name, value in vars(options).items():
+        if name not in FREE_OPTIONS:
+            settings[name] = value
+    # Steps of the student alone are compared where there are any; a fit of an earlier version has no such entry.
+    del settings["first_steps"]
+    if first_steps > 0:
+        settings["first_steps"] = first_steps
+    if options.schedule == "constant" or options.decay_every is not None:
+        # The rates do not depend on the number of steps.
+        del settings["steps"]
+    settings["trainer"] = type(trainer).__name__
+    settings["dtype"] = trainer.dtype
+    settings.update(trainer.settings())
+    settings["validation metric"] = metric and (metric.name, metric.better)
+    settings["callbacks"] = [type(callback).__name__ for callback in callbacks]
+    for name, optimizer in rates.optimizers.items():
+        role = name.removesuffix("_lr")
+        for number, (group, rate) in enumerate(zip(optimizer.param_groups, rates.base[name], strict=False)):
+            group_settings = {key: value for key, value in group.items() if key not in SPEED_SETTINGS}
+            group_settings["optimizer"] = type(optimizer).__name__
+            group_settings["lr"] = float(rate)
+            group_settings["parameters"] = len(group["params"])
+            for key, value in group_settings.items():
+                settings[f"{role}.{number}.{key}"] = value
+    # A frozen dataclass shows its fields; other values may show where they are in memory.
+    return {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in settings.items()}
+
+
+def refuse_other_settings(before: Mapping[str, str], now: Mapping[str, str], path: Path) -> None:
+    """Refuse to go on from a checkpoint of a fit with other data, options or settings."""
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if changed:
+        changes = few([f"{name} was {before.get(name)}, now {now.get(name)}" for name in changed])
+        raise MetaplError(f"{path} was begun otherwise ({changes}); or give resume='anyway'.")
+
+
+def state_of_process(
+    states: Sequence[dict[str, Any]], trainer: Fittable, path: Path, sources: Sources
+) -> dict[str, Any]:
+    """Return the state of this process among those of each process of a checkpoint.
+
+    On another number of processes it is that of the first one; where the networks have dropout, the default generator
+    is then seeded anew for each share.
+    """
+    ranks = trainer.ranks
+    if len(states) == ranks.processes:
+        if ranks.alone:
+            return states[0]
+        return states[ranks.gathered(dist.get_rank()).index(dist.get_rank())]
+    if ranks.size > 1 and not sources.are_shared:
+        raise MetaplError(f"{path} is of a fit in {len(states)} processes with sources of their own; expected as many.")
+    state = states[0]
+    modules = [module for network in trainer.networks.values() for module in network.modules()]
+    if any(isinstance(module, nn.modules.dropout._DropoutNd) for module in modules):
+        set_rng_state(state["rng"])
+        torch.manual_seed(int(torch.randint(2**62, ())) + ranks.rank)
+        state = {**state, "rng": rng_state()}
+    return state
+
+
+def sharded_tensors(state: dict[str, Any], trainer: Fittable) -> dict[str, Any]:
+    """Return the sharded tensors of a fit's state, by their places in it."""
+    tensors: dict[str, Any] = {}
+    encoded(state, tensors)
+    tensors = {place: t for place, t in tensors.items() if is_sharded(t)}
+    # An optimizer's state may not be there yet; it is laid out as its parameters are.
+    keys = [key for key, value in state["trainer"].items() if isinstance(value, dict) and "param_groups" in value]
+    for key, optimizer in zip(keys, trainer.schedulable, strict=True):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for number, p in enumerate(parameters):
+            if is_sharded(p):
+                tensors[f"trainer/{key}/state/{number}"] = p
+    return tensors

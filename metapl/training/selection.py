@@ -1,0 +1,155 @@
+"""Which networks a fit keeps: their averages, what they reach on validation data, and the best of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from metapl.execution.shards import load_whole, weights_of
+from metapl.execution.state import RandomState, replayed
+from metapl.feedback.report import Say
+from metapl.metrics.metric import ACCURACY, Metric
+from metapl.metrics.predictions import outer_batches
+from metapl.training.fittable import Fittable
+from metapl.training.options import Average, FitOptions
+from metapl.training.outcomes import Outcomes
+
+# How far, in accuracy, a teacher may end below its best validation and still be kept as it is after the last step.
+FAR_BEHIND = 0.3
+
+
+@dataclass
+class Best:
+    """A network that is kept: its value on the validation data, after which step it had it, and its weights."""
+
+    value: float | None = None
+    step: int = 0
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Selection:
+    """The averages of a trainer's networks, what they reach on validation data, and the best of them.
+
+    Args:
+        trainer: whose networks they are.
+        options: of the fit.
+        validation: the data, or None.
+        metric: by which students are compared; None without validation data.
+        outcomes: is told what each network reaches.
+    """
+
+    def __init__(
+        self, trainer: Fittable, options: FitOptions, validation: Any, metric: Metric | None, outcomes: Outcomes
+    ) -> None:
+        self.trainer = trainer
+        self.options = options
+        self.validation = validation
+        self.metric = metric
+        self.outcomes = outcomes
+        self.best_student = Best()
+        # The best teacher by accuracy, which is kept only where the last one is far behind it.
+        self.best_teacher = Best()
+        # The last values on validation data, by column.
+        self.latest: dict[str, float] = {}
+        self.averages: dict[str, Average] = {}
+        if options.ema_decay is not None:
+            self.averages = {role: Average(net, options.ema_decay) for role, net in trainer.networks.items()}
+
+    @property
+    def student_column(self) -> str:
+        """The column of a row by which the student is chosen; "" without validation data."""
+        return "" if self.metric is None else f"student_validation_{self.metric.name}"
+
+    def network_to_keep(self, role: str) -> AbstractContextManager[nn.Module]:
+        """Return a block with the network that is validated and kept: with averaged weights, where there are any."""
+        if role in self.averages:
+            return self.averages[role].held()
+        return nullcontext(self.trainer.networks[role])
+
+    def update_averages(self, roles: Iterable[str]) -> None:
+        """Let the averages of these networks follow them by one step."""
+        for role in roles:
+            if role in self.averages:
+                self.averages[role].update()
+
+    def start_student_from_teacher(self) -> None:
+        """Give the student the teacher's weights, the average's where there is one, and begin its average anew."""
+        with self.network_to_keep("teacher") as teacher:
+            load_whole(self.trainer.student, weights_of(teacher))
+        if self.options.ema_decay is not None:
+            self.averages["student"] = Average(self.trainer.student, self.options.ema_decay)
+
+    def validate(self, step: int, roles: Iterable[str]) -> dict[str, float]:
+        """Measure these networks as they are after a step, and remember the best of each, the latest of equals."""
+        self.latest = {}
+        for role in roles:
+            if self.metric is None:
+                continue
+            # A DataLoader draws from the default generator; looking must not change the training.
+            with self.network_to_keep(role) as network, replayed(RandomState.now(self.trainer.device)):
+                batches = outer_batches(self.validation, self.trainer.read_outer, self.trainer.device, "validation")
+                name = f"the {role} on validation data after step {step}"
+                measured = self.metric.measured(self.trainer, network, batches, name)
+                self.outcomes.validated(step, role, measured)
+                self._remember(step, role, measured.value, network)
+            self.latest[f"{role}_validation_{self.metric.name}"] = measured.value
+        return self.latest
+
+    def _remember(self, step: int, role: str, value: float, network: nn.Module) -> None:
+        assert self.metric is not None, "a network was measured"
+        if not self.options.select:
+            return
+        if role == "student" and self.metric.improves(value, self.best_student.value):
+            self.best_student = Best(value, step, weights_of(network))
+        # Teachers have an accuracy; what they reach by another metric says nothing of their labels.
+        is_by_accuracy = self.metric is ACCURACY
+        if role == "teacher" and is_by_accuracy and self.metric.improves(value, self.best_teacher.value):
+            self.best_teacher = Best(value, step, weights_of(network))
+
+    def install(self, step: int, say: Say) -> tuple[Best, dict[str, Tensor] | None]:
+        """Leave the networks that are kept in place; returns the student that is, and the teacher's weights."""
+        teacher_weights = None
+        if self.trainer.teacher is not None:
+            teacher_weights = self._teacher_weights(say)
+            load_whole(self.trainer.teacher, teacher_weights)
+        student = self.best_student
+        if not student.weights:
+            # Nothing was validated, or selected by: the last student is kept.
+            with self.network_to_keep("student") as network:
+                student = Best(self.latest.get(self.student_column), step, weights_of(network))
+        load_whole(self.trainer.student, student.weights)
+        return student, teacher_weights
+
+    def _teacher_weights(self, say: Say) -> dict[str, Tensor]:
+        """Return the weights of the last teacher, or of the best one where the last is far behind it."""
+        last_value = self.latest.get("teacher_validation_accuracy")
+        best_value = self.best_teacher.value
+        if last_value is not None and best_value is not None and best_value - last_value >= FAR_BEHIND:
+            say(
+                f"the teacher is kept as it was after step {self.best_teacher.step:,}, with {best_value:.1%} on the "
+                f"validation data: after the last step it has {last_value:.1%}"
+            )
+            return self.best_teacher.weights
+        with self.network_to_keep("teacher") as network:
+            return weights_of(network)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the last values and the best networks; averages are a part of :meth:`live_averages`."""
+        return {"seen": self.latest, "best": vars(self.best_student), "best_teacher": vars(self.best_teacher)}
+
+    def live_averages(self) -> dict[str, Any]:
+        """Return the state of the averages, which the next step changes."""
+        return {role: average.state_dict() for role, average in self.averages.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's ``seen``, ``best``, ``best_teacher`` and ``averages``."""
+        self.latest = state["seen"]
+        self.best_student = Best(**state["best"])
+        # Checkpoints of earlier versions have no best teacher.
+        self.best_teacher = Best(**state.get("best_teacher", {}))
+        for role, average in self.averages.items():
+            average.load_state_dict(state["averages"][role])

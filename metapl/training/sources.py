@@ -1,0 +1,98 @@
+"""The batches of a fit, and the facts by which a fit that is resumed knows its data again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metapl.data.feed import Feed, feed
+from metapl.data.steps import StepBatches, in_memory
+from metapl.execution.batch import digest, map_tensors, plain
+from metapl.feedback.lookahead import Lookahead
+
+
+class Sources:
+    """The labeled and the unlabeled source of a fit, which is drawn from between :meth:`open` and the end of its stack.
+
+    Args:
+        sources: by the names of the arguments of ``fit``; None where there is none.
+        batch_size: rows of a batch of data in memory.
+        dtype: the type that arrays of floating point are given.
+
+    Attributes:
+        facts: of each source that was drawn from: its examples, its batch size, and the digest of its first batch.
+    """
+
+    def __init__(self, sources: Mapping[str, Any], batch_size: int | None, dtype: torch.dtype) -> None:
+        self.sources: dict[str, Any] = {}
+        for stream, (name, source) in enumerate(sources.items()):
+            if source is not None:
+                self.sources[name] = in_memory(source, name, batch_size, dtype, stream=stream)
+        self.facts: dict[str, dict[str, Any]] = {}
+        self._feeds: dict[str, Feed] = {}
+
+    @property
+    def are_shared(self) -> bool:
+        """Whether each source is one of which every process takes its share."""
+        return all(hasattr(source, "whole") for source in self.sources.values())
+
+    def open(self, stack: ExitStack, *, steps: int, lookahead: int, num_workers: int, device: torch.device) -> None:
+        """Begin the feeds; the stack ends them."""
+        for name, source in self.sources.items():
+            batches = steps * lookahead if name == "unlabeled" else steps
+            self._feeds[name] = feed(source, name=name, stop=batches, num_workers=num_workers, device=device)
+            stack.callback(self._feeds[name].close)
+
+    def draw(self, name: str) -> Any:
+        """Return the next batch of a source."""
+        batch = self._feeds[name].next()
+        if name not in self.facts:
+            self.facts[name] = facts_of(self.sources[name], batch)
+        return batch
+
+    def next_batches(self, lookahead: int) -> tuple[Any, Any]:
+        """Return the labeled batch of a step and its unlabeled one: several in a :class:`Lookahead`, None of none."""
+        labeled = self.draw("labeled")
+        if "unlabeled" not in self._feeds:
+            return labeled, None
+        earlier = []
+        for _ in range(lookahead - 1):
+            # A copy, for a source may fill the memory of one batch with the next.
+            earlier.append(map_tensors(Tensor.clone, plain(self.draw("unlabeled"))))
+        last = self.draw("unlabeled")
+        return labeled, Lookahead([*earlier, last]) if earlier else last
+
+    def draw_facts(self) -> dict[str, Any]:
+        """Draw the first batch of each source, for its facts; returns where the feeds were before."""
+        positions = self.state_dict()
+        for name in self._feeds:
+            self.draw(name)
+        return positions
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where each feed is."""
+        return {name: opened.state() for name, opened in self._feeds.items()}
+
+    def load_state_dict(self, positions: Mapping[str, Any]) -> None:
+        """Go on from the positions of :meth:`state_dict`."""
+        for name, opened in self._feeds.items():
+            opened.restore(positions[name])
+
+
+def facts_of(source: Any, batch: Any) -> dict[str, Any]:
+    """Return how many examples a source has and a batch, where that is known, and the digest of its first batch."""
+    if hasattr(source, "whole"):
+        # A process draws its share; the facts are of the whole.
+        source = source.whole
+        batch = source[0]
+    examples = getattr(source, "examples", None)
+    dataset = getattr(source, "dataset", source)
+    # The length of StepBatches counts steps.
+    counts_examples = hasattr(dataset, "__len__") and not isinstance(dataset, StepBatches)
+    if examples is None and counts_examples:
+        examples = len(dataset)
+    return {"examples": examples, "batch_size": getattr(source, "batch_size", None), "first_batch": digest(batch)}

@@ -1,0 +1,367 @@
+"""``examples/noisy_student_imagenet.py`` on small files, as torchvision reads each data set."""
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import noisy_student_imagenet as script
+import numpy as np
+import pytest
+import torch
+from ranks import Ranks
+from safetensors.torch import load_file
+from test_protocol_examples import written
+from tiny_runs import color_folders
+from torch import nn
+
+from metapl import MetaplError
+from metapl.apps import networks
+from metapl.apps.labels import LabelStore, LabelWriter, select
+from metapl.apps.pictures import Identity, scan_unlabeled
+from metapl.apps.run import EndedRun
+
+pytestmark = pytest.mark.docs
+
+TINY: dict[str, Any] = {
+    "device": "cpu",
+    "num_workers": 0,
+    "log_every": 1,
+    "validate_every": 2,
+    "save_every": 2,
+    "seed": 3,
+}
+TINY |= {"labeled_batch": 4, "finetune_batch": 4, "channels_last": False}
+CNN: dict[str, Any] = {"networks": ("small_cnn",) * 3, "filter_network": "small_cnn", "stochastic_depth": 0.0}
+CNN |= {"image_sizes": (16,), "ratios": (2,), "steps": 3, "lr": 0.01 * 2_048 / 4, "per_class": 20}
+
+
+def tiny(name: str, tmp_path: Path, patch: pytest.MonkeyPatch, **own: Any) -> script.Settings:
+    c = script.ROWS[name].settings()
+    places: dict[str, Any] = {"root": written(c.data, tmp_path / "data", patch), "out": str(tmp_path / "run")}
+    if c.data == "imagenet":
+        places["labels_per_class"] = 3
+    return dataclasses.replace(c, **TINY, **places, **own)
+
+
+def metrics(out: str | Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+
+
+SHORT = ("b0", "svhn")
+
+
+@pytest.mark.parametrize(
+    "name", [row if row in SHORT else pytest.param(row, marks=pytest.mark.long) for row in script.ROWS]
+)
+def test_every_row_takes_twenty_steps_in_miniature_and_stays_finite(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the row's own rate, dropout, depth, magnitudes and ratios; width, depth and side are cut."""
+    for network in networks.EFFICIENTNETS:
+        monkeypatch.setitem(networks._SCALES, network, (0.1, 0.1))
+    row = script.ROWS[name].settings()
+    small: dict[str, Any] = {"steps": 20, "lr": row.lr * row.labeled_batch / 4, "validate_every": 20, "save_every": 20}
+    if row.data == "imagenet":
+        small |= {"image_sizes": (32,), "per_class": 50, "finetune_size": None if row.finetune_size is None else 40}
+        monkeypatch.setattr(script, "AS_PUBLISHED", {key: (32, *v[1:]) for key, v in script.AS_PUBLISHED.items()})
+    else:
+        small |= {"validation": 10, "per_class": 50, "threshold": 0.05}
+    c = dataclasses.replace(tiny(name, tmp_path, monkeypatch), **small)
+    result = script.train(c)
+    assert [reached["network"] for reached in result["rounds"]] == list(c.networks)
+    for number in range(len(c.networks)):
+        weights = load_file(tmp_path / "run" / f"round-{number}.safetensors")
+        assert all(bool(t.isfinite().all()) for t in weights.values())
+    rows = metrics(c.out)
+    assert {row["step"] for row in rows if row["phase"] == "round-1"} == set(range(1, 21))
+    losses = [value for row in rows for key, value in row.items() if "loss" in key]
+    assert np.isfinite(losses).all()
+    assert ("finetuned" in result) is (row.finetune_size is not None)
+
+
+def test_steps_and_rate_follow_the_labeled_batch_and_the_number_of_labeled_pictures() -> None:
+    c = script.ROWS["b7"].settings()
+    for batch in (512, 1_024, 2_048):
+        schedule = script.schedule_of(dataclasses.replace(c, labeled_batch=batch), 1_281_167, c.epochs)
+        assert schedule.steps == round(350 * 1_281_167 / batch)
+        assert schedule.lr == pytest.approx(0.128 * batch / 2_048)
+        assert schedule.warmup == round(5 * 1_281_167 / batch)
+    assert script.schedule_of(c, 128_000, c.epochs).steps == 21_875
+    assert script.finetune_steps(c, 1_281_167, c.finetune_epochs, 512) == 3_753
+    shortened = script.schedule_of(dataclasses.replace(c, steps=100), 1_281_167, c.epochs)
+    assert (shortened.steps, shortened.warmup, shortened.lr) == (100, 1, 0.128)
+
+
+def test_the_chain_of_table_7_is_one_row() -> None:
+    chain = script.networks_of(script.ROWS["l2"].settings())
+    assert [(one.name[13:], one.image_size, one.ratio) for one in chain] == [
+        *(("b7", 600, 0), ("l2", 475, 14), ("l2", 475, 14), ("l2", 475, 28))
+    ]
+    c = script.ROWS["l2"].settings()
+    assert (c.finetune_size, c.finetune_epochs) == (800, 1.5)
+    selecting = script.filter_of(c)
+    assert selecting is not None
+    assert (selecting.name, selecting.image_size) == ("efficientnet_b0", 224)
+    magnitudes = {name: script.networks_of(row.settings())[0].magnitude for name, row in script.ROWS.items()}
+    by_the_code = {"b2": 6, "b3": 12, "b4": 15, "b5": 18, "b6": 24, "b7": 27, "svhn": 5, "resnet50": 9, "b0": 0}
+    assert {name: magnitudes[name] for name in by_the_code} == by_the_code
+    assert script.noisy_view(c, selecting) == Identity(), "of B0 the code has the standard augmentation alone"
+
+
+def test_rmsprop_is_tensorflows() -> None:
+    """By a loop of its own, in float64, with a rate that changes and weight decay."""
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(5, dtype=torch.float64))
+    optimizer = script.TensorFlowRMSProp([{"params": [p], "weight_decay": 0.01}], lr=0.1)
+    value, mean_square, momentum = p.detach().numpy().copy(), np.ones(5), np.zeros(5)
+    for step in range(6):
+        rate = 0.1 * 0.97**step
+        optimizer.param_groups[0]["lr"] = rate
+        p.grad = torch.randn(5, dtype=torch.float64)
+        gradient = p.grad.numpy() + 0.01 * value
+        mean_square = 0.9 * mean_square + 0.1 * gradient**2
+        momentum = 0.9 * momentum + rate * gradient / np.sqrt(mean_square + 1e-3)
+        value = value - momentum
+        optimizer.step()
+        np.testing.assert_allclose(p.detach().numpy(), value, rtol=1e-12)
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    c = script.ROWS["b0"].settings()
+    groups = script.optimizer_of(c, network, 0.1).param_groups
+    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(2, 1e-5), (2, 0.0)]
+
+
+def test_pictures_are_selected_once_and_labeled_anew_and_a_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c = tiny("b0", tmp_path, monkeypatch, **CNN)
+    result = script.train(c)
+    out = tmp_path / "run"
+    first, second = (LabelStore(out / "rounds" / number / "labels") for number in "12")
+    selected = LabelStore(out / "rounds" / "1" / "selected")
+    assert [*second] == [*selected]
+    assert set(second) <= set(first)
+    assert not (out / "rounds" / "2" / "selected").exists()
+    assert first.provenance["weights_fingerprint"] != second.provenance["weights_fingerprint"]
+    assert [reached["kept"] for reached in result["rounds"][1:]] == [len(selected)] * 2
+    apart = [row for row in metrics(out) if "unlabeled_loss_with_noise" in row]
+    assert {row["phase"] for row in apart} == {"round-1", "round-2"}
+    delivered = EndedRun.load(out / "delivered")
+    assert delivered.result["test_accuracy"] == result["rounds"][-1]["test_accuracy"]
+    last = load_file(out / "round-2.safetensors")
+    (out / "rounds" / "2" / "labels" / "store.json").unlink()
+    for file in (out / "rounds" / "2" / "labels").glob("part-*"):
+        file.unlink()
+    assert script.train(dataclasses.replace(c, resume=True)) == result
+    assert all(torch.equal(t, last[name]) for name, t in load_file(out / "round-2.safetensors").items())
+
+
+def test_a_network_of_its_own_selects_and_another_run_takes_what_it_selected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    colors = color_folders(tmp_path / "colors", many=8)
+    own = CNN | {"networks": ("pooled_cnn",) * 2, "filter_epochs": 1.0, "unlabeled": str(colors / "unlabeled")}
+    c = dataclasses.replace(tiny("b0", tmp_path, monkeypatch, **own), labels_per_class=None)
+    monkeypatch.setattr(script, "AS_PUBLISHED", script.AS_PUBLISHED | {"small_cnn": (24, 0.0, 0.0)})
+    # A copy of a picture of the validation set is not learned from.
+    shutil.copy(tmp_path / "data" / "val" / "n01440764" / "0.JPEG", colors / "unlabeled" / "blue-0.png")
+    script.train(c)
+    store = LabelStore(tmp_path / "run" / "selection" / "selected")
+    first = scan_unlabeled(colors / "unlabeled").names.index("blue-0.png")
+    assert first in [*LabelStore(tmp_path / "run" / "selection" / "labels")]
+    assert first not in [*store]
+    assert [*LabelStore(tmp_path / "run" / "rounds" / "1" / "labels")] == [*store]
+    assert {row["phase"] for row in metrics(c.out)} == {"filter", "round-0", "round-1"}
+    other = dataclasses.replace(c, select_by=str(store.folder), out=str(tmp_path / "other"))
+    script.check(other)
+    script.train(other)
+    assert [*LabelStore(tmp_path / "other" / "rounds" / "1" / "labels")] == [*store]
+    assert not (tmp_path / "other" / "selection").exists()
+    elsewhere = dataclasses.replace(other, unlabeled=str(colors / "labeled"), out=str(tmp_path / "third"))
+    with pytest.raises(MetaplError, match="was selected of"):
+        script.check(elsewhere)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "hard, each, unbalanced": {"labels": "hard", "select_by": "each", "balance": False, "loss": "two_means"},
+    "interval, share, standard": {"threshold": 0.0, "at_most": 1.0, "share": 0.5, "unlabeled_noise": "standard"},
+    "stages": {"training": "pretrain_finetune", "unlabeled_noise": "model", "stage_epochs": 2.0},
+    "warm": {"warm_start": True, "warm_epochs": 350.0, "unlabeled_noise": "none"},
+    "noisy teacher": {"noisy_teacher": True, "dropouts": (0.3,), "accumulate": 2},
+}
+
+
+@pytest.mark.parametrize("way", [way if way == "stages" else pytest.param(way, marks=pytest.mark.long) for way in WAYS])
+def test_each_way_of_training_has_its_effect(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = tiny("b2", tmp_path, monkeypatch, **CNN | {"networks": ("small_cnn",) * 2, "steps": 4})
+    c = dataclasses.replace(usual, **WAYS[way])
+    script.check(c)
+    result = script.train(c)
+    script.train(dataclasses.replace(usual, out=str(tmp_path / "usual")))
+    own, other = (load_file(tmp_path / run / "round-1.safetensors") for run in ("run", "usual"))
+    assert any(not torch.equal(t, other[name]) for name, t in own.items())
+    phases = [row["phase"] for row in metrics(c.out)]
+    assert ("round-1-finetune" in phases) is (way == "stages")
+    assert phases.count("round-1") == (2 if way == "warm" else 4)
+    reached = json.loads((tmp_path / "usual" / "result.json").read_text())["rounds"][1]
+    copies = reached["copies"]
+    if "share" in way:
+        copies = round(0.5 * copies)
+    if "unbalanced" in way:
+        copies = result["rounds"][1]["kept"]
+    assert result["rounds"][1]["copies"] == copies > 0
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "an empty interval": ({"threshold": 0.5, "at_most": 0.5}, "the interval of confidence is empty"),
+    "no depth": ({"networks": ("resnet50",) * 2}, "resnet50 has no stochastic_depth"),
+    "one network": ({"networks": ("small_cnn",), "stochastic_depth": 0.0}, "a student's"),
+    "two networks, warm": (
+        {**CNN, "networks": ("small_cnn", "pooled_cnn"), "warm_start": True},
+        "expected one network",
+    ),
+    "a batch": ({"accumulate": 3}, "--labeled-batch 4: expected a multiple of 3"),
+    "processes": ({"mesh": script.Mesh(replicate=2)}, "1 process was started for a mesh of 2"),
+    "norms": ({"batch_norm_ranks": 2}, "--batch-norm-ranks 2: expected a divisor of 1 processes"),
+    "a sum": ({"training": "pretrain", "loss": "two_means"}, "expected mean"),
+    "no unlabeled": ({"labels_per_class": None}, "expected --unlabeled DIR, or --labels-per-class N"),
+    "a store that is none": ({"select_by": "nowhere"}, "expected once, each, or a folder"),
+    "a smaller size": ({"finetune_size": 100}, "more pixels"),
+    "a share": ({"share": 0.0}, "--share 0.0"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_does_not_go_together_is_refused_in_a_line(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, word = REFUSED[what]
+    c = tiny("b0", tmp_path, monkeypatch)
+    with pytest.raises(MetaplError, match=re.escape(word)) as refused:
+        script.check(dataclasses.replace(c, **own))
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_or_a_store_of_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    c = tiny("b0", tmp_path, monkeypatch, **CNN)
+    with LabelWriter(tmp_path / "all", ["a", "b"], provenance={"pictures": "others"}) as writer:
+        writer.add([0, 1], torch.eye(2))
+    select(LabelStore(tmp_path / "all"), tmp_path / "some", threshold=0.1)
+    for store, word in (("all", "nothing was selected"), ("some", "was selected of others")):
+        with pytest.raises(MetaplError, match=word):
+            script.check(dataclasses.replace(c, select_by=str(tmp_path / store)))
+    Path(c.out).mkdir()
+    Path(c.out, "config.json").write_text(json.dumps(dataclasses.asdict(c)))
+    with pytest.raises(MetaplError, match="holds a run already"):
+        script.check(c)
+    with pytest.raises(MetaplError, match="was begun otherwise"):
+        script.check(dataclasses.replace(c, resume=True, networks=("small_cnn",) * 2))
+    script.check(dataclasses.replace(c, resume=True, num_workers=2))
+
+
+def test_a_plan_and_the_sources_are_printed_and_a_refusal_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main(["l2", "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert "round 3: efficientnet_l2, 475 pixels, 218,949 steps of 2,048 labeled and 57,344 unlabeled at 0.128" in plan
+    assert "FixRes: efficientnet_l2, 800 pixels, 3,753 steps of 512" in plan
+    assert script.main(["--sources"]) == 0
+    table = capsys.readouterr().out
+    assert all(f"| `{name}` |" in table for name in ("ratios", "magnitudes", "ema_decay"))
+    for row in script.ROWS.values():
+        assert row.sources.keys() == row.values.keys()
+    assert script.main(["b0", "--at-most", "0.2"]) == 2
+    assert "the interval of confidence is empty" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+
+def rank_main(words: list[str]) -> int:
+    """The script on this rank, which reads SVHN from small files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torchvision.datasets.svhn.check_integrity", lambda *given: True)
+        return script.main(words)
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    ranks = Ranks(2, "test_noisy_student_example", joined=False)
+    yield ranks
+    ranks.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mesh", ["replicate", "shard"])
+def test_two_processes_leave_the_run_of_one(
+    mesh: str, two: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels are written by both, and batch norms see the rows of both."""
+    root = written("svhn", tmp_path / "data", monkeypatch)
+    words = [
+        "svhn",
+        "--root",
+        root,
+        "--networks",
+        "pooled_cnn",
+        "pooled_cnn",
+        "--stochastic-depth",
+        "0",
+        "--steps",
+        "3",
+    ]
+    words += ["--labeled-batch", "4", "--finetune-batch", "4", "--validation", "10", "--per-class", "9", "--lr", "5"]
+    words += ["--dropouts", "0", "--device", "cpu", "--num-workers", "0", "--log-every", "1", "--ratios", "2"]
+    words += ["--threshold", "0.1", "--unlabeled-noise", "standard", "--magnitudes", "0"]
+    monkeypatch.setattr(script, "LABELED_AT_ONCE", 16)
+    assert script.main([*words, "--out", str(tmp_path / "one")]) == 0
+    asked = [*words, f"--mesh.{mesh}", "2", "--out", str(tmp_path / "two")]
+    assert two.run("rank_main", words=asked) == [0, 0]
+    for name in ("round-0", "round-1"):
+        one, other = (load_file(tmp_path / run / f"{name}.safetensors") for run in ("one", "two"))
+        for key, t in one.items():
+            torch.testing.assert_close(other[key], t, rtol=0, atol=2e-3)
+    stores = [LabelStore(tmp_path / run / "rounds" / "1" / "labels") for run in ("one", "two")]
+    assert [*stores[0]] == [*stores[1]] == list(range(60, 100))
+    torch.testing.assert_close(stores[0].at(range(40)), stores[1].at(range(40)), rtol=0, atol=5e-3)
+
+
+def test_the_ranges_of_several_processes_make_the_store_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the byte, also where one was stopped in the middle."""
+    monkeypatch.setattr(script, "LABELED_AT_ONCE", 16)
+    c = tiny("svhn", tmp_path, monkeypatch, validation=10)
+    pictures = script.pictures_at(c, 32)
+    (spec, *_) = script.networks_of(dataclasses.replace(c, networks=("small_cnn",) * 2, stochastic_depth=0.0))
+    torch.manual_seed(0)
+    network = script.build_network(spec, 10, 0.0, "small_cnn")
+    everything = torch.arange(len(pictures.unlabeled))
+
+    def labeled(folder: str, share: int, shares: int) -> LabelStore:
+        processes: Any = FakeProcesses(share, shares)
+        return script.write_labels(c, network, spec, pictures, everything, tmp_path / folder, processes, 0)
+
+    one = labeled("one", 0, 1)
+    with pytest.raises(MetaplError, match=r"store\.json"):  # the first waits for the others, which is no wait here
+        labeled("three", 0, 3)
+    for share in (1, 2):
+        with pytest.raises(MetaplError):
+            labeled("three", share, 3)
+    assert labeled("three", 0, 3).sha256 == one.sha256
+    assert [*one] == everything.tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeMesh:
+    share: int
+    shares: int
+
+
+class FakeProcesses:
+    """One of several processes that run one after the other."""
+
+    def __init__(self, share: int, shares: int) -> None:
+        self.mesh = FakeMesh(share, shares)
+        self.first = share == 0
