@@ -77,8 +77,9 @@ class Mesh:
         built: dict[int, dist.ProcessGroup] = self.__dict__.setdefault("_batch_norm_groups", {})
         if shares not in built:
             by_share_and_copy = torch.arange(self.size).view(-1, shares, self.tensor)
-            group, _ = dist.new_subgroups_by_enumeration(by_share_and_copy.transpose(1, 2).flatten(0, 1).tolist())
-            assert group is not None, "every process is in a group"
+            ranks_of_groups = by_share_and_copy.transpose(1, 2).flatten(0, 1).tolist()
+            group, _ = dist.new_subgroups_by_enumeration(ranks_of_groups)
+            assert isinstance(group, dist.ProcessGroup), "every process is in a group"
             built[shares] = group
         return built[shares]
 

@@ -95,12 +95,17 @@ def model_noise(network: nn.Module) -> list[nn.Module]:
 
 
 def _draws(part: Any) -> bool:
+    """Return whether a module draws at random while it is trained."""
     # Dropout and stochastic depth of torch, torchvision and timm are known by the names of their classes.
     kinds = " ".join(kind.__name__.lower() for kind in type(part).__mro__)
-    if ("drop" in kinds or "stochasticdepth" in kinds) and getattr(part, "p", getattr(part, "drop_prob", 0.0)):
-        return True
+    if "drop" in kinds or "stochasticdepth" in kinds:
+        rate: Any = getattr(part, "p", None)
+        if rate is None:
+            rate = getattr(part, "drop_prob", 0.0)
+        if rate:
+            return True
     if isinstance(part, nn.MultiheadAttention):
-        return part.dropout > 0
+        return bool(part.dropout > 0)
     return bool(getattr(part, "drop_rate", 0.0))
 
 

@@ -40,7 +40,7 @@ class SumOverRanks(torch.autograd.Function):
         return total, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # type: ignore[override]  # of two inputs
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         total: Tensor = SumOverRanks.apply(tangent, ctx.group)
         return total
 

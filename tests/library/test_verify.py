@@ -21,6 +21,7 @@ from torch.nn import functional as F
 import metapl
 from metapl import Lookahead, MetaplError, PseudoLabels
 from metapl.feedback import Forward, Implicit, Reinforce
+from metapl.feedback.hypergradient import Request, through_steps
 from metapl.training.verification import GradientCheck, VerificationWarning, check, real_step
 from metapl.training.verification.contract import CONTRACT
 
@@ -55,6 +56,30 @@ def check_of(student: nn.Module, mode: Any = "forward", steps: int = 1, **option
     if isinstance(problem, Problem):
         vars(problem)["teacher"] = teacher
     return metapl.check_gradient(given.pop("teacher", teacher), student, **given)
+
+
+def verify_by(patch: pytest.MonkeyPatch, gradient: Callable[..., Any]) -> None:
+    """Let verification find a mode's gradient by a function of the networks and of options by name."""
+
+    def through(request: Request) -> Any:
+        return gradient(
+            request.teacher,
+            request.student,
+            labeled=request.outer,
+            unlabeled=request.inner,
+            mode=request.mode,
+            problem=request.problem,
+            inner_optimizer=request.inner_optimizer,
+            generator=request.generator,
+            clip_norm=request.clip_norm,
+        )
+
+    patch.setattr(real_step, "through_steps", through)
+
+
+def by_the_eager_road(teacher: Any, student: Any, *, labeled: Any, unlabeled: Any, **options: Any) -> Any:
+    """Find a gradient as verification does."""
+    return through_steps(Request(teacher=teacher, student=student, outer=labeled, inner=unlabeled, **options))
 
 
 def by_the_pure_step(teacher: Any, student: Any, *, unlabeled: Any, labeled: Any, **options: Any) -> Any:
@@ -94,7 +119,7 @@ def statuses(expected: dict[str, str], student: Callable[[], nn.Module], patch: 
     for column in expected:
         mode, steps = COLUMNS[column]
         if column.startswith("pure"):
-            patch.setattr(real_step, "hypergradient", by_the_pure_step)
+            verify_by(patch, by_the_pure_step)
         torch.manual_seed(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the old norms are deprecated
@@ -279,8 +304,12 @@ FAULTS: dict[str, Callable[..., Any]] = {
 
 
 def plant(patch: pytest.MonkeyPatch, fault: str) -> None:
-    real = real_step.hypergradient
-    patch.setattr(real_step, "hypergradient", lambda *networks, **options: FAULTS[fault](real, *networks, **options))
+    """Let verification find a gradient with a fault."""
+
+    def with_fault(*networks: Any, **options: Any) -> Any:
+        return FAULTS[fault](by_the_eager_road, *networks, **options)
+
+    verify_by(patch, with_fault)
 
 
 @pytest.mark.parametrize(("mode", "fault"), product(["forward", "reinforce", "unrolled"], FAULTS, usual=["forward"]))

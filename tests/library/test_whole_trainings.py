@@ -297,7 +297,7 @@ WRONG: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "NaN": ("step 2", lambda: ahead(odd(torch.nan))),
     "NaN in the first step": ("step 0", lambda: ahead([odd(torch.nan)(2)] * STEPS)),
     "a rate of NaN": ("step 1", lambda: ahead(schedule=lambda k: torch.nan)),
-    "NaN in the outer batch": ("step 6", lambda: {"outer": odd(torch.nan)(2)}),
+    "NaN in the outer batch": ("step 6|the outer loss is NaN or infinite", lambda: {"outer": odd(torch.nan)(2)}),
     "a start without a gradient": ("wrt", lambda: {"wrt": "start", "mode": "none", "compile": False}),
     "a rate in truncated steps": ("wrt", lambda: {"wrt": "lr", "mode": Forward(truncate=2), "compile": False}),
     "a momentum of 0": (
