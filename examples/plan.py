@@ -156,7 +156,7 @@ def stage(mesh: Mesh):
         # Nothing reads a value of a tensor that has none; generators, which have one, work as ever.
         (checks, "waits", lambda t: isinstance(t, FakeTensor) or waits(t)),
         (RandomState, "now", staticmethod(outside(RandomState.now))),
-        *((RandomState, name, outside(getattr(RandomState, name))) for name in ("restore", "branch")),
+        *((RandomState, name, outside(getattr(RandomState, name))) for name in ("restore", "branch", "is_as")),
         (keeping, "free_bytes", lambda _: None),  # of another machine
         (Ranks, "agreed", lambda _ranks, **_: nullcontext()),
         (Ranks, "equal", lambda _ranks, *_: None),
