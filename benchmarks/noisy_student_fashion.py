@@ -580,9 +580,9 @@ def block(rows: Sequence[Row]) -> str:
         parts.insert(0, f"**Trained on the labeled pictures alone**\n\n{harness.grid(['arm', 'here'], lines, 'lr')}")
     said = f"Of {len(ARMS)} arms {len(ARMS) - len(missing)} have been run."
     if fewer:
-        said += f" Not by all {len(SEEDS)} seeds: {', '.join(fewer)}."
+        said += f" Not by all {len(SEEDS)} seeds: {'; '.join(fewer)}."
     if missing:
-        said += f" Not run: {', '.join(missing)}."
+        said += f" Not run: {'; '.join(missing)}."
     return "\n\n".join([*parts, said])
 
 

@@ -35,6 +35,7 @@ from metapl.problems.base import BilevelProblem, enters_input
 from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_arguments
 from metapl.runs.terminal import step_bar
 from metapl.training.trainer import BilevelTrainer
+from metapl.words import summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,6 +99,12 @@ class Ablation:
             raise MetaplError(
                 f"the text is no ablation ({type(error).__name__}: {error}); expected what Ablation.to_json wrote."
             ) from error
+
+    def __repr__(self) -> str:
+        return summary("Ablation", **vars(self))
+
+    def __str__(self) -> str:
+        return f"{self.table()}\n\n{textwrap.fill(self.recommendation, 80)}"
 
     def plot(self) -> Figure:
         """Draw the figures: above, how far each mode is from the exact gradient at each point of the training; below,

@@ -182,6 +182,8 @@ GROUPS = {
     "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
 }
 
+LETTERS = 8.0  # points
+
 Curves = dict[str, list[tuple[float, float]]]  # by name, points of severity or ε and accuracy
 
 
@@ -208,10 +210,10 @@ def robustness_curves(content: Mapping[str, Any]) -> Figure:
     for name, by_eps in content.get("attacks", {}).items():
         moved = {float(eps): accuracy for eps, accuracy in by_eps.items()}
         attacks[name] = sorted(({0.0: clean} | moved).items())
-    columns = 1 if len(panels) + bool(attacks) == 1 else 2
-    rows = -(-(len(panels) + bool(attacks)) // columns)
-    figure = Figure((3.4 * columns, 2.9 * rows), 120, layout="constrained")
-    places = [figure.add_subplot(rows, columns, number + 1) for number in range(len(panels) + bool(attacks))]
+    # Panels below one another, 4 inches wide: at 400 pixels the letters are 11 pixels high.
+    rows = len(panels) + bool(attacks)
+    figure = Figure((4.0, 1.9 * rows + 0.1), 200, layout="constrained")
+    places = [figure.add_subplot(rows, 1, number + 1) for number in range(rows)]
     for axes, (group, curves) in zip(places, panels.items(), strict=False):
         _draw_curves(axes, curves, f"accuracy, {group}", "severity", content["chance"])
         axes.set_xticks([0, *SEVERITIES], ["none", *map(str, SEVERITIES)])
@@ -236,13 +238,15 @@ def _draw_curves(axes: Axes, curves: Curves, title: str, label: str, chance: flo
             label=name.replace("_", " "),
         )
     axes.axhline(chance, color="0.6", linewidth=1, linestyle="--", label="chance")
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.set_xlabel(label)
+    axes.set_title(title, fontsize=LETTERS + 1, loc="left")
+    axes.set_xlabel(label, fontsize=LETTERS)
+    axes.tick_params(labelsize=LETTERS)
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(color="#dddddd")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=7)
+    # Beside the panel, where it hides no curve.
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.05), fontsize=LETTERS, frameon=False, handlelength=1.6)
 
 
 def confusions(evaluation: Evaluation, classes: tuple[str, ...]) -> str:

@@ -85,6 +85,9 @@ def train(
     hashes = dict(data.record["hash"])
     for part, store in method.stores.items() if isinstance(method, ReducedMpl) else ():
         hashes[f"labels of {part}"] = sha256_of(Path(store) / DESCRIPTION)  # which has the hashes of the labels
+    selection: Path | None = getattr(method, "stored_selection", None)
+    if selection is not None:
+        hashes["selection"] = sha256_of(selection / DESCRIPTION)
     record, noted = json.loads(json.dumps({**data.record, "hash": hashes})), folder.path / "data.json"
     if noted.exists() and folder.read_json("data.json") != record:
         since = f"since the run in {folder.path} was started (see its data.json)"

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -311,7 +312,7 @@ def test_a_selection_that_is_made_once_outlives_a_stop(tmp_path: Path, monkeypat
     assert again["sha256"]["student.safetensors"] == whole["sha256"]["student.safetensors"]
 
 
-def test_another_network_s_selection_is_labeled_anew(tmp_path: Path) -> None:
+def test_another_network_s_selection_is_labeled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the paper has it: one network selects for all; and stores that are of something else are refused at once."""
     root, run = color_folders(tmp_path / "colors", few=3, many=8), tmp_path / "run"
     places = images_command(root)[2:5]
@@ -319,7 +320,20 @@ def test_another_network_s_selection_is_labeled_anew(tmp_path: Path) -> None:
     chosen = made_selection(tmp_path / "chosen", root / "unlabeled", sorted(names)[:5], ["blue", "red"])
     tiny = "--steps 2 --rounds 2 --network small_cnn --image-size 8 --labeled-batch 4 --finetune-steps 2 --device cpu"
     command = ["noisy-student", "images", *places, *tiny.split(), "--ratio", "2", "--select-by"]
-    metapl(*command, chosen, "--out", run)
+
+    def stopped(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(noisy_student.Rounds, "relabel", stopped)
+        metapl(*command, chosen, "--out", run, code=130)
+    # Of another selection under its name, the run does not go on.
+    moved = chosen.rename(tmp_path / "moved")
+    made_selection(chosen, root / "unlabeled", sorted(names)[2:9], ["blue", "red"])
+    assert "the data have changed" in metapl(*command, chosen, "--out", run, "--resume", code=2).stderr
+    shutil.rmtree(chosen)
+    moved.rename(chosen)
+    metapl(*command, chosen, "--out", run, "--resume")
     for each in result(run)["rounds"]:
         assert [*LabelStore(run / each["store"])] == [0, 1, 2, 3, 4]
         assert (each["selection"], each["copies"]) == (str(chosen), int(LabelStore(chosen).column("copies").sum()))
@@ -341,6 +355,7 @@ def made_selection(folder: Path, pictures: Path, names: list[str], classes: list
     """A store that was selected, of labels that are as good as even, the rarer class filled up; and the one before."""
     generator = torch.Generator().manual_seed(3)
     every = folder.parent / f"{folder.name} all"
+    shutil.rmtree(every, ignore_errors=True)
     with LabelWriter(every, classes, provenance={"pictures": str(pictures)}) as writer:
         p = torch.rand(len(names), 2, generator=generator)
         writer.add(sorted(names), p / p.sum(dim=1, keepdim=True))

@@ -323,10 +323,10 @@ def test_two_processes_leave_the_run_of_one(
     for name in ("round-0", "round-1"):
         one, other = (load_file(tmp_path / run / f"{name}.safetensors") for run in ("one", "two"))
         for key, t in one.items():
-            torch.testing.assert_close(other[key], t, rtol=0, atol=2e-3)
+            torch.testing.assert_close(other[key], t, rtol=0, atol=1e-4)
     stores = [LabelStore(tmp_path / run / "rounds" / "1" / "labels") for run in ("one", "two")]
-    assert [*stores[0]] == [*stores[1]] == list(range(60, 100))
-    torch.testing.assert_close(stores[0].at(range(40)), stores[1].at(range(40)), rtol=0, atol=5e-3)
+    assert [*stores[0]] == [*stores[1]] == list(range(40))
+    torch.testing.assert_close(stores[0].at(range(40)), stores[1].at(range(40)), rtol=0, atol=2e-3)
 
 
 def test_the_ranges_of_several_processes_make_the_store_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,9 @@ def test_a_mode_that_cannot_run_has_its_reason_below_the_table() -> None:
     table = result.table()
     assert max(map(len, table.splitlines())) <= 80
     assert " ".join(str(result.modes["implicit"]).split()) in " ".join(table.split())
+    assert str(result).startswith(table)
+    assert " ".join(result.recommendation.split()) in " ".join(str(result).split())
+    assert max(map(len, [*str(result).splitlines(), *repr(result).splitlines()])) <= 80
     lines = {line.split()[0]: line for line in table.splitlines() if line}
     assert lines["difference"].endswith("[1]")
     assert lines["implicit"].endswith("[2]")
