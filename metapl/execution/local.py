@@ -325,14 +325,21 @@ class Pass:
         return value if ranks.alone else ranks.mean(value), grads
 
     def _first_value(self, loss: Loss) -> Tensor:
-        """Return the loss of this pass, and keep the state of the generators where it draws."""
+        """Return the loss of this pass, and keep the state of the generators where it draws.
+
+        Whether it does is found in the first step; a loss that did not draw there is not watched in later ones.
+        """
         assert self.graph is not None, "a pass learns once"
-        slots, device = self.student.slots, self.student.device
+        slots = self.student.slots
+        device = self.student.device
+        if slots.findings.draws_in_loss is False:
+            return loss(self.graph, self._at)
         before = slots.random_state(device)
         value = loss(self.graph, self._at)
         after = slots.random_state(device)
         slots.watch(before, after)
         if not after.is_as(before):
+            slots.findings.draws_in_loss = True
             self._at_loss = before
         return value
 

@@ -231,6 +231,7 @@ class Slots:
         if findings.problem is None or findings.problem() is not problem:
             findings.problem = weakref.ref(problem)
             findings.draws_outside = findings.draws_outside or None
+            findings.draws_in_loss = findings.draws_in_loss or None
 
     def watch(self, before: RandomState, after: RandomState) -> None:
         """Note whether Python's or NumPy's generators moved between two states, as long as that is open.
@@ -262,6 +263,8 @@ class Findings:
     """What is found of a network in the first step with it, and holds until its modes or hooks change."""
 
     draws_outside: bool | None = None
+    # Whether inner losses draw from any generator; None until a step has been watched.
+    draws_in_loss: bool | None = None
     # Whose inner loss drew, or did not.
     problem: weakref.ref[Any] | None = None
     half_types: frozenset[torch.dtype] | None = None
@@ -461,6 +464,8 @@ def restored(
             for slots in networks:
                 if slots.draws_outside is None:
                     slots.findings.draws_outside = False
+                if slots.findings.draws_in_loss is None:
+                    slots.findings.draws_in_loss = False
         finally:
             torch._C._set_grad_enabled(learning)
             checks.deferred.reset(token)

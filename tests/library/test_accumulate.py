@@ -503,7 +503,9 @@ def trained_tagger(loss: Any, accumulate: int, dropout: float = 0.0) -> tuple[Te
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
-@pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(0.2, weight=0.5), SaidMean()], ids=repr)
+@pytest.mark.parametrize(
+    "loss", [CrossEntropy(), CrossEntropy(0.2, weight=0.5), SaidMean()], ids=["usual", "smoothed", "said"]
+)
 def test_own_losses_are_means_over_all_labels_that_are_not_ignored(loss: Any, accumulate: int) -> None:
     """Of four micro-batches one has no such label at all; the reference is a loop on the whole batch."""
     torch.manual_seed(0)
