@@ -1,6 +1,6 @@
 """The same hypergradient by metapl and by the other libraries, side by side in one run.
 
-    python benchmarks/peers.py                                    # about forty minutes on one core
+    python benchmarks/peers.py                                    # about an hour of one core
     python benchmarks/peers.py --write benchmarks/results/peers.md
 
 Each library gets a throw-away environment with a pinned version of its own, which reads PyTorch from this one; one that

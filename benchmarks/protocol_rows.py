@@ -13,11 +13,15 @@ and at most 5 points below the same row with --method none.
 
 from __future__ import annotations
 
+import gzip
 import sys
 import tempfile
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import harness
+import numpy as np
 import torch
 from harness import RESULTS, Row, grid, read, show
 
@@ -37,18 +41,28 @@ CHANGES = {
 BEHIND_CONTROL = 0.05
 
 
-def run(row: str, method: str, seed: int, steps: int, root: str) -> Row:
-    """Train a row of the protocols, small, and return its accuracies."""
+def run(row: str, method: str, seed: int, steps: int, root: str, more: Sequence[str] = ()) -> Row:
+    """Train a row of the protocols, small, and return its accuracies; ``more`` are further flags."""
     import protocols
 
     words = [row, "--data", "fashion", "--image-size", "28", "--network", "pooled_cnn", "--device", "cpu"]
     words += ["--labeled-batch", "16", "--unlabeled-batch", "112", "--num-workers", "0", "--scale-to", str(steps)]
     words += ["--method", method, "--seed", str(seed), "--root", root, *CHANGES.get(row, ())]
-    words += ["--training-accuracy-on", "200", "--validate-every", "100"]
+    words += ["--training-accuracy-on", "200", "--validate-every", "100", *more]
     with tempfile.TemporaryDirectory() as folder:
         settings = protocols.settings_of([*words, "--out", str(Path(folder) / "run")])
         result = protocols.train(settings)
     return {name: value for name, value in result.items() if isinstance(value, float)}
+
+
+def write_noise(folder: Path) -> None:
+    """Write 80 pictures to train on and 20 to test on, of random levels, as the four files hold them."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 80), ("t10k", 20)):
+        levels = rng.integers(0, 256, count * 28 * 28, dtype=np.uint8).tobytes()
+        labels = (np.arange(count, dtype=np.uint8) % 10).tobytes()
+        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + levels))
+        (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + labels))
 
 
 def table(rows: list[Row]) -> str:
@@ -79,8 +93,12 @@ def main() -> None:
         torch.set_num_threads(1)
         steps = 6 if given.miniature else STEPS
         jobs = [{"row": row, "method": method, "seed": 0, "steps": steps} for method in METHODS for row in ROWS]
-        about = {"environment": harness.environment()}
-        harness.go_on(given.out, jobs, lambda **job: run(root=given.root, **job), **about)
+        with tempfile.TemporaryDirectory() as folder:
+            train = partial(run, root=given.root)
+            if given.miniature:
+                write_noise(Path(folder))
+                train = partial(run, root=folder, more=("--labels-per-class", "2", "--validation", "10"))
+            harness.go_on(given.out, jobs, train, environment=harness.environment())
     show(given.write, "protocol_rows", table(read(given.out, having="row")))
 
 

@@ -469,8 +469,10 @@ def take_steps(
             leaves = as_leaves(credited(signal, credits))
             signal = signal.having(leaves)
         loss: Loss = partial(inner_loss, problem, signal, x, student.readable, leaves.get("factors"))
-        # The second step is the first one at other weights than the student's own.
-        if look is not None and number < 2:
+        # Without a graph of the path, the second step is the first one at other weights than the student's own. With
+        # one, the first step is at leaves already, and the second one's graph ends in those of the first.
+        looks_at = (0,) if keep_graph else (0, 1)
+        if look is not None and number in looks_at:
             made_here = [*params.values(), *signal.fields().values(), *leaves.values()]
             loss = looked_at(loss, inner_pass, made_here, look, at_own_weights=params is student.params)
         return inner_pass.gradient(loss, [*leaves.values()])

@@ -27,6 +27,7 @@ SECOND = (
     "moon_weights",
     "noisy_student_fashion",
     "peers",
+    "protocol_rows",
     "reduced",
     "silent",
     "when",

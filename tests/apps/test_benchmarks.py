@@ -23,7 +23,8 @@ def test_every_command_is_run_here() -> None:
     found = {path.stem for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text()}
     assert found == {*(script.split()[0] for script in SCRIPTS), "gpu"}
     marked = [mark for page in PAGES for mark in re.findall(r"<!-- ([\w-]+):begin -->", page.read_text())]
-    elsewhere = ["unseen", "backbone"]  # tests/apps/test_picture_problems.py
+    # In tests/apps/test_picture_problems.py, and in test_protocol_examples.py.
+    elsewhere = ["unseen", "backbone", "protocol_sources"]
     assert sorted(marked) == sorted(elsewhere + [mark for script in SCRIPTS for mark in MARKS.get(script, [script])])
 
 

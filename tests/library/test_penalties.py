@@ -466,3 +466,23 @@ def test_a_compiled_trainer_follows_the_student_that_a_loss_names(steps: int) ->
         return teacher.values.detach().clone()
 
     torch.testing.assert_close(teacher_after(compile=True), teacher_after(compile=False), rtol=1e-9, atol=1e-12)
+
+
+def test_the_door_runs_no_pass_of_a_student_that_is_right() -> None:
+    """A count of passes in an attribute is right in ``unrolled``, which runs each pass once."""
+
+    class Counting(nn.Sequential):
+        passes = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.passes += 1
+            return super().forward(x)
+
+    net, teacher = Counting(network()), table()
+    trainer = metapl.BilevelTrainer(
+        teacher, net, "unrolled", problem=ExampleWeights(), inner_optimizer=RULE.build(net), lookahead=3, verify=False
+    )
+    outer, inner = batches(3)
+    trainer.step(outer=outer, inner=metapl.Lookahead(inner))
+    # Three steps of the student, and one pass on the outer batch.
+    assert net.passes == 4

@@ -108,11 +108,14 @@ def has_losses_that_are_no_means(case: Case) -> str:
         fields = {}
         for name, t in signal.fields().items():
             fields[name] = t[begin:end] if has_rows_by_field.get(name, True) else t
-        of_rows, signal_of_rows = rows(inner_batch, begin, end), signal.having(fields)
-        # The loss may read what a forward leaves, such as an auxiliary loss: that of these rows.
+        of_rows = rows(inner_batch, begin, end)
+        signal_of_rows = signal.having(fields)
+        # The loss may read what a forward leaves, such as an auxiliary loss: that of these rows. A batch norm takes no
+        # single row.
         copies.random.restore()
-        entering = [signal_of_rows] if enters_input(problem) else []
-        copies.student(problem.student_input(of_rows, *entering))
+        if end - begin > 1:
+            entering = [signal_of_rows] if enters_input(problem) else []
+            copies.student(problem.student_input(of_rows, *entering))
         before = RandomState.now(copies.random.device)
         losses = problem.inner_loss(inner_outputs[begin:end], signal_of_rows, of_rows, theta)
         if not RandomState.now(copies.random.device).is_as(before):
