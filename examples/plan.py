@@ -42,7 +42,7 @@ from metapl.execution.local import Pass
 from metapl.execution.ranks import Ranks
 from metapl.execution.shards import local
 from metapl.execution.state import RandomState
-from metapl.feedback import keeping
+from metapl.feedback import base, keeping
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.feedback.teacher import Teaching
@@ -157,6 +157,9 @@ def stage(mesh: Mesh):
         (checks, "waits", lambda t: isinstance(t, FakeTensor) or waits(t)),
         (RandomState, "now", staticmethod(outside(RandomState.now))),
         *((RandomState, name, outside(getattr(RandomState, name))) for name in ("restore", "branch", "is_as")),
+        # Derivatives without values cannot be compared, or be found to be infinite.
+        (base, "slopes_differ", lambda *_: False),
+        (base, "refuse_not_finite_feedback", lambda *_: None),
         (keeping, "free_bytes", lambda _: None),  # of another machine
         (Ranks, "agreed", lambda _ranks, **_: nullcontext()),
         (Ranks, "equal", lambda _ranks, *_: None),
