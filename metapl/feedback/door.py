@@ -21,6 +21,7 @@ from metapl.errors import MetaplError, few
 from metapl.execution.batch import leaves_of as leaves_of_batch
 from metapl.execution.batch import named_leaves_of
 from metapl.execution.checks import described
+from metapl.execution.shards import is_sharded
 from metapl.feedback.lookahead import Lookahead
 from metapl.problems.base import Problem, kind_of, reads_signal_in_outer_input
 from metapl.updates import Clipped, Update, parts_of
@@ -170,8 +171,9 @@ class FirstLook:
             self.named_by.append(named_by)
         self.weights = ids(student.parameters()) | gathered_weights(student, blocks)
         self.names_of_weights = {id(p): name for name, p in student.named_parameters()}
-        # The blocks of a sharded student gather their weights in each pass, whatever tensors the pass began with.
-        self.gathers_weights = bool(blocks)
+        # A sharded student computes with the parameters that it holds, whatever tensors a pass began with: its blocks
+        # gather them, and products take a part of each.
+        self.keeps_weights = bool(blocks) or any(is_sharded(p) for p in student.parameters())
         self.outer_variables = ids(outer_variables(problem, teacher).values())
         batches = [outer, *inner_batches_held(inner)]
         self.batches = [t for t in leaves_of_batch(batches) if isinstance(t, Tensor)]
@@ -190,7 +192,7 @@ class FirstLook:
             at_own_weights: whether the pass ran at the student's own parameters, and not at leaves in their places.
         """
         allowed = ids(made_here)
-        if at_own_weights or self.gathers_weights:
+        if at_own_weights or self.keeps_weights:
             allowed |= self.weights
         leaf = self._strange_leaf(value, allowed, again)
         if leaf is not None and id(leaf) in self.weights:
@@ -205,7 +207,7 @@ class FirstLook:
     def at_outer_loss(self, value: Tensor, made_here: Sequence[Tensor], again: Callable[[], Tensor]) -> None:
         """Look at the graph of an outer loss, at leaves in the student's places; see :meth:`at_inner_loss`."""
         allowed = ids(made_here) | self.outer_variables
-        if self.gathers_weights:
+        if self.keeps_weights:
             allowed |= self.weights
         leaf = self._strange_leaf(value, allowed, again)
         if leaf is not None and id(leaf) in self.weights:
